@@ -1,0 +1,286 @@
+"""The recipe: one YAML file that says what a run does. Frozen, strict: an unknown key is an error at any depth.
+
+This file only declares. Reading, overrides and error messages are in load.py; what can't go together is in compat.py.
+Every field carries its description: `mtft schema` and docs/recipe.md are made from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+
+Share = Annotated[float, Field(ge=0)]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Section(BaseModel):
+    """Base of all sections: no unknown keys, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    path: str
+    """Folder of a model, `quickstart:weak`, `quickstart:strong`, or a hub name."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the weights and of the forward pass. `auto`: bf16 on a GPU that has it, else fp32."""
+    quantise: Literal["none", "nf4", "int8"] = "none"
+    """Load the base in 4 bit (QLoRA: NF4, double quantisation) or 8 bit through bitsandbytes."""
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"
+    """Attention implementation of transformers."""
+    trust_remote_code: bool = False
+    """Run code that ships with the model. Off, and never switched on for you."""
+
+
+class TaskSection(Section):
+    name: TaskName
+    """Short name: letters, digits, `_ . -`. It stands in metrics, mixtures and overrides (tasks.NAME.weight=2)."""
+    data: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """File, glob, folder of `save_to_disk`, `hub:org/name`, `quickstart:TASK`; or a list of them. Relative to the recipe."""
+    split: str | None = None
+    """Split of a `hub:` or saved dataset."""
+    format: str | dict[str, str] = "auto"
+    """How a row becomes prompt and response: a format's name, or {prompt: COLUMN, response: COLUMN}. `auto` looks at the columns."""
+    template: str | None = None
+    """Jinja template over the columns (sandboxed) that gives the prompt; the response comes from `format`."""
+    eval_data: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    """Held-out rows of this task, same format."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """The user's weight of this task in the loss; multiplies the balancer's."""
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """How often a row may be seen at the most. The plan refuses, or redistributes, what goes beyond."""
+    limit: Annotated[int, Field(gt=0)] | None = None
+    """Use only the first rows."""
+    metrics: Annotated[tuple[Literal["loss", "token_accuracy", "exact_match"], ...], Field(strict=False)] = (
+        "loss",
+        "token_accuracy",
+        "exact_match",
+    )
+    """What `mtft eval` reports for this task."""
+
+
+class TemperatureShares(Section):
+    temperature: Annotated[float, Field(ge=0)]
+    """Share of task k ~ size_k ** temperature: 1 = natural, 0 = uniform. (Others write the exponent as 1/T.)"""
+
+
+class FileShares(Section):
+    file: str
+    """A mixture.yaml as `mtft mix propose` writes it. Relative to the recipe."""
+
+
+class MixtureSection(Section):
+    shares: Literal["natural", "uniform"] | TemperatureShares | FileShares | dict[str, Share] = "natural"
+    """Asked share of each task: a rule, a file, or {task: share} adding up to 1."""
+    unit: Literal["tokens", "examples"] = "examples"
+    """What a share counts."""
+    floors: dict[str, Share] = {}
+    """Smallest share of a task that a proposal may take."""
+    caps: dict[str, Share] = {}
+    """Largest share of a task that a proposal may take."""
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """How often any row may be seen at the most; a task's own max_epochs wins."""
+    on_cap: Literal["error", "redistribute"] = "error"
+    """What happens when a share asks for more epochs than allowed."""
+
+
+class LoraSection(Section):
+    r: Annotated[int, Field(gt=0)] = 16
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale: the update is alpha/r * B A (alpha/sqrt(r) with rslora)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of A."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
+    """Modules that get an adapter: all linears but the head, or names as PEFT matches them."""
+    rslora: bool = False
+    """Scale by alpha/sqrt(r) (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Weight-decomposed LoRA (Liu et al. 2024). Not mergeable by `mtft merge`."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """How A and B start (PEFT's init_lora_weights). pissa and olora change the base weights; export converts them."""
+
+
+class BalancerSection(Section):
+    model_config = ConfigDict(extra="allow", frozen=True)  # the balancer's own class checks its options
+    name: str = "uniform"
+    """uniform, fixed, ... (see docs/papers.md); the other keys are the balancer's options."""
+
+
+class LossSection(Section):
+    normalise: Literal["token", "sample", "task_token", "task_sample"] = "task_token"
+    """What the mean runs over (DESIGN: token = MFTCoder case1, sample = 2, task_token = 3, task_sample = 4)."""
+    balancer: BalancerSection = BalancerSection()
+    """How the task weights move."""
+    path: Literal["auto", "gather", "fused"] = "auto"
+    """How the per-token losses are computed; equal results, different speed."""
+
+
+class TrainSection(Section):
+    steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps. Give steps or epochs."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over as many rows as all tasks have together."""
+    batch_tokens: Annotated[int, Field(gt=0)] = 32768
+    """Tokens in one optimizer step, over all ranks (examples in a step = batch_tokens // mean length)."""
+    micro_batch_tokens: Annotated[int, Field(gt=0)] = 8192
+    """Tokens (with padding) that one rank holds in one forward pass."""
+    max_length: Annotated[int, Field(gt=1)] = 2048
+    """Longest example, and length of a packed row."""
+    too_long: Literal["drop", "truncate_left", "truncate_right", "error"] = "truncate_left"
+    """What happens to longer examples. Counted per task and reported."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """Broken rows: stop at the first file with any, or skip up to 1 % of a file and count."""
+    packing: bool = True
+    """Several examples in one row, isolated from each other."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Learning-rate schedule after the warm-up, to zero for linear and cosine."""
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Share of the steps (below 1) or number of steps (from 1)."""
+    optimizer: str = "adamw_torch"
+    """A name of transformers' `optim`."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled decay."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Adam's first moment decay."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Adam's second moment decay."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip the gradient norm; 0 = off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    eval_every: Annotated[int, Field(gt=0)] | None = None
+    """Steps between evaluations; null: at the start and at the end only."""
+    max_bad_steps: Annotated[int, Field(gt=0)] = 10
+    """Stop after so many steps in a row with a non-finite loss or gradient, or with no supervised token."""
+
+
+class OutputSection(Section):
+    dir: str
+    """Run directory. Relative to the working directory, as for every other tool's output."""
+    save_every: Annotated[int, Field(gt=0)] | None = None
+    """Steps between checkpoints; null: only at the end and on a signal."""
+    keep: Annotated[int, Field(gt=0)] = 2
+    """Checkpoints that stay on disk."""
+    trackers: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Trackers of transformers: tensorboard, trackio, wandb, mlflow, ... metrics.jsonl is always written."""
+
+
+class SweepSection(Section):
+    """Trials for `mtft mix` and the mix stage of `mtft run`: ordinary runs of this recipe with another mixture."""
+
+    trials: Annotated[int, Field(gt=0)] = 32
+    """Mixtures to try, the current one and its repeats included."""
+    design: Literal["dirichlet", "space_filling"] = "dirichlet"
+    """RegMix's Dirichlet around the natural shares, or space-filling under the mixture's floors and caps."""
+    repeats: Annotated[int, Field(ge=0)] = 0
+    """Extra runs of the current mixture with other seeds: the estimate of the noise."""
+    model: ModelSection | None = None
+    """Proxy model; null: the recipe's own."""
+    lora: LoraSection | Literal["full"] | None = None
+    """LoRA of the trials; null: the recipe's own; full: full fine-tuning."""
+    steps: Annotated[int, Field(gt=0)] = 50
+    """Optimizer steps of a trial."""
+    batch_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Tokens in a step of a trial; null: the recipe's own."""
+    eval_limit: Annotated[int, Field(gt=0)] | None = None
+    """Use only the first held-out rows of each task in trials."""
+    surrogate: str = "auto"
+    """Model of score by mixture: auto, linear, ridge, lightgbm, exp, power, gp, ..."""
+    objective: Literal["mean", "worst"] | dict[str, Share] = "mean"
+    """What the proposal minimises over the tasks' held-out losses, each standardised over the trials."""
+    kl: Annotated[float, Field(ge=0)] = 0.05
+    """Pull towards the prior (the natural shares)."""
+    workers: Annotated[int, Field(gt=0)] = 1
+    """Trials at the same time, one process each."""
+    backend: Literal["process", "ray"] = "process"
+    """Local processes or a Ray cluster (extra `ray`)."""
+
+
+class MergeSection(Section):
+    method: str = "linear"
+    """linear, cat, svd, ties, tsv, ... (docs/papers.md)."""
+    adapters: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Folders of PEFT adapters; null in `mtft run`: the single-task adapters."""
+    weights: Annotated[tuple[float, ...], Field(strict=False)] | None = None
+    """Weight of each adapter, multiplying its delta; null = 1 each."""
+    scale: float = 1.0
+    """Multiplies the result."""
+    average: bool = False
+    """Divide by the sum of the weights."""
+    rank: Literal["auto", "lossless"] | Annotated[int, Field(gt=0)] = "auto"
+    """Rank of the merged adapter. auto: the smallest usual rank that keeps `energy`."""
+    energy: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Share of the squared singular values that rank auto keeps."""
+    options: dict[str, StrictInt | StrictFloat | StrictStr | bool] = {}
+    """The method's own options."""
+    out: str | None = None
+    """Folder of the merged adapter; null: <output.dir>/merge/adapter."""
+    overwrite: bool = False
+    """Replace an adapter that is there already."""
+
+
+class FuseSection(Section):
+    strong: ModelSection
+    """The large model that is steered; its weights are never touched."""
+    base: ModelSection | None = None
+    """The small base of the adapters; null: the recipe's `model`."""
+    adapters: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """LoRA experts on the small base; null in `mtft run`: the joint adapter."""
+    alpha_rule: Literal["fixed", "forward", "jeffreys", "paper", "paper_grid"] = "jeffreys"
+    """How far each token is moved (docs/papers.md); fixed = proxy-tuning / EFT."""
+    alpha: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """The constant of alpha_rule `fixed`."""
+    alpha_max: Annotated[float, Field(gt=0, le=10)] = 2.0
+    """Upper end of the search for the other rules."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 64
+    """Length limit of `mtft fuse generate`."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 = greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling, after fusion."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    """Prompts decoded together."""
+
+
+class RunSection(Section):
+    """What `mtft run` does beside the main line mix -> train -> merge -> fuse -> report."""
+
+    baseline: Literal["uniform", "natural", "none"] = "uniform"
+    """Also train a joint adapter on this mixture, to compare the predicted one with."""
+    singles: bool = True
+    """Also train one adapter per task (what the merge stage merges, and the yardstick of retention)."""
+    tune_strong: bool = True
+    """Also tune the strong model by LoRA on the same mixture: the yardstick of fusion's gap closed."""
+    single_steps: Annotated[int, Field(gt=0)] | None = None
+    """Steps of a single-task run; null: the joint run's steps times the task's share, at least 10."""
+
+
+class Recipe(Section):
+    """A whole recipe. Sections that a command does not need may be left out."""
+
+    name: str
+    """Name of the run in reports and trackers."""
+    seed: Annotated[int, Field(ge=0)] = 17
+    """Seed of everything: plan, initialisation, dropout, sampling."""
+    model: ModelSection
+    tasks: Annotated[tuple[TaskSection, ...], Field(strict=False, min_length=1)]
+    mixture: MixtureSection = MixtureSection()
+    lora: LoraSection | None = LoraSection()
+    """null = full fine-tuning."""
+    loss: LossSection = LossSection()
+    train: TrainSection
+    output: OutputSection
+    sweep: SweepSection | None = None
+    merge: MergeSection | None = None
+    fuse: FuseSection | None = None
+    run: RunSection = RunSection()
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Makes .venv in the repository and installs mtft into it, editable. Safe to call again: it does nothing when the
+# environment is there and pyproject.toml has not changed, and it carries on after an interruption.
+#
+#   scripts/setup.sh          what the commands and the quickstart need
+#   scripts/setup.sh dev      also tests, linters, all extras but `gpu`
+#   PYTHON=python3.12 scripts/setup.sh     with this interpreter
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+flavour="${1:-core}"
+case "$flavour" in
+  core) target="." ;;
+  dev) target=".[dev]" ;;
+  *) echo "error: scripts/setup.sh takes 'core' or 'dev', not '$flavour'" >&2; exit 2 ;;
+esac
+
+supported() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+find_python() {
+  local name
+  for name in ${PYTHON:-python3 python3.11 python3.12 python3.13}; do
+    if supported "$name"; then echo "$name"; return; fi
+  done
+  {
+    echo "error: no Python 3.11 or newer found (tried: ${PYTHON:-python3 python3.11 python3.12 python3.13})"
+    echo "  do:    install one (https://www.python.org/downloads), or name it: PYTHON=/path/to/python3.12 $0"
+  } >&2
+  return 2
+}
+
+# The stamp says what was installed, from what, by which interpreter, and where (an editable install holds the path).
+python=.venv/bin/python
+stamp() { { cat pyproject.toml; "$python" -V; pwd; } | cksum; }
+done_already() { [ -x "$python" ] && [ -f ".venv/mtft-$1.stamp" ] && [ "$(cat ".venv/mtft-$1.stamp")" = "$(stamp)" ]; }
+
+if done_already "$flavour" || { [ "$flavour" = core ] && done_already dev; }; then exit 0; fi
+
+if ! { [ -x "$python" ] && "$python" -m pip --version >/dev/null 2>&1; }; then
+  base="$(find_python)"
+  echo "setup: making .venv with $("$base" -V)"
+  if ! "$base" -m venv .venv; then
+    echo "error: '$base -m venv' failed" >&2
+    echo "  do:    on Debian and Ubuntu: apt install python3-venv; elsewhere name another interpreter with PYTHON=..." >&2
+    exit 2
+  fi
+fi
+if ! supported "$python"; then
+  echo "error: .venv holds $("$python" -V), and mtft needs 3.11 or newer" >&2
+  echo "  do:    remove the folder .venv and run this again" >&2
+  exit 2
+fi
+
+echo "setup: installing mtft ($flavour) into .venv; the first time takes some minutes"
+if ! "$python" -m pip install --disable-pip-version-check --prefer-binary -e "$target"; then
+  echo "error: pip could not install mtft (its own message stands above)" >&2
+  echo "  do:    check the network or your package index, then run this again: what is installed already is kept" >&2
+  exit 1
+fi
+stamp > ".venv/mtft-$flavour.stamp"

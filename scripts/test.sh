@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Sets up .venv with everything for development, then lints and runs the tests.
+#
+#   scripts/test.sh            lint + fast tests
+#   scripts/test.sh --all      lint + fast tests + slow tests (several processes, whole runs)
+#   scripts/test.sh --slow     only the slow tests
+# Anything after that goes to pytest: scripts/test.sh -k merge
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+which=fast
+case "${1:-}" in
+  --all) which=all; shift ;;
+  --slow) which=slow; shift ;;
+esac
+
+scripts/setup.sh dev
+
+# One thread a worker: two workers with two threads each on two cores are slower than this. No hub: tests are offline.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+python=.venv/bin/python
+
+if [ "$which" != slow ]; then
+  "$python" -m ruff check .
+  "$python" -m ruff format --check .
+  # loadfile: tests of one file share their fixtures (one launch of two ranks serves many assertions)
+  "$python" -m pytest -n 2 --dist loadfile -m "not slow" --durations=10 "$@"
+fi
+if [ "$which" != fast ]; then
+  "$python" -m pytest -n 2 --dist loadfile -m slow --durations=20 "$@"
+fi

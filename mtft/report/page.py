@@ -1,0 +1,64 @@
+"""`mtft report`: everything that runs left on disk, as one HTML page that needs no network and no other file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mtft.report import sections, steering
+from mtft.report.load import RunData, load_run
+from mtft.report.parts import Section
+
+MAKERS = (
+    sections.results,
+    sections.mixture,
+    sections.training,
+    sections.trials,
+    steering.merging,
+    steering.fusion,
+    sections.environment,
+)
+
+
+def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Writes one page for one or several run directories; returns its path.
+
+    `out` defaults to report.html in the first directory. Raises UserError when a folder holds nothing to report.
+    """
+    runs = [load_run(Path(folder)) for folder in run_dirs]
+    target = Path(out) if out is not None else Path(run_dirs[0]) / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f"{target.name}.{os.getpid()}.part")
+    aside.write_text(render(runs), encoding="utf-8")
+    os.replace(aside, target)
+    return target
+
+
+def render(runs: Sequence[RunData]) -> str:
+    """The page's HTML."""
+    # Everything that comes from a user's files is escaped; only our own SVGs go in as they are.
+    template = Environment(
+        loader=PackageLoader("mtft.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("page.html.j2")
+    blocks = [{"id": f"run{index}", "name": run.name, "sections": _sections(run)} for index, run in enumerate(runs)]
+    return template.render(title=" · ".join(run.name for run in runs), subtitle=_subtitle(runs), runs=blocks)
+
+
+def _sections(run: RunData) -> list[Section]:
+    return [section for maker in MAKERS if (section := maker(run)) is not None]
+
+
+def _subtitle(runs: Sequence[RunData]) -> str:
+    run = runs[0]
+    parts = [f"{len(run.tasks)} tasks", f"{len(run.trains)} training runs"]
+    if run.fit.get("trials"):
+        parts.append(f"{run.fit['trials']} mixture trials")
+    version = next((train.env.get("versions", {}).get("mtft") for train in run.trains if train.env), None)
+    return " · ".join(parts + ([f"mtft {version}"] if version else []))

@@ -1,0 +1,107 @@
+"""What a section of the page is made of; the template knows how each kind looks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    mark: str = ""  # "best", "ref" or nothing
+
+
+@dataclass(frozen=True)
+class Row:
+    cells: list[Cell]
+    total: bool = False
+
+
+@dataclass(frozen=True)
+class Head:
+    text: str
+    ref: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    head: list[Head]
+    rows: list[Row]
+    kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Plot:
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Plots:
+    plots: list[Plot]
+    kind: str = "plots"
+
+
+@dataclass(frozen=True)
+class Words:
+    """kind: text, note, heading or verdict."""
+
+    text: str
+    kind: str = "text"
+
+
+@dataclass(frozen=True)
+class Token:
+    text: str
+    shade: float  # 0..1
+    title: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    tokens: list[Token]
+    kind: str = "tokens"
+
+
+@dataclass(frozen=True)
+class Code:
+    title: str
+    text: str
+    kind: str = "code"
+
+
+@dataclass(frozen=True)
+class Section:
+    id: str
+    title: str
+    parts: list = field(default_factory=list)
+
+
+def number(value: object, digits: int = 3) -> str:
+    """A figure as a reader wants it; `-` for what is absent."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}%}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, total: bool = False) -> Table:
+    """A plain table; `total` sets off the last row."""
+    return Table(
+        [Head(text) for text in head],
+        [
+            Row([Cell(number(value)) for value in row], total=total and index == len(rows) - 1)
+            for index, row in enumerate(rows)
+        ],
+    )

@@ -1,0 +1,155 @@
+"""The report's plots. Each function takes plain numbers and returns one SVG as text; no state, no display."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from itertools import count
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Okabe & Ito's palette: eight colours that colour-blind readers can tell apart; line styles go on from there.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A900")
+STYLES = ("-", "--", ":", "-.")
+GREY = "#8a8f98"
+_number = count()
+
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+def look(index: int) -> tuple[str, str]:
+    """Colour and line style of the index-th task, the same in every plot of a page."""
+    return COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
+
+
+def lines(
+    curves: Curves, *, ylabel: str, xlabel: str = "optimizer step", points: Curves | None = None, smooth: int = 1
+) -> str:
+    """One line a task; `points` (held-out values) are drawn over them as markers; `smooth` = window of a running mean."""
+    figure, axis = _axis(7.6, 3.4)
+    for index, (name, (x, y)) in enumerate(curves.items()):
+        colour, style = look(index)
+        if smooth > 1 and len(y) >= 2 * smooth:
+            axis.plot(x, y, color=colour, alpha=0.18, linewidth=0.8)
+            y = np.convolve(y, np.ones(smooth) / smooth, mode="valid")
+            x = x[smooth - 1 :]
+        axis.plot(x, y, color=colour, linestyle=style, linewidth=1.5, label=name)
+        if points and name in points and points[name][0]:
+            axis.plot(
+                *points[name], color=colour, linestyle="none", marker="o", markersize=4.5, markeredgecolor="white"
+            )
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    _legend(axis, len(curves))
+    return _svg(figure)
+
+
+def shares(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Grouped horizontal bars: {task: {series: share}}."""
+    tasks, series = list(rows), list(dict.fromkeys(name for row in rows.values() for name in row))
+    figure, axis = _axis(7.6, 0.7 + 0.17 * len(tasks) * (len(series) + 0.8))
+    height = 0.8 / max(len(series), 1)
+    for index, name in enumerate(series):
+        at = np.arange(len(tasks)) + (index - (len(series) - 1) / 2) * height
+        values = [rows[task].get(name, 0.0) for task in tasks]
+        bars = axis.barh(at, values, height=height * 0.9, color=COLOURS[index % len(COLOURS)], label=name)
+        axis.bar_label(bars, labels=[f"{value:.1%}" for value in values], padding=3, fontsize=7.5)
+    axis.set_yticks(np.arange(len(tasks)), tasks)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.set_xlabel("share")
+    _legend(axis, len(series))
+    return _svg(figure)
+
+
+def predicted(measured: Sequence[float], mean: Sequence[float], lower: Sequence[float], upper: Sequence[float]) -> str:
+    """Out-of-fold predictions with intervals against what the trials measured."""
+    y, m = np.asarray(measured, float), np.asarray(mean, float)
+    low, high = np.asarray(lower, float), np.asarray(upper, float)
+    figure, axis = _axis(3.6, 3.2)
+    inside = (low <= y) & (y <= high)
+    for mask, colour, label in ((inside, COLOURS[0], "inside its interval"), (~inside, COLOURS[1], "outside")):
+        if mask.any():
+            bars = np.vstack([np.maximum(m - low, 0), np.maximum(high - m, 0)])[:, mask]
+            axis.errorbar(
+                y[mask], m[mask], yerr=bars, fmt="o", color=colour, ecolor=colour, markersize=4, elinewidth=0.7,
+                alpha=0.8, label=label,
+            )  # fmt: skip
+    ends = [min(y.min(), m.min()), max(y.max(), m.max())]
+    axis.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", zorder=0)
+    axis.set_xlabel("measured")
+    axis.set_ylabel("predicted, out of fold")
+    axis.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def heat(values: Sequence[Sequence[float]], names: Sequence[str], *, low: float = -1, high: float = 1) -> str:
+    """Square matrix with its numbers: cosines, overlaps, transfer."""
+    grid = np.asarray(values, float)
+    size = 1.4 + 0.62 * len(names)
+    figure, axis = _axis(size + 0.8, size)
+    axis.imshow(grid, vmin=low, vmax=high, cmap="RdBu_r")
+    for (row, column), value in np.ndenumerate(grid):
+        dark = abs(value - (low + high) / 2) > 0.32 * (high - low)
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axis.set_yticks(range(len(names)), names)
+    axis.grid(False)
+    axis.tick_params(length=0)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    return _svg(figure)
+
+
+def bars(rows: Mapping[str, float], *, xlabel: str, reference: float | None = None) -> str:
+    """Horizontal bars with their values; `reference` draws a dashed line (for instance 1.0 = the tuned model)."""
+    names, values = list(rows), [float(value) for value in rows.values()]
+    figure, axis = _axis(7.6, 0.8 + 0.32 * len(names))
+    drawn = axis.barh(names, values, color=[COLOURS[0] if value >= 0 else COLOURS[1] for value in values], height=0.62)
+    axis.bar_label(drawn, labels=[f"{value:.2f}" for value in values], padding=3, fontsize=8)
+    if reference is not None:
+        axis.axvline(reference, color=GREY, linestyle="--", linewidth=1)
+    axis.invert_yaxis()
+    axis.margins(x=0.1)
+    axis.set_xlabel(xlabel)
+    return _svg(figure)
+
+
+def _axis(width: float, height: float):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axis = figure.add_subplot()
+    axis.grid(True, color="#e6e8eb", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8.5, color="#b8bcc4")
+    axis.xaxis.label.set_size(9)
+    axis.yaxis.label.set_size(9)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color("#b8bcc4")
+    return figure, axis
+
+
+def _legend(axis, entries: int) -> None:
+    """Beside the plot, never over the data."""
+    if entries > 1:
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + entries // 18)
+
+
+def _svg(figure: Figure) -> str:
+    """SVG without the XML header; ids made unique, since several SVGs share one page."""
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "mtft"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    prefix = f"p{next(_number)}-"
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", text)
+    return re.sub(r'xlink:href="#([^"]+)"', rf'xlink:href="#{prefix}\1"', text)

@@ -1,0 +1,169 @@
+"""The sections of the page, in reading order: results, mixture, training, trials. (Merge and fusion: steering.py.)"""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+from mtft.report import plots
+from mtft.report.load import RunData, TrainRun
+from mtft.report.parts import Cell, Code, Head, Plot, Plots, Row, Section, Table, Words, number, percent, table
+
+# metric -> (title, the better direction)
+METRICS = {
+    "loss": ("Held-out loss (nats per supervised token, lower is better)", -1),
+    "token_accuracy": ("Token accuracy (greedy token = reference, higher is better)", 1),
+    "exact_match": ("Exact match (greedy decoding gives the whole reference, higher is better)", 1),
+}
+# Yardsticks that are not candidates for "best": another model, or one adapter per task.
+REFERENCES = ("base", "single", "strong base", "strong tuned")
+
+
+def results(run: RunData) -> Section | None:
+    """One table a metric: tasks down, stages across, the mean last."""
+    if not run.results:
+        return None
+    stages = list(run.results)
+    parts: list = [
+        Words(
+            "Rows are tasks, columns are what was evaluated, all on the same held-out rows. Bold green is the best of the "
+            "models that serve every task; grey columns are yardsticks."
+        )
+    ]
+    for metric, (title, direction) in METRICS.items():
+        rows = {task: [run.results[stage].get(task, {}).get(metric) for stage in stages] for task in run.tasks}
+        if all(value is None for row in rows.values() for value in row):
+            continue
+        body = [_result_row(task, values, stages, direction) for task, values in rows.items()]
+        columns = list(zip(*rows.values(), strict=True))
+        means = [fmean(column) if all(value is not None for value in column) else None for column in columns]
+        body.append(_result_row("mean over tasks", means, stages, direction, total=True))
+        parts += [
+            Words(title, "heading"),
+            Table([Head("task"), *(Head(stage, ref=stage in REFERENCES) for stage in stages)], body),
+        ]
+    return Section("results", "Results", parts)
+
+
+def _result_row(name: str, values: list, stages: list[str], direction: int, total: bool = False) -> Row:
+    candidates = [
+        value for value, stage in zip(values, stages, strict=True) if value is not None and stage not in REFERENCES
+    ]
+    best = max(candidates, key=lambda value: direction * value) if len(candidates) > 1 else None
+    cells = [Cell(name)]
+    for value, stage in zip(values, stages, strict=True):
+        mark = "ref" if stage in REFERENCES else "best" if value is not None and value == best else ""
+        cells.append(Cell(number(value), mark))
+    return Row(cells, total=total)
+
+
+def mixture(run: RunData) -> Section | None:
+    """Asked and realised shares of each joint run, and the verdict on the proposal."""
+    joints = [train for train in run.trains if train.plan and len(train.plan.get("tasks", {})) > 1]
+    if not joints:
+        return None
+    parts: list = []
+    if run.proposal.get("text"):
+        parts.append(Words(run.proposal["text"], "verdict"))
+    bars = {
+        task: {train.name: train.plan["tasks"][task]["asked"] for train in joints} for task in joints[0].plan["tasks"]
+    }
+    parts.append(Plots([Plot("Asked share of each task", plots.shares(bars))]))
+    for train in joints:
+        rows = [
+            [task, percent(row["asked"]), percent(row["realised"]), row["rows"], row["size"], f"{row['epochs']:.2f}"]
+            for task, row in train.plan["tasks"].items()
+        ]
+        parts += [
+            Words(f"{train.name}: {train.plan['steps']:,} steps of {train.plan['batch']:,} examples", "heading"),
+            table(["task", "asked", "realised", "rows seen", "rows in the set", "epochs"], rows),
+        ]
+    return Section("mixture", "Mixture: asked and realised", parts)
+
+
+def training(run: RunData) -> Section | None:
+    """Losses and weights over the steps, and throughput."""
+    trains = [train for train in run.trains if train.steps]
+    if not trains:
+        return None
+    parts: list = []
+    for train in (train for train in trains if len(train.tasks) > 1 or len(trains) == 1):
+        parts += [Words(train.name, "heading"), Plots(_training_plots(train))]
+    rows = [
+        [
+            train.name,
+            len(train.steps),
+            sum(line.get("tokens") or 0 for line in train.steps),
+            train.tokens_per_second,
+            sum(line.get("seconds") or 0.0 for line in train.steps),
+            train.steps[-1].get("loss"),
+        ]
+        for train in trains
+    ]
+    head = ["run", "steps", "tokens", "tokens/s", "seconds in steps", "last step's loss"]
+    parts += [Words("Throughput", "heading"), table(head, rows)]
+    return Section("training", "Training", parts)
+
+
+def _training_plots(train: TrainRun) -> list[Plot]:
+    losses = {task: train.curve(task, "loss") for task in train.tasks}
+    held_out = {task: train.eval_curve(task, "loss") for task in train.tasks}
+    window = max(1, len(train.steps) // 40)
+    caption = "Training loss per task (line) and held-out loss (dots)"
+    out = [Plot(caption, plots.lines(losses, ylabel="loss", points=held_out, smooth=window))]
+    weights = {task: train.curve(task, "weight") for task in train.tasks}
+    values = [value for _, y in weights.values() for value in y]
+    if values and max(values) - min(values) > 1e-9:
+        out.append(Plot("Weight of each task in the loss", plots.lines(weights, ylabel="weight")))
+    return out
+
+
+def trials(run: RunData) -> Section | None:
+    """What the surrogates make of the trials: predictions against measurements, and how far to trust them."""
+    targets = run.fit.get("targets", {})
+    if not targets:
+        return None
+    parts: list = [
+        Words(
+            "Each dot is a trial: its measured held-out loss against what a surrogate predicts that has not seen it (cross-"
+            "validation by mixture), with the calibrated interval."
+        )
+    ]
+    drawn = []
+    for name, target in list(targets.items())[:12]:
+        points = target.get("predicted", {})
+        if points.get("measured"):
+            keys = ("measured", "mean", "lower", "upper")
+            drawn.append(Plot(name, plots.predicted(*(points[key] for key in keys))))
+    parts.append(Plots(drawn))
+    rows = []
+    for name, target in targets.items():
+        for candidate in target.get("candidates", []):
+            rho, r2 = candidate.get("rho"), candidate.get("r2")
+            rows.append([name, candidate["name"], rho, r2, candidate.get("weight"), percent(target.get("coverage"))])
+    head = ["target", "surrogate", "Spearman (cross-validated)", "R²", "weight", "interval coverage"]
+    parts.append(table(head, rows))
+    return Section("trials", "Trials and surrogates", parts)
+
+
+def environment(run: RunData) -> Section | None:
+    envs = [train.env for train in run.trains if train.env]
+    parts: list = []
+    if envs:
+        flat = [[key, value] for key, value in _flat(envs[0]) if not isinstance(value, float) or math.isfinite(value)]
+        parts.append(table(["what", "value"], flat[:40]))
+    if run.recipe:
+        parts.append(Code("The recipe", run.recipe))
+    return Section("environment", "Environment and recipe", parts) if parts else None
+
+
+def _flat(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
+    out: list[tuple[str, object]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out += _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            out.append((f"{prefix}{key}", ", ".join(map(str, value))))
+        else:
+            out.append((f"{prefix}{key}", value))
+    return out

@@ -1,0 +1,99 @@
+"""The sections on what happens after training: the merged adapter, and the strong model that a small one steers."""
+
+from __future__ import annotations
+
+from mtft.report import plots
+from mtft.report.load import RunData
+from mtft.report.parts import Plot, Plots, Section, Token, Tokens, Words, percent, table
+
+
+def merging(run: RunData) -> Section | None:
+    """Retention of each task, and how the single-task adapters get on with each other."""
+    tasks = run.retention.get("tasks", {})
+    if not tasks:
+        return None
+    parts: list = [
+        Words(
+            f"Method: {run.retention['method']}, rank {run.retention['rank']}. Retained share = (base − merged) / (base − single) "
+            "of the held-out loss, and the same of the token accuracy: 1 keeps all that the single-task adapter had learnt, "
+            "0 is the base model. With 95 % paired-bootstrap intervals over the examples."
+        )
+    ]
+    rows = [
+        [task, row["loss"]["base"], row["loss"]["single"], row["loss"]["merged"], _range(row["loss"]["retained"])]
+        + [
+            row["accuracy"]["base"],
+            row["accuracy"]["single"],
+            row["accuracy"]["merged"],
+            _range(row["accuracy"]["retained"]),
+        ]
+        for task, row in tasks.items()
+    ]
+    heads = [f"{metric} {what}" for metric in ("loss", "accuracy") for what in ("base", "single", "merged", "retained")]
+    parts.append(table(["task", *heads], rows))
+    kept = {task: row["loss"]["retained"]["value"] for task, row in tasks.items()}
+    drawn = [Plot("Share of the single-task adapter's gain in loss that the merged adapter keeps", _bars(kept))]
+    cosines = run.retention.get("cosines")
+    if cosines and len(cosines["names"]) > 1:
+        caption = "Cosine between the adapters' updates, over all modules"
+        drawn.append(Plot(caption, plots.heat(cosines["values"], cosines["names"])))
+    parts.append(Plots(drawn))
+    if run.retention.get("energy") is not None:
+        text = f"The merged adapter's rank keeps {percent(run.retention['energy'], 2)} of the exact merge's squared singular values."
+        parts.append(Words(text, "note"))
+    return Section("merge", "Merge: what one adapter keeps", parts)
+
+
+def fusion(run: RunData) -> Section | None:
+    """Gap closed by the fused model, the rule's alphas, and one generated text with each token's alpha in colour."""
+    fused = run.fusion
+    if not fused.get("gap"):
+        return None
+    parts: list = [
+        Words(
+            f"Rule: {fused['rule']}. Gap closed = (fused − strong) / (tuned − strong): 0 is the strong model alone, 1 the strong "
+            "model tuned itself. The ratio is fused / tuned, the figure that the fusion literature prints."
+        )
+    ]
+    rows = []
+    for task, metrics in fused["gap"].items():
+        for metric, row in metrics.items():
+            rows.append([task, metric, row["strong"], row["fused"], row["tuned"], _range(row["gap"]), row["ratio"]])
+    parts.append(table(["task", "metric", "strong alone", "fused", "strong tuned", "gap closed", "ratio"], rows))
+    alpha = fused.get("alpha", {})
+    if alpha:
+        quantiles = ", ".join(f"{name} {value:.2f}" for name, value in alpha["quantiles"].items())
+        text = f"alpha over the scored positions: mean {alpha['mean']:.2f}, {quantiles}; clipped {percent(alpha['clipped'])}"
+        parts.append(Words(f"{text}, flat {percent(alpha['flat'])}.", "note"))
+    for sample in fused.get("samples", []):
+        parts.append(Words(f"{sample['task']}: a held-out prompt, decoded greedily", "heading"))
+        parts.append(Words("Stronger colour: the small model moved the strong one further (larger alpha).", "note"))
+        top = max((token["alpha"] for token in sample["tokens"]), default=0.0) or 1.0
+        parts.append(Tokens([Token(sample["prompt"], 0.0, "prompt")]))
+        parts.append(
+            Tokens(
+                [
+                    Token(t["text"], round(0.75 * t["alpha"] / top, 3), f"alpha {t['alpha']:.2f}")
+                    for t in sample["tokens"]
+                ]
+            )
+        )
+        if sample.get("strong"):
+            parts.append(Words("The strong model alone wrote:", "note"))
+            parts.append(Tokens([Token(sample["strong"], 0.0, "strong model alone")]))
+    return Section("fusion", "Fusion: a small model steers a large one", parts)
+
+
+def _range(row: dict) -> str:
+    """`0.85 [0.80, 0.91]`, or the reason why there is no number."""
+    if row.get("value") is None:
+        return row.get("why") or "–"
+    text = f"{row['value']:.2f}"
+    if row.get("lower") is not None:
+        text += f" [{row['lower']:.2f}, {row['upper']:.2f}]"
+    return text
+
+
+def _bars(values: dict) -> str:
+    known = {name: value for name, value in values.items() if value is not None}
+    return plots.bars(known, xlabel="retained share", reference=1.0)

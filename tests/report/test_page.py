@@ -1,0 +1,151 @@
+"""The page from a run directory written by hand: what it must say, and that nothing of a user's can break it."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from mtft.errors import UserError
+from mtft.report.load import load_run
+from mtft.report.page import write_report
+
+TASKS = ("sql", "sum<b>")  # a name that would break a page that does not escape
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    for index, name in enumerate(("joint", "baseline")):
+        folder = tmp_path / "train" / name
+        steps = [
+            {
+                "step": step,
+                "loss": 3 - 0.05 * step,
+                "tokens": 1000,
+                "seconds": 0.5,
+                "tasks": {
+                    task: {"loss": 3 - 0.05 * step + k, "weight": 1 + 0.01 * step * k} for k, task in enumerate(TASKS)
+                },
+            }
+            for step in range(1, 21)
+        ]
+        steps[3]["tasks"][TASKS[0]]["loss"] = None  # absent from the step
+        write(folder / "metrics.jsonl", lines(steps))
+        write(folder / "eval.jsonl", lines([{"step": s, "tasks": {t: {"loss": 2.5} for t in TASKS}} for s in (0, 20)]))
+        shares = (0.5 + 0.2 * index, 0.5 - 0.2 * index)
+        rows = {t: {"asked": p, "realised": p, "rows": 80, "size": 60, "epochs": 1.3} for t, p in zip(TASKS, shares)}
+        write(folder / "plan.json", {"steps": 20, "batch": 8, "tasks": rows})
+        write(folder / "env.json", {"versions": {"mtft": "0.1.0", "torch": "2.13"}, "seed": 1})
+    table = {
+        stage: {task: {"loss": loss, "exact_match": 1 - loss / 4} for task in TASKS}
+        for stage, loss in (("base", 3.0), ("joint uniform", 1.25), ("joint predicted", 1.125))
+    }
+    write(tmp_path / "results.json", table)
+    write(tmp_path / "recipe.yaml", "name: by-hand\nseed: 1\n")
+    return tmp_path
+
+
+class Balanced(HTMLParser):
+    """Fails on an element that is closed without having been opened; collects the text."""
+
+    VOID = {"meta", "br", "img", "link", "hr", "input"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.words = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def parse(path):
+    page = Balanced()
+    page.feed(path.read_text(encoding="utf-8"))
+    assert page.open == []
+    return " ".join(" ".join(page.words).split())
+
+
+def test_says_what_the_run_did(run_dir):
+    words = parse(write_report([run_dir]))
+    for expected in ("by-hand", "joint predicted", "1.125", "70.0%", "Throughput", "2,000", "torch"):
+        assert expected in words
+
+
+def test_needs_no_network(run_dir):
+    html = write_report([run_dir]).read_text(encoding="utf-8")
+    fetched = re.findall(r'(?:src|href)="(?!#)([^"]*)"', html) + re.findall(r"@import|url\((?!#)[^)]*\)", html)
+    assert fetched == []
+    assert "<script" not in html
+
+
+def test_users_text_is_escaped(run_dir):
+    html = write_report([run_dir]).read_text(encoding="utf-8")
+    assert "sum&lt;b&gt;" in html
+    assert "sum<b>" not in html
+
+
+def test_best_is_marked_among_the_models_that_serve_all_tasks(run_dir):
+    html = write_report([run_dir]).read_text(encoding="utf-8")
+    assert re.search(r'<td class="best">1\.125</td>', html)
+    assert re.search(r'<td class="ref">3\.000</td>', html)
+    assert not re.search(r'<td class="best">3\.000</td>', html)
+
+
+def test_ids_are_unique(run_dir):
+    html = write_report([run_dir]).read_text(encoding="utf-8")
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_absent_task_leaves_a_gap_not_a_zero(run_dir):
+    steps, losses = load_run(run_dir).trains[0].curve(TASKS[0], "loss")
+    assert 4 not in steps
+    assert min(losses) > 1 and all(map(math.isfinite, losses))
+
+
+def test_a_line_still_being_written_is_left_out(run_dir):
+    path = run_dir / "train" / "joint" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 21, "lo', encoding="utf-8")
+    assert len(load_run(run_dir).trains[0].steps) == 20
+
+
+def test_broken_line_is_named(run_dir):
+    path = run_dir / "train" / "joint" / "metrics.jsonl"
+    broken = path.read_text().splitlines()
+    broken[4] = "{"
+    path.write_text("\n".join(broken), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_run(run_dir)
+    assert caught.value.where.endswith("metrics.jsonl:5")
+
+
+@pytest.mark.parametrize("make", [False, True])
+def test_nothing_to_report_is_an_error(tmp_path, make):
+    folder = tmp_path / "empty"
+    if make:
+        folder.mkdir()
+    with pytest.raises(UserError):
+        write_report([folder])
+
+
+def test_two_runs_on_one_page(run_dir, tmp_path):
+    page = write_report([run_dir, run_dir / "train" / "joint"], tmp_path / "both.html")
+    words = parse(page)
+    assert words.count("Throughput") == 2

@@ -1,0 +1,97 @@
+"""Functions of the standard library as the tasks need them: header, docstring, body, and a key that tells copies."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mtft.quickstart.corpus import SourceFile
+
+
+@dataclass(frozen=True)
+class Function:
+    """One function or method. Lines are dedented: the `def` starts at column 0, the body is indented as in the file."""
+
+    id: str  # "json/decoder.py:JSONDecoder.decode"
+    name: str
+    header: tuple[str, ...]  # "def f(" ... up to the line before the body; decorators are not in it
+    docstring: str | None  # cleaned as inspect.cleandoc does
+    docstring_lines: tuple[str, ...]  # as they stand in the source
+    body: tuple[str, ...]  # without the docstring
+    starts: tuple[int, ...]  # indices into `body` where a statement starts
+    key: str  # equal for two functions whose code differs only in name, docstring, comments and layout
+
+    @property
+    def code(self) -> str:
+        """Header and body without the docstring."""
+        return "\n".join((*self.header, *self.body))
+
+
+def functions_of(file: SourceFile) -> Iterator[Function]:
+    """All functions of a file that have a body on lines of their own, in the order of the source.
+
+    Where a name is defined more than once (overloads, property setters), the id of a later one ends in "@line".
+    """
+    text = file.text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in other people's strings
+        tree = ast.parse(text)
+    # Not splitlines: it also breaks at form feeds, which the parser does not count as lines.
+    lines = text.split("\n")
+    seen: set[str] = set()
+    for qualified, node in _walk(tree, ()):
+        function = _function(f"{file.name}:{'.'.join(qualified)}", node, lines)
+        if function is None:
+            continue
+        if function.id in seen:
+            function = Function(**{**vars(function), "id": f"{function.id}@{node.lineno}"})
+        seen.add(function.id)
+        yield function
+
+
+_Def = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _walk(node: ast.AST, outer: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], _Def]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, _Def):
+            yield (*outer, child.name), child
+        inner = (*outer, child.name) if isinstance(child, _Def | ast.ClassDef) else outer
+        yield from _walk(child, inner)
+
+
+def _function(id: str, node: _Def, lines: list[str]) -> Function | None:
+    docstring = ast.get_docstring(node)
+    statements = node.body[1:] if docstring is not None else node.body
+    first = node.body[0].lineno
+    if not statements or first == node.lineno or lines[first - 1][: node.body[0].col_offset].strip():
+        return None
+    assert node.end_lineno is not None
+    assert node.body[0].end_lineno is not None
+    body_start = node.body[0].end_lineno + 1 if docstring is not None else first
+    if statements[0].lineno < body_start:  # something follows the docstring on its line
+        return None
+    block = [_dedent(line, node.col_offset) for line in lines[: node.end_lineno]]
+    skipped = 0
+    while not block[body_start - 1].strip():  # blank lines between docstring and code
+        body_start, skipped = body_start + 1, skipped + 1
+    bare = ast.Module(statements, [])
+    return Function(
+        id=id,
+        name=node.name,
+        header=tuple(block[node.lineno - 1 : first - 1]),
+        docstring=docstring,
+        docstring_lines=tuple(block[first - 1 : body_start - 1 - skipped]) if docstring is not None else (),
+        body=tuple(block[body_start - 1 :]),
+        starts=tuple(
+            sorted({n.lineno - body_start for s in statements for n in ast.walk(s) if isinstance(n, ast.stmt)})
+        ),
+        key=f"{ast.dump(node.args)} {ast.dump(bare)}",
+    )
+
+
+def _dedent(line: str, columns: int) -> str:
+    """Lines inside a string may stand further left than the code: they lose only the blanks that they have."""
+    return line[columns:] if not line[:columns].strip() else line.lstrip()

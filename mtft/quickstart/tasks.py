@@ -1,0 +1,194 @@
+"""The tasks of the quickstart, made from the functions of the standard library.
+
+| task | prompt | response |
+|---|---|---|
+| naming | a function whose name is masked | its name |
+| docstring | a function without its docstring | the first line of the docstring |
+| next_line | a function up to some line | the next line |
+| code | signature and docstring | the body |
+
+Training rows come from the training modules, evaluation rows from the held-out modules (`mtft.quickstart.corpus`), and
+a held-out function whose code occurs in a training module as well is left out. Which rows there are depends on nothing
+but the library: the same Python gives the same rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mtft.quickstart import corpus
+from mtft.quickstart.functions import Function, functions_of
+
+PROMPT_TOKENS = 320  # room for the chat template within 384
+RESPONSE_TOKENS = 96
+EVAL_ROWS = 160  # at most, per task
+TOKENIZER = Path(__file__).parent / "models" / "weak" / "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """Where the rows of one task lie, and how many there are."""
+
+    train: Path
+    eval: Path
+    train_rows: int
+    eval_rows: int
+
+
+@dataclass(frozen=True)
+class Row:
+    prompt: str
+    response: str
+    id: str
+
+
+def naming(function: Function) -> Row | None:
+    """Mask the name everywhere in the code, calls of super() and recursion included."""
+    if function.name.startswith("__") or len(function.name) < 3 or len(function.body) < 2:
+        return None
+    masked = re.sub(rf"\b{re.escape(function.name)}\b", "____", function.code)
+    return Row(f"Name the function.\n\n{masked}", function.name, function.id)
+
+
+def docstring(function: Function) -> Row | None:
+    """The first line of the docstring, if it is a phrase."""
+    line = (function.docstring or "").strip().split("\n")[0].strip()
+    if len(line) < 12 or line.count(" ") < 2 or not line[0].isalpha():
+        return None
+    return Row(f"Describe the function.\n\n{function.code}", line, function.id)
+
+
+def next_line(function: Function) -> Row | None:
+    """Cut before a statement, which one decided by the hash of the id; the prompt shows the 12 lines before the cut."""
+    starts = [i for i in function.starts if i >= 2 and len(function.body[i].strip()) >= 8]
+    if not starts:
+        return None
+    cut = starts[_hash(function.id) % len(starts)]
+    before = [line for line in (*function.header, *function.body[:cut]) if line.strip()][-12:]
+    row_id = f"{function.id}+{cut}"
+    return Row("Write the next line.\n\n" + "\n".join(before), function.body[cut].strip(), row_id)
+
+
+def code(function: Function) -> Row | None:
+    """Short bodies of documented functions; the response is dedented."""
+    lines = [line for line in function.body if line.strip()]
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    if function.docstring is None or len(lines) > 6 or lines[0].strip() in ("pass", "..."):
+        return None
+    if any(line[:indent].strip() for line in lines):
+        return None
+    signature = "\n".join((*function.header, *function.docstring_lines))
+    return Row(f"Write the body.\n\n{signature}", "\n".join(line[indent:] for line in lines), function.id)
+
+
+# The largest number of training rows. Unequal on purpose: what to do about sizes is the question that mixtures answer.
+TASKS: dict[str, tuple[Callable[[Function], Row | None], int]] = {
+    "naming": (naming, 2400),
+    "docstring": (docstring, 1600),
+    "next_line": (next_line, 4800),
+    "code": (code, 800),
+}
+
+
+def build(out_dir: str | Path) -> dict[str, TaskFiles]:
+    """Write `<task>.train.jsonl` and `<task>.eval.jsonl` into `out_dir`; where they stand already, only say so.
+
+    Rows are {"prompt", "response", "id"}. `tasks.json` holds the fingerprint of everything that the rows depend on.
+    """
+    out = Path(out_dir)
+    files = corpus.library_files()
+    fingerprint = _fingerprint(files)
+    standing = _standing(out, fingerprint)
+    if standing is not None:
+        return standing
+    out.mkdir(parents=True, exist_ok=True)
+    result = {}
+    for name, (train, held_out) in build_rows(files).items():
+        paths = out / f"{name}.train.jsonl", out / f"{name}.eval.jsonl"
+        for path, rows in zip(paths, (train, held_out), strict=True):
+            _write(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        result[name] = TaskFiles(*paths, len(train), len(held_out))
+    counts = {name: {"train": files.train_rows, "eval": files.eval_rows} for name, files in result.items()}
+    # Last, so that its presence says that the rest is whole.
+    _write(out / "tasks.json", json.dumps({"fingerprint": fingerprint, "tasks": counts}, indent=1) + "\n")
+    return result
+
+
+def build_rows(files: Iterable[corpus.SourceFile]) -> dict[str, tuple[list[Row], list[Row]]]:
+    """(training rows, evaluation rows) of every task; the order is a fixed shuffle."""
+    training: list[Function] = []
+    held_out: list[Function] = []
+    for file in files:
+        (held_out if file.is_eval else training).extend(functions_of(file))
+    known = {function.key for function in training}
+    held_out = [function for function in held_out if function.key not in known]
+    result = {}
+    for name, (make, most) in TASKS.items():
+        train = _shuffled(name, filter(None, map(make, training)))
+        seen = {_body(row) for row in train}
+        evaluation = [r for r in _shuffled(name, filter(None, map(make, held_out))) if _body(r) not in seen]
+        result[name] = (_short(train)[:most], _short(evaluation)[:EVAL_ROWS])
+    return result
+
+
+def _shuffled(task: str, rows: Iterable[Row]) -> list[Row]:
+    """Without repetitions of prompt and response, ordered by the hash of the id."""
+    unique = {_body(row): row for row in sorted(rows, key=lambda row: row.id, reverse=True)}
+    return sorted(unique.values(), key=lambda row: _hash(f"{task} {row.id}"))
+
+
+def _short(rows: list[Row]) -> list[Row]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    prompts = tokenizer.encode_batch_fast([row.prompt for row in rows])
+    responses = tokenizer.encode_batch_fast([row.response for row in rows])
+    return [
+        row
+        for row, prompt, response in zip(rows, prompts, responses, strict=True)
+        if len(prompt) <= PROMPT_TOKENS and len(response) <= RESPONSE_TOKENS
+    ]
+
+
+def _body(row: Row) -> tuple[str, str]:
+    """What two rows must not share: prompt and response up to white space."""
+    return " ".join(row.prompt.split()), " ".join(row.response.split())
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _fingerprint(files: list[corpus.SourceFile]) -> str:
+    # The parser's version matters too: the same file may parse with one Python and not with another.
+    digest = hashlib.sha256(f"{platform.python_version()} {corpus.fingerprint(files)}\n".encode())
+    for path in (TOKENIZER, *sorted(Path(__file__).parent.glob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _standing(out: Path, fingerprint: str) -> dict[str, TaskFiles] | None:
+    """What an earlier call has written, if it is whole and nothing that it depends on has changed."""
+    if not (out / "tasks.json").exists():
+        return None
+    saved = json.loads((out / "tasks.json").read_text(encoding="utf-8"))
+    result = {
+        name: TaskFiles(out / f"{name}.train.jsonl", out / f"{name}.eval.jsonl", counts["train"], counts["eval"])
+        for name, counts in saved["tasks"].items()
+    }
+    whole = all(files.train.exists() and files.eval.exists() for files in result.values())
+    return result if whole and saved["fingerprint"] == fingerprint else None
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing: an interrupted call leaves no half file under the final name."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -29,7 +29,7 @@ def look(index: int) -> tuple[str, str]:
 def lines(
     curves: Curves, *, ylabel: str, xlabel: str = "optimizer step", points: Curves | None = None, smooth: int = 1
 ) -> str:
-    """One line a task; `points` (held-out values) are drawn over them as markers; `smooth` = window of a running mean."""
+    """One line a task; `points` (held-out values) are drawn as markers; `smooth` = window of a running mean."""
     figure, axis = _axis(7.6, 3.4)
     for index, (name, (x, y)) in enumerate(curves.items()):
         colour, style = look(index)

@@ -26,8 +26,8 @@ def results(run: RunData) -> Section | None:
     stages = list(run.results)
     parts: list = [
         Words(
-            "Rows are tasks, columns are what was evaluated, all on the same held-out rows. Bold green is the best of the "
-            "models that serve every task; grey columns are yardsticks."
+            "Rows are tasks, columns are what was evaluated, all on the same held-out rows. Bold green is the best of "
+            "the models that serve every task; grey columns are yardsticks."
         )
     ]
     for metric, (title, direction) in METRICS.items():
@@ -125,8 +125,8 @@ def trials(run: RunData) -> Section | None:
         return None
     parts: list = [
         Words(
-            "Each dot is a trial: its measured held-out loss against what a surrogate predicts that has not seen it (cross-"
-            "validation by mixture), with the calibrated interval."
+            "Each dot is a trial: its measured held-out loss against what a surrogate predicts that has not seen it "
+            "(cross-validation by mixture), with the calibrated interval."
         )
     ]
     drawn = []

@@ -14,21 +14,13 @@ def merging(run: RunData) -> Section | None:
         return None
     parts: list = [
         Words(
-            f"Method: {run.retention['method']}, rank {run.retention['rank']}. Retained share = (base − merged) / (base − single) "
-            "of the held-out loss, and the same of the token accuracy: 1 keeps all that the single-task adapter had learnt, "
-            "0 is the base model. With 95 % paired-bootstrap intervals over the examples."
+            f"Method: {run.retention['method']}, rank {run.retention['rank']}. "
+            "Retained share = (base − merged) / (base − single) of the held-out loss, the same of the accuracy: "
+            "1 keeps all that the single-task adapter had learnt, 0 is the base model. "
+            "With 95 % paired-bootstrap intervals over the examples."
         )
     ]
-    rows = [
-        [task, row["loss"]["base"], row["loss"]["single"], row["loss"]["merged"], _range(row["loss"]["retained"])]
-        + [
-            row["accuracy"]["base"],
-            row["accuracy"]["single"],
-            row["accuracy"]["merged"],
-            _range(row["accuracy"]["retained"]),
-        ]
-        for task, row in tasks.items()
-    ]
+    rows = [[task, *(cell for m in ("loss", "accuracy") for cell in _retained(row[m]))] for task, row in tasks.items()]
     heads = [f"{metric} {what}" for metric in ("loss", "accuracy") for what in ("base", "single", "merged", "retained")]
     parts.append(table(["task", *heads], rows))
     kept = {task: row["loss"]["retained"]["value"] for task, row in tasks.items()}
@@ -39,7 +31,8 @@ def merging(run: RunData) -> Section | None:
         drawn.append(Plot(caption, plots.heat(cosines["values"], cosines["names"])))
     parts.append(Plots(drawn))
     if run.retention.get("energy") is not None:
-        text = f"The merged adapter's rank keeps {percent(run.retention['energy'], 2)} of the exact merge's squared singular values."
+        kept_energy = percent(run.retention["energy"], 2)
+        text = f"The merged adapter's rank keeps {kept_energy} of the exact merge's squared singular values."
         parts.append(Words(text, "note"))
     return Section("merge", "Merge: what one adapter keeps", parts)
 
@@ -51,8 +44,8 @@ def fusion(run: RunData) -> Section | None:
         return None
     parts: list = [
         Words(
-            f"Rule: {fused['rule']}. Gap closed = (fused − strong) / (tuned − strong): 0 is the strong model alone, 1 the strong "
-            "model tuned itself. The ratio is fused / tuned, the figure that the fusion literature prints."
+            f"Rule: {fused['rule']}. Gap closed = (fused − strong) / (tuned − strong): 0 is the strong model alone, "
+            "1 the strong model tuned itself. The ratio is fused / tuned, the figure that the fusion literature prints."
         )
     ]
     rows = []
@@ -63,8 +56,9 @@ def fusion(run: RunData) -> Section | None:
     alpha = fused.get("alpha", {})
     if alpha:
         quantiles = ", ".join(f"{name} {value:.2f}" for name, value in alpha["quantiles"].items())
-        text = f"alpha over the scored positions: mean {alpha['mean']:.2f}, {quantiles}; clipped {percent(alpha['clipped'])}"
-        parts.append(Words(f"{text}, flat {percent(alpha['flat'])}.", "note"))
+        shares = f"clipped {percent(alpha['clipped'])}, flat {percent(alpha['flat'])}"
+        text = f"alpha over the scored positions: mean {alpha['mean']:.2f}, {quantiles}; {shares}."
+        parts.append(Words(text, "note"))
     for sample in fused.get("samples", []):
         parts.append(Words(f"{sample['task']}: a held-out prompt, decoded greedily", "heading"))
         parts.append(Words("Stronger colour: the small model moved the strong one further (larger alpha).", "note"))
@@ -82,6 +76,10 @@ def fusion(run: RunData) -> Section | None:
             parts.append(Words("The strong model alone wrote:", "note"))
             parts.append(Tokens([Token(sample["strong"], 0.0, "strong model alone")]))
     return Section("fusion", "Fusion: a small model steers a large one", parts)
+
+
+def _retained(row: dict) -> list:
+    return [row["base"], row["single"], row["merged"], _range(row["retained"])]
 
 
 def _range(row: dict) -> str:

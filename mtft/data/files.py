@@ -1,0 +1,179 @@
+"""Rows of one file, each with its line.
+
+Text files are read line by line here, because a reader that parses in blocks cannot tell the line of a broken row.
+Everything is an iterator: no file is held in memory as a whole, except `.json` arrays.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from ..errors import UserError
+
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+class Row(NamedTuple):
+    """One row as it was read. `line` counts from 1; rows of Parquet and saved datasets count as lines."""
+
+    file: str
+    line: int
+    data: dict[str, Any]
+
+
+class Problem(NamedTuple):
+    """A row that can't be used: where it stands, what is wrong, in which column, and the value."""
+
+    file: str
+    line: int
+    what: str
+    column: str | None = None
+    value: object = None
+
+    def __str__(self) -> str:
+        column = f"column {self.column!r}: " if self.column else ""
+        value = f" (got {short(self.value)})" if self.value is not None else ""
+        return f"{self.file}:{self.line}: {column}{self.what}{value}"
+
+
+def short(value: object, limit: int = 60) -> str:
+    """A value as people can read it in one line."""
+    text = repr(value[: 4 * limit] if isinstance(value, str | bytes | list) else value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def suffix(path: str) -> str:
+    """The kind of a file: its suffix, below the one of a compression."""
+    stem, last = os.path.splitext(path)
+    return os.path.splitext(stem)[1] if last in COMPRESSED else last
+
+
+def read_file(path: str, name: str) -> Iterator[Row | Problem]:
+    """Rows of a file, and problems in place of those that can't be read. `name` is what they call their file."""
+    try:
+        yield from READERS[suffix(path)](path, name)
+    except (EOFError, OSError, lzma.LZMAError) as error:  # torn archive, vanished file
+        raise UserError(f"{path} cannot be read: {error}", do="check the file, or make it again") from error
+
+
+def _open(path: str) -> BinaryIO:
+    opener = COMPRESSED.get(os.path.splitext(path)[1], open)
+    return opener(path, "rb")  # type: ignore[return-value]
+
+
+def _parse(file: str, line: int, raw: bytes) -> Row | Problem:
+    try:
+        data = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Problem(file, line, f"invalid UTF-8 at byte {error.start + 1} of the line", value=raw[:80])
+    except json.JSONDecodeError as error:
+        return Problem(file, line, f"broken JSON: {error.msg} at character {error.colno}", value=_text(raw))
+    except (ValueError, RecursionError) as error:  # an integer of 5000 digits; brackets without end
+        return Problem(file, line, f"JSON that cannot be read: {error}", value=_text(raw))
+    return _checked(file, line, data)
+
+
+def _checked(file: str, line: int, data: object) -> Row | Problem:
+    if not isinstance(data, dict):
+        return Problem(file, line, f"the row is a {type(data).__name__}, not an object with columns", value=data)
+    return Row(file, line, data)
+
+
+def _text(raw: bytes) -> str:
+    return raw[:300].decode("utf-8", "replace").strip()
+
+
+def _read_jsonl(path: str, name: str) -> Iterator[Row | Problem]:
+    with _open(path) as file:
+        for line, raw in enumerate(file, 1):
+            raw = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw  # Windows' byte order mark
+            if raw.strip():
+                yield _parse(name, line, raw)
+
+
+def _read_json(path: str, name: str) -> Iterator[Row | Problem]:
+    """An array of objects, or lines of objects under the wrong name."""
+    with _open(path) as file:
+        raw = file.read().removeprefix(b"\xef\xbb\xbf")
+    if not raw.lstrip().startswith(b"["):
+        yield from _read_jsonl(path, name)
+        return
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        yield Problem(name, line, "invalid UTF-8", value=raw[error.start : error.start + 40])
+        return
+    decoder, position, line = json.JSONDecoder(), text.index("[") + 1, 1
+    counted = 0
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]":
+            return
+        try:
+            data, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            # nothing behind a break in an array can be trusted
+            yield Problem(name, line, f"broken JSON: {error}", value=text[position : position + 80])
+            return
+        yield _checked(name, line, data)
+
+
+def _read_csv(path: str, name: str) -> Iterator[Row | Problem]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 128 KiB is shorter than a long document
+    # surrogateescape keeps undecodable bytes visible; formats.py refuses them with the column's name
+    with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if suffix(path) == ".tsv" else ",", strict=True)
+        line, header = 1, None
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                yield Problem(name, line, f"broken CSV: {error}")
+                continue
+            if cells is None:
+                return
+            if header is None:
+                header = cells
+            elif len(cells) != len(header):
+                if cells:
+                    yield Problem(name, line, f"{len(cells)} cells under {len(header)} columns", value=cells)
+            else:
+                yield Row(name, line, dict(zip(header, cells, strict=True)))
+
+
+def _read_parquet(path: str, name: str) -> Iterator[Row | Problem]:
+    import pyarrow
+    import pyarrow.parquet
+
+    line = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for block in file.iter_batches(batch_size=1024):
+                for data in block.to_pylist():
+                    line += 1
+                    yield Row(name, line, data)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a Parquet file that can be read: {error}", do="make it again") from error
+
+
+READERS: dict[str, Callable[[str, str], Iterator[Row | Problem]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}

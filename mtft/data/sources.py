@@ -1,0 +1,151 @@
+"""Where rows come from: files, globs, saved datasets, the hub, the embedded tasks."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..recipe.schema import TaskSection
+from .files import COMPRESSED, READERS, Problem, Row, read_file, suffix
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file (or one saved dataset). `name` is short and stands in row ids and messages."""
+
+    name: str
+    path: str
+    dataset: Any = field(default=None, compare=False)  # datasets.Dataset for hub: and save_to_disk
+
+    def rows(self) -> Iterator[Row | Problem]:
+        if self.dataset is not None:
+            for line, data in enumerate(self.dataset, 1):
+                yield Row(self.name, line, data)
+            return
+        yield from read_file(self.path, self.name)
+
+    def size(self) -> int:
+        """Bytes, for the progress bar; 0 = unknown."""
+        return os.path.getsize(self.path) if self.dataset is None else 0
+
+    def digest(self) -> str:
+        """Fingerprint of the content, not of the date: a copied file is the same file."""
+        hasher = hashlib.blake2b(digest_size=16)
+        paths = [self.path] if self.dataset is None else sorted(item["filename"] for item in self.dataset.cache_files)
+        for path in paths:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    hasher.update(block)
+        if self.dataset is not None:
+            hasher.update(f"{self.dataset.num_rows} {self.dataset.features}".encode())
+        return hasher.hexdigest()
+
+    def label_names(self, column: str) -> list[str] | None:
+        """Names of a ClassLabel column, where the source has any."""
+        feature = self.dataset.features.get(column) if self.dataset is not None else None
+        names = getattr(feature, "names", None)
+        return list(names) if names else None
+
+
+def find_parts(task: TaskSection, which: str, cache_dir: Path) -> list[Part]:
+    """All parts of a task's `data` (which="train") or `eval_data` ("eval"), in a fixed order."""
+    key = f"tasks.{task.name}.{'data' if which == 'train' else 'eval_data'}"
+    declared = task.data if which == "train" else task.eval_data
+    if declared is None:
+        raise ValueError(f"task {task.name} has no {which} data")
+    parts: list[Part] = []
+    for entry in (declared,) if isinstance(declared, str) else declared:
+        if entry.startswith("hub:"):
+            parts.append(_hub(entry, task.split, key))
+        elif entry.startswith("quickstart:"):
+            path = _quickstart(entry.removeprefix("quickstart:"), which, cache_dir, key)
+            parts.append(Part(path, path))
+        else:
+            parts += _files(entry, task.split, key)
+    return _shorten(parts)
+
+
+def _files(entry: str, split: str | None, key: str) -> list[Part]:
+    path = Path(entry)
+    if path.is_dir():
+        return [_saved(path, split, key)]
+    paths = [entry] if path.is_file() else sorted(p for p in glob.glob(entry, recursive=True) if os.path.isfile(p))
+    if not paths:
+        near = [p.name for p in path.parent.glob("*") if p.is_file()][:5] if path.parent.is_dir() else []
+        hint = f"; in {path.parent} there are: {', '.join(sorted(near))}" if near else ""
+        raise UserError(f"no file matches {entry!r}{hint}", where=key, do="relative paths start at the recipe's folder")
+    for found in paths:
+        if suffix(found) not in READERS:
+            raise UserError(
+                f"{found}: unknown kind of file {suffix(found) or '(no suffix)'!r}",
+                where=key,
+                do=f"use {', '.join(READERS)} (also with {', '.join(COMPRESSED)} on top), or a folder of save_to_disk",
+            )
+    return [Part(found, found) for found in paths]
+
+
+def _saved(path: Path, split: str | None, key: str) -> Part:
+    from datasets import Dataset, load_from_disk
+
+    if not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        do = f"name the files, for instance {path}/*.jsonl"
+        raise UserError(f"{path} is a folder, but not one that datasets' save_to_disk wrote", where=key, do=do)
+    loaded = load_from_disk(str(path))
+    if isinstance(loaded, Dataset):
+        return Part(str(path), str(path), loaded)
+    return Part(f"{path}[{_pick(list(loaded), split, key)}]", str(path), loaded[_pick(list(loaded), split, key)])
+
+
+def _hub(entry: str, split: str | None, key: str) -> Part:
+    from datasets import Dataset, load_dataset
+
+    name, _, config = entry.removeprefix("hub:").partition(":")
+    try:
+        loaded = load_dataset(name, config or None)
+    except (OSError, ValueError, RuntimeError) as error:  # offline, unknown name, missing configuration, script
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        do = "check the name (hub:ORG/NAME or hub:ORG/NAME:CONFIG) and the network, or give files"
+        raise UserError(f"cannot load {entry}: {reason}", where=key, do=do) from error
+    if isinstance(loaded, Dataset):
+        return Part(entry, entry, loaded)
+    chosen = _pick(list(loaded), split, key)
+    return Part(f"{entry}[{chosen}]", entry, loaded[chosen])
+
+
+def _pick(splits: list[str], split: str | None, key: str) -> str:
+    if split in splits:
+        return str(split)
+    if split is None and ("train" in splits or len(splits) == 1):
+        return "train" if "train" in splits else splits[0]
+    task = key.rsplit(".", 1)[0]
+    raise UserError(f"no split {split!r}; there are {', '.join(splits)}", where=f"{task}.split", do="name one of them")
+
+
+def _quickstart(name: str, which: str, cache_dir: Path, key: str) -> str:
+    from filelock import FileLock
+
+    from mtft import quickstart  # heavy: parses the standard library
+
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir / "quickstart.lock"):
+        built = quickstart.build_tasks(cache_dir / "quickstart")
+    if name not in built:
+        raise UserError(f"no embedded task {name!r}", where=key, do=f"choose one of {', '.join(sorted(built))}")
+    return str(built[name][which])
+
+
+def _shorten(parts: list[Part]) -> list[Part]:
+    """Names relative to the folder that all parts share: short, and the same on every machine."""
+    paths = [part.path for part in parts if part.dataset is None]
+    if not paths:
+        return parts
+    common = os.path.dirname(paths[0]) if len(paths) == 1 else os.path.commonpath([os.path.dirname(p) for p in paths])
+    return [
+        Part(os.path.relpath(part.path, common or "."), part.path) if part.dataset is None else part for part in parts
+    ]

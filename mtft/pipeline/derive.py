@@ -1,0 +1,58 @@
+"""Recipes made from the user's recipe: the joint runs, the single-task runs, the tuned strong model.
+
+Each derived run is an ordinary recipe: it lies in its folder, and `mtft train <folder>/recipe.yaml` repeats it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from data_mixers.mixture import Mixture
+from mtft.recipe.schema import MixtureSection, Recipe, RunSection
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+MIN_SINGLE_STEPS = 10
+
+
+def changed(section: SectionT, **values: object) -> SectionT:
+    """A copy of a frozen section with other values, checked like the original."""
+    return type(section).model_validate({**dict(section), **values})
+
+
+def joint(recipe: Recipe, mixture: Mixture, folder: Path) -> Recipe:
+    """All tasks in the shares of `mixture`."""
+    return _plain(recipe, folder, mixture=changed(recipe.mixture, shares=mixture.as_dict()))
+
+
+def single(recipe: Recipe, task: str, share: float, folder: Path) -> Recipe:
+    """One task alone, for as many steps as make it see about the rows that the joint run gives it."""
+    steps = recipe.run.single_steps
+    if steps is None and recipe.train.steps is not None:
+        steps = max(MIN_SINGLE_STEPS, math.ceil(recipe.train.steps * share))
+    train = changed(recipe.train, steps=steps, epochs=None) if steps else recipe.train
+    tasks = tuple(section for section in recipe.tasks if section.name == task)
+    mixture = MixtureSection(unit=recipe.mixture.unit, max_epochs=recipe.mixture.max_epochs, on_cap="redistribute")
+    return _plain(recipe, folder, tasks=tasks, mixture=mixture, train=train)
+
+
+def strong(recipe: Recipe, mixture: Mixture, folder: Path) -> Recipe:
+    """The joint run on the strong model: what fusion is measured against."""
+    return changed(joint(recipe, mixture, folder), model=recipe.fuse.strong)
+
+
+def _plain(recipe: Recipe, folder: Path, **values: object) -> Recipe:
+    """The recipe of one training run: no sections of other stages."""
+    return changed(
+        recipe,
+        **values,
+        output=changed(recipe.output, dir=str(folder)),
+        sweep=None,
+        merge=None,
+        fuse=None,
+        run=RunSection(),
+    )

@@ -1,0 +1,76 @@
+"""How the task weights move: one method a file, one dict of names, one way to make them from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mtft.errors import UserError
+from mtft.recipe.schema import BalancerSection
+
+from .base import Balancer, Context, Needs, Observation, did_you_mean, options_of
+from .focal import Focal
+from .simple import Fixed, Random, Temperature, Uniform
+
+BALANCERS: dict[str, type[Balancer]] = {
+    kind.NAME: kind
+    for kind in (
+        Uniform,
+        Fixed,
+        Random,
+        Temperature,
+        Focal,
+    )
+}
+
+
+def make_balancer(
+    section: BalancerSection,
+    tasks: Sequence[str],
+    user_weights: Sequence[float],
+    seed: int = 0,
+    *,
+    normalise: str = "task_token",
+    examples: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
+) -> Balancer:
+    """The balancer that a recipe's `loss.balancer` describes.
+
+    `user_weights`: the weight of each task in the recipe, multiplied into every weight that comes out.
+    `examples`, `tokens`: size of each task's training data in examples and supervised tokens (temperature needs them).
+    Raises UserError for an unknown name or option, or an option out of its range.
+    """
+    context = Context(
+        tasks=tuple(tasks),
+        user_K=torch.tensor(list(user_weights), dtype=torch.float64),
+        seed=seed,
+        normalise=normalise,
+        examples_K=None if examples is None else torch.tensor(list(examples)),
+        tokens_K=None if tokens is None else torch.tensor(list(tokens)),
+    )
+    return balancer_class(section)(context, **(section.model_extra or {}))
+
+
+def balancer_class(section: BalancerSection) -> type[Balancer]:
+    """The class behind `loss.balancer`; the names of the section's options are checked (for `mtft check`)."""
+    if section.name not in BALANCERS:
+        raise UserError(
+            f"unknown balancer {section.name!r}{did_you_mean(section.name, tuple(BALANCERS))}",
+            where="loss.balancer.name",
+            do=f"one of {', '.join(BALANCERS)}",
+        )
+    kind = BALANCERS[section.name]
+    options: Mapping[str, object] = section.model_extra or {}
+    for option in options:
+        if option not in options_of(kind):
+            known = ", ".join(options_of(kind)) or "none"
+            raise UserError(
+                f"balancer {section.name} has no option {option!r}{did_you_mean(option, options_of(kind))}",
+                where=f"loss.balancer.{option}",
+                do=f"its options: {known}",
+            )
+    return kind
+
+
+__all__ = ["BALANCERS", "Balancer", "Context", "Needs", "Observation", "balancer_class", "make_balancer"]

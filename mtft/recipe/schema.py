@@ -17,7 +17,9 @@ TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 class Section(BaseModel):
     """Base of all sections: no unknown keys, no change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelSection(Section):
@@ -39,11 +41,13 @@ class TaskSection(Section):
     name: TaskName
     """Short name: letters, digits, `_ . -`. It stands in metrics, mixtures and overrides (tasks.NAME.weight=2)."""
     data: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    """File, glob, folder of `save_to_disk`, `hub:org/name`, `quickstart:TASK`; or a list of them. Relative to the recipe."""
+    """File, glob, folder of `save_to_disk`, `hub:org/name`, `quickstart:TASK`; or a list of them.
+    Relative to the recipe."""
     split: str | None = None
     """Split of a `hub:` or saved dataset."""
     format: str | dict[str, str] = "auto"
-    """How a row becomes prompt and response: a format's name, or {prompt: COLUMN, response: COLUMN}. `auto` looks at the columns."""
+    """How a row becomes prompt and response: a format's name, or {prompt: COLUMN, response: COLUMN}.
+    `auto` looks at the columns."""
     template: str | None = None
     """Jinja template over the columns (sandboxed) that gives the prompt; the response comes from `format`."""
     eval_data: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None

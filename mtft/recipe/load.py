@@ -1,0 +1,158 @@
+"""Read a recipe: YAML and overrides in, a frozen `Recipe` with absolute paths out, or one error with every problem.
+
+    recipe = load_recipe("recipes/quickstart.yaml", ["train.steps=20", "tasks.sql.weight=2"])
+
+Inputs (data, models, adapters, mixture files) are relative to the recipe's folder, outputs to the working directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from mtft.errors import UserError
+from mtft.recipe.checks import check_files, check_source
+from mtft.recipe.schema import FileShares, FuseSection, MergeSection, ModelSection, Recipe, SweepSection, TaskSection
+from mtft.recipe.source import Problem, Source, apply_override, read_source
+from mtft.recipe.words import explain
+
+DATA_SCHEMES = ("hub:", "quickstart:")
+MODEL_SCHEMES = ("quickstart:",)
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, files: bool = True) -> Recipe:
+    """Read and check a recipe.
+
+    path       a YAML file
+    overrides  `key=value` by dotted path, applied in order: train.steps=20, tasks.sql.weight=2, lora=null, train.steps=
+    files      also check that data and mixture files are there; False for commands that don't read them
+
+    Raises UserError with all problems, each with its line, key and a way out.
+    """
+    file = Path(path)
+    source = read_source(file)
+    for override in overrides:
+        apply_override(source, override)
+    problems = list(source.problems)
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate(source.values)
+    except ValidationError as error:
+        problems += explain(error, source)
+    base = file.absolute().parent
+    problems += check_source(source)
+    if files:
+        problems += check_files(source, lambda text: _place(text, base, DATA_SCHEMES))
+    if problems or recipe is None:
+        raise _as_error(problems, source)
+    return _absolute(recipe, base)
+
+
+def _as_error(problems: Sequence[Problem], source: Source) -> UserError:
+    """One error for all problems, in the order of the file."""
+
+    def order(problem: Problem) -> tuple[int, int]:
+        kind, _, number = source.origin(problem.path).partition(" ")
+        return (0, int(number)) if kind == "line" else (1, 0)
+
+    unique: dict[tuple, Problem] = {}
+    for problem in sorted(problems, key=order):
+        unique.setdefault(problem.path, problem)
+    found = list(unique.values())
+
+    def sentence(problem: Problem) -> str:
+        shown = source.show(problem.path)
+        return problem.what if problem.what.startswith("'") else f"{shown or 'the recipe'} {problem.what}"
+
+    if len(found) == 1:
+        origin = source.origin(found[0].path)
+        place = f"{source.file}, {origin}" if origin.startswith("line") else f"command line, {origin}"
+        key = source.show(found[0].path)
+        return UserError(sentence(found[0]), where=f"{place}, key {key}" if key else place, do=found[0].do or None)
+    lines = [f"{len(found)} problems in the recipe"]
+    for problem in found:
+        lines.append(f"  {source.origin(problem.path)}: {sentence(problem)}{'; ' + problem.do if problem.do else ''}")
+    return UserError("\n".join(lines), where=str(source.file), do="mend these, then run `mtft check` on it")
+
+
+def _place(text: str, base: Path, schemes: tuple[str, ...]) -> str:
+    """An absolute path, unless the text names something that is not a file."""
+    return text if text.startswith(schemes) else os.path.normpath(base / Path(text).expanduser())
+
+
+def _model(section: ModelSection | None, base: Path) -> ModelSection | None:
+    """A model's path: what looks like a path or is a folder beside the recipe is one; anything else is a hub name."""
+    if section is None or section.path.startswith(MODEL_SCHEMES):
+        return section
+    place = _place(section.path, base, ())
+    is_path = section.path.startswith(("/", "./", "../", "~")) or section.path in (".", "..") or os.path.isdir(place)
+    return section.model_copy(update={"path": place}) if is_path else section
+
+
+def _absolute(recipe: Recipe, base: Path) -> Recipe:
+    """The recipe with every path absolute."""
+    here = Path.cwd()
+
+    def data(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if isinstance(value, tuple):
+            return tuple(_place(item, base, DATA_SCHEMES) for item in value)
+        return None if value is None else _place(value, base, DATA_SCHEMES)
+
+    def folders(value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if value is None else tuple(_place(item, base, ()) for item in value)
+
+    def task(section: TaskSection) -> TaskSection:
+        return section.model_copy(update={"data": data(section.data), "eval_data": data(section.eval_data)})
+
+    update: dict[str, Any] = {
+        "model": _model(recipe.model, base),
+        "tasks": tuple(task(section) for section in recipe.tasks),
+        "output": recipe.output.model_copy(update={"dir": _place(recipe.output.dir, here, ())}),
+    }
+    if isinstance(shares := recipe.mixture.shares, FileShares):
+        shares = FileShares(file=_place(shares.file, base, ()))
+        update["mixture"] = recipe.mixture.model_copy(update={"shares": shares})
+    if isinstance(sweep := recipe.sweep, SweepSection):
+        update["sweep"] = sweep.model_copy(update={"model": _model(sweep.model, base)})
+    if isinstance(merge := recipe.merge, MergeSection):
+        out = None if merge.out is None else _place(merge.out, here, ())
+        update["merge"] = merge.model_copy(update={"adapters": folders(merge.adapters), "out": out})
+    if isinstance(fuse := recipe.fuse, FuseSection):
+        models = {"strong": _model(fuse.strong, base), "base": _model(fuse.base, base)}
+        update["fuse"] = fuse.model_copy(update={"adapters": folders(fuse.adapters), **models})
+    return recipe.model_copy(update=update)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every key written out; `load_recipe` gives the same recipe back."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # keep the order of the schema
+    yaml.width = 4096
+    stream = io.StringIO()
+    yaml.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def fingerprint(recipe: Recipe, *, without: Sequence[str] = ()) -> str:
+    """SHA-256 (hex) of the recipe's canonical JSON, leaving out the dotted keys in `without` ("output", "train.steps").
+
+    Raises KeyError if such a key is not in the recipe: a misspelt one would silently count.
+    """
+    values = recipe.model_dump(mode="json")
+    for dotted in without:
+        *sections, key = dotted.split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        del section[key]
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()

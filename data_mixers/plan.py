@@ -1,0 +1,269 @@
+"""MixturePlan: which row of which task comes i-th. A pure function of an index.
+
+No state but one integer (the step); the same for any number of ranks, workers and restarts. Per step every task has
+exactly floor or ceil of its even share (quota.py), spread evenly inside the step, so that any contiguous micro-batch is
+near the mixture too; each epoch of a task has a fresh order (feistel.py). With unit="tokens" the streams of the tasks
+are merged by tokens instead (token_merge.py).
+
+Compare `datasets.interleave_datasets`: shares realised only in the mean, no caps on repeats, resume in O(rows).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import MixError
+from .feistel import half_bits, permute, round_keys, task_word
+from .mixture import Mixture, check_names, size_array
+from .quota import Ints, StepQuota, capped_shares, largest_remainder
+from .token_merge import TokenMerge
+
+VERSION = 1  # of this algorithm; part of the fingerprint
+BLOCK_ROWS = 65536  # rows whose order is computed together
+Rows = tuple[Ints, Ints, Ints]  # task, epoch, row: int64, one entry per slot
+
+
+class MixturePlan:
+    """The order of a whole run.
+
+    mixture: shares asked. sizes: rows of each task ({name: N_k}, or [K] in the mixture's order).
+    steps S; batch G: examples in an optimizer step over all ranks (unit="examples") or tokens (unit="tokens", which
+    needs lengths: {name: tokens of each row [N_k]}).
+    max_epochs: how often a row may be seen ({name: x} or one number); on_cap: "error" or "redistribute".
+    start: visits already made of each task [K] (a plan that follows another one goes on in its epochs).
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        sizes: Mapping[str, int] | Sequence[int],
+        *,
+        steps: int,
+        batch: int,
+        seed: int,
+        max_epochs: Mapping[str, float] | float | None = None,
+        on_cap: Literal["error", "redistribute"] = "error",
+        unit: Literal["examples", "tokens"] = "examples",
+        lengths: Mapping[str, ArrayLike] | Sequence[ArrayLike] | None = None,
+        start: Sequence[int] | None = None,
+    ) -> None:
+        if steps < 1 or batch < 1:
+            raise MixError(f"steps {steps} and batch {batch}", do="both at least 1")
+        if on_cap not in ("error", "redistribute") or unit not in ("examples", "tokens"):
+            raise MixError(
+                f"on_cap {on_cap!r}, unit {unit!r}", do='on_cap "error" or "redistribute"; unit "examples" or "tokens"'
+            )
+        self.mixture, self.names = mixture, mixture.names
+        self.steps, self.batch, self.seed, self.unit = int(steps), int(batch), int(seed), unit
+        self.size_K = size_array(self.names, sizes).astype(np.int64)
+        self.start_K = np.zeros(len(self.names), dtype=np.int64) if start is None else np.asarray(start, dtype=np.int64)
+        for name, size, share in zip(self.names, self.size_K, mixture.shares, strict=True):
+            if size == 0 and share > 0:
+                raise MixError(
+                    f"task {name} has no rows and a share of {share:.6g}", do="give it rows, or a share of 0"
+                )
+        self._words = np.array([task_word(name) for name in self.names], dtype=np.uint64)
+        self._half = half_bits(np.maximum(self.size_K, 1))
+        self._max_rows_K = self._caps(max_epochs)
+        self._blocks: OrderedDict[int, Rows] = OrderedDict()
+        self._merge: TokenMerge | None = None
+        if unit == "examples":
+            total = self.steps * self.batch
+            share_K = capped_shares(
+                mixture.shares, self._max_rows_K - self.start_K, total, on_cap=on_cap, names=self.names, describe="rows"
+            )
+            self.rows_K = largest_remainder(share_K * total, total)
+            self._quota = StepQuota(self.rows_K, self.steps)
+            self._block_steps = min(max(1, BLOCK_ROWS // self.batch), StepQuota.BLOCK)
+        else:
+            if lengths is None:
+                raise MixError(
+                    'unit "tokens" needs the lengths of all rows', do="pass lengths={task: tokens of each row}"
+                )
+            if isinstance(lengths, Mapping):
+                check_names(tuple(lengths), self.names)
+                lengths = [lengths[name] for name in self.names]
+            self._merge = TokenMerge(self, [np.asarray(length, dtype=np.int64) for length in lengths], on_cap)
+            self.rows_K = self._merge.rows_K
+
+    def _caps(self, max_epochs: Mapping[str, float] | float | None) -> NDArray[np.float64]:
+        if max_epochs is None:
+            return np.full(len(self.names), np.inf)
+        if isinstance(max_epochs, Mapping):
+            unknown = [name for name in max_epochs if name not in self.names]
+            if unknown:
+                check_names([*self.names, *unknown], self.names, where="max_epochs")
+            epochs_K = np.array([float(max_epochs.get(name, np.inf)) for name in self.names])
+        else:
+            epochs_K = np.full(len(self.names), float(max_epochs))
+        with np.errstate(invalid="ignore"):
+            return np.nan_to_num(np.floor(epochs_K * self.size_K + 1e-9), nan=0.0, posinf=np.inf)
+
+    # ---- index -> row
+
+    def __len__(self) -> int:
+        """Rows in the whole run."""
+        return int(self.rows_K.sum())
+
+    def step(self, s: int, rank: int = 0, world: int = 1) -> Rows:
+        """(task, epoch, row), int64, for the slots rank, rank + world, ... of step s (0 <= s < S)."""
+        if not 0 <= s < self.steps or not 0 <= rank < world:
+            raise IndexError(f"step {s} of {self.steps}, rank {rank} of {world}")
+        first, last = self.step_range(s)
+        return self.locate(np.arange(first + rank, last, world))
+
+    def step_range(self, s: int) -> tuple[int, int]:
+        """Indices [first, last) of step s."""
+        if self._merge is not None:
+            return int(self._merge.bounds[s]), int(self._merge.bounds[s + 1])
+        return s * self.batch, (s + 1) * self.batch
+
+    def locate(self, i: ArrayLike) -> Rows:
+        """(task, epoch, row) of indices i (any order, any shape flattened); each int64 of the same length."""
+        index = np.asarray(i, dtype=np.int64).reshape(-1)
+        if len(index) and (index.min() < 0 or index.max() >= len(self)):
+            raise IndexError(f"indices {index.min()} to {index.max()} of a plan with {len(self)} rows")
+        size = self._block_rows()
+        block = index // size
+        if len(index) and np.all(block == block[0]):
+            task, epoch, row = self._block(int(block[0]))
+            inside = index - int(block[0]) * size
+            return task[inside], epoch[inside], row[inside]
+        out = np.empty((3, len(index)), dtype=np.int64)
+        order = np.argsort(block, kind="stable")
+        for part in np.split(order, np.flatnonzero(np.diff(block[order])) + 1):
+            if len(part):
+                number = int(block[part[0]])
+                out[:, part] = np.stack(self._block(number))[:, index[part] - number * size]
+        return out[0], out[1], out[2]
+
+    def rows_of(self, task: Ints, visit: Ints) -> Rows:
+        """(task, epoch, row) of the visit-th row drawn from each task."""
+        if not len(task):
+            return task, visit, visit.copy()
+        size = self.size_K[task]
+        epoch, position = np.divmod(visit, size)
+        pairs, which = np.unique(task * (int(epoch.max()) + 1) + epoch, return_inverse=True)
+        pair_task, pair_epoch = np.divmod(pairs, int(epoch.max()) + 1)
+        keys = round_keys(self.seed, self._words[pair_task], pair_epoch)[:, which]
+        return task, epoch, permute(position, size, self._half[task], keys)
+
+    def _block_rows(self) -> int:
+        return TokenMerge.BLOCK if self._merge is not None else self._block_steps * self.batch
+
+    def _block(self, number: int) -> Rows:
+        """The rows of a block of steps; the last few blocks are kept."""
+        if number in self._blocks:
+            self._blocks.move_to_end(number)
+            return self._blocks[number]
+        if self._merge is not None:
+            block = self.rows_of(*self._merge.block(number))
+        else:
+            first = number * self._block_steps
+            last = min(first + self._block_steps, self.steps)
+            block = self.rows_of(*interleave(self._quota.rows(first, last), self.start_K + self._quota.counts(first)))
+        self._blocks[number] = block
+        if len(self._blocks) > 8:
+            self._blocks.popitem(last=False)
+        return block
+
+    # ---- what it amounts to
+
+    def counts(self, s: int) -> Ints:
+        """Rows of each task [K] in the steps before s (without `start`)."""
+        return self._merge.counts(s) if self._merge is not None else self._quota.counts(s)
+
+    def table(self) -> list[dict[str, Any]]:
+        """One dict per task: asked and realised share (in `unit`), rows, tokens (unit tokens only), size, epochs."""
+        amount_K = self._merge.tokens_K if self._merge is not None else self.rows_K
+        realised_K = amount_K / amount_K.sum()
+        rows = []
+        for k, name in enumerate(self.names):
+            rows.append(
+                {
+                    "task": name,
+                    "asked": float(self.mixture.shares[k]),
+                    "realised": float(realised_K[k]),
+                    "unit": self.unit,
+                    "rows": int(self.rows_K[k]),
+                    "tokens": int(amount_K[k]) if self._merge is not None else None,
+                    "size": int(self.size_K[k]),
+                    "epochs": float(self.rows_K[k] / self.size_K[k]) if self.size_K[k] else 0.0,
+                }
+            )
+        return rows
+
+    # ---- resume
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this plan this plan: resume compares it field by field."""
+        return {
+            "version": VERSION,
+            "names": list(self.names),
+            "sizes": self.size_K.tolist(),
+            "shares": [repr(float(share)) for share in self.mixture.shares],
+            "rows": self.rows_K.tolist(),
+            "steps": self.steps,
+            "batch": self.batch,
+            "seed": self.seed,
+            "unit": self.unit,
+            "lengths": self._merge.digest if self._merge is not None else None,
+            "start": self.start_K.tolist(),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def state(self, step: int) -> dict[str, Any]:
+        """All there is to save: JSON-serialisable."""
+        return {"step": int(step), "fingerprint": self.fingerprint, "plan": self.identity}
+
+    def resume(self, state: Mapping[str, Any]) -> int:
+        """The step to go on with; MixError naming the fields that differ where the state is another plan's."""
+        if state["fingerprint"] != self.fingerprint:
+            then, now = state["plan"], self.identity
+            differs = [
+                f"{key}: {_short(then.get(key))} then, {_short(now[key])} now"
+                for key in now
+                if then.get(key) != now[key]
+            ]
+            hint = (
+                "; another number of steps is another order of rows"
+                if any(d.startswith("steps") for d in differs)
+                else ""
+            )
+            raise MixError(
+                f"the checkpoint was made with another plan ({'; '.join(differs)}){hint}",
+                do="use the same tasks, mixture, steps, batch and seed; or start over",
+            )
+        return int(state["step"])
+
+
+def interleave(n_SK: Ints, before_K: Ints) -> tuple[Ints, Ints]:
+    """(task, visit) of all slots of some steps. n [S, K]: rows per step and task; before_K: visits before.
+
+    Inside a step the n_k rows of task k sit at (j + 1/2) / n_k, ties to the lower task: n = 3,2,2,1 -> 0 1 2 0 3 1 2 0.
+    """
+    steps, tasks = n_SK.shape
+    flat = n_SK.reshape(-1)
+    cell = np.repeat(np.arange(steps * tasks), flat)
+    j = np.arange(len(cell)) - np.repeat(np.cumsum(flat) - flat, flat)
+    step, task = np.divmod(cell, tasks)
+    visit = before_K[task] + (np.cumsum(n_SK, axis=0) - n_SK).reshape(-1)[cell] + j
+    order = np.lexsort((task, (2 * j + 1) / (2 * flat[cell]), step))
+    return task[order], visit[order]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -130,14 +130,15 @@ def _pick(splits: list[str], split: str | None, key: str) -> str:
 def _quickstart(name: str, which: str, cache_dir: Path, key: str) -> str:
     from filelock import FileLock
 
-    from mtft import quickstart  # heavy: parses the standard library
+    from mtft import quickstart
 
+    if name not in quickstart.TASKS:
+        do = f"choose one of {', '.join(quickstart.TASKS)}"
+        raise UserError(f"no embedded task {name!r}", where=key, do=do)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / "quickstart.lock"):
-        built = quickstart.build_tasks(cache_dir / "quickstart")
-    if name not in built:
-        raise UserError(f"no embedded task {name!r}", where=key, do=f"choose one of {', '.join(sorted(built))}")
-    return str(built[name][which])
+    with FileLock(cache_dir / "quickstart.lock"):  # one process writes, the others find the files
+        files = quickstart.build_tasks(cache_dir / "quickstart")[name]
+    return str(files.train if which == "train" else files.eval)
 
 
 def _shorten(parts: list[Part]) -> list[Part]:

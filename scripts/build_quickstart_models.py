@@ -337,7 +337,7 @@ For comparison, on the same {bytes:,} held-out bytes: unigram bytes {unigram:.3f
 {commands}
 
 - **Licence**: the code of this repository is under Apache-2.0. These weights were trained on the standard library of
-  Python {python}, which is under the PSF License Agreement (Copyright © Python Software Foundation), and on nothing else.
+  Python {python}, which is under the PSF License Agreement (Copyright © Python Software Foundation), on nothing else.
 """
 
 COMMANDS = """      python scripts/build_quickstart_models.py tokenizer

@@ -73,22 +73,22 @@ def _function(id: str, node: _Def, lines: list[str]) -> Function | None:
     body_start = node.body[0].end_lineno + 1 if docstring is not None else first
     if statements[0].lineno < body_start:  # something follows the docstring on its line
         return None
-    block = [_dedent(line, node.col_offset) for line in lines[: node.end_lineno]]
-    skipped = 0
-    while not block[body_start - 1].strip():  # blank lines between docstring and code
-        body_start, skipped = body_start + 1, skipped + 1
-    bare = ast.Module(statements, [])
+    block = [_dedent(line, node.col_offset) for line in lines[node.lineno - 1 : node.end_lineno]]
+    header = block[: first - node.lineno]
+    docstring_lines = block[first - node.lineno : body_start - node.lineno]
+    body = block[body_start - node.lineno :]
+    while not body[0].strip():  # blank lines between docstring and code
+        body, body_start = body[1:], body_start + 1
+    statement_lines = {n.lineno for s in statements for n in ast.walk(s) if isinstance(n, ast.stmt)}
     return Function(
         id=id,
         name=node.name,
-        header=tuple(block[node.lineno - 1 : first - 1]),
+        header=tuple(header),
         docstring=docstring,
-        docstring_lines=tuple(block[first - 1 : body_start - 1 - skipped]) if docstring is not None else (),
-        body=tuple(block[body_start - 1 :]),
-        starts=tuple(
-            sorted({n.lineno - body_start for s in statements for n in ast.walk(s) if isinstance(n, ast.stmt)})
-        ),
-        key=f"{ast.dump(node.args)} {ast.dump(bare)}",
+        docstring_lines=tuple(docstring_lines),
+        body=tuple(body),
+        starts=tuple(sorted(line - body_start for line in statement_lines)),
+        key=f"{ast.dump(node.args)} {ast.dump(ast.Module(statements, []))}",
     )
 
 

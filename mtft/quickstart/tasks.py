@@ -97,13 +97,14 @@ TASKS: dict[str, tuple[Callable[[Function], Row | None], int]] = {
 }
 
 
-def build(out_dir: str | Path) -> dict[str, TaskFiles]:
+def build(out_dir: str | Path, library: Path | None = None) -> dict[str, TaskFiles]:
     """Write `<task>.train.jsonl` and `<task>.eval.jsonl` into `out_dir`; where they stand already, only say so.
 
     Rows are {"prompt", "response", "id"}. `tasks.json` holds the fingerprint of everything that the rows depend on.
+    `library` is another folder of modules than the standard library of the running interpreter.
     """
     out = Path(out_dir)
-    files = corpus.library_files()
+    files = corpus.library_files(library)
     fingerprint = _fingerprint(files)
     standing = _standing(out, fingerprint)
     if standing is not None:
@@ -134,7 +135,7 @@ def build_rows(files: Iterable[corpus.SourceFile]) -> dict[str, tuple[list[Row],
         train = _shuffled(name, filter(None, map(make, training)))
         seen = {_body(row) for row in train}
         evaluation = [r for r in _shuffled(name, filter(None, map(make, held_out))) if _body(r) not in seen]
-        result[name] = (_short(train)[:most], _short(evaluation)[:EVAL_ROWS])
+        result[name] = (_short(train, most), _short(evaluation, EVAL_ROWS))
     return result
 
 
@@ -144,17 +145,24 @@ def _shuffled(task: str, rows: Iterable[Row]) -> list[Row]:
     return sorted(unique.values(), key=lambda row: _hash(f"{task} {row.id}"))
 
 
-def _short(rows: list[Row]) -> list[Row]:
+def _short(rows: list[Row], most: int) -> list[Row]:
+    """The first `most` rows within the limits of length."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
-    prompts = tokenizer.encode_batch_fast([row.prompt for row in rows])
-    responses = tokenizer.encode_batch_fast([row.response for row in rows])
-    return [
-        row
-        for row, prompt, response in zip(rows, prompts, responses, strict=True)
-        if len(prompt) <= PROMPT_TOKENS and len(response) <= RESPONSE_TOKENS
-    ]
+    kept: list[Row] = []
+    for start in range(0, len(rows), 1000):
+        chunk = rows[start : start + 1000]
+        prompts = tokenizer.encode_batch_fast([row.prompt for row in chunk])
+        responses = tokenizer.encode_batch_fast([row.response for row in chunk])
+        kept += [
+            row
+            for row, prompt, response in zip(chunk, prompts, responses, strict=True)
+            if len(prompt) <= PROMPT_TOKENS and len(response) <= RESPONSE_TOKENS
+        ]
+        if len(kept) >= most:
+            break
+    return kept[:most]
 
 
 def _body(row: Row) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import pytest
 from mtft.quickstart import corpus
 from mtft.quickstart.functions import functions_of
 
-# Written down once from SHA-256. A change of band or rule must not go unnoticed: the shipped models know the other side.
+# From SHA-256, written down once: a change of band or rule must not go unnoticed, since the models know the other side.
 HELD_OUT = ["abc", "argparse", "ast", "gettext", "graphlib", "heapq", "mimetypes", "optparse", "pyclbr", "rlcompleter"]
 HELD_OUT += ["timeit", "urllib", "xml", "zoneinfo"]
 TRAINING = [

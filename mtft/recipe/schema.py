@@ -221,6 +221,14 @@ class MergeSection(Section):
     """Rank of the merged adapter. auto: the smallest usual rank that keeps `energy`."""
     energy: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Share of the squared singular values that rank auto keeps."""
+    min_energy: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """A merge that keeps less than this share at its rank is refused."""
+    saved: str = "error"
+    """Full tensors in the adapters (modules_to_save, biases): error, average, or `take: ADAPTER`."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the merged adapter on disk; auto = as the inputs."""
+    vllm: bool = False
+    """Refuse what vLLM can't load (biases, full tensors)."""
     options: dict[str, StrictInt | StrictFloat | StrictStr | bool] = {}
     """The method's own options."""
     out: str | None = None

@@ -1,0 +1,59 @@
+"""All merge methods by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+
+from ..errors import MergeError
+from .base import Method
+from .linear import Cat, Linear, Svd
+from .tsv import Tsv
+
+METHODS: dict[str, type[Method]] = {
+    "linear": Linear,
+    "cat": Cat,
+    "svd": Svd,
+    "tsv": Tsv,
+}
+
+
+def make_method(name: str, options: Mapping[str, object] | None = None) -> Method:
+    """The method `name` with its options checked; MergeError names what is unknown and what was probably meant."""
+    if name not in METHODS:
+        raise MergeError(f"unknown merge method {name!r}", where="method", do=_suggest(name, list(METHODS)))
+    kind = METHODS[name]
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    for key, value in (options or {}).items():
+        where = f"options.{key} of method {name}"
+        if key not in fields:
+            do = _suggest(key, list(fields)) if fields else f"{name} has no options"
+            raise MergeError(f"{name} has no option {key!r}", where=where, do=do)
+        _check_type(fields[key], value, where)
+    return kind(**(options or {}))
+
+
+def _check_type(field: dataclasses.Field, value: object, where: str) -> None:
+    default = field.default
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        good = isinstance(value, bool)
+    elif isinstance(default, int):
+        good = number and value == int(value) if number and math.isfinite(value) else False
+    elif isinstance(default, float):
+        good = number and math.isfinite(value)
+    elif isinstance(default, str):
+        good = isinstance(value, str)
+    else:
+        good = True
+    if not good:
+        raise MergeError(
+            f"{value!r} does not fit", where=where, do=f"give a {type(default).__name__}, as in the default {default!r}"
+        )
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + "known: " + ", ".join(known)

@@ -1,0 +1,75 @@
+"""What a merge method gets and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+from ..core import Core, Merged, to_core
+from ..factors import Factors
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One module of the adapters that have it (weight != 0, B != 0), ready for any kind of method."""
+
+    module: str
+    names: tuple[str, ...]
+    weights_K: np.ndarray
+    factors: tuple[Factors, ...]
+    dtype: np.dtype
+    seed: int = 0
+    rank_cap: int = 0
+    """The largest rank that the export may ask for; a streamed method computes no more."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.factors[0].B_MR.shape[0], self.factors[0].A_RN.shape[1]
+
+    @cached_property
+    def core(self) -> Core:
+        """The weighted deltas w_k D_k in core space."""
+        labels = {"names": self.names, "module": self.module, "seed": self.seed}
+        return to_core(self.factors, self.weights_K, self.dtype, **labels)
+
+
+Survey = Callable[[], Iterator[Parts]]
+"""A fresh pass over all modules that this method merges."""
+
+
+class Method:
+    """A rule that merges one module. Subclasses are frozen dataclasses whose fields are the method's options.
+
+    `space`: `core` (exact on cores), `dense` (elementwise, streamed), `factors` (needs A and B themselves).
+    """
+
+    space: ClassVar[str]
+    default_rank: ClassVar[str | None] = None
+    """Rank policy that the name stands for, used when the caller leaves rank at `auto`."""
+
+    def survey(self, modules: Survey) -> object:
+        """Facts about all modules together that `merge` needs (picklable). Most methods need none."""
+        return None
+
+    def merge(self, parts: Parts, seen: object = None) -> Merged:
+        raise NotImplementedError
+
+
+class CoreMethod(Method):
+    """A method that sees only cores."""
+
+    space = "core"
+
+    def merge(self, parts: Parts, seen: object = None) -> Merged:
+        return self.merge_core(parts.core, seen)
+
+    def merge_core(self, core: Core, seen: object = None) -> Merged:
+        return Merged(self.rule(core), core.rows, core.cols)
+
+    def rule(self, core: Core) -> np.ndarray:
+        """The merged core from core.cores."""
+        raise NotImplementedError

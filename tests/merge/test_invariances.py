@@ -1,0 +1,95 @@
+"""What holds for every method that is exact on deltas: it sees D_k only, in any order, at any scale, padded or not."""
+
+import golden as g
+import numpy as np
+import pytest
+
+from mtft.merge import Factors
+from mtft.merge.methods import METHODS, make_method
+
+EXACT = {
+    "linear": {},
+    "tsv": {},
+}
+UNCHANGED = ["linear", "tsv"]
+"""One adapter alone comes out as it went in."""
+IDEMPOTENT = ["tsv"]
+"""K equal adapters come out as one of them."""
+
+
+def result(name, factors, weights=None, options=None, **labels):
+    method = make_method(name, options or EXACT[name])
+    parts = g.parts(weights or [1.0] * len(factors), factors, **{"names": g.NAMES[: len(factors)], **labels})
+    return g.full(method.merge(parts, method.survey(lambda: iter([parts]))))
+
+
+def close(a, b, tolerance=1e-10):
+    assert np.abs(a - b).max() <= tolerance * max(1e-300, np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_gauge(name):
+    """(B G, G^-1 A) is the same adapter."""
+    rng = np.random.default_rng(0)
+    turned = []
+    for f in g.factors():
+        G = rng.normal(size=(f.rank, f.rank)) + 3 * np.eye(f.rank)
+        turned.append(Factors(np.linalg.solve(G, f.A_RN), f.B_MR @ G, f.scale))
+    close(result(name, turned), result(name, g.factors()))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_permutation(name):
+    order = [2, 0, 1]
+    names = [g.NAMES[k] for k in order]
+    close(result(name, [g.factors()[k] for k in order], names=names), result(name, g.factors()))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_padding(name):
+    """Zero rows and columns, and junk rows of A under zero columns of B, change nothing."""
+    padded = []
+    for f in g.factors():
+        A = np.vstack([f.A_RN, np.zeros((1, g.N)), np.full((1, g.N), 7.0)])
+        padded.append(Factors(A, np.hstack([f.B_MR, np.zeros((g.M, 2))]), f.scale))
+    close(result(name, padded), result(name, g.factors()))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_scaling(name):
+    for c in (1e-4, 1e4):
+        scaled = [Factors(f.A_RN, f.B_MR, c * f.scale) for f in g.factors()]
+        close(result(name, scaled), c * result(name, g.factors()))
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_one_adapter_is_itself(name):
+    two = g.factors()[1]
+    close(result(name, [two]), g.delta(two))
+
+
+@pytest.mark.parametrize("name", IDEMPOTENT)
+def test_equal_adapters_are_one(name):
+    two = g.factors()[1]
+    close(result(name, [two] * 3), g.delta(two), 1e-8)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_fp32_is_close_to_fp64(name):
+    close(result(name, g.factors(), dtype=np.float32), result(name, g.factors()), 2e-5)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_duplicate_changes_no_basis(name):
+    """Rank-deficient stacks: core space still gives what a rotated copy of the problem gives."""
+    Q, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(g.N, g.N)))
+    one, two, _ = g.factors()
+    turned = [Factors(f.A_RN @ Q, f.B_MR, f.scale) for f in (one, two, one)]
+    close(result(name, turned), result(name, [one, two, one]) @ Q, 1e-8)
+
+
+def test_every_core_method_is_covered():
+    from mtft.merge.methods.base import CoreMethod
+
+    aliases = {"cat", "svd"}  # linear under other rank policies
+    assert {name for name, kind in METHODS.items() if issubclass(kind, CoreMethod)} - aliases <= EXACT.keys()

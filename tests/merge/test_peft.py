@@ -1,0 +1,183 @@
+"""PEFT loads what we write, and computes with it what the experts' deltas add up to. vLLM's rules are checked as rules."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mtft.merge import MergeError, merge, read_adapter
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+RELOAD = """
+import sys, warnings
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import LlamaForCausalLM
+from safetensors.torch import load_file
+assert not any(name.startswith("mtft") for name in sys.modules)
+base, *adapters = sys.argv[1:]
+for adapter in adapters:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter)
+    said = [str(w.message) for w in caught if "missing" in str(w.message) or "unexpected" in str(w.message)]
+    assert not said, (adapter, said)
+    wrote = load_file(adapter + "/adapter_model.safetensors")
+    has = get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert wrote.keys() == has.keys(), (adapter, wrote.keys() ^ has.keys())
+    assert all(torch.equal(wrote[key], has[key]) for key in wrote), adapter
+    torch.save(model(torch.arange(24).reshape(2, 12)).logits.detach(), adapter + ".out")
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "vocab_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False, **sizes))
+    folder = tmp_path_factory.mktemp("base")
+    model.save_pretrained(folder)
+    return folder
+
+
+def expert(base, folder, seed, **config):
+    """A random adapter, written by PEFT itself."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+CASES = {
+    "plain": ({"r": 4, "target_modules": ["q_proj", "down_proj"]}, {"r": 2, "target_modules": ["q_proj", "v_proj"]}),
+    "rslora": ({"r": 4, "use_rslora": True, "lora_alpha": 3, "target_modules": "all-linear"}, {"r": 8, "target_modules": "all-linear"}),
+    "patterns": (
+        {"r": 4, "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 7}, "alpha_pattern": {"v_proj": 5}, "target_modules": ["q_proj", "v_proj"]},
+        {"r": 3, "layers_to_transform": [1], "layers_pattern": "layers", "target_modules": ["q_proj"]},
+    ),
+    "bias": ({"r": 4, "lora_bias": True, "target_modules": ["q_proj"]}, {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
+    "embedding": ({"r": 4, "target_modules": ["embed_tokens", "q_proj"]}, {"r": 2, "target_modules": ["embed_tokens"]}),
+}  # fmt: skip
+
+
+def test_reload_in_peft_is_the_sum_of_the_experts(tmp_path, base):
+    """One fresh process that never imports mtft loads every case; the reference adds PEFT's own deltas to the base."""
+    weights_K, expected = (1.0, -0.5), {}
+    for case, configs in CASES.items():
+        paths = [expert(base, tmp_path / f"{case}-{i}", i, **config) for i, config in enumerate(configs)]
+        merge(paths, tmp_path / case, weights=weights_K, rank="lossless")
+        expected[case] = by_hand(base, paths, weights_K)
+    command = [sys.executable, "-c", RELOAD, base, *(tmp_path / case for case in CASES)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for case, logits in expected.items():
+        torch.testing.assert_close(torch.load(tmp_path / f"{case}.out"), logits, atol=3e-5, rtol=1e-4, msg=lambda m, c=case: f"{c}: {m}")
+
+
+def by_hand(base, paths, weights_K):
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(base)
+    weights, biases = dict(model.named_parameters()), {}
+    for path, weight in zip(paths, weights_K, strict=True):
+        loaded = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), path)
+        for name, layer in loaded.base_model.model.named_modules():
+            if isinstance(layer, peft.tuners.lora.LoraLayer):
+                weights[name + ".weight"].data += weight * layer.get_delta_weight("default").detach()
+                if layer.lora_bias.get("default"):
+                    biases[name] = weight * layer.scaling["default"] * layer.lora_B["default"].bias.detach()
+    for name, bias in biases.items():
+        model.get_submodule(name).bias = torch.nn.Parameter(bias)
+    return model(torch.arange(24).reshape(2, 12)).logits.detach()
+
+
+def check_vllm(folder) -> None:
+    """The rules of vLLM's PEFTHelper and LoRAModel, as far as a file can break them."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] in (8, 16, 32, 64, 128, 256, 320, 512)
+    assert config["bias"] == "none" and not config["use_dora"] and not config["modules_to_save"]
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["lora_bias"]
+    assert isinstance(config["target_modules"], list) and config["lora_alpha"] == config["r"]
+    adapter = read_adapter(folder)
+    assert not adapter.saved and {layout.r for layout in adapter.modules.values()} == {config["r"]}
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in adapter.files)
+
+
+def test_vllm_rules(tmp_path, base):
+    a = expert(base, tmp_path / "a", 1, r=4, target_modules=["q_proj", "v_proj"])
+    b = expert(base, tmp_path / "b", 2, r=3, use_rslora=True, target_modules=["q_proj", "up_proj"])
+    merge([a, b], tmp_path / "out", vllm=True)
+    check_vllm(tmp_path / "out")
+    biased = expert(base, tmp_path / "c", 3, r=4, lora_bias=True, target_modules=["q_proj"])
+    with pytest.raises(MergeError, match="vLLM"):
+        merge([a, biased], tmp_path / "out2", vllm=True)
+
+
+def peft_merge(base, paths, kind, **options):
+    """PEFT's add_weighted_adapter on the same files: {module: delta}."""
+    from transformers import LlamaForCausalLM
+
+    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), paths[0], adapter_name="0")
+    for i, path in enumerate(paths[1:], 1):
+        model.load_adapter(path, str(i))
+    names = [str(i) for i in range(len(paths))]
+    model.add_weighted_adapter(names, [1.0] * len(paths), "merged", combination_type=kind, **options)
+    return {
+        name: layer.get_delta_weight("merged").detach().double().numpy()
+        for name, layer in model.base_model.model.named_modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer)
+    }
+
+
+def relative(ours, theirs):
+    return max(np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(theirs[name]) for name in theirs)
+
+
+def deltas(folder):
+    adapter = read_adapter(folder)
+    return {name: (f := adapter.factors(name)).scale * f.B_MR @ f.A_RN for name in adapter.modules}
+
+
+def test_linear_is_peft_cat_and_svd_is_peft_svd(tmp_path, base):
+    paths = [expert(base, tmp_path / str(i), i, r=r, target_modules=["q_proj", "up_proj"]) for i, r in enumerate((2, 3, 1))]
+    merge(paths, tmp_path / "cat", method="cat")
+    assert relative(deltas(tmp_path / "cat"), peft_merge(base, paths, "cat")) < 1e-6
+    merge(paths, tmp_path / "svd", method="svd", rank=4)
+    assert relative(deltas(tmp_path / "svd"), peft_merge(base, paths, "svd", svd_rank=4)) < 1e-5
+
+
+def test_peft_linear_multiplies_mixed_factors_ours_does_not(tmp_path, base):
+    """https://github.com/huggingface/peft/issues/1155: theirs is far from the sum of the deltas; ours is the sum."""
+    paths = [expert(base, tmp_path / str(i), i, r=4, target_modules=["q_proj"]) for i in range(3)]
+    total = {name: sum(deltas(path)[name] for path in paths) for name in deltas(paths[0])}
+    assert relative(peft_merge(base, paths, "linear"), total) > 0.5
+    merge(paths, tmp_path / "out", rank="lossless")
+    assert relative(deltas(tmp_path / "out"), total) < 1e-6
+
+
+def test_peft_linear_refuses_unequal_ranks_ours_does_not(tmp_path, base):
+    paths = [expert(base, tmp_path / str(i), i, r=r, target_modules=["q_proj"]) for i, r in enumerate((2, 3, 1))]
+    with pytest.raises(ValueError, match="same r"):
+        peft_merge(base, paths, "linear")
+    merge(paths, tmp_path / "out", rank="lossless")
+
+
+def test_dora_is_refused(tmp_path, base):
+    with pytest.raises(MergeError, match="use_dora"):
+        merge([expert(base, tmp_path / "a", 0, r=2, use_dora=True, target_modules=["q_proj"])], tmp_path / "out")
+
+
+def test_pissa_is_refused(tmp_path, base):
+    with pytest.raises(MergeError, match="pissa"):
+        merge([expert(base, tmp_path / "a", 0, r=2, init_lora_weights="pissa", target_modules=["q_proj"])], tmp_path / "out")

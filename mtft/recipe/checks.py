@@ -48,19 +48,20 @@ def check_files(source: Source, resolve: Callable[[str], str]) -> list[Problem]:
             problems.append(Problem(path, f"names a file that is not there: {place}", _near_file(Path(place))))
     file = source.value(("mixture", "shares", "file"))
     if isinstance(file, str):
-        try:
-            Mixture.from_yaml(resolve(file), names=_task_names(source) or None)
-        except FileNotFoundError:
-            do = "`mtft mix propose RECIPE` writes it; or give shares by a rule (natural, uniform)"
-            problems.append(
-                Problem(("mixture", "shares", "file"), f"names a file that is not there: {resolve(file)}", do)
-            )
-        except (MixError, OSError) as error:
-            what = f"cannot be used ({getattr(error, 'where', None) or resolve(file)}): {getattr(error, 'what', error)}"
-            problems.append(
-                Problem(("mixture", "shares", "file"), what, getattr(error, "do", None) or "check the file")
-            )
+        problems += _mixture_file(Path(resolve(file)), _task_names(source))
     return problems
+
+
+def _mixture_file(place: Path, names: tuple[str, ...]) -> list[Problem]:
+    path: KeyPath = ("mixture", "shares", "file")
+    if not place.is_file():
+        do = "`mtft mix propose RECIPE` writes it; or give shares by a rule (natural, uniform)"
+        return [Problem(path, f"names a file that is not there: {place}", do)]
+    try:
+        Mixture.from_yaml(place, names=names or None)
+    except MixError as error:
+        return [Problem(path, f"cannot be used: {error.what} ({error.where or place})", error.do or "check the file")]
+    return []
 
 
 def _data(source: Source) -> Iterator[tuple[KeyPath, str]]:
@@ -130,8 +131,15 @@ def _unknown_tasks(path: KeyPath, given: Mapping[str, Any], names: tuple[str, ..
 def _shares(source: Source, names: tuple[str, ...]) -> list[Problem]:
     path: KeyPath = ("mixture", "shares")
     value = source.value(path)
-    if not isinstance(value, dict) or value.keys() & set(RULES) - set(names):
+    if not isinstance(value, dict):
         return []
+    rules = [rule for rule in RULES if rule in value and rule not in names]
+    if rules:  # {temperature: ...} or {file: ...}; with another key beside it, it would pass as a mapping of tasks
+        return [
+            Problem((*path, key), f"{key!r} is not a key of mixture.shares beside {rules[0]}", "a rule stands alone")
+            for key in value
+            if key != rules[0]
+        ]
     problems = _unknown_tasks(path, value, names, also=RULES)
     if not problems:
         lost = [name for name in names if name not in value]

@@ -143,10 +143,12 @@ class _Builder:
         self._source.origins.setdefault(path, self._origin(node))
         self._open.add(id(node))
         try:
-            if isinstance(node, MappingNode):
-                return self._mapping(node, path)
             if isinstance(node, ScalarNode):
                 return self._scalar(node, path)
+            if str(node.tag) not in (_TAG + "map", _TAG + "seq"):
+                return self._foreign_tag(path, node)
+            if isinstance(node, MappingNode):
+                return self._mapping(node, path)
             return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
         finally:
             self._open.discard(id(node))
@@ -201,8 +203,11 @@ class _Builder:
             return None
         if kind in ("str", "timestamp", "value"):
             return str(node.value)
-        self._problem(path, node, f"has the tag {node.tag}", "remove the tag: a recipe holds plain values only")
-        return None
+        return self._foreign_tag(path, node)
+
+    def _foreign_tag(self, path: KeyPath, node: Node) -> None:
+        tag = str(node.tag).replace(_TAG, "!!")
+        self._problem(path, node, f"has the tag {tag}", "remove the tag: a recipe holds plain values only")
 
 
 def kind_of(value: Any) -> str:

@@ -1,0 +1,183 @@
+"""What can't go together although each key is right: one table, each row the combination, why, and what to do.
+
+Rows say nothing about values of one key (schema.py) or names and sums (checks.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from mtft.errors import UserError
+from mtft.recipe.schema import ModelSection, Recipe
+
+Stage = Literal["check", "train", "eval", "mix", "merge", "fuse", "run"]
+TRAINING: tuple[Stage, ...] = ("check", "train", "mix", "run")
+
+
+class BalancerNeeds(Protocol):
+    """What of a balancer's needs matters here (mtft.losses.balancers.base.Needs has it)."""
+
+    @property
+    def valid_every(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the process was launched, as `accelerate launch` tells it: `zero` is DeepSpeed's stage, 0 = no DeepSpeed."""
+
+    zero: int = 0
+    fsdp: bool = False
+    ranks: int = 1
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Engine:
+        ranks = int(environment.get("WORLD_SIZE") or 1)
+        fsdp = environment.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+        if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() not in ("1", "true"):
+            return cls(0, fsdp, ranks)
+        config = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        if config and Path(config).is_file():
+            stage = json.loads(Path(config).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+        else:
+            stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or 2  # accelerate's own default
+        return cls(int(stage), fsdp, ranks)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table. `when` sees the recipe, the engine, and what the balancer needs (None: not asked)."""
+
+    keys: str
+    stages: tuple[Stage, ...]
+    when: Callable[[Recipe, Engine, BalancerNeeds | None], bool]
+    why: str
+    do: str
+    fatal: bool = True
+
+
+def _without_eval(recipe: Recipe) -> list[str]:
+    return [task.name for task in recipe.tasks if task.eval_data is None]
+
+
+def _quantised(model: ModelSection) -> bool:
+    return model.quantise != "none"
+
+
+def _merges_own_adapters(recipe: Recipe) -> bool:
+    return recipe.merge is not None and recipe.merge.adapters is None
+
+
+TABLE: tuple[Row, ...] = (
+    # --- what stands in the way of a stage
+    Row("sweep", ("mix",), lambda r, e, n: r.sweep is None,
+        "the recipe has no sweep section, which says how many trials to run and for how long",
+        "add one, for example `sweep: {trials: 16, steps: 50}`"),
+    Row("merge", ("merge",), lambda r, e, n: r.merge is None,
+        "the recipe has no merge section",
+        "add one, for example `merge: {method: linear, adapters: [runs/a/adapter, runs/b/adapter]}`"),
+    Row("fuse", ("fuse",), lambda r, e, n: r.fuse is None,
+        "the recipe has no fuse section", "add one: `fuse: {strong: {path: ...}, adapters: [...]}`"),
+    Row("merge.adapters", ("merge",), lambda r, e, n: _merges_own_adapters(r) and len(r.tasks) < 2,
+        "there is nothing to merge: no adapters are named, and the recipe has one task only", "name the adapters"),
+    Row("merge.adapters + run.singles", ("run",), lambda r, e, n: _merges_own_adapters(r) and not r.run.singles,
+        "`mtft run` merges the single-task adapters, and run.singles: false trains none",
+        "set run.singles: true, or name merge.adapters"),
+    Row("tasks.*.eval_data", ("eval",), lambda r, e, n: len(_without_eval(r)) == len(r.tasks),
+        "no task has eval_data, so there is nothing to evaluate on", "give the tasks eval_data"),
+    Row("sweep + tasks.*.eval_data", ("check", "mix", "run"),
+        lambda r, e, n: r.sweep is not None and bool(_without_eval(r)),
+        "trials are scored on held-out rows, and not every task has eval_data", "give every task eval_data"),
+    Row("loss.balancer + tasks.*.eval_data", TRAINING,
+        lambda r, e, n: n is not None and n.valid_every is not None and bool(_without_eval(r)),
+        "this balancer moves the weights by validation losses, and not every task has eval_data",
+        "give every task eval_data, or take a balancer that reads training losses only (uniform, fixed)"),
+    # --- weights that can't be trained
+    Row("lora: null + model.quantise", TRAINING, lambda r, e, n: r.lora is None and _quantised(r.model),
+        "quantised weights have no gradient, so full fine-tuning of a quantised model trains nothing",
+        "train an adapter (lora: {r: 16}), or set model.quantise: none"),
+    Row("sweep.lora: full + quantise", ("check", "mix", "run"),
+        lambda r, e, n: r.sweep is not None and r.sweep.lora == "full" and _quantised(r.sweep.model or r.model),
+        "quantised weights have no gradient, so full fine-tuning of a quantised trial model trains nothing",
+        "remove sweep.lora, or give sweep.model without quantise"),
+    Row("lora.init + model.quantise", TRAINING,
+        lambda r, e, n: r.lora is not None and r.lora.init in ("pissa", "olora") and _quantised(r.model),
+        "pissa and olora start from a decomposition of the base weights, which quantised weights don't allow",
+        "set lora.init: default, or model.quantise: none"),
+    # --- engines
+    Row("model.quantise + ZeRO-3", TRAINING, lambda r, e, n: _quantised(r.model) and e.zero == 3,
+        "ZeRO-3 cuts every parameter into float shards, and bitsandbytes' packed weights are not float",
+        "launch with DDP, ZeRO-1 or ZeRO-2 (each rank holds the small quantised base); or set model.quantise: none"),
+    Row("model.quantise + FSDP", TRAINING, lambda r, e, n: _quantised(r.model) and e.fsdp,
+        "FSDP cuts every parameter into float shards, and bitsandbytes' packed weights are not float",
+        "launch with DDP, ZeRO-1 or ZeRO-2; or set model.quantise: none"),
+    # --- batches
+    Row("train.max_length + train.micro_batch_tokens", TRAINING,
+        lambda r, e, n: r.train.max_length > r.train.micro_batch_tokens,
+        "a row of max_length tokens does not fit into micro_batch_tokens",
+        "raise train.micro_batch_tokens to at least train.max_length, or shorten train.max_length"),
+    # --- losses and adapters
+    Row("lora.targets + loss.path: fused", TRAINING,
+        lambda r, e, n: r.lora is not None and "lm_head" in r.lora.targets and r.loss.path == "fused",
+        "the fused loss multiplies with the head's plain weight, so an adapter on lm_head would be skipped",
+        "set loss.path: gather (or auto), or take lm_head out of lora.targets"),
+    Row("lora.dora + merge", ("check", "merge", "run"),
+        lambda r, e, n: _merges_own_adapters(r) and r.lora is not None and r.lora.dora,
+        "a DoRA adapter is no low-rank delta of the weights (it rescales the base), so `mtft merge` can't merge it",
+        "set lora.dora: false, or remove the merge section"),
+    Row("lora: null + merge", ("check", "merge", "run"), lambda r, e, n: _merges_own_adapters(r) and r.lora is None,
+        "full fine-tuning makes no adapters, so there is nothing to merge",
+        "train adapters (lora: {r: 16}), or remove the merge section"),
+    Row("lora: null + fuse", ("check", "run"),
+        lambda r, e, n: r.fuse is not None and r.fuse.adapters is None and r.lora is None,
+        "fusion steers with LoRA experts, and full fine-tuning makes none",
+        "train adapters (lora: {r: 16}), or name fuse.adapters"),
+    # --- allowed, but likely not what was meant
+    Row("tasks.*.eval_data", ("check", "train", "run"), lambda r, e, n: bool(_without_eval(r)),
+        "some tasks have no eval_data: nothing held-out is measured for them", "give them eval_data", fatal=False),
+    Row("train.micro_batch_tokens + train.batch_tokens", TRAINING,
+        lambda r, e, n: r.train.micro_batch_tokens * e.ranks > r.train.batch_tokens,
+        "an optimizer step holds fewer tokens (train.batch_tokens) than the ranks could take in one pass",
+        "raise train.batch_tokens for a better use of the hardware; the result is right either way", fatal=False),
+    Row("fuse.alpha", ("check", "fuse", "run"),
+        lambda r, e, n: r.fuse is not None and r.fuse.alpha != 1.0 and r.fuse.alpha_rule != "fixed",
+        "fuse.alpha is the constant of alpha_rule `fixed`; another rule is set, which ignores it",
+        "set fuse.alpha_rule: fixed, or remove fuse.alpha", fatal=False),
+    Row("fuse.top_p", ("check", "fuse", "run"),
+        lambda r, e, n: r.fuse is not None and r.fuse.temperature == 0 and r.fuse.top_p < 1,
+        "fuse.temperature 0 is greedy decoding, which ignores fuse.top_p", "set a temperature", fatal=False),
+    Row("model.dtype: fp16 + lora: null", TRAINING, lambda r, e, n: r.lora is None and r.model.dtype == "fp16",
+        "full fine-tuning with fp16 weights loses small updates", "use bf16 or fp32", fatal=False),
+    Row("model.trust_remote_code", ("check", "train", "eval", "mix", "fuse", "run"),
+        lambda r, e, n: r.model.trust_remote_code or (r.fuse is not None and r.fuse.strong.trust_remote_code),
+        "trust_remote_code runs Python that ships with the model, on this machine, with your rights",
+        "read that code, or pin model.revision to a commit that you have read", fatal=False),
+)  # fmt: skip
+
+
+def check_compat(
+    recipe: Recipe,
+    *,
+    stage: Stage,
+    engine: Engine | None = None,
+    needs: BalancerNeeds | None = None,
+) -> list[str]:
+    """Warnings for this recipe in this stage; UserError that lists all combinations that can't work.
+
+    engine  how the process was launched; None reads it from the environment of `accelerate launch`
+    needs   the `needs` of the recipe's balancer, where the caller has made one
+    """
+    engine = Engine.from_environment() if engine is None else engine
+    hits = [row for row in TABLE if stage in row.stages and row.when(recipe, engine, needs)]
+    fatal = [row for row in hits if row.fatal]
+    if len(fatal) == 1:
+        raise UserError(fatal[0].why, where=fatal[0].keys, do=fatal[0].do)
+    if fatal:
+        lines = [f"{len(fatal)} things in the recipe can't go together"]
+        lines += [f"  {row.keys}: {row.why}; {row.do}" for row in fatal]
+        raise UserError("\n".join(lines), do="mend these, then run `mtft check`")
+    return [f"{row.why} ({row.keys}): {row.do}" for row in hits]

@@ -1,0 +1,100 @@
+"""Every row of the table is hit by a recipe, and the good recipe by none."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from mtft.errors import UserError
+from mtft.recipe.compat import TABLE, Engine, check_compat
+
+ZERO_3 = Engine(zero=3, ranks=2)
+FSDP = Engine(fsdp=True, ranks=2)
+READS_VALIDATION = SimpleNamespace(valid_every=10)
+PLAIN = Engine()
+
+# row -> (stage, overrides, engine, needs of the balancer)
+CASES = {
+    "sweep": ("mix", ["sweep=null"]),
+    "merge": ("merge", ["merge=null"]),
+    "fuse": ("fuse", ["fuse=null"]),
+    "merge.adapters": ("merge", ["tasks=[{name: sum, data: data/sum.jsonl}]", "mixture={}", "sweep=null"]),
+    "merge.adapters + run.singles": ("run", ["run.singles=false"]),
+    "tasks.*.eval_data": ("eval", ["tasks.sum.eval_data=", "tasks.sql.v1.eval_data="]),
+    "sweep + tasks.*.eval_data": ("mix", ["tasks.sum.eval_data="]),
+    "loss.balancer + tasks.*.eval_data": ("train", ["tasks.sum.eval_data="], PLAIN, READS_VALIDATION),
+    "lora: null + model.quantise": ("train", ["lora=null", "model.quantise=nf4"]),
+    "sweep.lora: full + quantise": ("mix", ["sweep.lora=full", "model.quantise=int8"]),
+    "lora.init + model.quantise": ("train", ["lora.init=pissa", "model.quantise=nf4"]),
+    "model.quantise + ZeRO-3": ("train", ["model.quantise=nf4"], ZERO_3),
+    "model.quantise + FSDP": ("train", ["model.quantise=nf4"], FSDP),
+    "train.max_length + train.micro_batch_tokens": (
+        "train",
+        ["train.max_length=4096", "train.micro_batch_tokens=1024"],
+    ),
+    "lora.targets + loss.path: fused": ("train", ["lora.targets=[q_proj, lm_head]", "loss.path=fused"]),
+    "lora.dora + merge": ("run", ["lora.dora=true"]),
+    "lora: null + merge": ("merge", ["lora=null"]),
+    "lora: null + fuse": ("run", ["lora=null", "merge=null"]),
+}
+WARNINGS = {
+    "tasks.*.eval_data": ("train", ["tasks.sum.eval_data="]),
+    "train.micro_batch_tokens + train.batch_tokens": ("train", [], Engine(ranks=64)),
+    "fuse.alpha": ("fuse", ["fuse.alpha=0.5"]),
+    "fuse.top_p": ("fuse", ["fuse.top_p=0.9"]),
+    "model.dtype: fp16 + lora: null": ("train", ["lora=null", "model.dtype=fp16"]),
+    "model.trust_remote_code": ("train", ["model.trust_remote_code=true"]),
+}
+
+
+@pytest.mark.parametrize("keys", CASES)
+def test_refused(folder, keys):
+    stage, overrides, *more = CASES[keys]
+    engine, needs = (*more, *(PLAIN, None)[len(more) :])
+    row = next(row for row in TABLE if row.keys == keys and row.fatal)
+    with pytest.raises(UserError) as caught:
+        check_compat(folder.load(*overrides), stage=stage, engine=engine, needs=needs)
+    assert (caught.value.what, caught.value.where, caught.value.do) == (row.why, keys, row.do)
+
+
+@pytest.mark.parametrize("keys", WARNINGS)
+def test_warned(folder, keys):
+    stage, overrides, *more = WARNINGS[keys]
+    row = next(row for row in TABLE if row.keys == keys and not row.fatal)
+    assert check_compat(folder.load(*overrides), stage=stage, engine=more[0] if more else PLAIN) == [
+        f"{row.why} ({keys}): {row.do}"
+    ]
+
+
+def test_every_row_has_its_case():
+    assert {row.keys for row in TABLE if row.fatal} == CASES.keys()
+    assert {row.keys for row in TABLE if not row.fatal} == WARNINGS.keys()
+
+
+@pytest.mark.parametrize("stage", ["check", "train", "eval", "mix", "merge", "fuse", "run"])
+def test_the_good_recipe_is_fine(folder, stage):
+    assert check_compat(folder.load(), stage=stage, engine=PLAIN, needs=READS_VALIDATION) == []
+
+
+def test_several_at_once(folder):
+    with pytest.raises(UserError) as caught:
+        check_compat(folder.load("model.quantise=nf4", "lora.init=olora", "lora.dora=true"), stage="run", engine=ZERO_3)
+    lines = caught.value.what.splitlines()
+    assert lines[0] == "3 things in the recipe can't go together"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+        "lora.init + model.quantise",
+        "model.quantise + ZeRO-3",
+        "lora.dora + merge",
+    ]
+
+
+def test_engine_from_the_environment_of_accelerate(tmp_path):
+    assert Engine.from_environment({}) == Engine(0, False, 1)
+    assert Engine.from_environment({"WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true"}) == Engine(0, True, 4)
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}
+    assert Engine.from_environment({**zero, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}) == ZERO_3
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    assert Engine.from_environment({**zero, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}) == ZERO_3

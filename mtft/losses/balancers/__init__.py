@@ -10,8 +10,16 @@ from mtft.errors import UserError
 from mtft.recipe.schema import BalancerSection
 
 from .base import Balancer, Context, Needs, Observation, did_you_mean, options_of
+from .coba import CoBa
+from .dwa import DynamicWeightAverage
+from .famo import Famo
 from .focal import Focal
+from .gradnorm import GradNorm
+from .learned import ImpartialLoss, UncertaintyWeighting
+from .scalar import GeometricMean, SmoothTchebycheff
+from .selfpaced import SelfPaced
 from .simple import Fixed, Random, Temperature, Uniform
+from .visatb import VisAtb
 
 BALANCERS: dict[str, type[Balancer]] = {
     kind.NAME: kind
@@ -21,6 +29,16 @@ BALANCERS: dict[str, type[Balancer]] = {
         Random,
         Temperature,
         Focal,
+        SelfPaced,
+        CoBa,
+        Famo,
+        DynamicWeightAverage,
+        UncertaintyWeighting,
+        ImpartialLoss,
+        GeometricMean,
+        SmoothTchebycheff,
+        GradNorm,
+        VisAtb,
     )
 }
 

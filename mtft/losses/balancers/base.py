@@ -161,8 +161,8 @@ class Balancer(ABC):
     def name_of(self, task: int) -> str:
         return self.run.tasks[task]
 
-    def per_task(self, option: str, values: Mapping[str, float]) -> Tensor:
-        """An option of the form {task: number} as float64 [K]; an unknown or missing task is an error."""
+    def per_task(self, option: str, values: Mapping[str, float], default: float | None = None) -> Tensor:
+        """An option {task: number} as float64 [K]. Unknown tasks are an error; missing ones too, without `default`."""
         for name in values:
             if name not in self.run.tasks:
                 raise UserError(
@@ -171,11 +171,11 @@ class Balancer(ABC):
                     do=f"tasks of this recipe: {', '.join(self.run.tasks)}",
                 )
         missing = [name for name in self.run.tasks if name not in values]
-        if missing:
+        if missing and default is None:
             raise UserError(
                 f"no value for {', '.join(missing)}", where=f"loss.balancer.{option}", do="give each a number"
             )
-        return torch.tensor([float(values[name]) for name in self.run.tasks], dtype=torch.float64)
+        return torch.tensor([values.get(name, default) for name in self.run.tasks], dtype=torch.float64)
 
     def _check_options(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)

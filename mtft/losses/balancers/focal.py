@@ -40,6 +40,8 @@ class Focal(Balancer):
         return fill_absent((1 - self.prob_K).clamp(min=1e-6) ** self.gamma)
 
     def observe(self, seen: Observation) -> None:
+        if seen.step == 0:
+            return
         if seen.train_prob_K is None:
             raise ValueError("balancer focal needs Observation.train_prob_K")
         self.prob_K = running_mean(self.prob_K, seen.train_prob_K, self.smoothing)

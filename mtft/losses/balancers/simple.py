@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -50,7 +51,9 @@ class Random(Balancer):
     NAME: ClassVar[str] = "random"
 
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
-        generator = torch.Generator().manual_seed((self.run.seed << 32) + step)
+        # Mixed to 32 bits first: torch's CPU generator looks at no more of a seed.
+        mixed = int(np.random.SeedSequence([self.run.seed, step]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(mixed)
         return torch.softmax(torch.randn(self.K, generator=generator, dtype=torch.float64), dim=0)
 
 

@@ -1,0 +1,289 @@
+"""FusedCausalLM: a strong model, a small base and its experts, used like one causal language model.
+
+    fused = FusedCausalLM.load("strong-7b", "small-1b", ["adapters/sql"], FusionSpec())
+    fused.generate(**fused.tokenizer("...", return_tensors="pt"), max_new_tokens=64)
+    fused.score(input_ids_BL, attention_mask_BL)          # log-probabilities of given text
+
+No weight of any model is touched. alpha at a position depends only on the tokens before it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from . import decode as decoding
+from . import scoring
+from .alpha import fuse_logits
+from .load import Weak, load_model, load_tokenizer, load_weak
+from .rows import BASE
+from .side import Side, Sides
+from .spec import Fused, FusionError, FusionSpec
+from .tokens import agree
+
+MAX_LOGIT_BYTES = 256 << 20
+
+
+class FusedCausalLM:
+    """The fused model. `load` is the usual way in; the constructor takes models that are loaded already.
+
+    shared: how many of the first ids the small models know; vocab_size: ids of the strong tokenizer. All logits are
+    cut to these (never to a padded width).
+    """
+
+    def __init__(
+        self,
+        strong: PreTrainedModel,
+        weak: Weak,
+        tokenizer: PreTrainedTokenizerBase | None,
+        spec: FusionSpec,
+        *,
+        vocab_size: int,
+        shared: int | None = None,
+        name: str = "fused",
+        max_logit_bytes: int = MAX_LOGIT_BYTES,
+    ) -> None:
+        self.strong, self.weak, self.tokenizer, self.spec = strong, weak, tokenizer, spec
+        self.vocab_size, self.shared = vocab_size, vocab_size if shared is None else shared
+        self.name_or_path, self.max_logit_bytes = name, max_logit_bytes
+        self.experts = len(weak.order)
+        spec.check_experts(self.experts)
+        smalls = [weak.model, *weak.own]
+        for model, needed in ((strong, self.vocab_size), *((small, self.shared) for small in smalls)):
+            width = model.get_output_embeddings().weight.shape[0]
+            if width < needed:
+                raise FusionError(
+                    f"{model.name_or_path} has {width} logits for {needed} ids", do="check the tokenizers"
+                )
+        self.known = min(small.get_input_embeddings().weight.shape[0] for small in smalls)
+        self.config = copy.deepcopy(strong.config)
+        self.config.vocab_size = self.vocab_size
+        limits = [m.config.get_text_config().max_position_embeddings for m in (strong, *smalls)]
+        self.config.max_position_embeddings = min(limits)
+
+    @classmethod
+    def load(
+        cls,
+        strong: str | Path,
+        base: str | Path,
+        adapters: Sequence[str | Path],
+        spec: FusionSpec | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        quantization: str | None = None,
+        tokens: str | None = None,
+        base_dtype: str | torch.dtype | None = None,
+        base_device: str | torch.device | None = None,
+        base_quantization: str | None = None,
+        strong_adapter: str | Path | None = None,
+        attention: str = "auto",
+        allow_base_mismatch: bool = False,
+        revision: str = "main",
+        base_revision: str = "main",
+    ) -> FusedCausalLM:
+        """Load all models. adapters: PEFT LoRA folders on `base` (or folders of whole fine-tuned models).
+
+        dtype auto | fp32 | bf16 | fp16; quantization none | nf4 | int8 of the strong model. base_* default to the
+        strong model's, except that the base is not quantised. tokens: see tokens.py. Raises FusionError.
+        """
+        spec = FusionSpec() if spec is None else spec
+        tokenizer, small = load_tokenizer(strong, revision), load_tokenizer(base, base_revision)
+        vocab_size, shared = agree(tokenizer, small, tokens or spec.tokens)
+        strong_model = load_model(
+            strong,
+            dtype=dtype,
+            device=device,
+            quantise=quantization or "none",
+            attention=attention,
+            revision=revision,
+            adapter=strong_adapter,
+        )
+        weak = load_weak(
+            base,
+            adapters,
+            allow_base_mismatch=allow_base_mismatch,
+            dtype=base_dtype or dtype,
+            device=base_device or device,
+            quantise=base_quantization or "none",
+            attention=attention,
+            revision=base_revision,
+        )
+        name = f"{strong} + {', '.join(map(str, adapters))}"
+        return cls(strong_model, weak, tokenizer, spec, vocab_size=vocab_size, shared=shared, name=name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.strong.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.strong.dtype
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self.strong.generation_config
+
+    @property
+    def context(self) -> int:
+        """Positions that all models can read."""
+        return self.config.max_position_embeddings
+
+    def eval(self) -> FusedCausalLM:
+        """All models are in eval mode already; here because evaluation tools call it."""
+        return self
+
+    def tie_weights(self) -> None:
+        """Nothing to do; here because evaluation tools call it."""
+
+    def sides(self) -> Sides:
+        """Fresh caches for one decode."""
+        rows = [group for index, group in self.weak.order if index < 0]
+        substitute = self._substitute()
+        cut = {"width": self.shared, "known": self.known, "substitute": substitute}
+        return Sides(
+            Side(self.strong, (0,), width=self.vocab_size),
+            Side(self.weak.model, (*rows, BASE), layout=self.weak.layout, **cut),
+            [Side(model, (0,), **cut) for model in self.weak.own],
+            self.weak.order,
+        )
+
+    def _substitute(self) -> int:
+        """What a small model reads in place of an id that it does not have."""
+        known = [None] if self.tokenizer is None else [self.tokenizer.unk_token_id, self.tokenizer.eos_token_id]
+        return next((token for token in known if token is not None and token < self.shared), 0)
+
+    def fuse(
+        self, strong_NV: Tensor, experts_TNM: Sequence[Tensor], base_NM: Tensor, specs: Sequence[FusionSpec]
+    ) -> Fused:
+        """Fuse N positions, each with its own spec (equal specs are solved together)."""
+        groups: dict[FusionSpec, list[int]] = {}
+        for row, spec in enumerate(specs):
+            groups.setdefault(spec, []).append(row)
+        if len(groups) == 1:
+            return fuse_logits(strong_NV, experts_TNM, base_NM, specs[0])
+        parts, order = [], []
+        for spec, rows in groups.items():
+            parts.append(fuse_logits(strong_NV[rows], [expert[rows] for expert in experts_TNM], base_NM[rows], spec))
+            order += rows
+        back = torch.tensor(order, device=strong_NV.device).argsort()
+        names = [name for name in vars(parts[0]) if name != "evaluations"]
+        joined = {name: torch.cat([getattr(part, name) for part in parts])[back] for name in names}
+        return Fused(**joined, evaluations=sum(part.evaluations for part in parts))
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 0, **kwargs: Any
+    ) -> CausalLMOutput:
+        """.logits [B, L, V] = fused log-probabilities at the last `logits_to_keep` positions (0: all)."""
+        refused = sorted(name for name, value in kwargs.items() if value not in (None, False))
+        if refused:
+            raise FusionError(
+                f"forward does not take {', '.join(refused)}", do="use score() for losses, generate() to decode"
+            )
+        strong_BLV, experts, base_BLM = self.sides().read(self._checked(input_ids), attention_mask, logits_to_keep)
+        rows, length, width = strong_BLV.shape
+        out_NV = torch.empty(rows * length, width, dtype=torch.promote_types(strong_BLV.dtype, torch.float32))
+        out_NV = out_NV.to(strong_BLV.device)
+        step = self.positions_at_once(out_NV.element_size())
+        flat = [x.reshape(rows * length, -1) for x in (strong_BLV, *experts, base_BLM)]
+        for start in range(0, rows * length, step):
+            part = [x[start : start + step] for x in flat]
+            fused = self.fuse(part[0], part[1:-1], part[-1], [self.spec] * len(part[0]))
+            out_NV[start : start + step] = fused.logprobs_NV
+        return CausalLMOutput(logits=out_NV.view(rows, length, width))
+
+    __call__ = forward
+
+    def positions_at_once(self, element_size: int = 4) -> int:
+        """How many positions keep all [*, V] buffers, at most 2T + 6 of them, under max_logit_bytes."""
+        return max(1, self.max_logit_bytes // ((2 * self.experts + 6) * self.vocab_size * element_size))
+
+    def _checked(self, input_ids: Tensor) -> Tensor:
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise FusionError(
+                f"input_ids has shape {list(input_ids.shape)}: an empty prompt", do="give at least one token"
+            )
+        if int(input_ids.max()) >= self.vocab_size or int(input_ids.min()) < 0:
+            raise FusionError(
+                f"input_ids holds an id outside of 0 ... {self.vocab_size - 1}", do="use the strong tokenizer"
+            )
+        return input_ids
+
+    def generate(self, *args: Any, streamer: Any = None, tokenizer: Any = None, **kwargs: Any) -> Any:
+        """As `transformers`' generate of the strong model, with `decode` as the decoding loop.
+
+        Beside its arguments: alpha, alpha_rule, expert_weights (for all rows, or one per row), seed (one number, or one
+        per prompt), speculative, trace, expert_input_ids and expert_attention_mask (see decode).
+        """
+        # transformers hands neither the streamer nor the tokenizer of stop_strings on to a custom loop
+        stops = kwargs.pop("stop_strings", None)
+        if stops is not None:
+            criteria = StopStringCriteria(tokenizer=tokenizer or self.tokenizer, stop_strings=stops)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criteria])
+        loop = self.decode if streamer is None else partial(self.decode, streamer=streamer)
+        return self.strong.generate(*args, custom_generate=loop, streamer=streamer, **kwargs)
+
+    def decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        *,
+        alpha: float | Sequence[float] | None = None,
+        alpha_rule: str | Sequence[str] | None = None,
+        expert_weights: Sequence[float] | Sequence[Sequence[float]] | None = None,
+        seed: int | Sequence[int] | None = None,
+        trace: decoding.Observer | None = None,
+        expert_input_ids: Tensor | None = None,
+        expert_attention_mask: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The decoding loop, for `strong.generate(custom_generate=fused.decode)`. Returns what generate returns."""
+        if model is not self.strong:
+            raise FusionError("decode was given another model than the strong one", do="call fused.generate")
+        request = decoding.prepare(
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            specs=decoding.row_specs(self.spec, len(input_ids), self.experts, alpha, alpha_rule, expert_weights),
+            seed=seed,
+            observer=trace,
+            small_ids=expert_input_ids,
+            small_mask=expert_attention_mask,
+            model_kwargs=model_kwargs,
+        )
+        return decoding.direct(self, request)
+
+    def score(
+        self,
+        input_ids_BL: Tensor,
+        attention_mask_BL: Tensor | None = None,
+        score_mask_BL: Tensor | None = None,
+        *,
+        chunk: int | None = None,
+    ) -> scoring.Score:
+        """Log-probability of given text under the fused model (see scoring.score)."""
+        return scoring.score(self, self._checked(input_ids_BL), attention_mask_BL, score_mask_BL, chunk=chunk)

@@ -1,0 +1,134 @@
+"""One copy of the small base serves all its rows: base rows and the rows of every LoRA expert, in one pass.
+
+A batch is group-major: [expert_0 x B, ..., expert_T-1 x B, base x B]. Each targeted nn.Linear computes x W^T once for
+all rows; then one bmm pair adds (x A_t^T)(s_t B_t)^T to the contiguous slice of expert t. PEFT's `adapter_names` gives
+the same numbers by gathering rows by index per layer and adapter, at about twice the cost (huggingface/peft#2283).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mtft.merge.factors import Adapter, Factors
+
+from .spec import FusionError
+
+BASE = -1  # the group that has no adapter
+
+
+@dataclass
+class RowsLayout:
+    """What the rows of the current batch are: `groups` in order, `size` rows each. One per model, shared."""
+
+    experts: int
+    groups: tuple[int, ...] = (BASE,)
+    size: int = 0
+
+    def set(self, groups: Sequence[int], size: int) -> None:
+        """Expert groups first (any experts, each once), then BASE or not."""
+        groups = tuple(groups)
+        adapted = [group for group in groups if group != BASE]
+        if not groups or size < 1 or len(set(groups)) != len(groups) or BASE in groups[:-1]:
+            raise ValueError(f"groups {groups} of {size} rows: want different experts, then BASE or not")
+        if any(not 0 <= group < self.experts for group in adapted):
+            raise ValueError(f"groups {groups}: there are {self.experts} experts")
+        self.groups, self.size = groups, size
+
+    @property
+    def adapted(self) -> tuple[int, ...]:
+        return self.groups[:-1] if self.groups[-1] == BASE else self.groups
+
+
+class RowsLinear(nn.Module):
+    """`linear` for all rows plus each expert's low-rank update on its own rows. Inference only.
+
+    factors: one Factors or None (module untouched) per expert; smaller ranks are padded with zeros.
+    """
+
+    def __init__(self, linear: nn.Linear, factors: Sequence[Factors | None], layout: RowsLayout) -> None:
+        super().__init__()
+        self.linear, self.layout = linear, layout
+        rank = max(factor.rank for factor in factors if factor is not None)
+        A_TNR = np.zeros((len(factors), linear.in_features, rank), np.float32)
+        B_TRM = np.zeros((len(factors), rank, linear.out_features), np.float32)
+        for t, factor in enumerate(factors):
+            if factor is not None:
+                A_TNR[t, :, : factor.rank] = factor.A_RN.T
+                B_TRM[t, : factor.rank] = factor.scale * factor.B_MR.T
+        # a quantised weight is no floating dtype: its input, and so the factors, are in the model's compute dtype
+        dtype = linear.weight.dtype if linear.weight.dtype.is_floating_point else torch.get_default_dtype()
+        self.register_buffer("A_TNR", torch.from_numpy(A_TNR).to(linear.weight.device, dtype), persistent=False)
+        self.register_buffer("B_TRM", torch.from_numpy(B_TRM).to(linear.weight.device, dtype), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [rows, ..., in] -> [rows, ..., out], rows = len(groups) * size (or a multiple, if the model flattens)."""
+        groups, size, adapted = self.layout.groups, self.layout.size, self.layout.adapted
+        if x.shape[0] % (len(groups) * size) or (x.dim() > 2 and x.shape[0] != len(groups) * size):
+            raise ValueError(f"{x.shape[0]} rows for {len(groups)} groups of {size}")
+        y = self.linear(x)
+        if not adapted:
+            return y
+        first, count = adapted[0], len(adapted)
+        if adapted == tuple(range(first, first + count)):
+            A_TNR, B_TRM = self.A_TNR[first : first + count], self.B_TRM[first : first + count]
+        else:
+            A_TNR, B_TRM = self.A_TNR[list(adapted)], self.B_TRM[list(adapted)]
+        rows = count * (x.shape[0] // len(groups))
+        low_TLR = torch.bmm(x[:rows].reshape(count, -1, x.shape[-1]).to(A_TNR.dtype), A_TNR)
+        y[:rows].view(count, -1, y.shape[-1]).add_(torch.bmm(low_TLR, B_TRM))
+        return y
+
+
+def attach(model: nn.Module, adapters: Sequence[Adapter]) -> RowsLayout:
+    """Put RowsLinear in the place of every linear that any adapter touches. Returns the layout that they share."""
+    layout = RowsLayout(len(adapters))
+    for name in sorted({module for adapter in adapters for module in adapter.modules}):
+        linear = _linear(model, name)
+        factors = [adapter.factors(name, np.float32) for adapter in adapters]
+        for adapter, factor in zip(adapters, factors, strict=True):
+            if factor is not None and (len(factor.B_MR), factor.A_RN.shape[1]) != (
+                linear.out_features,
+                linear.in_features,
+            ):
+                raise FusionError(
+                    f"{name} is {linear.out_features} x {linear.in_features} in the base, "
+                    f"{len(factor.B_MR)} x {factor.A_RN.shape[1]} in the adapter",
+                    where=str(adapter.path),
+                    do="give the base that this adapter was trained on",
+                )
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, RowsLinear(linear, factors, layout))
+    return layout
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise FusionError(
+            f"the base has no module {name}", do="give the base that the adapter was trained on"
+        ) from None
+    if not isinstance(module, nn.Linear):
+        raise FusionError(f"{name} is a {type(module).__name__}, no linear layer", do="use an adapter on linear layers")
+    return module
+
+
+def why_not_rows(adapter: Adapter, model: nn.Module) -> str | None:
+    """Why this adapter can't run as rows of the shared base, or None if it can."""
+    if adapter.saved:
+        return f"it replaces whole tensors ({adapter.saved[0]}, ...)"
+    for name, shape in adapter.modules.items():
+        if shape.kind != "linear" or shape.has_bias:
+            return f"{name} is adapted in its {'bias' if shape.has_bias else 'embedding'}"
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            continue  # attach() says that the base is another one
+        if not isinstance(module, nn.Linear):
+            return f"{name} is a {type(module).__name__}"
+    return None

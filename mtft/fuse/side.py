@@ -1,0 +1,127 @@
+"""One model in a decode: its rows, its cache, its mask and its positions.
+
+The strong model is a side with one group of rows; the small base is a side whose groups are the experts and itself;
+an expert that can't be rows is a side of its own. A side may hold its own prompt: only the continuation is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from .rows import RowsLayout
+
+
+class Side:
+    """A model and what it has read so far. B prompts become len(groups) * B rows, group-major.
+
+    width: number of ids of the real vocabulary; the logits are cut to it. substitute: what the model reads in place of
+    an id that it does not know (an id >= known).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        groups: Sequence[int],
+        *,
+        width: int,
+        layout: RowsLayout | None = None,
+        known: int | None = None,
+        substitute: int = 0,
+    ) -> None:
+        self.model, self.groups, self.layout = model, tuple(groups), layout
+        self.width, self.known, self.substitute = width, known, substitute
+        self.cache = DynamicCache(config=model.config)
+        self.mask_BC: Tensor | None = None  # 1 = a token, 0 = padding or a rejected draft
+        self.holes = False  # any zero in mask_BC
+
+    @property
+    def length(self) -> int:
+        """Columns in the cache."""
+        return 0 if self.mask_BC is None else self.mask_BC.shape[1]
+
+    @torch.no_grad()
+    def read(self, ids_BL: Tensor, mask_BL: Tensor | None = None, keep: int | Tensor = 1) -> Tensor:
+        """Read L more tokens per prompt; logits [groups, B, kept, width] at the last `keep` positions (0 = all)."""
+        rows = len(ids_BL)
+        device = self.model.device
+        ids_BL = ids_BL.to(device)
+        if self.known is not None:
+            ids_BL = ids_BL.masked_fill(ids_BL >= self.known, self.substitute)
+        new_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL.to(ids_BL)
+        before_B1 = 0 if self.mask_BC is None else self.mask_BC.sum(-1, keepdim=True)
+        self.mask_BC = new_BL if self.mask_BC is None else torch.cat([self.mask_BC, new_BL], -1)
+        if mask_BL is not None:
+            self.holes = self.holes or not bool(new_BL.all())
+        positions_BL = (before_B1 + new_BL.cumsum(-1) - 1).clamp(min=0)
+        count = len(self.groups)
+        if self.layout is not None:
+            self.layout.set(self.groups, rows)
+        logits = self.model(
+            input_ids=ids_BL.repeat(count, 1),
+            attention_mask=self.mask_BC.repeat(count, 1) if self.holes else None,
+            position_ids=positions_BL.repeat(count, 1),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits
+        return logits[..., : self.width].unflatten(0, (count, rows))
+
+    def select(self, keep: Tensor) -> None:
+        """Go on with some of the prompts only."""
+        keep = keep.to(self.mask_BC.device)
+        rows = self.mask_BC.shape[0]
+        self.mask_BC = self.mask_BC[keep]
+        self.holes = self.holes and not bool(self.mask_BC.all())
+        self.cache.batch_select_indices(torch.cat([group * rows + keep for group in range(len(self.groups))]))
+
+    def crop(self, columns: int) -> None:
+        """Forget the last columns."""
+        if columns:
+            self.cache.crop(-columns)
+            self.mask_BC = self.mask_BC[:, :-columns]
+
+    def reject(self, columns_BL: Tensor) -> None:
+        """Leave some of the last L columns in the cache, but never attend to them again (bool, True = rejected)."""
+        length = columns_BL.shape[1]
+        mask_BC = self.mask_BC.clone()
+        mask_BC[:, -length:] *= ~columns_BL.to(mask_BC.device)
+        self.mask_BC, self.holes = mask_BC, self.holes or bool(columns_BL.any())
+
+
+class Sides:
+    """All the models of one fused decode: strong, then the weak sides. The last group of `weak` is the base."""
+
+    def __init__(self, strong: Side, weak: Side, own: Sequence[Side], order: Sequence[tuple[int, int]]) -> None:
+        """order[t] = (-1, group of `weak`) or (index in `own`, 0): where expert t is."""
+        self.strong, self.weak, self.own, self.order = strong, weak, list(own), list(order)
+
+    @property
+    def all(self) -> list[Side]:
+        return [self.strong, self.weak, *self.own]
+
+    def read(
+        self,
+        ids_BL: Tensor,
+        mask_BL: Tensor | None = None,
+        keep: int | Tensor = 1,
+        small_ids_BL: Tensor | None = None,
+        small_mask_BL: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """(strong [B, k, V], T experts [B, k, M], base [B, k, M]) on the strong model's device.
+
+        small_ids_BL: another prompt for the small models (their own chat template); the continuation is shared.
+        """
+        strong_BKV = self.strong.read(ids_BL, mask_BL, keep)[0]
+        small_ids_BL, small_mask_BL = (ids_BL, mask_BL) if small_ids_BL is None else (small_ids_BL, small_mask_BL)
+        weak_GBKM = self.weak.read(small_ids_BL, small_mask_BL, keep).to(strong_BKV.device)
+        own = [side.read(small_ids_BL, small_mask_BL, keep)[0].to(strong_BKV.device) for side in self.own]
+        experts = [weak_GBKM[group] if index < 0 else own[index] for index, group in self.order]
+        return strong_BKV, experts, weak_GBKM[-1]
+
+    def select(self, keep: Tensor) -> None:
+        for side in self.all:
+            side.select(keep)

@@ -1,0 +1,179 @@
+"""Find the step a of every row: the root of a matching rule, or the minimum of the paper's objective.
+
+With g = KL(P_a || P) = a m - A and h = KL(P || P_a) = A (d centred, see tilt.py) every rule matches a non-decreasing f:
+
+| rule     | f(a)  | f'(a)      |
+|---|---|---|
+| forward  | g     | a s2       |
+| reverse  | h     | m          |
+| jeffreys | g + h = a m | m + a s2 |
+
+so there is at most one root. r(a) = sqrt(2 f(a)) is nearly linear in a, so Newton runs on r, safeguarded by a bracket.
+`paper` is the global minimum of J(a) = (g - c)^2 + (h - c')^2 (Fan et al., 2406.15480): J falls below both roots and
+rises above both, so it is searched between them; `paper_grid` is the paper's own search on 0, 0.1, ... a_max.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .spec import FusionError
+from .tilt import Moments, Tilt
+
+MAX_STEPS = 40
+BRACKET = 1e-7  # of a_max: no answer needs a finer a
+
+
+@dataclass
+class Step:
+    """The step of N rows (float64): a, A(a), m(a); whether it stopped at a_max below its target; passes over V."""
+
+    a_N: Tensor
+    A_N: Tensor
+    m_N: Tensor
+    clipped_N: Tensor
+    evaluations: int
+
+    @property
+    def kl_forward_N(self) -> Tensor:
+        return (self.a_N * self.m_N - self.A_N).clamp(min=0)
+
+    @property
+    def kl_reverse_N(self) -> Tensor:
+        return self.A_N.clamp(min=0)
+
+
+def match(rule: str, a_N: Tensor, at: Moments) -> tuple[Tensor, Tensor]:
+    """f(a) and f'(a) of a matching rule."""
+    if rule == "forward":
+        return a_N * at.m_N - at.A_N, a_N * at.s2_N
+    if rule == "reverse":
+        return at.A_N, at.m_N
+    return a_N * at.m_N, at.m_N + a_N * at.s2_N
+
+
+def solve_root(tilt: Tilt, rule: str, target_N: Tensor, a_max_N: Tensor, rtol: float) -> Step:
+    """Smallest a in [0, a_max] with f(a) = target; a_max where f stays below; 0 where flat or target 0."""
+    at = tilt(a_max_N)
+    f_N, _ = match(rule, a_max_N, at)
+    still_N = tilt.flat_N | (target_N <= 0)
+    top_N = ~still_N & (f_N <= target_N * (1 + rtol))
+    zero = torch.zeros_like(a_max_N)
+    step = Step(
+        a_N=torch.where(top_N, a_max_N, zero),
+        A_N=torch.where(top_N, at.A_N, zero),
+        m_N=torch.where(top_N, at.m_N, zero),
+        clipped_N=top_N & (f_N < target_N * (1 - rtol)),
+        evaluations=1,
+    )
+    rho_N = (2 * target_N.clamp(min=0)).sqrt()
+    kappa = 2.0 if rule == "jeffreys" else 1.0
+    # geometric mean of two guesses: r linear between 0 and a_max, and r linear with its slope at 0
+    a_N = (a_max_N * rho_N / (2 * f_N).sqrt() * rho_N / (kappa * tilt.variance_N).sqrt()).sqrt()
+    a_N = torch.minimum(torch.nan_to_num(a_N), a_max_N)
+    low_N, high_N, done_N = zero.clone(), a_max_N.clone(), still_N | top_N
+    rows_N = torch.arange(len(a_N), device=a_N.device)
+    # off the CPU a look at `done` waits for the device, so it is taken every eighth pass only
+    every = 1 if a_N.device.type == "cpu" else 8
+    for count in range(MAX_STEPS):
+        if count % every == 0:
+            open_N = ~done_N
+            left = int(open_N.sum())
+            if left == 0:
+                return step
+            if left <= len(rows_N) // 2:
+                keep = open_N.nonzero().squeeze(-1)
+                tilt, rows_N, done_N = tilt.take(keep), rows_N[keep], done_N[keep]
+                a_N, low_N, high_N = a_N[keep], low_N[keep], high_N[keep]
+                target_N, rho_N, a_max_N = target_N[keep], rho_N[keep], a_max_N[keep]
+        at = tilt(a_N)
+        step.evaluations += 1
+        f_N, slope_N = match(rule, a_N, at)
+        high_N, low_N = torch.where(f_N > target_N, a_N, high_N), torch.where(f_N > target_N, low_N, a_N)
+        new_N = ~done_N
+        for kept, found in ((step.a_N, a_N), (step.A_N, at.A_N), (step.m_N, at.m_N)):
+            kept[rows_N] = torch.where(new_N, found, kept[rows_N])
+        close_N = (f_N - target_N).abs() <= rtol * target_N
+        done_N = done_N | close_N | (high_N - low_N < BRACKET * a_max_N)
+        r_N = (2 * f_N.clamp(min=0)).sqrt()
+        next_N = a_N - (r_N - rho_N) * r_N / slope_N
+        inside_N = (next_N > low_N) & (next_N < high_N)  # False for NaN too
+        a_N = torch.where(inside_N, next_N, (low_N + high_N) / 2)
+    if bool(done_N.all()):
+        return step
+    row = int((~done_N).nonzero()[0])
+    raise FusionError(
+        f"no alpha found for row {int(rows_N[row])} in {MAX_STEPS} steps (rule {rule}, "
+        f"target {float(target_N[row]):.6g}, bracket {float(low_N[row]):.6g} to {float(high_N[row]):.6g})",
+        do="check the logits of this row; alpha_rule=fixed needs no search",
+    )
+
+
+def solve_paper(tilt: Tilt, c_N: Tensor, reverse_c_N: Tensor, a_max_N: Tensor, rtol: float, points: int = 9) -> Step:
+    """Global argmin of J over [0, a_max]: both roots, `points` between them, then Gauss-Newton in the best cell."""
+    forward = solve_root(tilt, "forward", c_N, a_max_N, rtol)
+    reverse = solve_root(tilt, "reverse", reverse_c_N, a_max_N, rtol)
+    ends = torch.stack([forward.a_N, reverse.a_N])
+    low_N, high_N = ends.amin(0), ends.amax(0)
+    best = _Best(tilt, c_N, reverse_c_N)
+    mesh = low_N + torch.linspace(0, 1, points, dtype=low_N.dtype, device=low_N.device)[:, None] * (high_N - low_N)
+    cell_N = torch.zeros_like(low_N, dtype=torch.long)
+    for i, a_N in enumerate(mesh):
+        better_N, _ = best.try_(a_N)
+        cell_N = torch.where(better_N, i, cell_N)
+    left_N = mesh.gather(0, (cell_N - 1).clamp(min=0)[None])[0]
+    right_N = mesh.gather(0, (cell_N + 1).clamp(max=points - 1)[None])[0]
+    a_N = best.a_N
+    for _ in range(MAX_STEPS):
+        _, at = best.try_(a_N)
+        u_N, w_N = a_N * at.m_N - at.A_N - c_N, at.A_N - reverse_c_N
+        slope_N = u_N * a_N * at.s2_N + w_N * at.m_N  # J'/2
+        right_N, left_N = torch.where(slope_N > 0, a_N, right_N), torch.where(slope_N > 0, left_N, a_N)
+        next_N = a_N - slope_N / ((a_N * at.s2_N).square() + at.m_N.square())
+        inside_N = (next_N > left_N) & (next_N < right_N)
+        next_N = torch.where(inside_N, next_N, (left_N + right_N) / 2)
+        moved_N = torch.minimum((next_N - a_N).abs(), right_N - left_N)
+        if bool((moved_N <= BRACKET * 0.1 * a_max_N).all()):
+            break
+        a_N = next_N
+    clipped_N = forward.clipped_N & reverse.clipped_N
+    return Step(best.a_N, best.A_N, best.m_N, clipped_N, forward.evaluations + reverse.evaluations + best.evaluations)
+
+
+def solve_paper_grid(tilt: Tilt, c_N: Tensor, reverse_c_N: Tensor, a_max_N: Tensor) -> Step:
+    """The paper's search: argmin of J on 0, 0.1, ... a_max; ties to the smaller a."""
+    best = _Best(tilt, c_N, reverse_c_N)
+    count = int(float(a_max_N.max()) / 0.1 + 1e-6)
+    for i in range(count + 1):
+        best.try_(torch.full_like(a_max_N, i / 10))
+    still_N = tilt.flat_N | (c_N <= 0)
+    zero = torch.zeros_like(best.a_N)
+    best.a_N, best.A_N, best.m_N = (torch.where(still_N, zero, x) for x in (best.a_N, best.A_N, best.m_N))
+    # the grid cannot tell whether J would fall further: clipped when its last point won below both targets
+    at_end_N = best.a_N >= count / 10 - 1e-9
+    clipped_N = at_end_N & (best.a_N * best.m_N - best.A_N < c_N) & (reverse_c_N > best.A_N)
+    return Step(best.a_N, best.A_N, best.m_N, clipped_N, best.evaluations)
+
+
+class _Best:
+    """The best a seen so far under J, per row."""
+
+    def __init__(self, tilt: Tilt, c_N: Tensor, reverse_c_N: Tensor) -> None:
+        self.tilt, self.c_N, self.reverse_c_N = tilt, c_N, reverse_c_N
+        self.a_N, self.A_N, self.m_N = (torch.zeros_like(c_N) for _ in range(3))
+        self.J_N = torch.full_like(c_N, torch.inf)
+        self.evaluations = 0
+
+    def try_(self, a_N: Tensor) -> tuple[Tensor, Moments]:
+        """Evaluate J at a; keep a where it is strictly better, or equal and smaller."""
+        at = self.tilt(a_N)
+        self.evaluations += 1
+        J_N = (a_N * at.m_N - at.A_N - self.c_N).square() + (at.A_N - self.reverse_c_N).square()
+        better_N = (J_N < self.J_N) | ((J_N == self.J_N) & (a_N < self.a_N))
+        self.J_N = torch.where(better_N, J_N, self.J_N)
+        self.a_N = torch.where(better_N, a_N, self.a_N)
+        self.A_N, self.m_N = torch.where(better_N, at.A_N, self.A_N), torch.where(better_N, at.m_N, self.m_N)
+        return better_N, at

@@ -1,0 +1,98 @@
+"""The tilted family P_a(v) ~ P(v) exp(a d(v)) of N rows: its log-normaliser, mean and variance at any a.
+
+    A(a) = log sum P e^{a d}      m(a) = A'(a) = E_{P_a}[d]      s2(a) = A''(a) = Var_{P_a}[d]
+
+Only differences of d matter, so d is centred first: E_P[d] = 0. Then with k = p expm1(a d)
+
+    Z = 1 + sum k      A = log Z      m = sum k d / Z      s2 = (sum p d^2 + sum k d^2) / Z - m^2
+
+The first-order term, which is zero, never enters a sum: that keeps fp32 good where the shift is tiny, and plain
+logsumexp loses all digits. Rows where e^{a d} could overflow are evaluated in fp64 in the log domain, as is all fp64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HOT = 40.0  # a * d above this: e^{a d} * p leaves what fp32 resolves
+FLAT = 1e-12  # Var_P[d] at or below this: the direction is constant where P lives
+
+
+class Moments(NamedTuple):
+    """At one a per row, float64: log-normaliser A, mean m and variance s2 of d under P_a."""
+
+    A_N: Tensor
+    m_N: Tensor
+    s2_N: Tensor
+
+
+class Tilt:
+    """N rows of (P, d), ready to be evaluated at steps a in [0, a_max].
+
+    Takes ownership of d_NV and centres it in place. logp_NV and p_NV [N, V] are read only.
+    """
+
+    def __init__(self, logp_NV: Tensor, p_NV: Tensor, d_NV: Tensor, a_max_N: Tensor) -> None:
+        self.logp_NV, self.p_NV, self.d_NV = logp_NV, p_NV, d_NV
+        d_NV -= (p_NV * d_NV).sum(-1, keepdim=True)
+        self._scratch_NV = p_NV * d_NV
+        self.variance_N = self._scratch_NV.mul_(d_NV).sum(-1).double()
+        self._hot: tuple[Tensor, Tilt] | None = None
+        if d_NV.dtype != torch.float64:
+            hot = (a_max_N * d_NV.amax(-1) > HOT).nonzero().squeeze(-1)
+            if len(hot):
+                logp = torch.log_softmax(logp_NV[hot].double(), -1)
+                self._hot = hot, Tilt(logp, logp.exp(), d_NV[hot].double(), a_max_N[hot])
+                self.variance_N[hot] = self._hot[1].variance_N
+
+    @property
+    def flat_N(self) -> Tensor:
+        return self.variance_N <= FLAT
+
+    def take(self, rows: Tensor) -> Tilt:
+        """The same family for some of the rows (copies)."""
+        part = object.__new__(Tilt)
+        part.logp_NV, part.p_NV, part.d_NV = self.logp_NV, self.p_NV[rows], self.d_NV[rows]
+        part.variance_N, part._scratch_NV, part._hot = self.variance_N[rows], torch.empty_like(part.p_NV), None
+        if part.d_NV.dtype == torch.float64:
+            part.logp_NV = self.logp_NV[rows]
+        if self._hot is not None:
+            place_N = torch.full((len(self.p_NV),), -1, device=rows.device)
+            place_N[self._hot[0]] = torch.arange(len(self._hot[0]), device=rows.device)
+            here = (place_N[rows] >= 0).nonzero().squeeze(-1)
+            if len(here):
+                part._hot = here, self._hot[1].take(place_N[rows][here])
+        return part
+
+    def __call__(self, a_N: Tensor) -> Moments:
+        """Moments at a_N [N] (float64). One streaming pass over V."""
+        if self.d_NV.dtype == torch.float64:
+            return self._log_domain(a_N)
+        s, d = self._scratch_NV, self.d_NV
+        torch.mul(d, a_N.to(d.dtype)[:, None], out=s)
+        z_N = 1 + s.expm1_().mul_(self.p_NV).sum(-1).double()
+        m_N = s.mul_(d).sum(-1).double() / z_N
+        s2_N = (self.variance_N + s.mul_(d).sum(-1).double()) / z_N - m_N.square()
+        A_N = z_N.log()
+        if self._hot is not None:
+            hot, tilt = self._hot
+            A_N[hot], m_N[hot], s2_N[hot] = tilt(a_N[hot])
+        return Moments(A_N, m_N, s2_N.clamp_(min=0))
+
+    def _log_domain(self, a_N: Tensor) -> Moments:
+        s, d = self._scratch_NV, self.d_NV
+        torch.mul(d, a_N[:, None], out=s)
+        s += self.logp_NV
+        A_N = torch.logsumexp(s, -1)
+        s.sub_(A_N[:, None]).exp_()
+        m_N = torch.linalg.vecdot(s, d)
+        s2_N = torch.linalg.vecdot(s, (d - m_N[:, None]).square_())
+        return Moments(A_N, m_N, s2_N)
+
+    def logprobs(self, a_N: Tensor, A_N: Tensor) -> Tensor:
+        """log P_a [N, V], given A at the same a. Ids with P(v) = 0 stay at -inf."""
+        dtype = self.d_NV.dtype
+        return torch.addcmul(self.logp_NV, self.d_NV, a_N.to(dtype)[:, None]).sub_(A_N.to(dtype)[:, None])

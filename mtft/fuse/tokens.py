@@ -1,0 +1,146 @@
+"""Do the strong and the small model speak the same tokens? Verified id by id, never assumed from names.
+
+| level  | accepts when |
+|---|---|
+| strict | every id has the same token string, bos/eos/pad are equal, and a built-in probe text is encoded alike |
+| prefix | equal on a common prefix of ids, which holds all of the probe's ids; extras (added tokens) only at the end |
+
+Ids beyond the common prefix are not shifted: log Q_t - log Q = 0 there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .probe import probe_lines
+from .spec import TOKENS, FusionError, choose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPECIAL = ("bos", "eos", "pad")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How far two tokenizers agree.
+
+    strong, small   number of ids (real tokens, not the padded width of the logits)
+    common          length of the common prefix: ids 0 ... common-1 have the same token string
+    mapped          ids of the strong tokenizer whose token string the small one has under any id
+    lines, same     lines of the probe, and how many of them are encoded to the same ids
+    covered         share of the strong tokenizer's probe tokens whose string the small one has
+    boundaries      share of the strong tokenizer's token boundaries on the probe that the small one has too
+    unmapped        up to 20 token strings that the small one lacks
+    special         differences of bos, eos, pad: "eos: '</s>' (2) | '<end>' (7)"
+    """
+
+    strong: int
+    small: int
+    common: int
+    mapped: int
+    lines: int
+    same: int
+    covered: float
+    boundaries: float
+    unmapped: tuple[str, ...]
+    special: tuple[str, ...]
+
+    @property
+    def accepted_by(self) -> str | None:
+        """The strictest level that accepts, or None."""
+        if self.same < self.lines or self.special:
+            return None
+        if self.common == self.strong == self.small:
+            return "strict"
+        return "prefix" if self.common else None
+
+    def __str__(self) -> str:
+        lines = [
+            f"ids: {self.mapped} of {self.strong} have their token in the small tokenizer ({self.small} ids); "
+            f"the first {self.common} ids are equal",
+            f"probe: {self.same} of {self.lines} lines are encoded alike; {self.covered:.1%} of the tokens "
+            f"are covered, {self.boundaries:.1%} of the boundaries agree",
+        ]
+        if self.special:
+            lines.append("special tokens (strong | small): " + "; ".join(self.special))
+        if self.unmapped:
+            lines.append("missing in the small one: " + " ".join(repr(token) for token in self.unmapped))
+        lines.append(f"level that accepts: {self.accepted_by or 'none'}")
+        return "\n         ".join(lines)
+
+
+def compare(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase) -> Coverage:
+    """Compare two tokenizers on all ids and on the probe."""
+    strong_tokens, small_tokens = _tokens(strong), _tokens(small)
+    common = 0
+    for left, right in zip(strong_tokens, small_tokens, strict=False):
+        if left is None or left != right:
+            break
+        common += 1
+    known = {token for token in small_tokens if token is not None}
+    missing = [token for token in strong_tokens if token is not None and token not in known]
+    same = count = covered = edges = shared = 0
+    lines = probe_lines()
+    for line in lines:
+        left = strong.encode(line, add_special_tokens=False)
+        right = small.encode(line, add_special_tokens=False)
+        same += left == right and strong.encode(line) == small.encode(line)
+        texts = [strong_tokens[i] for i in left]
+        count += len(texts)
+        covered += sum(text in known for text in texts)
+        ours, theirs = _edges(texts), _edges([small_tokens[i] for i in right])
+        edges, shared = edges + len(ours), shared + len(ours & theirs)
+    return Coverage(
+        strong=len(strong_tokens),
+        small=len(small_tokens),
+        common=common,
+        mapped=len(strong_tokens) - len(missing),
+        lines=len(lines),
+        same=same,
+        covered=covered / max(count, 1),
+        boundaries=shared / max(edges, 1),
+        unmapped=tuple(missing[:20]),
+        special=_special(strong, small),
+    )
+
+
+def agree(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase, level: str = "strict") -> tuple[int, int]:
+    """(V, M): ids of the strong model, and how many of the first ids the small models share. FusionError if refused."""
+    choose(level, TOKENS, "tokens")
+    coverage = compare(strong, small)
+    accepted = coverage.accepted_by
+    if accepted == "strict" or (accepted == "prefix" and level == "prefix"):
+        return coverage.strong, coverage.common
+    raise FusionError(
+        f"the strong and the small tokenizer differ (tokens: {level})\n         {coverage}",
+        do=f"set tokens: {accepted}" if accepted else "take a small model of the strong model's family",
+    )
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    """Token string of every id; None where an id has no token."""
+    vocabulary = tokenizer.get_vocab()
+    tokens: list[str | None] = [None] * (max(vocabulary.values()) + 1)
+    for token, index in vocabulary.items():
+        tokens[index] = token
+    return tokens
+
+
+def _special(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    pairs = {
+        "bos": (strong.bos_token, strong.bos_token_id, small.bos_token, small.bos_token_id),
+        "eos": (strong.eos_token, strong.eos_token_id, small.eos_token, small.eos_token_id),
+        "pad": (strong.pad_token, strong.pad_token_id, small.pad_token, small.pad_token_id),
+    }
+    return tuple(f"{name}: {a!r} ({i}) | {b!r} ({j})" for name, (a, i, b, j) in pairs.items() if (a, i) != (b, j))
+
+
+def _edges(tokens: list[str | None]) -> set[int]:
+    """Ends of the tokens, in characters of the token strings."""
+    ends, at = set(), 0
+    for token in tokens:
+        at += len(token or "")
+        ends.add(at)
+    return ends

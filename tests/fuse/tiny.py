@@ -1,0 +1,79 @@
+"""Tiny random models and adapters: Llama shapes, V = 61 (64 logits), made in seconds, the same every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mtft.fuse.load import Weak, freeze, load_weak
+from mtft.fuse.model import FusedCausalLM
+from mtft.fuse.spec import FusionSpec
+
+VOCABULARY = 61  # the logits are 64 wide: padding must never matter
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def model(
+    seed: int, width: int = 32, layers: int = 2, dtype: torch.dtype = torch.float64, **options
+) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=options.pop("vocab_size", 64),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=options.pop("context", 128),
+        initializer_range=0.3,
+        attn_implementation="sdpa",
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **options,
+    )
+    return freeze(LlamaForCausalLM(config).to(dtype))
+
+
+def adapter(folder: Path, base: Path, seed: int, r: int = 4, std: float = 0.2, **options) -> Path:
+    """A LoRA with random A and B on the model in `base`."""
+    torch.manual_seed(seed)
+    tuned = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=r, lora_alpha=8, target_modules=options.pop("target_modules", LINEARS), **options),
+    )
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            torch.nn.init.normal_(parameter, std=std)
+    tuned.save_pretrained(folder)
+    return folder
+
+
+def base(folder: Path, **options) -> Path:
+    model(1, width=16, dtype=torch.float32, **options).save_pretrained(folder)
+    return folder
+
+
+def weak(base: Path, adapters: list[Path], dtype: torch.dtype = torch.float64) -> Weak:
+    return load_weak(base, adapters, dtype=dtype, device="cpu", attention="sdpa")
+
+
+def fused(small: Weak, spec: FusionSpec | None = None, strong=None, **options) -> FusedCausalLM:
+    dtype = small.model.dtype
+    strong = model(7, dtype=dtype) if strong is None else strong
+    return FusedCausalLM(strong, small, None, spec or FusionSpec(), vocab_size=VOCABULARY, **options)
+
+
+def prompts(lengths=(7, 4, 9), seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded ids and mask."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    ids = torch.zeros(len(lengths), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, longest - length :] = torch.randint(3, VOCABULARY, (length,), generator=generator)
+        mask[row, longest - length :] = 1
+    return ids, mask

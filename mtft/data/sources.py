@@ -8,11 +8,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..recipe.schema import TaskSection
 from .files import COMPRESSED, READERS, Problem, Row, read_file, suffix
+
+
+class Content(NamedTuple):
+    """Fingerprint of what is in a part (a copied file is the same file), and about how many rows, if known."""
+
+    digest: str
+    rows: int | None
 
 
 @dataclass(frozen=True)
@@ -30,21 +37,19 @@ class Part:
             return
         yield from read_file(self.path, self.name)
 
-    def size(self) -> int:
-        """Bytes, for the progress bar; 0 = unknown."""
-        return os.path.getsize(self.path) if self.dataset is None else 0
-
-    def digest(self) -> str:
-        """Fingerprint of the content, not of the date: a copied file is the same file."""
-        hasher = hashlib.blake2b(digest_size=16)
+    def content(self) -> Content:
+        """Digest and number of rows, in one pass over the bytes."""
+        hasher, lines = hashlib.blake2b(digest_size=16), 0
         paths = [self.path] if self.dataset is None else sorted(item["filename"] for item in self.dataset.cache_files)
         for path in paths:
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     hasher.update(block)
+                    lines += block.count(b"\n")
         if self.dataset is not None:
             hasher.update(f"{self.dataset.num_rows} {self.dataset.features}".encode())
-        return hasher.hexdigest()
+            return Content(hasher.hexdigest(), self.dataset.num_rows)
+        return Content(hasher.hexdigest(), lines if self.path.endswith((".jsonl", ".ndjson", ".csv", ".tsv")) else None)
 
     def label_names(self, column: str) -> list[str] | None:
         """Names of a ClassLabel column, where the source has any."""

@@ -302,6 +302,6 @@ def test_digest_follows_the_content(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}')
     (part,) = find_parts(task(data=str(path)), "train", tmp_path)
-    before = part.digest()
+    before = part.content().digest
     path.write_text('{"a": 2}')
-    assert part.digest() != before
+    assert part.content().digest != before

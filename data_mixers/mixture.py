@@ -91,7 +91,7 @@ class Mixture:
 
     @classmethod
     def from_yaml(cls, path: str | Path, names: Sequence[str] | None = None) -> Mixture:
-        """Read `shares: {name: share}`, or the plain mapping (YAML or JSON). With `names`: in that order, no other task."""
+        """Read `shares: {name: share}`, or the plain mapping (YAML, JSON). With `names`: in that order, no other task."""
         from .tables import read_shares_yaml
 
         mixture = _from_pairs(read_shares_yaml(path), where=str(path))
@@ -173,7 +173,7 @@ def size_array(names: Sequence[str], sizes: Mapping[str, float] | ArrayLike) -> 
 
 
 def tempered(sizes: Mapping[str, float], exponent: float) -> Mixture:
-    """p_k ~ N_k ** exponent (1 = natural, 0 = uniform over non-empty tasks; 1/T in papers that speak of temperature T)."""
+    """p_k ~ N_k ** exponent (1 = natural, 0 = uniform over non-empty tasks; others write 1/T)."""
     size_K = size_array(tuple(sizes), sizes)
     if not np.any(size_K > 0):
         raise MixError("all tasks are empty", do="give at least one task with rows")

@@ -61,8 +61,9 @@ def capped_shares(
             do="fewer steps, a lower share, a higher max_epochs; or on_cap: redistribute",
         )
     if limit_K[share_K > 0].sum() < total * (1 - 1e-12):
+        given = limit_K[share_K > 0].sum()
         raise MixError(
-            f"all tasks together give {limit_K[share_K > 0].sum():.0f} {describe} under max_epochs, the run asks for {total:.0f}",
+            f"all tasks together give {given:.0f} {describe} under max_epochs, the run asks for {total:.0f}",
             where="mixture.max_epochs",
             do="fewer steps, or a higher max_epochs",
         )

@@ -14,12 +14,12 @@ import numpy as np
 
 from .card import write_card
 from .core import balanced
+from .diagnostics import diagnose
 from .errors import MergeError
 from .export import AdapterWriter, disk_dtype, replacing, usual_rank
 from .factors import WEIGHTS, Adapter, read_adapters
 from .plan import Plan, check_together, make_plan
 from .report import MergeReport
-from .diagnostics import diagnose
 from .saved import merge_saved
 from .work import ModuleResult, final_spectrum, read_parts, run_modules, survey
 
@@ -56,7 +56,7 @@ def merge(
     a sum; `average` divides by their sum). scale multiplies the result.
     rank: a number; `lossless`; or `auto`, the smallest usual rank (8, 16, 32, ...) that keeps the share `energy` of the
     squared norm over all modules. Below `min_energy` nothing is written. saved: what to do with full tensors in the
-    adapters (`error`, `average`, `take: NAME`). per_module: (regex, {method, options, weights, rank}), first match wins.
+    adapters (`error`, `average`, `take: NAME`). per_module: (regex, {method, options, weights, rank}), first wins.
     dtype: fp32, bf16, fp16 on disk (default: the inputs'); precision: fp64 or fp32 for the maths.
     vllm: refuse what vLLM can't load. diagnostics: also norms, overlaps and interference of the adapters.
     Raises MergeError; the output folder is then as it was before.

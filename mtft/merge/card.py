@@ -24,10 +24,10 @@ def _readme(report: MergeReport) -> str:
         "tags: [lora, merge]",
         "---",
     ]
-    rows = [
-        f"| {_cell(item['name'])} | {item['weight']:g} | {item['r']} | {item['alpha']:g} | {item['rslora']} | `{item['sha256'][:16]}` |"
-        for item in report.inputs
-    ]
+    rows = []
+    for item in report.inputs:
+        cells = [_cell(item["name"]), f"{item['weight']:g}", item["r"], f"{item['alpha']:g}", item["rslora"]]
+        rows.append(f"| {' | '.join(map(str, cells))} | `{item['sha256'][:16]}` |")
     lines = [
         *head,
         "",

@@ -134,7 +134,7 @@ class AdapterWriter:
 
 
 def peft_config(plan: Plan, rank: int, lora_bias: bool, saved: Sequence[str]) -> dict[str, object]:
-    """The adapter_config.json: no patterns, alpha = r (scale 1), every module by its full name so nothing else matches."""
+    """The adapter_config.json: no patterns, alpha = r, every module by its full name so nothing else matches."""
 
     def common(name: str) -> object:
         values = [getattr(adapter.settings, name) for adapter in plan.adapters]

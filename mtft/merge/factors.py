@@ -56,7 +56,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter on disk. `modules`: name -> Layout, sorted; `saved`: full tensors by key (modules_to_save, biases)."""
+    """A LoRA adapter on disk. modules: name -> Layout, sorted; saved: keys of full tensors (saved modules, biases)."""
 
     path: Path
     name: str

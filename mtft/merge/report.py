@@ -44,7 +44,8 @@ class MergeReport:
         names = ", ".join(f"{item['name']} x {item['weight']:g}" for item in self.inputs)
         lines = [
             f"merged {len(self.inputs)} adapters ({names}) by {self.method} in {self.seconds:.1f} s",
-            f"rank {self.rank} holds {self.energy:.2%} of the merged deltas; worst module {self.worst[0]}: {self.worst[1]:.2%}",
+            f"rank {self.rank} holds {self.energy:.2%} of the merged deltas;"
+            f" worst module {self.worst[0]}: {self.worst[1]:.2%}",
             *(f"warning: {text}" for text in self.warnings),
             f"wrote {self.out}",
         ]

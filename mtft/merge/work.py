@@ -75,7 +75,7 @@ def final_spectrum(merged: Merged, parts: Parts, scale: float) -> tuple[Spectrum
         abs(w) * f.scale * np.linalg.norm(f.B_MR) * np.linalg.norm(f.A_RN)
         for w, f in zip(parts.weights_K, parts.factors, strict=True)
     )
-    real = int(np.count_nonzero(spectrum.S > 16 * np.finfo(parts.dtype).eps * size))
+    real = int(np.count_nonzero(16 * np.finfo(parts.dtype).eps * size < spectrum.S))
     if real == 0:
         return Spectrum(spectrum.U[:, :0], spectrum.S[:0], spectrum.Vt[:0]), 0.0
     return Spectrum(

@@ -3,13 +3,13 @@
 import json
 import math
 
-import golden as g
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from mtft.merge import Factors, MergeError, merge, read_adapter
 from mtft.merge.tensors import TensorFile, TensorWriter, to_disk
+from tests.merge import golden as g
 
 
 def one(folder, **config):
@@ -86,7 +86,8 @@ REFUSED = {
 def test_refused_by_name(tmp_path, field):
     with pytest.raises(MergeError, match=field) as caught:
         read_adapter(one(tmp_path / "a", **{field: REFUSED[field]}))
-    assert caught.value.do and "adapter_config.json" in caught.value.where
+    assert caught.value.do
+    assert "adapter_config.json" in caught.value.where
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
@@ -129,7 +130,8 @@ def test_nan_is_found_with_file_key_and_count(tmp_path):
     folder = g.write(tmp_path / "a", {"q": Factors(A, f.B_MR, 1.0)})
     with pytest.raises(MergeError, match=r"2 of 20 values of 'base_model.model.q.lora_A.weight'") as caught:
         merge([folder], tmp_path / "out")
-    assert str(folder) in caught.value.where and not (tmp_path / "out").exists()
+    assert str(folder) in caught.value.where
+    assert not (tmp_path / "out").exists()
 
 
 def test_pickles_and_missing_files(tmp_path):
@@ -138,7 +140,7 @@ def test_pickles_and_missing_files(tmp_path):
     with pytest.raises(MergeError, match="pickle"):
         read_adapter(folder)
     (folder / "adapter_model.bin").unlink()
-    with pytest.raises(MergeError, match="no adapter_model.safetensors"):
+    with pytest.raises(MergeError, match="no adapter_model"):
         read_adapter(folder)
     with pytest.raises(MergeError, match="no folder"):
         read_adapter(tmp_path / "nowhere")

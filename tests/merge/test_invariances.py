@@ -1,11 +1,11 @@
 """What holds for every method that is exact on deltas: it sees D_k only, in any order, at any scale, padded or not."""
 
-import golden as g
 import numpy as np
 import pytest
 
 from mtft.merge import Factors
 from mtft.merge.methods import METHODS, make_method
+from tests.merge import golden as g
 
 EXACT = {
     "linear": {},

@@ -3,13 +3,13 @@
 import json
 import os
 
-import golden as g
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from mtft.merge import Factors, MergeError, merge, read_adapter
 from mtft.merge import api as merge_api
+from tests.merge import golden as g
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_saved_tensors_follow_the_policy(tmp_path):
     np.testing.assert_allclose(load_file(tmp_path / "take" / "adapter_model.safetensors")[key], 4.0)
     assert json.loads((tmp_path / "take" / "adapter_config.json").read_text())["modules_to_save"] == ["score"]
     for policy in ("take: nobody", "sum"):
-        with pytest.raises(MergeError, match="saved|nobody"):
+        with pytest.raises(MergeError, match=r"saved|nobody"):
             merge([a, b], tmp_path / "out", saved=policy)
 
 
@@ -91,7 +91,7 @@ def test_bases_must_agree(tmp_path):
     )
     assert any("precision" in text for text in merge([c, d], tmp_path / "out2").warnings)
     wide = g.write(tmp_path / "wide", {"q": Factors(np.ones((2, 11)), one.B_MR, 1.0)}, base_model_name_or_path="a")
-    with pytest.raises(MergeError, match="12 x 10 .* 12 x 11"):
+    with pytest.raises(MergeError, match=r"12 x 10 .* 12 x 11"):
         merge([a, wide], tmp_path / "out3")
 
 

@@ -1,4 +1,4 @@
-"""PEFT loads what we write, and computes with it what the experts' deltas add up to. vLLM's rules are checked as rules."""
+"""PEFT loads what we write, and computes with it what the experts' deltas add up to. vLLM's rules as a checker."""
 
 import json
 import subprocess
@@ -40,7 +40,8 @@ def base(tmp_path_factory):
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "vocab_size": 32}
-    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False, **sizes))
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
     folder = tmp_path_factory.mktemp("base")
     model.save_pretrained(folder)
     return folder
@@ -51,7 +52,8 @@ def expert(base, folder, seed, **config):
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **config)
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=0.3)
@@ -59,16 +61,15 @@ def expert(base, folder, seed, **config):
     return folder
 
 
+Q, V, ALL = {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear"}
+PATTERNS = {"rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 7}, "alpha_pattern": {"v_proj": 5}}
 CASES = {
-    "plain": ({"r": 4, "target_modules": ["q_proj", "down_proj"]}, {"r": 2, "target_modules": ["q_proj", "v_proj"]}),
-    "rslora": ({"r": 4, "use_rslora": True, "lora_alpha": 3, "target_modules": "all-linear"}, {"r": 8, "target_modules": "all-linear"}),
-    "patterns": (
-        {"r": 4, "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 7}, "alpha_pattern": {"v_proj": 5}, "target_modules": ["q_proj", "v_proj"]},
-        {"r": 3, "layers_to_transform": [1], "layers_pattern": "layers", "target_modules": ["q_proj"]},
-    ),
-    "bias": ({"r": 4, "lora_bias": True, "target_modules": ["q_proj"]}, {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
+    "plain": ({"r": 4, "target_modules": ["q_proj", "down_proj"]}, {"r": 2, **V}),
+    "rslora": ({"r": 4, "use_rslora": True, "lora_alpha": 3, **ALL}, {"r": 8, **ALL}),
+    "patterns": ({"r": 4, **PATTERNS, **V}, {"r": 3, "layers_to_transform": [1], "layers_pattern": "layers", **Q}),
+    "bias": ({"r": 4, "lora_bias": True, **Q}, {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
     "embedding": ({"r": 4, "target_modules": ["embed_tokens", "q_proj"]}, {"r": 2, "target_modules": ["embed_tokens"]}),
-}  # fmt: skip
+}
 
 
 def test_reload_in_peft_is_the_sum_of_the_experts(tmp_path, base):
@@ -82,7 +83,8 @@ def test_reload_in_peft_is_the_sum_of_the_experts(tmp_path, base):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for case, logits in expected.items():
-        torch.testing.assert_close(torch.load(tmp_path / f"{case}.out"), logits, atol=3e-5, rtol=1e-4, msg=lambda m, c=case: f"{c}: {m}")
+        got = torch.load(tmp_path / f"{case}.out")
+        torch.testing.assert_close(got, logits, atol=3e-5, rtol=1e-4, msg=lambda text, case=case: f"{case}: {text}")
 
 
 def by_hand(base, paths, weights_K):
@@ -106,11 +108,17 @@ def check_vllm(folder) -> None:
     """The rules of vLLM's PEFTHelper and LoRAModel, as far as a file can break them."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["r"] in (8, 16, 32, 64, 128, 256, 320, 512)
-    assert config["bias"] == "none" and not config["use_dora"] and not config["modules_to_save"]
-    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["lora_bias"]
-    assert isinstance(config["target_modules"], list) and config["lora_alpha"] == config["r"]
+    assert config["bias"] == "none"
+    assert not config["use_dora"]
+    assert not config["modules_to_save"]
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert not config["lora_bias"]
+    assert isinstance(config["target_modules"], list)
+    assert config["lora_alpha"] == config["r"]
     adapter = read_adapter(folder)
-    assert not adapter.saved and {layout.r for layout in adapter.modules.values()} == {config["r"]}
+    assert not adapter.saved
+    assert {layout.r for layout in adapter.modules.values()} == {config["r"]}
     assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in adapter.files)
 
 
@@ -150,7 +158,8 @@ def deltas(folder):
 
 
 def test_linear_is_peft_cat_and_svd_is_peft_svd(tmp_path, base):
-    paths = [expert(base, tmp_path / str(i), i, r=r, target_modules=["q_proj", "up_proj"]) for i, r in enumerate((2, 3, 1))]
+    targets = ["q_proj", "up_proj"]
+    paths = [expert(base, tmp_path / str(i), i, r=r, target_modules=targets) for i, r in enumerate((2, 3, 1))]
     merge(paths, tmp_path / "cat", method="cat")
     assert relative(deltas(tmp_path / "cat"), peft_merge(base, paths, "cat")) < 1e-6
     merge(paths, tmp_path / "svd", method="svd", rank=4)
@@ -179,5 +188,6 @@ def test_dora_is_refused(tmp_path, base):
 
 
 def test_pissa_is_refused(tmp_path, base):
+    folder = expert(base, tmp_path / "a", 0, r=2, init_lora_weights="pissa", target_modules=["q_proj"])
     with pytest.raises(MergeError, match="pissa"):
-        merge([expert(base, tmp_path / "a", 0, r=2, init_lora_weights="pissa", target_modules=["q_proj"])], tmp_path / "out")
+        merge([folder], tmp_path / "out")

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtft.data.batch import IGNORE
 from mtft.errors import UserError
 from mtft.losses.nll import add_fused_head, resolve_path, token_nll, token_scores
-from tests.losses.builders import gradient, isolated_inputs, lay_out, random_samples, tiny_llama
+from tests.losses.builders import gradient, isolated_inputs, lay_out, new_llama, random_samples, tiny_llama
 
 SHAPE = [(0, 9, 5), (0, 4, 2), (1, 7, 6), (1, 12, 3), (2, 5, 4), (0, 6, 0)]
 
@@ -51,7 +51,7 @@ def test_paths_agree(path):
     if path == "fused":
         pytest.importorskip("trl")
         options["path"] = "fused"
-        model = tiny_llama(61, seed=0.0)  # another object with the same weights: the head stays with it
+        model = new_llama()  # another object with the same weights: the head stays with it
         add_fused_head(model)
     nll_BT = token_nll(OldForward(model) if path == "old forward" else model, batch, **options)
     assert nll_BT.dtype == torch.float32
@@ -131,7 +131,7 @@ def test_peft_is_seen_through():
 
     batch = packed_batch()
     _, reference_BT = full_logits_nll(tiny_llama(4001), batch)
-    model = get_peft_model(tiny_llama(4001, seed=0.0), LoraConfig(r=2, target_modules="all-linear"))
+    model = get_peft_model(new_llama(4001), LoraConfig(r=2, target_modules="all-linear"))
     with LargestTensor() as largest:
         nll_BT = token_nll(model, batch, inputs=isolated_inputs(batch))
     torch.testing.assert_close(nll_BT, reference_BT, atol=1e-5, rtol=0)

@@ -45,6 +45,18 @@ def strong(recipe: Recipe, mixture: Mixture, folder: Path) -> Recipe:
     return changed(joint(recipe, mixture, folder), model=recipe.fuse.strong)
 
 
+def proxy(recipe: Recipe) -> Recipe:
+    """What every trial shares: the recipe with the sweep's own model, adapter, length and batch. No checkpoints."""
+    sweep = recipe.sweep
+    train = changed(recipe.train, steps=sweep.steps, epochs=None, eval_every=None)
+    if sweep.batch_tokens is not None:
+        train = changed(train, batch_tokens=sweep.batch_tokens)
+    lora = recipe.lora if sweep.lora is None else None if sweep.lora == "full" else sweep.lora
+    values = {"train": train, "lora": lora, "model": sweep.model or recipe.model}
+    output = changed(recipe.output, save_every=None, trackers=())
+    return changed(recipe, **values, output=output, sweep=None, merge=None, fuse=None, run=RunSection())
+
+
 def _plain(recipe: Recipe, folder: Path, **values: object) -> Recipe:
     """The recipe of one training run: no sections of other stages."""
     return changed(

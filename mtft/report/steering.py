@@ -51,13 +51,16 @@ def fusion(run: RunData) -> Section | None:
     rows = []
     for task, metrics in fused["gap"].items():
         for metric, row in metrics.items():
-            rows.append([task, metric, row["strong"], row["fused"], row["tuned"], _range(row["gap"]), row["ratio"]])
+            low, high = row["gap_interval"] or (None, None)
+            gap = _range({"value": row["gap"], "lower": low, "upper": high, "why": row["reason"]})
+            rows.append([task, metric, row["strong"], row["fused"], row["tuned"], gap, row["ratio"]])
     parts.append(table(["task", "metric", "strong alone", "fused", "strong tuned", "gap closed", "ratio"], rows))
     alpha = fused.get("alpha", {})
     if alpha:
-        quantiles = ", ".join(f"{name} {value:.2f}" for name, value in alpha["quantiles"].items())
-        shares = f"clipped {percent(alpha['clipped'])}, flat {percent(alpha['flat'])}"
-        text = f"alpha over the scored positions: mean {alpha['mean']:.2f}, {quantiles}; {shares}."
+        quantiles = ", ".join(f"{float(q):.0%} {value:.2f}" for q, value in alpha["alpha_quantiles"].items())
+        shares = f"clipped {percent(alpha['clipped_share'])}, flat {percent(alpha['flat_share'])}"
+        mean = f"mean {alpha['alpha_mean']:.2f}, quantiles {quantiles}"
+        text = f"alpha over {alpha['positions']:,} positions: {mean}; {shares}."
         parts.append(Words(text, "note"))
     for sample in fused.get("samples", []):
         parts.append(Words(f"{sample['task']}: a held-out prompt, decoded greedily", "heading"))

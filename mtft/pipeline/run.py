@@ -1,0 +1,157 @@
+"""`mtft run`: mix -> train -> merge -> fuse -> report. Stages whose output stands are skipped, broken ones continue.
+
+What is compared, as the columns of results.json and of the final table:
+
+    base              the model as it came
+    single            each task's own adapter, on that task
+    joint uniform     one adapter for all tasks, trained on the mixture of run.baseline
+    joint predicted   the same on the mixture that the trials chose (`joint` where there were no trials)
+    merged            the single-task adapters merged into one
+    strong base, fused, strong tuned    the strong model alone, steered by the joint adapter, and tuned itself
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_mixers.mixture import Mixture
+from mtft.errors import UserError
+from mtft.pipeline.scoring import Scores, kept, table
+from mtft.pipeline.stages import once, write_json
+from mtft.recipe.load import dump_recipe
+from mtft.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from mtft.train.run import TrainResult
+
+
+def run(recipe: Recipe, *, fresh: bool = False, launch: str | None = None) -> Path:
+    """Runs every stage that the recipe has a section for; returns the path of the report.
+
+    fresh    stages whose inputs have changed run again (their old folders move aside); without it they are refused
+    launch   command to start training runs with, for instance `accelerate launch --config_file ddp.yaml`
+    """
+    root = Path(recipe.output.dir)
+    begin = time.perf_counter()
+    held_out = tuple(task.name for task in recipe.tasks if task.eval_data is not None)
+    if not held_out:
+        raise UserError(
+            "no task has held-out rows, so there is nothing to compare", where="tasks: eval_data", do="give eval_data"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    say = partial(_say, begin)
+
+    from mtft.data.store import open_stores
+    from mtft.evaluate.run import evaluate
+    from mtft.pipeline.fusing import fuse_stage
+    from mtft.pipeline.merging import merge_stage
+    from mtft.pipeline.training import planned_runs, train_runs
+    from mtft.train.model import load_tokenizer
+
+    tokenizer = load_tokenizer(recipe.model)
+    stores, eval_stores = (open_stores(recipe, tokenizer, which) for which in ("train", "eval"))
+    mixture = _mixture(recipe, stores, fresh=fresh, say=say)
+    runs = planned_runs(recipe, mixture, stores)
+    results = train_runs(runs, fresh=fresh, launch=launch, say=say)
+
+    def score(adapter: Path | None) -> Scores:
+        return evaluate(recipe, adapter, stores=eval_stores)
+
+    stages: dict[str, Scores] = {}
+    # The base's scores depend on the data alone: named by their fingerprint.
+    data = "-".join(store.fingerprint[:8] for store in eval_stores if store is not None)
+    stages["base"] = kept(root / "train" / f"base-{data}", held_out, lambda: score(None))
+    singles = _singles(results)
+    if singles:
+        stages["single"] = singles
+    if "baseline" in results:
+        stages[f"joint {recipe.run.baseline}"] = results["baseline"].scores
+    joint = "joint predicted" if recipe.sweep is not None else "joint"
+    stages[joint] = results["joint"].scores
+    if recipe.merge is not None:
+        adapters = _to_merge(recipe, results)
+        if adapters:
+            say("merge")
+            stages["merged"] = merge_stage(
+                recipe, adapters, stages["base"], singles, fresh=fresh, score=score, beside={joint: stages[joint]}
+            )
+    if recipe.fuse is not None:
+        say("fuse")
+        experts = {Path(path).name: Path(path) for path in recipe.fuse.adapters or ()}
+        tuned = results["strong"].scores if "strong" in results else None
+        alone, fused = fuse_stage(recipe, experts or {"joint": results["joint"].adapter_dir}, tuned, fresh=fresh)
+        stages |= {"strong base": alone, "fused": fused} | ({"strong tuned": tuned} if tuned else {})
+    return _report(root, stages, say)
+
+
+def _mixture(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> Mixture:
+    """The mixture that the joint run plays: what the trials chose, or what the recipe asks for."""
+    from mtft.pipeline import mix
+
+    where = mix.space(recipe, stores)
+    if recipe.sweep is None or len(recipe.tasks) == 1:
+        return where.current
+    folder = mix.mix_dir(recipe)
+    inputs = {
+        "sweep": recipe.sweep.model_dump(mode="json", exclude={"workers", "backend"}),
+        "config": where.config,
+        "mixture": recipe.mixture.model_dump(mode="json"),
+        "steps": recipe.train.steps,
+    }
+
+    def work() -> None:
+        swept = mix.mix_sweep(recipe, on_done=partial(_trial_done, say, recipe.sweep.trials))
+        if swept.exit_code:
+            print(swept.text(), file=sys.stderr)
+        proposal = mix.mix_propose(recipe)
+        say(f"mix: {proposal.text}")
+
+    say("mix")
+    once(folder, inputs, work, fresh=fresh)
+    return Mixture.from_yaml(folder / mix.MIXTURE, names=recipe.task_names)
+
+
+def _trial_done(say, trials: int, trial: Any, outcome: Any) -> None:
+    shares = ", ".join(f"{name} {share:.2f}" for name, share in trial.mixture.as_dict().items())
+    ended = "failed" if outcome.points is None else f"{outcome.seconds:.0f} s"
+    say(f"mix: trial {trial.id} of {trials} ({shares}): {ended}")
+
+
+def _singles(results: dict[str, TrainResult]) -> Scores:
+    found: Scores = {}
+    for name, result in results.items():
+        if name.startswith("single-"):
+            found |= result.scores
+    return found
+
+
+def _to_merge(recipe: Recipe, results: dict[str, TrainResult]) -> dict[str, Path]:
+    if recipe.merge.adapters is not None:
+        return {Path(path).name: Path(path) for path in recipe.merge.adapters}
+    return {
+        name.removeprefix("single-"): result.adapter_dir
+        for name, result in results.items()
+        if name.startswith("single-")
+    }
+
+
+def _report(root: Path, stages: dict[str, Scores], say) -> Path:
+    from mtft.pipeline.results import print_results
+    from mtft.report.page import write_report
+
+    found = table(stages)
+    write_json(root / "results.json", found)
+    page = write_report([root])
+    print_results(found)
+    say("done")
+    print(f"report: {page}")
+    return page
+
+
+def _say(begin: float, text: str) -> None:
+    print(f"[{time.perf_counter() - begin:6.1f} s] {text}", file=sys.stderr, flush=True)

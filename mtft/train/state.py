@@ -44,10 +44,13 @@ def checkpoint_step(path: Path) -> int:
 
 
 @contextmanager
-def whole_folder(target: Path, *, writer: bool = True, barrier: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def whole_folder(
+    target: Path, *, manifest: bool = True, writer: bool = True, barrier: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Yields a temporary folder that becomes `target` when the block ends well, and vanishes when it doesn't.
 
-    `writer`: rank 0, which makes, seals and renames the folder; the other ranks may write into it between the barriers.
+    manifest  write manifest.json, so that damage done later is seen
+    writer    rank 0, which makes, syncs and renames the folder; others may write into it between the barriers
     A full disk ends in UserError with the last good state untouched.
     """
     folder = target.with_name(target.name + PART)
@@ -59,7 +62,7 @@ def whole_folder(target: Path, *, writer: bool = True, barrier: Callable[[], Non
         yield folder
         barrier()
         if writer:
-            _seal(folder)
+            _seal(folder, manifest=manifest)
             if target.exists():
                 shutil.rmtree(target)
             folder.rename(target)
@@ -146,11 +149,12 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     return [path for path in run_dir.iterdir() if _NAME.match(path.name) and path.is_dir()]
 
 
-def _seal(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(folder)): (path.stat().st_size, _crc32(path)) for path in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in (*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+def _seal(folder: Path, *, manifest: bool) -> None:
+    if manifest:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        content = {str(path.relative_to(folder)): (path.stat().st_size, _crc32(path)) for path in files}
+        (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    for path in (*folder.rglob("*"), folder):
         _sync(path)
 
 

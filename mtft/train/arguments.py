@@ -1,0 +1,72 @@
+"""The recipe in the words of transformers' Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mtft.errors import UserError
+from mtft.recipe.schema import Recipe
+from mtft.train.model import compute_dtype
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: bool, saves: bool) -> TrainingArguments:
+    """TrainingArguments of a recipe.
+
+    One item of our loader is a whole optimizer step, so gradient_accumulation_steps is 1 whatever micro_batch_tokens.
+    `evaluates`: per-task evaluation every eval_every steps and at the end.
+    `saves`: checkpoints every save_every steps and at the end.
+    """
+    from transformers import TrainingArguments
+    from transformers.training_args import OptimizerNames
+
+    asked = recipe.train
+    if asked.optimizer not in {name.value for name in OptimizerNames}:
+        raise UserError(
+            f"unknown optimizer {asked.optimizer!r}",
+            where="train.optimizer",
+            do=f"one of {', '.join(name.value for name in OptimizerNames)}",
+        )
+    on_cpu = not torch.cuda.is_available()
+    dtype = compute_dtype(recipe.model)
+    if dtype == torch.float16 and on_cpu:
+        raise UserError("fp16 needs a GPU: its loss scaling does", where="model.dtype", do="use fp32 or bf16 on a CPU")
+    return TrainingArguments(
+        output_dir=str(run_dir),
+        run_name=recipe.name,
+        seed=recipe.seed,
+        max_steps=steps,
+        per_device_train_batch_size=1,  # not a size: the loader's item is the step
+        gradient_accumulation_steps=1,
+        learning_rate=asked.learning_rate,
+        lr_scheduler_type=asked.schedule,
+        warmup_steps=asked.warmup,  # below 1: share of the steps
+        optim=asked.optimizer,
+        weight_decay=asked.weight_decay,
+        adam_beta1=asked.beta1,
+        adam_beta2=asked.beta2,
+        max_grad_norm=asked.max_grad_norm,
+        activation_checkpointing=asked.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if asked.gradient_checkpointing else None,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=on_cpu,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=asked.eval_every or steps,
+        save_strategy="steps" if saves else "no",
+        save_steps=recipe.output.save_every or steps,
+        logging_strategy="no",  # ours writes every step; what Trainer would log is a part of it
+        logging_nan_inf_filter=False,
+        report_to=list(recipe.output.trackers) or "none",
+        disable_tqdm=True,  # our own progress line
+        ddp_find_unused_parameters=False,  # every rank uses every trainable parameter, also on an empty micro-batch
+        ddp_broadcast_buffers=False,
+        dataloader_pin_memory=not on_cpu,
+        dataloader_num_workers=0 if on_cpu else 2,
+        remove_unused_columns=False,
+    )

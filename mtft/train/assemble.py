@@ -1,0 +1,167 @@
+"""From a recipe to a trainer that is ready to go: inputs, run directory, batches, objective, balancer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mtft.data.batches import BatchSource
+from mtft.data.isolation import packing_refusal
+from mtft.data.store import open_stores
+from mtft.errors import UserError
+from mtft.evaluate.loss import Layout, evaluate_model
+from mtft.evaluate.scores import TaskScores
+from mtft.losses.balancers import make_balancer
+from mtft.losses.nll import resolve_path
+from mtft.recipe.schema import Recipe
+from mtft.train import folder
+from mtft.train.checkpoint import check_identity, trainable
+from mtft.train.log import RunLog
+from mtft.train.model import compute_dtype, load_tokenizer, pad_id
+from mtft.train.ranks import is_writer
+from mtft.train.signals import StopSignal
+from mtft.train.state import newest_checkpoint
+from mtft.train.steps import Steps
+from mtft.train.trainer import MultiTaskTrainer, Objective
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from data_mixers.plan import MixturePlan
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: tokenizer and token stores, one a task (held-out: None for a task without eval_data)."""
+
+    tokenizer: Any
+    stores: Sequence[Any]
+    held_out: Sequence[Any | None]
+
+    def identity(self, plan: MixturePlan) -> dict[str, str]:
+        """What must be the same for a run to go on."""
+        return {"plan": plan.fingerprint, **{f"data of {store.task}": store.fingerprint for store in self.stores}}
+
+
+def read_inputs(recipe: Recipe, *, eval_limit: int | None = None) -> Inputs:
+    """Tokenizer and token stores of a recipe; the stores are built by one process where they don't stand yet.
+
+    eval_limit: only the first held-out rows of each task.
+    """
+    tokenizer = load_tokenizer(recipe.model)
+    held_out = open_stores(recipe, tokenizer, "eval", limit=eval_limit)
+    return Inputs(tokenizer, open_stores(recipe, tokenizer, "train"), held_out)
+
+
+def start_folder(
+    recipe: Recipe, run_dir: Path, plan: MixturePlan, identity: dict[str, str], log: RunLog, *, fresh: bool
+) -> Path | None:
+    """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call."""
+    found: list[Any] = [None]
+    if is_writer():
+        try:
+            if fresh:
+                folder.move_aside(run_dir)
+            found[0] = newest_checkpoint(run_dir, say=log.say)
+            if found[0] is not None:
+                check_identity(found[0], identity)
+            folder.write_start(run_dir, recipe, plan, identity)
+        except UserError as error:  # the other ranks must learn of it: they would wait for ever
+            found[0] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
+
+
+def build_trainer(
+    recipe: Recipe,
+    inputs: Inputs,
+    plan: MixturePlan,
+    model: Any,
+    args: TrainingArguments,
+    *,
+    log: RunLog,
+    stop: StopSignal | None = None,
+) -> MultiTaskTrainer:
+    """The trainer of a recipe on `model`; this rank's part of every step is decided here."""
+    asked, dtype = recipe.train, compute_dtype(recipe.model)
+    attention = model.config._attn_implementation
+    layout = Layout(
+        asked.micro_batch_tokens,
+        asked.max_length,
+        pad_id(inputs.tokenizer),
+        packing=asked.packing and may_pack(model.config, attention, say=log.say),
+    )
+    source = BatchSource(
+        inputs.stores,
+        plan,
+        micro_batch_tokens=layout.micro_batch_tokens,
+        max_length=layout.max_length,
+        packing=layout.packing,
+        pad_id=layout.pad_id,
+        rank=args.process_index,
+        world=args.world_size,
+    )
+    balancer = make_balancer(
+        recipe.loss.balancer,
+        recipe.task_names,
+        [task.weight for task in recipe.tasks],
+        recipe.seed,
+        normalise=recipe.loss.normalise,
+        examples=[store.num_examples for store in inputs.stores],
+        tokens=[int(store.supervised.sum()) for store in inputs.stores],
+    )
+
+    def score(network: nn.Module) -> dict[str, TaskScores]:
+        autocast = None if dtype == torch.float32 else dtype
+        return evaluate_model(network, inputs.held_out, layout, attention=attention, autocast=autocast)
+
+    return MultiTaskTrainer(
+        model,
+        args,
+        steps=Steps(source, plan),
+        tasks=recipe.task_names,
+        objective=Objective(recipe.loss.normalise, resolve_path(recipe.loss.path, args.device), attention),
+        balancer=balancer,
+        log=log,
+        score=score,
+        stop=stop,
+        identity=inputs.identity(plan),
+        max_bad_steps=asked.max_bad_steps,
+        keep=recipe.output.keep,
+    )
+
+
+def may_pack(config: Any, attention: str, *, say: Callable[[str], None]) -> bool:
+    """Whether several examples may share a row of this model; says why not."""
+    refusal = packing_refusal(config, attention)
+    if refusal is not None:
+        say(f"packing is off: {refusal}")
+    return refusal is None
+
+
+def introduce(recipe: Recipe, plan: MixturePlan, trainer: MultiTaskTrainer, checkpoint: Path | None) -> None:
+    """Says what is derived from the recipe before the first step."""
+    say = trainer.run_log.say
+    trained = sum(parameter.numel() for parameter in trainable(trainer.model).values())
+    total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    processes = trainer.accelerator.num_processes
+    say(
+        f"{recipe.name}: {plan.steps} steps of {plan.batch} {plan.unit}, {trained:,} of {total:,} parameters trained, "
+        f"{processes} process{'es' if processes > 1 else ''} on {trainer.args.device.type}"
+    )
+    for row in plan.table():
+        say(
+            f"  {row['task']}: share {row['asked']:.3f} asked, {row['realised']:.3f} realised, "
+            f"{row['rows']} of {row['size']} rows ({row['epochs']:.2f} epochs)"
+        )
+    if checkpoint is not None:
+        say(f"goes on from {checkpoint.name}")

@@ -1,0 +1,50 @@
+"""The end of a run: export, proof in a fresh process (while the scores are taken), held-out scores, card, result."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from mtft.recipe.schema import Recipe
+from mtft.train import folder
+from mtft.train.export import Proof, export_model, write_card
+from mtft.train.log import finite
+from mtft.train.ranks import is_writer
+from mtft.train.run import SCORES
+
+if TYPE_CHECKING:
+    from data_mixers.plan import MixturePlan
+    from mtft.train.assemble import Inputs
+    from mtft.train.trainer import MultiTaskTrainer
+
+
+def hand_over(
+    recipe: Recipe, inputs: Inputs, plan: MixturePlan, trainer: MultiTaskTrainer, *, begin: float, prove: bool
+) -> None:
+    """Export, proof, final scores, card; result.json comes last. A collective call."""
+    run_dir, steps = Path(recipe.output.dir), trainer.state.global_step
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    proof = None
+    if is_writer():
+        export_dir = export_model(model, run_dir, tokenizer=inputs.tokenizer)
+        if prove:
+            proof = Proof(model, export_dir, recipe, device=trainer.args.device)
+    has_scores = any(store is not None for store in inputs.held_out)
+    if has_scores and steps not in trainer.evaluations:
+        trainer.evaluate()
+    scores = trainer.evaluations.get(steps, {})
+    if is_writer():
+        for task, found in scores.items():
+            found.save(run_dir / SCORES / f"{task}.jsonl")
+        equal = None if proof is None else proof.result()
+        write_card(export_dir, recipe, plan, scores, proof=equal)
+        seconds = time.perf_counter() - begin
+        summaries = {task: found.summary() for task, found in scores.items()}
+        content = {"steps": steps, "seconds": seconds, "export": export_dir.name, "proof": equal, "tasks": summaries}
+        content["skipped_steps"] = trainer.bad_steps
+        folder.write_json(run_dir / folder.RESULT, finite(content))
+    if dist.is_initialized():
+        dist.barrier()

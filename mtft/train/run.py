@@ -1,0 +1,97 @@
+"""One training run, top to bottom: tokenizer -> token stores -> plan -> model -> trainer -> adapter -> held-out scores.
+
+    mtft train RECIPE        or        accelerate launch --config_file recipes/accelerate/ddp.yaml -m mtft train RECIPE
+
+The run directory says how far a run has come: the same recipe goes on from the last good checkpoint, a finished run
+returns at once, another recipe is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtft.evaluate.scores import TaskScores
+from mtft.recipe.schema import Recipe
+from mtft.train import folder
+from mtft.train.ranks import is_writer
+
+SCORES = "scores"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind. `adapter_dir`: the PEFT adapter, or the whole model after full fine-tuning."""
+
+    out_dir: Path
+    adapter_dir: Path
+    steps: int
+    seconds: float
+    scores: dict[str, TaskScores]
+
+
+def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bool = True) -> TrainResult:
+    """Trains what the recipe describes in recipe.output.dir, or goes on where that run stopped.
+
+    fresh   start over; what is in the folder moves aside to <dir>.old-N
+    quiet   nothing on stderr
+    prove   reload the export in a fresh process and compare its logits (a few seconds)
+
+    SIGTERM or SIGINT: the step is finished, a checkpoint saved, and SystemExit(0 or 130) raised.
+    Raises UserError for another recipe in the folder, unusable data or model, a diverged run, a full disk.
+    """
+    run_dir = Path(recipe.output.dir)
+    if not fresh:
+        folder.check_recipe(run_dir, recipe)
+        if (result := read_result(run_dir)) is not None:
+            if is_writer() and not quiet:
+                print(f"finished already: {run_dir}", file=sys.stderr)
+            return result
+    begin = time.perf_counter()
+    # Heavy imports stand here: a finished run is recognised without them.
+    from mtft.data.planning import make_plan
+    from mtft.train.arguments import training_arguments
+    from mtft.train.assemble import build_trainer, introduce, read_inputs, start_folder
+    from mtft.train.export import CHANGE_THE_BASE, save_initial
+    from mtft.train.handover import hand_over
+    from mtft.train.log import RunLog
+    from mtft.train.model import load_for_training
+    from mtft.train.signals import EXIT_CODES, StopSignal
+
+    inputs = read_inputs(recipe)
+    plan = make_plan(recipe, inputs.stores)
+    log = RunLog(run_dir if is_writer() else None, steps=plan.steps, quiet=quiet or not is_writer())
+    evaluates = any(store is not None for store in inputs.held_out)
+    args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=evaluates, saves=True)  # joins the ranks
+    checkpoint = start_folder(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh)
+    args.eval_on_start = evaluates and checkpoint is None
+    with StopSignal() as stop:
+        model = load_for_training(recipe)
+        if recipe.lora is not None and recipe.lora.init in CHANGE_THE_BASE and is_writer():
+            save_initial(model, run_dir)
+        trainer = build_trainer(recipe, inputs, plan, model, args, log=log, stop=stop)
+        introduce(recipe, plan, trainer, checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            log.close()
+    if stop.seen is not None and trainer.state.global_step < plan.steps:
+        step = trainer.state.global_step
+        log.say(f"stopped by {stop.seen.name} after step {step}, which is saved; the same command continues")
+        raise SystemExit(EXIT_CODES[stop.seen])
+    hand_over(recipe, inputs, plan, trainer, begin=begin, prove=prove)
+    result = read_result(run_dir)
+    if result is None:
+        raise RuntimeError(f"{run_dir / folder.RESULT} can't be seen by this process: is it on a shared disk?")
+    return result
+
+
+def read_result(run_dir: Path) -> TrainResult | None:
+    """The result of a finished run, from its folder; None if it isn't finished."""
+    content = folder.read_result(run_dir)
+    if content is None:
+        return None
+    scores = {task: TaskScores.load(run_dir / SCORES / f"{task}.jsonl") for task in content["tasks"]}
+    return TrainResult(run_dir, run_dir / content["export"], content["steps"], content["seconds"], scores)

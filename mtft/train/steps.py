@@ -1,0 +1,53 @@
+"""Optimizer steps as a dataset: step s -> this rank's micro-batches; and what the step holds on all ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from mtft.data.batch import Batch
+
+if TYPE_CHECKING:
+    from data_mixers.plan import MixturePlan
+    from mtft.data.batches import BatchSource
+
+
+class Content(NamedTuple):
+    """What an optimizer step holds over all ranks, for each task: [K].
+
+    examples_K  int64;  tokens_K  int64, prompt and response;  share_K  part of the step, in the mixture's unit
+    """
+
+    examples_K: np.ndarray
+    tokens_K: np.ndarray
+    share_K: np.ndarray
+
+
+class Steps(Dataset):
+    """The steps of `plan`, as `source` deals them out to this rank."""
+
+    def __init__(self, source: BatchSource, plan: MixturePlan) -> None:
+        self.source, self.plan = source, plan
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return self.source[step]
+
+    def content(self, step: int) -> Content:
+        """What a step holds, told from the plan alone."""
+        task, _, row = self.source.examples(step)
+        stores = self.source.stores
+        examples_K = np.bincount(task, minlength=len(stores))
+        tokens_K = np.array([int(store.lengths[row[task == k]].sum()) for k, store in enumerate(stores)])
+        part_K = tokens_K if self.plan.unit == "tokens" else examples_K
+        return Content(examples_K, tokens_K, part_K / max(part_K.sum(), 1))
+
+    def names(self, step: int) -> list[dict[str, str]]:
+        """Which examples a step holds, by task and id."""
+        task, _, row = self.source.examples(step)
+        stores = self.source.stores
+        return [{"task": stores[k].task, "id": str(stores[k].ids[int(i)])} for k, i in zip(task, row, strict=True)]

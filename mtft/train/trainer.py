@@ -1,0 +1,328 @@
+"""MultiTaskTrainer: transformers' Trainer with the exact multi-task objective. One item of its loader = one step.
+
+    item      list[Batch]: this rank's micro-batches of an optimizer step (as many on every rank, empty where short)
+    counts    supervised tokens and samples of each task over all micro-batches and ranks, before the first backward
+    loss      sum_bt c_bt nll_bt, with c from the labels and the balancer's weights (mtft.losses.reduce)
+    backward  per micro-batch; gradients are averaged over the R ranks once, after the last one, so c is multiplied by R
+
+Trainer keeps what it is good at: device placement, DDP/FSDP/DeepSpeed through accelerate, optimizer and schedule by
+name, clipping, callbacks and trackers. Ours are the step, per-task evaluation, and the checkpoint (mtft.train.state),
+which resumes bit for bit. Nothing here branches on what a single rank holds around a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
+
+from mtft.data.batch import Batch
+from mtft.errors import UserError
+from mtft.evaluate.scores import TaskScores
+from mtft.losses.balancers import Balancer, Observation
+from mtft.losses.nll import token_nll
+from mtft.losses.reduce import (
+    TaskSums,
+    coefficients,
+    reduce_sums,
+    step_counts,
+    task_coefficients,
+    task_losses,
+    task_probs,
+    task_sums,
+)
+from mtft.train import checkpoint
+from mtft.train.log import RunLog, finite
+from mtft.train.ranks import check_ranks
+from mtft.train.signals import StopSignal
+from mtft.train.steps import Steps
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the normalisation, the path of the per-token losses, the attention implementation."""
+
+    normalise: str
+    path: str
+    attention: str
+
+
+class MultiTaskTrainer(Trainer):
+    """Trains `model` on `steps`, once through.
+
+    tasks       names, in the order of the batches' task ids
+    score       model -> scores of each task on its held-out examples, over all ranks; None: no evaluation
+    log         where metrics go (silent on all ranks but one)
+    stop        SIGTERM/SIGINT seen by any rank ends the run after the step, with a checkpoint
+    identity    what a checkpoint must agree on to be continued (fingerprints), kept with it
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        steps: Steps,
+        tasks: Sequence[str],
+        objective: Objective,
+        balancer: Balancer,
+        log: RunLog,
+        score: Callable[[nn.Module], dict[str, TaskScores]] | None = None,
+        stop: StopSignal | None = None,
+        identity: dict[str, Any] | None = None,
+        max_bad_steps: int = 10,
+        keep: int = 2,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        super().__init__(model, args, train_dataset=steps, eval_dataset=(), callbacks=callbacks)  # pyright: ignore
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Flow(self))
+        check_ranks(self.accelerator)
+        self.steps = steps
+        self.tasks, self.objective, self.balancer = tuple(tasks), objective, balancer
+        self.run_log, self.stop, self.identity = log, stop or StopSignal(), identity or {}
+        self.max_bad_steps, self.keep = max_bad_steps, keep
+        self.evaluations: dict[int, dict[str, TaskScores]] = {}
+        self.bad_steps = {"non-finite": 0, "empty": 0}
+        self._score = score
+        self._bad_in_a_row = 0
+        self._line: dict[str, Any] = {}
+        self._trouble: str | None = None
+        needs = balancer.needs
+        if needs.gram_every is not None or needs.valid_every is not None:
+            what = "task gradients" if needs.gram_every else "validation losses"
+            raise UserError(
+                f"balancer {balancer.NAME} needs {what} every few steps, which the trainer does not measure",
+                where="loss.balancer.name",
+                do="choose a balancer that works from the training losses",
+            )
+
+    # ---- data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Steps 0, 1, ... of the source. Not prepared by accelerate: every rank already reads its own part."""
+        return DataLoader(
+            self.steps,
+            batch_size=1,
+            shuffle=False,
+            collate_fn=_only,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, None]:
+        """One optimizer step; it is counted by us."""
+        self._clock = time.perf_counter()
+        return [next(epoch_iterator)], None
+
+    # ---- one optimizer step
+
+    def training_step(self, model: nn.Module, inputs: list[Batch], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a step's micro-batches. Returns the loss of the whole step, equal on all ranks."""
+        model.train()
+        step, K, device = self.state.global_step + 1, len(self.tasks), self.args.device
+        batches = [batch.to(device) for batch in inputs]
+        counts = step_counts(batches, K, device=device)
+        step_loss_K = self._losses_before(model, batches) if self.balancer.needs.step_loss else None
+        w_K = self.balancer.weights(step, step_loss_K)
+        ranks = self.accelerator.num_processes
+        parts: list[TaskSums] = []
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                nll_BT = self._nll(model, batch)
+                c_BT = coefficients(batch, counts, w_K, self.objective.normalise)
+                # Gradients are averaged over ranks but the coefficients are those of the global step: times R.
+                loss = (c_BT * nll_BT).sum() * ranks
+                engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                self.accelerator.backward(loss, **engine)
+            parts.append(task_sums(nll_BT, batch, K))
+        sums = reduce_sums(parts, K, device=device)
+        loss_K = task_losses(sums, counts, self.objective.normalise)
+        share_K = task_coefficients(counts, w_K, self.objective.normalise)
+        loss = float(torch.where(share_K > 0, share_K * loss_K, 0.0).sum())
+        self._trouble = "empty" if float(share_K.sum()) == 0 else None if np.isfinite(loss) else "non-finite"
+        self._seen = batches, loss_K, task_probs(sums, counts) if self.balancer.needs.token_probs else None
+        self._line = self._step_line(step, loss, loss_K, share_K, w_K, counts.tokens_K)
+        return torch.tensor(loss, device=device)
+
+    def _nll(self, model: nn.Module, batch: Batch) -> Tensor:
+        with self.compute_loss_context_manager():
+            return token_nll(model, batch, path=self.objective.path, attention=self.objective.attention)
+
+    def _losses_before(self, model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+        """Global task losses of the step without a gradient, and without moving the random state (dropout is equal)."""
+        K, device = len(self.tasks), self.args.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            parts = [task_sums(self._nll(model, batch), batch, K) for batch in batches]
+        counts = step_counts(batches, K, device=device)
+        return task_losses(reduce_sums(parts, K, device=device), counts, self.objective.normalise)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
+        """The norm before clipping. A step that is empty or not finite loses its gradients here, so nothing moves.
+
+        Called by Trainer between clipping and the optimizer step. Without gradients an optimizer leaves weights,
+        moments and decay alone; the schedule goes on.
+        """
+        found = super()._get_grad_norm(model, grad_norm)
+        norm = None if found is None else float(found)
+        if self._trouble is None and norm is not None and not np.isfinite(norm):
+            self._trouble = "non-finite"
+        if self._trouble is not None:
+            model.zero_grad(set_to_none=True)
+        self._line["grad_norm"] = norm
+        return norm
+
+    def _step_line(
+        self, step: int, loss: float, loss_K: Tensor, share_K: Tensor, w_K: Tensor, tokens_K: Tensor
+    ) -> dict[str, Any]:
+        held = self.steps.content(step - 1)
+        tasks = {
+            task: {
+                "loss": float(loss_K[k]),
+                "weight": float(w_K[k]),
+                "share": float(held.share_K[k]),
+                "loss_share": float(share_K[k]),
+                "tokens": int(tokens_K[k]),
+                "examples": int(held.examples_K[k]),
+            }
+            for k, task in enumerate(self.tasks)
+        }
+        return {
+            "step": step,
+            "loss": loss,
+            "learning_rate": self._get_learning_rate(),
+            "grad_norm": None,
+            "tokens": int(held.tokens_K.sum()),
+            "supervised": int(tokens_K.sum()),
+            "tasks": tasks,
+        }
+
+    def finish_step(self, control: TrainerControl) -> None:
+        """After the optimizer step: balancer, metrics, bad steps, signals. Called by `Flow` on every rank."""
+        batches, loss_K, probs_K = self._seen
+        if self._trouble is None:
+            after_K = None
+            if self.balancer.needs.after_step:
+                after_K = self._losses_before(self.model_wrapped, batches)
+            self.balancer.update(
+                Observation(self.state.global_step, loss_K, after_loss_K=after_K, train_prob_K=probs_K)
+            )
+            self._bad_in_a_row = 0
+        else:
+            self.bad_steps[self._trouble] += 1
+            self._bad_in_a_row += 1
+            self._line["skipped"] = self._trouble
+        seconds = time.perf_counter() - self._clock
+        self._line |= {"seconds": seconds, "tokens_per_second": self._line["tokens"] / seconds}
+        if self.args.device.type == "cuda":
+            self._line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.run_log.step(self._line)
+        if self.args.report_to:
+            self.callback_handler.on_log(self.args, self.state, self.control, flat(self._line))
+        if self._bad_in_a_row >= self.max_bad_steps:
+            self._give_up(self._trouble or "bad")
+        if self.stop.agreed(self.args.device):
+            control.should_training_stop = True
+            control.should_save = self.args.save_strategy != "no"
+
+    def _give_up(self, trouble: str) -> None:
+        step = self.state.global_step
+        path = Path(self.args.output_dir) / f"bad-step-{step}.json"
+        if self.args.should_save:
+            examples = self.steps.names(step - 1)
+            path.write_text(json.dumps({**finite(self._line), "examples": examples}, indent=1), encoding="utf-8")
+        why = "no supervised token" if trouble == "empty" else "a loss or gradient that is not finite"
+        raise UserError(
+            f"{self._bad_in_a_row} steps in a row had {why} (up to step {step}; tasks {', '.join(self.tasks)})",
+            where=f"the examples of the last one: {path}",
+            do="give the tasks a weight above 0"
+            if trouble == "empty"
+            else "lower train.learning_rate, use fp32 or bf16, and look at those examples",
+        )
+
+    # ---- evaluation
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Scores every task on its held-out examples; once a step. Returns flat metrics for callbacks and trackers."""
+        step = self.state.global_step
+        if self._score is None:
+            raise ValueError("no held-out examples to evaluate on")
+        if step not in self.evaluations:
+            self.evaluations = {step: self._score(self.model)}
+            found = {task: scores.summary() for task, scores in self.evaluations[step].items()}
+            self.run_log.evaluation(step, found)
+        metrics = flat({"tasks": {task: scores.summary() for task, scores in self.evaluations[step].items()}}, "eval_")
+        if self.args.report_to:
+            self.callback_handler.on_log(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's own summary goes to the trackers; it keeps no history in memory."""
+        if self.args.report_to:
+            self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+    # ---- checkpoints (their content is in mtft.train.checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint.save(self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint.load_weights(self, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint_: str | None) -> None:
+        if checkpoint_ is not None:
+            checkpoint.load_state(self, Path(checkpoint_))
+
+    def _load_rng_state(self, checkpoint_: str | None) -> None:
+        if checkpoint_ is not None:
+            checkpoint.load_random_state(self, Path(checkpoint_))
+
+    def _load_scaler(self, checkpoint_: str | None) -> None:
+        """With the optimizer's state."""
+
+
+class Flow(TrainerCallback):
+    """Calls the trainer back after each optimizer step, and keeps the progress bar."""
+
+    def __init__(self, trainer: MultiTaskTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.run_log.start(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.finish_step(control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.run_log.close()
+
+
+def flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """{"loss": 1, "tasks": {"sql": {"loss": 2}}} -> {"loss": 1, "sql/loss": 2}, finite numbers only, for trackers."""
+    out = {f"{prefix}{key}": value for key, value in line.items() if key not in ("tasks", "step")}
+    for task, values in line["tasks"].items():
+        out |= {f"{prefix}{task}/{key}": value for key, value in values.items()}
+    return {key: value for key, value in out.items() if isinstance(value, int | float) and np.isfinite(value)}
+
+
+def _only(items: list) -> Any:
+    (item,) = items
+    return item

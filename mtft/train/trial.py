@@ -1,0 +1,82 @@
+"""One trial of a mixture sweep: a short ordinary run in memory, scored on the held-out rows. Nothing is written.
+
+A sweep makes dozens of them in one process, so what does not depend on the mixture (tokenizer, token stores, base
+weights) is read once a process and kept; each trial trains a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtft.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from data_mixers.ledger import Trial
+    from mtft.train.assemble import Inputs
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the trials of one recipe share."""
+
+    key: str
+    inputs: Inputs
+    base: Any
+
+
+_kept: _Kept | None = None
+
+
+def run_trial(trial: Trial, recipe: Recipe, eval_limit: int | None = None) -> list[tuple[float, dict[str, float]]]:
+    """Trains `recipe` with the trial's mixture and seed; returns [(1.0, scores)].
+
+    scores: {"task/loss": nats per supervised token, "task/token_accuracy": ...} on the held-out rows of every task
+    that has some (the first `eval_limit` of them). A trial that diverges gives NaN losses, which a sweep records as
+    such. Picklable together with the recipe: for worker processes.
+    """
+    from mtft.data.planning import make_plan
+    from mtft.errors import UserError
+    from mtft.train.arguments import training_arguments
+    from mtft.train.assemble import build_trainer
+    from mtft.train.log import RunLog
+    from mtft.train.model import load_for_training
+
+    recipe = recipe.model_copy(update={"seed": trial.seed, "output": recipe.output.model_copy(update={"trackers": ()})})
+    kept = _keep(recipe, eval_limit)
+    plan = make_plan(recipe, kept.inputs.stores, trial.mixture)
+    with tempfile.TemporaryDirectory(prefix="mtft-trial-") as scratch:
+        args = training_arguments(recipe, Path(scratch), steps=plan.steps, evaluates=False, saves=False)
+        model = load_for_training(recipe, base=copy.deepcopy(kept.base))
+        log = RunLog(None, steps=plan.steps, quiet=True)
+        trainer = build_trainer(recipe, kept.inputs, plan, model, args, log=log)
+        try:
+            trainer.train()
+        except UserError:
+            if trainer.bad_steps["non-finite"] < recipe.train.max_bad_steps:
+                raise
+            names = [store.task for store in kept.inputs.held_out if store is not None]
+            return [(1.0, {f"{task}/loss": float("nan") for task in names})]
+        trainer.evaluate()
+    scores = trainer.evaluations[trainer.state.global_step]
+    summaries = {task: found.summary() for task, found in scores.items()}
+    return [
+        (1.0, {f"{task}/{key}": found[key] for task, found in summaries.items() for key in ("loss", "token_accuracy")})
+    ]
+
+
+def _keep(recipe: Recipe, eval_limit: int | None) -> _Kept:
+    """What the trials of this recipe share; kept until a trial of another recipe comes."""
+    from mtft.recipe.load import fingerprint
+    from mtft.train.assemble import read_inputs
+    from mtft.train.model import load_base
+
+    global _kept
+    key = f"{fingerprint(recipe, without=('seed', 'mixture', 'output', 'name'))} {eval_limit}"
+    if _kept is None or _kept.key != key:
+        inputs = read_inputs(recipe, eval_limit=eval_limit)
+        _kept = _Kept(key, inputs, load_base(recipe.model, full=recipe.lora is None))
+    return _kept

@@ -107,6 +107,15 @@ def read_source(file: Path) -> Source:
     return source
 
 
+def plain_value(text: str, *, where: str) -> Any:
+    """A value from the command line, read like one in a recipe: `0.5` is a number, `no` is text. Raises UserError."""
+    scratch = Source(Path(where), {})
+    value = _parse(text, scratch, (), where=where)
+    if scratch.problems:
+        raise UserError(f"the value {scratch.problems[0].what}", where=where, do=scratch.problems[0].do)
+    return value
+
+
 def _parse(text: str, source: Source, path: KeyPath, where: str, origin: str | None = None) -> Any:
     """Parse `text` as one YAML value at `path` of the recipe. `origin` names the text if it is not the file."""
     yaml = YAML(typ="safe", pure=True)

@@ -1,0 +1,81 @@
+"""`mtft ...` and `python -m mtft ...`: run a command, turn what goes wrong into one block on stderr and an exit code.
+
+    0  done
+    1  failed (a broken disk, out of memory, a bug): `--debug` shows where
+    2  the user's to mend: what is wrong, where, what to do
+    130  interrupted
+
+Under torchrun or accelerate every rank runs this, and only the first one speaks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    from mtft.cli import app
+    from mtft.errors import UserError
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments  # wherever it stands
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        app(arguments, prog_name="mtft")
+    except SystemExit as stop:
+        if _was_interrupt(stop):
+            _say("interrupted")
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except UserError as error:
+        return _report(error, str(error), 2, debug)
+    except ValueError as error:
+        from data_mixers.errors import MixError
+
+        if isinstance(error, MixError):
+            return _report(error, f"error: {error}", 2, debug)
+        return _report(error, _failure(error), 1, debug)
+    except Exception as error:  # noqa: BLE001  the last line of defence: people get a block, not a trace
+        return _report(error, _failure(error), 1, debug)
+    return 0
+
+
+def _was_interrupt(stop: SystemExit) -> bool:
+    """True if typer made this exit from a KeyboardInterrupt; commands that end themselves on Ctrl-C have spoken."""
+    return isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt)
+
+
+def _failure(error: Exception) -> str:
+    """What a failure that nobody foresaw looks like."""
+    lines = str(error).strip().splitlines()
+    text = f"failed: {type(error).__name__}{': ' + lines[0] if lines else ''}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{text}\n  do:    free some space; the same command continues"
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+        return f"{text}\n  do:    lower train.micro_batch_tokens, or set train.gradient_checkpointing=true"
+    return f"{text}\n  do:    the same command with --debug shows where; if it looks like our mistake, please report it"
+
+
+def _report(error: Exception, block: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    _say(block)
+    return code
+
+
+def _say(text: str) -> None:
+    if is_first_rank():
+        print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

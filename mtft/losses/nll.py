@@ -61,7 +61,7 @@ def token_nll(
 
     path             `gather` or `fused` (see the module); `auto` is gather: resolve_path decides once for a run
     attention        the model's attention implementation; None reads it from the model's config
-    inputs           keyword arguments of the model's forward; None = mtft.data.batches.model_inputs(batch, ...)
+    inputs           keyword arguments of the model's forward; None = mtft.data.isolation.model_inputs(batch, ...)
     chunk_rows       supervised tokens whose fp32 softmax exists at a time (recomputed in the backward); None = all.
                      Saves memory where the model computes in 16 bit
     label_smoothing  eps: (1 - eps) nll + eps * mean over the vocabulary of -log p
@@ -129,7 +129,7 @@ def _supervised_logits(model: nn.Module, inputs: dict[str, Any], supervised_BT: 
 
 
 def _inputs(model: nn.Module, batch: Batch, attention: str | None) -> dict[str, Any]:
-    from mtft.data.batches import model_inputs
+    from mtft.data.isolation import model_inputs
 
     return model_inputs(batch, attention or _bare(model).config._attn_implementation)
 

@@ -120,7 +120,7 @@ def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
     mix_design(recipe)
     return run_sweep(
         trials,
-        partial(run_trial, recipe=derive.proxy(recipe)),
+        partial(run_trial, recipe=derive.proxy(recipe), eval_limit=sweep.eval_limit),
         TrialLedger(mix_dir(recipe) / LEDGER),
         workers=sweep.workers,
         backend=sweep.backend,

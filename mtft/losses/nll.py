@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtft.data.batch import IGNORE, Batch
+from mtft.data.isolation import model_inputs, packing_refusal
 from mtft.errors import UserError
 
 Path = Literal["auto", "gather", "fused"]
@@ -129,9 +130,9 @@ def _supervised_logits(model: nn.Module, inputs: dict[str, Any], supervised_BT: 
 
 
 def _inputs(model: nn.Module, batch: Batch, attention: str | None) -> dict[str, Any]:
-    from mtft.data.isolation import model_inputs
-
-    return model_inputs(batch, attention or _bare(model).config._attn_implementation)
+    config = _bare(model).config
+    attention = attention or config._attn_implementation
+    return model_inputs(batch, attention, packed_ok=packing_refusal(config, attention) is None)
 
 
 def _bare(model: nn.Module) -> nn.Module:

@@ -33,7 +33,7 @@ def orthogonality(A: Tensor, B: Tensor, scale: float, form: Form = "off_diagonal
 
 
 def adapter_orthogonality(model: nn.Module, adapter: str = "default", form: Form = "off_diagonal") -> Tensor:
-    """Sum of `orthogonality` over the LoRA linears of a PEFT model. ValueError if there is none, or they are sharded."""
+    """Sum of `orthogonality` over the LoRA linears of a PEFT model. ValueError: none there, or sharded."""
     from peft.tuners.lora import LoraLayer
     from torch.distributed.tensor import DTensor
 

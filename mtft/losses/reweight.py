@@ -7,9 +7,9 @@
     u_s = M softmax_s(f_s / sharpness)  over the M samples of the group: mean 1
     focal      u_s = (1 - p_s)^gamma,  p_s = mean token probability of the sample: no group, no mean of 1
 
-Sow et al., "Dynamic Loss-Based Sample Reweighting for Improved LLM Pretraining" (ICLR 2025); focal:
+Sow et al., "Dynamic Loss-Based Sample Reweighting for Improved LLM Pretraining" (ICLR 2025). Focal:
 MFTCoder (arXiv 2311.02303) after Lin et al. (arXiv 1708.02002), p averaged before the power, no gradient through it.
-A sample's coefficients are multiplied by u (detached); the denominators stay what they are. A group is the samples of one
+A sample's coefficients are multiplied by u (detached); the denominators stay what they are. A group is the samples of a
 task (or all) in one micro-batch of all ranks, so the first three rules depend on how a step is cut into micro-batches;
 focal does not.
 """

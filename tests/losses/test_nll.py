@@ -60,6 +60,14 @@ def test_paths_agree(path):
     assert float((got - expected).norm() / expected.norm()) < 2e-6
 
 
+def test_packed_examples_are_isolated_without_being_told():
+    """No `inputs` given: they come from mtft.data.isolation, and equal the dense mask of the tests."""
+    batch, model = packed_batch(), tiny_llama()
+    expected_BT = token_nll(model, batch, inputs=isolated_inputs(batch))
+    torch.testing.assert_close(token_nll(model, batch), expected_BT, atol=1e-5, rtol=0)
+    torch.testing.assert_close(token_scores(model, batch)[0], expected_BT.detach(), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("chunk_rows", [None, 4])
 def test_nothing_supervised_is_a_connected_zero(chunk_rows):
     sample = random_samples([(0, 6, 0)], vocabulary=61)

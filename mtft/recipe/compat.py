@@ -110,10 +110,10 @@ TABLE: tuple[Row, ...] = (
         "set lora.init: default, or model.quantise: none"),
     # --- engines
     Row("model.quantise + ZeRO-3", TRAINING, lambda r, e, n: _quantised(r.model) and e.zero == 3,
-        "ZeRO-3 cuts every parameter into float shards, and bitsandbytes' packed weights are not float",
+        "ZeRO-3 shards float parameters; a quantised base would have to be stored as floats, which mtft does not do",
         "launch with DDP, ZeRO-1 or ZeRO-2 (each rank holds the small quantised base); or set model.quantise: none"),
     Row("model.quantise + FSDP", TRAINING, lambda r, e, n: _quantised(r.model) and e.fsdp,
-        "FSDP cuts every parameter into float shards, and bitsandbytes' packed weights are not float",
+        "FSDP shards float parameters; a quantised base would have to be stored as floats, which mtft does not do",
         "launch with DDP, ZeRO-1 or ZeRO-2; or set model.quantise: none"),
     # --- batches
     Row("train.max_length + train.micro_batch_tokens", TRAINING,

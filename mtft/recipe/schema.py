@@ -116,7 +116,7 @@ class BalancerSection(Section):
 
 class LossSection(Section):
     normalise: Literal["token", "sample", "task_token", "task_sample"] = "task_token"
-    """What the mean runs over (DESIGN: token = MFTCoder case1, sample = 2, task_token = 3, task_sample = 4)."""
+    """What the mean runs over (MFTCoder's case 1 = token, 2 = sample, 3 = task_token, 4 = task_sample)."""
     balancer: BalancerSection = BalancerSection()
     """How the task weights move."""
     path: Literal["auto", "gather", "fused"] = "auto"
@@ -258,6 +258,14 @@ class FuseSection(Section):
     """Nucleus sampling, after fusion."""
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Prompts decoded together."""
+    weights: Literal["active", "onehot", "uniform", "user"] = "active"
+    """How several experts share the step: by how much each has to say, the loudest alone, evenly, or `user_weights`."""
+    user_weights: Annotated[tuple[float, ...], Field(strict=False)] | None = None
+    """One weight per expert for weights: user; they add up to 1."""
+    plausibility: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """After fusion drop tokens below this share of the strong model's best probability; 0 = off."""
+    tokens: Literal["strict", "prefix"] = "strict"
+    """How much the tokenizers must agree. prefix: extra ids at the end are allowed, and not steered."""
 
 
 class RunSection(Section):

@@ -1,0 +1,27 @@
+"""docs/recipe.md is what the schema says, and every example recipe is a valid one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtft.recipe.compat import Engine, check_compat
+from mtft.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_reference_is_up_to_date():
+    command = [sys.executable, str(ROOT / "scripts" / "make_recipe_docs.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_is_valid(recipe):
+    loaded = load_recipe(recipe, files=False)
+    check_compat(loaded, stage="check", engine=Engine())
+    check_compat(loaded, stage="run", engine=Engine())

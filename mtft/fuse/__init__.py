@@ -1,1 +1,1 @@
-"""Weak-to-strong: a small tuned model steers a large one while it decodes. Start at model.py; the maths is in alpha.py."""
+"""Weak-to-strong: a small tuned model steers a large one while it decodes. Way in: model.py; maths: alpha.py."""

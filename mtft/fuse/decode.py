@@ -77,16 +77,15 @@ class Request:
 
 def row_specs(spec: FusionSpec, rows: int, experts: int, alpha: Any, rule: Any, weights: Any) -> list[FusionSpec]:
     """The spec of every row: `alpha`, `rule` and `weights` for all rows, or a list, one entry per row (or prompt)."""
-    if alpha is not None and rule is None and spec.alpha_rule != "fixed":
-        rule = "fixed"  # a constant was asked for
     nested = weights is not None and len(weights) and not isinstance(weights[0], (int, float))
-    alphas, rules = _per_row("alpha", alpha, rows), _per_row("alpha_rule", rule, rows)
-    all_weights = _per_row("expert_weights", list(weights) if nested else None, rows)
+    alphas, rules = per_row("alpha", alpha, rows), per_row("alpha_rule", rule, rows)
+    all_weights = per_row("expert_weights", list(weights) if nested else None, rows)
     specs = []
     for row in range(rows):
         change: dict[str, Any] = {}
         if alphas[row] is not None:
             change["alpha"] = tuple(alphas[row]) if isinstance(alphas[row], (list, tuple)) else alphas[row]
+            change["alpha_rule"] = "fixed"  # a constant was asked for; a rule beside it wins
         if rules[row] is not None:
             change["alpha_rule"] = rules[row]
         row_weights = all_weights[row] if nested else weights
@@ -97,7 +96,7 @@ def row_specs(spec: FusionSpec, rows: int, experts: int, alpha: Any, rule: Any, 
     return specs
 
 
-def _per_row(key: str, value: Any, rows: int) -> list[Any]:
+def per_row(key: str, value: Any, rows: int) -> list[Any]:
     if not isinstance(value, list):
         return [value] * rows
     if not value or rows % len(value):

@@ -92,6 +92,7 @@ class FusedCausalLM:
         base_quantization: str | None = None,
         strong_adapter: str | Path | None = None,
         attention: str = "auto",
+        base_attention: str | None = None,
         allow_base_mismatch: bool = False,
         revision: str = "main",
         base_revision: str = "main",
@@ -120,7 +121,7 @@ class FusedCausalLM:
             dtype=base_dtype or dtype,
             device=base_device or device,
             quantise=base_quantization or "none",
-            attention=attention,
+            attention=base_attention or attention,
             revision=base_revision,
         )
         name = f"{strong} + {', '.join(map(str, adapters))}"
@@ -251,15 +252,25 @@ class FusedCausalLM:
         alpha: float | Sequence[float] | None = None,
         alpha_rule: str | Sequence[str] | None = None,
         expert_weights: Sequence[float] | Sequence[Sequence[float]] | None = None,
+        specs: Sequence[FusionSpec] | None = None,
         seed: int | Sequence[int] | None = None,
         trace: decoding.Observer | None = None,
         expert_input_ids: Tensor | None = None,
         expert_attention_mask: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        """The decoding loop, for `strong.generate(custom_generate=fused.decode)`. Returns what generate returns."""
+        """The decoding loop, for `strong.generate(custom_generate=fused.decode)`. Returns what generate returns.
+
+        alpha, alpha_rule, expert_weights: change the model's spec for all rows, or for each (a list, one entry per
+        prompt); a bare alpha means alpha_rule fixed. specs: a whole FusionSpec per prompt instead. seed: of sampling.
+        trace: an observer (trace.py). expert_input_ids: another prompt for the small models, left-padded.
+        """
         if model is not self.strong:
             raise FusionError("decode was given another model than the strong one", do="call fused.generate")
+        if specs is None:
+            row_specs = decoding.row_specs(self.spec, len(input_ids), self.experts, alpha, alpha_rule, expert_weights)
+        else:
+            row_specs = decoding.per_row("specs", list(specs), len(input_ids))
         request = decoding.prepare(
             self,
             input_ids,
@@ -268,7 +279,7 @@ class FusedCausalLM:
             generation_config,
             synced_gpus=synced_gpus,
             streamer=streamer,
-            specs=decoding.row_specs(self.spec, len(input_ids), self.experts, alpha, alpha_rule, expert_weights),
+            specs=row_specs,
             seed=seed,
             observer=trace,
             small_ids=expert_input_ids,

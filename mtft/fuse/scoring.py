@@ -5,7 +5,7 @@ alpha at a position is the one that generation would use there: it comes from th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,10 +87,12 @@ def score(
     *,
     chunk: int | None = None,
     stats: AlphaStats | None = None,
+    specs: Sequence[FusionSpec] | None = None,
 ) -> Score:
     """Score the tokens at score_mask_BL (default: all that have a prefix). Padding may be on either side.
 
     chunk: positions read at once; default: as many as max_logit_bytes allows. The result does not depend on it.
+    specs: one per row, in place of the model's.
     """
     mask = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
     wanted = mask.bool() if score_mask_BL is None else score_mask_BL.bool() & mask.bool()
@@ -102,7 +104,7 @@ def score(
         name: torch.zeros(ids_BL.shape, dtype=torch.float64, device=ids_BL.device) for name in ("logp", "alpha", "kl")
     }
     greedy_BL = torch.zeros_like(wanted)
-    for row_N, column_N, step in _positions(fused, ids_BL, mask_BL, predict_BL, chunk, stats):
+    for row_N, column_N, step in _positions(fused, ids_BL, mask_BL, predict_BL, chunk, stats, specs):
         token_N = target_BL[row_N, column_N].to(step.logprobs_NV.device)
         at = row_N, column_N + 1
         out["logp"][at] = step.logprobs_NV.gather(-1, token_N[:, None])[:, 0].to(out["logp"])
@@ -126,7 +128,8 @@ def fused_scores(
     nll_BT = torch.zeros(labels_BT.shape, dtype=torch.float32, device=labels_BT.device)
     hit_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
     mask_BT = (batch.segment_ids_BT >= 0).long()
-    for row_N, column_N, step in _positions(fused, batch.input_ids_BT, mask_BT, labels_BT >= 0, None, stats, spec):
+    specs = None if spec is None else [spec] * len(labels_BT)
+    for row_N, column_N, step in _positions(fused, batch.input_ids_BT, mask_BT, labels_BT >= 0, None, stats, specs):
         label_N = labels_BT[row_N, column_N].to(step.logprobs_NV.device)
         nll_BT[row_N, column_N] = -step.logprobs_NV.gather(-1, label_N[:, None])[:, 0].to(nll_BT)
         hit_BT[row_N, column_N] = (step.logprobs_NV.argmax(-1) == label_N).to(hit_BT.device)
@@ -140,7 +143,7 @@ def _positions(
     predict_BL: Tensor,
     chunk: int | None,
     stats: AlphaStats | None,
-    spec: FusionSpec | None = None,
+    specs: Sequence[FusionSpec] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Fused]]:
     """(row, column, Fused) of all positions to predict from, chunk by chunk; what is not asked for is never fused."""
     columns = predict_BL.any(0).nonzero().squeeze(-1)
@@ -150,7 +153,7 @@ def _positions(
     longest = ids_BL.shape[1] if mask_BL is None else int(mask_BL.sum(-1).max())
     if longest > fused.context:
         raise FusionError(f"{longest} tokens, the smaller context holds {fused.context}", do="shorten the text")
-    spec = spec or fused.spec
+    specs = specs or [fused.spec] * rows
     element_size = 8 if fused.dtype == torch.float64 else 4
     if chunk is None:
         chunk = max(1, fused.positions_at_once(element_size) // rows)
@@ -166,7 +169,7 @@ def _positions(
             strong_NV, base_NM = logits[0][here], logits[2][here]
             experts = [expert[here] for expert in logits[1]]
             del logits
-            step = fused.fuse(strong_NV, experts, base_NM, [spec] * len(row_N))
+            step = fused.fuse(strong_NV, experts, base_NM, [specs[row] for row in row_N.tolist()])
             if stats is not None:
                 stats.add(step, torch.log_softmax(strong_NV.float(), -1))
             yield row_N, column_N + start, step

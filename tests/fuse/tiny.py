@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mtft.fuse.load import Weak, freeze, load_weak
 from mtft.fuse.model import FusedCausalLM
@@ -65,6 +66,32 @@ def fused(small: Weak, spec: FusionSpec | None = None, strong=None, **options) -
     dtype = small.model.dtype
     strong = model(7, dtype=dtype) if strong is None else strong
     return FusedCausalLM(strong, small, None, spec or FusionSpec(), vocab_size=VOCABULARY, **options)
+
+
+def tokenizer(size: int = 300) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on a few lines: pad 0, bos 1, eos 2, as the tiny models have them."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(["the quick brown fox jumps over the lazy dog 0123456789"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=trained, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def folders_with_text(root: Path) -> dict[str, Path]:
+    """Strong model, base, adapter and tokenizer on disk, fp32: what `load` and a recipe need."""
+    text = tokenizer()
+    strong, small = root / "strong", root / "small"
+    model(7, dtype=torch.float32, vocab_size=320).save_pretrained(strong)
+    base(small, vocab_size=320)
+    for folder in (strong, small):
+        text.save_pretrained(folder)
+    return {"strong": strong, "small": small, "expert": adapter(root / "expert", small, 11)}
 
 
 def prompts(lengths=(7, 4, 9), seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

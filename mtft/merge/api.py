@@ -41,7 +41,7 @@ def merge(
     saved: str = "error",
     per_module: Sequence[tuple[str, Mapping[str, object]]] = (),
     dtype: str | None = None,
-    precision: str = "fp64",
+    precision: str = "auto",
     seed: int = 0,
     workers: int = 1,
     overwrite: bool = False,
@@ -57,7 +57,8 @@ def merge(
     rank: a number; `lossless`; or `auto`, the smallest usual rank (8, 16, 32, ...) that keeps the share `energy` of the
     squared norm over all modules. Below `min_energy` nothing is written. saved: what to do with full tensors in the
     adapters (`error`, `average`, `take: NAME`). per_module: (regex, {method, options, weights, rank}), first wins.
-    dtype: fp32, bf16, fp16 on disk (default: the inputs'); precision: fp64 or fp32 for the maths.
+    dtype: fp32, bf16, fp16 on disk (default: the inputs'); precision of the maths: fp64, fp32, or auto
+    (fp64, but fp32 for the dense passes of elementwise methods).
     vllm: refuse what vLLM can't load. diagnostics: also norms, overlaps and interference of the adapters.
     Raises MergeError; the output folder is then as it was before.
     """
@@ -134,7 +135,7 @@ def merge_delta(
     weights: Sequence[float] | None = None,
     scale: float = 1.0,
     rank: int | None = None,
-    precision: str = "fp64",
+    precision: str = "auto",
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """One merged module in memory: (B [m, r], A [r, n], share of the squared norm kept). rank None: nothing cut."""
@@ -192,7 +193,7 @@ def _spectra_and_rank(plan: Plan, rank: int | str, energy: float, workers: int):
     full = {module.name: min(module.layout.r, module.layout.m, module.layout.n) for module in plan.modules}
     cap = max(full.values())
     seen = survey(plan, cap)
-    size = sum((m.layout.m + m.layout.n) * full[m.name] for m in plan.modules) * plan.dtype.itemsize
+    size = sum((m.layout.m + m.layout.n) * full[m.name] for m in plan.modules) * 8
     keep = size <= KEEP_BYTES
     results: list[ModuleResult] = list(run_modules(plan, seen, 0 if keep else None, cap, workers))
     limits = {m.name: m.rank for m in plan.modules if m.rank is not None}

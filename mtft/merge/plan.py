@@ -37,8 +37,13 @@ class Plan:
     methods: list[Method]
     modules: list[ModulePlan]
     scale: float
-    dtype: np.dtype  # of the maths
+    precision: str  # of the maths
     seed: int
+
+    def dtype_of(self, module: ModulePlan) -> np.dtype:
+        """auto: fp64 in core space, where it costs nothing; fp32 for dense passes, the peers' precision."""
+        dense = self.methods[module.method].space == "dense"
+        return np.dtype(np.float32 if self.precision == "fp32" or (self.precision == "auto" and dense) else np.float64)
 
 
 def check_together(adapters: Sequence[Adapter], *, allow_base_mismatch: bool = False) -> list[str]:
@@ -186,12 +191,10 @@ def make_plan(
             raise MergeError(
                 "no module is merged by this rule", where=rule[4], do="mend the pattern, or the order of the rules"
             )
-    dtypes = {"fp64": np.float64, "fp32": np.float32}
-    if precision not in dtypes:
-        raise MergeError(
-            f"precision is {precision!r}", where="precision", do="fp64 or fp32: sums in 16 bits lose the merge"
-        )
-    return Plan(list(adapters), methods, modules, float(scale), np.dtype(dtypes[precision]), seed)
+    if precision not in ("auto", "fp64", "fp32"):
+        do = "auto, fp64 or fp32: sums in 16 bits lose the merge"
+        raise MergeError(f"precision is {precision!r}", where="precision", do=do)
+    return Plan(list(adapters), methods, modules, float(scale), precision, seed)
 
 
 def _check_rank(rank: object, where: str) -> int | None:

@@ -9,14 +9,48 @@ from collections.abc import Mapping
 
 from ..errors import MergeError
 from .base import Method
+from .breadcrumbs import Breadcrumbs
+from .consensus import Consensus
+from .ctm import Ctm
+from .dare import Dare
+from .della import Della
+from .delta_norm import DeltaNorm
+from .iso import IsoC, IsoCts
+from .knots import KnotsDare, KnotsTies
 from .linear import Cat, Linear, Svd
+from .lines import Lines
+from .pcb import Pcb
+from .regmean import RegMean
+from .robustmerge import RobustMerge
+from .sce import Sce
+from .svc import Svc
+from .ties import Ties
 from .tsv import Tsv
+from .wudi import Wudi
 
 METHODS: dict[str, type[Method]] = {
     "linear": Linear,
     "cat": Cat,
     "svd": Svd,
     "tsv": Tsv,
+    "iso_c": IsoC,
+    "iso_cts": IsoCts,
+    "knots_ties": KnotsTies,
+    "knots_dare": KnotsDare,
+    "wudi": Wudi,
+    "svc": Svc,
+    "ctm": Ctm,
+    "lines": Lines,
+    "delta_norm": DeltaNorm,
+    "regmean": RegMean,
+    "ties": Ties,
+    "dare": Dare,
+    "della": Della,
+    "breadcrumbs": Breadcrumbs,
+    "sce": Sce,
+    "pcb": Pcb,
+    "consensus": Consensus,
+    "robustmerge": RobustMerge,
 }
 
 
@@ -38,7 +72,9 @@ def make_method(name: str, options: Mapping[str, object] | None = None) -> Metho
 def _check_type(field: dataclasses.Field, value: object, where: str) -> None:
     default = field.default
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(default, bool):
+    if default is None:
+        good = value is None or (number and math.isfinite(value))
+    elif isinstance(default, bool):
         good = isinstance(value, bool)
     elif isinstance(default, int):
         good = number and value == int(value) if number and math.isfinite(value) else False

@@ -1,0 +1,156 @@
+"""Elementwise rules on deltas that never exist as a whole: row blocks rebuilt from factors, pass after pass.
+
+A rule sees the same rows of all D_k at once and returns those rows of the merged W. Order statistics (the k-th largest
+|x| of a matrix, or of the whole model) come from a radix selection: one histogram per 16 bits, exact. The merged W has
+full rank; the range finder of Halko, Martinsson & Tropp (2011) gives its leading triples without storing it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from .core import Columns, Householder, Merged, Whole
+from .factors import Factors
+
+BLOCK_BYTES = 8 << 20
+OVERSAMPLE = 8
+POWER = 3
+"""Passes of subspace iteration; error / best = 1.007 at 3 on Gaussian factors (1.033 at 1)."""
+EXACT_SIDE = 128
+"""Up to this smaller side the merged matrix is kept and decomposed exactly: that is cheaper than the passes."""
+
+Rule = Callable[[int, list[np.ndarray]], np.ndarray]
+"""(first row, [D_k rows]) -> merged rows."""
+
+
+class DeltaStream:
+    """Row blocks of the unweighted D_k [m, n]. Block sizes hang on shapes only, so every pass sees equal bits."""
+
+    def __init__(self, lefts: Sequence[np.ndarray], rights: Sequence[np.ndarray] | None) -> None:
+        self._lefts, self._rights = list(lefts), rights
+        self.K = len(self._lefts)
+        self.m = self._lefts[0].shape[0]
+        self.n = (self._lefts if rights is None else rights)[0].shape[1]
+        self.dtype = self._lefts[0].dtype
+        rows = BLOCK_BYTES // (4 * self.K * self.n)
+        self.rows = max(16, 1 << (rows.bit_length() - 1)) if rows else 16
+
+    @classmethod
+    def of_factors(cls, factors: Sequence[Factors], dtype: np.dtype) -> DeltaStream:
+        lefts = [(f.scale * f.B_MR).astype(dtype, copy=False) for f in factors]
+        return cls(lefts, [f.A_RN.astype(dtype, copy=False) for f in factors])
+
+    @classmethod
+    def of_arrays(cls, arrays: Sequence[np.ndarray]) -> DeltaStream:
+        return cls(arrays, None)
+
+    @property
+    def size(self) -> int:
+        return self.m * self.n
+
+    def __iter__(self) -> Iterator[tuple[int, list[np.ndarray]]]:
+        for start in range(0, self.m, self.rows):
+            lefts = [left[start : start + self.rows] for left in self._lefts]
+            rights = self._rights
+            yield start, lefts if rights is None else [B @ A for B, A in zip(lefts, rights)]
+
+
+def select(passes: Callable[[], Iterable[Sequence[np.ndarray]]], places: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Order statistics of several channels: values at the `places` (0 = smallest) of each channel's sorted values.
+
+    passes() starts a pass over blocks; block[c] holds more values of channel c, of one float type throughout.
+    Exact: 2 passes for float32, 4 for float64.
+    """
+    bits = 0
+    known: list[list[int]] = [[0] * len(wanted) for wanted in places]  # leading digits found so far
+    left = [list(wanted) for wanted in places]  # place among the values with these leading digits
+    done, width = 0, 32
+    dtype = np.dtype(np.float32)
+    while done < width:
+        counts: dict[tuple[int, int], np.ndarray] = {}
+        for block in passes():
+            dtype = block[0].dtype
+            width = 8 * dtype.itemsize
+            for c, values in enumerate(block):
+                keys = _sortable(values)
+                for prefix in set(known[c]):
+                    chosen = keys if done == 0 else keys[(keys >> (width - done)) == prefix]
+                    digits = ((chosen >> (width - done - 16)) & 0xFFFF).astype(np.int64)
+                    found = np.bincount(digits, minlength=1 << 16)
+                    counts[c, prefix] = counts[c, prefix] + found if (c, prefix) in counts else found
+        for c, wanted in enumerate(left):
+            for q, place in enumerate(wanted):
+                running = np.cumsum(counts[c, known[c][q]])
+                digit = int(np.searchsorted(running, place, side="right"))
+                left[c][q] = place - (int(running[digit - 1]) if digit else 0)
+                known[c][q] = (known[c][q] << 16) | digit
+        done += 16
+    bits = width
+    return [[_value(key, bits, dtype) for key in channel] for channel in known]
+
+
+def _sortable(values: np.ndarray) -> np.ndarray:
+    """Unsigned integers in the order of the floats."""
+    kind = np.uint32 if values.dtype == np.float32 else np.uint64
+    raw = np.ascontiguousarray(values).ravel().view(kind)
+    top = kind(1) << kind(8 * values.dtype.itemsize - 1)
+    return np.where(raw & top, ~raw, raw | top)
+
+
+def _value(key: int, bits: int, dtype: np.dtype) -> float:
+    top = 1 << (bits - 1)
+    raw = key ^ top if key & top else key ^ ((1 << bits) - 1)
+    return float(np.array([raw], np.uint32 if bits == 32 else np.uint64).view(dtype)[0])
+
+
+def compress(stream: DeltaStream, rule: Rule, rank: int, label: str = "") -> Merged:
+    """The merged W = rule(blocks) as its leading `rank` triples and its true squared norm.
+
+    Small matrices are decomposed exactly. `label` seeds the range finder.
+    """
+    if min(stream.m, stream.n) <= max(EXACT_SIDE, rank + OVERSAMPLE):
+        W = np.vstack([rule(start, blocks) for start, blocks in stream])
+        return Merged(W, Whole(stream.m), Whole(stream.n))
+    random = np.random.Generator(np.random.Philox(key=_key(f"range finder|{label}")))
+    V = _orthonormal(random.standard_normal((stream.n, rank + OVERSAMPLE)).astype(stream.dtype))
+    for _ in range(POWER):
+        Z = np.zeros_like(V)
+        for start, blocks in stream:
+            W = rule(start, blocks)
+            Z += W.T @ (W @ V)
+        V = _orthonormal(Z)
+    Y, square = np.empty((stream.m, V.shape[1]), stream.dtype), 0.0
+    for start, blocks in stream:
+        W = rule(start, blocks)
+        Y[start : start + len(W)] = W @ V
+        square += float(np.einsum("ij,ij->", W, W, dtype=np.float64))
+    return Merged(Y, Whole(stream.m), Columns(V), total=square)
+
+
+def _orthonormal(X: np.ndarray) -> np.ndarray:
+    return Householder(X).apply(np.eye(X.shape[1], dtype=X.dtype))
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+class Mask:
+    """Bernoulli draws for a matrix of n columns, the same for any split into row blocks.
+
+    Keyed by seed, adapter and module, so the order of the adapters does not matter and no global state is touched.
+    """
+
+    def __init__(self, seed: int, name: str, module: str, n: int, key: int | None = None) -> None:
+        self._key = _key(f"{seed}|{name}|{module}") if key is None else key
+        self._n, self._width = n, -(-n // 4) * 4  # Philox makes 4 numbers at a time
+
+    def uniform(self, start: int, rows: int) -> np.ndarray:
+        """Uniform numbers in [0, 1) [rows, n] for the rows from `start`."""
+        bits = np.random.Philox(key=self._key)
+        bits.advance(start * self._width // 4)
+        raw = bits.random_raw(rows * self._width).reshape(rows, self._width)[:, : self._n]
+        return (raw >> np.uint64(11)) * 2.0**-53

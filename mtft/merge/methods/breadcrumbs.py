@@ -1,0 +1,47 @@
+"""Model Breadcrumbs: drop each task's smallest entries and its few largest, add up the rest.
+
+    N entries sorted by |x|: t = int(d N), top = int(gamma N), bot = max(0, N - t - top); keep sorted[bot : bot + t]
+
+Davari & Belilovsky, "Model Breadcrumbs" (ECCV 2024, arXiv 2312.06795). gamma 0 is plain trimming.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..dense import Rule, select
+from ..errors import MergeError
+from .elementwise import DenseMethod, Task, check_density, kept_count
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(DenseMethod):
+    """density: share of entries kept. gamma: share of largest entries dropped first."""
+
+    density: float = 0.9
+    gamma: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        if not 0 <= self.gamma < 1:
+            raise MergeError(f"gamma is {self.gamma}", where="options.gamma", do="a share in [0, 1), as 0.01")
+
+    def rule(self, task: Task, seen: object = None) -> Rule:
+        stream = task.stream
+        kept = kept_count(self.density, stream.size, task.module)
+        low = max(0, stream.size - kept - int(self.gamma * stream.size))
+        bounds = select(
+            lambda: ([np.abs(x) for x in blocks] for _, blocks in stream), [[low, low + kept - 1]] * stream.K
+        )
+        weights_K = task.weights_K.astype(stream.dtype)
+
+        def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:
+            total = np.zeros_like(blocks[0])
+            for w, x, (least, most) in zip(weights_K, blocks, bounds):
+                size = np.abs(x)
+                total += np.where((size >= least) & (size <= most), w * x, 0)
+            return total
+
+        return rule

@@ -1,0 +1,47 @@
+"""TALL masks and Consensus merging: which task does an entry of the sum belong to?
+
+    mask_k = |D_k| > lam * |sum_j D_j - D_k|;   consensus: keep entries of the sum with at least `min_tasks` masks on
+
+Wang et al., "Localizing Task Information for Improved Model Merging and Compression" (ICML 2024, arXiv 2405.07813).
+lam is searched in [0.2, 6]. With `tall`, the named task's own part of the sum is exported instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..dense import Rule
+from ..errors import MergeError
+from .elementwise import DenseMethod, Task
+
+
+@dataclass(frozen=True)
+class Consensus(DenseMethod):
+    """lam: how much a task must stand out. min_tasks: masks needed. tall: an adapter's name, for its mask alone."""
+
+    lam: float = 0.4
+    min_tasks: int = 2
+    tall: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.lam > 0 or self.min_tasks < 1:
+            raise MergeError(
+                f"lam {self.lam}, min_tasks {self.min_tasks}", where="options", do="lam > 0, min_tasks >= 1"
+            )
+
+    def rule(self, task: Task, seen: object = None) -> Rule:
+        weights_K = task.weights_K.astype(task.stream.dtype)
+
+        def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:
+            blocks = [w * x for w, x in zip(weights_K, blocks)]
+            total = np.sum(blocks, axis=0)
+            masks = [np.abs(x) > self.lam * np.abs(total - x) for x in blocks]
+            if self.tall:  # an adapter without this module has no part in it
+                keep = masks[task.names.index(self.tall)] if self.tall in task.names else np.zeros(total.shape, bool)
+            else:
+                keep = np.sum(masks, axis=0) >= self.min_tasks
+            return np.where(keep, total, 0)
+
+        return rule

@@ -1,0 +1,70 @@
+"""DARE: drop entries at random and rescale the rest, then add up or hold a TIES election.
+
+    T_k = mask_k * D_k / d,   mask ~ Bernoulli(d)
+
+Yu et al., "Language Models are Super Mario" (ICML 2024, arXiv 2311.03099). `rescale: l1` is mergekit's way: each task
+keeps its L1 norm exactly, not only in the mean. Masks hang on (seed, adapter's name, module) alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..dense import Mask, Rule
+from ..errors import MergeError
+from .elementwise import DenseMethod, Task, check_density, lazily
+from .ties import Cut, check_election, elected, sign_balance
+
+
+@dataclass(frozen=True)
+class Dare(DenseMethod):
+    """density: d. then: `linear` or `ties` (with its variant and value). rescale: `inverse` (1/d) or `l1`."""
+
+    density: float = 0.5
+    then: str = "linear"
+    variant: str = "paper"
+    value: str = "mean"
+    rescale: str = "inverse"
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_drop(self.then, self.rescale)
+        check_election(self.variant, self.value)
+
+    def rule(self, task: Task, seen: object = None) -> Rule:
+        masks = [Mask(task.seed, name, task.module, task.stream.n) for name in task.names]
+
+        def drop(start: int, blocks: list[np.ndarray]) -> list[np.ndarray]:
+            return [np.where(mask.uniform(start, len(x)) < self.density, x, 0) for mask, x in zip(masks, blocks)]
+
+        factor = 1 / self.density
+        cut: Cut = lambda start, blocks: [x.dtype.type(factor) * x for x in drop(start, blocks)]  # noqa: E731
+        return after_drop(task, keep_l1(task, drop) if self.rescale == "l1" else cut, self)
+
+
+def check_drop(then: str, rescale: str) -> None:
+    if then not in ("linear", "ties"):
+        raise MergeError(f"then is {then!r}", where="options.then", do="linear or ties")
+    if rescale not in ("inverse", "l1"):
+        raise MergeError(f"rescale is {rescale!r}", where="options.rescale", do="inverse or l1")
+
+
+def keep_l1(task: Task, drop: Cut) -> Cut:
+    """`drop`, then each task scaled to its own L1 norm (one more pass)."""
+    before, after = np.zeros(task.stream.K), np.zeros(task.stream.K)
+    for start, blocks in task.stream:
+        before += [np.abs(x).sum(dtype=np.float64) for x in blocks]
+        after += [np.abs(x).sum(dtype=np.float64) for x in drop(start, blocks)]
+    factors = np.divide(before, after, out=np.ones_like(before), where=after > 0)
+    return lambda start, blocks: [x.dtype.type(c) * x for c, x in zip(factors, drop(start, blocks))]
+
+
+def after_drop(task: Task, cut: Cut, options) -> Rule:
+    """Weighted sum or election of what `cut` leaves; options: then, variant, value."""
+    if options.then == "linear":
+        weights_K = task.weights_K.astype(task.stream.dtype)
+        return lambda start, blocks: np.sum([w * x for w, x in zip(weights_K, cut(start, blocks))], axis=0)
+    majority = lazily(lambda: float(np.sign(sign_balance(task, cut, task.weights_K))))
+    return elected(task, cut, options.variant, options.value, majority)

@@ -1,0 +1,62 @@
+"""DELLA: drop entries at random, small ones more often, then elect signs as TIES does.
+
+    in each row, rank i = 1 .. n of |x| rising:  p_i = d - eps + 2 eps (i - 1)/(n - 1),  keep with p_i, divide by p_i
+
+Deep et al., "DELLA-Merging" (arXiv 2406.11617). `rescale: l1` is mergekit's way (no division; the L1 norm is kept).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..dense import Mask, Rule
+from ..errors import MergeError
+from .dare import after_drop, check_drop, keep_l1
+from .elementwise import DenseMethod, Task, check_density
+from .ties import check_election
+
+
+@dataclass(frozen=True)
+class Della(DenseMethod):
+    """density: d, the mean probability. epsilon: half the spread. then, variant, value, rescale: as in `dare`."""
+
+    density: float = 0.5
+    epsilon: float = 0.15
+    then: str = "ties"
+    variant: str = "paper"
+    value: str = "mean"
+    rescale: str = "inverse"
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_drop(self.then, self.rescale)
+        check_election(self.variant, self.value)
+        if self.epsilon < 0 or not 0 < self.density - self.epsilon <= self.density + self.epsilon < 1:
+            where = "options.density, options.epsilon"
+            raise MergeError("density +- epsilon must lie inside (0, 1)", where=where, do="as 0.5 and 0.15")
+
+    def rule(self, task: Task, seen: object = None) -> Rule:
+        masks = [Mask(task.seed, name, task.module, task.stream.n) for name in task.names]
+        divide = self.rescale == "inverse"
+
+        def drop(start: int, blocks: list[np.ndarray]) -> list[np.ndarray]:
+            kept = []
+            for mask, x in zip(masks, blocks):
+                p = self.probabilities(x)
+                y = np.where(mask.uniform(start, len(x)) < p, x, 0)
+                kept.append((y / p).astype(x.dtype) if divide else y)
+            return kept
+
+        return after_drop(task, drop if divide else keep_l1(task, drop), self)
+
+    def probabilities(self, x: np.ndarray) -> np.ndarray:
+        """p [rows, n] of keeping each entry; one column: d."""
+        n = x.shape[1]
+        if n == 1:
+            return np.full(x.shape, self.density)
+        order = np.argsort(np.abs(x), axis=1, kind="stable")
+        rank = np.empty(x.shape)
+        np.put_along_axis(rank, order, np.broadcast_to(np.arange(n, dtype=float), x.shape), axis=1)
+        return self.density - self.epsilon + 2 * self.epsilon * rank / (n - 1)

@@ -1,0 +1,37 @@
+"""Delta-guided weights: in each module a task counts as much as it moved it.
+
+    w_k = ||D_k||^p / sum_j ||D_j||^p per module,   D = sum_k w_k D_k
+
+After the idea of CoDiEmb (arXiv 2508.11442: fusion weights from each parameter's deviation from its start). Only the
+abstract was available to us: this is our form of it, not a reproduction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core import Core
+from ..errors import MergeError
+from .base import CoreMethod
+
+
+@dataclass(frozen=True)
+class DeltaNorm(CoreMethod):
+    """power: p; 0 = plain average."""
+
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.power < 0:
+            raise MergeError(f"power is {self.power}", where="options.power", do="0 or more, as 1.0")
+
+    def rule(self, core: Core) -> np.ndarray:
+        return sum(w * M for w, M in zip(self.weights(core), core.cores))
+
+    def weights(self, core: Core) -> np.ndarray:
+        """w_K, adding up to 1."""
+        norms = np.array([np.linalg.norm(M) for M in core.cores], dtype=np.float64)
+        shares = (norms / norms.max()) ** self.power
+        return shares / shares.sum()

@@ -1,0 +1,57 @@
+"""Isotropic merging: give every direction of the merged update the same strength.
+
+iso_c:    sum_k D_k = U S V^T,   D = mean(S) U V^T
+
+iso_cts:  the top c directions of the sum are kept, and each task adds its own top t directions outside of them;
+          all left vectors are made orthonormal by polar+, all right vectors too, and every strength is their mean.
+          rho = rank of the sum, t = round((rho - int(common * rho)) / K), c = rho - K t.
+
+Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces" (ICML 2025,
+arXiv 2502.04959). Their mean runs over all min(m, n) singular values; for LoRAs most of these are zero and their
+directions arbitrary, so here U, S, V are those of the support only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core import Core, polar, svd
+from ..errors import MergeError
+from .base import CoreMethod
+
+
+@dataclass(frozen=True)
+class IsoC(CoreMethod):
+    """No options."""
+
+    def rule(self, core: Core) -> np.ndarray:
+        U, S, Vt = svd(core.sum())
+        return (S.mean() if S.size else 0.0) * (U @ Vt)
+
+
+@dataclass(frozen=True)
+class IsoCts(CoreMethod):
+    """common: share of the sum's rank that is kept as common directions."""
+
+    common: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.common <= 1:
+            raise MergeError(f"common is {self.common}", where="options.common", do="a share between 0 and 1, as 0.8")
+
+    def rule(self, core: Core) -> np.ndarray:
+        U, S, Vt = svd(core.sum())
+        rho, K = len(S), len(core.cores)
+        t = round((rho - int(self.common * rho)) / K)
+        c = max(0, rho - K * t)
+        common = U[:, :c]
+        lefts, strengths, rights = [common], [S[:c]], [Vt[:c].T]
+        for M in core.cores:
+            own = svd(M - common @ (common.T @ M))
+            lefts.append(own.U[:, :t])
+            strengths.append(own.S[:t])
+            rights.append(own.Vt[:t].T)
+        S = np.concatenate(strengths)
+        return (S.mean() if S.size else 0.0) * (polar(np.hstack(lefts)) @ polar(np.hstack(rights)).T)

@@ -1,0 +1,75 @@
+"""KnOTS: align the adapters by one SVD, then merge elementwise there.
+
+    [D_1 .. D_K] = U S [V_1 .. V_K];   D = U f(S V_1, .., S V_K)   or, with pre_scale off,   D = U S f(V_1, .., V_K)
+
+Stoica et al., "Model merging with SVD to tie the Knots" (ICLR 2025, arXiv 2410.19735), f = TIES or DARE. The SVD is
+one of R x R K cores; only the elementwise part sees n columns. The authors cut singular values below an absolute
+1e-5, which LoRA deltas of usual size fall under; here the cut is relative.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core import Core, Merged, Whole, svd
+from .base import CoreMethod
+from .dare import Dare
+from .elementwise import DenseMethod
+from .ties import Ties
+
+CUT = 1e-5
+
+
+def knots(core: Core, inner: DenseMethod, pre_scale: bool) -> Merged:
+    """The alignment around an elementwise rule."""
+    U, S, Vt = svd(np.hstack(core.cores), CUT)
+    width = core.cols.dim
+    eye = np.eye(width, dtype=core.dtype)
+    Qt = core.cols.apply(eye).T
+    rows = [Vt[:, k * width : (k + 1) * width] @ Qt for k in range(len(core.cores))]
+    if pre_scale:
+        rows = [S[:, None] * x for x in rows]
+    ones = np.ones(len(rows))  # the weights are in the cores already
+    labels = {"names": core.names, "module": core.module, "seed": core.seed}
+    merged = inner.merge_arrays(rows, ones, **labels)
+    left = U if pre_scale else U * S
+    return Merged(left @ merged, core.rows, Whole(core.cols.size))
+
+
+@dataclass(frozen=True)
+class KnotsTies(CoreMethod):
+    """density, variant, value: of TIES. pre_scale: merge S V_k (the authors' code) or V_k."""
+
+    density: float = 0.2
+    variant: str = "paper"
+    value: str = "mean"
+    pre_scale: bool = True
+
+    def __post_init__(self) -> None:
+        self._inner()
+
+    def _inner(self) -> Ties:
+        return Ties(self.density, self.variant, self.value)
+
+    def merge_core(self, core: Core, seen: object = None) -> Merged:
+        return knots(core, self._inner(), self.pre_scale)
+
+
+@dataclass(frozen=True)
+class KnotsDare(CoreMethod):
+    """density: of DARE. then: linear or ties. pre_scale: as above."""
+
+    density: float = 0.5
+    then: str = "ties"
+    pre_scale: bool = True
+
+    def __post_init__(self) -> None:
+        self._inner()
+
+    def _inner(self) -> Dare:
+        return Dare(self.density, self.then)
+
+    def merge_core(self, core: Core, seen: object = None) -> Merged:
+        return knots(core, self._inner(), self.pre_scale)

@@ -1,0 +1,85 @@
+"""LiNeS: scale the merged update by depth, so that early layers, which hold what all tasks share, move least.
+
+    layer l of L:  alpha + beta * l / (L - 1);   outside the blocks and for L = 1:  alpha
+    alpha = N(sum_k D_k) / N(merged) / K over all modules (1/K for `linear`)
+
+Wang et al., "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging" (ICLR 2025,
+arXiv 2410.17146). A step after another method (`of`). The authors search beta on validation data; left out, it is
+1 - alpha, so that the last layer is merged at full strength. Their N is the L1 norm, ours Frobenius by default, which
+needs no dense matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core import Merged, Spectrum, balanced, svd
+from ..errors import MergeError
+from .base import Method, Parts, Survey
+from .inner import core_method
+
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Lines(Method):
+    """of: linear, tsv, iso_c, iso_cts or wudi. alpha, beta: see above. norm: frobenius or l1."""
+
+    of: str = "linear"
+    alpha: float | None = None
+    beta: float | None = None
+    norm: str = "frobenius"
+    space = "core"
+
+    def __post_init__(self) -> None:
+        core_method(self.of)
+        if self.norm not in ("frobenius", "l1"):
+            raise MergeError(f"norm is {self.norm!r}", where="options.norm", do="frobenius or l1")
+
+    def survey(self, modules: Survey) -> dict[str, float]:
+        """The factor of every module."""
+        layers: dict[str, int | None] = {}
+        of_sum = of_merged = 0.0
+        largest_K = 1
+        needs_norms = self.alpha is None and self.of != "linear"
+        for parts in modules():
+            layers[parts.module] = layer_of(parts.module)
+            largest_K = max(largest_K, len(parts.names))
+            if needs_norms:
+                core = parts.core
+                of_sum += self._size(Merged(core.sum(), core.rows, core.cols))
+                of_merged += self._size(core_method(self.of).merge_core(core))
+        ratio = of_sum / of_merged if needs_norms and of_merged else 1.0
+        if self.norm == "frobenius":
+            ratio = float(np.sqrt(ratio))  # _size summed squares
+        alpha = ratio / largest_K if self.alpha is None else self.alpha
+        beta = 1 - alpha if self.beta is None else self.beta
+        depth = max((layer for layer in layers.values() if layer is not None), default=0) + 1
+        return {module: layer_factor(layer, depth, alpha, beta) for module, layer in layers.items()}
+
+    def merge(self, parts: Parts, seen: object = None) -> Merged:
+        factors: dict[str, float] = seen  # type: ignore[assignment]
+        merged = core_method(self.of).merge_core(parts.core)
+        return Merged(factors[parts.module] * merged.X, merged.rows, merged.cols)
+
+    def _size(self, merged: Merged) -> float:
+        """Squared Frobenius norm, or L1 norm in row blocks."""
+        if self.norm == "frobenius":
+            return merged.square
+        spectrum = svd(merged.X)
+        B, A = balanced(Spectrum(*spectrum), merged.rows, merged.cols)
+        return float(sum(np.abs(B[i : i + ROWS] @ A).sum() for i in range(0, len(B), ROWS)))
+
+
+def layer_of(module: str) -> int | None:
+    """The block's number: the first component of the name that is a number, None outside of blocks."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    return int(found[1]) if found else None
+
+
+def layer_factor(layer: int | None, depth: int, alpha: float, beta: float) -> float:
+    """alpha + beta * layer/(depth - 1)."""
+    return alpha if layer is None or depth < 2 else alpha + beta * layer / (depth - 1)

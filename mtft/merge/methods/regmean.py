@@ -1,0 +1,65 @@
+"""RegMean: the matrix that answers each task's inputs as the task's own adapter does, in the least squares.
+
+    D = (sum_k D_k G_k) (sum_k G_k)^-1,   G_k = X_k^T X_k / N, off-diagonals * rho
+
+Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models" (ICLR 2023, arXiv 2212.09849). The base
+weight cancels; in factors B stays and A_k becomes A_k G_k (sum G)^-1. The caller gives G_k, from unlabelled inputs
+of each module, as GRAMS/NAME.safetensors with one tensor [n, n] per module (NAME: the adapter's). Modules that share
+their input (q, k, v; gate, up) hold the same G. A ridge of 1e-6 of the mean diagonal keeps the sum invertible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+
+from ..core import Merged, to_core
+from ..errors import MergeError
+from ..factors import Factors
+from ..tensors import TensorFile
+from .base import Method, Parts
+
+
+@dataclass(frozen=True)
+class RegMean(Method):
+    """grams: folder of the G_k. rho: shrinks off-diagonals (in use: 0.1 to 1). ridge: share of the mean diagonal."""
+
+    grams: str = ""
+    rho: float = 0.9
+    ridge: float = 1e-6
+    space = "factors"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rho <= 1 or self.ridge < 0:
+            raise MergeError(f"rho {self.rho}, ridge {self.ridge}", where="options", do="rho in [0, 1], ridge >= 0")
+
+    def merge(self, parts: Parts, seen: object = None) -> Merged:
+        if not self.grams:
+            raise MergeError("regmean needs the inputs' Gram matrices", where="options.grams", do="give their folder")
+        grams = [self._read(name, parts.module, parts.shape[1]) for name in parts.names]
+        changed = regmean_factors(parts.factors, grams, self.rho, self.ridge)
+        core = to_core(changed, parts.weights_K, parts.dtype)
+        return Merged(core.sum(), core.rows, core.cols)
+
+    def _read(self, name: str, module: str, n: int) -> np.ndarray:
+        path = Path(self.grams) / f"{name}.safetensors"
+        if not path.is_file():
+            raise MergeError(f"no Gram matrices of adapter {name!r}", where=str(path), do="write one tensor per module")
+        file = TensorFile(path)
+        if module not in file.entries or file.entries[module].shape != (n, n):
+            raise MergeError(f"no {n} x {n} tensor {module!r}", where=str(path), do="write X^T X / N of its inputs")
+        return file.read(module)
+
+
+def regmean_factors(factors: Sequence[Factors], grams: Sequence[np.ndarray], rho: float, ridge: float) -> list[Factors]:
+    """The factors with A_k G_k (sum G)^-1 in place of A_k."""
+    shrunk = [rho * G + (1 - rho) * np.diag(np.diag(G)) for G in grams]
+    total = np.sum(shrunk, axis=0)
+    n = len(total)
+    inverse = cho_factor(total + (ridge * np.trace(total) / n) * np.eye(n))
+    # (A G) total^-1 = (total^-1 (A G)^T)^T, as both are symmetric.
+    return [replace(f, A_RN=cho_solve(inverse, (f.A_RN @ G).T).T.astype(f.A_RN.dtype)) for f, G in zip(factors, shrunk)]

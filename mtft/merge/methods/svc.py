@@ -1,0 +1,44 @@
+"""SVC, singular value calibration: shrink directions of a merged update in which the tasks add up too often.
+
+    M = U S V^T,  p_ik = <u_i^T M, u_i^T D_k> / ||u_i^T D_k||^2,  sigma_i *= K / sum_k max(alpha, p_ik)
+
+"When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging" (arXiv 2602.05536). A step after another
+method: `of` names it. p_ik is how many times its own strength task k finds in direction i. Where a task has nothing
+in direction i (below 1e-10 of its norm), p_ik = alpha.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core import Core, svd
+from ..errors import MergeError
+from .base import CoreMethod
+from .inner import core_method
+
+
+@dataclass(frozen=True)
+class Svc(CoreMethod):
+    """alpha: floor of p (the authors' configs 0.1, their docstring 1.0). of: linear, tsv, iso_c, iso_cts or wudi."""
+
+    alpha: float = 0.1
+    of: str = "linear"
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0:
+            raise MergeError(f"alpha is {self.alpha}", where="options.alpha", do="a number > 0, as 0.1")
+        core_method(self.of)
+
+    def rule(self, core: Core) -> np.ndarray:
+        U, S, Vt = svd(core_method(self.of).rule(core))
+        total = np.zeros(len(S))
+        for M in core.cores:
+            rows = U.T @ M
+            own = np.sum(rows**2, axis=1)
+            shared = S * np.sum(Vt * rows, axis=1)
+            found = own > 1e-20 * np.sum(M**2)
+            p = np.where(found, shared / np.where(found, own, 1.0), self.alpha)
+            total += np.maximum(self.alpha, p)
+        return (U * (S * len(core.cores) / total)) @ Vt

@@ -1,0 +1,133 @@
+"""TIES: trim each task to its largest entries, elect one sign per entry, merge the values that agree with it.
+
+    T_k = topk(D_k);   s = sign of the sum;   the value is made from the T_k whose sign is s
+
+Yadav et al., "TIES-Merging: Resolving Interference When Merging Models" (NeurIPS 2023, arXiv 2306.01708). Three
+meanings are in use, equal only for weights 1:
+
+    variant    sign from           value                                             sum = 0
+    paper      sum w_k T_k         mean (or `value: sum`) of agreeing w_k T_k        sign of the sum of all signs
+    mergekit   sum w_k T_k         sum of agreeing w_k T_k / sum of agreeing w_k     +
+    peft       sum T_k             sum of agreeing w_k T_k / count of agreeing       +
+
+Entries of equal size at the threshold are all kept; the peers keep an arbitrary part of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..dense import DeltaStream, Rule, select
+from ..errors import MergeError
+from .base import Survey
+from .elementwise import DenseMethod, Task, check_density, kept_count, lazily, magnitude_thresholds, task_of
+
+VARIANTS = ("paper", "mergekit", "peft")
+
+
+@dataclass(frozen=True)
+class Ties(DenseMethod):
+    """density: share of entries kept. variant, value: above. scope: trim per `module` (peers) or `global` (paper)."""
+
+    density: float = 0.2
+    variant: str = "paper"
+    value: str = "mean"
+    scope: str = "module"
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_election(self.variant, self.value)
+        if self.scope not in ("module", "global"):
+            raise MergeError(f"scope is {self.scope!r}", where="options.scope", do="module or global")
+
+    def survey(self, modules: Survey) -> tuple[dict[str, float], float] | None:
+        """For `global`: every adapter's threshold over all of its modules, and the majority sign."""
+        if self.scope == "module":
+            return None
+        sizes: dict[str, int] = {}
+        for parts in modules():
+            for name in parts.names:
+                sizes[name] = sizes.get(name, 0) + parts.shape[0] * parts.shape[1]
+        thresholds = {}
+        for name, size in sizes.items():  # one adapter at a time: adapters differ in their modules
+            place = size - kept_count(self.density, size, name)
+
+            def blocks(name: str = name) -> Iterable[list[np.ndarray]]:
+                for parts in modules():
+                    if name in parts.names:
+                        factors = [parts.factors[parts.names.index(name)]]
+                        for _, block in DeltaStream.of_factors(factors, parts.dtype):
+                            yield [np.abs(block[0])]
+
+            thresholds[name] = select(blocks, [[place]])[0][0] if place else 0.0
+        majority = 0.0
+        for parts in modules():
+            task = task_of(parts)
+            majority += sign_balance(task, trim([thresholds[name] for name in parts.names]), task.weights_K)
+        return thresholds, float(np.sign(majority))
+
+    def rule(self, task: Task, seen: tuple[dict[str, float], float] | None = None) -> Rule:
+        if seen is None:
+            cut = trim(magnitude_thresholds(task.stream, self.density, task.module))
+            majority = lazily(lambda: float(np.sign(sign_balance(task, cut, task.weights_K))))
+        else:
+            cut = trim([seen[0][name] for name in task.names])
+            majority = lazily(lambda: seen[1])
+        return elected(task, cut, self.variant, self.value, majority)
+
+
+Cut = Callable[[int, list[np.ndarray]], list[np.ndarray]]
+"""(first row, blocks of D_k) -> blocks of T_k."""
+
+
+def trim(thresholds: list[float]) -> Cut:
+    """Keep |x| >= threshold."""
+    return lambda start, blocks: [np.where(np.abs(x) >= t, x, 0) for x, t in zip(blocks, thresholds)]
+
+
+def check_election(variant: str, value: str) -> None:
+    if variant not in VARIANTS:
+        raise MergeError(f"variant is {variant!r}", where="options.variant", do=f"one of {', '.join(VARIANTS)}")
+    if value not in ("mean", "sum"):
+        raise MergeError(f"value is {value!r}", where="options.value", do="mean or sum")
+
+
+def sign_balance(task: Task, cut: Cut, weights_K: np.ndarray) -> float:
+    """Sum of the elected signs over all entries: which sign is the more common one."""
+    total = 0.0
+    for start, blocks in task.stream:
+        total += float(np.sign(_weighted_sum(cut(start, blocks), weights_K)).sum(dtype=np.float64))
+    return total
+
+
+def _weighted_sum(blocks: list[np.ndarray], weights_K: np.ndarray) -> np.ndarray:
+    return np.sum([x.dtype.type(w) * x for w, x in zip(weights_K, blocks)], axis=0)
+
+
+def elected(task: Task, cut: Cut, variant: str, value: str, majority: Callable[[], float]) -> Rule:
+    """The election among the blocks that `cut` leaves. majority: the sign that breaks ties in variant `paper`."""
+    weights_K = task.weights_K.astype(task.stream.dtype)
+
+    def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:
+        kept = cut(start, blocks)
+        weighted = [w * x for w, x in zip(weights_K, kept)]
+        total = np.sum(kept if variant == "peft" else weighted, axis=0)
+        sign = np.sign(total)
+        if variant != "paper":
+            sign[total == 0] = 1
+        elif any(np.any(x[total == 0]) for x in kept):  # exact cancellation: rare, and a pass over all entries
+            sign[total == 0] = majority()
+        result, share = np.zeros_like(total), np.zeros_like(total)
+        for w, own, x in zip(weights_K, kept, weighted):
+            agrees = np.sign(own if variant == "peft" else x) == sign
+            agrees &= own != 0
+            result += np.where(agrees, x, 0)
+            share += np.where(agrees, w if variant == "mergekit" else 1, 0)
+        if variant == "paper" and value == "sum":
+            return result
+        return result / np.where(share == 0, 1, share)
+
+    return rule

@@ -1,0 +1,164 @@
+"""TIES and its kin: golden values, the hand case with its three meanings, and the peers' own functions."""
+
+import numpy as np
+import pytest
+
+from mtft.merge import Factors, MergeError, merge, read_adapter
+from mtft.merge.methods import METHODS, make_method
+from tests.merge import golden as g
+
+ONES = (1.0, 1.0, 1.0)
+GOLDEN = [
+    ("ties", {"density": 0.5}, ONES, 2.516260426, 0.184736156),
+    ("ties", {"density": 0.5, "value": "sum"}, ONES, 3.304428031, 0.554208468),
+    ("ties", {"density": 0.5, "variant": "peft"}, g.W, 0.823703207, 0.070200572),
+    ("ties", {"density": 0.5, "variant": "mergekit"}, g.W, 2.517853806, 0.210601716),
+    ("breadcrumbs", {"density": 0.8, "gamma": 0.1}, ONES, 2.515286551, 0.301825544),
+    ("breadcrumbs", {"density": 0.5, "gamma": 0.05}, ONES, 2.742581611, 0.301825544),
+    ("pcb", {}, ONES, 1.739889663, 0.212066709),
+    ("sce", {}, ONES, 2.659835066, 0.237961548),
+    ("sce", {"density": 0.5}, ONES, 2.525311350, 0.0),
+    ("consensus", {"lam": 0.4}, ONES, 2.139100393, 0.554208468),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "weights", "norm", "entry"), GOLDEN)
+def test_golden(name, options, weights, norm, entry):
+    X = g.full(make_method(name, options).merge(g.parts(weights)))
+    assert g.near(np.linalg.norm(X), norm)
+    assert g.near(X[7, 4], entry)
+
+
+@pytest.mark.parametrize(
+    ("variant", "weights", "expected"),
+    [
+        ("paper", (1, 1), [3, -2.5, 0.45, 2.25]),
+        ("mergekit", (1, 1), [3, -2.5, 0.45, 2.25]),
+        ("peft", (1, 1), [3, -2.5, 0.45, 2.25]),
+        ("peft", (0.5, 0.5), [1.5, -1.25, 0.225, 1.125]),
+        ("mergekit", (0.5, 0.5), [3, -2.5, 0.45, 2.25]),
+        ("peft", (0.2, 0.8), [0.6, -1.7, 0.21, 1.2]),
+        ("mergekit", (0.2, 0.8), [-1.5, -3.4, 0.42, 2.4]),
+    ],
+)
+def test_the_three_meanings_of_ties_by_hand(variant, weights, expected):
+    T = [np.array([[3, -1, 0.5, 2.0]]), np.array([[-1.5, -4, 0.4, 2.5]])]
+    method = make_method("ties", {"density": 1.0, "variant": variant})
+    np.testing.assert_allclose(method.merge_arrays(T, np.array(weights, float))[0], expected)
+
+
+def test_exact_cancellation_goes_with_the_majority():
+    T = [np.array([[1.0, -2, -3, 5]]), np.array([[-1.0, -1, -1, -5]])]
+    one = np.ones(2)
+    paper = make_method("ties", {"density": 1.0}).merge_arrays(T, one)
+    np.testing.assert_allclose(paper, [[-1, -1.5, -2, -5]])
+    for variant in ("mergekit", "peft"):
+        other = make_method("ties", {"density": 1.0, "variant": variant}).merge_arrays(T, one)
+        np.testing.assert_allclose(other, [[1, -1.5, -2, 5]])
+
+
+def test_trim_counts_as_the_peers_do():
+    """int(0.29 * 100) is 28; entries equal to the threshold are all kept."""
+    x = np.arange(1.0, 101)[None]
+    assert np.count_nonzero(make_method("ties", {"density": 0.29}).merge_arrays([x], np.ones(1))) == 28
+    assert np.count_nonzero(make_method("ties", {"density": 0.29}).merge_arrays([np.ones((1, 100))], np.ones(1))) == 100
+    with pytest.raises(MergeError, match="keeps none"):
+        make_method("ties", {"density": 0.001}).merge_arrays([x], np.ones(1))
+
+
+def test_consensus_mask_counts():
+    D = [g.delta(f) for f in g.factors()]
+    masks = [np.abs(x) > 0.4 * np.abs(sum(D) - x) for x in D]
+    assert [int(mask.sum()) for mask in masks] == [51, 111, 22]
+    X = g.full(make_method("consensus", {"tall": "two"}).merge(g.parts()))
+    np.testing.assert_allclose(X, masks[1] * sum(D))
+
+
+def test_sce_weights_survive_small_deltas():
+    """mergekit falls back to uniform weights below an absolute 1e-6; the golden shares hold at 1e-5 of the size."""
+    D = [g.delta(f) for f in g.factors()]
+    energy = np.array([np.mean(x**2) for x in D])
+    np.testing.assert_allclose(energy / energy.sum(), [0.14445, 0.83202, 0.02353], atol=1e-5)
+    small = make_method("sce").merge_arrays([1e-5 * x for x in D], np.ones(3))
+    assert g.near(1e5 * np.linalg.norm(small), 2.659835066)
+
+
+def test_global_scope_trims_over_all_modules(tmp_path):
+    one, two, _ = g.factors()
+    quiet = Factors(two.A_RN, 0.01 * two.B_MR, two.scale)
+    path = g.write(tmp_path / "a", {"q": one, "k": quiet})
+    options = {"density": 0.5, "scope": "global"}
+    merge([path], tmp_path / "global", "ties", options, rank=10, min_energy=0)
+    merge([path], tmp_path / "module", "ties", {"density": 0.5}, rank=10, min_energy=0)
+
+    def count(folder):
+        out = read_adapter(folder)
+        return [int(np.sum(np.abs(g.delta(out.factors(name))) > 1e-6)) for name in "qk"]
+
+    assert count(tmp_path / "module") == [60, 60]
+    assert sum(count(tmp_path / "global")) == 120
+    assert count(tmp_path / "global")[1] < 15
+
+
+def test_truncation_of_a_full_rank_result_is_reported(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [
+        g.write(tmp_path / n, {"q": Factors(rng.normal(size=(2, 40)), rng.normal(size=(50, 2)), 1.0)}) for n in "ab"
+    ]
+    report = merge(paths, tmp_path / "out", "ties", rank=8, min_energy=0.1)
+    assert 0.3 < report.energy < 0.95
+    with pytest.raises(MergeError, match="keeps only"):
+        merge(paths, tmp_path / "out2", "ties", rank=1, min_energy=0.9)
+
+
+def test_robustmerge(tmp_path):
+    """By hand on rank 2, everything kept: A = 2 sum A_k, B = sum of the two B_k, as all c are 1."""
+    one = g.factors()[0]
+    other = Factors(one.A_RN[::-1] + 1, one.B_MR - 1, 2.0)
+    X = g.full(make_method("robustmerge", {"density": 1.0}).merge(g.parts([1.0, 1.0], [one, other], names="ab")))
+    np.testing.assert_allclose(X, (one.B_MR + 2 * other.B_MR) @ (2 * (one.A_RN + other.A_RN)), atol=1e-12)
+    with pytest.raises(MergeError, match="equal ranks"):
+        METHODS["robustmerge"]().merge(g.parts())
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (64, 64)])
+def test_equal_to_mergekit_and_peft(shape):
+    """Their functions on the same matrices; no two entries are equal in size."""
+    torch = pytest.importorskip("torch")
+    sparsify = pytest.importorskip("mergekit.sparsify")
+    arithmetic = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic")
+    sce = pytest.importorskip("mergekit.merge_methods.sce")
+    from peft.utils.merge_utils import ties as peft_ties
+
+    rng = np.random.default_rng(0)
+    D = [(s * rng.normal(size=shape)).astype(np.float32) for s in (1.0, 0.5, 2.0)]
+    weights = np.array([0.5, 0.3, 0.9])
+    tensors = [torch.tensor(x) for x in D]
+    w = torch.tensor(weights, dtype=torch.float32)
+
+    ours = make_method("ties", {"density": 0.3, "variant": "peft"}).merge_arrays(D, weights)
+    np.testing.assert_allclose(ours, peft_ties(tensors, w, 0.3).numpy(), rtol=1e-6, atol=1e-7)
+
+    trimmed = torch.stack([sparsify.magnitude(x, 0.3) for x in tensors]) * w[:, None, None]
+    mask = arithmetic.get_mask(trimmed)
+    divisor = (w[:, None, None] * mask).sum(0)
+    divisor[divisor == 0] = 1
+    ours = make_method("ties", {"density": 0.3, "variant": "mergekit"}).merge_arrays(D, weights)
+    np.testing.assert_allclose(ours, ((trimmed * mask).sum(0) / divisor).numpy(), rtol=1e-6, atol=1e-7)
+
+    for gamma in (0.0, 0.05):  # gamma 0 cleared everything in some of their revisions
+        theirs = sum(sparsify.magnitude_outliers(x, 0.4, gamma=gamma) * c for x, c in zip(tensors, w))
+        ours = make_method("breadcrumbs", {"density": 0.4, "gamma": gamma}).merge_arrays(D, weights)
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6, atol=1e-7)
+
+    for density in (1.0, 0.5):
+        tv = torch.stack(tensors)
+        tv = tv * sce.sce_mask(tv, density)[None] if density < 1 else tv
+        erase = arithmetic.get_mask(tv, method="sum")
+        shares = sce.sce_weight(tv)[:, None, None] * erase
+        theirs = (tv * shares).sum(0) / shares.sum(0).clamp(min=1e-6)
+        ours = make_method("sce", {"density": density}).merge_arrays(D, np.ones(3))
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=2e-6, atol=1e-6)
+
+    uniform = sce.sce_weight(1e-5 * torch.stack(tensors))
+    assert torch.allclose(uniform, torch.full((3,), 1 / 3))  # the defect that ours does not share

@@ -40,7 +40,7 @@ class RunLog:
         """Forgets what was logged after `step` (a resumed run logs those steps again) and shows the bar."""
         if self.run_dir is not None:
             for name in (METRICS, EVALS):
-                _cut(self.run_dir / name, step)
+                _cut(self.run_dir / name, step or -1)  # from the start: nothing is kept, step 0 is evaluated again
         if self.quiet or not self.console.is_terminal:
             return
         columns = [TextColumn("train"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA")]

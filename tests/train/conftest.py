@@ -71,10 +71,15 @@ def task_files(tmp_path_factory):
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
-@pytest.fixture
-def recipe(model_folder, task_files, tmp_path, monkeypatch, tmp_path_factory):
+@pytest.fixture(scope="session")
+def recipe(model_folder, task_files, tmp_path_factory):
     """A whole recipe as a dict, to be changed and then checked by `Recipe.model_validate`."""
-    monkeypatch.setenv("MTFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield _recipe(model_folder, task_files, tmp_path_factory.mktemp("runs") / "run")
+
+
+def _recipe(model_folder, task_files, run_dir):
     return {
         "name": "tiny",
         "model": {"path": str(model_folder), "dtype": "fp32"},
@@ -91,5 +96,5 @@ def recipe(model_folder, task_files, tmp_path, monkeypatch, tmp_path_factory):
             "learning_rate": 5e-3,
             "warmup": 2,
         },
-        "output": {"dir": str(tmp_path / "run")},
+        "output": {"dir": str(run_dir)},
     }

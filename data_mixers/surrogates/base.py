@@ -1,0 +1,214 @@
+"""What every surrogate is: a model of one score by mixture, with a mean, an interval, and joint draws.
+
+    fit(X, y, groups=, progress=, weights=)   X [n, K] shares, y [n]; groups [n]: equal = the same mixture
+    predict(X, progress=, level=)             Prediction(mean, lower, upper), each [m]
+    sample(X, size, seed)                     [size, m] joint draws of the noise-free score
+
+Point models (all but the GP) get both from grouped cross-validation: the five models fitted without one fold each give
+the spread of the function (delete-a-fold jackknife, variance (F - 1)/F sum_f (f_f - mean)^2), the errors on the folds
+left out give the noise, and the interval is scaled so that it covers the errors left out (normalised CV conformal:
+q = the ceil(level (n + 1))-th smallest of |error| / sigma; Barber et al. 2021).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import MixError
+
+Floats = NDArray[np.float64]
+MINIMUM_TRIALS = 3
+
+
+class Prediction(NamedTuple):
+    """Mean and interval of a new, noisy observation; each [m]."""
+
+    mean: Floats
+    lower: Floats
+    upper: Floats
+
+
+class Surrogate(Protocol):
+    """The contract; see the module's text."""
+
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        groups: ArrayLike | None = None,
+        progress: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+    ) -> Self: ...
+
+    def predict(self, X: ArrayLike, *, progress: ArrayLike | None = None, level: float = 0.9) -> Prediction: ...
+
+    def sample(self, X: ArrayLike, size: int, seed: int) -> Floats: ...
+
+
+def grouped_folds(groups: NDArray[np.int64], cv: int, seed: int) -> list[NDArray[np.intp]]:
+    """Rows of each fold; rows of one group stay together; groups shuffled by seed. Fewer folds than groups if need be."""
+    unique = np.unique(groups)
+    order = np.random.default_rng(seed).permutation(unique)
+    parts = np.array_split(order, max(2, min(cv, len(unique))))
+    return [np.flatnonzero(np.isin(groups, part)) for part in parts if len(part)]
+
+
+def conformal_quantile(ratio_n: Floats, level: float) -> float:
+    """The ceil(level (n + 1))-th smallest of n ratios |error| / sigma; the largest where n is too small for the level."""
+    ordered = np.sort(ratio_n)
+    rank = int(np.ceil(level * (len(ordered) + 1) - 1e-9))
+    return float(ordered[min(rank, len(ordered)) - 1])
+
+
+def shares(X: ArrayLike, *, renormalise: bool) -> Floats:
+    """X as float64 [n, K], checked; rows divided by their sum unless a published model took them raw."""
+    rows = np.array(X, dtype=np.float64, ndmin=2)
+    if not np.all(np.isfinite(rows)) or np.any(rows < 0):
+        raise MixError("mixtures with a NaN or negative share", do="shares are numbers >= 0")
+    if np.any(np.abs(rows.sum(axis=1) - 1) > 5e-2):
+        raise MixError(f"a mixture adds up to {rows.sum(axis=1)[np.argmax(np.abs(rows.sum(axis=1) - 1))]:.4g}, not 1")
+    return rows / rows.sum(axis=1, keepdims=True) if renormalise else rows
+
+
+@dataclass
+class PointSurrogate:
+    """Base of the models that give a mean: subclasses implement `_fit` and `_mean`; features of progress are theirs.
+
+    progress [n] in (0, 1] enters only where the trials have several checkpoints; `_fit` then gets it as tau_n.
+    """
+
+    name: ClassVar[str]
+    renormalise: ClassVar[bool] = True
+    takes_weights: ClassVar[bool] = True
+
+    _data: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
+    _constant: float | None = field(init=False, repr=False, default=None)
+    _folds: list[PointSurrogate] | None = field(init=False, repr=False, default=None)
+    _noise: float = field(init=False, repr=False, default=0.0)
+    _ratios: Floats | None = field(init=False, repr=False, default=None)
+
+    def clone(self) -> Self:
+        """An unfitted copy with the same options."""
+        return type(self)(**{item.name: getattr(self, item.name) for item in fields(self) if item.init})
+
+    def refit(self, X: Floats, y: Floats, groups: NDArray[np.int64], tau: Floats | None, weights: Floats) -> Self:
+        """A new model of the same kind on part of the trials; models found by search start where this one ended."""
+        return self.clone().fit(X, y, groups=groups, progress=tau, weights=weights)
+
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        groups: ArrayLike | None = None,
+        progress: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+    ) -> Self:
+        """Fit on trials; MixError for fewer than 3, a NaN, or shapes that do not match. Constant y predicts itself."""
+        rows, y_n, group_n, tau_n = checked(X, y, groups, progress, renormalise=self.renormalise)
+        weight_n = np.ones(len(y_n)) if weights is None else np.asarray(weights, dtype=np.float64)
+        self._data = {"X": rows, "y": y_n, "groups": group_n, "tau": tau_n, "weights": weight_n}
+        self._folds = self._ratios = None
+        self._constant = float(y_n[0]) if np.ptp(y_n) == 0 else None
+        if self._constant is None:
+            self._fit(rows, y_n, tau_n, weight_n)
+        return self
+
+    def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
+        raise NotImplementedError
+
+    def _mean(self, X: Floats, tau: Floats | None) -> Floats:
+        raise NotImplementedError
+
+    def mean(self, X: ArrayLike, progress: ArrayLike | None = None) -> Floats:
+        """Predicted score [m]."""
+        rows = shares(X, renormalise=self.renormalise)
+        if not self._data:
+            raise ValueError(f"{type(self).__name__}: predict before fit")
+        if rows.shape[1] != self._data["X"].shape[1]:
+            raise MixError(f"mixtures of {rows.shape[1]} tasks; the trials have {self._data['X'].shape[1]}")
+        if self._constant is not None:
+            return np.full(len(rows), self._constant)
+        return self._mean(rows, tau_of(progress, len(rows), self._data["tau"]))
+
+    def _cross_validate(self) -> None:
+        """The fold models, their errors and the noise; on first need."""
+        data = self._data
+        n, error_n = len(data["y"]), np.zeros(len(data["y"]))
+        self._folds = []
+        folds = grouped_folds(data["groups"], 5, seed=0)
+        for held in folds:
+            kept = np.setdiff1d(np.arange(n), held)
+            tau = None if data["tau"] is None else data["tau"][kept]
+            model = self.refit(data["X"][kept], data["y"][kept], data["groups"][kept], tau, data["weights"][kept])
+            tau_held = None if data["tau"] is None else data["tau"][held]
+            error_n[held] = data["y"][held] - model.mean(data["X"][held], tau_held)
+            self._folds.append(model)
+        self._noise = float(np.sqrt(np.mean(error_n**2)))
+        sigma_n = np.sqrt(self._spread(data["X"], data["tau"]) ** 2 + self._noise**2)
+        self._ratios = np.abs(error_n) / np.maximum(sigma_n, 1e-300)
+
+    def _deviations(self, X: Floats, tau: Floats | None) -> Floats:
+        """[F, m]: sqrt((F - 1) / F) (f_f - mean): the jackknife's directions."""
+        if self._folds is None:
+            self._cross_validate()
+        each = np.stack([model.mean(X, tau) for model in self._folds])
+        return np.sqrt((len(each) - 1) / len(each)) * (each - each.mean(axis=0))
+
+    def _spread(self, X: Floats, tau: Floats | None) -> Floats:
+        return np.sqrt(np.sum(self._deviations(X, tau) ** 2, axis=0))
+
+    def predict(self, X: ArrayLike, *, progress: ArrayLike | None = None, level: float = 0.9) -> Prediction:
+        """Mean and a `level` interval of a new observation."""
+        mean = self.mean(X, progress)
+        if self._constant is not None:
+            return Prediction(mean, mean.copy(), mean.copy())
+        if self._folds is None:
+            self._cross_validate()
+        sigma = np.sqrt(
+            self._spread(shares(X, renormalise=False), tau_of(progress, len(mean), self._data["tau"])) ** 2
+            + self._noise**2
+        )
+        half = conformal_quantile(self._ratios, level) * sigma
+        return Prediction(mean, mean - half, mean + half)
+
+    def sample(self, X: ArrayLike, size: int, seed: int) -> Floats:
+        """[size, m] draws of the noise-free score: the mean plus Gaussian steps along the jackknife's directions."""
+        mean = self.mean(X)
+        if self._constant is not None:
+            return np.tile(mean, (size, 1))
+        directions = self._deviations(shares(X, renormalise=False), tau_of(None, len(mean), self._data["tau"]))
+        return mean + np.random.default_rng(seed).standard_normal((size, len(directions))) @ directions
+
+
+def checked(
+    X: ArrayLike, y: ArrayLike, groups: ArrayLike | None, progress: ArrayLike | None, *, renormalise: bool
+) -> tuple[Floats, Floats, NDArray[np.int64], Floats | None]:
+    """Arrays of a fit, checked. Equal mixtures need groups where there are checkpoints: else CV would measure memory."""
+    from ..ledger import group_rows
+
+    rows, y_n = shares(X, renormalise=renormalise), np.array(y, dtype=np.float64)
+    if y_n.shape != (len(rows),):
+        raise MixError(f"{len(rows)} mixtures and scores of shape {y_n.shape}")
+    if len(y_n) < MINIMUM_TRIALS:
+        raise MixError(f"{len(y_n)} trials", do=f"at least {MINIMUM_TRIALS}; a useful fit needs about 3 (tasks + 1)")
+    if not np.all(np.isfinite(y_n)):
+        raise MixError("scores with NaN or infinity", do="leave diverged trials out")
+    group_n = group_rows(rows) if groups is None else np.asarray(groups, dtype=np.int64)
+    return rows, y_n, group_n, None if progress is None else np.array(progress, dtype=np.float64)
+
+
+def tau_of(progress: ArrayLike | None, m: int, fitted: Floats | None) -> Floats | None:
+    """Progress [m] to predict at: as given, else the end of training; None where the model knows no progress."""
+    if fitted is None:
+        return None
+    return (
+        np.full(m, float(fitted.max()))
+        if progress is None
+        else np.broadcast_to(np.asarray(progress, dtype=np.float64), (m,))
+    )

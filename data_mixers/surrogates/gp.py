@@ -1,0 +1,228 @@
+"""Gaussian process of the score over transformed shares: the surrogate that knows what it does not know.
+
+    k = s_f^2 (1 + r + r^2/3) e^-r  +  s_l^2 z.z'/d  +  s_n^2 delta,     r^2 = 5 sum_k (dz_k / l_k)^2
+
+z = phi(x) standardised by column, y standardised; Matern 5/2 with one length per task, plus a linear part. MAP by
+L-BFGS with exact gradients under log-normal priors (log l ~ N(log sqrt d, 1), the variances wide). phi is a log or a
+root: raw shares are the usual mistake (a share of 0.001 against 0 matters as much as 0.1 against 0.2).
+Rasmussen & Williams (2006), ch. 5. Sampling is exact (joint posterior), and leaving trials out is closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_solve, lapack, solve_triangular
+from scipy.optimize import minimize
+from scipy.stats import norm
+
+from .base import Floats, PointSurrogate, Prediction, conformal_quantile, shares, tau_of
+
+TRANSFORMS: dict[str, Callable[[Floats], Floats]] = {
+    "root": np.sqrt,
+    "log1": lambda x: np.log(x + 1e-3),
+    "log3": lambda x: np.log(x + 3e-3),
+    "log10": lambda x: np.log(x + 1e-2),
+    "raw": lambda x: x,
+}
+JITTER = 1e-8
+LIMITS = ((-3.0, 6.0), (-6.0, 6.0), (-10.0, 6.0), (-12.0, 1.0))  # log l, log s_f^2, log s_l^2, log s_n^2
+
+
+@dataclass
+class GaussianProcess(PointSurrogate):
+    """`transform`: root, log1, log3, log10 or raw (offsets 1e-3, 3e-3, 1e-2). `noise`: centre of the prior of log s_n^2.
+
+    `iterations`: of L-BFGS. The posterior is of the noise-free score; predict adds the noise.
+    """
+
+    name: ClassVar[str] = "gp"
+    transform: str = "log3"
+    noise: float = -5.0
+    iterations: int = 60
+
+    theta: Floats | None = field(init=False, repr=False, default=None)  # [log l_d, log s_f^2, log s_l^2, log s_n^2]
+    _start: Floats | None = field(init=False, repr=False, default=None)
+    _standard: tuple[Floats, Floats, float, float] | None = field(init=False, repr=False, default=None)
+    _z: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros((0, 0)))
+    _chol: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros((0, 0)))
+    _alpha: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros(0))
+
+    def refit(self, X: Floats, y: Floats, groups: NDArray[np.int64], tau: Floats | None, weights: Floats) -> Self:
+        model = self.clone()
+        model._start, model.iterations = self.theta, min(self.iterations, 15)
+        return model.fit(X, y, groups=groups, progress=tau, weights=weights)
+
+    def features(self, X: Floats, tau: Floats | None) -> Floats:
+        """z [n, d], standardised as the trials are."""
+        mean, scale, _, _ = self._standard
+        return (self._raw_features(X, tau) - mean) / scale
+
+    def _raw_features(self, X: Floats, tau: Floats | None) -> Floats:
+        columns = TRANSFORMS[self.transform](X)
+        return columns if tau is None else np.column_stack([columns, tau])
+
+    def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
+        raw = self._raw_features(X, tau)
+        deviation = raw.std(axis=0)
+        self._standard = (raw.mean(axis=0), np.where(deviation < 1e-6, 1.0, deviation), float(y.mean()), float(y.std()))
+        self._z = self.features(X, tau)
+        target = (y - self._standard[2]) / self._standard[3]
+        noise_scale = weights.mean() / weights
+        d = self._z.shape[1]
+        centre = np.r_[np.full(d, 0.5 * np.log(d)), 0.0, 0.0, self.noise]
+        spread = np.r_[np.ones(d), 2.0, 2.0, 2.0]
+        start = np.r_[np.full(d, 0.5 * np.log(d)), 0.0, -1.0, self.noise] if self._start is None else self._start
+        limits = [LIMITS[0]] * d + list(LIMITS[1:])
+        linear = self._z @ self._z.T / d
+
+        def value(theta: Floats) -> tuple[float, Floats]:
+            return _negative_log_posterior(theta, self._z, linear, target, noise_scale, centre, spread)
+
+        if self.iterations > 0:
+            found = minimize(
+                value, start, jac=True, method="L-BFGS-B", bounds=limits, options={"maxiter": self.iterations}
+            )
+            start = found.x
+        self.theta = start
+        matern, _ = _matern(self._z / np.exp(start[:d]))
+        kernel = np.exp(start[d]) * matern + np.exp(start[d + 1]) * linear
+        kernel[np.diag_indices_from(kernel)] += np.exp(start[d + 2]) * noise_scale + JITTER
+        self._chol = np.linalg.cholesky(kernel)
+        self._alpha = cho_solve((self._chol, True), target)
+
+    def _cross(self, z: Floats) -> Floats:
+        """Covariance [m, n] of the noise-free score at z with the trials'."""
+        d = self._z.shape[1]
+        length = np.exp(self.theta[:d])
+        matern, _ = _matern(z / length, self._z / length)
+        return np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ self._z.T) / d
+
+    def _mean(self, X: Floats, tau: Floats | None) -> Floats:
+        return self._standard[2] + self._standard[3] * (self._cross(self.features(X, tau)) @ self._alpha)
+
+    def variance(self, X: Floats, tau: Floats | None = None) -> Floats:
+        """Posterior variance [m] of the noise-free score, in units of y squared."""
+        z, d = self.features(X, tau), self._z.shape[1]
+        half = solve_triangular(self._chol, self._cross(z).T, lower=True, check_finite=False)
+        prior = np.exp(self.theta[d]) + np.exp(self.theta[d + 1]) * np.sum(z**2, axis=1) / d
+        return self._standard[3] ** 2 * np.maximum(prior - np.sum(half**2, axis=0), 0.0)
+
+    def difference_variance(self, a: Floats, b: Floats) -> float:
+        """Posterior variance of score(a) - score(b), noise-free, in units of y squared."""
+        rows = shares(np.stack([a, b]), renormalise=True)
+        z, d = self.features(rows, tau_of(None, 2, self._data["tau"])), self._z.shape[1]
+        half = solve_triangular(self._chol, self._cross(z).T, lower=True, check_finite=False)
+        matern, _ = _matern(z / np.exp(self.theta[:d]))
+        covariance = np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / d - half.T @ half
+        return self._standard[3] ** 2 * max(0.0, float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]))
+
+    @property
+    def noise_variance(self) -> float:
+        """Variance of the noise, in units of y squared."""
+        return float(np.exp(self.theta[-1])) * self._standard[3] ** 2
+
+    def left_out(self, folds: list[NDArray[np.intp]]) -> tuple[Floats, Floats]:
+        """Mean and sd [n] of each trial's (noisy) score from the trials of the other folds, hyper-parameters kept:
+        mean_f = y_f - (K^-1_ff)^-1 (K^-1 y)_f, covariance (K^-1_ff)^-1."""
+        if self._constant is not None:
+            return np.full(len(self._data["y"]), self._constant), np.zeros(len(self._data["y"]))
+        inverse = _inverse(self._chol)
+        target = (self._data["y"] - self._standard[2]) / self._standard[3]
+        mean, variance = np.empty(len(target)), np.empty(len(target))
+        for held in folds:
+            block = np.linalg.inv(inverse[np.ix_(held, held)])
+            mean[held] = target[held] - block @ self._alpha[held]
+            variance[held] = np.diag(block)
+        return self._standard[2] + self._standard[3] * mean, self._standard[3] * np.sqrt(np.maximum(variance, 0.0))
+
+    def _cross_validate(self) -> None:
+        from .base import grouped_folds
+
+        mean, sigma = self.left_out(grouped_folds(self._data["groups"], 5, seed=0))
+        self._ratios = np.abs(self._data["y"] - mean) / np.maximum(sigma, 1e-300)
+        self._folds = []
+
+    def predict(self, X: Floats, *, progress: Floats | None = None, level: float = 0.9) -> Prediction:
+        """Mean and a `level` interval of a new observation: posterior plus noise, scaled to cover the trials left out."""
+        mean = self.mean(X, progress)
+        if self._constant is not None:
+            return Prediction(mean, mean.copy(), mean.copy())
+        if self._folds is None:
+            self._cross_validate()
+        rows = shares(X, renormalise=self.renormalise)
+        sigma = np.sqrt(self.variance(rows, tau_of(progress, len(rows), self._data["tau"])) + self.noise_variance)
+        half = conformal_quantile(self._ratios, level) * sigma
+        return Prediction(mean, mean - half, mean + half)
+
+    def sample(self, X: Floats, size: int, seed: int) -> Floats:
+        """[size, m] exact joint draws of the noise-free score."""
+        rows = shares(X, renormalise=self.renormalise)
+        if self._constant is not None:
+            return np.full((size, len(rows)), self._constant)
+        z, d = self.features(rows, tau_of(None, len(rows), self._data["tau"])), self._z.shape[1]
+        cross = self._cross(z)
+        matern, _ = _matern(z / np.exp(self.theta[:d]))
+        half = solve_triangular(self._chol, cross.T, lower=True, check_finite=False)
+        covariance = np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / d - half.T @ half
+        values, vectors = np.linalg.eigh(0.5 * (covariance + covariance.T))
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
+        draws = np.random.default_rng(seed).standard_normal((size, len(rows))) @ root.T
+        return self._standard[2] + self._standard[3] * (cross @ self._alpha + draws)
+
+    def log_score(self, X: Floats, y: Floats) -> float:
+        """Mean negative log predictive density of new scores (uncalibrated)."""
+        rows = shares(X, renormalise=self.renormalise)
+        sigma = np.sqrt(self.variance(rows) + self.noise_variance)
+        return float(-norm.logpdf(y, self.mean(X), sigma).mean())
+
+
+def _matern(a: Floats, b: Floats | None = None) -> tuple[Floats, Floats]:
+    """Matern 5/2 correlation [m, n] of scaled features, and (1 + r) e^-r, of which its slope is made."""
+    other = a if b is None else b
+    square = np.sum(a**2, axis=1)[:, None] + np.sum(other**2, axis=1) - 2 * (a @ other.T)
+    r = np.sqrt(5 * np.maximum(square, 0.0))
+    if b is None:
+        r[np.diag_indices_from(r)] = 0.0
+    decay = np.exp(-r)
+    slope = (1 + r) * decay
+    return slope + r**2 / 3 * decay, slope
+
+
+def _inverse(chol: Floats) -> Floats:
+    inverse, _ = lapack.dpotri(chol, lower=1)
+    lower = np.tril(inverse)
+    return lower + np.tril(inverse, -1).T
+
+
+def _negative_log_posterior(
+    theta: Floats, z: Floats, linear: Floats, y: Floats, noise_scale: Floats, centre: Floats, spread: Floats
+) -> tuple[float, Floats]:
+    n, d = z.shape
+    s_f, s_l, s_n = np.exp(theta[d:])
+    w = z / np.exp(theta[:d])
+    matern, slope = _matern(w)
+    kernel = s_f * matern + s_l * linear
+    kernel[np.diag_indices(n)] += s_n * noise_scale + JITTER
+    chol, info = lapack.dpotrf(kernel, lower=1, clean=1)
+    if info != 0:
+        return 1e25, np.zeros_like(theta)
+    alpha, _ = lapack.dpotrs(chol, y, lower=1)
+    inverse = _inverse(chol)
+    off = (theta - centre) / spread
+    value = 0.5 * y @ alpha + np.log(np.diag(chol)).sum() + 0.5 * off @ off
+    outer = inverse - np.outer(alpha, alpha)  # dNLL/dK * 2
+    by_length = outer * slope
+    # sum_ij H_ij (w_ik - w_jk)^2 = 2 (sum_i h_i w_ik^2 - (W' H W)_kk), with h the row sums of H
+    quadratic = 2 * (by_length.sum(axis=1) @ w**2 - np.sum((by_length @ w) * w, axis=0))
+    gradient = np.r_[
+        0.5 * s_f * 5.0 / 3.0 * quadratic,
+        0.5 * s_f * np.sum(outer * matern),
+        0.5 * s_l * np.sum(outer * linear),
+        0.5 * s_n * np.sum(np.diag(outer) * noise_scale),
+    ]
+    return float(value), gradient + off / spread

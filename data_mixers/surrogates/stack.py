@@ -1,0 +1,199 @@
+"""Stacking: several surrogates, weighted by what they predict on trials they have not seen ("auto").
+
+Out-of-fold predictions of every candidate (5 folds grouped by mixture), then weights by non-negative least squares on
+the centred predictions, normalised to 1 (Breiman 1996, van der Laan 2007). A candidate that predicts no better than the
+mean of the trials is dropped; if none is left the model is the mean, and says that there is no signal.
+
+    sigma^2(x) = sum_j w_j v_j(x) + sum_j w_j (f_j(x) - f(x))^2        v_j: the GP's variance with noise; else CV error
+
+Intervals are f +- q sigma with q from the out-of-fold ratios |error| / sigma (normalised CV conformal). With a single
+candidate this is simply that model with a cross-validated interval; it is what fit.py uses for every choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
+from scipy.stats import rankdata
+
+from ..errors import MixError
+from .base import Floats, PointSurrogate, Prediction, conformal_quantile, grouped_folds, shares, tau_of
+from .gp import GaussianProcess
+
+
+@dataclass(frozen=True)
+class CandidateScore:
+    """How one candidate did on the folds left out. rho: Spearman x 100."""
+
+    name: str
+    rho: float
+    r2: float
+    weight: float
+
+
+@dataclass
+class Stack(PointSurrogate):
+    """`candidates`: {label: unfitted surrogate}; all get a weight from `folds`-fold grouped CV with `seed`."""
+
+    name: ClassVar[str] = "stack"
+    renormalise: ClassVar[bool] = False  # each candidate takes the shares as its own rule says
+    candidates: Mapping[str, PointSurrogate] = field(default_factory=dict)
+    folds: int = 5
+    seed: int = 0
+
+    scores: list[CandidateScore] = field(init=False, repr=False, default_factory=list)
+    models: dict[str, PointSurrogate] = field(init=False, repr=False, default_factory=dict)
+    weights: dict[str, float] = field(init=False, repr=False, default_factory=dict)
+    held_mean: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros(0))
+    held_sigma: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros(0))
+    fold_of: NDArray[np.int64] = field(init=False, repr=False, default_factory=lambda: np.zeros(0, dtype=np.int64))
+    _error: dict[str, float] = field(init=False, repr=False, default_factory=dict)
+    _carrier: GaussianProcess | None = field(init=False, repr=False, default=None)
+
+    @property
+    def signal(self) -> bool:
+        """Whether any candidate predicts trials left out better than their mean does."""
+        return bool(self.weights)
+
+    def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
+        groups = self._data["groups"]
+        if len(np.unique(groups)) < 2:
+            raise MixError("all trials have the same mixture", do="vary the mixture: without it nothing can be learnt")
+        n, folds = len(y), grouped_folds(groups, self.folds, self.seed)
+        self.fold_of = np.zeros(n, dtype=np.int64)
+        mean_n = np.empty(n)
+        for number, held in enumerate(folds):
+            self.fold_of[held] = number
+            mean_n[held] = np.delete(y, held).mean()
+        fitted = {
+            label: model.clone().fit(X, y, groups=groups, progress=tau, weights=weights)
+            for label, model in self.candidates.items()
+        }
+        held_out = {label: self._hold_out(model, folds) for label, model in fitted.items()}
+        baseline = float(np.mean((y - mean_n) ** 2))
+        self._error = {label: float(np.mean((y - mean) ** 2)) for label, (mean, _) in held_out.items()}
+        useful = [label for label in fitted if self._error[label] < baseline]
+        self.weights = _stacking_weights({label: held_out[label][0] for label in useful}, y, self._error)
+        self.models = {label: fitted[label] for label in self.weights}
+        self.scores = [
+            CandidateScore(label, spearman(mean, y), 1 - self._error[label] / baseline, self.weights.get(label, 0.0))
+            for label, (mean, _) in held_out.items()
+        ]
+        if not self.weights:
+            self.held_mean, self.held_sigma = mean_n, np.full(n, np.sqrt(baseline))
+        else:
+            share = np.array(list(self.weights.values()))
+            means = np.stack([held_out[label][0] for label in self.weights])
+            variances = np.stack([held_out[label][1] for label in self.weights])
+            self.held_mean = share @ means
+            self.held_sigma = np.sqrt(share @ (variances + (means - self.held_mean) ** 2))
+        self._ratios = np.abs(y - self.held_mean) / np.maximum(self.held_sigma, 1e-300)
+
+    def _hold_out(self, model: PointSurrogate, folds: Sequence[NDArray[np.intp]]) -> tuple[Floats, Floats]:
+        """Out-of-fold mean and variance [n] of one candidate."""
+        data = self._data
+        mean_n, variance_n = np.empty(len(data["y"])), np.empty(len(data["y"]))
+        for held in folds:
+            kept = np.setdiff1d(np.arange(len(mean_n)), held)
+            if len(kept) < 3:
+                raise MixError(
+                    f"{len(np.unique(data['groups']))} different mixtures", do="at least 5 for cross-validation"
+                )
+            tau = None if data["tau"] is None else data["tau"][kept]
+            part = model.refit(data["X"][kept], data["y"][kept], data["groups"][kept], tau, data["weights"][kept])
+            tau = None if data["tau"] is None else data["tau"][held]
+            mean_n[held] = part.mean(data["X"][held], tau)
+            if isinstance(part, GaussianProcess) and part._constant is None:
+                variance_n[held] = part.variance(shares(data["X"][held], renormalise=True), tau) + part.noise_variance
+            else:
+                variance_n[held] = np.nan
+        constant = float(np.mean((data["y"] - mean_n) ** 2))
+        return mean_n, np.where(np.isnan(variance_n), constant, variance_n)
+
+    def _mean(self, X: Floats, tau: Floats | None) -> Floats:
+        if not self.models:
+            return np.full(len(X), float(np.average(self._data["y"], weights=self._data["weights"])))
+        return sum(weight * self.models[label].mean(X, tau) for label, weight in self.weights.items())
+
+    def moments(self, X: ArrayLike, progress: ArrayLike | None = None) -> tuple[Floats, Floats]:
+        """Mean and uncalibrated sd [m] of a new observation."""
+        rows = shares(X, renormalise=False)
+        tau = tau_of(progress, len(rows), self._data["tau"])
+        if self._constant is not None:
+            return np.full(len(rows), self._constant), np.zeros(len(rows))
+        if not self.models:
+            return self._mean(rows, tau), np.full(len(rows), float(self.held_sigma[0]))
+        means = np.stack([self.models[label].mean(rows, tau) for label in self.weights])
+        share = np.array(list(self.weights.values()))
+        mean = share @ means
+        variances = []
+        for label in self.weights:
+            model = self.models[label]
+            if isinstance(model, GaussianProcess):
+                variances.append(model.variance(shares(rows, renormalise=True), tau) + model.noise_variance)
+            else:
+                variances.append(np.full(len(rows), self._error[label]))
+        return mean, np.sqrt(share @ (np.stack(variances) + (means - mean) ** 2))
+
+    def quantile(self, level: float = 0.9) -> float:
+        """q of the calibrated interval mean +- q sigma."""
+        return conformal_quantile(self._ratios, level) if self._ratios is not None else 0.0
+
+    def predict(self, X: ArrayLike, *, progress: ArrayLike | None = None, level: float = 0.9) -> Prediction:
+        """Mean and calibrated `level` interval of a new observation."""
+        mean, sigma = self.moments(X, progress)
+        half = self.quantile(level) * sigma
+        return Prediction(mean, mean - half, mean + half)
+
+    def carrier(self) -> GaussianProcess:
+        """The GP whose posterior carries joint uncertainty: the heaviest one, or one fitted for the purpose."""
+        if self._carrier is None:
+            processes = {label: model for label, model in self.models.items() if isinstance(model, GaussianProcess)}
+            if processes:
+                self._carrier = processes[max(processes, key=lambda label: self.weights[label])]
+            else:
+                data = self._data
+                self._carrier = GaussianProcess().fit(
+                    data["X"], data["y"], groups=data["groups"], progress=data["tau"], weights=data["weights"]
+                )
+        return self._carrier
+
+    def sample(self, X: ArrayLike, size: int, seed: int) -> Floats:
+        """[size, m] joint draws of the noise-free score: the mean, the GP's posterior around it, and the disagreement
+        of the candidates (one Gaussian step per candidate, sqrt(w_j) (f_j - f))."""
+        rows = shares(X, renormalise=False)
+        mean = self.mean(rows)
+        if self._constant is not None:
+            return np.tile(mean, (size, 1))
+        carrier = self.carrier()
+        draws = mean + (carrier.sample(rows, size, seed) - carrier.mean(rows))
+        if len(self.models) > 1:
+            steps = np.stack(
+                [np.sqrt(weight) * (self.models[label].mean(rows) - mean) for label, weight in self.weights.items()]
+            )
+            draws += np.random.default_rng([seed, 1]).standard_normal((size, len(steps))) @ steps
+        return draws
+
+
+def _stacking_weights(held_out: Mapping[str, Floats], y: Floats, error: Mapping[str, float]) -> dict[str, float]:
+    if not held_out:
+        return {}
+    labels = list(held_out)
+    columns = np.stack([held_out[label] - held_out[label].mean() for label in labels], axis=1)
+    solved, _ = nnls(columns, y - y.mean())
+    if solved.sum() <= 0:
+        return {min(labels, key=lambda label: error[label]): 1.0}
+    return {label: float(w) for label, w in zip(labels, solved / solved.sum(), strict=True) if w > 1e-6}
+
+
+def spearman(a: Floats, b: Floats) -> float:
+    """Rank correlation x 100; 0 where one of them is constant."""
+    ranks_a, ranks_b = rankdata(a), rankdata(b)
+    if np.ptp(ranks_a) == 0 or np.ptp(ranks_b) == 0:
+        return 0.0
+    return float(100 * np.corrcoef(ranks_a, ranks_b)[0, 1])

@@ -1,0 +1,149 @@
+"""What every surrogate owes: shape, order, reproducibility, constant scores, intervals that hold, honest errors."""
+
+import numpy as np
+import pytest
+from scipy.optimize import check_grad
+
+from data_mixers import MixError
+from data_mixers.surrogates import SURROGATES, ExpLaw, GaussianProcess, LightGBM, Linear, PowerLaw, RegMix, Ridge, Stack
+from data_mixers.surrogates.base import conformal_quantile, grouped_folds
+from data_mixers.surrogates.gp import _negative_log_posterior
+
+FACTORIES = {
+    "linear": Linear,
+    "ridge": Ridge,
+    "ridge quadratic": lambda: Ridge("quadratic"),
+    "lightgbm": lambda: LightGBM(trees=60),
+    "exp": ExpLaw,
+    "power": PowerLaw,
+    "gp": GaussianProcess,
+    "stack": lambda: Stack(candidates={"ridge": Ridge(), "gp": GaussianProcess()}),
+}
+
+
+def trials(n=50, K=4, noise=0.02, seed=0):
+    rng = np.random.default_rng(seed)
+    X = rng.dirichlet(np.full(K, 0.7), n)
+    return X, 2 + np.exp(-3 * X[:, 0]) + 0.5 * (1 - X[:, 1]) ** 2 + noise * rng.standard_normal(n)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_contract(name):
+    X, y = trials()
+    new, truth = trials(seed=1)
+    model = FACTORIES[name]().fit(X, y)
+    mean, lower, upper = model.predict(new)
+    assert mean.shape == lower.shape == upper.shape == (50,)
+    assert np.all(lower < mean)
+    assert np.all(mean < upper)
+    assert np.corrcoef(mean, truth)[0, 1] > 0.85
+    assert 0.7 <= np.mean((lower <= truth) & (truth <= upper)) <= 1.0
+    np.testing.assert_array_equal(FACTORIES[name]().fit(X, y).predict(new).upper, upper)
+    draws = model.sample(new, 40, seed=3)
+    assert draws.shape == (40, 50)
+    np.testing.assert_array_equal(draws, model.sample(new, 40, seed=3))
+    wide = model.predict(new, level=0.5)
+    assert np.all(wide.upper - wide.lower <= upper - lower + 1e-12)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_constant_score_predicts_itself(name):
+    X, _ = trials(12)
+    prediction = FACTORIES[name]().fit(X, np.full(12, 3.5)).predict(X[:2])
+    assert [column.tolist() for column in prediction] == [[3.5, 3.5]] * 3
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_task_that_no_trial_uses_changes_nothing(name):
+    X, y = trials()
+    new, _ = trials(seed=1)
+    wider = [np.insert(rows, 2, 0.0, axis=1) for rows in (X, new)]
+    plain = FACTORIES[name]().fit(X, y).predict(new).mean
+    tolerance = 2e-3 if name in ("gp", "stack", "power") else 1e-6  # their priors count the tasks
+    np.testing.assert_allclose(FACTORIES[name]().fit(wider[0], y).predict(wider[1]).mean, plain, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_bad_input_is_refused(name):
+    X, y = trials(10)
+    with pytest.raises(MixError, match="2 trials"):
+        FACTORIES[name]().fit(X[:2], y[:2])
+    with pytest.raises(MixError, match="NaN"):
+        FACTORIES[name]().fit(X, np.r_[y[:-1], np.nan])
+    with pytest.raises(MixError, match="5 tasks"):
+        FACTORIES[name]().fit(X, y).predict(np.full((1, 5), 0.2))
+
+
+def test_regmix_asks_for_its_evaluation_data():
+    with pytest.raises(MixError, match="evaluation data"):
+        RegMix().fit(*trials())
+
+
+def test_small_sets_get_small_leaves():
+    X, y = trials(30)
+    assert np.ptp(LightGBM().fit(X, y).mean(X)) > 0.1
+
+
+@pytest.mark.parametrize("law", [ExpLaw, PowerLaw])
+def test_gradients_of_the_laws(law):
+    X, y = trials(20)
+    objective = law()._objective(X, y, np.full(20, 0.05))
+    for start in law()._starts(X, y):
+        assert check_grad(lambda t: objective(t)[0], lambda t: objective(t)[1], start) < 1e-5
+
+
+def test_laws_mirror_a_score():
+    X, y = trials(noise=0)
+    loss, score = ExpLaw().fit(X, y).mean(X), ExpLaw(goal="max").fit(X, 10 - y).mean(X)
+    assert np.corrcoef(10 - score, loss)[0, 1] > 0.995
+
+
+def test_gradient_of_the_gp():
+    rng = np.random.default_rng(0)
+    z, theta, y = rng.normal(size=(20, 3)), 0.3 * rng.normal(size=6), rng.normal(size=20)
+
+    def value(t):
+        return _negative_log_posterior(t, z, z @ z.T / 3, y, rng.uniform(1, 1, 20), np.zeros(6), np.ones(6))
+
+    assert check_grad(lambda t: value(t)[0], lambda t: value(t)[1], theta) < 1e-5
+
+
+def test_gp_left_out_in_closed_form_is_leaving_out():
+    X, y = trials(30)
+    model = GaussianProcess(iterations=20).fit(X, y)
+    folds = grouped_folds(np.arange(30), 5, 0)
+    mean, _ = model.left_out(folds)
+    z, d = model._z, X.shape[1]
+    for held in folds:
+        kept = np.setdiff1d(np.arange(30), held)
+        kernel = model._cross(z) + (np.exp(model.theta[d + 2]) + 1e-8) * np.eye(30)
+        target = (y - y.mean()) / y.std()
+        direct = kernel[np.ix_(held, kept)] @ np.linalg.solve(kernel[np.ix_(kept, kept)], target[kept])
+        np.testing.assert_allclose(mean[held], y.mean() + y.std() * direct, atol=1e-8)
+
+
+def test_gp_draws_have_the_posterior_moments():
+    X, y = trials(30)
+    model = GaussianProcess().fit(X, y)
+    new, _ = trials(5, seed=2)
+    draws = model.sample(new, 20000, seed=0)
+    np.testing.assert_allclose(draws.mean(axis=0), model.mean(new), atol=0.003)
+    np.testing.assert_allclose(draws.var(axis=0), model.variance(new), rtol=0.06)
+    gap = model.difference_variance(new[0], new[1])
+    assert (draws[:, 0] - draws[:, 1]).var() == pytest.approx(gap, rel=0.06)
+
+
+def test_folds_keep_groups_together():
+    groups = np.repeat(np.arange(8), 3)
+    folds = grouped_folds(groups, 5, seed=1)
+    assert sorted(np.concatenate(folds).tolist()) == list(range(24))
+    assert all(set(groups[a]).isdisjoint(groups[b]) for i, a in enumerate(folds) for b in folds[i + 1 :])
+
+
+def test_conformal_quantile_by_hand():
+    assert conformal_quantile(np.arange(1.0, 20.0), 0.9) == 18.0  # the 18th of 19: ceil(0.9 * 20)
+    assert conformal_quantile(np.arange(1.0, 6.0), 0.9) == 5.0  # too few for 90 %: the largest
+
+
+def test_the_table_of_names_is_complete():
+    assert {"linear", "ridge", "lightgbm", "regmix", "exp", "power", "gp", "stack"} <= set(SURROGATES)

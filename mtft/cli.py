@@ -7,13 +7,14 @@ Errors become one block in mtft/__main__.py.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 import mtft
 
 if TYPE_CHECKING:
+    from mtft.fuse.jsonl import Summary
     from mtft.merge.report import MergeReport
     from mtft.recipe.compat import Stage
     from mtft.recipe.schema import Recipe
@@ -32,6 +33,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Change keys: train.steps=100 lora=null.", show_default=False),
 ]
+Goal = Literal["min", "max"]
+Rows = Annotated[Path, typer.Option("--rows", help="JSONL file to read.")]
+RowsOut = Annotated[Path, typer.Option("--out", help="JSONL file to write; the same command continues it.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over; what is there moves aside.")]
 
 
@@ -137,7 +142,7 @@ def merge(
     weights: Annotated[str | None, typer.Option(help="w1,w2,...: one for each adapter.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the method.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the merged adapter.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there already.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Merge LoRA adapters into one, without the base model.
 
@@ -204,14 +209,21 @@ def report(
 
 
 @app.command()
-def run(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    launch: Annotated[
+        str | None, typer.Option(help="Start training with this: 'accelerate launch --config_file ddp.yaml'.")
+    ] = None,
+) -> None:
     """Everything: mix, train, merge, fuse, report.
 
     Finished stages are skipped, interrupted ones continue.
     """
-    from mtft.pipeline import run as run_pipeline
+    from mtft.pipeline.run import run as run_pipeline
 
-    run_pipeline(_load(recipe, overrides, "run"), fresh=fresh)
+    run_pipeline(_load(recipe, overrides, "run"), fresh=fresh, launch=launch)
 
 
 @app.command()
@@ -267,21 +279,60 @@ def mix_fit(
     target: Annotated[list[str], typer.Option(help="Column of the scores; repeat it, or `all`.")],
     index: Annotated[str | None, typer.Option(help="Column that joins the files; without it, row by row.")] = None,
     surrogate: Annotated[str, typer.Option(help="auto, linear, lightgbm, ...")] = "auto",
-    goal: Annotated[str, typer.Option(help="min (losses) or max (accuracies).")] = "min",
+    goal: Annotated[Goal, typer.Option(help="min (losses) or max (accuracies).")] = "min",
     predict: Annotated[Path | None, typer.Option(help="CSV of mixtures to predict.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the predictions go (CSV).")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first N trials.")] = None,
     seed: Annotated[int, typer.Option(help="Makes the whole fit reproducible.")] = 0,
-    cv: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 10,
+    cv: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
 ) -> None:
     """Fit trials of your own, from CSV files.
 
     Which mixture gives which score, how sure that is, and predictions for other mixtures.
     """
-    from data_mixers.fit import fit_csv
+    from data_mixers.fit import fit_csv, predict_csv
+    from mtft.errors import UserError
 
+    if (predict is None) != (out is None):
+        raise UserError("--predict and --out belong together", where="command line", do="give both files, or neither")
+    targets = "all" if target == ["all"] else target
     found = fit_csv(
-        mixtures, scores, target, index=index, surrogate=surrogate, goal=goal, predict=predict, out=out, limit=limit,
-        seed=seed, cv=cv,
-    )  # fmt: skip
+        mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv
+    )
     typer.echo(found.text())
+    if predict is not None and out is not None:
+        rows = predict_csv(found, predict, out, index=index)
+        _say(f"{rows} predictions in {out}")
+
+
+@fuse.command("generate")
+def fuse_generate(
+    recipe: RecipeArgument, rows: Rows, out: RowsOut, overrides: Overrides = None, overwrite: Overwrite = False
+) -> None:
+    """Answer prompts with the fused model.
+
+    A row is {"prompt": TEXT} or {"messages": [...]}, and may have id, max_tokens, alpha, alpha_rule, seed, trace.
+    """
+    from mtft.fuse.batch import generate
+
+    _summarise(generate(_load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite), out)
+
+
+@fuse.command("score")
+def fuse_score(
+    recipe: RecipeArgument, rows: Rows, out: RowsOut, overrides: Overrides = None, overwrite: Overwrite = False
+) -> None:
+    """Log-probability of given responses under the fused model.
+
+    A row is {"prompt": TEXT, "response": TEXT} or {"messages": [...], "response": TEXT}.
+    """
+    from mtft.fuse.batch import score
+
+    _summarise(score(_load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite), out)
+
+
+def _summarise(done: Summary, out: Path) -> None:
+    """Rows that failed stand in the output as {"error": ...}; the exit code says that there are some."""
+    _say(f"{done.rows} rows in {out}, {done.failed} failed, {done.resumed} were there already")
+    if done.failed:
+        raise typer.Exit(1)

@@ -36,10 +36,12 @@ done_already() { [ -x "$python" ] && [ -f ".venv/mtft-$1.stamp" ] && [ "$(cat ".
 
 if done_already "$flavour" || { [ "$flavour" = core ] && done_already dev; }; then exit 0; fi
 
-if ! { [ -x "$python" ] && "$python" -m pip --version >/dev/null 2>&1; }; then
+has_pip() { [ -x "$python" ] && "$python" -m pip --version >/dev/null 2>&1; }
+if ! has_pip; then
   base="$(find_python)"
   echo "setup: making .venv with $("$base" -V)"
-  if ! "$base" -m venv .venv; then
+  # --clear: whatever lies there was interrupted before it had pip
+  if ! "$base" -m venv --clear .venv || ! has_pip; then
     echo "error: '$base -m venv' failed" >&2
     echo "  do:    on Debian and Ubuntu: apt install python3-venv; elsewhere name another interpreter with PYTHON=..." >&2
     exit 2

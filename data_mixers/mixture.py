@@ -143,7 +143,7 @@ def check_shares(names: Sequence[str], shares: ArrayLike, *, where: str | None) 
         raise MixError(f"the shares add up to {total:.6g}, not 1", where=where, do="make them add up to 1")
     if where is not None and abs(total - 1) > 1e-6:
         warnings.warn(f"{where}: the shares add up to {total:.6f}; renormalised", stacklevel=3)
-    return share_K if total == 1.0 else share_K / total
+    return share_K if abs(total - 1) < 1e-12 else share_K / total  # rounding errors are left: reading back is exact
 
 
 def check_names(got: Sequence[str], wanted: Sequence[str], *, where: str | None = None) -> None:

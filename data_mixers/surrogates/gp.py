@@ -47,6 +47,7 @@ class GaussianProcess(PointSurrogate):
 
     theta: Floats | None = field(init=False, repr=False, default=None)  # [log l_d, log s_f^2, log s_l^2, log s_n^2]
     _start: Floats | None = field(init=False, repr=False, default=None)
+    _active: int = field(init=False, repr=False, default=1)
     _standard: tuple[Floats, Floats, float, float] | None = field(init=False, repr=False, default=None)
     _z: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros((0, 0)))
     _chol: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros((0, 0)))
@@ -74,11 +75,13 @@ class GaussianProcess(PointSurrogate):
         target = (y - self._standard[2]) / self._standard[3]
         noise_scale = weights.mean() / weights
         d = self._z.shape[1]
-        centre = np.r_[np.full(d, 0.5 * np.log(d)), 0.0, 0.0, self.noise]
+        self._active = max(1, int(np.sum(deviation >= 1e-6)))  # a task that no trial uses counts for nothing
+        length = np.full(d, 0.5 * np.log(self._active))
+        centre = np.r_[length, 0.0, 0.0, self.noise]
         spread = np.r_[np.ones(d), 2.0, 2.0, 2.0]
-        start = np.r_[np.full(d, 0.5 * np.log(d)), 0.0, -1.0, self.noise] if self._start is None else self._start
+        start = np.r_[length, 0.0, -1.0, self.noise] if self._start is None else self._start
         limits = [LIMITS[0]] * d + list(LIMITS[1:])
-        linear = self._z @ self._z.T / d
+        linear = self._z @ self._z.T / self._active
 
         def value(theta: Floats) -> tuple[float, Floats]:
             return _negative_log_posterior(theta, self._z, linear, target, noise_scale, centre, spread)
@@ -100,7 +103,7 @@ class GaussianProcess(PointSurrogate):
         d = self._z.shape[1]
         length = np.exp(self.theta[:d])
         matern, _ = _matern(z / length, self._z / length)
-        return np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ self._z.T) / d
+        return np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ self._z.T) / self._active
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         return self._standard[2] + self._standard[3] * (self._cross(self.features(X, tau)) @ self._alpha)
@@ -109,7 +112,7 @@ class GaussianProcess(PointSurrogate):
         """Posterior variance [m] of the noise-free score, in units of y squared."""
         z, d = self.features(X, tau), self._z.shape[1]
         half = solve_triangular(self._chol, self._cross(z).T, lower=True, check_finite=False)
-        prior = np.exp(self.theta[d]) + np.exp(self.theta[d + 1]) * np.sum(z**2, axis=1) / d
+        prior = np.exp(self.theta[d]) + np.exp(self.theta[d + 1]) * np.sum(z**2, axis=1) / self._active
         return self._standard[3] ** 2 * np.maximum(prior - np.sum(half**2, axis=0), 0.0)
 
     def difference_variance(self, a: Floats, b: Floats) -> float:
@@ -118,7 +121,7 @@ class GaussianProcess(PointSurrogate):
         z, d = self.features(rows, tau_of(None, 2, self._data["tau"])), self._z.shape[1]
         half = solve_triangular(self._chol, self._cross(z).T, lower=True, check_finite=False)
         matern, _ = _matern(z / np.exp(self.theta[:d]))
-        covariance = np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / d - half.T @ half
+        covariance = np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
         return self._standard[3] ** 2 * max(0.0, float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]))
 
     @property
@@ -168,7 +171,7 @@ class GaussianProcess(PointSurrogate):
         cross = self._cross(z)
         matern, _ = _matern(z / np.exp(self.theta[:d]))
         half = solve_triangular(self._chol, cross.T, lower=True, check_finite=False)
-        covariance = np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / d - half.T @ half
+        covariance = np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
         values, vectors = np.linalg.eigh(0.5 * (covariance + covariance.T))
         root = vectors * np.sqrt(np.maximum(values, 0.0))
         draws = np.random.default_rng(seed).standard_normal((size, len(rows))) @ root.T

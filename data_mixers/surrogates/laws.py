@@ -24,6 +24,8 @@ Objective = Callable[[Floats], tuple[float, Floats]]
 
 @dataclass
 class _Law(PointSurrogate):
+    SHARED: ClassVar[int]  # entries of theta before those per task
+    UNUSED: ClassVar[float]  # entry of a task that no trial uses
     goal: Literal["min", "max"] = "min"
 
     _theta: Floats | None = field(init=False, repr=False, default=None)
@@ -42,8 +44,11 @@ class _Law(PointSurrogate):
         self._map = (0.0, unit) if self.goal == "min" else (float(y.max()) + spread, -unit)
         loss = (y - self._map[0]) / self._map[1]
         weight = weights / weights.sum()
+        used = np.flatnonzero(X.max(axis=0) > 0)  # a task that no trial uses has no part in the search
+        inner = np.r_[np.arange(self.SHARED), self.SHARED + used]
+        X = X[:, used]
         objective = self._objective(X, loss, weight / float(loss.var()))
-        starts = self._starts(X, loss) if self._start is None else [self._start]
+        starts = self._starts(X, loss) if self._start is None else [self._start[inner]]
         best = None
         for start in starts:
             found = minimize(
@@ -51,7 +56,8 @@ class _Law(PointSurrogate):
             )
             if best is None or found.fun < best.fun:
                 best = found
-        self._theta = best.x
+        self._theta = np.full(self.SHARED + len(self._data["X"][0]), self.UNUSED)
+        self._theta[inner] = best.x
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         X = X if tau is None else X * tau[:, None]
@@ -75,6 +81,8 @@ class ExpLaw(_Law):
     """y = c + exp(b + t.x); minimises mean squared error / var(y) + 1e-4 |t|^2. theta = [c, b, t]."""
 
     name: ClassVar[str] = "exp"
+    SHARED: ClassVar[int] = 2
+    UNUSED: ClassVar[float] = 0.0
 
     def _law(self, theta: Floats, X: Floats) -> Floats:
         return theta[0] + np.exp(np.clip(theta[1] + X @ theta[2:], -20, 5))
@@ -115,6 +123,8 @@ class PowerLaw(_Law):
     """y = c + A (e0 + s.x)^-a; penalty 1e-3 sum (log s + 3)^2. theta = [c, log A, log a, log e0, log s]."""
 
     name: ClassVar[str] = "power"
+    SHARED: ClassVar[int] = 4
+    UNUSED: ClassVar[float] = -3.0
 
     def _law(self, theta: Floats, X: Floats) -> Floats:
         base = np.exp(theta[3]) + X @ np.exp(theta[4:])

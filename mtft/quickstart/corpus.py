@@ -9,6 +9,7 @@ of Python, so base models trained on one version can be evaluated on another.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -114,15 +115,15 @@ def library_files(root: Path | None = None) -> list[SourceFile]:
     """All source files of the library, tests and tables left out, sorted by name."""
     root = root or library_root()
     files = []
-    for path in root.rglob("*.py"):
-        name = path.relative_to(root).as_posix()
-        folders = name.split("/")[:-1]
-        if any(folder in _SKIPPED_FOLDERS or folder.startswith("config-") for folder in folders):
-            continue
-        if _SKIPPED_FILES.match(name) or not 0 < path.stat().st_size <= _LARGEST_FILE:
-            continue
-        if _readable(path):
-            files.append(SourceFile(name, path))
+    for folder, below, names in os.walk(root):
+        # pruned, not filtered: site-packages may be large, and pip may be changing it right now
+        below[:] = [name for name in below if name not in _SKIPPED_FOLDERS and not name.startswith("config-")]
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            name = path.relative_to(root).as_posix()
+            if _SKIPPED_FILES.match(name) or not 0 < path.stat().st_size <= _LARGEST_FILE:
+                continue
+            if _readable(path):
+                files.append(SourceFile(name, path))
     return sorted(files, key=lambda file: file.name)
 
 

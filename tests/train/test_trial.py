@@ -1,0 +1,56 @@
+"""A trial is an ordinary short run: the same scores, nothing on disk, nothing left for the next one."""
+
+import pickle
+from functools import partial
+
+import pytest
+
+from data_mixers.ledger import Trial
+from data_mixers.mixture import Mixture
+from mtft.recipe.schema import Recipe
+from mtft.train.run import train
+from mtft.train.trial import run_trial
+
+
+@pytest.fixture
+def short(recipe):
+    return Recipe.model_validate({**recipe, "train": {**recipe["train"], "steps": 3}})
+
+
+def trial(copy, seed=17):
+    return Trial(Mixture.of({"copy": copy, "twice": 0.3, "shout": 0.7 - copy}), seed=seed)
+
+
+def test_scores_of_an_ordinary_run_with_that_mixture(short, recipe, tmp_path):
+    ((progress, scores),) = run_trial(trial(0.4), short)
+    shares = {"shares": {"copy": 0.4, "twice": 0.3, "shout": 0.3}}
+    whole = Recipe.model_validate(
+        {
+            **recipe,
+            "train": {**recipe["train"], "steps": 3},
+            "mixture": shares,
+            "output": {"dir": str(tmp_path / "run")},
+        }
+    )
+    result = train(whole, quiet=True, prove=False)
+    expected = {f"{task}/loss": found.summary()["loss"] for task, found in result.scores.items()}
+    assert progress == 1.0
+    assert {key: value for key, value in scores.items() if key.endswith("/loss")} == pytest.approx(expected, rel=1e-6)
+
+
+def test_trials_do_not_touch_each_other_or_the_disk(short):
+    work = pickle.loads(pickle.dumps(partial(run_trial, recipe=short, eval_limit=4)))  # noqa: S301  (as a worker does)
+    first = work(trial(0.1))
+    second = work(trial(0.6))
+    assert work(trial(0.1)) == first
+    assert second != first
+    assert work(trial(0.1, seed=3)) != first
+    from pathlib import Path
+
+    assert not Path(short.output.dir).exists()
+
+
+def test_diverged_trial_is_a_result_with_nan(short):
+    wild = short.train.model_copy(update={"learning_rate": 1e30, "max_bad_steps": 2, "max_grad_norm": 0.0, "steps": 8})
+    ((_, scores),) = run_trial(trial(0.4), short.model_copy(update={"train": wild, "lora": None}))
+    assert all(value != value for value in scores.values())

@@ -47,11 +47,11 @@ def fuse_stage(
 
     def work() -> None:
         from mtft.evaluate.loss import Layout, score_tasks
-        from mtft.fuse.model import FusedCausalLM
+        from mtft.fuse.recipe import open_fusion
         from mtft.fuse.scoring import AlphaStats, fused_scores
 
         alone = strong_alone()
-        fused = FusedCausalLM.from_recipe(recipe, list(experts.values()))
+        fused = open_fusion(recipe, list(experts.values()))
         stores, stats = _held_out(strong_recipe, fused), AlphaStats()
         layout = Layout(recipe.train.micro_batch_tokens, recipe.train.max_length, 0, packing=False)
         score = partial(fused_scores, fused, stats=stats)

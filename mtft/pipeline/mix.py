@@ -146,8 +146,7 @@ def mix_propose(recipe: Recipe) -> Proposal:
     proposal = propose(fits, objective, where.bounds, prior=where.prior, current=where.current, kl=sweep.kl)
     write_json(folder / FIT, fits.report())
     write_json(folder / PROPOSAL, proposal.as_dict())
-    kept = proposal.mixture if proposal.verdict == "better" else where.current
-    kept.to_yaml(folder / MIXTURE, comment=proposal.text)
+    proposal.to_yaml(folder / MIXTURE)
     return proposal
 
 

@@ -4,8 +4,7 @@ What is compared, as the columns of results.json and of the final table:
 
     base              the model as it came
     single            each task's own adapter, on that task
-    joint uniform     one adapter for all tasks, trained on the mixture of run.baseline
-    joint predicted   the same on the mixture that the trials chose (`joint` where there were no trials)
+    joint uniform, joint predicted, ...    one adapter for all tasks, by the mixture that it was trained on
     merged            the single-task adapters merged into one
     strong base, fused, strong tuned    the strong model alone, steered by the joint adapter, and tuned itself
 """
@@ -21,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 from data_mixers.mixture import Mixture
 from mtft.errors import UserError
 from mtft.pipeline.scoring import Scores, kept, table
-from mtft.pipeline.stages import once, write_json
+from mtft.pipeline.stages import once, read_json, write_json
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from mtft.pipeline.training import Choice
     from mtft.train.run import TrainResult
 
 
@@ -50,13 +50,13 @@ def run(recipe: Recipe, *, fresh: bool = False, launch: str | None = None) -> Pa
     from mtft.evaluate.run import evaluate
     from mtft.pipeline.fusing import fuse_stage
     from mtft.pipeline.merging import merge_stage
-    from mtft.pipeline.training import planned_runs, train_runs
+    from mtft.pipeline.training import joint_labels, planned_runs, train_runs
     from mtft.train.model import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
     stores, eval_stores = (open_stores(recipe, tokenizer, which) for which in ("train", "eval"))
-    mixture = _mixture(recipe, stores, fresh=fresh, say=say)
-    runs = planned_runs(recipe, mixture, stores)
+    choice = _choose(recipe, stores, fresh=fresh, say=say)
+    runs = planned_runs(recipe, choice, stores)
     results = train_runs(runs, fresh=fresh, launch=launch, say=say)
 
     def score(adapter: Path | None) -> Scores:
@@ -69,16 +69,21 @@ def run(recipe: Recipe, *, fresh: bool = False, launch: str | None = None) -> Pa
     singles = _singles(results)
     if singles:
         stages["single"] = singles
-    if "baseline" in results:
-        stages[f"joint {recipe.run.baseline}"] = results["baseline"].scores
-    joint = "joint predicted" if recipe.sweep is not None else "joint"
-    stages[joint] = results["joint"].scores
+    labels = joint_labels(recipe, choice, stores)
+    for name in reversed(labels):  # yardsticks first
+        stages[labels[name]] = results[name].scores
     if recipe.merge is not None:
         adapters = _to_merge(recipe, results)
         if adapters:
             say("merge")
             stages["merged"] = merge_stage(
-                recipe, adapters, stages["base"], singles, fresh=fresh, score=score, beside={joint: stages[joint]}
+                recipe,
+                adapters,
+                stages["base"],
+                singles,
+                fresh=fresh,
+                score=score,
+                beside={labels["joint"]: results["joint"].scores},
             )
     if recipe.fuse is not None:
         say("fuse")
@@ -89,13 +94,14 @@ def run(recipe: Recipe, *, fresh: bool = False, launch: str | None = None) -> Pa
     return _report(root, stages, say)
 
 
-def _mixture(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> Mixture:
-    """The mixture that the joint run plays: what the trials chose, or what the recipe asks for."""
+def _choose(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> Choice:
+    """What the joint run plays: what the recipe asks for, unless the trials found something better."""
     from mtft.pipeline import mix
+    from mtft.pipeline.training import Choice
 
     where = mix.space(recipe, stores)
     if recipe.sweep is None or len(recipe.tasks) == 1:
-        return where.current
+        return Choice(where.current)
     folder = mix.mix_dir(recipe)
     inputs = {
         "sweep": recipe.sweep.model_dump(mode="json", exclude={"workers", "backend"}),
@@ -113,7 +119,9 @@ def _mixture(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> Mixture:
 
     say("mix")
     once(folder, inputs, work, fresh=fresh)
-    return Mixture.from_yaml(folder / mix.MIXTURE, names=recipe.task_names)
+    chosen = Mixture.from_yaml(folder / mix.MIXTURE, names=recipe.task_names)
+    proposal = read_json(folder / mix.PROPOSAL)
+    return Choice(chosen, None if proposal is None else Mixture.of(proposal["mixture"]).over(recipe.task_names))
 
 
 def _trial_done(say, trials: int, trial: Any, outcome: Any) -> None:

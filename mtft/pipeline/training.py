@@ -1,6 +1,7 @@
 """The train stage: the joint run and the runs it is compared with, each an ordinary run in <output.dir>/train/NAME/.
 
 joint           all tasks in the chosen mixture: what the user came for
+predicted       all tasks in the mixture that the trials propose, where that is not the chosen one
 baseline        all tasks in the mixture of run.baseline
 single-TASK     one task alone: what the merge stage merges, and the yardstick of retention
 strong          the joint run on the strong model: the yardstick of fusion
@@ -12,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +30,44 @@ if TYPE_CHECKING:
     from mtft.train.run import TrainResult
 
 
-def planned_runs(recipe: Recipe, mixture: Mixture, stores: Sequence[Any]) -> dict[str, Recipe]:
-    """The recipes of the train stage by name, in the order in which they run."""
-    root = Path(recipe.output.dir) / "train"
-    runs = {"joint": derive.joint(recipe, mixture, root / "joint")}
-    if recipe.run.baseline != "none" and len(recipe.tasks) > 1:
+@dataclass(frozen=True)
+class Choice:
+    """The mixtures of the joint runs. chosen: what to play; proposed: what the trials propose (None: no trials)."""
+
+    chosen: Mixture
+    proposed: Mixture | None = None
+
+
+def joint_mixtures(recipe: Recipe, choice: Choice, stores: Sequence[Any]) -> dict[str, Mixture]:
+    """The mixture of each joint run: `joint`, and `predicted` and `baseline` where they differ from it."""
+    mixtures = {"joint": choice.chosen}
+    if choice.proposed is not None and recipe.run.predicted == "always":
+        mixtures["predicted"] = choice.proposed
+    if recipe.run.baseline != "none":
         sizes = task_sizes(recipe, stores)
-        other = uniform(recipe.task_names) if recipe.run.baseline == "uniform" else natural(sizes)
-        if other != mixture:
-            runs["baseline"] = derive.joint(recipe, other, root / "baseline")
+        mixtures["baseline"] = uniform(recipe.task_names) if recipe.run.baseline == "uniform" else natural(sizes)
+    different: dict[str, Mixture] = {}
+    for name, mixture in mixtures.items():
+        if all(mixture != other for other in different.values()):
+            different[name] = mixture
+    return different
+
+
+def joint_labels(recipe: Recipe, choice: Choice, stores: Sequence[Any]) -> dict[str, str]:
+    """How each joint run is called in tables: by where its mixture comes from."""
+    sizes = task_sizes(recipe, stores)
+    known = [(choice.proposed, "predicted"), (uniform(recipe.task_names), "uniform"), (natural(sizes), "natural")]
+    labels = {}
+    for name, mixture in joint_mixtures(recipe, choice, stores).items():
+        labels[name] = "joint " + next((word for other, word in known if other == mixture), "as asked")
+    return labels
+
+
+def planned_runs(recipe: Recipe, choice: Choice, stores: Sequence[Any]) -> dict[str, Recipe]:
+    """The recipes of the train stage by name, in the order in which they run."""
+    root, mixture = Path(recipe.output.dir) / "train", choice.chosen
+    joints = joint_mixtures(recipe, choice, stores)
+    runs = {name: derive.joint(recipe, played, root / name) for name, played in joints.items()}
     if recipe.merge is not None and recipe.merge.adapters is None and recipe.run.singles:
         for task in recipe.task_names:
             runs[f"single-{task}"] = derive.single(recipe, task, mixture[task], root / f"single-{task}")

@@ -6,6 +6,7 @@ Errors become one block in mtft/__main__.py.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -87,11 +88,19 @@ def check(
     """
     import json
 
+    from rich.console import Console
+
     from mtft.data.describe import describe
+    from mtft.train.model import load_tokenizer
 
     loaded = _load(recipe, overrides, "check")
-    found = describe(loaded)
-    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else found.text())
+    found = describe(loaded, load_tokenizer(loaded.model))
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    elif sys.stdout.isatty():
+        Console().print(found.render())
+    else:
+        typer.echo(found.text())
 
 
 @app.command()

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,17 +134,25 @@ def _pick(splits: list[str], split: str | None, key: str) -> str:
 
 
 def _quickstart(name: str, which: str, cache_dir: Path, key: str) -> str:
-    from filelock import FileLock
-
     from mtft import quickstart
 
     if name not in quickstart.TASKS:
         do = f"choose one of {', '.join(quickstart.TASKS)}"
         raise UserError(f"no embedded task {name!r}", where=key, do=do)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / "quickstart.lock"):  # one process writes, the others find the files
-        files = quickstart.build_tasks(cache_dir / "quickstart")[name]
+    files = _quickstart_files(cache_dir)[name]
     return str(files.train if which == "train" else files.eval)
+
+
+@cache
+def _quickstart_files(cache_dir: Path) -> dict[str, Any]:
+    """One process writes, the others find the files. Looked up once, since the lookup walks the standard library."""
+    from filelock import FileLock
+
+    from mtft import quickstart
+
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir / "quickstart.lock"):
+        return quickstart.build_tasks(cache_dir / "quickstart")
 
 
 def _shorten(parts: list[Part]) -> list[Part]:

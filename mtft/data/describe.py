@@ -1,0 +1,221 @@
+"""What a recipe will do to its data, before any weight is loaded: the content of `mtft check`.
+
+Stores are built (they are needed for training anyway), the plan is made, and the first steps are laid out, so every
+number here is that of the run and not an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_mixers.plan import MixturePlan
+
+from ..recipe.schema import Recipe
+from .batches import BatchSource
+from .chat import NOTES
+from .encode import runs
+from .planning import make_plan
+from .store import TokenStore, open_stores
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+LAID_OUT = 8  # steps whose padding is counted
+
+
+@dataclass(frozen=True)
+class TaskDescription:
+    """One task: what is in its store, and what the plan makes of it. Shares are of `unit`, tokens before padding."""
+
+    name: str
+    rows: int
+    examples: int
+    eval_examples: int | None
+    tokens: int
+    prompt_tokens: int
+    supervised_tokens: int
+    mean_length: float
+    longest: int
+    truncated: int
+    dropped: int
+    skipped: int
+    asked_share: float
+    realised_share: float
+    token_share: float
+    supervised_share: float
+    epochs: float
+    examples_per_step: float
+    tokens_per_step: float
+    weight: float
+    effective_weight: float
+    notes: dict[str, int]
+    sample: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Description:
+    """All tasks, the plan, and everything that should make the reader stop and think."""
+
+    name: str
+    tasks: tuple[TaskDescription, ...]
+    unit: str
+    steps: int
+    batch: int
+    examples: int
+    tokens: int
+    tokens_per_step: float
+    micro_batches_per_step: float
+    packing: bool
+    padding_share: float
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain lists, dicts, strings and numbers (JSON)."""
+        return asdict(self)
+
+    def render(self) -> Group:
+        """Tables, one example per task with its learnt tokens in colour, and the warnings, for rich."""
+        from .describe_rich import render
+
+        return render(self)
+
+    def text(self) -> str:
+        """`render` as plain text."""
+        from .describe_rich import plain
+
+        return plain(self)
+
+
+def describe(
+    recipe: Recipe,
+    tokenizer: Any,
+    *,
+    stores: Sequence[TokenStore] | None = None,
+    held_out: Sequence[TokenStore | None] | None = None,
+    plan: MixturePlan | None = None,
+    cache_dir: Path | None = None,
+) -> Description:
+    """Describe the data of a recipe. Stores and plan are made where they are not given.
+
+    Raises UserError or MixError for everything that training would refuse: bad rows, tasks with nothing to learn,
+    shares beyond the epoch caps, examples that fit no micro-batch.
+    """
+    stores = stores or open_stores(recipe, tokenizer, "train", cache_dir=cache_dir)  # type: ignore[assignment]
+    held_out = held_out or open_stores(recipe, tokenizer, "eval", cache_dir=cache_dir)
+    plan = plan or make_plan(recipe, stores)
+    source = BatchSource(
+        stores,
+        plan,
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        max_length=recipe.train.max_length,
+        packing=recipe.train.packing,
+        pad_id=0,
+    )
+    played_K, learnt_K = _played(stores, plan)
+    tasks = tuple(
+        _task(recipe, k, store, held_out[k], plan, played_K, learnt_K, tokenizer) for k, store in enumerate(stores)
+    )
+    first = range(min(LAID_OUT, plan.steps))
+    real, positions = np.sum([source.padding(s) for s in first], axis=0)
+    rows = sum(entry["rows"] for entry in plan.table())
+    found = Description(
+        name=recipe.name,
+        tasks=tasks,
+        unit=plan.unit,
+        steps=plan.steps,
+        batch=plan.batch,
+        examples=rows,
+        tokens=round(float(played_K.sum())),
+        tokens_per_step=float(played_K.sum() / plan.steps),
+        micro_batches_per_step=float(np.mean([len(source.layout(s)[0]) for s in first])),
+        packing=recipe.train.packing,
+        padding_share=float(1 - real / positions),
+        warnings=(),
+    )
+    return Description(**{**vars(found), "warnings": tuple(_warnings(recipe, found))})
+
+
+def _played(stores: Sequence[TokenStore], plan: MixturePlan) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and supervised tokens [K] of the whole run: rows planned x the task's mean (exact over whole epochs)."""
+    rows_K = np.array([entry["rows"] for entry in plan.table()], dtype=np.float64)
+    return (
+        rows_K * np.array([store.lengths.mean() for store in stores]),
+        rows_K * np.array([store.supervised.mean() for store in stores]),
+    )
+
+
+def _task(
+    recipe: Recipe,
+    k: int,
+    store: TokenStore,
+    held_out: TokenStore | None,
+    plan: MixturePlan,
+    played_K: np.ndarray,
+    learnt_K: np.ndarray,
+    tokenizer: Any,
+) -> TaskDescription:
+    entry, stats, task = plan.table()[k], store.stats, recipe.tasks[k]
+    return TaskDescription(
+        name=task.name,
+        rows=stats["rows"],
+        examples=store.num_examples,
+        eval_examples=None if held_out is None else held_out.num_examples,
+        tokens=stats["tokens"],
+        prompt_tokens=stats["tokens"] - stats["supervised"],
+        supervised_tokens=stats["supervised"],
+        mean_length=stats["tokens"] / store.num_examples,
+        longest=stats["longest"],
+        truncated=stats["truncated"],
+        dropped=stats["dropped"],
+        skipped=stats["skipped"],
+        asked_share=entry["asked"],
+        realised_share=entry["realised"],
+        token_share=float(played_K[k] / played_K.sum()),
+        supervised_share=float(learnt_K[k] / learnt_K.sum()),
+        epochs=entry["epochs"],
+        examples_per_step=entry["rows"] / plan.steps,
+        tokens_per_step=float(played_K[k] / plan.steps),
+        weight=task.weight,
+        effective_weight=entry["realised"] * task.weight,
+        notes=stats["notes"],
+        sample=runs(tokenizer, store.example(0)),
+    )
+
+
+def _warnings(recipe: Recipe, found: Description) -> list[str]:
+    """What is legal, and often a mistake."""
+    said = []
+    for task in found.tasks:
+        said += [f"{task.name}: {NOTES[note]} ({count:,} of {task.rows:,} rows)" for note, count in task.notes.items()]
+        if task.skipped:
+            said.append(f"{task.name}: {task.skipped:,} bad rows are skipped (train.bad_rows)")
+        if task.dropped:
+            said.append(f"{task.name}: {task.dropped:,} of {task.rows:,} examples are dropped (train.too_long)")
+        if task.truncated:
+            share = task.truncated / max(1, task.rows)
+            said.append(f"{task.name}: {task.truncated:,} examples ({share:.1%}) are cut at {recipe.train.max_length}")
+        if task.asked_share == 0:
+            said.append(f"{task.name}: its share is 0, so it is never trained")
+        elif abs(task.asked_share - task.realised_share) > 0.01:
+            said.append(
+                f"{task.name}: share {task.asked_share:.3f} asked, {task.realised_share:.3f} played (epoch caps)"
+            )
+        if 0 < task.examples_per_step < 1:
+            said.append(
+                f"{task.name}: absent from {1 - task.examples_per_step:.0%} of the steps; raise train.batch_tokens"
+            )
+        if task.epochs > 4:
+            said.append(f"{task.name}: every row is seen {task.epochs:.1f} times; mixture.max_epochs sets a limit")
+        if task.supervised_tokens < 0.02 * task.tokens:
+            said.append(f"{task.name}: only {task.supervised_tokens / task.tokens:.1%} of its tokens are learnt")
+    if all(task.eval_examples is None for task in found.tasks):
+        said.append("no task has eval_data: nothing will be evaluated")
+    if found.padding_share > 0.2:
+        way = "lower train.max_length or raise train.micro_batch_tokens" if found.packing else "set train.packing: true"
+        said.append(f"{found.padding_share:.0%} of all positions are padding: {way}")
+    return said

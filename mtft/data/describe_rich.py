@@ -1,0 +1,99 @@
+"""A description as people see it: tables, one example per task with what is learnt in colour, warnings."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .describe import Description, TaskDescription
+
+SHOWN = 1200  # characters of a rendered example
+
+
+def render(found: Description) -> Group:
+    parts: list[RenderableType] = [_data(found), _plan(found), Text(_summary(found)), Text("")]
+    parts += [_sample(task) for task in found.tasks]
+    parts += [Text.assemble(("warning: ", "yellow"), warning) for warning in found.warnings]
+    return Group(*parts)
+
+
+def plain(found: Description, width: int = 120) -> str:
+    """Without colour the learnt parts of an example stand between ⟦ and ⟧."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(render(found))
+    return stream.getvalue()
+
+
+def _data(found: Description) -> Table:
+    table = Table(title=f"{found.name}: data", title_justify="left")
+    table.add_column("task")
+    for name in (
+        "examples",
+        "held out",
+        "prompt tokens",
+        "learnt tokens",
+        "mean",
+        "longest",
+        "cut",
+        "dropped",
+        "skipped",
+    ):
+        table.add_column(name, justify="right")
+    for task in found.tasks:
+        table.add_row(
+            task.name,
+            f"{task.examples:,}",
+            "-" if task.eval_examples is None else f"{task.eval_examples:,}",
+            f"{task.prompt_tokens:,}",
+            f"{task.supervised_tokens:,}",
+            f"{task.mean_length:.0f}",
+            f"{task.longest:,}",
+            f"{task.truncated:,}",
+            f"{task.dropped:,}",
+            f"{task.skipped:,}",
+        )
+    return table
+
+
+def _plan(found: Description) -> Table:
+    table = Table(title=f"mixture, by {found.unit}", title_justify="left")
+    table.add_column("task")
+    columns = "asked", "played", "of tokens", "of learnt", "epochs", "examples/step", "tokens/step", "weight"
+    for name in (*columns, "share x weight"):
+        table.add_column(name, justify="right")
+    for task in found.tasks:
+        table.add_row(
+            task.name,
+            f"{task.asked_share:.4f}",
+            f"{task.realised_share:.4f}",
+            f"{task.token_share:.3f}",
+            f"{task.supervised_share:.3f}",
+            f"{task.epochs:.2f}",
+            f"{task.examples_per_step:.1f}",
+            f"{task.tokens_per_step:,.0f}",
+            f"{task.weight:g}",
+            f"{task.effective_weight:.4f}",
+        )
+    return table
+
+
+def _summary(found: Description) -> str:
+    return (
+        f"{found.steps:,} steps of {found.batch:,} {found.unit}: {found.examples:,} examples, {found.tokens:,} tokens "
+        f"({found.tokens_per_step:,.0f} a step), {found.micro_batches_per_step:.1f} micro-batches a step on one "
+        f"process, {found.padding_share:.1%} padding ({'packed' if found.packing else 'one example a row'})"
+    )
+
+
+def _sample(task: TaskDescription) -> Panel:
+    text = Text()
+    for part, learnt in task.sample:
+        shown = part if len(part) <= SHOWN else f"{part[: SHOWN // 2]} [...] {part[-SHOWN // 2 :]}"
+        text.append(f"⟦{shown}⟧" if learnt else shown, style="bold green" if learnt else "dim")
+    return Panel(text, title=f"{task.name}: first example, learnt parts between ⟦ and ⟧", title_align="left")

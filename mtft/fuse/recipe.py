@@ -41,7 +41,7 @@ def adapters_of(recipe: Recipe, adapters: Sequence[str | Path] | None = None) ->
     section = fuse_section(recipe)
     chosen = list(map(str, adapters or section.adapters or ()))
     if not chosen:
-        places = [Path(recipe.output.dir) / "train" / "adapter", Path(recipe.output.dir) / "adapter"]
+        places = [Path(recipe.output.dir) / "train" / "joint" / "adapter", Path(recipe.output.dir) / "adapter"]
         chosen = [str(place) for place in places if place.is_dir()][:1]
     if not chosen:
         raise FusionError(

@@ -68,7 +68,7 @@ def merge(
     warnings = check_together(opened, allow_base_mismatch=allow_base_mismatch)
     plan = make_plan(opened, method, options, weights, scale, average, per_module, precision, seed)
     rank = _check_policy(rank, energy, min_energy, plan)
-    kept = merge_saved(opened, _weights(plan), saved)
+    kept = merge_saved(opened, plan.weights_K, saved)
     if vllm:
         _check_vllm(plan, kept)
     with replacing(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened]) as folder:
@@ -101,7 +101,7 @@ def merge(
             energy=total,
             worst=min(((name, row["energy"]) for name, row in table.items()), key=lambda item: item[1]),
             modules=table,
-            inputs=[_input(adapter, weight) for adapter, weight in zip(opened, _weights(plan), strict=True)],
+            inputs=[_input(adapter, weight) for adapter, weight in zip(opened, plan.weights_K, strict=True)],
             settings={
                 "average": average,
                 "rank": rank,
@@ -156,12 +156,6 @@ def merge_delta(
     cut = type(spectrum)(spectrum.U[:, :rank], spectrum.S[:rank], spectrum.Vt[:rank])
     B, A = balanced(cut, merged.rows, merged.cols)
     return B, A, float(np.sum(cut.S**2) / square) if square else 1.0
-
-
-def _weights(plan: Plan) -> np.ndarray:
-    """The weights without per-module changes."""
-    plain = [module.weights_K for module in plan.modules if module.method == 0 and module.rank is None]
-    return plain[0] if plain else plan.modules[0].weights_K
 
 
 def _check_policy(rank: int | str, energy: float, min_energy: float, plan: Plan) -> int | str:

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from scipy.linalg import get_lapack_funcs
 
+from .errors import MergeError
 from .factors import Factors
 
 ROWS = 8192
@@ -154,7 +155,10 @@ class Merged:
 
     @property
     def square(self) -> float:
-        return float(np.sum(self.X.astype(np.float64) ** 2)) if self.total is None else self.total
+        if self.total is not None:
+            return self.total
+        with np.errstate(over="ignore"):  # infinite: the caller refuses it
+            return float(np.sum(self.X.astype(np.float64) ** 2))
 
 
 def to_core(
@@ -175,7 +179,14 @@ def to_core(
         cores.append((weight * f.scale) * (rows.R[:, start:stop] @ cols.R[:, start:stop].T))
         start = stop
     cores = [core.astype(dtype, copy=False) for core in cores]
+    if not all(np.isfinite(core).all() for core in cores):
+        raise too_large(str(labels.get("module", "")))
     return Core(cores, rows, cols, np.array([w for _, w in present]), **labels)
+
+
+def too_large(where: str) -> MergeError:
+    """The error for products of finite values that are not finite."""
+    return MergeError("the deltas overflow", where=where, do="leave out the adapter whose values are that large")
 
 
 def svd(X: np.ndarray, tolerance: float | None = None) -> Spectrum:

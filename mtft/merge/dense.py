@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from .core import Columns, Householder, Merged, Whole
+from .core import Columns, Householder, Merged, Whole, too_large
 from .factors import Factors
 
 BLOCK_BYTES = 8 << 20
@@ -39,8 +39,11 @@ class DeltaStream:
         self.rows = max(16, 1 << (rows.bit_length() - 1)) if rows else 16
 
     @classmethod
-    def of_factors(cls, factors: Sequence[Factors], dtype: np.dtype) -> DeltaStream:
+    def of_factors(cls, factors: Sequence[Factors], dtype: np.dtype, where: str = "") -> DeltaStream:
         lefts = [(f.scale * f.B_MR).astype(dtype, copy=False) for f in factors]
+        for left, f in zip(lefts, factors):
+            if not float(np.abs(left).max()) * float(np.abs(f.A_RN).max()) * f.rank < np.finfo(dtype).max:
+                raise too_large(where)
         return cls(lefts, [f.A_RN.astype(dtype, copy=False) for f in factors])
 
     @classmethod

@@ -120,7 +120,7 @@ class AdapterWriter:
             raise MergeError(str(error), where=name, do="write bf16 or fp32 (dtype)") from None
 
     def finish(self) -> None:
-        """Write the saved tensors and, last, the config: a folder without it is no adapter."""
+        """Write the saved tensors and close the file."""
         for key, values in self.saved.items():
             self._writer.write(key, values)
         self._writer.close()
@@ -129,6 +129,7 @@ class AdapterWriter:
         self._writer.abort()
 
     def write_config(self) -> None:
+        """Comes last: a folder without its config is no adapter."""
         text = json.dumps(peft_config(self.plan, self.rank, self.with_bias, list(self.saved)), indent=2)
         (self.folder / CONFIG).write_text(text + "\n", "utf-8")
 

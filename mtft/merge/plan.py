@@ -36,6 +36,7 @@ class Plan:
     adapters: list[Adapter]
     methods: list[Method]
     modules: list[ModulePlan]
+    weights_K: np.ndarray  # where no per-module rule changes them
     scale: float
     precision: str  # of the maths
     seed: int
@@ -194,7 +195,7 @@ def make_plan(
     if precision not in ("auto", "fp64", "fp32"):
         do = "auto, fp64 or fp32: sums in 16 bits lose the merge"
         raise MergeError(f"precision is {precision!r}", where="precision", do=do)
-    return Plan(list(adapters), methods, modules, float(scale), precision, seed)
+    return Plan(list(adapters), methods, modules, default_K, float(scale), precision, seed)
 
 
 def _check_rank(rank: object, where: str) -> int | None:

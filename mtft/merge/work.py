@@ -10,7 +10,7 @@ from multiprocessing import get_context
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from .core import Merged, Spectrum, balanced, svd
+from .core import Merged, Spectrum, balanced, svd, too_large
 from .methods.base import Parts
 from .plan import ModulePlan, Plan
 
@@ -71,12 +71,16 @@ def merge_module(plan: Plan, module: ModulePlan, seen: object, rank: int | None,
 
 def final_spectrum(merged: Merged, parts: Parts, scale: float) -> tuple[Spectrum, float]:
     """SVD of scale * X and its squared norm; what is only rounding of the inputs (as in +D - D) counts as zero."""
+    if not np.isfinite(merged.X).all():
+        raise too_large(parts.module)
     spectrum = svd(merged.X)
     size = sum(
         abs(w) * f.scale * np.linalg.norm(f.B_MR) * np.linalg.norm(f.A_RN)
         for w, f in zip(parts.weights_K, parts.factors, strict=True)
     )
     real = int(np.count_nonzero(16 * np.finfo(parts.dtype).eps * size < spectrum.S))
+    if not np.isfinite(merged.square):
+        raise too_large(parts.module)
     if real == 0:
         return Spectrum(spectrum.U[:, :0], spectrum.S[:0], spectrum.Vt[:0]), 0.0
     return Spectrum(

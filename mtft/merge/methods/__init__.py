@@ -15,6 +15,7 @@ from .ctm import Ctm
 from .dare import Dare
 from .della import Della
 from .delta_norm import DeltaNorm
+from .doge import Doge
 from .iso import IsoC, IsoCts
 from .knots import KnotsDare, KnotsTies
 from .linear import Cat, Linear, Svd
@@ -50,6 +51,7 @@ METHODS: dict[str, type[Method]] = {
     "sce": Sce,
     "pcb": Pcb,
     "consensus": Consensus,
+    "doge": Doge,
     "robustmerge": RobustMerge,
 }
 

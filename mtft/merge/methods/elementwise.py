@@ -51,7 +51,7 @@ class DenseMethod(Method):
 
 
 def task_of(parts: Parts) -> Task:
-    stream = DeltaStream.of_factors(parts.factors, parts.dtype)
+    stream = DeltaStream.of_factors(parts.factors, parts.dtype, parts.module)
     return Task(stream, parts.weights_K, parts.names, parts.module, parts.seed)
 
 

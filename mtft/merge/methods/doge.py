@@ -1,0 +1,91 @@
+"""DOGE, task arithmetic in the trust region: move all tasks by one X that lessens their conflicts, then add them.
+
+    lam_k = 0.07 / ||D_k||;   loss(X) = sum_k || diag(D_k (D_k - sum_j lam_j (D_j + X))^T) ||^2,  X from 0 by Adam,
+    gradient minus P gradient, P = projector on the top int(rank/6) left singular vectors of the stacked U_k
+    D = sum_k lam_k mask_k (D_k + X),  mask = top 30% of |D_k|
+
+Wei et al., "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent" (ICML 2025, arXiv 2501.01230).
+The gradient's rows lie in the row space of the D_k, so X = Y W^T with Y [m, R] and W the right singular vectors of the
+stacked D_k. Adam runs on Y: another path than Adam on X [m, n], to the same minimiser. (In any other basis than W the
+result would hang on how the adapters are written, since Adam is elementwise.) Norms and masks are per module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core import Core, Merged, svd
+from ..dense import DeltaStream, Rule, compress
+from ..errors import MergeError
+from .base import Method, Parts
+from .elementwise import check_density, magnitude_thresholds
+
+
+@dataclass(frozen=True)
+class Doge(Method):
+    """eta: size of a task. steps, learning_rate: of Adam. shared: protected part of the rank. density: the mask's."""
+
+    eta: float = 0.07
+    steps: int = 400
+    learning_rate: float = 1e-4
+    shared: float = 1 / 6
+    density: float = 0.3
+    space = "dense"
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        if self.eta <= 0 or self.steps < 0 or self.learning_rate <= 0 or not 0 <= self.shared <= 1:
+            raise MergeError(
+                "eta, steps, learning_rate or shared out of range", where="options", do="see docs/papers.md"
+            )
+
+    def merge(self, parts: Parts, seen: object = None) -> Merged:
+        core = parts.core
+        lam_K = self.eta / np.array([np.linalg.norm(M) for M in core.cores])
+        Y, _ = self.descend(core, lam_K)
+        stream = DeltaStream.of_factors(parts.factors, parts.dtype, parts.module)
+        thresholds = magnitude_thresholds(stream, self.density, parts.module)
+        weights_K = parts.weights_K.astype(parts.dtype)
+        Wt = core.cols.apply(_directions(core)).T
+
+        def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:
+            X = Y[start : start + len(blocks[0])] @ Wt
+            moved = (
+                c * np.where(np.abs(x) >= t, w * x + X, 0) for c, w, x, t in zip(lam_K, weights_K, blocks, thresholds)
+            )
+            return sum(moved).astype(parts.dtype)
+
+        checked: Rule = rule
+        return compress(stream, checked, parts.rank_cap, parts.module)
+
+    def descend(self, core: Core, lam_K: np.ndarray) -> tuple[np.ndarray, list[float]]:
+        """Y [m, R] and the loss before each step."""
+        W = _directions(core)
+        left = [core.rows.apply(M @ W) for M in core.cores]  # D_k = left_k W^T
+        P = self.protected(core)
+        Y = np.zeros_like(left[0])
+        first, second = np.zeros_like(Y), np.zeros_like(Y)
+        total, losses = sum(c * D for c, D in zip(lam_K, left)), []
+        for step in range(1, self.steps + 1):
+            gap = total + lam_K.sum() * Y
+            errors = [np.sum(D * (D - gap), axis=1) for D in left]  # the diagonals, [m]
+            losses.append(float(sum(np.sum(e**2) for e in errors)))
+            gradient = sum((-2 * lam_K.sum() * e)[:, None] * D for e, D in zip(errors, left))
+            gradient -= P @ (P.T @ gradient)
+            first = 0.9 * first + 0.1 * gradient
+            second = 0.999 * second + 0.001 * gradient**2
+            size = np.sqrt(second / (1 - 0.999**step)) + 1e-8
+            Y -= self.learning_rate * (first / (1 - 0.9**step)) / size
+        return Y, losses
+
+    def protected(self, core: Core) -> np.ndarray:
+        """Orthonormal columns [m, int(shared * rank)] of the directions that X must not touch in the gradient."""
+        U = svd(np.hstack([svd(M).U for M in core.cores])).U
+        return core.rows.apply(U[:, : int(self.shared * U.shape[1])])
+
+
+def _directions(core: Core) -> np.ndarray:
+    """W [dim, rank] in core coordinates: right singular vectors of the stacked deltas."""
+    return svd(np.vstack(core.cores)).Vt.T

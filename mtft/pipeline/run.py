@@ -70,7 +70,7 @@ def run(recipe: Recipe, *, fresh: bool = False, launch: str | None = None) -> Pa
     if singles:
         stages["single"] = singles
     labels = joint_labels(recipe, choice, stores)
-    for name in reversed(labels):  # yardsticks first
+    for name in sorted(labels, key=lambda name: labels[name] == "joint predicted"):  # yardsticks first
         stages[labels[name]] = results[name].scores
     if recipe.merge is not None:
         adapters = _to_merge(recipe, results)

@@ -35,9 +35,7 @@ def finished(whole_recipe):
 def test_results_hold_every_stage_task_and_metric(finished):
     recipe, _, root = finished
     results = json.loads((root / "results.json").read_text())
-    # the natural shares of equal tasks are uniform: without a better proposal, the baseline is the joint run itself
-    expected = STAGES if (root / "train" / "baseline").is_dir() else [s for s in STAGES if s != "joint uniform"]
-    assert list(results) == expected
+    assert list(results) == STAGES
     for stage in results.values():
         assert list(stage) == list(recipe.task_names)
         assert all({"loss", "token_accuracy", "exact_match"} <= set(row) for row in stage.values())

@@ -18,7 +18,7 @@ from ..errors import UserError
 from .batch import IGNORE, PADDING, Batch
 from .encode import Example
 from .isolation import model_inputs, packing_refusal
-from .packing import pack
+from .packing import pack_evenly
 
 __all__ = ["BatchSource", "EvalBatch", "assemble", "deal", "eval_batches", "model_inputs", "packing_refusal"]
 
@@ -204,7 +204,7 @@ def assemble(rows: Sequence[Sequence[tuple[Example, int]]], pad_id: int) -> Batc
 
 
 def _rows(lengths: np.ndarray, capacity: int, packing: bool) -> list[list[int]]:
-    return pack(lengths, capacity) if packing else [[i] for i in range(len(lengths))]
+    return pack_evenly(lengths, capacity) if packing else [[i] for i in range(len(lengths))]
 
 
 def _check_fits(store: Store, micro_batch_tokens: int) -> None:

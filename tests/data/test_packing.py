@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtft.data.packing import pack
+from mtft.data.packing import pack, pack_evenly
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,22 @@ def test_nothing_is_lost_or_split_and_rows_hold(lengths, capacity):
     least = -(-sum(lengths) // capacity)
     assert len(rows) <= 11 / 9 * max(least, sum(x > capacity / 2 for x in lengths)) * 1.5 + 2
     assert pack(np.asarray(lengths, dtype=np.int64), capacity) == rows
+
+
+@given(st.lists(st.integers(1, 64), max_size=120), st.integers(64, 100))
+def test_even_rows_are_no_more_and_no_longer(lengths, capacity):
+    plain, even = pack(lengths, capacity), pack_evenly(lengths, capacity)
+    assert sorted(i for row in even for i in row) == list(range(len(lengths)))
+    assert len(even) <= len(plain)
+    longest = [max((sum(lengths[i] for i in row) for row in rows), default=0) for rows in (even, plain)]
+    assert longest[0] <= longest[1] <= capacity
+
+
+def test_even_rows_leave_no_half_empty_one():
+    # 12 tokens, rows of 10: best fit makes 9 + 3, a third of it padding; 6 + 6 has none
+    lengths = [3, 3, 3, 3]
+    assert pack(lengths, 10) == [[0, 1, 2], [3]]
+    assert pack_evenly(lengths, 10) == [[0, 1], [2, 3]]
 
 
 def test_padding_is_small_on_real_lengths():

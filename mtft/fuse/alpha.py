@@ -21,6 +21,7 @@ Raw logits go in: temperature, top-p and other processors act on the result, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -118,6 +119,23 @@ def fuse_logits(
         clamped_N=clamped_N,
         evaluations=evaluations,
     )
+
+
+def fuse_rows(strong_NV: Tensor, experts_TNV: Sequence[Tensor], base_NV: Tensor, specs: Sequence[FusionSpec]) -> Fused:
+    """As `fuse_logits`, with a spec for each of the N positions; equal specs are solved together."""
+    groups: dict[FusionSpec, list[int]] = {}
+    for row, spec in enumerate(specs):
+        groups.setdefault(spec, []).append(row)
+    if len(groups) == 1:
+        return fuse_logits(strong_NV, experts_TNV, base_NV, specs[0])
+    parts, order = [], []
+    for spec, rows in groups.items():
+        parts.append(fuse_logits(strong_NV[rows], [expert[rows] for expert in experts_TNV], base_NV[rows], spec))
+        order += rows
+    back = torch.tensor(order, device=strong_NV.device).argsort()
+    names = [name for name in vars(parts[0]) if name != "evaluations"]
+    joined = {name: torch.cat([getattr(part, name) for part in parts])[back] for name in names}
+    return Fused(**joined, evaluations=sum(part.evaluations for part in parts))
 
 
 def _own_step(logp_NV: Tensor, p_NV: Tensor, shift: _Shift, spec: FusionSpec) -> tuple[Tilt, Step]:

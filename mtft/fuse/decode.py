@@ -211,7 +211,7 @@ def direct(fused: FusedCausalLM, request: Request) -> Tensor | GenerateDecoderOn
         strong_AV, experts, base_AM = logits[0][:, -1], [expert[:, -1] for expert in logits[1]], logits[2][:, -1]
         active = active_A.tolist()
         step = fused.fuse(strong_AV, experts, base_AM, [request.specs[row] for row in active])
-        scores_AV = request.processors(tokens_BL[active_A], step.logprobs_NV.to(device).clone())
+        scores_AV = process(request, active, tokens_BL[active_A], step.logprobs_NV.to(device).clone())
         next_A = pick(request, scores_AV, active, [position] * len(active))
         next_B = torch.full((rows,), request.pad, dtype=torch.long, device=device)
         next_B[active_A] = torch.where(finished_B[active_A], request.pad, next_A)
@@ -239,10 +239,30 @@ def direct(fused: FusedCausalLM, request: Request) -> Tensor | GenerateDecoderOn
         if request.compact and len(open_A) <= COMPACT * len(active_A):
             sides.select(open_A)
             active_A = active_A[open_A]
-        logits = sides.read(next_B[active_A][:, None])
+        # a finished row that stays reads padding that is never attended to: its positions must not grow
+        idle_A = finished_B[active_A]
+        mask_A1 = (~idle_A).long()[:, None] if bool(idle_A.any()) else None
+        logits = sides.read(next_B[active_A][:, None], mask_A1)
     if request.streamer is not None:
         request.streamer.end()
     return kept.output(tokens_BL)
+
+
+def process(request: Request, rows: list[int], ids_NL: Tensor, scores_NV: Tensor) -> Tensor:
+    """The logits processors on some of the rows."""
+    processors = request.processors
+    if len(rows) != len(request.ids_BL) or rows != sorted(set(rows)):
+        processors = LogitsProcessorList(_for_rows(processor, rows) for processor in processors)
+    return processors(ids_NL, scores_NV)
+
+
+def _for_rows(processor: hf.LogitsProcessor, rows: list[int]) -> hf.LogitsProcessor:
+    """The one stateless processor that knows all rows: it skips each row's padding."""
+    if isinstance(processor, hf.RepetitionPenaltyLogitsProcessor) and isinstance(
+        processor.prompt_ignore_length, Tensor
+    ):
+        return hf.RepetitionPenaltyLogitsProcessor(processor.penalty, processor.prompt_ignore_length[rows])
+    return processor
 
 
 def pick(request: Request, scores_NV: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:

@@ -28,11 +28,13 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from . import decode as decoding
 from . import scoring
-from .alpha import fuse_logits
+from .alpha import fuse_rows
+from .gamma import Gamma
 from .load import Weak, load_model, load_tokenizer, load_weak
 from .rows import BASE
 from .side import Side, Sides
 from .spec import Fused, FusionError, FusionSpec
+from .speculative import draft_and_judge
 from .tokens import agree
 
 MAX_LOGIT_BYTES = 256 << 20
@@ -60,6 +62,7 @@ class FusedCausalLM:
         self.strong, self.weak, self.tokenizer, self.spec = strong, weak, tokenizer, spec
         self.vocab_size, self.shared = vocab_size, vocab_size if shared is None else shared
         self.name_or_path, self.max_logit_bytes = name, max_logit_bytes
+        self.last_gamma: Gamma | None = None  # of the last speculative call: acceptance and times
         self.experts = len(weak.order)
         spec.check_experts(self.experts)
         smalls = [weak.model, *weak.own]
@@ -172,19 +175,7 @@ class FusedCausalLM:
         self, strong_NV: Tensor, experts_TNM: Sequence[Tensor], base_NM: Tensor, specs: Sequence[FusionSpec]
     ) -> Fused:
         """Fuse N positions, each with its own spec (equal specs are solved together)."""
-        groups: dict[FusionSpec, list[int]] = {}
-        for row, spec in enumerate(specs):
-            groups.setdefault(spec, []).append(row)
-        if len(groups) == 1:
-            return fuse_logits(strong_NV, experts_TNM, base_NM, specs[0])
-        parts, order = [], []
-        for spec, rows in groups.items():
-            parts.append(fuse_logits(strong_NV[rows], [expert[rows] for expert in experts_TNM], base_NM[rows], spec))
-            order += rows
-        back = torch.tensor(order, device=strong_NV.device).argsort()
-        names = [name for name in vars(parts[0]) if name != "evaluations"]
-        joined = {name: torch.cat([getattr(part, name) for part in parts])[back] for name in names}
-        return Fused(**joined, evaluations=sum(part.evaluations for part in parts))
+        return fuse_rows(strong_NV, experts_TNM, base_NM, specs)
 
     @torch.no_grad()
     def forward(
@@ -254,6 +245,7 @@ class FusedCausalLM:
         expert_weights: Sequence[float] | Sequence[Sequence[float]] | None = None,
         specs: Sequence[FusionSpec] | None = None,
         seed: int | Sequence[int] | None = None,
+        speculative: int | str | None = None,
         trace: decoding.Observer | None = None,
         expert_input_ids: Tensor | None = None,
         expert_attention_mask: Tensor | None = None,
@@ -263,6 +255,7 @@ class FusedCausalLM:
 
         alpha, alpha_rule, expert_weights: change the model's spec for all rows, or for each (a list, one entry per
         prompt); a bare alpha means alpha_rule fixed. specs: a whole FusionSpec per prompt instead. seed: of sampling.
+        speculative: drafts per round, or auto (speculative.py); the output is the same.
         trace: an observer (trace.py). expert_input_ids: another prompt for the small models, left-padded.
         """
         if model is not self.strong:
@@ -286,7 +279,9 @@ class FusedCausalLM:
             small_mask=expert_attention_mask,
             model_kwargs=model_kwargs,
         )
-        return decoding.direct(self, request)
+        if speculative is None or speculative is False:
+            return decoding.direct(self, request)
+        return draft_and_judge(self, request, speculative)
 
     def score(
         self,

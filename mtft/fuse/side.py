@@ -6,7 +6,7 @@ an expert that can't be rows is a side of its own. A side may hold its own promp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -90,6 +90,55 @@ class Side:
         mask_BC = self.mask_BC.clone()
         mask_BC[:, -length:] *= ~columns_BL.to(mask_BC.device)
         self.mask_BC, self.holes = mask_BC, self.holes or bool(columns_BL.any())
+
+    def squeeze(self) -> None:
+        """Drop what is never attended to: each row's tokens move to the right, in order, behind left padding."""
+        length = int(self.mask_BC.sum(-1).max())
+        order_BC = self.mask_BC.argsort(dim=-1, stable=True)[:, -length:]  # zeros first
+        self.mask_BC = self.mask_BC.gather(-1, order_BC)
+        self.holes = not bool(self.mask_BC.all())
+        index_RC = order_BC.repeat(len(self.groups), 1)[:, None, :, None]
+        self._replace_cache(lambda x_RHCD: x_RHCD.gather(2, index_RC.expand(-1, x_RHCD.shape[1], -1, x_RHCD.shape[3])))
+
+    def split(self, group: int) -> Side:
+        """Give the rows of one group to a side of its own, which reads on by itself."""
+        at, rows = self.groups.index(group), self.mask_BC.shape[0]
+        mine = slice(at * rows, (at + 1) * rows)
+        other = self._twin((group,))
+        other._replace_cache(lambda x: x[mine], self.cache)
+        self.groups = tuple(g for g in self.groups if g != group)
+        self._replace_cache(lambda x: torch.cat([x[: mine.start], x[mine.stop :]]))
+        return other
+
+    def join(self, other: Side, at: int) -> None:
+        """Take back a side that was split off, as group number `at`. Both must have read the same tokens."""
+        for side in (self, other):
+            if side.holes:
+                side.squeeze()
+        if not torch.equal(self.mask_BC, other.mask_BC):
+            raise ValueError("only sides that have read the same tokens can be joined")
+        rows = self.mask_BC.shape[0]
+        self.groups = (*self.groups[:at], *other.groups, *self.groups[at:])
+        pairs = iter([(layer.keys, layer.values) for layer in other.cache.layers])
+        cache = DynamicCache(config=self.model.config)
+        for index, layer in enumerate(self.cache.layers):
+            both = zip((layer.keys, layer.values), next(pairs), strict=True)
+            keys, values = (torch.cat([x[: at * rows], y, x[at * rows :]]) for x, y in both)
+            cache.update(keys, values, index)
+        self.cache = cache
+
+    def _twin(self, groups: tuple[int, ...]) -> Side:
+        cut = {"width": self.width, "layout": self.layout, "known": self.known, "substitute": self.substitute}
+        twin = Side(self.model, groups, **cut)
+        twin.mask_BC, twin.holes = self.mask_BC, self.holes
+        return twin
+
+    def _replace_cache(self, change: Callable[[Tensor], Tensor], source: DynamicCache | None = None) -> None:
+        """A new cache with `change` applied to all keys and values [rows, heads, columns, width]."""
+        cache = DynamicCache(config=self.model.config)
+        for index, layer in enumerate((source or self.cache).layers):
+            cache.update(change(layer.keys), change(layer.values), index)
+        self.cache = cache
 
 
 class Sides:

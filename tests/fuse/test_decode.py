@@ -111,7 +111,7 @@ def test_compaction_changes_nothing(double, monkeypatch, sample):
     ids, mask = tiny.prompts((5, 8, 3, 6, 8), seed=4)
     stop = StopAt([2, 9, 4, 3, 9], ids.shape[1])
     options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
-    options |= {"stopping_criteria": [stop], "do_sample": sample, "seed": 1}
+    options |= {"stopping_criteria": [stop], "do_sample": sample, "seed": 1, "repetition_penalty": 1.3}
     sizes = []
     read = type(double.sides().strong).read
     monkeypatch.setattr(

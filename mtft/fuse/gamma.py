@@ -1,0 +1,75 @@
+"""How many tokens to draft: the gamma with the lowest expected time per token, from measured times and acceptance.
+
+    tokens of a round  E = (1 - beta^(gamma+1)) / (1 - beta)
+    time of a round    (gamma + beta^gamma) e + v(gamma + 1)
+
+beta = chance that a draft is accepted, e = one step of the drafting expert, v(n) = one pass of the other models over n
+positions. gamma = 0 is plain decoding, whose time is measured by itself.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+WINDOW = 32  # rounds that the times are taken from
+PATIENCE = 16  # rounds between two changes
+MEMORY = 0.9  # of the moving average of beta
+PER_POSITION = 0.05  # guess: each further position of a pass costs this share, until it has been measured
+
+
+class Gamma:
+    """A fixed gamma, or `auto`: 0 ... maximum, starting with plain decoding to learn beta without drafting."""
+
+    def __init__(self, fixed: int | None = None, maximum: int = 4, draft_share: float = 0.2) -> None:
+        """draft_share: guess of e as a share of a plain step, until it has been measured."""
+        self.fixed, self.maximum, self.draft_share = fixed, maximum, draft_share
+        self.current = 0 if fixed is None else fixed
+        self.beta: float | None = None
+        self.plain: deque[float] = deque(maxlen=WINDOW)
+        self.draft: deque[float] = deque(maxlen=WINDOW)
+        self.verify: dict[int, deque[float]] = {}
+        self.rounds = self.drafted = self.accepted = 0
+        self._since = PATIENCE - 4  # the first choice comes after four plain steps
+
+    def saw(self, tests: float, accepted: float) -> None:
+        """Acceptance of one round: how many drafts were judged (or would have been), and how many stood."""
+        if tests > 0:
+            now = accepted / tests
+            self.beta = now if self.beta is None else MEMORY * self.beta + (1 - MEMORY) * now
+
+    def took(self, gamma: int, *, plain: float = 0.0, draft: float = 0.0, verify: float = 0.0) -> None:
+        """Seconds of one round: `plain` for gamma 0, else one drafting step and one verification."""
+        self.rounds += 1
+        self._since += 1
+        if gamma == 0:
+            self.plain.append(plain)
+        else:
+            self.draft.append(draft)
+            self.verify.setdefault(gamma + 1, deque(maxlen=WINDOW)).append(verify)
+
+    def next(self) -> int:
+        """gamma of the next round."""
+        if self.fixed is not None or self.beta is None or not self.plain or self._since < PATIENCE:
+            return self.current
+        self._since = 0
+        self.current = min(range(self.maximum + 1), key=self.time_per_token)
+        return self.current
+
+    def time_per_token(self, gamma: int) -> float:
+        """Expected seconds per token."""
+        beta = min(self.beta or 0.0, 0.999)
+        plain = median(self.plain)
+        if gamma == 0:
+            return plain
+        step = median(self.draft) if self.draft else self.draft_share * plain
+        tokens = (1 - beta ** (gamma + 1)) / (1 - beta)
+        return ((gamma + beta**gamma) * step + self._pass(gamma + 1, plain)) / tokens
+
+    def _pass(self, length: int, plain: float) -> float:
+        """v(length): measured, or the nearest measured one and a guess per further position."""
+        if not self.verify:
+            return plain * (1 + PER_POSITION * (length - 1))
+        nearest = min(self.verify, key=lambda known: abs(known - length))
+        base = median(self.verify[nearest])
+        return base * (1 + PER_POSITION * (length - nearest))

@@ -176,6 +176,10 @@ def _quantised(kind: str, dtype: torch.dtype) -> dict[str, Any]:
 def _from_hub(section: ModelSection, load: Any, *, what: str, **options: Any) -> Any:
     location = model_location(section)
     hub = {} if Path(location).is_dir() else {"revision": section.revision}
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         return load(location, trust_remote_code=section.trust_remote_code, **hub, **options)
     except (OSError, ValueError) as error:
@@ -188,3 +192,6 @@ def _from_hub(section: ModelSection, load: Any, *, what: str, **options: Any) ->
             if hub
             else f"check that the folder is a whole model for transformers ({what} files included)",
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()

@@ -80,7 +80,7 @@ def _keep(recipe: Recipe, eval_limit: int | None) -> _Kept:
     if _kept is None or _kept.key != key:
         inputs = read_inputs(recipe, eval_limit=eval_limit)
         _kept = _Kept(key, inputs, load_base(recipe.model, full=recipe.lora is None))
-        # Trainer collects garbage at every start: 0.3 s among a million objects of imported libraries. They stay anyway.
+        # Trainer collects garbage at every start: 0.3 s among a million objects of libraries that stay anyway.
         gc.collect()
         gc.freeze()
     return _kept

@@ -16,8 +16,8 @@ the paired ratios.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -103,10 +103,14 @@ def optimizer_step(model, optimizer, loss: Tensor) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = "wall"  # set once by main
+
+
 def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     run()
-    return time.perf_counter() - start
+    return CLOCKS[clock]() - start
 
 
 def alternate(sides: dict[str, Callable[[], object]], steps: int) -> dict[str, np.ndarray]:
@@ -153,7 +157,7 @@ def bookkeeping(steps: int) -> dict:
 
 
 def balancers(steps: int) -> dict:
-    """Cost of a step = own time + extra forwards it asks for, over a plain step with one micro-batch (the worst case)."""
+    """Cost of a step = own time + extra forwards it asks for, over a plain step of one micro-batch (the worst case)."""
     model = make_model("5M")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batch = make_batch(8, 256, model.config.vocab_size)
@@ -207,17 +211,17 @@ def balancers(steps: int) -> dict:
 def coba_loop(train: Callable, forward: Callable, steps: int) -> dict[str, float]:
     """Ten steps with CoBa's validation forward and weights beside ten plain steps."""
     balancer = BALANCERS["coba"](Context(tuple("abcde")), warmup=2, window=200)
-    loss_K, clock = torch.linspace(1, 2, TASKS, dtype=torch.float64), [0]
+    loss_K, now = torch.linspace(1, 2, TASKS, dtype=torch.float64), itertools.count(1)
     balancer.update(Observation(0, loss_K * torch.nan, valid_loss_K=loss_K))
 
     def ten_with() -> None:
         for _ in range(10):
-            clock[0] += 1
-            train(balancer.weights(clock[0]))
-            due = clock[0] % balancer.valid_every == 0
+            t = next(now)
+            train(balancer.weights(t))
+            due = t % balancer.valid_every == 0
             if due:
                 forward()
-            balancer.update(Observation(clock[0], loss_K, loss_K / clock[0] ** 0.1 if due else None))
+            balancer.update(Observation(t, loss_K, loss_K / t**0.1 if due else None))
 
     def ten_plain() -> None:
         for _ in range(10):
@@ -254,9 +258,16 @@ def peak_of(path: str) -> float:
     model = make_model("wide")
     batch = make_batch(8, 256, model.config.vocab_size)
     path_loss("gather", model, make_batch(1, 8, model.config.vocab_size)).sum().backward()  # libraries are loaded now
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model.zero_grad()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is held now
+    before = memory_kib("VmRSS")
     path_loss(path, model, batch).sum().backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (memory_kib("VmHWM") - before) / 1024
+
+
+def memory_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
 
 
 def mftcoder(steps: int) -> dict:
@@ -297,13 +308,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; may be repeated (default: all)")
     parser.add_argument("--steps", type=int, default=20, help="measured rounds of each comparison")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--peak-of", choices=("full", "gather"), help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.peak_of:
         print(peak_of(asked.peak_of))
         return
-    figures = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    global clock
+    clock = asked.clock
+    figures = {"clock": clock, "threads": torch.get_num_threads(), "torch": torch.__version__}
     for name in asked.only or PARTS:
         figures[name] = PARTS[name](asked.steps)
         print(json.dumps({name: figures[name]}, indent=1), flush=True)

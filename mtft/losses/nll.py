@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from mtft.data.batch import IGNORE, Batch
 from mtft.data.isolation import model_inputs, packing_refusal
 from mtft.errors import UserError
+from mtft.losses.softmax import row_nll_in_place
 
 Path = Literal["auto", "gather", "fused"]
 
@@ -57,6 +58,7 @@ def token_nll(
     chunk_rows: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    many_backwards: bool = False,
 ) -> Tensor:
     """fp32 [B, T]: loss (nats) of every supervised token, 0 elsewhere; connected to the graph even if there is none.
 
@@ -67,6 +69,7 @@ def token_nll(
                      Saves memory where the model computes in 16 bit
     label_smoothing  eps: (1 - eps) nll + eps * mean over the vocabulary of -log p
     z_loss           adds z * logsumexp(logits)^2, which keeps the normaliser near 1 (PaLM, arXiv 2204.02311: 1e-4)
+    many_backwards   allow several backward passes through one forward (retain_graph), for a third buffer of logits
     """
     inputs = _inputs(model, batch, attention) if inputs is None else inputs
     supervised_BT = batch.labels_BT != IGNORE
@@ -77,7 +80,9 @@ def token_nll(
     logits_NV = _supervised_logits(model, inputs, supervised_BT)
     labels_N = batch.labels_BT[supervised_BT]
     rows = max(1, len(labels_N)) if chunk_rows is None else chunk_rows
-    if rows >= len(labels_N):
+    if rows >= len(labels_N) and torch.is_grad_enabled() and not (many_backwards or label_smoothing or z_loss):
+        nll_N = row_nll_in_place(logits_NV, labels_N)
+    elif rows >= len(labels_N):
         nll_N = _row_nll(logits_NV, labels_N, label_smoothing, z_loss)
     else:
         parts = zip(logits_NV.split(rows), labels_N.split(rows), strict=True)

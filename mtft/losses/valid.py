@@ -1,7 +1,7 @@
 """The small held-out stream that validation-driven balancers look at.
 
 Every `Needs.valid_every` steps one micro-batch a rank of held-out examples, all tasks in it, forward only. The cost is
-one forward of a micro-batch every so many steps (measured in scripts/bench_losses.py). The choice depends on (seed, step)
+one forward of a micro-batch every so many steps (see scripts/bench_losses.py). The choice depends on (seed, step)
 only: the same for any number of ranks, and after a restart.
 """
 

@@ -40,12 +40,14 @@ class OldForward(nn.Module):
         return self.inner[0](input_ids=input_ids, **kwargs)
 
 
-@pytest.mark.parametrize("path", ["gather", "gather in chunks", "old forward", "fused"])
+@pytest.mark.parametrize("path", ["gather", "gather, kept", "gather in chunks", "old forward", "fused"])
 def test_paths_agree(path):
     batch, model = packed_batch(), tiny_llama()
     c_BT = torch.randn(batch.labels_BT.shape, generator=torch.Generator().manual_seed(1))
     _, reference_BT = full_logits_nll(model, batch)
     options = {"inputs": isolated_inputs(batch)}
+    if path == "gather, kept":
+        options["many_backwards"] = True
     if path == "gather in chunks":
         options["chunk_rows"] = 3
     if path == "fused":

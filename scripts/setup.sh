@@ -32,16 +32,22 @@ find_python() {
 # The stamp says what was installed, from what, by which interpreter, and where (an editable install holds the path).
 python=.venv/bin/python
 stamp() { { cat pyproject.toml; "$python" -V; pwd; } | cksum; }
-done_already() { [ -x "$python" ] && [ -f ".venv/mtft-$1.stamp" ] && [ "$(cat ".venv/mtft-$1.stamp")" = "$(stamp)" ]; }
+done_already() { [ -x "$python" ] && [ -f .venv/pyvenv.cfg ] && [ -f ".venv/mtft-$1.stamp" ] && [ "$(cat ".venv/mtft-$1.stamp")" = "$(stamp)" ]; }
 
 if done_already "$flavour" || { [ "$flavour" = core ] && done_already dev; }; then exit 0; fi
 
-has_pip() { [ -x "$python" ] && "$python" -m pip --version >/dev/null 2>&1; }
-if ! has_pip; then
+# An interrupted `venv` can leave a bin/python that is the system's own interpreter (no pyvenv.cfg beside it): pip would
+# then install into the system. So .venv must be a virtual environment and have pip, and pip refuses anything else.
+export PIP_REQUIRE_VIRTUALENV=1
+is_whole() {
+  [ -x "$python" ] && "$python" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' >/dev/null 2>&1 &&
+    "$python" -m pip --version >/dev/null 2>&1
+}
+if ! is_whole; then
   base="$(find_python)"
   echo "setup: making .venv with $("$base" -V)"
-  # --clear: whatever lies there was interrupted before it had pip
-  if ! "$base" -m venv --clear .venv || ! has_pip; then
+  # --clear: whatever lies there was interrupted before it was whole
+  if ! "$base" -m venv --clear .venv || ! is_whole; then
     echo "error: '$base -m venv' failed" >&2
     echo "  do:    on Debian and Ubuntu: apt install python3-venv; elsewhere name another interpreter with PYTHON=..." >&2
     exit 2

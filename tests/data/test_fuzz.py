@@ -1,0 +1,138 @@
+"""10,000 broken rows: each one is used whole, or refused with file and line. Never a traceback, never silence."""
+
+import collections
+import json
+import random
+
+import pytest
+
+from mtft.data.chat import Renderer
+from mtft.data.columns import make_reader
+from mtft.data.encode import encode, runs
+from mtft.data.files import Problem, read_file
+from mtft.data.messages import RowError
+from mtft.data.store import open_store
+from mtft.errors import UserError
+from mtft.recipe.schema import TaskSection
+from tests.data.toys import TEMPLATES, tokenizer
+
+ANSWER = "forest"
+GOOD = {
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "the quick fox"},
+            {"role": "assistant", "content": ANSWER},
+        ]
+    },
+    "sharegpt": {"conversations": [{"from": "human", "value": "the dog"}, {"from": "gpt", "value": ANSWER}]},
+    "chat_rounds": {"chat_rounds": [{"role": "human", "content": "the dog"}, {"role": "bot", "content": ANSWER}]},
+    "alpaca": {"instruction": "jump", "input": "over", "output": ANSWER},
+    "prompt_response": {"prompt": "the lazy dog", "response": ANSWER},
+    "multiple_choice": {"question": "where?", "choices": ["forest", "morning"], "answer": 0},
+    "classification": {"text": "the question", "label": ANSWER},
+    "text": {"text": f"the quick {ANSWER}"},
+}
+ODD = [
+    None, True, 0, -1, 3.5, 1e400, "", " ", "\n\t", "\x00", "🙂", "\ud800", "a" * 3000, [], {}, [[]], [None], ["a"],
+    [{}], {"role": "user"}, [{"role": "user", "content": "x"}], "<|im_end|>", "{{ x }}", "</s>", 10**30,
+]  # fmt: skip
+
+
+def places(value, path=()):
+    """All paths into a JSON value."""
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def mutate(row, rng):
+    row = json.loads(json.dumps(row))
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        *above, last = rng.choice([path for path in places(row) if path])
+        parent = row
+        for key in above:
+            parent = parent[key]
+        action = rng.randrange(4)
+        if action == 0:
+            del parent[last]
+        elif action == 1 and isinstance(parent, dict):
+            parent[str(last) + rng.choice("xs _")] = parent.pop(last)
+        else:
+            parent[last] = rng.choice(ODD)
+        if not row:
+            return row
+    return row
+
+
+def as_bytes(row, rng):
+    raw = json.dumps(row).encode()
+    if rng.random() < 0.2:
+        cut = rng.randrange(len(raw))
+        raw = rng.choice([raw[:cut], raw[:cut] + bytes([rng.randrange(256)]) + raw[cut + 1 :], raw + raw[cut:]])
+    return raw.replace(b"\n", b" ").replace(b"\r", b" ")
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen3", "mistral", "gemma"])
+def test_rows(tmp_path, template):
+    rng = random.Random(template)
+    made = tokenizer(TEMPLATES[template])
+    renderer = Renderer(made)
+    happened, refusals = collections.Counter(), []
+    for name, good in GOOD.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(b"\n".join(as_bytes(mutate(good, rng), rng) for _ in range(10_000 // 4 // len(GOOD))))
+        reader = make_reader(TaskSection(name="t", data=str(path), format=name), [good], lambda column: None)
+        for row in read_file(str(path), path.name):
+            assert row.line >= 1
+            if isinstance(row, Problem):
+                happened["unreadable"] += 1
+                assert path.name in str(row)
+                assert len(str(row)) < 400
+                continue
+            try:
+                rendered = renderer.render(reader(row.data))
+            except RowError as error:
+                happened["refused"] += 1
+                refusals.append(str(Problem(row.file, row.line, error.what, error.column, error.value)))
+                continue
+            happened["used"] += 1
+            for example in encode(made, rendered):
+                learnt = "".join(part for part, learn in runs(made, example) if learn)
+                assert learnt.strip(), row  # nothing is accepted that teaches nothing
+    print(dict(happened))
+    assert max(map(len, refusals)) < 900
+    assert sum(happened.values()) >= 10_000 // 4 * 0.95  # a few rows were cut down to nothing
+    assert min(happened["unreadable"], happened["refused"], happened["used"]) > 100
+
+
+BROKEN = {
+    "answer removed": lambda row: {key: value for key, value in row.items() if value != ANSWER},
+    "answer blank": lambda row: json.loads(json.dumps(row).replace(ANSWER, " ")),
+    "answer null": lambda row: json.loads(json.dumps(row).replace(f'"{ANSWER}"', "null")),
+    "answer a number": lambda row: json.loads(json.dumps(row).replace(f'"{ANSWER}"', "[7]")),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if name not in ("multiple_choice", "text")])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_an_answer_that_is_gone_is_never_accepted(name, broken):
+    reader = make_reader(TaskSection(name="t", data="x", format=name), [GOOD[name]], lambda column: None)
+    row = BROKEN[broken](GOOD[name])
+    if row == GOOD[name]:
+        row = {}
+    with pytest.raises(RowError):
+        reader(row)
+
+
+def test_random_bytes_are_one_clear_block(tmp_path):
+    rng = random.Random(0)
+    made = tokenizer(TEMPLATES["chatml"])
+    for kind in ("jsonl", "json", "csv", "tsv", "parquet", "jsonl.gz"):
+        for size in (0, 1, 50, 5000):
+            path = tmp_path / f"rows.{kind}"
+            path.write_bytes(rng.randbytes(size))
+            with pytest.raises(UserError) as caught:
+                open_store(TaskSection(name="t", data=str(path)), "train", made, max_length=64, cache_dir=tmp_path)
+            assert len(str(caught.value)) < 5000

@@ -1,0 +1,48 @@
+"""Memory does not grow with the data: the bound of issue size (5 GB in 2 GB) at a hundredth of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BUILD = """
+import resource, sys
+from pathlib import Path
+from mtft.data.store import open_store
+from mtft.recipe.schema import TaskSection
+from tests.data.toys import TEMPLATES, tokenizer
+path, cache = Path(sys.argv[1]), Path(sys.argv[2])
+store = open_store(TaskSection(name="big", data=str(path)), "train", tokenizer(TEMPLATES["chatml"]),
+                   max_length=2048, cache_dir=cache)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+total = 0
+for i in range(0, store.num_examples, 7):  # read all over the store, as training does
+    total += int(store.example(i).input_ids[0])
+own = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))  # mapped pages can be dropped
+print(store.stats["tokens"], peak, int(own.split()[1]) // 1024)
+"""
+
+
+def peak(tmp_path, megabytes):
+    """(tokens, peak resident MB of the build, own MB after reading) of a process that builds and reads a store."""
+    row = json.dumps({"prompt": "the quick brown fox jumps over the lazy dog " * 20, "response": "forest " * 20}) + "\n"
+    path = tmp_path / f"{megabytes}.jsonl"
+    with path.open("w") as file:
+        for _ in range(megabytes * 1_000_000 // len(row)):
+            file.write(row)
+    command = [sys.executable, "-c", BUILD, str(path), str(tmp_path / "cache")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.getcwd())
+    return tuple(map(int, run.stdout.split()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    few, *small = peak(tmp_path, 10)
+    many, *large = peak(tmp_path, 50)
+    assert many > 4.5 * few
+    growth = [after - before for before, after in zip(small, large)]
+    assert max(growth) < 10, (small, large)  # of 40 MB more text next to nothing stays

@@ -66,6 +66,8 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": False}
     if section.temperature > 0:
         sampling = {"do_sample": True, "temperature": section.temperature, "top_p": section.top_p, "top_k": 0}
+    if section.speculative != "off":
+        sampling["speculative"] = section.speculative
 
     def work(jobs: list[Job]) -> list[dict[str, Any]]:
         return generate_bucket(model, [job.row for job in jobs], sampling)
@@ -137,13 +139,12 @@ def generate_bucket(
         trace=Observers(stats, trace),
         **sampling,
     )
-    ends = end_ids(model)
     answers = []
     for i, row in enumerate(rows):
         tokens = out_BL[i, ids_BL.shape[1] :][: stats.tokens[i]].tolist()
         answer = {
             "text": model.tokenizer.decode(tokens, skip_special_tokens=True),
-            "finish_reason": "stop" if tokens and tokens[-1] in ends else "length",
+            "finish_reason": "stop" if tokens and tokens[-1] in model.end_ids else "length",
             "tokens": len(tokens),
             "alpha_mean": stats.alpha_mean(i),
             "clipped_share": stats.clipped_share(i),
@@ -182,12 +183,6 @@ class RowLimit(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return torch.tensor(self.limits, device=input_ids.device) <= input_ids.shape[1] - self.prompt
-
-
-def end_ids(model: FusedCausalLM) -> set[int]:
-    """The ids that end a text: generation_config may list several."""
-    ends = model.generation_config.eos_token_id
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 def row_spec(model: FusedCausalLM, row: dict[str, Any]) -> FusionSpec:

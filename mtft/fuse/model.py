@@ -147,6 +147,12 @@ class FusedCausalLM:
         """Positions that all models can read."""
         return self.config.max_position_embeddings
 
+    @property
+    def end_ids(self) -> set[int]:
+        """The ids that end a text: generation_config may list several."""
+        ends = self.generation_config.eos_token_id
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
     def eval(self) -> FusedCausalLM:
         """All models are in eval mode already; here because evaluation tools call it."""
         return self

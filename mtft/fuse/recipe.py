@@ -75,7 +75,7 @@ def open_fusion(recipe: Recipe, adapters: Sequence[str | Path] | None = None) ->
 def fingerprint(recipe: Recipe, adapters: Sequence[str | Path] | None = None) -> str:
     """sha256 of all that decides a fused answer: the fuse section, the seed and the weights."""
     section = fuse_section(recipe)
-    wish = section.model_dump(mode="json", exclude={"adapters", "batch_size"})
+    wish = section.model_dump(mode="json", exclude={"adapters"})
     parts: dict[str, Any] = {"fuse": wish, "spec": asdict(spec_of(section)), "seed": recipe.seed}
     base = section.base or recipe.model
     parts["weights"] = [_weights(section.strong), _weights(base)]

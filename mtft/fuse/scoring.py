@@ -150,7 +150,8 @@ def _positions(
     if len(columns) == 0:
         return
     first, last, rows = int(columns[0]), int(columns[-1]), len(ids_BL)
-    longest = ids_BL.shape[1] if mask_BL is None else int(mask_BL.sum(-1).max())
+    # the last token is judged, never read
+    longest = last + 1 if mask_BL is None else int(mask_BL[:, : last + 1].sum(-1).max())
     if longest > fused.context:
         raise FusionError(f"{longest} tokens, the smaller context holds {fused.context}", do="shorten the text")
     specs = specs or [fused.spec] * rows

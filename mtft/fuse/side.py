@@ -165,11 +165,17 @@ class Sides:
         small_ids_BL: another prompt for the small models (their own chat template); the continuation is shared.
         """
         strong_BKV = self.strong.read(ids_BL, mask_BL, keep)[0]
-        small_ids_BL, small_mask_BL = (ids_BL, mask_BL) if small_ids_BL is None else (small_ids_BL, small_mask_BL)
-        weak_GBKM = self.weak.read(small_ids_BL, small_mask_BL, keep).to(strong_BKV.device)
-        own = [side.read(small_ids_BL, small_mask_BL, keep)[0].to(strong_BKV.device) for side in self.own]
-        experts = [weak_GBKM[group] if index < 0 else own[index] for index, group in self.order]
-        return strong_BKV, experts, weak_GBKM[-1]
+        small = (ids_BL, mask_BL) if small_ids_BL is None else (small_ids_BL, small_mask_BL)
+        return strong_BKV, *self.read_weak(*small, keep)
+
+    def read_weak(
+        self, ids_BL: Tensor, mask_BL: Tensor | None = None, keep: int | Tensor = 1
+    ) -> tuple[list[Tensor], Tensor]:
+        """The small models alone: (T experts, base)."""
+        device = self.strong.model.device
+        weak_GBKM = self.weak.read(ids_BL, mask_BL, keep).to(device)
+        own = [side.read(ids_BL, mask_BL, keep)[0].to(device) for side in self.own]
+        return [weak_GBKM[group] if index < 0 else own[index] for index, group in self.order], weak_GBKM[-1]
 
     def select(self, keep: Tensor) -> None:
         for side in self.all:

@@ -264,6 +264,8 @@ class FuseSection(Section):
     """One weight per expert for weights: user; they add up to 1."""
     plausibility: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """After fusion drop tokens below this share of the strong model's best probability; 0 = off."""
+    speculative: Literal["off", "auto"] | Annotated[int, Field(ge=0, le=16)] = "off"
+    """Let the expert draft tokens that the strong model only judges: the same text in fewer passes. Drafts, or auto."""
     tokens: Literal["strict", "prefix"] = "strict"
     """How much the tokenizers must agree. prefix: extra ids at the end are allowed, and not steered."""
 

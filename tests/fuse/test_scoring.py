@@ -123,8 +123,9 @@ def test_nothing_to_score(single):
 
 
 def test_too_long(single):
-    with pytest.raises(FusionError, match="130 tokens, the smaller context holds 128"):
+    with pytest.raises(FusionError, match="129 tokens, the smaller context holds 128"):
         single.score(torch.full((1, 130), 5))
+    assert single.score(torch.full((1, 129), 5)).logprob_BL[0, -1] < 0  # the last token is judged, never read
 
 
 def test_stats(double):

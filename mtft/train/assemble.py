@@ -19,6 +19,7 @@ from mtft.evaluate.loss import Layout, evaluate_model
 from mtft.evaluate.scores import TaskScores
 from mtft.losses.balancers import make_balancer
 from mtft.losses.nll import resolve_path
+from mtft.losses.valid import ValidStream
 from mtft.recipe.schema import Recipe
 from mtft.train import folder
 from mtft.train.checkpoint import check_identity, trainable
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from data_mixers.plan import MixturePlan
+
+
+VALID_TOKENS = 16_384  # at the most, of one measurement for a balancer that watches held-out losses
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,22 @@ def build_trainer(
         tokens=[int(store.supervised.sum()) for store in inputs.stores],
     )
 
+    valid = None
+    if balancer.needs.valid_every is not None:
+        valid = ValidStream(
+            inputs.held_out,
+            tasks=recipe.task_names,
+            # Not of the micro-batch: what is measured must not depend on how a step is split.
+            tokens=max(min(asked.batch_tokens, VALID_TOKENS), layout.max_length),
+            max_length=layout.max_length,
+            packing=layout.packing,
+            pad_id=layout.pad_id,
+            seed=recipe.seed,
+            rank=args.process_index,
+            world=args.world_size,
+        )
+    path = resolve_path(recipe.loss.path, args.device)
+
     def score(network: nn.Module) -> dict[str, TaskScores]:
         autocast = None if dtype == torch.float32 else dtype
         return evaluate_model(network, inputs.held_out, layout, attention=attention, autocast=autocast)
@@ -129,7 +149,7 @@ def build_trainer(
         args,
         steps=Steps(source, plan),
         tasks=recipe.task_names,
-        objective=Objective(recipe.loss.normalise, resolve_path(recipe.loss.path, args.device), attention),
+        objective=Objective(recipe.loss.normalise, path, attention, valid),
         balancer=balancer,
         log=log,
         score=score,

@@ -42,20 +42,26 @@ from mtft.losses.reduce import (
     task_probs,
     task_sums,
 )
+from mtft.losses.valid import ValidStream
 from mtft.train import checkpoint
 from mtft.train.log import RunLog, finite
 from mtft.train.ranks import check_ranks
 from mtft.train.signals import StopSignal
 from mtft.train.steps import Steps
+from mtft.train.tree import random_state, restore_random_state
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the normalisation, the path of the per-token losses, the attention implementation."""
+    """What is minimised: the normalisation, the path of the per-token losses, the attention implementation.
+
+    valid: held-out micro-batches of a step, for balancers that ask for them (Needs.valid_every).
+    """
 
     normalise: str
     path: str
     attention: str
+    valid: ValidStream | None = None
 
 
 class MultiTaskTrainer(Trainer):
@@ -99,13 +105,11 @@ class MultiTaskTrainer(Trainer):
         self._bad_in_a_row = 0
         self._line: dict[str, Any] = {}
         self._trouble: str | None = None
-        needs = balancer.needs
-        if needs.gram_every is not None or needs.valid_every is not None:
-            what = "task gradients" if needs.gram_every else "validation losses"
+        if balancer.needs.gram_every is not None:
             raise UserError(
-                f"balancer {balancer.NAME} needs {what} every few steps, which the trainer does not measure",
+                f"balancer {balancer.NAME} needs the gradients of each task, which the trainer does not measure",
                 where="loss.balancer.name",
-                do="choose a balancer that works from the training losses",
+                do="choose a balancer that works from losses",
             )
 
     # ---- data
@@ -134,7 +138,9 @@ class MultiTaskTrainer(Trainer):
         step, K, device = self.state.global_step + 1, len(self.tasks), self.args.device
         batches = [batch.to(device) for batch in inputs]
         counts = step_counts(batches, K, device=device)
-        step_loss_K = self._losses_before(model, batches) if self.balancer.needs.step_loss else None
+        needs = self.balancer.needs
+        self._random = random_state() if needs.after_step else None
+        step_loss_K = self._losses(model, batches) if needs.step_loss else None
         w_K = self.balancer.weights(step, step_loss_K)
         ranks = self.accelerator.num_processes
         parts: list[TaskSums] = []
@@ -162,12 +168,18 @@ class MultiTaskTrainer(Trainer):
         with self.compute_loss_context_manager():
             return token_nll(model, batch, path=self.objective.path, attention=self.objective.attention)
 
-    def _losses_before(self, model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-        """Global task losses of the step without a gradient, and without moving the random state (dropout is equal)."""
+    def _losses(self, model: nn.Module, batches: Sequence[Batch], random: dict[str, Any] | None = None) -> Tensor:
+        """Global task losses of some batches, float64 [K]: no gradient, and the random state stays where it is.
+
+        random: the state to draw dropout from (None: the present one, so that the backward to come draws the same).
+        """
         K, device = len(self.tasks), self.args.device
-        devices = [device] if device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        here = random_state()
+        if random is not None:
+            restore_random_state(random)
+        with torch.no_grad():
             parts = [task_sums(self._nll(model, batch), batch, K) for batch in batches]
+        restore_random_state(here)
         counts = step_counts(batches, K, device=device)
         return task_losses(reduce_sums(parts, K, device=device), counts, self.objective.normalise)
 
@@ -215,12 +227,10 @@ class MultiTaskTrainer(Trainer):
         """After the optimizer step: balancer, metrics, bad steps, signals. Called by `Flow` on every rank."""
         batches, loss_K, probs_K = self._seen
         if self._trouble is None:
-            after_K = None
-            if self.balancer.needs.after_step:
-                after_K = self._losses_before(self.model_wrapped, batches)
-            self.balancer.update(
-                Observation(self.state.global_step, loss_K, after_loss_K=after_K, train_prob_K=probs_K)
-            )
+            step, needs = self.state.global_step, self.balancer.needs
+            after_K = self._losses(self.model_wrapped, batches, self._random) if needs.after_step else None
+            valid_K = self._valid_losses(step) if needs.valid_every and step % needs.valid_every == 0 else None
+            self.balancer.update(Observation(step, loss_K, valid_K, after_loss_K=after_K, train_prob_K=probs_K))
             self._bad_in_a_row = 0
         else:
             self.bad_steps[self._trouble] += 1
@@ -238,6 +248,30 @@ class MultiTaskTrainer(Trainer):
         if self.stop.agreed(self.args.device):
             control.should_training_stop = True
             control.should_save = self.args.save_strategy != "no"
+
+    def _valid_losses(self, step: int) -> Tensor:
+        """Losses of the small held-out stream (`mtft.losses.valid`), in evaluation mode."""
+        if self.objective.valid is None:
+            raise ValueError(f"balancer {self.balancer.NAME} needs a held-out stream")
+        self.model_wrapped.eval()
+        batches = [batch.to(self.args.device) for batch in self.objective.valid.batches(step)]
+        found_K = self._losses(self.model_wrapped, batches)
+        self.model_wrapped.train()
+        return found_K
+
+    def observe_start(self) -> None:
+        """Step 0 for balancers that watch validation: the loss of every held-out example, before training."""
+        if self.balancer.needs.valid_every is None or self.state.global_step > 0:
+            return
+        if 0 not in self.evaluations:
+            self.evaluate()
+        found = [self.evaluations[0][task] for task in self.tasks]
+        if self.objective.normalise in ("sample", "task_sample"):
+            means = [float((scores.nll_N / scores.tokens_N).mean()) for scores in found]
+        else:
+            means = [scores.summary()["loss"] for scores in found]
+        valid_K = torch.tensor(means, dtype=torch.float64)
+        self.balancer.update(Observation(0, torch.full_like(valid_K, torch.nan), valid_K))
 
     def _give_up(self, trouble: str) -> None:
         step = self.state.global_step
@@ -307,6 +341,7 @@ class Flow(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.run_log.start(state.global_step)
+        self.trainer.observe_start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.finish_step(control)

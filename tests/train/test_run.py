@@ -89,8 +89,13 @@ def picture(folder):
 
 @pytest.fixture(scope="module")
 def few_rows(recipe):
-    """Several epochs in 8 steps: what is resumed must be the right epoch, in the right place."""
-    return {**recipe, "tasks": [{**task, "limit": 10} for task in recipe["tasks"]]}
+    """Several epochs in 8 steps, so that the right place of the right epoch is resumed; and a balancer with state."""
+    balancer = {"name": "coba", "warmup": 2, "window": 4, "valid_every": 1}
+    return {
+        **recipe,
+        "tasks": [{**task, "limit": 10} for task in recipe["tasks"]],
+        "loss": {"balancer": balancer},
+    }
 
 
 @pytest.fixture(scope="module")

@@ -248,3 +248,29 @@ def test_unknown_optimizer_lists_the_known(recipe, tmp_path):
     with pytest.raises(UserError, match="adamww") as caught:
         trainer_for(recipe, tmp_path, train={**recipe["train"], "optimizer": "adamww"})
     assert "adamw_torch" in caught.value.do
+
+
+BALANCERS = (
+    {"name": "random"},
+    {"name": "temperature", "temperature": 2.0},
+    {"name": "focal"},
+    {"name": "coba", "warmup": 2, "window": 4, "valid_every": 2},
+    {"name": "famo", "after": "exact"},
+    {"name": "dwa", "window": 2},
+    {"name": "gls", "step_loss": "exact"},
+)
+
+
+@pytest.mark.parametrize("balancer", BALANCERS, ids=lambda options: options["name"])
+def test_weights_of_balancers_do_not_depend_on_the_split(recipe, tmp_path, balancer):
+    """What each asks for (validation, probabilities, losses before or after the step) is measured for any split."""
+    found = {}
+    for name, tokens in (("one", 4096), ("several", 64)):
+        settings = {**recipe["train"], "steps": 6, "micro_batch_tokens": tokens, "warmup": 0}
+        trainer, *_ = trainer_for(recipe, tmp_path / name, loss={"balancer": balancer}, train=settings, lora={"r": 4})
+        trainer.train()
+        found[name] = [[values["weight"] for values in line["tasks"].values()] for line in lines(tmp_path / name)]
+    for left, right in zip(found["one"], found["several"], strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
+    if balancer["name"] != "temperature":
+        assert found["one"][5] != found["one"][1]

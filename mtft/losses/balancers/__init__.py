@@ -15,6 +15,7 @@ from .dwa import DynamicWeightAverage
 from .famo import Famo
 from .focal import Focal
 from .gradnorm import GradNorm
+from .groups import Grouped, read_groups
 from .learned import ImpartialLoss, UncertaintyWeighting
 from .scalar import GeometricMean, SmoothTchebycheff
 from .selfpaced import SelfPaced
@@ -53,7 +54,7 @@ def make_balancer(
     examples: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
 ) -> Balancer:
-    """The balancer that a recipe's `loss.balancer` describes.
+    """The balancer that a recipe's `loss.balancer` describes; with `groups: {name: [task, ...]}` one over groups.
 
     `user_weights`: the weight of each task in the recipe, multiplied into every weight that comes out.
     `examples`, `tokens`: size of each task's training data in examples and supervised tokens (temperature needs them).
@@ -67,7 +68,20 @@ def make_balancer(
         examples_K=None if examples is None else torch.tensor(list(examples)),
         tokens_K=None if tokens is None else torch.tensor(list(tokens)),
     )
-    return balancer_class(section)(context, **(section.model_extra or {}))
+    options = dict(section.model_extra or {})
+    groups = options.pop("groups", None)
+    kind = balancer_class(section)
+    if groups is None:
+        return kind(context, **options)
+    members = read_groups(groups, context.tasks)
+
+    def total(size_K: torch.Tensor | None) -> torch.Tensor | None:
+        return None if size_K is None else torch.stack([size_K[group].sum() for group in members.values()])
+
+    of_groups = context._replace(
+        tasks=tuple(members), user_K=None, examples_K=total(context.examples_K), tokens_K=total(context.tokens_K)
+    )
+    return Grouped(context, kind(of_groups, **options), list(members.values()))
 
 
 def balancer_class(section: BalancerSection) -> type[Balancer]:
@@ -81,8 +95,8 @@ def balancer_class(section: BalancerSection) -> type[Balancer]:
     kind = BALANCERS[section.name]
     options: Mapping[str, object] = section.model_extra or {}
     for option in options:
-        if option not in options_of(kind):
-            known = ", ".join(options_of(kind)) or "none"
+        if option not in (*options_of(kind), "groups"):
+            known = ", ".join((*options_of(kind), "groups"))
             raise UserError(
                 f"balancer {section.name} has no option {option!r}{did_you_mean(option, options_of(kind))}",
                 where=f"loss.balancer.{option}",

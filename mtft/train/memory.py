@@ -8,18 +8,21 @@ The model is made on torch's meta device, where tensors have shapes and no data:
     logits       supervised positions of a micro-batch x vocabulary x 4 bytes x 2 (values and gradient)
 
 It is an estimate for one process that holds everything (DDP): kernels' work space, fragmentation and the CUDA context
-(about 1 GiB) come on top, ZeRO and FSDP hold less, and attention is taken to keep nothing that grows with length squared.
+(about 1 GiB) come on top; ZeRO and FSDP hold less; attention is taken to keep nothing that grows with length squared.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtft.recipe.schema import Recipe
+from mtft.errors import UserError
+from mtft.recipe.schema import ModelSection, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 STATE_BYTES = {"sgd": 0, "adafactor": 0, "lion_32bit": 4, "lion_8bit": 1, "paged_lion_8bit": 1}  # per trained parameter
 ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2
@@ -47,7 +50,13 @@ class MemoryEstimate:
 
     def text(self) -> str:
         share = f"{self.trainable:,} of {self.parameters:,} parameters are trained"
-        parts = ", ".join(f"{name} {_size(getattr(self, name))}" for name in ("weights", "training", "activations", "logits"))
+        sizes = {
+            "weights": self.weights,
+            "training": self.training,
+            "activations": self.activations,
+            "logits": self.logits,
+        }
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
         return f"memory on each GPU: about {_size(self.total)} ({parts}); {share}"
 
 
@@ -62,13 +71,13 @@ def estimate_memory(recipe: Recipe, *, learnt_share: float = 1.0) -> MemoryEstim
     """
     import torch
 
-    from mtft.train.model import add_lora, compute_dtype, load_config
+    from mtft.train.model import add_lora, compute_dtype
 
     section, train = recipe.model, recipe.train
     dtype = compute_dtype(section)
     held = torch.float32 if recipe.lora is None else dtype
     with torch.device("meta"):
-        model: Any = load_config(section)
+        model: Any = _shapes_of(section)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         weights = sum(_held_bytes(model, section.quantise, held.itemsize).values())
         if recipe.lora is not None:
@@ -88,6 +97,24 @@ def estimate_memory(recipe: Recipe, *, learnt_share: float = 1.0) -> MemoryEstim
         activations=round(per_token * train.micro_batch_tokens),
         logits=round(rows * model.config.vocab_size * 4 * 2),
     )
+
+
+def _shapes_of(section: ModelSection) -> PreTrainedModel:
+    """The model of a recipe without its weights, on the current device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from mtft.train.model import model_location
+
+    location = model_location(section)
+    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    if not Path(location).is_dir():
+        options["revision"] = section.revision
+    try:
+        config = AutoConfig.from_pretrained(location, **options)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the model's config can't be used: {reason}", where=f"model.path: {section.path}") from error
 
 
 def _state_bytes(optimizer: str) -> int:
@@ -112,27 +139,31 @@ def kept_per_token(model: nn.Module, *, checkpointing: bool = False) -> float:
     Counted over distinct storages that are no parameters. With checkpointing: each layer's input, and one layer whole.
     """
     import torch
+    from peft import PeftModel
 
-    body = model.get_base_model() if hasattr(model, "peft_config") else model
+    body: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     device = next(model.parameters()).device
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    # Distinct storages by identity: meta tensors have no address. They are kept alive, so no identity comes twice.
+    held = [parameter.untyped_storage() for parameter in model.parameters()]
+    parameters = {id(storage) for storage in held}
     kept: dict[int, Any] = {}
 
     def keep(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = storage
+        if id(storage) not in parameters:
+            kept[id(storage)] = storage
         return tensor
 
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
-    positions = torch.arange(PROBE_TOKENS, device=device)[None]
+    # A ready-made mask: transformers looks at the values of positions and of a flat mask, and meta tensors have none.
+    mask = torch.ones(1, 1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device=device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         inputs = body.get_input_embeddings()(ids).requires_grad_()
-        output = body.base_model(inputs_embeds=inputs, position_ids=positions, use_cache=False)
+        output = body.base_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
     del output
     per_token = sum(storage.nbytes() for storage in kept.values()) / PROBE_TOKENS
     if checkpointing:
-        layers = model.config.num_hidden_layers
-        width = model.config.hidden_size * next(model.parameters()).dtype.itemsize
+        layers = body.config.num_hidden_layers
+        width = body.config.hidden_size * next(model.parameters()).dtype.itemsize
         per_token = layers * width + per_token / layers
     return per_token

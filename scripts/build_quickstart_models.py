@@ -24,6 +24,8 @@ import math
 import platform
 import random
 import shutil
+import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -51,7 +53,7 @@ CHAT_TEMPLATE = (
 )
 SHAPES = {
     "weak": {"hidden_size": 144, "intermediate_size": 400, "num_hidden_layers": 5, "num_attention_heads": 3},
-    "strong": {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6},
+    "strong": {"hidden_size": 288, "intermediate_size": 800, "num_hidden_layers": 5, "num_attention_heads": 6},
 }
 SEED = 20240
 WINDOW = 512  # tokens of one training sequence
@@ -66,6 +68,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="wall clock of this call, decay included")
     parser.add_argument("--decay", type=float, default=0.25, help="share of --minutes spent in the decay")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint before a decay")
+    parser.add_argument("--grow", action="store_true", help="start strong from weak's checkpoint before its decay")
+    parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--batch", type=int, default=8, help=f"sequences of {WINDOW} tokens in a step")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=4e-3)
@@ -177,6 +181,25 @@ def new_model(size: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+@torch.no_grad()
+def grow(small: dict[str, torch.Tensor], model: LlamaForCausalLM) -> None:
+    """Fill `model` with the function of a model of half its width: every activation x becomes [x, x].
+
+    HyperCloning (Samragh et al. 2024, arXiv 2409.12903) with noise that cancels on duplicated inputs, so that the
+    halves learn different things: W -> 1/2 [[W + n, W - n], [W + m, W - m]]. The tied head would double the logits: the
+    last norm is halved.
+    """
+    for name, weight in model.state_dict().items():
+        old = small[name]
+        if weight.ndim == 1:
+            weight.copy_(old.repeat(2) / (2 if name == "model.norm.weight" else 1))
+        elif "embed" in name or "lm_head" in name:
+            weight.copy_(old.repeat(1, 2))
+        else:
+            n, m = (torch.randn_like(old) * old.std() for _ in range(2))
+            weight.copy_(torch.cat([torch.cat([old + n, old - n], 1), torch.cat([old + m, old - m], 1)], 0) / 2)
+
+
 def optimizers(model: torch.nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -189,10 +212,15 @@ def optimizers(model: torch.nn.Module, args: argparse.Namespace) -> list[torch.o
 def train(args: argparse.Namespace) -> None:
     """Train by the clock; checkpoints before the decay, the finished model after it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = new_model(args.size).to(device)
-    opts = optimizers(model, args)
-    windows = Windows(args.work, SEED)
+    model = new_model(args.size)
     step, tokens, checkpoint = 0, 0, args.work / f"{args.size}.pt"
+    if args.grow:
+        small = torch.load(args.work / "weak.pt", weights_only=True, map_location="cpu")
+        grow(small["model"], model)
+        tokens = small["tokens"]
+    model = model.to(device)
+    opts = optimizers(model, args)
+    windows = Windows(args.work, SEED + args.grow)  # a grown model reads in another order than the small one did
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location=device)
         model.load_state_dict(saved["model"])
@@ -205,6 +233,8 @@ def train(args: argparse.Namespace) -> None:
     for opt in opts:
         for group in opt.param_groups:
             group["peak"] = args.muon_lr if isinstance(opt, torch.optim.Muon) else args.adam_lr
+    with (args.work / f"{args.size}.commands").open("a" if args.resume else "w") as log:
+        log.write(f"python scripts/build_quickstart_models.py {' '.join(sys.argv[1:])}\n")  # for the model card
     start, last_save, seen = time.monotonic(), time.monotonic(), []
     model.train()
     while (share := (time.monotonic() - start) / (60 * args.minutes)) < 1:
@@ -214,7 +244,7 @@ def train(args: argparse.Namespace) -> None:
             last_save = None
         for opt in opts:
             for group in opt.param_groups:
-                group["lr"] = group["peak"] * min(1.0, (step + 1) / 100) * decay
+                group["lr"] = group["peak"] * min(1.0, (step + 1) / args.warmup) * decay
         ids = windows.batch(args.batch, LIBRARY_SHARE if decay == 1 else 1.0).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 or device.type == "cuda"):
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
@@ -235,7 +265,7 @@ def train(args: argparse.Namespace) -> None:
         if last_save is not None and time.monotonic() - last_save > 120:
             save(checkpoint, model, opts, windows, step, tokens)
             last_save = time.monotonic()
-    write_model(args, model, {"steps": step, "tokens": tokens, "minutes": args.minutes})
+    write_model(args, model, {"steps": step, "tokens": tokens})
     measure(args)
 
 
@@ -259,7 +289,7 @@ def export(args: argparse.Namespace) -> None:
     saved = torch.load(args.work / f"{args.size}.pt", weights_only=True, map_location="cpu")
     model = new_model(args.size)
     model.load_state_dict(saved["model"])
-    write_model(args, model, {"steps": saved["step"], "tokens": saved["tokens"], "minutes": 0.0})
+    write_model(args, model, {"steps": saved["step"], "tokens": saved["tokens"]})
 
 
 def write_model(args: argparse.Namespace, model: LlamaForCausalLM, progress: dict) -> None:
@@ -306,8 +336,8 @@ def write_card(args: argparse.Namespace) -> None:
     )
     (MODELS / "README.md").write_text(CARD.format(
         table=table, unigram=unigram, gzip=zipped, bytes=len(text), python=platform.python_version(), seed=SEED,
-        fingerprint=corpus.fingerprint([*library, *tests]), held_out=corpus.fingerprint(held_out),
-        commands=COMMANDS.format(**{size: row["minutes"] for size, row in rows.items()}),
+        fingerprint=corpus.fingerprint([*library, *tests, corpus.prose_file()]), held_out=corpus.fingerprint(held_out),
+        commands=textwrap.indent("".join((args.work / f"{size}.commands").read_text() for size in SHAPES), " " * 6),
         files=len(library), tests=len(tests), vocabulary=VOCABULARY, window=WINDOW,
     ))  # fmt: skip
 
@@ -324,7 +354,7 @@ nothing else: they are there to show the pipeline on real input, offline, not to
 For comparison, on the same {bytes:,} held-out bytes: unigram bytes {unigram:.3f}, gzip -9 {gzip:.3f}.
 
 - **Training text**: the standard library of CPython {python} (no packages from elsewhere): {files} library files,
-  {tests} files of its test suite, and the topics of `pydoc`. SHA-256 over (name, SHA-256 of the content) of the files:
+  {tests} files of its test suite, and `pydoc_data/topics.py`. SHA-256 over (name, SHA-256 of the content) of the files:
   `{fingerprint}`.
 - **Held out**: the modules that `mtft.quickstart.corpus.is_eval` names, with their tests; files that share six lines of
   code with them are not trained on either. They are measured, never trained on. Fingerprint:
@@ -332,18 +362,14 @@ For comparison, on the same {bytes:,} held-out bytes: unigram bytes {unigram:.3f
 - **Tokenizer**: byte-level BPE, {vocabulary:,} entries, trained on the library files and the topics. `<|endoftext|>`
   separates the documents in training; it is the end of a turn and the padding. The chat template is plain text.
 - **Training**: windows of {window} tokens, Muon for the matrices and AdamW for the rest, warm-up, constant rate, linear
-  decay; seed {seed}; stored in bfloat16. Training stops by the clock, so another machine gets other weights:
+  decay; seed {seed}; stored in bfloat16. Training stops by the clock, so another machine gets other weights. What was
+  run, on two CPU cores that other work shared (`tokenizer` before it, `card` after it; a run that is broken off goes on
+  with `--resume`):
 
 {commands}
-
 - **Licence**: the code of this repository is under Apache-2.0. These weights were trained on the standard library of
   Python {python}, which is under the PSF License Agreement (Copyright © Python Software Foundation), on nothing else.
 """
-
-COMMANDS = """      python scripts/build_quickstart_models.py tokenizer
-      python scripts/build_quickstart_models.py train weak --bf16 --minutes {weak:g}
-      python scripts/build_quickstart_models.py train strong --bf16 --minutes {strong:g}
-      python scripts/build_quickstart_models.py card"""
 
 if __name__ == "__main__":
     main()

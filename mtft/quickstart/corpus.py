@@ -174,6 +174,12 @@ def prose() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
+def prose_file(root: Path | None = None) -> SourceFile:
+    """The file that `prose` comes from."""
+    name = "pydoc_data/topics.py"
+    return SourceFile(name, (root or library_root()) / name)
+
+
 def fingerprint(files: Iterable[SourceFile]) -> str:
     """SHA-256 over the sorted (name, SHA-256 of the content) of `files`."""
     rows = sorted((file.name, hashlib.sha256(file.path.read_bytes()).hexdigest()) for file in files)

@@ -50,8 +50,8 @@ class Row:
 
 
 def naming(function: Function) -> Row | None:
-    """Mask the name everywhere in the code, calls of super() and recursion included."""
-    if function.name.startswith("__") or len(function.name) < 3 or len(function.body) < 2:
+    """Mask the name everywhere in the code, recursion and calls of super() included. Special methods count too."""
+    if len(function.name) < 3:
         return None
     masked = re.sub(rf"\b{re.escape(function.name)}\b", "____", function.code)
     return Row(f"Name the function.\n\n{masked}", function.name, function.id)

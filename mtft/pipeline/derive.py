@@ -58,7 +58,8 @@ def proxy(recipe: Recipe) -> Recipe:
 
 
 def _plain(recipe: Recipe, folder: Path, **values: object) -> Recipe:
-    """The recipe of one training run: no sections of other stages."""
+    """The recipe of one training run: no sections of other stages. The base is scored once, by the pipeline."""
+    values["train"] = changed(values.get("train", recipe.train), eval_on_start=False)
     return changed(
         recipe,
         **values,

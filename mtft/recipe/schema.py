@@ -160,6 +160,8 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     eval_every: Annotated[int, Field(gt=0)] | None = None
     """Steps between evaluations; null: at the start and at the end only."""
+    eval_on_start: bool = True
+    """Evaluate before the first step too."""
     max_bad_steps: Annotated[int, Field(gt=0)] = 10
     """Stop after so many steps in a row with a non-finite loss or gradient, or with no supervised token."""
 

@@ -66,7 +66,7 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     evaluates = any(store is not None for store in inputs.held_out)
     args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=evaluates, saves=True)  # joins the ranks
     checkpoint = start_folder(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh)
-    args.eval_on_start = evaluates and checkpoint is None
+    args.eval_on_start = evaluates and recipe.train.eval_on_start and checkpoint is None
     with StopSignal() as stop:
         model = load_for_training(recipe)
         if recipe.lora is not None and recipe.lora.init in CHANGE_THE_BASE and is_writer():

@@ -1,0 +1,99 @@
+"""`mtft check`: everything that can be wrong before any weight is loaded, and what the recipe would do.
+
+Order: names that need no data (balancer, merge method, optimizer), then the data and the plan, then what only fits
+together once both are known (the balancer's needs), then the memory, for which the model's config is enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from mtft.errors import UserError
+from mtft.recipe.compat import check_compat
+from mtft.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from mtft.data.describe import Description
+    from mtft.train.memory import MemoryEstimate
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What `mtft check` prints."""
+
+    data: Description
+    memory: MemoryEstimate
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: the description's keys, with `memory` (bytes) and all warnings."""
+        found = self.data.as_dict()
+        return {**found, "memory": self.memory.as_dict(), "warnings": [*found["warnings"], *self.warnings]}
+
+    def render(self) -> Group:
+        """For a rich console."""
+        from rich.console import Group
+        from rich.text import Text
+
+        said = [Text.assemble(("warning: ", "yellow"), warning) for warning in self.warnings]
+        return Group(self.data.render(), Text(self.memory.text()), *said)
+
+    def text(self) -> str:
+        """For files and pipes."""
+        said = [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join([self.data.text().rstrip("\n"), self.memory.text(), *said])
+
+
+def examine(recipe: Recipe) -> Examination:
+    """Check a recipe as far as that goes without its weights.
+
+    Raises UserError or MixError for what `mtft train`, `mtft mix`, `mtft merge` and `mtft run` would refuse.
+    """
+    check_compat(recipe, stage="check")  # the cheapest first; again below, with the balancer's needs
+    _check_names(recipe)
+
+    from mtft.data.describe import describe
+    from mtft.losses.balancers import make_balancer
+    from mtft.train.memory import estimate_memory
+    from mtft.train.model import load_tokenizer
+
+    data = describe(recipe, load_tokenizer(recipe.model))
+    balancer = make_balancer(
+        recipe.loss.balancer,
+        recipe.task_names,
+        [task.weight for task in recipe.tasks],
+        recipe.seed,
+        normalise=recipe.loss.normalise,
+        examples=[task.examples for task in data.tasks],
+        tokens=[task.supervised_tokens for task in data.tasks],
+    )
+    warnings = check_compat(recipe, stage="check", needs=balancer.needs)
+    learnt = sum(task.tokens_per_step * task.supervised_tokens / task.tokens for task in data.tasks if task.tokens)
+    memory = estimate_memory(recipe, learnt_share=min(1.0, learnt / data.tokens_per_step))
+    return Examination(data, memory, tuple(warnings))
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Names that a room looks up in its own table."""
+    from transformers.training_args import OptimizerNames
+
+    from mtft.losses.balancers import balancer_class
+    from mtft.merge.methods import make_method
+
+    balancer_class(recipe.loss.balancer)
+    if recipe.merge is not None:
+        make_method(recipe.merge.method, recipe.merge.options)
+    optimizers = [name.value for name in OptimizerNames]
+    if recipe.train.optimizer not in optimizers:
+        near = get_close_matches(recipe.train.optimizer, optimizers, n=1)
+        raise UserError(
+            f"there is no optimizer {recipe.train.optimizer!r}",
+            where="train.optimizer",
+            do=f"did you mean {near[0]}?"
+            if near
+            else "for example adamw_torch, adamw_8bit, lion_32bit, adafactor, sgd",
+        )

@@ -121,7 +121,9 @@ class GaussianProcess(PointSurrogate):
         z, d = self.features(rows, tau_of(None, 2, self._data["tau"])), self._z.shape[1]
         half = solve_triangular(self._chol, self._cross(z).T, lower=True, check_finite=False)
         matern, _ = _matern(z / np.exp(self.theta[:d]))
-        covariance = np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
+        covariance = (
+            np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
+        )
         return self._standard[3] ** 2 * max(0.0, float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]))
 
     @property
@@ -171,7 +173,9 @@ class GaussianProcess(PointSurrogate):
         cross = self._cross(z)
         matern, _ = _matern(z / np.exp(self.theta[:d]))
         half = solve_triangular(self._chol, cross.T, lower=True, check_finite=False)
-        covariance = np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
+        covariance = (
+            np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
+        )
         values, vectors = np.linalg.eigh(0.5 * (covariance + covariance.T))
         root = vectors * np.sqrt(np.maximum(values, 0.0))
         draws = np.random.default_rng(seed).standard_normal((size, len(rows))) @ root.T

@@ -1,0 +1,48 @@
+"""DaMo's network (arXiv 2510.19336), for parity: scikit-learn's MLP on share x progress, no scaling.
+
+    MLPRegressor(hidden_layer_sizes=(100, 100), max_iter=1500, tol=1e-6, random_state=1),  x = p tau (tau = (t + 1) / 4)
+
+Published with all targets at once; here one target a model, as everywhere (`fit_many` does it their way).
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..errors import MixError
+from .base import Floats, PointSurrogate
+
+
+@dataclass
+class MLP(PointSurrogate):
+    """The network sees raw shares times progress; `random_state` is its only seed."""
+
+    name: ClassVar[str] = "mlp"
+    renormalise: ClassVar[bool] = False
+    random_state: int = 1
+
+    _network: Any = field(init=False, repr=False, default=None)
+
+    def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
+        self._network = fit_many(X if tau is None else X * tau[:, None], y, self.random_state)
+
+    def _mean(self, X: Floats, tau: Floats | None) -> Floats:
+        return self._network.predict(X if tau is None else X * tau[:, None])
+
+
+def fit_many(x: Floats, Y: Floats, random_state: int = 1) -> Any:
+    """DaMo's regressor on x [n, K] = share x progress and scores Y [n] or [n, J]."""
+    try:
+        from sklearn.neural_network import MLPRegressor
+    except ImportError as error:
+        raise MixError(
+            "scikit-learn is not installed", where="surrogate: mlp", do="pip install scikit-learn"
+        ) from error
+    network = MLPRegressor(hidden_layer_sizes=(100, 100), max_iter=1500, tol=1e-6, random_state=random_state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it often stops at max_iter, as published
+        return network.fit(x, np.asarray(Y))

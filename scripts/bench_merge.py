@@ -5,7 +5,8 @@
     python scripts/bench_merge.py --smoke         # tiny shapes: does it run?
 
 Every case is its own process. CPU seconds: user + system of that process, all threads, around the merge only (imports
-and the building of PEFT's base model are not counted). Memory: peak resident size beyond what stood before. PEFT's
+and the building of PEFT's base model are not counted). One thread each, since on a shared machine LAPACK's threads spin
+for nothing, which would count against the peers. Memory: peak resident size beyond what stood before. PEFT's
 full SVDs of 7B shapes are measured on one matrix of each shape and multiplied up, since all would take hours.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -155,11 +157,12 @@ RUNNERS = {"ours": run_ours, "peft": run_peft, "mergekit": run_mergekit, "full_s
 
 def measure(who: str, job: dict, scratch: Path, repeats: int = 1) -> dict:
     """The least CPU of `repeats` processes."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     best: dict | None = None
     for _ in range(repeats):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             command = [sys.executable, __file__, "--child", who, json.dumps(job), str(Path(folder) / "out")]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=env)
         if done.returncode:
             sys.exit(f"{who} {job['method']} failed:\n{done.stderr[-3000:]}")
         found = json.loads(done.stdout.splitlines()[-1])

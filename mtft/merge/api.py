@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import time
@@ -18,6 +17,7 @@ from .diagnostics import diagnose
 from .errors import MergeError
 from .export import AdapterWriter, disk_dtype, replacing, usual_rank
 from .factors import WEIGHTS, Adapter, read_adapters
+from .methods.base import Method
 from .plan import Plan, check_together, make_plan
 from .report import MergeReport
 from .saved import merge_saved
@@ -30,7 +30,7 @@ KEEP_BYTES = 256 << 20
 def merge(
     adapters: Sequence[str | Path | Adapter],
     out: str | Path,
-    method: str = "linear",
+    method: str | Method = "linear",
     options: Mapping[str, object] | None = None,
     weights: Sequence[float] | None = None,
     scale: float = 1.0,
@@ -94,8 +94,8 @@ def merge(
         writer.write_config()
         report = MergeReport(
             out=out,
-            method=method,
-            options=_options(plan),
+            method=method if isinstance(method, str) else type(method).__name__.lower(),
+            options=plan.methods[0].describe(),
             scale=float(scale),
             rank=final_rank,
             energy=total,
@@ -222,10 +222,6 @@ def _too_little(total: float, least: float, rank: int, spectra) -> MergeError:
     enough = _smallest_rank(spectra, least)
     do = f"rank {enough} would keep {least:.0%}" if enough else "this method's result has full rank: lower min_energy"
     return MergeError(f"rank {rank} keeps only {total:.1%} of the merged deltas", where="rank", do=do)
-
-
-def _options(plan: Plan) -> dict[str, object]:
-    return {f.name: getattr(plan.methods[0], f.name) for f in dataclasses.fields(plan.methods[0])}
 
 
 def _input(adapter: Adapter, weight: float) -> dict[str, object]:

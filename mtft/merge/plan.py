@@ -140,7 +140,7 @@ def check_weights(weights: Sequence[float] | None, adapters: Sequence[Adapter], 
 
 def make_plan(
     adapters: Sequence[Adapter],
-    method: str,
+    method: str | Method,
     options: Mapping[str, object] | None,
     weights: Sequence[float] | None,
     scale: float,
@@ -159,7 +159,7 @@ def make_plan(
         raise MergeError(
             f"scale is {scale}: must be finite and not 0", where="scale", do="1.0 leaves the result as it is"
         )
-    methods = [make_method(method, options)]
+    methods = [method if isinstance(method, Method) else make_method(method, options)]
     rules = []
     for index, (pattern, change) in enumerate(per_module):
         where = f"per_module[{index}] {pattern!r}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import ClassVar
 
@@ -50,6 +50,10 @@ class Method:
     space: ClassVar[str]
     default_rank: ClassVar[str | None] = None
     """Rank policy that the name stands for, used when the caller leaves rank at `auto`."""
+
+    def describe(self) -> dict[str, object]:
+        """The options, for merge.json."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     def survey(self, modules: Survey) -> object:
         """Facts about all modules together that `merge` needs (picklable). Most methods need none."""

@@ -1,0 +1,227 @@
+"""Search the weights of a merge on a few held-out batches, and say whether the search was worth it.
+
+    objective(w) = mean over tasks of q_t + worst * max q_t,   q_t = (L_t(w) - L_single) / (L_base - L_single)
+
+(0 = every task as good as its own expert, 1 = as the base; without base and single losses: the mean loss.) First a grid
+over one common scale, then COBYQA (scipy) or CMA-ES (package `cma`) on the K weights. LoraHub (Huang et al.,
+arXiv 2307.13269) is the same on weights in [-1.5, 1.5] from 0 with 0.05 * mean |w| added; the sum merged is exact here,
+where LoraHub adds A and B apart. The winner must beat the uniform merge by more than the error of the difference, on
+data that the search has not seen if `check` is given; else the verdict is: stay uniform.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import MergeError
+from .retention import Scores
+
+SCALES = (0.3, 0.5, 0.7, 1.0, 1.3)
+WAYS = ("grid", "cobyqa", "cma", "lorahub")
+Evaluate = Callable[[Sequence[float]], Mapping[str, "float | Scores"]]
+"""weights [K] -> {task: loss}, or {task: per-example scores}, which alone can say how sure a difference is."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    weights: tuple[float, ...]
+    losses: dict[str, float]
+    objective: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """weights: what to merge with, after the verdict; best: the best trial; trials: all, in order."""
+
+    weights: tuple[float, ...]
+    best: Trial
+    uniform: Trial
+    improvement: float
+    error: float | None
+    verdict: str
+    trials: list[Trial]
+
+
+def search(
+    names: Sequence[str],
+    evaluate: Evaluate,
+    by: str = "grid",
+    *,
+    base: Mapping[str, float] | None = None,
+    single: Mapping[str, float] | None = None,
+    check: Evaluate | None = None,
+    worst: float = 0.0,
+    budget: int = 40,
+    ledger: str | Path | None = None,
+    seed: int = 0,
+) -> SearchResult:
+    """Find weights for the adapters `names`.
+
+    base, single: losses of the base model and of each task's expert; tasks on which the expert is no better are left
+    out. check: scores other data for the verdict. ledger: JSONL file, one line a trial; trials in it are not repeated.
+    Raises MergeError for an unknown way, a ledger of another search, or losses that are not finite.
+    """
+    if by not in WAYS:
+        raise MergeError(f"unknown search {by!r}", where="by", do=f"one of {', '.join(WAYS)}")
+    K = len(names)
+    book = _Book(names, evaluate, base, single, worst, 0.05 if by == "lorahub" else 0.0, ledger)
+    uniform = book.trial([1.0] * K)
+    for scale in SCALES:
+        book.trial([scale] * K)
+    if by in ("cobyqa", "lorahub"):
+        _cobyqa(book, K, by, budget)
+    elif by == "cma":
+        _cma(book, K, budget, seed)
+    best = min(book.trials, key=lambda trial: trial.objective)
+    return _judge(book, best, uniform, check or evaluate, on_new_data=check is not None)
+
+
+def pareto(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that no other beats in every task: one weight vector, hence one adapter, per trade-off."""
+
+    def beaten(a: Trial, b: Trial) -> bool:
+        gaps = [b.losses[task] - a.losses[task] for task in a.losses]
+        return max(gaps) <= 0 and min(gaps) < 0
+
+    return [trial for trial in trials if not any(beaten(trial, other) for other in trials)]
+
+
+class _Book:
+    """All trials: evaluated once, written down at once."""
+
+    def __init__(self, names, evaluate, base, single, worst, penalty, ledger) -> None:
+        self.names, self._evaluate = list(names), evaluate
+        self._base, self._single, self._worst, self._penalty = base, single, worst, penalty
+        self._path = Path(ledger) if ledger else None
+        self._known: dict[tuple[float, ...], dict[str, float]] = {}
+        self.trials: list[Trial] = []
+        if self._path and self._path.exists():
+            self._read()
+
+    def trial(self, weights: Sequence[float]) -> Trial:
+        key = tuple(float(w) for w in weights)
+        if key not in self._known:
+            losses = {task: _loss(value) for task, value in self._evaluate(key).items()}
+            if not losses or not all(map(math.isfinite, losses.values())):
+                raise MergeError(f"losses at weights {list(key)} are {losses}", where="search", do="check the data")
+            self._known[key] = losses
+            self._write(key, losses)
+        losses = self._known[key]
+        made = Trial(key, losses, self.objective(losses) + self._penalty * float(np.mean(np.abs(key))))
+        if made not in self.trials:
+            self.trials.append(made)
+        return made
+
+    def objective(self, losses: Mapping[str, float]) -> float:
+        values = self._shares(losses)
+        return float(np.mean(values) + self._worst * np.max(values))
+
+    def _shares(self, losses: Mapping[str, float]) -> list[float]:
+        if self._base is None or self._single is None:
+            return list(losses.values())
+        gaps = {task: self._base[task] - self._single[task] for task in losses if task in self._single}
+        learnt = [task for task, gap in gaps.items() if gap > 0]
+        if not learnt:
+            do = "train the experts longer, or search without base and single"
+            raise MergeError("no expert is better than the base", where="search", do=do)
+        return [(losses[task] - self._single[task]) / gaps[task] for task in learnt]
+
+    def _write(self, key: tuple[float, ...], losses: Mapping[str, float]) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"adapters": self.names, "weights": key, "losses": losses}) + "\n")
+
+    def _read(self) -> None:
+        assert self._path is not None
+        text = self._path.read_text("utf-8")
+        if text and not text.endswith("\n"):  # a killed run left half a line: don't write on it
+            self._path.write_text(text + "\n", "utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                names, key, losses = row["adapters"], tuple(map(float, row["weights"])), dict(row["losses"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that a killed run left unfinished: that trial is done again
+            if names != self.names:
+                where = f"{self._path}, line {number}"
+                raise MergeError("the ledger belongs to other adapters", where=where, do="choose another file")
+            self._known[key] = {task: float(loss) for task, loss in losses.items()}
+
+
+def _loss(value) -> float:
+    return (
+        float(value)
+        if isinstance(value, int | float | np.floating)
+        else float(value.nll_N.sum() / value.tokens_N.sum())
+    )
+
+
+def _cobyqa(book: _Book, K: int, by: str, budget: int) -> None:
+    from scipy.optimize import Bounds, minimize
+
+    low = -1.5 if by == "lorahub" else 0.0
+    start = np.zeros(K) if by == "lorahub" else np.array(min(book.trials, key=lambda t: t.objective).weights)
+    options = {"maxfev": max(budget, K + 2), "initial_tr_radius": 0.2}
+    function = lambda w: book.trial(np.clip(w, low, 1.5).round(12)).objective  # noqa: E731
+    minimize(function, start, method="COBYQA", bounds=Bounds(low, 1.5), options=options)
+
+
+def _cma(book: _Book, K: int, budget: int, seed: int) -> None:
+    try:
+        import cma
+    except ImportError:
+        raise MergeError("the package cma is not installed", where="by", do="pip install cma, or by: cobyqa") from None
+    start = min(book.trials, key=lambda t: t.objective).weights
+    settings = {"bounds": [0, 1.5], "maxfevals": budget, "seed": seed + 1, "verbose": -9}
+    run = cma.CMAEvolutionStrategy(np.array(start), 0.2, settings)
+    while not run.stop():
+        tries = run.ask()
+        run.tell(tries, [book.trial(np.clip(w, 0, 1.5)).objective for w in tries])
+
+
+def _judge(book: _Book, best: Trial, uniform: Trial, evaluate: Evaluate, *, on_new_data: bool) -> SearchResult:
+    """Does the best trial beat the uniform merge by more than the error of the difference?"""
+    found = {weights: dict(evaluate(weights)) for weights in {best.weights, uniform.weights}}
+    losses = {weights: {task: _loss(value) for task, value in scores.items()} for weights, scores in found.items()}
+    gain = book.objective(losses[uniform.weights]) - book.objective(losses[best.weights])
+    error = _paired_error(book, found[uniform.weights], found[best.weights])
+    data = "on data the search has not seen" if on_new_data else "on the data it was chosen on"
+    if gain > 2 * (error or 0) and gain > 0:
+        sure = (
+            f"{gain:.3g} +- {error:.2g}" if error is not None else f"{gain:.3g} (no per-example scores: no error known)"
+        )
+        return SearchResult(
+            best.weights, best, uniform, gain, error, f"beats the uniform merge by {sure} {data}", book.trials
+        )
+    text = f"no better than the uniform merge {data}: {gain:.3g}" + (f" +- {error:.2g}" if error is not None else "")
+    return SearchResult(uniform.weights, best, uniform, gain, error, text + "; staying uniform", book.trials)
+
+
+def _paired_error(book: _Book, first: Mapping, second: Mapping, draws: int = 1000) -> float | None:
+    """Standard error of the objective's difference, resampling both models' examples together."""
+    if any(isinstance(value, int | float | np.floating) for value in (*first.values(), *second.values())):
+        return None
+    tasks = list(first)
+    rng = np.random.default_rng(0)
+    drawn = []
+    for task in tasks:
+        a, b = first[task], second[task]
+        if tuple(a.ids) != tuple(b.ids):
+            raise ValueError(f"{task}: the two merges were not scored on the same examples")
+        N = len(a.ids)
+        counts = rng.multinomial(N, np.full(N, 1 / N), size=draws)
+        drawn.append([(counts @ x.nll_N) / np.maximum(counts @ x.tokens_N, 1) for x in (a, b)])
+    gains = [
+        book.objective({task: pair[0][i] for task, pair in zip(tasks, drawn)})
+        - book.objective({task: pair[1][i] for task, pair in zip(tasks, drawn)})
+        for i in range(draws)
+    ]
+    return float(np.std(gains))

@@ -1,0 +1,110 @@
+"""Search: finds the optimum of a quadratic, resumes, and does not sell noise as an improvement."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mtft.evaluate.scores import TaskScores
+from mtft.merge import MergeError
+from mtft.merge.search import Trial, pareto, search
+
+NAMES = ("a", "b", "c")
+BEST = np.array([0.9, 0.4, 0.6])
+
+
+def bowl(weights):
+    away = np.asarray(weights) - BEST
+    return {"x": 1 + float(away @ away), "y": 2 + float((away[0] - away[1]) ** 2 + 0.3 * away[2] ** 2)}
+
+
+@pytest.mark.parametrize("by", ["cobyqa", "cma"])
+def test_quadratic_optimum(by):
+    if by == "cma":
+        pytest.importorskip("cma")
+    found = search(NAMES, bowl, by, budget=80 if by == "cobyqa" else 400)
+    np.testing.assert_allclose(found.weights, BEST, atol=0.03)
+    assert found.improvement > 0
+
+
+def test_grid_tries_the_scales_and_no_more():
+    found = search(NAMES, bowl, "grid")
+    assert {trial.weights for trial in found.trials} == {(s, s, s) for s in (0.3, 0.5, 0.7, 1.0, 1.3)}
+    assert found.weights == (0.7, 0.7, 0.7)
+
+
+def test_objective_is_the_share_of_the_gap_plus_the_worst():
+    base, single = {"x": 3.0, "y": 3.0, "z": 1.0}, {"x": 1.0, "y": 2.0, "z": 1.0}
+    found = search(NAMES, lambda w: {"x": 2.0, "y": 2.1, "z": 9.0}, base=base, single=single, worst=0.5)
+    assert found.uniform.objective == pytest.approx((0.5 + 0.1) / 2 + 0.5 * 0.5)  # z: the expert learnt nothing
+    with pytest.raises(MergeError, match="no expert"):
+        search(NAMES, lambda w: {"z": 9.0}, base=base, single=single)
+
+
+def test_lorahub_may_go_negative_and_is_drawn_to_zero():
+    found = search(
+        NAMES, lambda w: {"x": float((w[0] + 0.5) ** 2 + (w[1] - 0.5) ** 2 + 1e-9 * w[2])}, "lorahub", budget=100
+    )
+    # d/dw (w + .5)^2 + .05/3 |w| = 0 at |w| = .5 - .05/6
+    np.testing.assert_allclose(found.best.weights[:2], [-0.5 + 0.05 / 6, 0.5 - 0.05 / 6], atol=0.02)
+    assert abs(found.best.weights[2]) < 0.05
+
+
+def test_ledger_resumes_and_belongs_to_its_adapters(tmp_path):
+    calls = []
+
+    def counted(weights):
+        calls.append(tuple(weights))
+        return bowl(weights)
+
+    first = search(NAMES, counted, "cobyqa", budget=12, ledger=tmp_path / "trials.jsonl")
+    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+    assert len(lines) == len(first.trials)
+    (tmp_path / "trials.jsonl").write_text("\n".join(lines[:8]) + "\n" + lines[8][:20])
+    done = {tuple(json.loads(line)["weights"]) for line in lines[:8]}
+    calls.clear()
+    again = search(NAMES, counted, "cobyqa", budget=12, ledger=tmp_path / "trials.jsonl")
+    assert again.best == first.best
+    assert not done & set(calls[:-2])  # only the verdict looks at known weights again
+    with pytest.raises(MergeError, match="other adapters"):
+        search(("a", "b", "d"), bowl, ledger=tmp_path / "trials.jsonl")
+
+
+def noisy(sigma, seed):
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=(400, 3)) * sigma
+
+    def evaluate(weights):
+        losses = noise @ (np.asarray(weights) - 1) + 2  # mean nearly flat; examples differ
+        return {"x": TaskScores("x", tuple(map(str, range(400))), 10 * losses, np.full(400, 10), np.zeros(400))}
+
+    return evaluate
+
+
+def test_noise_is_no_improvement_on_other_data():
+    stayed = [search(NAMES, noisy(1, s), "cobyqa", budget=20, check=noisy(1, 100 + s)).weights for s in range(10)]
+    assert sum(weights == (1.0, 1.0, 1.0) for weights in stayed) >= 8
+
+
+def test_a_real_gain_passes_the_verdict():
+    def evaluate(weights):
+        loss = bowl(weights)["x"] + np.random.default_rng(0).normal(size=400)
+        return {"x": TaskScores("x", tuple(map(str, range(400))), 10 * loss, np.full(400, 10), np.zeros(400))}
+
+    found = search(NAMES, evaluate, "cobyqa", check=evaluate)
+    assert "beats" in found.verdict
+    assert found.error < 1e-6  # the examples' noise is common to both and cancels
+
+
+def test_mistakes():
+    with pytest.raises(MergeError, match="unknown search"):
+        search(NAMES, bowl, "random")
+    with pytest.raises(MergeError, match="losses"):
+        search(NAMES, lambda w: {"x": float("nan")})
+
+
+def test_pareto_front():
+    trials = [
+        Trial((float(i),), {"x": x, "y": y}, 0.0) for i, (x, y) in enumerate([(1, 3), (2, 2), (3, 1), (2, 3), (3, 3)])
+    ]
+    assert [trial.weights[0] for trial in pareto(trials)] == [0, 1, 2]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mtft.data.batch import IGNORE, Batch
 from mtft.data.batches import EvalBatch, eval_batches
+from mtft.evaluate.mode import evaluation_mode
 from mtft.evaluate.scores import TaskScores
 
 Score = Callable[[Batch], tuple[Tensor, Tensor]]
@@ -43,7 +44,7 @@ def evaluate_model(
 ) -> dict[str, TaskScores]:
     """Scores of a transformers model (plain, or with an adapter) on each task's store; None = the task has none.
 
-    autocast: run the forward pass in this precision (as training did). Leaves the model in the mode it was in.
+    autocast: run the forward pass in this precision (as training did). The model comes back in the mode it was in.
     """
     from mtft.losses.nll import token_scores
 
@@ -53,12 +54,8 @@ def evaluate_model(
         with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             return token_scores(model, batch, attention=attention)
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         return score_tasks(score, stores, layout, device=device)
-    finally:
-        model.train(training)
 
 
 def score_tasks(

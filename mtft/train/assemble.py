@@ -19,6 +19,7 @@ from mtft.evaluate.loss import Layout, evaluate_model
 from mtft.evaluate.scores import TaskScores
 from mtft.losses.balancers import make_balancer
 from mtft.losses.nll import resolve_path
+from mtft.losses.reweight import SampleWeights
 from mtft.losses.valid import ValidStream
 from mtft.recipe.schema import Recipe
 from mtft.train import folder
@@ -138,7 +139,9 @@ def build_trainer(
             rank=args.process_index,
             world=args.world_size,
         )
-    path = resolve_path(recipe.loss.path, args.device)
+    loss = recipe.loss
+    plain = not (loss.label_smoothing or loss.z_loss)  # what the fused path is restricted to
+    path = resolve_path(loss.path if plain or loss.path != "auto" else "gather", args.device)
 
     def score(network: nn.Module) -> dict[str, TaskScores]:
         autocast = None if dtype == torch.float32 else dtype
@@ -149,7 +152,16 @@ def build_trainer(
         args,
         steps=Steps(source, plan),
         tasks=recipe.task_names,
-        objective=Objective(recipe.loss.normalise, path, attention, valid),
+        objective=Objective(
+            loss.normalise,
+            path,
+            attention,
+            valid,
+            sample_weights=SampleWeights(**loss.sample_weights.model_dump()) if loss.sample_weights else None,
+            label_smoothing=loss.label_smoothing,
+            z_loss=loss.z_loss,
+            orthogonal=loss.orthogonal,
+        ),
         balancer=balancer,
         log=log,
         score=score,

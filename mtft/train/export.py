@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mtft.errors import UserError
+from mtft.evaluate.mode import evaluation_mode
 from mtft.evaluate.scores import METRICS, TaskScores
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema import Recipe
@@ -92,11 +93,8 @@ class Proof:
         self._home = tempfile.TemporaryDirectory(prefix="mtft-proof-")
         config = model.config
         probe = torch.randint(0, config.vocab_size, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-        training = model.training
-        model.eval()
-        with torch.inference_mode():
+        with evaluation_mode(model), torch.inference_mode():
             logits = model(input_ids=probe.to(device), use_cache=False).logits.float().cpu()
-        model.train(training)
         base_dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.uint8)
         file = Path(self._home.name) / "probe.safetensors"
         save_file({"input_ids": probe, "logits": logits.contiguous()}, file)

@@ -24,7 +24,17 @@ from mtft.recipe.schema import Recipe
 
 RECIPE, RESULT = "recipe.yaml", "result.json"
 # What may differ when a run goes on: it changes what is written and shown, never the weights.
-_FREE = ("name", "output", "sweep", "merge", "fuse", "run", "train.eval_every", "train.eval_on_start", "train.max_bad_steps")
+_FREE = (
+    "name",
+    "output",
+    "sweep",
+    "merge",
+    "fuse",
+    "run",
+    "train.eval_every",
+    "train.eval_on_start",
+    "train.max_bad_steps",
+)
 _PACKAGES = ("mtft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 _EXTRAS = ("bitsandbytes", "deepspeed", "trl")
 

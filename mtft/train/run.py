@@ -63,6 +63,8 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     inputs = read_inputs(recipe)
     plan = make_plan(recipe, inputs.stores)
     log = RunLog(run_dir if is_writer() else None, steps=plan.steps, quiet=quiet or not is_writer())
+    for line in (line for store in inputs.stores for line in store.warnings()):
+        log.say(f"warning: {line}")
     evaluates = any(store is not None for store in inputs.held_out)
     args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=evaluates, saves=True)  # joins the ranks
     checkpoint = start_folder(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh)

@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback, Trai
 
 from mtft.data.batch import Batch
 from mtft.errors import UserError
+from mtft.evaluate.mode import evaluation_mode
 from mtft.evaluate.scores import TaskScores
 from mtft.losses.balancers import Balancer, Observation
 from mtft.losses.nll import token_nll
@@ -42,6 +43,8 @@ from mtft.losses.reduce import (
     task_probs,
     task_sums,
 )
+from mtft.losses.regular import adapter_orthogonality
+from mtft.losses.reweight import SampleWeights
 from mtft.losses.valid import ValidStream
 from mtft.train import checkpoint
 from mtft.train.log import RunLog, finite
@@ -56,12 +59,17 @@ class Objective:
     """What is minimised: the normalisation, the path of the per-token losses, the attention implementation.
 
     valid: held-out micro-batches of a step, for balancers that ask for them (Needs.valid_every).
+    sample_weights, label_smoothing, z_loss, orthogonal: as in the recipe's `loss`.
     """
 
     normalise: str
     path: str
     attention: str
     valid: ValidStream | None = None
+    sample_weights: SampleWeights | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    orthogonal: float = 0.0
 
 
 class MultiTaskTrainer(Trainer):
@@ -150,8 +158,12 @@ class MultiTaskTrainer(Trainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 nll_BT = self._nll(model, batch)
                 c_BT = coefficients(batch, counts, w_K, self.objective.normalise)
+                if self.objective.sample_weights is not None:
+                    c_BT = c_BT * self.objective.sample_weights.factors(step, nll_BT, batch, K)
                 # Gradients are averaged over ranks but the coefficients are those of the global step: times R.
                 loss = (c_BT * nll_BT).sum() * ranks
+                if self.objective.orthogonal > 0:  # the same on every rank, so the average over ranks is right
+                    loss = loss + self.objective.orthogonal / len(batches) * adapter_orthogonality(model)
                 engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
                 self.accelerator.backward(loss, **engine)
             parts.append(task_sums(nll_BT, batch, K))
@@ -166,7 +178,14 @@ class MultiTaskTrainer(Trainer):
 
     def _nll(self, model: nn.Module, batch: Batch) -> Tensor:
         with self.compute_loss_context_manager():
-            return token_nll(model, batch, path=self.objective.path, attention=self.objective.attention)
+            return token_nll(
+                model,
+                batch,
+                path=self.objective.path,
+                attention=self.objective.attention,
+                label_smoothing=self.objective.label_smoothing,
+                z_loss=self.objective.z_loss,
+            )
 
     def _losses(self, model: nn.Module, batches: Sequence[Batch], random: dict[str, Any] | None = None) -> Tensor:
         """Global task losses of some batches, float64 [K]: no gradient, and the random state stays where it is.
@@ -253,11 +272,9 @@ class MultiTaskTrainer(Trainer):
         """Losses of the small held-out stream (`mtft.losses.valid`), in evaluation mode."""
         if self.objective.valid is None:
             raise ValueError(f"balancer {self.balancer.NAME} needs a held-out stream")
-        self.model_wrapped.eval()
         batches = [batch.to(self.args.device) for batch in self.objective.valid.batches(step)]
-        found_K = self._losses(self.model_wrapped, batches)
-        self.model_wrapped.train()
-        return found_K
+        with evaluation_mode(self.model_wrapped):
+            return self._losses(self.model_wrapped, batches)
 
     def observe_start(self) -> None:
         """Step 0 for balancers that watch validation: the loss of every held-out example, before training."""

@@ -83,7 +83,8 @@ def build(
             "skipped": bad.count,
             "notes": dict(renderer.notes),
         }
-        writer.finish({"fingerprint": fingerprint, "task": task.name, "which": which, "stats": stats})
+        about = {"task": task.name, "which": which, "max_length": max_length}
+        writer.finish({"fingerprint": fingerprint, **about, "stats": stats})
 
 
 class Cutter:

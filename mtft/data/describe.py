@@ -17,7 +17,6 @@ from data_mixers.plan import MixturePlan
 
 from ..recipe.schema import Recipe
 from .batches import BatchSource
-from .chat import NOTES
 from .encode import runs
 from .planning import make_plan
 from .store import TokenStore, open_stores
@@ -105,8 +104,10 @@ def describe(
     Raises UserError or MixError for everything that training would refuse: bad rows, tasks with nothing to learn,
     shares beyond the epoch caps, examples that fit no micro-batch.
     """
-    stores = stores or open_stores(recipe, tokenizer, "train", cache_dir=cache_dir)  # type: ignore[assignment]
-    held_out = held_out or open_stores(recipe, tokenizer, "eval", cache_dir=cache_dir)
+    if stores is None:
+        stores = open_stores(recipe, tokenizer, "train", cache_dir=cache_dir)
+    if held_out is None:
+        held_out = open_stores(recipe, tokenizer, "eval", cache_dir=cache_dir)
     plan = plan or make_plan(recipe, stores)
     source = BatchSource(
         stores,
@@ -137,7 +138,7 @@ def describe(
         padding_share=float(1 - real / positions),
         warnings=(),
     )
-    return Description(**{**vars(found), "warnings": tuple(_warnings(recipe, found))})
+    return Description(**{**vars(found), "warnings": tuple(_warnings(stores, found))})
 
 
 def _played(stores: Sequence[TokenStore], plan: MixturePlan) -> tuple[np.ndarray, np.ndarray]:
@@ -187,18 +188,10 @@ def _task(
     )
 
 
-def _warnings(recipe: Recipe, found: Description) -> list[str]:
+def _warnings(stores: Sequence[TokenStore], found: Description) -> list[str]:
     """What is legal, and often a mistake."""
-    said = []
+    said = [line for store in stores for line in store.warnings()]
     for task in found.tasks:
-        said += [f"{task.name}: {NOTES[note]} ({count:,} of {task.rows:,} rows)" for note, count in task.notes.items()]
-        if task.skipped:
-            said.append(f"{task.name}: {task.skipped:,} bad rows are skipped (train.bad_rows)")
-        if task.dropped:
-            said.append(f"{task.name}: {task.dropped:,} of {task.rows:,} examples are dropped (train.too_long)")
-        if task.truncated:
-            share = task.truncated / max(1, task.rows)
-            said.append(f"{task.name}: {task.truncated:,} examples ({share:.1%}) are cut at {recipe.train.max_length}")
         if task.asked_share == 0:
             said.append(f"{task.name}: its share is 0, so it is never trained")
         elif abs(task.asked_share - task.realised_share) > 0.01:

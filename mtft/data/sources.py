@@ -105,7 +105,8 @@ def _saved(path: Path, split: str | None, key: str) -> Part:
     loaded = load_from_disk(str(path))
     if isinstance(loaded, Dataset):
         return Part(str(path), str(path), loaded)
-    return Part(f"{path}[{_pick(list(loaded), split, key)}]", str(path), loaded[_pick(list(loaded), split, key)])
+    chosen = _pick([*map(str, loaded)], split, key)
+    return Part(f"{path}[{chosen}]", str(path), loaded[chosen])
 
 
 def _hub(entry: str, split: str | None, key: str) -> Part:
@@ -120,7 +121,7 @@ def _hub(entry: str, split: str | None, key: str) -> Part:
         raise UserError(f"cannot load {entry}: {reason}", where=key, do=do) from error
     if isinstance(loaded, Dataset):
         return Part(entry, entry, loaded)
-    chosen = _pick(list(loaded), split, key)
+    chosen = _pick([*map(str, loaded)], split, key)
     return Part(f"{entry}[{chosen}]", entry, loaded[chosen])
 
 

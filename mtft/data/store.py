@@ -23,16 +23,17 @@ import uuid
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from ..errors import UserError
 from ..recipe.schema import Recipe, TaskSection
+from .chat import NOTES
 from .encode import Example
 from .sources import find_parts
 
-VERSION = 1  # of the files and of everything that decides what is in them
+VERSION = 2  # of the files and of everything that decides what is in them
 
 
 class RowIds(Sequence[str]):
@@ -86,14 +87,22 @@ class TokenStore:
     def __len__(self) -> int:
         return self.num_examples
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64 [N]."""
+        return self._lengths
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Supervised tokens of each example, int64 [N]."""
+        return self._supervised
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
         return np.diff(self._offsets)
 
     @cached_property
-    def supervised(self) -> np.ndarray:
-        """Supervised tokens of each example, int64 [N]."""
+    def _supervised(self) -> np.ndarray:
         return self._map("learnt.bin", np.int32).astype(np.int64)
 
     @property
@@ -112,6 +121,18 @@ class TokenStore:
     def stats(self) -> dict[str, Any]:
         """rows, examples, tokens, supervised, longest, truncated, dropped, unsupervised, skipped, notes."""
         return self.meta["stats"]
+
+    def warnings(self) -> list[str]:
+        """What was changed or left out on the way from rows to examples, for people."""
+        stats, rows = self.stats, f"{self.stats['rows']:,} rows"
+        said = [f"{NOTES[note]} ({count:,} of {rows})" for note, count in stats["notes"].items()]
+        if stats["skipped"]:
+            said.append(f"{stats['skipped']:,} bad rows are skipped (train.bad_rows)")
+        if stats["dropped"]:
+            said.append(f"{stats['dropped']:,} examples of {rows} are dropped (train.too_long)")
+        if stats["truncated"]:
+            said.append(f"{stats['truncated']:,} examples of {rows} are cut at {self.meta['max_length']} tokens")
+        return [f"{self.task}: {line}" for line in said]
 
     @property
     def fingerprint(self) -> str:
@@ -152,6 +173,18 @@ def open_store(
     can't be used, for a task in which nothing is learnt, and when the disk is full.
     """
     return _open(task, which, tokenizer, tokenizer_digest(tokenizer), max_length, too_long, bad_rows, limit, cache_dir)
+
+
+@overload
+def open_stores(
+    recipe: Recipe, tokenizer: Any, which: Literal["train"], *, limit: int | None = None, cache_dir: Path | None = None
+) -> list[TokenStore]: ...
+
+
+@overload
+def open_stores(
+    recipe: Recipe, tokenizer: Any, which: Literal["eval"], *, limit: int | None = None, cache_dir: Path | None = None
+) -> list[TokenStore | None]: ...
 
 
 def open_stores(
@@ -212,7 +245,8 @@ def _open(
                 folder = root / f"{name}.tmp-{uuid.uuid4().hex[:8]}"
                 folder.mkdir()
                 try:
-                    total = sum(content.rows for content in contents) if all(c.rows for c in contents) else None
+                    counts = [content.rows for content in contents]
+                    total = None if None in counts else sum(filter(None, counts))
                     build(
                         folder, task, which, parts, tokenizer, fingerprint,
                         max_length=max_length, too_long=too_long, bad_rows=bad_rows, limit=limit, total=total,

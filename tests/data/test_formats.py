@@ -305,3 +305,49 @@ def test_digest_follows_the_content(tmp_path):
     before = part.content().digest
     path.write_text('{"a": 2}')
     assert part.content().digest != before
+
+
+def test_saved_splits(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    splits = {"train": Dataset.from_list([{"a": "1"}]), "test": Dataset.from_list([{"a": "2"}, {"a": "3"}])}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert [row.data["a"] for row in rows_of(tmp_path / "saved")] == ["1"]
+    assert [row.data["a"] for row in rows_of(tmp_path / "saved", split="test")] == ["2", "3"]
+    with pytest.raises(UserError, match="no split 'dev'; there are train, test") as caught:
+        rows_of(tmp_path / "saved", split="dev")
+    assert caught.value.where == "tasks.sums.split"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not one that datasets' save_to_disk wrote"):
+        rows_of(tmp_path / "empty")
+
+
+def test_hub_names_go_through_datasets(tmp_path, monkeypatch):
+    """`datasets` takes a local folder where a hub name is expected: the same path, without a network."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"text": "fine", "label": "good"}\n')
+    (part,) = find_parts(task(data=f"hub:{folder}"), "train", tmp_path)
+    assert [row.data for row in part.rows()] == [{"text": "fine", "label": "good"}]
+    assert part.name.endswith("name[train]")
+    assert part.content().rows == 1
+    with pytest.raises(UserError, match="cannot load hub:") as caught:
+        find_parts(task(data=f"hub:{tmp_path / 'nowhere'}"), "train", tmp_path)
+    assert "network" in caught.value.do
+
+
+def test_names_of_a_class_label(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    Dataset.from_dict({"text": ["fine"], "label": [1]}, features=features).save_to_disk(tmp_path / "saved")
+    (part,) = find_parts(task(data=str(tmp_path / "saved")), "train", tmp_path)
+    rows = [row.data for row in part.rows()]
+    assert turns(make_reader(task(), rows, part.label_names)(rows[0])) == ("fine\n\nOptions: bad, good", "good")
+
+
+def test_embedded_tasks_are_named(tmp_path):
+    with pytest.raises(UserError, match="no embedded task 'nameing'") as caught:
+        find_parts(task(data="quickstart:nameing"), "train", tmp_path)
+    assert "naming" in caught.value.do

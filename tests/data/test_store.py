@@ -177,6 +177,16 @@ def test_error_names_the_rows(tmp_path, made):
         open_(long_rows(tmp_path), made, tmp_path, max_length=20, too_long="error")
 
 
+def test_nothing_is_changed_silently(tmp_path):
+    path = long_rows(tmp_path)
+    store = open_(path, tokenizer(), tmp_path, max_length=30)
+    said = "\n".join(store.warnings())
+    assert "sums: the model has no chat template: the default one is used" in said
+    assert "sums: 1 examples of 2 rows are cut at 30 tokens" in said
+    store = open_(path, tokenizer(TEMPLATES["chatml"]), tmp_path)
+    assert store.warnings() == []
+
+
 # --- tasks that would train on nothing (R10) -------------------------------------------------------------------------
 
 

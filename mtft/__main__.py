@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments  # wherever it stands
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if not debug:
+        _hush_libraries()
     try:
         app(arguments, prog_name="mtft")
     except SystemExit as stop:
@@ -45,6 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001  the last line of defence: people get a block, not a trace
         return _report(error, _failure(error), 1, debug)
     return 0
+
+
+def _hush_libraries() -> None:
+    """Deprecations inside libraries are for their developers; users can do nothing about them (PYTHONWARNINGS wins)."""
+    import logging
+    import warnings
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on import which kernels a CPU lacks
 
 
 def _was_interrupt(stop: SystemExit) -> bool:

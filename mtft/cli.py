@@ -88,16 +88,15 @@ def check(
     """
     import json
 
-    from rich.console import Console
+    from mtft.pipeline.check import examine
+    from mtft.recipe.load import load_recipe
 
-    from mtft.data.describe import describe
-    from mtft.train.model import load_tokenizer
-
-    loaded = _load(recipe, overrides, "check")
-    found = describe(loaded, load_tokenizer(loaded.model))
+    found = examine(load_recipe(recipe, overrides or []))
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     elif sys.stdout.isatty():
+        from rich.console import Console
+
         Console().print(found.render())
     else:
         typer.echo(found.text())

@@ -9,11 +9,12 @@ from mtft.recipe.schema import Recipe
 
 from .api import merge
 from .errors import MergeError
+from .factors import Adapter
 from .report import MergeReport
 
 
 def merge_from_recipe(
-    recipe: Recipe, adapters: Sequence[str | Path] | None = None, out: str | Path | None = None
+    recipe: Recipe, adapters: Sequence[str | Path | Adapter] | None = None, out: str | Path | None = None
 ) -> MergeReport:
     """Merge as `recipe.merge` says. adapters, out: win over the section's (`mtft run` passes the trained singles).
 

@@ -70,7 +70,10 @@ class SampleWeights:
         groups = num_tasks if self.group == "task" else 1
         low_G, high_G = _range(loss_BT, real_BT, group_BT, groups, process_group)
         spread_BT = (high_G - low_G)[group_BT]
-        h_BT = torch.where(spread_BT > 0, 2 * (loss_BT - ((high_G + low_G) / 2)[group_BT]) / spread_BT, 0.0)
+        h_BT = 2 * (loss_BT - ((high_G + low_G) / 2)[group_BT]) / spread_BT
+        h_BT = torch.where(
+            real_BT & (spread_BT > 0), h_BT, 0.0
+        )  # padding lies far outside of [-1, 1]: exp would overflow
         e_BT = torch.exp(RULES[self.rule](h_BT) / self.sharpness)
         # One share per supervised token: over a sample they add up to 1.
         share_BT = torch.where(real_BT, 1.0 / sample_tokens(batch).clamp(min=1), 0.0).double()

@@ -121,6 +121,11 @@ TABLE: tuple[Row, ...] = (
         "a row of max_length tokens does not fit into micro_batch_tokens",
         "raise train.micro_batch_tokens to at least train.max_length, or shorten train.max_length"),
     # --- losses and adapters
+    Row("loss.label_smoothing, loss.z_loss + loss.path: fused", TRAINING,
+        lambda r, e, n: r.loss.path == "fused" and bool(r.loss.label_smoothing or r.loss.z_loss),
+        "the fused loss has neither label smoothing nor z-loss", "set loss.path: gather (or auto)"),
+    Row("loss.orthogonal + lora: null", TRAINING, lambda r, e, n: r.lora is None and r.loss.orthogonal > 0,
+        "loss.orthogonal is a penalty on LoRA updates, and lora is null", "train an adapter, or loss.orthogonal: 0"),
     Row("lora.targets + loss.path: fused", TRAINING,
         lambda r, e, n: r.lora is not None and "lm_head" in r.lora.targets and r.loss.path == "fused",
         "the fused loss multiplies with the head's plain weight, so an adapter on lm_head would be skipped",

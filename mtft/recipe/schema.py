@@ -114,6 +114,21 @@ class BalancerSection(Section):
     """uniform, fixed, ... (see docs/papers.md); the other keys are the balancer's options."""
 
 
+class SampleWeightsSection(Section):
+    """Weights of single samples by their own loss; the tasks' weights keep their meaning (mtft/losses/reweight.py)."""
+
+    rule: Literal["linupper", "quadratic", "extremes", "focal"]
+    """linupper: easy samples fade out; quadratic: the middle counts; extremes: the ends; focal: sure ones fade out."""
+    sharpness: Annotated[float, Field(gt=0)] = 0.4
+    """Of the softmax over a group's samples (not focal): small = few samples count."""
+    group: Literal["task", "all"] = "task"
+    """Samples that are compared: those of one task, or all, in one micro-batch of all ranks (not focal)."""
+    burn_in: Annotated[int, Field(ge=0)] = 500
+    """Optimizer steps with equal weights first."""
+    gamma: Annotated[float, Field(ge=0)] = 2.0
+    """Exponent of focal: (1 - mean token probability) ** gamma."""
+
+
 class LossSection(Section):
     normalise: Literal["token", "sample", "task_token", "task_sample"] = "task_token"
     """What the mean runs over (MFTCoder's case 1 = token, 2 = sample, 3 = task_token, 4 = task_sample)."""
@@ -121,6 +136,14 @@ class LossSection(Section):
     """How the task weights move."""
     path: Literal["auto", "gather", "fused"] = "auto"
     """How the per-token losses are computed; equal results, different speed."""
+    sample_weights: SampleWeightsSection | None = None
+    """Weights of single samples; null: all equal."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is spread over the whole vocabulary. Counts in the losses that training reports."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Adds z_loss * logsumexp(logits)^2 to each token's loss (1e-4 in PaLM); counts in the reported losses."""
+    orthogonal: Annotated[float, Field(ge=0)] = 0.0
+    """OrthoReg: weight of a penalty that keeps the columns of each LoRA update orthogonal, for merging."""
 
 
 class TrainSection(Section):

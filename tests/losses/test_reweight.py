@@ -64,6 +64,12 @@ def test_equal_losses_and_single_samples_count_1(rule):
     assert u_M.tolist() == [1, 1, 1]
 
 
+def test_close_losses_far_from_zero():
+    """Positions without a loss lie far outside of the range of the others, and must not overflow."""
+    u_M = per_sample(SampleWeights("extremes", sharpness=0.01), [(0, [7.0]), (0, [7.001]), (0, [7.002])])
+    assert u_M.tolist() == pytest.approx([1.5, 0, 1.5], abs=1e-6)
+
+
 def test_burn_in_and_the_empty_batch():
     assert per_sample(SampleWeights("extremes", burn_in=500), FIVE, step=500).tolist() == [1] * 5
     batch, nll_BT = golden_batch([(0, [])])

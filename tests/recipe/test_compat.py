@@ -34,6 +34,8 @@ CASES = {
         "train",
         ["train.max_length=4096", "train.micro_batch_tokens=1024"],
     ),
+    "loss.label_smoothing, loss.z_loss + loss.path: fused": ("train", ["loss.z_loss=1e-4", "loss.path=fused"]),
+    "loss.orthogonal + lora: null": ("train", ["loss.orthogonal=0.1", "lora=null"]),
     "lora.targets + loss.path: fused": ("train", ["lora.targets=[q_proj, lm_head]", "loss.path=fused"]),
     "lora.dora + merge": ("run", ["lora.dora=true"]),
     "lora: null + merge": ("merge", ["lora=null"]),

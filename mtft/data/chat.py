@@ -18,6 +18,7 @@ Three kinds of template break the plain rule, and are handled here, aloud (`note
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,8 +53,12 @@ NOTES = {
     "system_folded": "system messages moved into the first user turn: the chat template has no place for them",
     "eos_appended": "examples got an end token: the chat template ends an assistant turn without a special token",
     "opened": "answers lack what the template's generation prompt opens (a thought): at inference it will stand there",
+    "reasoning_ignored": "conversations have reasoning that the chat template does not show, so it is not learnt",
     "tools_ignored": "conversations have tools that the chat template does not show",
 }
+
+
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which data carry an answer's thoughts
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ class Renderer:
         self.tokenizer = tokenizer
         self.default = tokenizer.chat_template is None
         self.template: str | None = DEFAULT_TEMPLATE if self.default else None
-        self.notes: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()  # conversations, by what was done to them
+        self._said: set[str] = set()
         self.special = tuple({*tokenizer.all_special_tokens, *_special_added(tokenizer)})
         # A template writes its own BOS; where there is none, the tokenizer's habit decides. Never both.
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
@@ -85,27 +91,45 @@ class Renderer:
                     do="mend tokenizer.chat_template, or delete it: then the default template is used",
                 )
         self._fold = not self._shows([{"role": "system", "content": "Zq7x"}, {"role": "user", "content": "a"}])
+        call = {"type": "function", "function": {"name": "Zq7x", "arguments": {"a": "b"}}}
+        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        # some templates (DeepSeek) take the arguments as text, most as an object
+        self._text_calls = not self._shows(asked) and self._shows([_with_text_calls(message) for message in asked])
         self._tools = self._shows([{"role": "user", "content": "a"}], ({"type": "function", "function": _PROBE},))
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """One example, or several where the template rewrites earlier turns. RowError if the template refuses."""
         if conversation.text is not None:
             return [self._plain(conversation.text)]
+        self._said = {"default_template"} if self.default else set()
         messages, tools = list(conversation.messages), conversation.tools
-        if self.default:
-            self.notes["default_template"] += 1
         if tools and not self._tools:
-            self.notes["tools_ignored"] += 1
+            self._said.add("tools_ignored")
         if self._fold and messages[0]["role"] in ("system", "developer"):
             messages = _fold(messages)
-            self.notes["system_folded"] += 1
+            self._said.add("system_folded")
+        if self._text_calls:
+            messages = [_with_text_calls(message) for message in messages]
         turns = [self._turn(messages, i, tools) for i, message in enumerate(messages) if message["role"] == "assistant"]
+        self._check_shown(messages, turns)
         if messages[0]["role"] == "assistant":  # a greeting that answers nothing: context, not something to learn
             turns = turns[1:]
         examples = _group(turns, self.special)
         if len(examples) > 1:
-            self.notes["split"] += 1
-        return [self._finish(example) for example in examples]
+            self._said.add("split")
+        examples = [self._finish(example) for example in examples]
+        self.notes.update(self._said)
+        return examples
+
+    def _check_shown(self, messages: list[Message], turns: list[tuple[str, int]]) -> None:
+        """A call that the template drops would teach the model to answer with nothing."""
+        answers = [message for message in messages if message["role"] == "assistant"]
+        for message, (upto, start) in zip(answers, turns):
+            for call in message.get("tool_calls", ()):
+                if call.get("function", call)["name"] not in upto[start:] and start < len(upto):
+                    raise RowError("the chat template does not show the assistant's tool calls")
+            if any(message.get(key) and message[key] not in upto for key in REASONING):
+                self._said.add("reasoning_ignored")
 
     def _turn(self, messages: list[Message], i: int, tools: Any) -> tuple[str, int]:
         """(upto_i, where the learnt part starts in it)."""
@@ -121,7 +145,7 @@ class Renderer:
                 f"the chat template changes what stands before assistant turn {i} when that turn is added, so it can't "
                 "be said which tokens are the answer"
             )
-        self.notes["opened"] += 1
+        self._said.add("opened")
         start = _common(upto, before)
         # an answer that happens to start like the rest of the generation prompt is still an answer
         content = messages[i]["content"].strip()
@@ -137,7 +161,7 @@ class Renderer:
             body = text[start:end].rstrip()
             spans.append((start, start + len(body)) if body.endswith(self.special) else (start, end))
         if not text[: spans[-1][1]].endswith(self.special) and self.tokenizer.eos_token:
-            self.notes["eos_appended"] += 1
+            self._said.add("eos_appended")
             text = text[: spans[-1][1]] + self.tokenizer.eos_token
             spans[-1] = (spans[-1][0], len(text))
         return Rendered(text, tuple(spans))
@@ -189,6 +213,16 @@ def _fold(messages: list[Message]) -> list[Message]:
     if not rest or rest[0]["role"] != "user":
         return [{"role": "user", "content": system["content"]}, *rest]
     return [rest[0] | {"content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+
+
+def _with_text_calls(message: Message) -> Message:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        if "function" in call
+        else {**call, "arguments": json.dumps(call["arguments"])}
+        for call in message.get("tool_calls", ())
+    ]
+    return message | {"tool_calls": calls} if calls else message
 
 
 def _group(turns: Sequence[tuple[str, int]], special: tuple[str, ...]) -> list[Rendered]:

@@ -110,11 +110,30 @@ def _message(item: object, column: str) -> Message:
     if isinstance(content, list):
         content = _joined(content, f"{column}.content")
     calls = role == "assistant" and bool(message.get("tool_calls"))
+    if calls:
+        message["tool_calls"] = _calls(message["tool_calls"], f"{column}.tool_calls")
     if content is None and calls:
         content = ""
     # an assistant turn that only calls a tool has no text; every other assistant turn must say something
     message["content"] = as_text(content, f"{column}.content", empty=role != "assistant" or calls)
     return message
+
+
+def _calls(value: object, column: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects: OpenAI's logs hold JSON text there, which templates would quote."""
+    if not isinstance(value, list):
+        raise RowError("expected a list of tool calls", column, value)
+    calls = []
+    for position, call in enumerate(value):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError("expected an object with function.name", f"{column}[{position}]", call)
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _json(arguments, f"{column}[{position}].function.arguments")
+        function = {**function, "arguments": arguments}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return calls
 
 
 def _joined(parts: Sequence[object], column: str) -> str:

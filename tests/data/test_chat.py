@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mtft.data.chat import DEFAULT_TEMPLATE, Renderer
 from mtft.data.encode import draw, encode, runs
-from mtft.data.messages import Conversation, RowError
+from mtft.data.messages import Conversation, RowError, as_messages
 from tests.data.toys import TEMPLATES, tokenizer
 
 
@@ -189,6 +189,55 @@ def test_tools_reach_the_template_or_are_missed_aloud():
     assert renderer.notes["tools_ignored"] == 1
 
 
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}
+
+
+def with_call(call=CALL):
+    turns = [
+        {"role": "user", "content": "Q1"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "A1"},
+    ]
+    return Conversation(as_messages(turns, "messages"))
+
+
+def test_calls_of_tools_are_learnt():
+    _, _, drawn = learnt(tokenizer(), with_call())
+    assert drawn == [
+        'User: Q1\n\nAssistant:⟦ [{"type": "function", "function": {"name": "get_weather", "arguments": '
+        '{"city": "Rome"}}}]<eos>⟧\n\nTool: sunny\n\nAssistant:⟦ A1<eos>⟧\n\n'
+    ]
+
+
+def test_arguments_as_text_are_the_same_call():
+    """OpenAI's logs hold JSON text; a template with `| tojson` would quote it once more."""
+    text = {"type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
+    assert with_call(text) == with_call()
+
+
+def test_templates_that_take_arguments_as_text():
+    made = tokenizer(
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name + ' ' + c.function.arguments }}"
+        "{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    _, _, drawn = learnt(made, with_call())
+    assert drawn == ['Q1<|im_end|>⟦get_weather {"city": "Rome"}<|im_end|>⟧sunny<|im_end|>⟦A1<|im_end|>⟧']
+
+
+def test_calls_that_the_template_drops_are_refused():
+    """They would teach the model to answer with nothing."""
+    with pytest.raises(RowError, match="does not show the assistant's tool calls"):
+        Renderer(tokenizer(TEMPLATES["chatml"])).render(with_call())
+
+
+def test_reasoning_that_the_template_drops_is_said_aloud():
+    turns = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1", "reasoning_content": "hmm"}]
+    renderer, _, drawn = learnt(tokenizer(TEMPLATES["chatml"]), Conversation(tuple(turns)))
+    assert renderer.notes == {"reasoning_ignored": 1}
+    assert drawn == [SINGLE["chatml"]]
+
+
 # --- the stock templates -------------------------------------------------------------------------------------------
 
 _TRL = importlib.util.find_spec("trl")
@@ -212,19 +261,43 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDS)
-def test_stock_templates(name):
+def stock(name):
+    """A tokenizer with a stock template and the special tokens that occur in it."""
     path = STOCK / f"{name}.jinja"
     if not path.is_file():
         pytest.skip(f"no template {name} in an installed trl")
-    text = path.read_text()
-    assert not re.search(r"{%-?\s*generation", text), "a stock template has no generation block (R11)"
-    made = tokenizer(text)
-    special = sorted({*re.findall(r"<\|[\w]+\|>|<｜[^｜]*｜>|<\w+_of_turn>", text)})
+    made = tokenizer(path.read_text())
+    special = sorted({*re.findall(r"<\|[\w]+\|>|<｜[^｜]*｜>|<\w+_of_turn>", made.chat_template)})
     made.add_special_tokens({"extra_special_tokens": special})
+    return made
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_stock_templates(name):
+    made = stock(name)
+    assert not re.search(r"{%-?\s*generation", made.chat_template), "a stock template has no generation block (R11)"
     _, examples, drawn = learnt(made, conversation("Q1", "A1", "Q2", "A2", system="S"))
     parts = [part for example in examples for part, learn in runs(made, example) if learn]
     assert len(parts) == 2, drawn  # each turn once, whatever the template does to earlier ones
     assert parts[0].split("</think>\n\n")[-1].split("<|message|>")[-1].startswith("A1")
     assert parts[1].endswith("A2" + ENDS[name])
     assert not any(word in part for part in parts for word in ("Q1", "Q2", "S"))
+
+
+CALLS = {
+    "deepseekv3": '{"city": "Rome"}',
+    "gptoss": '<|message|>{"city": "Rome"}<|call|>',
+    "llama3_1": '{"name": "get_weather", "parameters": {"city": "Rome"}}<|eot_id|>',
+    "qwen2_5": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>',
+    "qwen3": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>',
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_stock_templates_with_tools(name):
+    made = stock(name)
+    _, examples, drawn = learnt(made, with_call())
+    parts = [part for example in examples for part, learn in runs(made, example) if learn]
+    assert sum(CALLS[name] in part for part in parts) == 1, drawn
+    assert sum("A1" in part for part in parts) == 1, drawn
+    assert not any("sunny" in part or "Q1" in part for part in parts)

@@ -39,7 +39,7 @@ class GateBatch:
 
 @dataclass
 class GateResult:
-    """gates: the trained module (hooks removed). history: objective per step. warnings: what to know before using it."""
+    """gates: the trained module (hooks removed). history: objective per step. warnings: to be read before use."""
 
     gates: Gates
     history: list[float]

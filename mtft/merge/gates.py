@@ -12,7 +12,7 @@ scalearn           a vector [m] per adapter, module    labelled loss, dropout on
 concrete           every rank of the sum, per module   entropy, unlabelled                     Tang, 2312.06173
 
 concrete is a minimal form: the paper masks every weight; here a relaxed Bernoulli masks each rank component of the sum
-sum_k D_k, and is divided by its mean. The gates are folded into the factors afterwards (gate_training.py): a plain adapter.
+sum_k D_k, and is divided by its mean. gate_training.py folds the gates into the factors afterwards: a plain adapter.
 """
 
 from __future__ import annotations

@@ -175,11 +175,54 @@ def test_peft_linear_multiplies_mixed_factors_ours_does_not(tmp_path, base):
     assert relative(deltas(tmp_path / "out"), total) < 1e-6
 
 
-def test_peft_linear_refuses_unequal_ranks_ours_does_not(tmp_path, base):
+@pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear"])
+def test_peft_refuses_unequal_ranks_ours_does_not(tmp_path, base, kind):
     paths = [expert(base, tmp_path / str(i), i, r=r, target_modules=["q_proj"]) for i, r in enumerate((2, 3, 1))]
     with pytest.raises(ValueError, match="same r"):
-        peft_merge(base, paths, "linear")
-    merge(paths, tmp_path / "out", rank="lossless")
+        peft_merge(base, paths, kind, **({} if kind == "linear" else {"density": 0.5}))
+    merge(paths, tmp_path / "out", kind.partition("_")[0], rank=8, min_energy=0)
+
+
+def test_peft_changes_a_single_rslora_adapter_ours_does_not(tmp_path, base):
+    """https://github.com/huggingface/peft/issues/3761: one adapter at weight 1 should be itself."""
+    path = expert(base, tmp_path / "a", 0, r=16, lora_alpha=16, use_rslora=True, target_modules=["q_proj"])
+    assert relative(peft_merge(base, [path], "linear"), deltas(path)) > 0.5
+    merge([path], tmp_path / "out")
+    assert relative(deltas(tmp_path / "out"), deltas(path)) < 1e-6
+
+
+def test_peft_writes_what_it_cannot_load_after_rank_patterns_ours_loads(tmp_path, base):
+    """https://github.com/huggingface/peft/issues/3737."""
+    from transformers import LlamaForCausalLM
+
+    config = {"r": 4, "rank_pattern": {"v_proj": 2}, "target_modules": ["q_proj", "v_proj"]}
+    paths = [expert(base, tmp_path / str(i), i, **config) for i in range(2)]
+    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), paths[0], adapter_name="0")
+    model.load_adapter(paths[1], "1")
+    model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "merged", "linear")
+    model.save_pretrained(tmp_path / "theirs", selected_adapters=["merged"])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "theirs" / "merged")
+    merge(paths, tmp_path / "ours")
+    peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "ours")
+
+
+def test_peft_linear_moves_with_the_gauge_ours_does_not(tmp_path, base):
+    """The same adapter written as (B G, G^-1 A): PEFT's linear merge becomes another matrix."""
+    from safetensors.numpy import load_file, save_file
+
+    paths = [expert(base, tmp_path / str(i), i, r=4, target_modules=["q_proj"]) for i in range(2)]
+    before = peft_merge(base, paths, "linear")
+    merge(paths, tmp_path / "before", rank="lossless")
+    file = paths[0] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    G = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32) + 3 * np.eye(4, dtype=np.float32)
+    for key in tensors:
+        tensors[key] = np.linalg.solve(G, tensors[key]) if "lora_A" in key else tensors[key] @ G
+    save_file(tensors, file, {"format": "pt"})
+    assert relative(peft_merge(base, paths, "linear"), before) > 0.3
+    merge(paths, tmp_path / "after", rank="lossless")
+    assert relative(deltas(tmp_path / "after"), deltas(tmp_path / "before")) < 1e-5
 
 
 def test_dora_is_refused(tmp_path, base):

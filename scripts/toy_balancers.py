@@ -39,7 +39,8 @@ def toy_losses(x_S2: Tensor) -> Tensor:
     def bowl(a: float) -> Tensor:
         return ((a - x1) ** 2 + 0.1 * (x2 + 8) ** 2) / 10 - 20
 
-    upper, lower = torch.relu(torch.tanh(x2 / 2)), torch.relu(torch.tanh(-x2 / 2))
+    # maximum and not relu: at x2 = 0 its gradient is one half, so that a start there is not a point of rest.
+    upper, lower = (torch.maximum(torch.tanh(side * x2 / 2), torch.zeros_like(x2)) for side in (1, -1))
     first = ridge(0.5 * (-x1 - 7) + torch.tanh(x2)) * upper + bowl(7) * lower
     second = ridge(0.5 * (-x1 + 3) - torch.tanh(x2) + 2) * upper + bowl(-7) * lower
     return torch.stack([0.1 * first, second], dim=1)

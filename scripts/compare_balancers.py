@@ -1,0 +1,96 @@
+"""Do balancers help on these tasks? Trains a recipe once per balancer and seed, and compares held-out losses in pairs.
+
+    python scripts/compare_balancers.py recipes/quickstart.yaml --out runs/compare
+    python scripts/compare_balancers.py RECIPE --balancers uniform random dwa famo --seeds 17 18 19 train.steps=200
+
+The runs lie in OUT/<balancer>-<seed> and are not repeated when they stand; OUT/compare.json holds all figures. For each
+balancer: the worst task's loss and the mean over tasks (both averaged over seeds), and the difference to uniform and to
+random weights of the same seed with a 95 % t interval over seeds. "no" = the interval holds 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mtft.recipe.load import load_recipe
+from mtft.train.run import train
+
+DEFAULT = ("uniform", "random", "dwa", "famo", "uw", "gls", "stch", "focal", "coba")
+# A quick run has few steps: windows that fit into it. Others keep their defaults.
+SHORT = {"dwa": {"window": 5}, "coba": {"warmup": 6, "window": 20, "valid_every": 2}}
+
+
+def losses(recipe_file: str, balancer: str, seed: int, out: Path, overrides: list[str]) -> np.ndarray:
+    """Held-out loss of each task after one run, in the recipe's order."""
+    options = [f"loss.balancer.{key}={value}" for key, value in SHORT.get(balancer, {}).items()]
+    fixed = [f"seed={seed}", f"output.dir={out / f'{balancer}-{seed}'}", f"loss.balancer.name={balancer}"]
+    recipe = load_recipe(recipe_file, [*overrides, *fixed, *options])
+    result = train(recipe, quiet=True, prove=False)
+    return np.array([result.scores[task].summary()["loss"] for task in recipe.task_names])
+
+
+def interval(difference: np.ndarray) -> dict[str, float | str]:
+    """Mean difference over seeds with its 95 % t interval."""
+    half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference) if len(difference) > 1 else np.inf
+    low, high = difference.mean() - half, difference.mean() + half
+    verdict = "better" if high < 0 else "worse" if low > 0 else "no"
+    return {"difference": float(difference.mean()), "low": float(low), "high": float(high), "verdict": verdict}
+
+
+def compare(found: dict[str, np.ndarray]) -> dict[str, dict]:
+    """{balancer: [seeds, tasks]} -> figures of each balancer."""
+    table = {}
+    for name, loss_SK in found.items():
+        line: dict = {"worst": float(loss_SK.max(axis=1).mean()), "mean": float(loss_SK.mean())}
+        for baseline in ("uniform", "random"):
+            if baseline in found and name != baseline:
+                base_SK = found[baseline]
+                line[f"worst against {baseline}"] = interval(loss_SK.max(axis=1) - base_SK.max(axis=1))
+                line[f"mean against {baseline}"] = interval(loss_SK.mean(axis=1) - base_SK.mean(axis=1))
+        table[name] = line
+    return table
+
+
+def show(table: dict[str, dict]) -> str:
+    def cell(line: dict, key: str) -> str:
+        if key not in line:
+            return ""
+        x = line[key]
+        return f"{x['difference']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}] {x['verdict']}"
+
+    keys = ("worst against uniform", "worst against random", "mean against uniform")
+    lines = [f"| balancer | worst task | mean | {' | '.join(keys)} |", "|---" * (3 + len(keys)) + "|"]
+    for name, line in table.items():
+        lines.append(
+            f"| {name} | {line['worst']:.4f} | {line['mean']:.4f} | {' | '.join(cell(line, key) for key in keys)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--balancers", nargs="+", default=list(DEFAULT))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[17, 18, 19])
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    asked, overrides = parser.parse_known_args()
+    found = {}
+    for name in asked.balancers:
+        found[name] = np.array([losses(asked.recipe, name, seed, asked.out, overrides) for seed in asked.seeds])
+        print(f"{name}: {np.round(found[name].mean(axis=0), 4).tolist()}", file=sys.stderr, flush=True)
+    table = compare(found)
+    figures = {"seeds": asked.seeds, "losses": {name: x.tolist() for name, x in found.items()}, "table": table}
+    (asked.out / "compare.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print(show(table))
+
+
+if __name__ == "__main__":
+    main()

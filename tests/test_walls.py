@@ -29,9 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gradients": {"losses", "data", "recipe"},
     "quickstart": set(),
     "train": {"losses", "gradients", "data", "recipe", "data_mixers", "evaluate", "quickstart"},
-    "evaluate": {"train", "losses", "data", "recipe"},  # evaluate.run loads a model exactly as train does
+    "evaluate": {"train", "fuse", "losses", "data", "recipe"},  # loads models as train does; lm-eval on fused ones
     "merge": {"recipe"},
-    "fuse": {"merge", "losses", "data", "recipe", "evaluate", "quickstart"},
+    "fuse": {"merge", "losses", "data", "recipe", "quickstart"},
     "report": {"recipe", "data_mixers"},
     "pipeline": {
         "train",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -66,10 +66,20 @@ class TensorFile:
 
     def read(self, key: str, dtype: np.dtype | type = np.float64) -> np.ndarray:
         """The tensor as `dtype` (exact for float32 and up). NaN or infinite values: MergeError with their count."""
+        return self._read(key, dtype, 0, math.prod(self.entries[key].shape)).reshape(self.entries[key].shape)
+
+    def rows(self, key: str, start: int, stop: int, dtype: np.dtype | type = np.float64) -> np.ndarray:
+        """Rows start:stop of a tensor as [rows, the rest]; a vector is one row."""
+        height, width = as_matrix(self.entries[key].shape)
+        stop = min(stop, height)
+        return self._read(key, dtype, start * width, (stop - start) * width).reshape(stop - start, width)
+
+    def _read(self, key: str, dtype: np.dtype | type, first: int, count: int) -> np.ndarray:
         entry = self.entries[key]
-        raw = np.fromfile(self.path, FLOATS[entry.dtype], math.prod(entry.shape), offset=entry.start)
+        kind = FLOATS[entry.dtype]
+        raw = np.fromfile(self.path, kind, count, offset=entry.start + first * kind.itemsize)
         values = (raw.astype(np.uint32) << 16).view(np.float32) if entry.dtype == "BF16" else raw
-        values = values.astype(dtype, copy=False).reshape(entry.shape)
+        values = values.astype(dtype, copy=False)
         if not math.isfinite(float(values.sum(dtype=np.float64))):
             bad = int(np.count_nonzero(~np.isfinite(values)))
             raise MergeError(
@@ -78,6 +88,11 @@ class TensorFile:
                 do="leave this adapter out, or take an earlier checkpoint of it",
             )
         return values
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor: its first dimension and the rest; vectors and scalars are one row."""
+    return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
 def to_disk(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -119,6 +134,19 @@ class TensorWriter:
         if (key, values.shape) != (name, tuple(shape)):
             raise ValueError(f"expected {name} {shape}, got {key} {values.shape}")
         self._file.write(np.ascontiguousarray(to_disk(values, dtype)).data)
+
+    def write_rows(self, key: str, blocks: Iterable[np.ndarray]) -> None:
+        """A tensor in row blocks, as `TensorFile.rows` gives them."""
+        name, dtype, shape = self._expected.pop(0)
+        height, width = as_matrix(tuple(shape))
+        done = 0
+        for block in blocks:
+            if block.shape[1:] != (width,):
+                raise ValueError(f"expected rows of {width}, got {block.shape}")
+            self._file.write(np.ascontiguousarray(to_disk(block, dtype)).data)
+            done += len(block)
+        if (key, done) != (name, height):
+            raise ValueError(f"expected {height} rows of {name}, got {done} of {key}")
 
     def close(self) -> None:
         """Flush to the disk. ValueError if tensors are missing."""

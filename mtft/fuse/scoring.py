@@ -104,7 +104,7 @@ def score(
         name: torch.zeros(ids_BL.shape, dtype=torch.float64, device=ids_BL.device) for name in ("logp", "alpha", "kl")
     }
     greedy_BL = torch.zeros_like(wanted)
-    for row_N, column_N, step in _positions(fused, ids_BL, mask_BL, predict_BL, chunk, stats, specs):
+    for row_N, column_N, step in positions(fused, ids_BL, mask_BL, predict_BL, chunk, stats, specs):
         token_N = target_BL[row_N, column_N].to(step.logprobs_NV.device)
         at = row_N, column_N + 1
         out["logp"][at] = step.logprobs_NV.gather(-1, token_N[:, None])[:, 0].to(out["logp"])
@@ -129,14 +129,14 @@ def fused_scores(
     hit_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
     mask_BT = (batch.segment_ids_BT >= 0).long()
     specs = None if spec is None else [spec] * len(labels_BT)
-    for row_N, column_N, step in _positions(fused, batch.input_ids_BT, mask_BT, labels_BT >= 0, None, stats, specs):
+    for row_N, column_N, step in positions(fused, batch.input_ids_BT, mask_BT, labels_BT >= 0, None, stats, specs):
         label_N = labels_BT[row_N, column_N].to(step.logprobs_NV.device)
         nll_BT[row_N, column_N] = -step.logprobs_NV.gather(-1, label_N[:, None])[:, 0].to(nll_BT)
         hit_BT[row_N, column_N] = (step.logprobs_NV.argmax(-1) == label_N).to(hit_BT.device)
     return nll_BT, hit_BT
 
 
-def _positions(
+def positions(
     fused: FusedCausalLM,
     ids_BL: Tensor,
     mask_BL: Tensor | None,

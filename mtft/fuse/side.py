@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -127,6 +128,20 @@ class Side:
             cache.update(keys, values, index)
         self.cache = cache
 
+    def absorb(self, other: Side) -> None:
+        """Take in the prompts of another side of the same model and groups, behind left padding where needed."""
+        length = max(self.length, other.length)
+        both = [F.pad(side.mask_BC, (length - side.length, 0)) for side in (self, other)]
+        cache = DynamicCache(config=self.model.config)
+        for index, (mine, theirs) in enumerate(zip(self.cache.layers, other.cache.layers, strict=True)):
+            grown = []
+            for x, y in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                parts = [F.pad(z, (0, 0, length - z.shape[2], 0)).unflatten(0, (len(self.groups), -1)) for z in (x, y)]
+                grown.append(torch.cat(parts, 1).flatten(0, 1))
+            cache.update(*grown, index)
+        self.cache, self.mask_BC = cache, torch.cat(both)
+        self.holes = not bool(self.mask_BC.all())
+
     def _twin(self, groups: tuple[int, ...]) -> Side:
         cut = {"width": self.width, "layout": self.layout, "known": self.known, "substitute": self.substitute}
         twin = Side(self.model, groups, **cut)
@@ -180,3 +195,13 @@ class Sides:
     def select(self, keep: Tensor) -> None:
         for side in self.all:
             side.select(keep)
+
+    def absorb(self, other: Sides) -> None:
+        for side, more in zip(self.all, other.all, strict=True):
+            side.absorb(more)
+
+    @property
+    def movable(self) -> bool:
+        """All keys and values are kept as they are: rows may be merged, cut and split."""
+        caches = [side.cache for side in self.all]
+        return all(cache.is_croppable and not any(cache.is_sliding) and not any(cache.is_linear) for cache in caches)

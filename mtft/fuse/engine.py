@@ -1,0 +1,305 @@
+"""One thread owns the models and decodes for many clients: new prompts join the running batch between two tokens.
+
+Clients hand in jobs and get events back. A job that is cancelled leaves at the next token. The rows of a batch don't
+see each other: padding is never attended to, and a row's noise depends on its own seed and position only.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from . import sampling
+from .model import FusedCausalLM
+from .prompt import left_pad
+from .scoring import positions
+from .side import Sides
+from .spec import Fused, FusionError, FusionSpec
+from .text import TextStream
+from .trace import TokenTrace
+
+SQUEEZE = 0.75  # share of the caches in use below which padding is dropped
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token and its log-probability under the served distribution before any processor; `top` holds the best k."""
+
+    id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of a job: text that is certain now, the tokens of this step, and at the end why it ended, or what failed."""
+
+    text: str = ""
+    tokens: tuple[TokenScore, ...] = ()
+    finish_reason: str | None = None
+    error: str | None = None
+    status: int = 200
+
+
+@dataclass
+class Job:
+    """One answer to make. source: `fused`, `strong`, or the number of an expert that answers alone."""
+
+    ids: list[int]
+    max_tokens: int
+    spec: FusionSpec
+    tell: Callable[[Event], None]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    sample: int = 0
+    stops: tuple[str, ...] = ()
+    top: int = 0  # best tokens to report at each step
+    source: str | int = "fused"
+    trace: TokenTrace | None = None
+    cancelled: bool = False
+    since: float = field(default_factory=time.monotonic)
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+@dataclass
+class Metrics:
+    """Counters since the start."""
+
+    requests: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    alpha: float = 0.0
+    clipped: int = 0
+
+
+class Engine:
+    """Decodes jobs on one thread. rows: largest batch; queue: jobs that may wait; wait: seconds before giving up."""
+
+    def __init__(
+        self, fused: FusedCausalLM, *, rows: int = 8, queue: int = 64, wait: float = 60.0, window: float = 0.005
+    ) -> None:
+        self.fused, self.rows, self.queue, self.wait, self.window = fused, rows, queue, wait, window
+        self.metrics = Metrics()
+        self._waiting: deque[Job] = deque()
+        self._tasks: deque[tuple[Job, Future[list[TokenScore]]]] = deque()
+        self._change = threading.Condition()
+        self._closing = False
+        self._running: list[tuple[Job, TextStream]] = []
+        self._sides: Sides | None = None
+        self._logits: tuple[Tensor, list[Tensor], Tensor] | None = None
+        self._thread = threading.Thread(target=self._work, name="fuse-engine", daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish what runs and waits, then end the thread."""
+        with self._change:
+            self._closing = True
+            self._change.notify()
+        self._thread.join()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """All of them or none. Raises Busy if they don't fit into the queue."""
+        with self._change:
+            if self._closing or len(self._waiting) + len(jobs) > self.queue:
+                self.metrics.refused += len(jobs)
+                raise Busy
+            self._waiting.extend(jobs)
+            self.metrics.requests += len(jobs)
+            self._change.notify()
+
+    def score_prompt(self, job: Job) -> list[TokenScore]:
+        """Scores of a prompt's own tokens under what the job asked for, on the engine's thread; waits for it."""
+        task: Future[list[TokenScore]] = Future()
+        with self._change:
+            self._tasks.append((job, task))
+            self._change.notify()
+        return task.result()
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                while not self._waiting and not self._running and not self._tasks:
+                    if self._closing:
+                        return
+                    self._change.wait()
+            while self._tasks:
+                job, task = self._tasks.popleft()
+                try:
+                    task.set_result(self._score_prompt(job))
+                except (FusionError, RuntimeError) as error:
+                    task.set_exception(error)
+            if not self._waiting and not self._running:
+                continue
+            if not self._running:
+                time.sleep(self.window)  # prompts that come together are read together
+            try:
+                self._admit(self._take())
+                if self._running:
+                    self._step()
+            except (FusionError, RuntimeError) as error:
+                # the caches may be half written: everyone in the batch hears of it, the next batch starts afresh
+                what = error.what if isinstance(error, FusionError) else str(error).splitlines()[0]
+                for job, _ in self._running:
+                    job.tell(Event(error=what, status=500))
+                self._running, self._sides, self._logits = [], None, None
+
+    def _take(self) -> list[Job]:
+        """Jobs that may join now. Those that waited too long hear so."""
+        taken: list[Job] = []
+        if self._sides is not None and not self._sides.movable:
+            return taken  # a cache that forgets (sliding window) takes no new rows: wait for the batch to end
+        with self._change:
+            while self._waiting and len(self._running) + len(taken) < self.rows:
+                job = self._waiting.popleft()
+                if job.cancelled:
+                    continue
+                if time.monotonic() - job.since > self.wait:
+                    job.tell(Event(error="the server is busy: the request waited too long", status=503))
+                    continue
+                taken.append(job)
+        return taken
+
+    @torch.no_grad()
+    def _admit(self, jobs: list[Job]) -> None:
+        """Read the prompts and put them beside the rows that run."""
+        if not jobs:
+            return
+        new = [(job, TextStream(self.fused.tokenizer, job.stops)) for job in jobs]
+        self._running += new
+        self.metrics.prompt_tokens += sum(len(job.ids) for job in jobs)
+        ids_BL, mask_BL = left_pad([job.ids for job in jobs], 0, self.fused.device)
+        sides = self.fused.sides()
+        strong, experts, base = sides.read(ids_BL, mask_BL, 1)
+        logits = strong[:, -1], [expert[:, -1] for expert in experts], base[:, -1]
+        if self._sides is None or self._logits is None:
+            self._sides, self._logits = sides, logits
+            return
+        self._sides.absorb(sides)
+        both = [torch.cat(pair) for pair in zip(self._logits[1], logits[1], strict=True)]
+        self._logits = torch.cat([self._logits[0], logits[0]]), both, torch.cat([self._logits[2], logits[2]])
+
+    @torch.no_grad()
+    def _score_prompt(self, job: Job) -> list[TokenScore]:
+        """The first token has no prefix, so it has no score."""
+        ids_1L = torch.tensor([job.ids], device=self.fused.device)
+        scores = [TokenScore(job.ids[0], None)]
+        if isinstance(job.source, int):
+            logits_LM = self.fused.sides().read_weak(ids_1L, keep=0)[0][job.source][0]
+            rows = (self._wide(logits_V) for logits_V in logits_LM[:-1])
+        else:
+            spec = replace(job.spec, alpha_rule="fixed", alpha=0.0) if job.source == "strong" else job.spec
+            ahead = torch.ones_like(ids_1L, dtype=torch.bool)
+            ahead[:, -1] = False
+            steps = positions(self.fused, ids_1L, None, ahead, None, None, [spec])
+            rows = (logp_V for _, _, step in steps for logp_V in step.logprobs_NV)
+        return scores + [token_score(logp_V, token, job.top) for logp_V, token in zip(rows, job.ids[1:])]
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One token for every row."""
+        strong_BV, experts, base_BM = self._logits
+        fused = self.fused.fuse(strong_BV, experts, base_BM, [job.spec for job, _ in self._running])
+        self._count(fused)
+        tokens = []
+        for row, (job, stream) in enumerate(self._running):
+            logp_V = self._served(job, fused.logprobs_NV[row], strong_BV[row], experts, row)
+            token = self._pick(job, logp_V, len(stream.tokens))
+            tokens.append(token)
+            if job.trace is not None:
+                here = torch.tensor([row], device=strong_BV.device)
+                one = type(fused)(**{k: v[here] for k, v in vars(fused).items() if k != "evaluations"}, evaluations=0)
+                job.trace.step(
+                    [0], one, torch.tensor([token]), strong_BV[here], [e[here] for e in experts], base_BM[here]
+                )
+            self._tell(job, stream, token_score(logp_V, token, job.top))
+        keep = [row for row, (job, _) in enumerate(self._running) if not job.cancelled]
+        self._running = [self._running[row] for row in keep]
+        if not keep:
+            self._sides = self._logits = None
+            return
+        if len(keep) < len(tokens):
+            self._sides.select(torch.tensor(keep))
+        if self._sides.movable:
+            for side in self._sides.all:
+                if side.holes and float(side.mask_BC.sum()) < SQUEEZE * side.mask_BC.numel():
+                    side.squeeze()
+        next_B1 = torch.tensor([[tokens[row]] for row in keep], device=self.fused.device)
+        strong, experts, base = self._sides.read(next_B1)
+        self._logits = strong[:, -1], [expert[:, -1] for expert in experts], base[:, -1]
+
+    def _tell(self, job: Job, stream: TextStream, score: TokenScore) -> None:
+        """The client hears of the token; a job that has ended is marked as cancelled, so that its row leaves."""
+        if job.cancelled:
+            return
+        ended = score.id in self.fused.end_ids
+        text = stream.rest() if ended else stream.add(score.id)
+        count = len(stream.tokens) + ended
+        reason = "stop" if ended or stream.finished else "length" if count >= job.max_tokens else None
+        if reason is not None:
+            text += stream.rest()
+            job.cancelled = True
+        job.tell(Event(text, (score,), reason))
+
+    def _served(self, job: Job, fused_V: Tensor, strong_V: Tensor, experts: list[Tensor], row: int) -> Tensor:
+        """The log-probabilities that this job asked for."""
+        if job.source == "fused":
+            return fused_V
+        logits_V = strong_V if job.source == "strong" else experts[int(job.source)][row]
+        return self._wide(logits_V)
+
+    def _wide(self, logits_V: Tensor) -> Tensor:
+        """Log-probabilities over all ids of the strong vocabulary."""
+        logp_V = torch.log_softmax(logits_V.float(), -1)
+        return torch.nn.functional.pad(logp_V, (0, self.fused.vocab_size - len(logp_V)), value=-torch.inf)
+
+    def _pick(self, job: Job, logp_V: Tensor, position: int) -> int:
+        """As generate does: temperature, top-k, top-p, then the row's own draw."""
+        if job.temperature == 0:
+            return int(logp_V.argmax())
+        scores_1V = logp_V[None]
+        if job.temperature != 1:
+            scores_1V = TemperatureLogitsWarper(float(job.temperature))(None, scores_1V)
+        if job.top_k:
+            scores_1V = TopKLogitsWarper(job.top_k)(None, scores_1V)
+        if job.top_p < 1:
+            scores_1V = TopPLogitsWarper(job.top_p)(None, scores_1V)
+        noise_1V = sampling.gumbel([sampling.key(job.seed, job.sample, position)], len(logp_V), logp_V.device)
+        return int(sampling.sample(scores_1V, noise_1V))
+
+    def _count(self, fused: Fused) -> None:
+        self.metrics.steps += 1
+        self.metrics.tokens += len(self._running)
+        self.metrics.alpha += float(fused.alpha_NT.sum())
+        self.metrics.clipped += int(fused.clipped_N.sum())
+
+
+def token_score(logp_V: Tensor, token: int, top: int) -> TokenScore:
+    """The chosen token's number and its entry among the best are the same float."""
+    values, ids = logp_V.topk(min(top, len(logp_V)))
+    best = tuple((i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True) if v > -float("inf"))
+    return TokenScore(token, float(logp_V[token]), best)

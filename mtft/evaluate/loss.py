@@ -81,7 +81,7 @@ def score_tasks(
             world=world,
         ):
             batch = piece.batch.to(device)
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference_mode: weights that ZeRO-3 gathers there could not be trained after
                 nll_BT, hit_BT = score(batch)
             found[:, piece.examples] = example_sums(nll_BT, hit_BT, batch, piece)
         if world > 1:

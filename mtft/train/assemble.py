@@ -23,7 +23,8 @@ from mtft.losses.reweight import SampleWeights
 from mtft.losses.valid import ValidStream
 from mtft.recipe.schema import Recipe
 from mtft.train import folder
-from mtft.train.checkpoint import check_identity, trainable
+from mtft.train.checkpoint import check_identity
+from mtft.train.engines import trainable
 from mtft.train.log import RunLog
 from mtft.train.model import compute_dtype, load_tokenizer, pad_id
 from mtft.train.ranks import is_writer
@@ -140,8 +141,7 @@ def build_trainer(
             world=args.world_size,
         )
     loss = recipe.loss
-    plain = not (loss.label_smoothing or loss.z_loss)  # what the fused path is restricted to
-    path = resolve_path(loss.path if plain or loss.path != "auto" else "gather", args.device)
+    path = resolve_path(loss.path)
 
     def score(network: nn.Module) -> dict[str, TaskScores]:
         autocast = None if dtype == torch.float32 else dtype

@@ -1,8 +1,8 @@
 """What a checkpoint of a run holds, and how a run takes it up again. The files themselves: mtft.train.state.
 
-Saved: trainable weights; optimizer, schedule and gradient scaler; the balancer; the random state of every rank;
-counters of skipped steps; and the run's identity (fingerprints of plan and data), which must be the same to go on.
-The data need no state: step s of the plan is a pure function of s.
+Saved: trainable weights and optimizer (under DeepSpeed in its own files); schedule and gradient scaler; the balancer;
+the random state of every rank; counters of skipped steps; and the run's identity (fingerprints of plan and data),
+which must be the same to go on. The data need no state: step s of the plan is a pure function of s.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from mtft.errors import UserError
+from mtft.train.engines import save_engine_state, trainable
 from mtft.train.state import checkpoint_folder, load_tree, prune_checkpoints, save_tree, whole_folder
 from mtft.train.tree import random_state, restore_random_state
 
@@ -24,39 +24,36 @@ if TYPE_CHECKING:
 WEIGHTS, TRAINER_STATE = "weights.safetensors", "trainer_state.json"
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that training moves, by name; a parameter that two modules share stands once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def save(trainer: MultiTaskTrainer) -> Path:
-    """Writes checkpoint-<step> of a run in one process or under DDP; called on every rank, written by one."""
+    """Writes checkpoint-<step>. A collective call: one rank writes, and under DeepSpeed every rank its own part."""
     from safetensors.torch import save_file
 
     run_dir, step = Path(trainer.args.output_dir), trainer.state.global_step
     random_states = _gather(random_state())
-    if not trainer.args.should_save:
-        _barrier()
-        return checkpoint_folder(run_dir, step)
+    writer, sharded = trainer.args.should_save, bool(trainer.is_deepspeed_enabled)
     scaler = trainer.accelerator.scaler
     tree = {
         "step": step,
         "identity": trainer.identity,
         "tasks": list(trainer.tasks),
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer": None if sharded else trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "balancer": trainer.balancer.state_dict(),
         "bad_steps": trainer.bad_steps,
         "random": random_states,
     }
-    with whole_folder(checkpoint_folder(run_dir, step)) as folder:
-        weights = {name: value.detach().cpu().contiguous() for name, value in trainable(trainer.model).items()}
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-        save_tree(folder, tree)
-        trainer.state.save_to_json(str(folder / TRAINER_STATE))
-    prune_checkpoints(run_dir, trainer.keep)
-    _barrier()
+    with whole_folder(checkpoint_folder(run_dir, step), writer=writer, barrier=_barrier) as folder:
+        if sharded:
+            save_engine_state(trainer, folder)
+        if writer:
+            if not sharded:
+                weights = {name: value.detach().cpu().contiguous() for name, value in trainable(trainer.model).items()}
+                save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+            save_tree(folder, tree)
+            trainer.state.save_to_json(str(folder / TRAINER_STATE))
+    if writer:
+        prune_checkpoints(run_dir, trainer.keep)
     return checkpoint_folder(run_dir, step)
 
 
@@ -85,9 +82,16 @@ def load_weights(trainer: MultiTaskTrainer, folder: Path) -> None:
 
 
 def load_state(trainer: MultiTaskTrainer, folder: Path) -> None:
-    """Optimizer, schedule, scaler, balancer and counters."""
+    """Optimizer (DeepSpeed has loaded its own), schedule, scaler, balancer and counters."""
     tree = load_tree(folder)
-    trainer.optimizer.load_state_dict(tree["optimizer"])
+    if bool(trainer.is_deepspeed_enabled) != (tree["optimizer"] is None):
+        raise UserError(
+            f"{folder.name} was written by {'DeepSpeed' if tree['optimizer'] is None else 'another engine'}",
+            where=str(folder.parent),
+            do="continue with the launcher configuration it was started with",
+        )
+    if tree["optimizer"] is not None:
+        trainer.optimizer.load_state_dict(tree["optimizer"])
     trainer.lr_scheduler.load_state_dict(tree["scheduler"])
     if trainer.accelerator.scaler is not None and tree["scaler"] is not None:
         trainer.accelerator.scaler.load_state_dict(tree["scaler"])

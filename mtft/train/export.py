@@ -83,21 +83,31 @@ def check_tensors(folder: Path, *, must: str) -> None:
         raise ValueError(f"{folder.name} holds no tensor {must!r}: nothing was saved")
 
 
+def _probe(model: nn.Module) -> Tensor:
+    """Random token ids [1, 24], always the same."""
+    vocabulary = int(model.config.vocab_size)  # pyright: ignore
+    return torch.randint(0, vocabulary, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def probe_logits(model: nn.Module, device: torch.device) -> Tensor:
+    """fp32 [1, 24, V] on the CPU: what the trained model says, for `Proof`. Ranks of a sharded model all call it."""
+    with evaluation_mode(model), torch.no_grad():
+        return model(input_ids=_probe(model).to(device), use_cache=False).logits.float().cpu()
+
+
 class Proof:
     """Reloads an export in a fresh process, at the same time as the caller goes on; `result` waits and compares."""
 
-    def __init__(self, model: nn.Module, folder: Path, recipe: Recipe, *, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, logits: Tensor, folder: Path, recipe: Recipe, device: torch.device) -> None:
+        """`logits`: of the trained model, from `probe_logits`."""
         from safetensors.torch import save_file
 
         self._folder = folder
         self._home = tempfile.TemporaryDirectory(prefix="mtft-proof-")
         config = model.config
-        probe = torch.randint(0, config.vocab_size, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-        with evaluation_mode(model), torch.inference_mode():
-            logits = model(input_ids=probe.to(device), use_cache=False).logits.float().cpu()
         base_dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.uint8)
         file = Path(self._home.name) / "probe.safetensors"
-        save_file({"input_ids": probe, "logits": logits.contiguous()}, file)
+        save_file({"input_ids": _probe(model), "logits": logits.contiguous()}, file)
         quantisation = getattr(config, "quantization_config", None)
         settings = {
             "dtype": str(base_dtype).removeprefix("torch."),

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from mtft.recipe.schema import Recipe
 from mtft.train import folder
-from mtft.train.export import Proof, export_model, write_card
+from mtft.train.engines import whole_weights
+from mtft.train.export import Proof, export_model, probe_logits, write_card
 from mtft.train.log import finite
 from mtft.train.ranks import is_writer
 from mtft.train.run import SCORES
@@ -27,11 +28,13 @@ def hand_over(
     """Export, proof, final scores, card; result.json comes last. A collective call."""
     run_dir, steps = Path(recipe.output.dir), trainer.state.global_step
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    state = whole_weights(trainer, model)
+    logits = probe_logits(model, trainer.args.device) if prove else None
     proof = None
     if is_writer():
-        export_dir = export_model(model, run_dir, tokenizer=inputs.tokenizer)
-        if prove:
-            proof = Proof(model, export_dir, recipe, device=trainer.args.device)
+        export_dir = export_model(model, run_dir, tokenizer=inputs.tokenizer, state=state)
+        if logits is not None:
+            proof = Proof(model, logits, export_dir, recipe, trainer.args.device)
     has_scores = any(store is not None for store in inputs.held_out)
     if has_scores and steps not in trainer.evaluations:
         trainer.evaluate()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mtft.errors import UserError
+from mtft.losses.nll import add_fused_head, resolve_path
 from mtft.recipe.schema import LoraSection, ModelSection, Recipe
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ def load_for_training(recipe: Recipe, base: PreTrainedModel | None = None) -> Pr
     """Base and adapter of a recipe (or the whole base for full fine-tuning). A given `base` is used up."""
     full = recipe.lora is None
     model = load_base(recipe.model, full=full) if base is None else base
+    if resolve_path(recipe.loss.path) == "fused":
+        add_fused_head(model)  # before PEFT wraps the model
     if recipe.lora is None:
         return model
     return add_lora(model, recipe.lora, seed=recipe.seed)

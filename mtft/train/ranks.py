@@ -21,6 +21,24 @@ def is_writer() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def engine() -> str:
+    """What the launcher asks for: "deepspeed", "fsdp", or "ddp" (also in one process)."""
+    for name in ("deepspeed", "fsdp"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("1", "true", "yes"):
+            return name
+    return "ddp"
+
+
+def join_ranks_without_gpu() -> None:
+    """Joins CPU ranks under DeepSpeed before TrainingArguments would: it names no backend, and each would train alone.
+
+    TrainingArguments has to be told to keep this state (use_configured_state).
+    """
+    from accelerate import PartialState
+
+    PartialState(backend="gloo")
+
+
 def check_ranks(accelerator: Accelerator) -> None:
     """Refuses a run whose processes don't know of each other.
 

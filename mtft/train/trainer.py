@@ -150,8 +150,11 @@ class MultiTaskTrainer(Trainer):
         self._random = random_state() if needs.after_step else None
         step_loss_K = self._losses(model, batches) if needs.step_loss else None
         w_K = self.balancer.weights(step, step_loss_K)
+        share_K = task_coefficients(counts, w_K, self.objective.normalise)
         ranks = self.accelerator.num_processes
         parts: list[TaskSums] = []
+        if float(share_K.sum()) == 0:  # on every rank: nothing in the whole step counts, and nothing is run
+            batches = []
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
@@ -169,7 +172,6 @@ class MultiTaskTrainer(Trainer):
             parts.append(task_sums(nll_BT, batch, K))
         sums = reduce_sums(parts, K, device=device)
         loss_K = task_losses(sums, counts, self.objective.normalise)
-        share_K = task_coefficients(counts, w_K, self.objective.normalise)
         loss = float(torch.where(share_K > 0, share_K * loss_K, 0.0).sum())
         self._trouble = "empty" if float(share_K.sum()) == 0 else None if np.isfinite(loss) else "non-finite"
         self._seen = batches, loss_K, task_probs(sums, counts) if self.balancer.needs.token_probs else None
@@ -262,7 +264,8 @@ class MultiTaskTrainer(Trainer):
         self.run_log.step(self._line)
         if self.args.report_to:
             self.callback_handler.on_log(self.args, self.state, self.control, flat(self._line))
-        if self._bad_in_a_row >= self.max_bad_steps:
+        too_late = self._trouble == "non-finite" and self.is_deepspeed_enabled  # the engine has taken the step
+        if self._bad_in_a_row >= self.max_bad_steps or too_late:
             self._give_up(self._trouble or "bad")
         if self.stop.agreed(self.args.device):
             control.should_training_stop = True

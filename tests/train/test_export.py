@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from mtft.errors import UserError
 from mtft.evaluate.run import as_json, evaluate
 from mtft.recipe.schema import ModelSection, Recipe
-from mtft.train.export import Proof, check_tensors
+from mtft.train.export import Proof, check_tensors, probe_logits
 from mtft.train.run import train
 
 
@@ -115,8 +115,8 @@ def test_empty_or_missing_tensors_are_refused(tmp_path):
 def test_proof_fails_when_the_export_is_not_what_was_trained(recipe, tmp_path):
     whole, result = finished(recipe, tmp_path / "run")
     base = AutoModelForCausalLM.from_pretrained(recipe["model"]["path"], dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, result.adapter_dir)
+    model, device = PeftModel.from_pretrained(base, result.adapter_dir), torch.device("cpu")
     file = result.adapter_dir / "adapter_model.safetensors"
     save_file({name: value * 2 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match="differ from the trained model's"):
-        Proof(model, result.adapter_dir, whole, device=torch.device("cpu")).result()
+        Proof(model, probe_logits(model, device), result.adapter_dir, whole, device).result()

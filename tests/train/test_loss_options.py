@@ -53,6 +53,20 @@ def test_equals_the_objective_by_hand(recipe, tmp_path, loss, token_options):
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_fused_path_trains_and_evaluates_as_gather(recipe, tmp_path):
+    pytest.importorskip("trl")
+    losses, scores = {}, {}
+    for path in ("gather", "fused"):
+        (tmp_path / path).mkdir()
+        trainer, *_ = trainer_for(recipe, tmp_path / path, loss={"path": path}, train={**recipe["train"], "steps": 3})
+        trainer.train()
+        lines = (tmp_path / path / "metrics.jsonl").read_text().splitlines()
+        losses[path] = [json.loads(line)["loss"] for line in lines]
+        scores[path] = trainer.evaluate()
+    assert losses["fused"] == pytest.approx(losses["gather"], rel=1e-5)
+    assert scores["fused"] == pytest.approx(scores["gather"], rel=1e-4)
+
+
 def test_orthogonal_keeps_the_columns_of_the_update_apart(recipe, tmp_path):
     ends = []
     for weight in (0.0, 10.0):

@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[17, 18, 19])
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     asked, overrides = parser.parse_known_args()
+    if len(asked.seeds) < 2:
+        parser.error("give at least two seeds: without them there is no interval")
     found = {}
     for name in asked.balancers:
         found[name] = np.array([losses(asked.recipe, name, seed, asked.out, overrides) for seed in asked.seeds])

@@ -2,10 +2,10 @@
 
 Paths, equal to rounding, each the other's oracle in tests/losses/test_nll.py:
 
-gather  (reference, default on CPU) asks the model's own forward for logits at the supervised positions only
+gather  (reference, default) asks the model's own forward for logits at the supervised positions only
         (`logits_to_keep` = boolean mask [B, T] -> [n, V]), so that wrappers, sharded engines and logit scaling or
         capping stay as they are. [B, T, V] is never built, but for models whose forward has no `logits_to_keep`.
-fused   (default on GPUs with trl) trl's fused head: projection and softmax in tiles: not even [n, V] is built. The
+fused   (for GPUs, needs trl) trl's fused head: projection and softmax in tiles, so not even [n, V] is built. The
         bare model must be prepared with `add_fused_head` before PEFT wraps it. Without Triton it is slower than gather.
 
 Labels are aligned (the token to predict *from* a position), so nothing is shifted here.
@@ -30,10 +30,10 @@ from mtft.losses.softmax import row_nll_in_place
 Path = Literal["auto", "gather", "fused"]
 
 
-def resolve_path(path: str, device: torch.device | str) -> Literal["gather", "fused"]:
-    """The path that a run takes: what was asked for, or for `auto` the fast one on this device."""
+def resolve_path(path: str) -> Literal["gather", "fused"]:
+    """The path that a run takes: what was asked for; `auto` is gather, the only one that is measured on its device."""
     if path == "auto":
-        return "fused" if torch.device(device).type == "cuda" and find_spec("trl") is not None else "gather"
+        return "gather"
     if path not in ("gather", "fused"):
         raise UserError(f"unknown loss path {path!r}", where="loss.path", do="use auto, gather or fused")
     if path == "fused" and find_spec("trl") is None:
@@ -62,7 +62,7 @@ def token_nll(
 ) -> Tensor:
     """fp32 [B, T]: loss (nats) of every supervised token, 0 elsewhere; connected to the graph even if there is none.
 
-    path             `gather` or `fused` (see the module); `auto` is gather: resolve_path decides once for a run
+    path             `gather` or `fused` (see the module); `auto` is gather
     attention        the model's attention implementation; None reads it from the model's config
     inputs           keyword arguments of the model's forward; None = mtft.data.isolation.model_inputs(batch, ...)
     chunk_rows       supervised tokens whose fp32 softmax exists at a time (recomputed in the backward); None = all.

@@ -149,7 +149,7 @@ def test_peft_is_seen_through():
 
 
 def test_resolve_path():
-    assert resolve_path("auto", "cpu") == "gather"
-    assert resolve_path("gather", "cuda") == "gather"
+    assert resolve_path("auto") == "gather"
+    assert resolve_path("gather") == "gather"
     with pytest.raises(UserError, match="unknown loss path 'liger'"):
-        resolve_path("liger", "cpu")
+        resolve_path("liger")

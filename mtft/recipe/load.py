@@ -135,7 +135,8 @@ def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every key written out; `load_recipe` gives the same recipe back."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # keep the order of the schema
+    # Keep the order of the schema. (The attribute is declared as None there.)
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     yaml.width = 4096
     stream = io.StringIO()
     yaml.dump(recipe.model_dump(mode="json"), stream)

@@ -28,8 +28,11 @@ class BadRows:
         """True once the build can't succeed any more."""
         return self.policy == "error" and self.count > 0
 
-    def add(self, problem: Problem) -> None:
+    def add(self, problem: Problem, row: Row | None = None) -> None:
+        """Count a bad row; `row` is what could be read of it."""
         self.count += 1
+        if self.empty is None and problem.what == "is empty":
+            self.empty = row
         if len(self._shown) < SHOWN:
             self._shown.append(str(problem))
 

@@ -1,13 +1,14 @@
 """Building a token store: rows -> conversations -> text with spans -> tokens -> flat files, some thousand rows at once.
 
-Memory does not grow with the data: what is in flight is one block of rows.
+Memory does not grow with the data: what is in flight are a few blocks of rows.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -16,16 +17,13 @@ import numpy as np
 from ..errors import UserError
 from ..recipe.schema import TaskSection
 from .badrows import BadRows
-from .chat import Rendered, Renderer
-from .columns import RowReader, make_reader
-from .encode import Example, draw, encode
-from .files import Problem, Row
-from .messages import RowError
+from .blocks import Encoder, blocks_of, encoding, processes_for
+from .encode import Example, draw
+from .files import Row
 from .progress import progress
 from .sources import Part
 
 PEEK = 50  # rows that decide how columns are read
-BLOCK_ROWS, BLOCK_CHARACTERS = 2000, 4_000_000
 LONGEST_NAME = 200  # characters of a row id that are kept
 
 
@@ -42,30 +40,44 @@ def build(
     bad_rows: str,
     limit: int | None,
     total: int | None,
+    processes: int | None = None,
 ) -> None:
-    """Write the store's files into `folder`. `total` rows are expected (for the progress bar)."""
-    renderer, reader = Renderer(tokenizer), _reader(task, parts)
+    """Write the store's files into `folder`.
+
+    total: rows that are expected, if known; processes: how many encode (None: as many as pay for `total`).
+    """
+    expected = limit if total is None else min(total, limit or total)
+    encoder = _encoder(task, parts, tokenizer)
     bad = BadRows(f"tasks.{task.name}.{'data' if which == 'train' else 'eval_data'}", bad_rows)
     cut = Cutter(max_length, too_long, tokenizer.bos_token_id)
+    notes: Counter[str] = Counter()
     first: Example | None = None
-    with Writer(folder, len(tokenizer)) as writer, progress(f"tokenising {task.name} ({which})", limit or total) as bar:
-        taken = 0
+    taken = 0
+    with (
+        Writer(folder, len(tokenizer)) as writer,
+        progress(f"tokenising {task.name} ({which})", expected) as advance,
+        encoding(encoder, processes or processes_for(expected)) as run,
+    ):
         for part in parts:
             writer.start_file(part.name)
             rows = 0
-            for block in _blocks(part.rows(), None if limit is None else limit - taken):
-                good = _render(block, reader, renderer, bad)
-                rows, taken = rows + len(block), taken + len({row.line for row, _ in good})
-                bar(len(block))
-                if bad.fatal:  # nothing will be written: go on for the sake of the other bad rows
-                    continue
-                for (row, _), example in zip(good, encode(tokenizer, [text for _, text in good])):
+            blocks = blocks_of(part.rows(), None if limit is None else limit - taken)
+            # once the build is bound to fail, rows are still read for the sake of the other bad ones
+            for block, encoded in run(blocks, lambda: not bad.fatal):
+                for index, problem in encoded.problems:
+                    row = block[index]
+                    bad.add(problem, row if isinstance(row, Row) else None)
+                for index, example in () if bad.fatal else encoded.examples:
+                    row = block[index]
                     first = first or example
                     kept = cut(example, f"{row.file}:{row.line}")
-                    if kept is not None:
+                    if kept is not None and isinstance(row, Row):
                         writer.add(kept, row)
+                rows, taken = rows + len(block), taken + len(block) - len(encoded.problems)
+                notes.update(encoded.notes)
+                advance(len(block))
             if bad.empty is not None and not taken:
-                bad.example = _draw_empty(reader, renderer, tokenizer, bad.empty)
+                bad.example = encoder.draw_empty(bad.empty)
             bad.end_of_file(part.name, rows)
         bad.finish()
         cut.finish(bad.where)
@@ -81,7 +93,7 @@ def build(
             "dropped": cut.dropped + cut.unsupervised,
             "unsupervised": cut.unsupervised,
             "skipped": bad.count,
-            "notes": dict(renderer.notes),
+            "notes": dict(notes),
         }
         about = {"task": task.name, "which": which, "max_length": max_length}
         writer.finish({"fingerprint": fingerprint, **about, "stats": stats})
@@ -198,61 +210,12 @@ def _name(row: Row) -> bytes:
     return str(name)[:LONGEST_NAME].encode("utf-8", "replace")
 
 
-def _reader(task: TaskSection, parts: Sequence[Part]) -> RowReader:
+def _encoder(task: TaskSection, parts: Sequence[Part], tokenizer: Any) -> Encoder:
     rows = (row.data for part in parts for row in part.rows() if isinstance(row, Row))
     peeked = list(itertools.islice(rows, PEEK))
-    if not peeked:  # no rows, or none that can be read: never called, the problems speak for themselves
-        return RowReader("text", {})
-
-    def names_of(column: str) -> list[str] | None:
-        return next((names for part in parts if (names := part.label_names(column))), None)
-
-    return make_reader(task, peeked, names_of)
-
-
-def _blocks(rows: Iterable[Row | Problem], limit: int | None) -> Iterator[list[Row | Problem]]:
-    """At most `limit` rows in blocks, bounded in number and in characters."""
-    block: list[Row | Problem] = []
-    size = 0
-    for row in itertools.islice(rows, limit):
-        block.append(row)
-        size += sum(len(str(value)) for value in row.data.values()) if isinstance(row, Row) else 0
-        if len(block) >= BLOCK_ROWS or size >= BLOCK_CHARACTERS:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
-
-
-def _render(
-    block: Sequence[Row | Problem], reader: RowReader, renderer: Renderer, bad: BadRows
-) -> list[tuple[Row, Rendered]]:
-    """The texts of a block, each with its row; what can't be used goes to `bad`."""
-    good = []
-    for row in block:
-        if isinstance(row, Problem):
-            bad.add(row)
-            continue
-        try:
-            good += [(row, text) for text in renderer.render(reader(row.data))]
-        except RowError as error:
-            bad.add(Problem(row.file, row.line, error.what, error.column, error.value))
-            if error.what == "is empty" and bad.empty is None:
-                bad.empty = row
-    return good
-
-
-def _draw_empty(reader: RowReader, renderer: Renderer, tokenizer: Any, row: Row) -> str:
-    """How an example with nothing to learn would look."""
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, str):
-            return value if value.strip() else "(empty)"
-        if isinstance(value, list):
-            return [fill(item) for item in value]
-        return {key: fill(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    return draw(tokenizer, encode(tokenizer, renderer.render(reader(fill(row.data))))[0])
+    columns = {column for row in peeked for column in row}
+    names = {column: found for column in columns for part in parts if (found := part.label_names(column))}
+    return Encoder(tokenizer, task, peeked, names)
 
 
 def _nothing_learnt(

@@ -12,9 +12,13 @@ import time
 import numpy as np
 import pytest
 
+from mtft.data.blocks import Encoder, encoding
+from mtft.data.build import build
 from mtft.data.chat import Renderer
 from mtft.data.encode import encode
+from mtft.data.files import Row
 from mtft.data.messages import Conversation
+from mtft.data.sources import Part
 from mtft.data.store import open_store
 from mtft.errors import UserError
 from mtft.recipe.schema import TaskSection
@@ -273,6 +277,7 @@ def test_full_disk_is_one_clear_block(tmp_path, made):
 WRITE = """
 import sys
 from pathlib import Path
+from mtft.data.sources import Part
 from mtft.data.store import open_store
 from mtft.recipe.schema import TaskSection
 from tests.data.toys import TEMPLATES, tokenizer
@@ -323,6 +328,38 @@ def test_many_processes_share_one_store(tmp_path):
     assert len(printed) == 1
     assert printed.pop().startswith("200 ")
     assert len(list((tmp_path / "cache" / "stores").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_many_processes_write_the_same_bytes(tmp_path, made, monkeypatch):
+    monkeypatch.setattr("mtft.data.blocks.BLOCK_ROWS", 16)
+    rows = pairs(300)
+    rows[77] = {"prompt": "x", "response": ""}
+    parts = [Part("a.jsonl", str(write_jsonl(tmp_path / "a.jsonl", rows)))]
+    written = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        options = {"max_length": 40, "too_long": "truncate_left", "bad_rows": "skip", "limit": None, "total": 300}
+        build(folder, task("x", template="{{ prompt }}!"), "train", parts, made, "f", **options, processes=processes)
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert written[0] == written[1]
+    assert json.loads(written[0]["meta.json"])["stats"]["skipped"] == 1
+
+
+@pytest.mark.slow
+def test_dead_workers_cost_time_not_the_build(made):
+    rows = [{"prompt": "a", "response": f"fox {i}"} for i in range(6)]
+    encoder = Encoder(made, task("x"), rows, {})
+    blocks = [[Row("a", i + 1, row)] for i, row in enumerate(rows)]
+    with encoding(encoder, 2) as run:
+        found = []
+        for block, encoded in run(blocks, lambda: True):
+            found.append((block[0].line, made.decode(encoded.examples[0][1].input_ids)))
+            for child in multiprocessing.active_children():
+                child.kill()
+    assert [line for line, _ in found] == [1, 2, 3, 4, 5, 6]
+    assert all(f"fox {line - 1}" in text for line, text in found)
 
 
 def _open_in_child(path, cache, queue):

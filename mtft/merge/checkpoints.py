@@ -200,7 +200,7 @@ def _merged(
         return (compute(start, blocks) for start, blocks in stream)
     if not spectral or len(root.shape(key)) != 2:
         share = 1 / len(used) if spectral else 1.0
-        return (sum(np.float32(share * w) * x for w, x in zip(weights_K, blocks)) for _, blocks in stream)
+        return (np.sum([np.float32(share * w) * x for w, x in zip(weights_K, blocks)], axis=0) for _, blocks in stream)
     height, width = as_matrix(root.shape(key))
     cores = [np.float32(w) * _Delta(model, root, key)[0:height] for model, w in used]
     merged = rule.merge_core(Core(cores, Whole(height), Whole(width), weights_K, names, key, seed))

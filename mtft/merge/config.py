@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import MergeError
 
@@ -106,7 +107,7 @@ def read_settings(folder: Path) -> LoraSettings:
 
 
 def _typed(config: dict, refuse) -> LoraSettings:
-    def number(key: str, value: object, kind: str = "a number > 0") -> float:
+    def number(key: str, value: Any, kind: str = "a number > 0") -> float:
         good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
         if not good or (kind != "a number > 0" and int(value) != value):
             raise refuse(f"{key} is {value!r}: must be {kind}", "save the adapter again")

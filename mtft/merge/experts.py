@@ -106,7 +106,7 @@ def _write_experts(
                 for k, (factor, writer) in enumerate(zip(factors, writers)):
                     E = (next(deltas) if factor is not None else np.zeros_like(S)) - S
                     spectrum = svd(E)
-                    cut = Spectrum(*(part[..., :expert_rank] for part in spectrum[:2]), spectrum.Vt[:expert_rank])
+                    cut = Spectrum(spectrum.U[:, :expert_rank], spectrum.S[:expert_rank], spectrum.Vt[:expert_rank])
                     kept[k] += np.sum(cut.S**2)
                     squares[k] += np.sum(spectrum.S**2)
                     if whole:
@@ -161,7 +161,7 @@ def skills(
             writer = AdapterWriter(scratch / task, plan, rank, disk_dtype(opened, dtype), {})
             try:
                 for module in plan.modules:
-                    factors = [adapter.factors(module.name) for adapter in opened]
+                    factors = [f for adapter in opened if (f := adapter.factors(module.name)) is not None]
                     A = _mixed([f.A_RN.T for f in factors], gates).T
                     B = _mixed([f.scale * f.B_MR for f in factors], gates)
                     writer.add(module.name, B, A, None)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -145,7 +146,7 @@ def make_plan(
     weights: Sequence[float] | None,
     scale: float,
     average: bool,
-    per_module: Sequence[tuple[str, Mapping[str, object]]],
+    per_module: Sequence[tuple[str, Mapping[str, Any]]],
     precision: str,
     seed: int,
 ) -> Plan:
@@ -174,7 +175,8 @@ def make_plan(
             raise MergeError(f"not a regular expression: {error}", where=where, do="mend the pattern") from None
         number = 0
         if "method" in change or "options" in change:
-            methods.append(make_method(change.get("method", method), change.get("options")))
+            inherited = method if isinstance(method, str) else ""  # a trained method has no name to inherit
+            methods.append(make_method(change.get("method", inherited), change.get("options")))
             number = len(methods) - 1
         weights_K = check_weights(change["weights"], adapters, where) if change.get("weights") else default_K
         rules.append((regex, number, weights_K, _check_rank(change.get("rank"), where), where))

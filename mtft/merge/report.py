@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -22,7 +23,7 @@ class MergeReport:
     energy: float
     worst: tuple[str, float]
     modules: dict[str, dict[str, float]] = field(repr=False)
-    inputs: list[dict[str, object]] = field(repr=False)
+    inputs: list[dict[str, Any]] = field(repr=False)
     settings: dict[str, object] = field(repr=False)
     warnings: list[str]
     seconds: float

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,11 +24,14 @@ NOT_LEARNT = "undefined: the expert did not learn"
 class Scores(Protocol):
     """One task's held-out scores, as mtft.evaluate.scores.TaskScores has them; N examples."""
 
-    ids: tuple[str, ...]
-    nll_N: np.ndarray
-    tokens_N: np.ndarray
-    correct_N: np.ndarray
-
+    @property
+    def ids(self) -> tuple[str, ...]: ...
+    @property
+    def nll_N(self) -> np.ndarray: ...
+    @property
+    def tokens_N(self) -> np.ndarray: ...
+    @property
+    def correct_N(self) -> np.ndarray: ...
     @property
     def exact_N(self) -> np.ndarray: ...
 
@@ -158,8 +161,7 @@ def _compare(models, metric: str, weights: np.ndarray) -> tuple[dict, np.ndarray
     at_base, at_single, at_merged = (_metric(scores, metric, weights) for scores in models)
     gap, kept = at_base - at_single, at_base - at_merged  # both change sign for accuracies: the ratio does not
     sign = 1 if metric == "loss" else -1
-    row: dict[str, object] = {"base": at_base[0], "single": at_single[0], "merged": at_merged[0]}
-    row = {key: float(value) for key, value in row.items()}
+    row: dict[str, Any] = {"base": float(at_base[0]), "single": float(at_single[0]), "merged": float(at_merged[0])}
     if not sign * gap[0] > 2 * gap[1:].std():
         row["retained"] = Share(None, why=NOT_LEARNT).as_dict()
         return row, np.empty(0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class RoutedModel:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         experts: Sequence[str | Path | Adapter],
         router: Router | Arrow,
         *,

@@ -46,4 +46,4 @@ def _average(key: str, adapters: Sequence[Adapter], weights_K: np.ndarray) -> np
     if len(shapes) > 1 or total <= 0:
         why = f"shapes differ: {sorted(shapes)}" if len(shapes) > 1 else f"its weights add up to {total:g}"
         raise MergeError(f"{key} can't be averaged: {why}", where=str(owners[0][0].path), do="use saved: 'take: NAME'")
-    return sum(w * adapter.read(key) for adapter, w in owners) / total
+    return np.sum([w * adapter.read(key) for adapter, w in owners], axis=0) / total

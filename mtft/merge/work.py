@@ -35,7 +35,7 @@ def read_parts(plan: Plan, module: ModulePlan, rank_cap: int) -> tuple[Parts, np
     """The adapters that count in this module, the merged bias, and warnings."""
     dtype = plan.dtype_of(module)
     names, weights, factors, warnings = [], [], [], []
-    bias_M = np.zeros(module.layout.m) if module.layout.has_bias else None
+    bias_M = np.zeros(module.layout.m)
     for adapter, weight in zip(plan.adapters, module.weights_K, strict=True):
         found = adapter.factors(module.name, dtype) if weight != 0 else None
         if found is None:
@@ -49,7 +49,7 @@ def read_parts(plan: Plan, module: ModulePlan, rank_cap: int) -> tuple[Parts, np
         weights.append(weight)
         factors.append(found)
     labels = (module.name, tuple(names), np.array(weights), tuple(factors))
-    return Parts(*labels, dtype, plan.seed, rank_cap), bias_M, warnings
+    return Parts(*labels, dtype, plan.seed, rank_cap), bias_M if module.layout.has_bias else None, warnings
 
 
 def merge_module(plan: Plan, module: ModulePlan, seen: object, rank: int | None, cap: int) -> ModuleResult:

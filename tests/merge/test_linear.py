@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mtft.merge import merge, merge_delta, read_adapter
-from mtft.merge.methods import METHODS
+from mtft.merge import MergeError, merge, merge_delta, read_adapter
+from mtft.merge.methods import METHODS, make_method
 from tests.merge import golden as g
 
 
@@ -70,3 +70,18 @@ def test_ranks_and_modules_may_differ(tmp_path):
     out = read_adapter(tmp_path / "out")
     np.testing.assert_allclose(g.delta(out.factors("q")), g.delta(one) + g.delta(three), atol=1e-6)
     np.testing.assert_allclose(g.delta(out.factors("k")), g.delta(two), atol=1e-6)
+
+
+def test_options_take_their_types():
+    """YAML's 2.0 is a whole number and 1 a float; 2.5 is no whole number."""
+    method = make_method("ctm", {"rank": 2.0})
+    assert isinstance(method.rank, int)
+    assert isinstance(make_method("wudi", {"ridge": 1}).ridge, float)
+    for name, options in (
+        ("ctm", {"rank": 2.5}),
+        ("wudi", {"ridge": True}),
+        ("ties", {"variant": 1}),
+        ("ties", {"dens": 1}),
+    ):
+        with pytest.raises(MergeError):
+            make_method(name, options)

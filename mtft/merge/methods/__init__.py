@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from ..errors import MergeError
 from .base import Method
@@ -61,17 +62,19 @@ def make_method(name: str, options: Mapping[str, object] | None = None) -> Metho
     if name not in METHODS:
         raise MergeError(f"unknown merge method {name!r}", where="method", do=_suggest(name, list(METHODS)))
     kind = METHODS[name]
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
+    typed = {}
     for key, value in (options or {}).items():
         where = f"options.{key} of method {name}"
         if key not in fields:
             do = _suggest(key, list(fields)) if fields else f"{name} has no options"
             raise MergeError(f"{name} has no option {key!r}", where=where, do=do)
-        _check_type(fields[key], value, where)
-    return kind(**(options or {}))
+        typed[key] = _typed(fields[key], value, where)
+    return kind(**typed)
 
 
-def _check_type(field: dataclasses.Field, value: object, where: str) -> None:
+def _typed(field: dataclasses.Field, value: Any, where: str) -> object:
+    """The value as its option's type: 2.0 is a whole number, 1 a float."""
     default = field.default
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if default is None:
@@ -79,7 +82,7 @@ def _check_type(field: dataclasses.Field, value: object, where: str) -> None:
     elif isinstance(default, bool):
         good = isinstance(value, bool)
     elif isinstance(default, int):
-        good = number and value == int(value) if number and math.isfinite(value) else False
+        good = number and math.isfinite(value) and value == int(value)
     elif isinstance(default, float):
         good = number and math.isfinite(value)
     elif isinstance(default, str):
@@ -90,6 +93,9 @@ def _check_type(field: dataclasses.Field, value: object, where: str) -> None:
         raise MergeError(
             f"{value!r} does not fit", where=where, do=f"give a {type(default).__name__}, as in the default {default!r}"
         )
+    if default is None or isinstance(default, bool | str):
+        return value
+    return type(default)(value)  # type: ignore[arg-type]
 
 
 def _suggest(name: str, known: list[str]) -> str:

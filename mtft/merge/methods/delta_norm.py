@@ -28,7 +28,7 @@ class DeltaNorm(CoreMethod):
             raise MergeError(f"power is {self.power}", where="options.power", do="0 or more, as 1.0")
 
     def rule(self, core: Core) -> np.ndarray:
-        return sum(w * M for w, M in zip(self.weights(core), core.cores))
+        return np.sum([w * M for w, M in zip(self.weights(core), core.cores)], axis=0)
 
     def weights(self, core: Core) -> np.ndarray:
         """w_K, adding up to 1."""

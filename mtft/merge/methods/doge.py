@@ -52,10 +52,8 @@ class Doge(Method):
 
         def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:
             X = Y[start : start + len(blocks[0])] @ Wt
-            moved = (
-                c * np.where(np.abs(x) >= t, w * x + X, 0) for c, w, x, t in zip(lam_K, weights_K, blocks, thresholds)
-            )
-            return sum(moved).astype(parts.dtype)
+            moved = [np.where(np.abs(x) >= t, w * x + X, 0) for w, x, t in zip(weights_K, blocks, thresholds)]
+            return np.sum([c * x for c, x in zip(lam_K, moved)], axis=0).astype(parts.dtype)
 
         checked: Rule = rule
         return compress(stream, checked, parts.rank_cap, parts.module)

@@ -33,7 +33,7 @@ class Pcb(DenseMethod):
         spans = select(lambda: ([np.abs(x) for x in blocks] for blocks in task.weighted()), [ends] * K)
 
         def clamp(x: np.ndarray, span: list[float]) -> np.ndarray:
-            return np.clip(np.abs(x), *span)
+            return np.clip(np.abs(x), span[0], span[1])
 
         def balance(blocks: list[np.ndarray]) -> list[np.ndarray]:
             total = np.sum(blocks, axis=0)

@@ -38,7 +38,7 @@ class RobustMerge(Method):
             do = "choose a method that sees deltas, as ties or tsv"
             raise MergeError(f"robustmerge needs equal ranks, got {sorted(ranks)}", where=parts.module, do=do)
         rank = ranks.pop()
-        A, B, total = 0.0, 0.0, np.zeros(rank)
+        A, B, total = np.zeros((rank, parts.shape[1])), np.zeros((parts.shape[0], rank)), np.zeros(rank)
         for weight, f in zip(parts.weights_K, parts.factors):
             trimmed = self._trim(f.A_RN, parts.module)
             kept = np.abs(trimmed).sum(axis=1)

@@ -23,11 +23,15 @@ from scipy.stats import norm
 from .base import Floats, PointSurrogate, Prediction, conformal_quantile, shares, tau_of
 
 TRANSFORMS: dict[str, Callable[[Floats], Floats]] = {
+    "raw": lambda x: x,
     "root": np.sqrt,
+    "cube": np.cbrt,
+    "quarter": lambda x: x**0.25,
     "log1": lambda x: np.log(x + 1e-3),
     "log3": lambda x: np.log(x + 3e-3),
     "log10": lambda x: np.log(x + 1e-2),
-    "raw": lambda x: x,
+    "quarter+root": lambda x: np.hstack([x**0.25, np.sqrt(x)]),  # two lengths a task: small and large shares apart
+    "log1+root": lambda x: np.hstack([np.log(x + 1e-3), np.sqrt(x)]),
 }
 JITTER = 1e-8
 LIMITS = ((-3.0, 6.0), (-6.0, 6.0), (-10.0, 6.0), (-12.0, 1.0))  # log l, log s_f^2, log s_l^2, log s_n^2
@@ -35,7 +39,8 @@ LIMITS = ((-3.0, 6.0), (-6.0, 6.0), (-10.0, 6.0), (-12.0, 1.0))  # log l, log s_
 
 @dataclass
 class GaussianProcess(PointSurrogate):
-    """`transform`: root, log1, log3, log10 or raw (offsets 1e-3, 3e-3, 1e-2). `noise`: centre of the prior of log s_n^2.
+    """`transform`: a name of TRANSFORMS (log1, log3, log10: offsets 1e-3, 3e-3, 1e-2). `noise`: centre of the prior of
+    log s_n^2: -5 suits losses, -0.5 benchmark scores.
 
     `iterations`: of L-BFGS. The posterior is of the noise-free score; predict adds the noise.
     """
@@ -65,7 +70,9 @@ class GaussianProcess(PointSurrogate):
 
     def _raw_features(self, X: Floats, tau: Floats | None) -> Floats:
         columns = TRANSFORMS[self.transform](X)
-        return columns if tau is None else np.column_stack([columns, tau])
+        if tau is None:
+            return columns
+        return np.hstack([columns, TRANSFORMS[self.transform](X * tau[:, None])])  # the mixture, and the amounts seen
 
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
         raw = self._raw_features(X, tau)
@@ -115,16 +122,19 @@ class GaussianProcess(PointSurrogate):
         prior = np.exp(self.theta[d]) + np.exp(self.theta[d + 1]) * np.sum(z**2, axis=1) / self._active
         return self._standard[3] ** 2 * np.maximum(prior - np.sum(half**2, axis=0), 0.0)
 
-    def difference_variance(self, a: Floats, b: Floats) -> float:
-        """Posterior variance of score(a) - score(b), noise-free, in units of y squared."""
-        rows = shares(np.stack([a, b]), renormalise=True)
-        z, d = self.features(rows, tau_of(None, 2, self._data["tau"])), self._z.shape[1]
+    def covariance(self, X: Floats) -> Floats:
+        """Joint posterior covariance [m, m] of the noise-free score, in units of y squared."""
+        rows = shares(X, renormalise=True)
+        z, d = self.features(rows, tau_of(None, len(rows), self._data["tau"])), self._z.shape[1]
         half = solve_triangular(self._chol, self._cross(z).T, lower=True, check_finite=False)
         matern, _ = _matern(z / np.exp(self.theta[:d]))
-        covariance = (
-            np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
-        )
-        return self._standard[3] ** 2 * max(0.0, float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]))
+        joint = np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
+        return self._standard[3] ** 2 * 0.5 * (joint + joint.T)
+
+    def difference_variance(self, a: Floats, b: Floats) -> float:
+        """Posterior variance of score(a) - score(b), noise-free, in units of y squared."""
+        joint = self.covariance(np.stack([a, b]))
+        return max(0.0, float(joint[0, 0] + joint[1, 1] - 2 * joint[0, 1]))
 
     @property
     def noise_variance(self) -> float:
@@ -169,17 +179,9 @@ class GaussianProcess(PointSurrogate):
         rows = shares(X, renormalise=self.renormalise)
         if self._constant is not None:
             return np.full((size, len(rows)), self._constant)
-        z, d = self.features(rows, tau_of(None, len(rows), self._data["tau"])), self._z.shape[1]
-        cross = self._cross(z)
-        matern, _ = _matern(z / np.exp(self.theta[:d]))
-        half = solve_triangular(self._chol, cross.T, lower=True, check_finite=False)
-        covariance = (
-            np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
-        )
-        values, vectors = np.linalg.eigh(0.5 * (covariance + covariance.T))
+        values, vectors = np.linalg.eigh(self.covariance(rows))
         root = vectors * np.sqrt(np.maximum(values, 0.0))
-        draws = np.random.default_rng(seed).standard_normal((size, len(rows))) @ root.T
-        return self._standard[2] + self._standard[3] * (cross @ self._alpha + draws)
+        return self.mean(rows) + np.random.default_rng(seed).standard_normal((size, len(rows))) @ root.T
 
     def log_score(self, X: Floats, y: Floats) -> float:
         """Mean negative log predictive density of new scores (uncalibrated)."""

@@ -22,7 +22,6 @@ SETTINGS = {
     "boosting_type": "gbdt",
     "objective": "regression",
     "metric": ["l1", "l2"],
-    "learning_rate": 0.01,
     "seed": 42,
     "verbosity": -1,
     "num_threads": 1,  # same sums in the same order on any machine
@@ -44,12 +43,15 @@ class LightGBM(PointSurrogate):
     name: ClassVar[str] = "lightgbm"
     renormalise: ClassVar[bool] = False  # as published; shares of rounded tables add up to 0.997 ... 1.003
     trees: int = 1000
+    learning_rate: float = 0.01
 
     _booster: Any = field(init=False, repr=False, default=None)
 
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
         small = {"min_child_samples": max(2, len(y) // 50)} if len(y) < 40 else {}
-        model = _lightgbm().LGBMRegressor(**SETTINGS, num_iterations=self.trees, **small)
+        model = _lightgbm().LGBMRegressor(
+            **SETTINGS, num_iterations=self.trees, learning_rate=self.learning_rate, **small
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found `num_iterations`")
             self._booster = model.fit(
@@ -83,7 +85,7 @@ class RegMix(LightGBM):
         )
         lightgbm = _lightgbm()
         evaluation = (shares(self.evaluation[0], renormalise=False), np.asarray(self.evaluation[1], dtype=np.float64))
-        model = lightgbm.LGBMRegressor(**SETTINGS, num_iterations=self.trees)
+        model = lightgbm.LGBMRegressor(**SETTINGS, num_iterations=self.trees, learning_rate=self.learning_rate)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found `num_iterations`|The argument 'eval_set'")
             model.fit(

@@ -1,0 +1,60 @@
+"""The slope's formula by hand; a planted scale change is undone; Pile-CC at 1B from 1M trials (bar C)."""
+
+import numpy as np
+import pytest
+
+from data_mixers import MixError
+from data_mixers.scale import fit_scale
+from data_mixers.surrogates import ExpLaw, PowerLaw, Stack
+from data_mixers.surrogates.stack import spearman
+from tests.data_mixers.published import columns, matrix, subset
+
+
+def planted(m, noise=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    X = rng.dirichlet(np.ones(4), m)
+    small = np.stack([np.exp(-2 * X[:, 0]), 1 + X[:, 1] ** 2])
+    return X, small, 0.6 * small - 0.2 + noise * rng.standard_normal(small.shape)
+
+
+def test_slope_by_hand():
+    X, small, large = planted(5, noise=0.1)
+    f, y = small - small.mean(axis=1, keepdims=True), large - large.mean(axis=1, keepdims=True)
+    pooled = np.sum(f * y) / np.sum(f * f)
+    found = fit_scale(("a", "b"), X, small, large, [0.02, 0.03], method="shrunk")
+    expected = [(f[j] @ y[j] + 5 * 0.1 * v * pooled) / (f[j] @ f[j] + 5 * 0.1 * v) for j, v in enumerate([0.02, 0.03])]
+    np.testing.assert_allclose(found.slope_J, expected)
+    np.testing.assert_allclose(found.offset_J, large.mean(axis=1) - found.slope_J * small.mean(axis=1))
+    plain = fit_scale(("a", "b"), X, small, large, [0.02, 0.03], method="plain")
+    np.testing.assert_allclose(plain.slope_J, [np.polyfit(small[j], large[j], 1)[0] for j in range(2)])
+
+
+def test_a_planted_map_is_found_exactly():
+    X, small, large = planted(6)
+    new_X, new_small, new_large = planted(20, seed=1)
+    for method in ("plain", "shrunk", "residual"):
+        found = fit_scale(("a", "b"), X, small, large, [0.02, 0.03], method=method)
+        np.testing.assert_allclose(found.predict(new_X, new_small), new_large, atol=1e-9)
+
+
+def test_no_runs_is_the_identity_and_says_so_and_few_are_refused():
+    found = fit_scale(("a",), np.zeros((0, 4)), np.zeros((1, 0)), np.zeros((1, 0)), [0.1])
+    assert not found.calibrated
+    np.testing.assert_array_equal(found.predict(np.full((2, 4), 0.25), [[1.0, 2.0]]), [[1.0, 2.0]])
+    X, small, large = planted(3)
+    with pytest.raises(MixError, match="3 large runs"):
+        fit_scale(("a", "b"), X, small, large, [0.1, 0.1])
+
+
+def test_pile_cc_at_1b_from_128_trials_by_a_law():
+    """Bar C: at least 98.5 without any 1B run, by the law that ranks the small trials best."""
+    X, y = matrix("regmix/train_mixture_1m.csv"), columns("regmix/train_loss_1m.csv")["pile_cc"]
+    large_X, large = matrix("regmix/test_mixture_1B_first32.csv"), columns("regmix/test_loss_1B_first32.csv")["pile_cc"]
+    figures = []
+    for s in range(3):
+        kept = subset(s, 128)
+        stack = Stack(candidates={"exp": ExpLaw(), "power": PowerLaw()}).fit(X[kept], y[kept])
+        best = max(stack.scores, key=lambda score: score.rho)
+        assert best.rho >= 90
+        figures.append(spearman(stack.candidates[best.name].clone().fit(X[kept], y[kept]).mean(large_X), large))
+    assert np.mean(figures) >= 98.5

@@ -109,12 +109,12 @@ TABLE: tuple[Row, ...] = (
         "pissa and olora start from a decomposition of the base weights, which quantised weights don't allow",
         "set lora.init: default, or model.quantise: none"),
     # --- engines
-    Row("model.quantise + ZeRO-3", TRAINING, lambda r, e, n: _quantised(r.model) and e.zero == 3,
-        "ZeRO-3 shards float parameters; a quantised base would have to be stored as floats, which mtft does not do",
-        "launch with DDP, ZeRO-1 or ZeRO-2 (each rank holds the small quantised base); or set model.quantise: none"),
-    Row("model.quantise + FSDP", TRAINING, lambda r, e, n: _quantised(r.model) and e.fsdp,
-        "FSDP shards float parameters; a quantised base would have to be stored as floats, which mtft does not do",
-        "launch with DDP, ZeRO-1 or ZeRO-2; or set model.quantise: none"),
+    Row("model.quantise + DeepSpeed", TRAINING, lambda r, e, n: _quantised(r.model) and e.zero > 0,
+        "DeepSpeed handles float parameters only; the packed weights of a quantised base are none",
+        "launch with recipes/accelerate/ddp.yaml: each rank holds the small base; or set model.quantise: none"),
+    Row("FSDP", TRAINING, lambda r, e, n: e.fsdp,
+        "FSDP is not supported: without GPUs accelerate runs it as DDP, so nothing could be tested",
+        "use recipes/accelerate/zero3.yaml for models that don't fit on one GPU, ddp.yaml for those that do"),
     # --- batches
     Row("train.max_length + train.micro_batch_tokens", TRAINING,
         lambda r, e, n: r.train.max_length > r.train.micro_batch_tokens,

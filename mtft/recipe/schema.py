@@ -301,7 +301,7 @@ class RunSection(Section):
     baseline: Literal["uniform", "natural", "none"] = "uniform"
     """Also train a joint adapter on this mixture, to compare with."""
     predicted: Literal["if_better", "always"] = "if_better"
-    """Train on the predicted mixture only if the trials say it is better than the current one, or always, to compare."""
+    """Train on the predicted mixture only if the trials say that it is better than the current one, or always."""
     singles: bool = True
     """Also train one adapter per task (what the merge stage merges, and the yardstick of retention)."""
     tune_strong: bool = True

@@ -8,7 +8,7 @@ The model is made on torch's meta device, where tensors have shapes and no data:
     logits       supervised positions of a micro-batch x vocabulary x 4 bytes x 2 (values and gradient)
 
 It is an estimate for one process that holds everything (DDP): kernels' work space, fragmentation and the CUDA context
-(about 1 GiB) come on top; ZeRO and FSDP hold less; attention is taken to keep nothing that grows with length squared.
+(about 1 GiB) come on top; ZeRO holds less; attention is taken to keep nothing that grows with length squared.
 """
 
 from __future__ import annotations

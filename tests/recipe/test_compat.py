@@ -28,8 +28,8 @@ CASES = {
     "lora: null + model.quantise": ("train", ["lora=null", "model.quantise=nf4"]),
     "sweep.lora: full + quantise": ("mix", ["sweep.lora=full", "model.quantise=int8"]),
     "lora.init + model.quantise": ("train", ["lora.init=pissa", "model.quantise=nf4"]),
-    "model.quantise + ZeRO-3": ("train", ["model.quantise=nf4"], ZERO_3),
-    "model.quantise + FSDP": ("train", ["model.quantise=nf4"], FSDP),
+    "model.quantise + DeepSpeed": ("train", ["model.quantise=nf4"], ZERO_3),
+    "FSDP": ("train", [], FSDP),
     "train.max_length + train.micro_batch_tokens": (
         "train",
         ["train.max_length=4096", "train.micro_batch_tokens=1024"],
@@ -87,7 +87,7 @@ def test_several_at_once(folder):
     assert lines[0] == "3 things in the recipe can't go together"
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
         "lora.init + model.quantise",
-        "model.quantise + ZeRO-3",
+        "model.quantise + DeepSpeed",
         "lora.dora + merge",
     ]
 

@@ -1,0 +1,16 @@
+"""The commands of mtft: parse, call one room, print. Nothing heavy is imported before a command runs.
+
+The rooms' results go to stdout, their progress to stderr, so that `mtft eval ... > scores.json` holds JSON only.
+Errors become one block in mtft/__main__.py.
+"""
+
+from mtft.cli.fuse import fuse
+from mtft.cli.main import app
+from mtft.cli.merge import merge
+from mtft.cli.mix import mix
+
+app.command()(merge)
+app.add_typer(mix, name="mix")
+app.add_typer(fuse, name="fuse")
+
+__all__ = ["app"]

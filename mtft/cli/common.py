@@ -1,0 +1,38 @@
+"""What commands share: the recipe argument, overrides, loading, and a word to the user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mtft.recipe.compat import Stage
+    from mtft.recipe.schema import Recipe
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Change keys: train.steps=100 lora=null.", show_default=False),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+
+
+def load(path: Path, overrides: list[str] | None, stage: Stage, *, files: bool = True) -> Recipe:
+    """The recipe, checked for this stage; warnings go to stderr."""
+    from mtft.recipe.compat import check_compat
+    from mtft.recipe.load import load_recipe
+
+    recipe = load_recipe(path, overrides or [], files=files)
+    for warning in check_compat(recipe, stage=stage):
+        say(f"warning: {warning}")
+    return recipe
+
+
+def say(text: str) -> None:
+    """One line for people, from the first rank only."""
+    from mtft.__main__ import is_first_rank
+
+    if is_first_rank():
+        typer.echo(text, err=True)

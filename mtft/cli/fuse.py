@@ -1,0 +1,73 @@
+"""mtft fuse generate, score, serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mtft.cli.common import Overrides, Overwrite, RecipeArgument, load, say
+
+if TYPE_CHECKING:
+    from mtft.fuse.jsonl import Summary
+
+fuse = typer.Typer(help="Steer a large model with a small tuned one.", no_args_is_help=True)
+
+Rows = Annotated[Path, typer.Option("--rows", help="JSONL file to read.")]
+RowsOut = Annotated[Path, typer.Option("--out", help="JSONL file to write; the same command continues it.")]
+
+
+@fuse.command("generate")
+def fuse_generate(
+    recipe: RecipeArgument, rows: Rows, out: RowsOut, overrides: Overrides = None, overwrite: Overwrite = False
+) -> None:
+    """Answer prompts with the fused model.
+
+    A row is {"prompt": TEXT} or {"messages": [...]}, and may have id, max_tokens, alpha, alpha_rule, seed, trace.
+    """
+    from mtft.fuse.batch import generate
+
+    _summarise(generate(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite), out)
+
+
+@fuse.command("score")
+def fuse_score(
+    recipe: RecipeArgument, rows: Rows, out: RowsOut, overrides: Overrides = None, overwrite: Overwrite = False
+) -> None:
+    """Log-probability of given responses under the fused model.
+
+    A row is {"prompt": TEXT, "response": TEXT} or {"messages": [...], "response": TEXT}.
+    """
+    from mtft.fuse.batch import score
+
+    _summarise(score(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite), out)
+
+
+@fuse.command("serve")
+def fuse_serve(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other than this machine's needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the bearer token.")] = None,
+) -> None:
+    """Serve the fused model (OpenAI-compatible); Ctrl-C stops it."""
+    from importlib.util import find_spec
+
+    from mtft.errors import UserError
+
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+        raise UserError("the server needs fastapi and uvicorn", where="command line", do='pip install "mtft[serve]"')
+    from mtft.fuse.serve import serve
+
+    serve(load(recipe, overrides, "fuse", files=False), host=host, port=port, api_key_env=api_key_env)
+
+
+def _summarise(done: Summary, out: Path) -> None:
+    """Rows that failed stand in the output as {"error": ...}; the exit code says that there are some."""
+    say(f"{done.rows} rows in {out}, {done.failed} failed, {done.resumed} were there already")
+    if done.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,132 @@
+"""check, train, eval, report, run, schema."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import mtft
+from mtft.cli.common import Overrides, RecipeArgument, load, say
+
+app = typer.Typer(
+    name="mtft", help=mtft.__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over; what is there moves aside.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mtft {mtft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Fine-tune one language model on many tasks, and know what to mix, how to weigh it, and what you got."""
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a recipe would do, and what is wrong with it.
+
+    Everything that can be found before any weight is loaded: asked and realised shares, epochs, tokens, steps, memory.
+    """
+    from mtft.pipeline.check import examine
+    from mtft.recipe.load import load_recipe
+
+    found = examine(load_recipe(recipe, overrides or []))
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(found.render())
+    else:
+        typer.echo(found.text())
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Train, or continue a run that was stopped.
+
+    On several GPUs: accelerate launch --config_file recipes/accelerate/ddp.yaml -m mtft train RECIPE
+    """
+    from mtft.train.run import train as run_training
+
+    result = run_training(load(recipe, overrides, "train"), fresh=fresh)
+    say(f"adapter: {result.adapter_dir}")
+
+
+@app.command("eval")
+def evaluate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a PEFT adapter; without it, the base model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file instead of stdout.")] = None,
+) -> None:
+    """Score a model per task on held-out rows (JSON).
+
+    Loss, token accuracy and exact match, each with its confidence interval.
+    """
+    from mtft.evaluate.run import as_json
+    from mtft.evaluate.run import evaluate as run_evaluation
+
+    loaded = load(recipe, overrides, "eval")
+    text = json.dumps(as_json(run_evaluation(loaded, adapter), loaded), indent=2)
+    if out is None:
+        typer.echo(text)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n", encoding="utf-8")
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of finished or running runs.")],
+    out: Annotated[Path | None, typer.Option(help="The page; by default report.html in the first folder.")] = None,
+) -> None:
+    """Write one offline HTML page about runs."""
+    from mtft.report.page import write_report
+
+    typer.echo(write_report(run_dirs, out))
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    launch: Annotated[
+        str | None, typer.Option(help="Start training with this: 'accelerate launch --config_file ddp.yaml'.")
+    ] = None,
+) -> None:
+    """Everything: mix, train, merge, fuse, report.
+
+    Finished stages are skipped, interrupted ones continue.
+    """
+    from mtft.pipeline.run import run as run_pipeline
+
+    run_pipeline(load(recipe, overrides, "run"), fresh=fresh, launch=launch)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from mtft.recipe.schema import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))

@@ -63,22 +63,22 @@ def fuse_logits(
     dtype = torch.float64 if strong_NV.dtype == torch.float64 else torch.float32
     device = strong_NV.device
 
-    base_NV = base_NV.to(dtype)
-    base_lse_N1 = _lse(base_NV, "the small base")
-    shifts = [
-        _shift(expert_NV.to(dtype), base_NV, base_lse_N1, spec.d_max, f"expert {t}", vocabulary)
-        for t, expert_NV in enumerate(experts_TNV)
-    ]
-    strong_NV = strong_NV.to(dtype)
-    logp_NV = strong_NV - _lse(strong_NV, "the strong model")
-    p_NV = logp_NV.exp()
-    p_NV /= p_NV.sum(-1, keepdim=True)
+    base, shifts, lse = _normalise(base_NV.to(dtype)), [], {}
+    lse["the small base"] = base.lse_N1
+    for t, expert_NV in enumerate(experts_TNV):  # one by one: of their [N, V] buffers only d stays
+        expert = _normalise(expert_NV.to(dtype))
+        lse[f"expert {t}"] = expert.lse_N1
+        shifts.append(_shift(expert, base, spec.d_max, vocabulary))
+    del expert, base
+    strong = _normalise(strong_NV.to(dtype))
+    _check_finite({"the strong model": strong.lse_N1} | lse)
+    logp_NV, p_NV = strong.logits_NV - strong.lse_N1, strong.p_NV
     c_NT = torch.stack([shift.c_N for shift in shifts], -1)
     reverse_c_NT = torch.stack([shift.reverse_c_N for shift in shifts], -1)
-    clamped_N = torch.stack([shift.clamped_N for shift in shifts]).sum(0)
+    clamped_N = shifts[0].clamped_N if experts == 1 else torch.stack([shift.clamped_N for shift in shifts]).sum(0)
 
     ones_N = torch.ones(rows, dtype=torch.float64, device=device)
-    w_NT = _weights(spec, c_NT, weights_NT)
+    w_NT = ones_N[:, None] if experts == 1 else _weights(spec, c_NT, weights_NT)
     if spec.alpha_rule == "fixed":
         alpha_NT = _fixed_alpha(spec, w_NT, alpha_NT)
         theta_NV = _combine(shifts, alpha_NT, dtype)
@@ -150,21 +150,52 @@ def _own_step(logp_NV: Tensor, p_NV: Tensor, shift: _Shift, spec: FusionSpec) ->
     return tilt, solve_root(tilt, spec.alpha_rule, target_N, a_max_N, spec.rtol)
 
 
-def _shift(expert_NV: Tensor, base_NV: Tensor, base_lse_N1: Tensor, d_max: float, name: str, vocabulary: int) -> _Shift:
+class _Model(NamedTuple):
+    """Logits, their logsumexp and probabilities: one exponential serves both."""
+
+    logits_NV: Tensor
+    lse_N1: Tensor
+    p_NV: Tensor
+
+
+def _normalise(logits_NV: Tensor) -> _Model:
+    top_N1 = logits_NV.amax(-1, keepdim=True)
+    p_NV = (logits_NV - top_N1).exp_()
+    sum_N1 = p_NV.sum(-1, keepdim=True)
+    return _Model(logits_NV, top_N1 + sum_N1.log(), p_NV.div_(sum_N1))
+
+
+def _check_finite(lse: dict[str, Tensor]) -> None:
+    """A NaN or +inf anywhere in a row, or nothing but -inf, shows in the row's logsumexp [N, 1]."""
+    if bool(torch.cat(list(lse.values())).isfinite().all()):
+        return
+    for name, lse_N1 in lse.items():
+        bad = (~lse_N1[:, 0].isfinite()).nonzero()
+        if len(bad):
+            raise FusionError(
+                f"the logits of {name} hold NaN, +inf or only -inf in row {int(bad[0])} of {len(lse_N1)}",
+                do="check this model alone on the same prompt; fp16 overflow is the usual cause (use bf16 or fp32)",
+            )
+
+
+def _shift(expert: _Model, base: _Model, d_max: float, vocabulary: int) -> _Shift:
     """d = log Q_E - log Q, clamped; c = sum Q_E (d + expm1(-d)) and c' = sum Q (expm1(d) - d).
 
     Without clamps these equal the KL divergences; they are never negative, and an error in the normalisers enters
     squared only, so no digits cancel when expert and base nearly agree.
     """
-    lse_N1 = _lse(expert_NV, name)
-    d_NM = expert_NV - base_NV
-    d_NM -= lse_N1 - base_lse_N1
-    clamped_N = (d_NM.abs() > d_max).sum(-1)
-    d_NM = torch.nan_to_num_(d_NM, nan=0.0, posinf=d_max, neginf=-d_max).clamp_(-d_max, d_max)
+    d_NM = expert.logits_NV - base.logits_NV
+    d_NM -= expert.lse_N1 - base.lse_N1
+    low_N, high_N = torch.aminmax(d_NM, dim=-1)
+    if bool((torch.maximum(-low_N, high_N) <= d_max).all()):  # False for NaN too
+        clamped_N = torch.zeros_like(low_N, dtype=torch.long)
+    else:
+        clamped_N = (d_NM.abs() > d_max).sum(-1)
+        d_NM = torch.nan_to_num_(d_NM, nan=0.0, posinf=d_max, neginf=-d_max).clamp_(-d_max, d_max)
     term_NM = torch.neg(d_NM).expm1_().add_(d_NM)
-    c_N = term_NM.mul_((expert_NV - lse_N1).exp_()).sum(-1).double()
+    c_N = term_NM.mul_(expert.p_NV).sum(-1).double()
     term_NM = torch.expm1(d_NM, out=term_NM).sub_(d_NM)
-    reverse_c_N = term_NM.mul_((base_NV - base_lse_N1).exp_()).sum(-1).double()
+    reverse_c_N = term_NM.mul_(base.p_NV).sum(-1).double()
     if d_NM.shape[1] < vocabulary:
         d_NM = torch.nn.functional.pad(d_NM, (0, vocabulary - d_NM.shape[1]))
     return _Shift(d_NM, c_N.clamp_(min=0), reverse_c_N.clamp_(min=0), clamped_N)
@@ -214,18 +245,6 @@ def _plausible(logprobs_NV: Tensor, logp_NV: Tensor, epsilon: float) -> Tensor:
     """Drop ids with P(v) < epsilon * max P and renormalise."""
     floor_N1 = logp_NV.amax(-1, keepdim=True) + torch.log(torch.tensor(epsilon, dtype=logp_NV.dtype))
     return torch.log_softmax(logprobs_NV.masked_fill(logp_NV < floor_N1, -torch.inf), -1)
-
-
-def _lse(logits_NV: Tensor, model: str) -> Tensor:
-    """logsumexp [N, 1]; a NaN or +inf anywhere in a row, or nothing but -inf, shows in it."""
-    lse_N1 = torch.logsumexp(logits_NV, -1, keepdim=True)
-    if not bool(lse_N1.isfinite().all()):
-        row = int((~lse_N1.isfinite()).nonzero()[0, 0])
-        raise FusionError(
-            f"the logits of {model} hold NaN, +inf or only -inf in row {row} of {len(logits_NV)}",
-            do="check this model alone on the same prompt; fp16 overflow is the usual cause (use bf16 or fp32)",
-        )
-    return lse_N1
 
 
 def _check_shapes(strong_NV: Tensor, experts_TNV: Tensor, base_NV: Tensor) -> None:

@@ -37,6 +37,14 @@ class Step:
     clipped_N: Tensor
     evaluations: int
 
+    def keep(self, rows_N: Tensor | None, new_N: Tensor, a_N: Tensor, at: Moments) -> None:
+        """Take in an evaluation of rows_N (None: of all rows) where new_N."""
+        for name, found in (("a_N", a_N), ("A_N", at.A_N), ("m_N", at.m_N)):
+            if rows_N is None:
+                setattr(self, name, torch.where(new_N, found, getattr(self, name)))
+            else:
+                getattr(self, name)[rows_N[new_N]] = found[new_N]
+
     @property
     def kl_forward_N(self) -> Tensor:
         return (self.a_N * self.m_N - self.A_N).clamp(min=0)
@@ -74,39 +82,38 @@ def solve_root(tilt: Tilt, rule: str, target_N: Tensor, a_max_N: Tensor, rtol: f
     # geometric mean of two guesses: r linear between 0 and a_max, and r linear with its slope at 0
     a_N = (a_max_N * rho_N / (2 * f_N).sqrt() * rho_N / (kappa * tilt.variance_N).sqrt()).sqrt()
     a_N = torch.minimum(torch.nan_to_num(a_N), a_max_N)
-    low_N, high_N, done_N = zero.clone(), a_max_N.clone(), still_N | top_N
-    rows_N = torch.arange(len(a_N), device=a_N.device)
+    low_N, high_N, done_N = zero, a_max_N, still_N | top_N
+    rows_N = None  # of `step`, once some rows have been left behind
     # off the CPU a look at `done` waits for the device, so it is taken every eighth pass only
     every = 1 if a_N.device.type == "cpu" else 8
-    for count in range(MAX_STEPS):
-        if count % every == 0:
-            open_N = ~done_N
-            left = int(open_N.sum())
-            if left == 0:
-                return step
-            if left <= len(rows_N) // 2:
-                keep = open_N.nonzero().squeeze(-1)
-                tilt, rows_N, done_N = tilt.take(keep), rows_N[keep], done_N[keep]
-                a_N, low_N, high_N = a_N[keep], low_N[keep], high_N[keep]
-                target_N, rho_N, a_max_N = target_N[keep], rho_N[keep], a_max_N[keep]
+    if every == 1 and bool(done_N.all()):
+        return step
+    for count in range(1, MAX_STEPS + 1):
         at = tilt(a_N)
         step.evaluations += 1
         f_N, slope_N = match(rule, a_N, at)
-        high_N, low_N = torch.where(f_N > target_N, a_N, high_N), torch.where(f_N > target_N, low_N, a_N)
-        new_N = ~done_N
-        for kept, found in ((step.a_N, a_N), (step.A_N, at.A_N), (step.m_N, at.m_N)):
-            kept[rows_N] = torch.where(new_N, found, kept[rows_N])
+        step.keep(rows_N, ~done_N, a_N, at)
+        above_N = f_N > target_N
+        high_N, low_N = torch.where(above_N, a_N, high_N), torch.where(above_N, low_N, a_N)
         close_N = (f_N - target_N).abs() <= rtol * target_N
         done_N = done_N | close_N | (high_N - low_N < BRACKET * a_max_N)
+        if count % every == 0:
+            left = len(done_N) - int(done_N.sum())
+            if left == 0:
+                return step
+            if left <= len(done_N) // 2:
+                keep = (~done_N).nonzero().squeeze(-1)
+                rows_N, tilt = keep if rows_N is None else rows_N[keep], tilt.take(keep)
+                done_N, a_N, low_N, high_N = done_N[keep], a_N[keep], low_N[keep], high_N[keep]
+                target_N, rho_N, a_max_N = target_N[keep], rho_N[keep], a_max_N[keep]
+                f_N, slope_N = f_N[keep], slope_N[keep]
         r_N = (2 * f_N.clamp(min=0)).sqrt()
         next_N = a_N - (r_N - rho_N) * r_N / slope_N
         inside_N = (next_N > low_N) & (next_N < high_N)  # False for NaN too
         a_N = torch.where(inside_N, next_N, (low_N + high_N) / 2)
-    if bool(done_N.all()):
-        return step
     row = int((~done_N).nonzero()[0])
     raise FusionError(
-        f"no alpha found for row {int(rows_N[row])} in {MAX_STEPS} steps (rule {rule}, "
+        f"no alpha found for row {row if rows_N is None else int(rows_N[row])} in {MAX_STEPS} steps (rule {rule}, "
         f"target {float(target_N[row]):.6g}, bracket {float(low_N[row]):.6g} to {float(high_N[row]):.6g})",
         do="check the logits of this row; alpha_rule=fixed needs no search",
     )

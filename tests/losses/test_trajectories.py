@@ -106,7 +106,7 @@ def train(name, mode, split):
 def test_split_does_not_change_the_run(name, mode):
     weights_SK, parameters = train(name, mode, packed)
     split_SK, split_parameters = train(name, mode, one_by_one)
-    # Slopes are differences of nearly equal losses, divided by each other: fp32 rounding of a loss grows by loss / slope.
+    # Slopes are small differences of losses, divided by each other: fp32 rounding grows by loss / slope.
     tolerance = 2e-5 if name in ("coba", "self_paced") else 1e-6
     torch.testing.assert_close(split_SK, weights_SK, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(split_parameters, parameters, rtol=1e-6, atol=2e-6)

@@ -50,6 +50,8 @@ class BadRows:
         """Raise what policy `error` has collected."""
         if self.fatal:
             do = "mend the rows, or set train.bad_rows: skip to leave out up to 1 % of a file"
+            if self.count == self._rows:
+                do = "mend the rows, or name other columns in tasks.*.format"
             self._raise(f"{self.count} of {self._rows} rows can't be used", do)
 
     def _raise(self, what: str, do: str) -> None:

@@ -19,6 +19,7 @@ Three kinds of template break the plain rule, and are handled here, aloud (`note
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ DEFAULT_TEMPLATE = """\
 
 NOTES = {
     "default_template": "the model has no chat template: the default one is used (User: ... Assistant: ...)",
+    "special_in_text": "conversations hold special tokens in their own text (rendered by a template before?)",
     "split": "conversations became several examples: the template renders earlier assistant turns differently",
     "system_folded": "system messages moved into the first user turn: the chat template has no place for them",
     "eos_appended": "examples got an end token: the chat template ends an assistant turn without a special token",
@@ -79,6 +81,7 @@ class Renderer:
         self.notes: Counter[str] = Counter()  # conversations, by what was done to them
         self._said: set[str] = set()
         self.special = tuple({*tokenizer.all_special_tokens, *_special_added(tokenizer)})
+        self._special = re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
         # A template writes its own BOS; where there is none, the tokenizer's habit decides. Never both.
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
         self._parts = False
@@ -108,6 +111,8 @@ class Renderer:
         if self._fold and messages[0]["role"] in ("system", "developer"):
             messages = _fold(messages)
             self._said.add("system_folded")
+        if any(self._special.search(message["content"]) for message in messages):
+            self._said.add("special_in_text")
         if self._text_calls:
             messages = [_with_text_calls(message) for message in messages]
         turns = [self._turn(messages, i, tools) for i, message in enumerate(messages) if message["role"] == "assistant"]

@@ -72,7 +72,7 @@ def _open(path: str) -> BinaryIO:
 
 def _parse(file: str, line: int, raw: bytes) -> Row | Problem:
     try:
-        data = json.loads(raw.decode("utf-8"))
+        data = json.loads(raw.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         return Problem(file, line, f"invalid UTF-8 at byte {error.start + 1} of the line", value=raw[:80])
     except json.JSONDecodeError as error:

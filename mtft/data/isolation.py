@@ -85,11 +85,10 @@ def model_inputs(batch: Batch, attention: str, *, packed_ok: bool = True) -> dic
     """
     if batch.packed and not packed_ok:
         raise ValueError("this model must not get several examples in a row: see packing_refusal()")
-    inputs: dict[str, Any] = {
-        "input_ids": batch.input_ids_BT,
-        "position_ids": batch.position_ids_BT,
-        "use_cache": False,
-    }
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT, "use_cache": False}
+    if not packed_ok:
+        return inputs  # one example a row, padded on the right: what every causal model does by itself
+    inputs["position_ids"] = batch.position_ids_BT
     if attention in _BY_LENGTHS:
         return inputs | _borders(batch)
     if batch.packed and attention not in _BY_POSITIONS:

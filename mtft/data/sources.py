@@ -104,9 +104,9 @@ def _saved(path: Path, split: str | None, key: str) -> Part:
         raise UserError(f"{path} is a folder, but not one that datasets' save_to_disk wrote", where=key, do=do)
     loaded = load_from_disk(str(path))
     if isinstance(loaded, Dataset):
-        return Part(str(path), str(path), loaded)
+        return Part(path.name, str(path), loaded)
     chosen = _pick([*map(str, loaded)], split, key)
-    return Part(f"{path}[{chosen}]", str(path), loaded[chosen])
+    return Part(f"{path.name}[{chosen}]", str(path), loaded[chosen])
 
 
 def _hub(entry: str, split: str | None, key: str) -> Part:

@@ -140,6 +140,12 @@ def test_a_template_without_end_token_gets_one():
     assert renderer.notes["eos_appended"] == 1
 
 
+def test_text_that_was_rendered_before_is_said_aloud():
+    rendered = "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n"
+    renderer, _, _ = learnt(tokenizer(TEMPLATES["chatml"]), conversation(rendered, "A1"))
+    assert renderer.notes == {"special_in_text": 1}
+
+
 def test_trailing_space_of_an_answer_is_layout_only_behind_an_end_token():
     made = tokenizer(TEMPLATES["chatml"])
     _, _, drawn = learnt(made, conversation("Q1", "A1 \n"))

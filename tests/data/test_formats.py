@@ -232,6 +232,7 @@ def test_jsonl_lines_are_true(tmp_path):
     assert [row.line for row in found] == [1, 3, 4, 5, 6]
     assert [type(row) for row in found] == [Row, Problem, Problem, Problem, Row]
     assert "broken JSON" in found[1].what
+    assert found[1].what.endswith("at character 6")
     assert "invalid UTF-8 at byte 11" in found[2].what
     assert "not an object" in found[3].what
     assert str(found[1]).startswith("rows.jsonl:3: ")

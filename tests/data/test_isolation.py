@@ -171,6 +171,20 @@ def test_guard():
     assert "attention_mask" not in model_inputs(single, "something_else", packed_ok=False)
 
 
+@pytest.mark.parametrize("family", ["bloom", "mamba", "gpt_oss", "falcon_h1"])
+def test_other_families_get_what_every_causal_model_does(family):
+    """bloom and mamba take no position_ids at all; padding on the right is nothing that a causal model can see."""
+    extra = {"n_head": 4} if family == "bloom" else EXTRA.get(family, {})
+    size = {key: value for key, value in SIZE.items() if family != "bloom" or key != "num_attention_heads"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **size, **extra)).eval()
+    both, (short,) = [examples([12]), examples([7], seed=1)], examples([7], seed=1)
+    with torch.no_grad():
+        together, alone = (
+            model(**model_inputs(assemble(rows, 0), "eager", packed_ok=False)).logits for rows in (both, [[short]])
+        )
+    torch.testing.assert_close(together[1, :7], alone[0], atol=1e-5, rtol=0)
+
+
 def test_varlen_borders_for_flash_attention():
     """With more than one row transformers leaks unless the borders are passed; padding joins what it follows."""
     row = examples([4, 3, 5])

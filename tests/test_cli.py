@@ -132,6 +132,8 @@ def test_wrong_usage(call, arguments):
         (["merge", "--method", "ties", "a", "b"], "error: no folder for the merged adapter"),
         (["merge", "--weights", "1,x", "--out", "m", "a", "b"], "error: --weights 1,x is no list of numbers"),
         (["merge", "--set", "density", "--out", "m", "a", "b"], "error: --set density is not KEY=VALUE"),
+        (["fuse", "serve", "recipe.yaml", 'fuse={strong: {path: "quickstart:strong"}}', "--host", "0.0.0.0"],
+         "error: host 0.0.0.0 can be reached from outside, and no token protects it"),
         (["mix", "fit", "--mixtures", "a", "--scores", "b", "--target", "all", "--out", "p"],
          "error: --predict and --out belong together"),
     ],

@@ -40,6 +40,11 @@ def merge_from_recipe(
         saved=section.saved,
         dtype=None if section.dtype == "auto" else section.dtype,
         vllm=section.vllm,
+        per_module=[
+            (rule.modules, rule.model_dump(exclude={"modules"}, exclude_none=True)) for rule in section.per_module
+        ],
+        allow_base_mismatch=section.allow_base_mismatch,
+        workers=section.workers,
         seed=recipe.seed,
         overwrite=section.overwrite,
         diagnostics=True,

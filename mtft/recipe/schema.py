@@ -44,7 +44,7 @@ class TaskSection(Section):
     """File, glob, folder of `save_to_disk`, `hub:org/name`, `quickstart:TASK`; or a list of them.
     Relative to the recipe."""
     split: str | None = None
-    """Split of a `hub:` or saved dataset."""
+    """Split of a `hub:` or saved dataset that `data` names (null: train); `eval_data` takes validation, else test."""
     format: str | dict[str, str] = "auto"
     """How a row becomes prompt and response: a format's name, or {prompt: COLUMN, response: COLUMN}.
     `auto` looks at the columns."""
@@ -231,6 +231,21 @@ class SweepSection(Section):
     """Local processes or a Ray cluster (extra `ray`)."""
 
 
+class ModuleRule(Section):
+    """Another way to merge some of the modules."""
+
+    modules: str
+    """Regular expression, searched in the module's full name."""
+    method: str | None = None
+    """Method for these modules; null: the section's, with its own default options."""
+    options: dict[str, StrictInt | StrictFloat | StrictStr | bool] | None = None
+    """The method's options for these modules."""
+    weights: Annotated[tuple[float, ...], Field(strict=False)] | None = None
+    """Weight of each adapter in these modules."""
+    rank: Annotated[int, Field(gt=0)] | None = None
+    """Largest rank of these modules."""
+
+
 class MergeSection(Section):
     method: str = "linear"
     """linear, cat, svd, ties, tsv, ... (docs/papers.md)."""
@@ -256,6 +271,12 @@ class MergeSection(Section):
     """Refuse what vLLM can't load (biases, full tensors)."""
     options: dict[str, StrictInt | StrictFloat | StrictStr | bool] = {}
     """The method's own options."""
+    per_module: Annotated[tuple[ModuleRule, ...], Field(strict=False)] = ()
+    """Other methods, weights or ranks for some modules; the first rule that matches counts."""
+    allow_base_mismatch: bool = False
+    """Merge although the adapters name different bases (one model under two names)."""
+    workers: Annotated[int, Field(gt=0)] = 1
+    """Processes, one LAPACK thread each."""
     out: str | None = None
     """Folder of the merged adapter; null: <output.dir>/merge/adapter."""
     overwrite: bool = False

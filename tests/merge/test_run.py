@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from mtft.merge import MergeError
+from mtft.merge import MergeError, read_adapter
 from mtft.merge.run import merge_from_recipe
 from mtft.recipe.schema import Recipe
 from tests.merge import golden as g
@@ -39,6 +40,16 @@ def test_section_is_run(tmp_path):
     facts = json.loads((report.out / "merge.json").read_text())
     assert facts["settings"]["seed"] == 17
     assert facts["diagnostics"]["names"] == ["one", "two", "three"]
+
+
+def test_rules_for_modules(tmp_path):
+    one, two, _ = g.factors()
+    paths = [g.write(tmp_path / n, {"layers.0.q": f, "layers.1.q": f}) for n, f in (("a", one), ("b", two))]
+    rule = {"modules": r"layers\.1", "weights": [0.0, 1.0]}
+    section = {"adapters": [str(path) for path in paths], "per_module": [rule], "rank": "lossless"}
+    out = read_adapter(merge_from_recipe(recipe(tmp_path, **section)).out)
+    np.testing.assert_allclose(g.delta(out.factors("layers.0.q")), g.delta(one) + g.delta(two), atol=1e-6)
+    np.testing.assert_allclose(g.delta(out.factors("layers.1.q")), g.delta(two), atol=1e-6)
 
 
 def test_adapters_and_out_may_be_given(tmp_path):

@@ -35,7 +35,10 @@ def join_ranks_without_gpu() -> None:
     TrainingArguments has to be told to keep this state (use_configured_state).
     """
     from accelerate import PartialState
+    from accelerate.state import AcceleratorState
 
+    # A second run in the process: TrainingArguments forgets the first one so, except where it is told to keep a state.
+    AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(backend="gloo")
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 LAID_OUT = 8  # steps whose padding is counted
+LOOKED_AT = 100_000  # examples of a task that are searched for held-out ones
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def describe(
         padding_share=float(1 - real / positions),
         warnings=(),
     )
-    return Description(**{**vars(found), "warnings": tuple(_warnings(stores, found))})
+    warnings = [*_warnings(stores, found), *_leaks(stores, held_out)]
+    return Description(**{**vars(found), "warnings": tuple(warnings)})
 
 
 def _played(stores: Sequence[TokenStore], plan: MixturePlan) -> tuple[np.ndarray, np.ndarray]:
@@ -211,4 +213,21 @@ def _warnings(stores: Sequence[TokenStore], found: Description) -> list[str]:
     if found.padding_share > 0.2:
         way = "lower train.max_length or raise train.micro_batch_tokens" if found.packing else "set train.packing: true"
         said.append(f"{found.padding_share:.0%} of all positions are padding: {way}")
+    return said
+
+
+def _leaks(stores: Sequence[TokenStore], held_out: Sequence[TokenStore | None]) -> list[str]:
+    """Held-out examples that some task trains on: their scores would say nothing. Looks at LOOKED_AT rows a task."""
+    said = []
+    for held in held_out:
+        if held is None:
+            continue
+        tested = {held.example(i).input_ids.tobytes() for i in range(min(len(held), LOOKED_AT))}
+        sizes = {len(ids) // 4 for ids in tested}
+        for store in stores:
+            same_size = np.flatnonzero(np.isin(store.lengths[:LOOKED_AT], list(sizes)))
+            seen = tested & {store.example(int(i)).input_ids.tobytes() for i in same_size}
+            if seen:
+                share = f"{len(seen):,} of {len(tested):,} held-out examples"
+                said.append(f"{held.task}: {share} are among the training rows of {store.task}")
     return said

@@ -68,19 +68,19 @@ def find_parts(task: TaskSection, which: str, cache_dir: Path) -> list[Part]:
     parts: list[Part] = []
     for entry in (declared,) if isinstance(declared, str) else declared:
         if entry.startswith("hub:"):
-            parts.append(_hub(entry, task.split, key))
+            parts.append(_hub(entry, task.split, which, key))
         elif entry.startswith("quickstart:"):
             path = _quickstart(entry.removeprefix("quickstart:"), which, cache_dir, key)
             parts.append(Part(path, path))
         else:
-            parts += _files(entry, task.split, key)
+            parts += _files(entry, task.split, which, key)
     return _shorten(parts)
 
 
-def _files(entry: str, split: str | None, key: str) -> list[Part]:
+def _files(entry: str, split: str | None, which: str, key: str) -> list[Part]:
     path = Path(entry)
     if path.is_dir():
-        return [_saved(path, split, key)]
+        return [_saved(path, split, which, key)]
     paths = [entry] if path.is_file() else sorted(p for p in glob.glob(entry, recursive=True) if os.path.isfile(p))
     if not paths:
         near = [p.name for p in path.parent.glob("*") if p.is_file()][:5] if path.parent.is_dir() else []
@@ -96,7 +96,7 @@ def _files(entry: str, split: str | None, key: str) -> list[Part]:
     return [Part(found, found) for found in paths]
 
 
-def _saved(path: Path, split: str | None, key: str) -> Part:
+def _saved(path: Path, split: str | None, which: str, key: str) -> Part:
     from datasets import Dataset, load_from_disk
 
     if not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
@@ -105,11 +105,11 @@ def _saved(path: Path, split: str | None, key: str) -> Part:
     loaded = load_from_disk(str(path))
     if isinstance(loaded, Dataset):
         return Part(path.name, str(path), loaded)
-    chosen = _pick([*map(str, loaded)], split, key)
+    chosen = _pick([*map(str, loaded)], split, which, key)
     return Part(f"{path.name}[{chosen}]", str(path), loaded[chosen])
 
 
-def _hub(entry: str, split: str | None, key: str) -> Part:
+def _hub(entry: str, split: str | None, which: str, key: str) -> Part:
     from datasets import Dataset, load_dataset
 
     name, _, config = entry.removeprefix("hub:").partition(":")
@@ -121,17 +121,26 @@ def _hub(entry: str, split: str | None, key: str) -> Part:
         raise UserError(f"cannot load {entry}: {reason}", where=key, do=do) from error
     if isinstance(loaded, Dataset):
         return Part(entry, entry, loaded)
-    chosen = _pick([*map(str, loaded)], split, key)
+    chosen = _pick([*map(str, loaded)], split, which, key)
     return Part(f"{entry}[{chosen}]", entry, loaded[chosen])
 
 
-def _pick(splits: list[str], split: str | None, key: str) -> str:
-    if split in splits:
-        return str(split)
-    if split is None and ("train" in splits or len(splits) == 1):
-        return "train" if "train" in splits else splits[0]
+def _pick(splits: list[str], split: str | None, which: str, key: str) -> str:
+    """The split to read. A task's `split` is that of its training rows; held-out rows have their own by custom."""
     task = key.rsplit(".", 1)[0]
-    raise UserError(f"no split {split!r}; there are {', '.join(splits)}", where=f"{task}.split", do="name one of them")
+    if which == "train" and split is not None:
+        if split in splits:
+            return split
+        raise UserError(
+            f"no split {split!r}; there are {', '.join(splits)}", where=f"{task}.split", do="name one of them"
+        )
+    customary = ("train",) if which == "train" else ("validation", "valid", "dev", "eval", "test")
+    found = next((name for name in customary if name in splits), splits[0] if len(splits) == 1 else None)
+    if found is None:
+        what = f"none of the splits {', '.join(splits)} is called {' or '.join(customary)}"
+        do = f"name one in {task}.split" if which == "train" else "save the held-out rows to a file and name that"
+        raise UserError(what, where=key, do=do)
+    return found
 
 
 def _quickstart(name: str, which: str, cache_dir: Path, key: str) -> str:

@@ -97,3 +97,12 @@ def test_what_training_refuses_is_refused(tmp_path, made):
         describe(recipe(tmp_path, tasks=tasks, shares={"a": 1.0}, steps=100), made, cache_dir=tmp_path)
     with pytest.raises(UserError, match="nothing to learn"):
         describe(recipe(tmp_path, max_length=20, too_long="truncate_right"), made, cache_dir=tmp_path)
+
+
+def test_held_out_rows_that_are_trained_on(tmp_path, made):
+    found = describe(recipe(tmp_path), made, cache_dir=tmp_path)  # a is evaluated on the training rows of b
+    assert "a: 1 of 1 held-out examples are among the training rows of b" in found.warnings
+    write_jsonl(tmp_path / "c.jsonl", [{"prompt": "the quick fox", "response": "the lazy fox"}])
+    tasks = [{"name": "a", "data": str(tmp_path / "a.jsonl"), "eval_data": str(tmp_path / "c.jsonl")}]
+    found = describe(recipe(tmp_path, tasks=tasks, shares={"a": 1.0}), made, cache_dir=tmp_path)
+    assert not any("held-out" in line for line in found.warnings)

@@ -318,6 +318,12 @@ def test_saved_splits(tmp_path):
     with pytest.raises(UserError, match="no split 'dev'; there are train, test") as caught:
         rows_of(tmp_path / "saved", split="dev")
     assert caught.value.where == "tasks.sums.split"
+    asked = task(eval_data=str(tmp_path / "saved"), split="train")  # held-out rows never come from the training split
+    assert [row.data["a"] for row in find_parts(asked, "eval", tmp_path)[0].rows()] == ["2", "3"]
+    del splits["test"]
+    DatasetDict(splits | {"extra": splits["train"]}).save_to_disk(tmp_path / "no-test")
+    with pytest.raises(UserError, match="none of the splits train, extra is called validation"):
+        find_parts(task(eval_data=str(tmp_path / "no-test")), "eval", tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="not one that datasets' save_to_disk wrote"):
         rows_of(tmp_path / "empty")

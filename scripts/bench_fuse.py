@@ -5,13 +5,15 @@
         --prompts rows.jsonl                                           # T4, on a trained pair
 
 Models are made from a config with random weights (Llama 768 x 12, small 256 x 4, V = 32000, LoRA r = 16 on all
-linears), fp32, prompt of 32 tokens. A time is the wall time of one decoding step, runs are interleaved, x = time / strong alone.
+linears), fp32, prompt of 32 tokens. A time is the wall time of one decoding step, runs are interleaved, and
+x = time / strong alone.
 Results also go to --out as JSON, with the load of the machine: figures taken beside other work mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -33,6 +35,7 @@ from mtft.fuse.alpha import fuse_logits
 from mtft.fuse.load import freeze, load_weak
 from mtft.fuse.model import FusedCausalLM
 from mtft.fuse.prompt import encode_prompt
+from mtft.fuse.rows import BASE
 from mtft.fuse.spec import FusionSpec
 
 VOCABULARY, PROMPT = 32000, 32
@@ -206,24 +209,27 @@ def bench_solver(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 
 
 def bench_memory(places: dict[str, Path]) -> Iterator[tuple[str, Any]]:
-    """Resident memory while experts are added to one base: it grows by the adapters."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    before, kept, rows = 0, [], {}
+    """Resident memory of the weak side after a pass over all its rows: one base, and the adapters."""
+    page, rows = os.sysconf("SC_PAGE_SIZE"), {}
+
+    def resident() -> float:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page / 2**20
+
     for count in (1, 2, 4, 8):
+        before = resident()
         weak = load_weak(places["base"], places["adapters"][:count], dtype="fp32", device="cpu")
-        kept.append(weak)
-        weights = sum(p.numel() * p.element_size() for p in weak.model.parameters())
-        buffers = sum(
-            b.numel() * b.element_size() for n, b in weak.model.named_buffers() if n.endswith(("_TNR", "_TRM"))
-        )
-        now = int(Path("/proc/self/statm").read_text().split()[1]) * page
+        weak.layout.set((*range(count), BASE), 1)
+        with torch.no_grad():  # touches every weight: files are mapped, and pages that were never read don't count
+            weak.model(torch.full((count + 1, 1), 5), logits_to_keep=1)
+        buffers = [b for n, b in weak.model.named_buffers() if n.endswith(("A_TNR", "B_TRM"))]
         rows[f"T={count}"] = {
-            "base_MB": weights / 2**20,
-            "adapters_MB": buffers / 2**20,
-            "grown_MB": (now - before) / 2**20 if before else None,
+            "base_MB": sum(p.numel() * p.element_size() for p in weak.model.parameters()) / 2**20,
+            "adapters_MB": sum(b.numel() * b.element_size() for b in buffers) / 2**20,
+            "resident_MB": resident() - before,
         }
-        before = now
-    yield "T5 one copy of the base (each row loads one more weak side)", rows
+        del weak, buffers
+    yield "T5 one copy of the base", rows
 
 
 def bench_speculation(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:

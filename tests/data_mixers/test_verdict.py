@@ -1,0 +1,46 @@
+"""Error rates of the verdict (bar K): no effect -> "better" in at most 5 %; a gain of 3 noise sd -> in at least 80 %."""
+
+import numpy as np
+import pytest
+
+from data_mixers import Mixture
+from data_mixers.fit import fit
+from data_mixers.ledger import Record, TrialLedger
+from data_mixers.propose import propose
+
+NAMES = ("a", "b", "c", "d")
+CURRENT = Mixture(NAMES, np.full(4, 0.25))
+BEST = np.array([0.55, 0.25, 0.15, 0.05])
+
+
+def surface(rows):
+    return np.sum((np.sqrt(rows) - np.sqrt(BEST)) ** 2, axis=1)
+
+
+def verdict(rows, scores, seed, kl):
+    records = [
+        Record(trial=str(i), status="done", mixture=dict(zip(NAMES, row, strict=True)), scores={"loss": float(score)})
+        for i, (row, score) in enumerate(zip(rows, scores, strict=True))
+    ]
+    return propose(fit(TrialLedger(None, records), surrogate="gp"), prior=CURRENT, kl=kl, seed=seed).verdict
+
+
+@pytest.mark.slow
+def test_shuffled_scores_are_not_called_better():
+    wrong, cases = 0, 100
+    for case in range(cases):
+        rng = np.random.default_rng(case)
+        rows = rng.dirichlet(np.ones(4), 32)
+        wrong += verdict(rows, rng.permutation(surface(rows)), case, 0.05) == "better"
+    assert wrong <= 0.05 * cases
+
+
+@pytest.mark.slow
+def test_a_gain_of_three_noise_sd_is_found():
+    noise = surface(CURRENT.shares[None])[0] / 3
+    found, cases = 0, 30
+    for case in range(cases):
+        rng = np.random.default_rng(1000 + case)
+        rows = rng.dirichlet(np.ones(4), 48)
+        found += verdict(rows, surface(rows) + noise * rng.standard_normal(48), case, 0.0) == "better"
+    assert found >= 0.8 * cases

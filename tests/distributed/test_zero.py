@@ -45,6 +45,7 @@ def test_equals_one_process_also_after_a_stop(recipe, settings, alone, launch, t
         assert [line["grad_norm"] for line in found] == pytest.approx(norms, rel=1e-4)
         saved = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         assert saved.keys() == adapter.keys()
-        assert max(float((saved[key] - value).abs().max()) for key, value in adapter.items()) <= 1e-6 * scale
+        # Not 1e-6: sums in another order differ in the last digit, and Adam divides a gradient by its own size.
+        assert max(float((saved[key] - value).abs().max()) for key, value in adapter.items()) <= 1e-5 * scale
     assert (tmp_path / "broken" / "checkpoint-4").is_dir()
     assert json.loads((tmp_path / "whole" / "result.json").read_text())["proof"] < 1e-5

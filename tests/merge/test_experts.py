@@ -7,7 +7,7 @@ import pytest
 
 from mtft.merge import Factors, MergeError, merge, read_adapter
 from mtft.merge.experts import skills, twin
-from mtft.merge.methods import METHODS, make_method
+from mtft.merge.methods import make_method
 from mtft.merge.methods.doge import _directions
 from mtft.merge.router import Arrow, Router, arrow
 from tests.merge import golden as g
@@ -152,9 +152,11 @@ def test_doge_without_steps_is_a_masked_sum():
     for X in D:
         keep = np.abs(X) >= np.sort(np.abs(X), axis=None)[-36]
         expected = expected + 0.07 / np.linalg.norm(X) * np.where(keep, X, 0)
-    got = g.full(make_method("doge", {"steps": 0}).merge(g.parts()))
+    got = g.full(make_method("doge", {"steps": 0, "scope": "module"}).merge(g.parts()))
     np.testing.assert_allclose(got, expected, atol=1e-12)
-    moved = g.full(METHODS["doge"]().merge(g.parts()))
+    whole, parts = make_method("doge", {"steps": 0}), g.parts()
+    np.testing.assert_allclose(g.full(whole.merge(parts, whole.survey(lambda: iter([parts])))), got, atol=1e-12)
+    moved = g.full(make_method("doge", {"scope": "module"}).merge(g.parts()))
     assert not np.allclose(moved, got)
 
 

@@ -2,9 +2,10 @@
 
     U [m, r], V [n, r] orthonormal, maximising sum_k ||U^T D_k V||^2;   D = U f(U^T D_1 V, ..) V^T for a rule f
 
-"Compress then Merge" (arXiv 2606.03723). How the paper finds U and V could not be checked; here they start from the
-SVDs of [D_k] and [D_k^T] and are improved in turns (higher-order orthogonal iteration) until V stands still. (To stop
-when the objective does, which is flat there, leaves V off by the root of the tolerance.)
+"Compress then Merge: From Multiple LoRAs into One Low-Rank Adapter" (arXiv 2606.03723). How the paper finds U and V
+could not be checked; here they start from the SVDs of [D_k] and [D_k^T] and are improved in turns (higher-order
+orthogonal iteration) until V stands still. (To stop when the objective does, which is flat there, leaves V off by the
+root of the tolerance.)
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
 Wei et al., "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent" (ICML 2025, arXiv 2501.01230).
 The gradient's rows lie in the row space of the D_k, so X = Y W^T with Y [m, R] and W the right singular vectors of the
 stacked D_k. Adam runs on Y: another path than Adam on X [m, n], to the same minimiser. (In any other basis than W the
-result would hang on how the adapters are written, since Adam is elementwise.) Norms and masks are per module.
+result would hang on how the adapters are written, since Adam is elementwise.) Norms are per module, masks over the
+whole model (`scope: global`) or per module.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import numpy as np
 from ..core import Core, Merged, svd
 from ..dense import DeltaStream, Rule, compress
 from ..errors import MergeError
-from .base import Method, Parts
-from .elementwise import check_density, magnitude_thresholds
+from .base import Method, Parts, Survey
+from .elementwise import check_density, global_thresholds, magnitude_thresholds
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,31 @@ class Doge(Method):
     learning_rate: float = 1e-4
     shared: float = 1 / 6
     density: float = 0.3
+    scope: str = "global"
     space = "dense"
 
     def __post_init__(self) -> None:
         check_density(self.density)
+        if self.scope not in ("module", "global"):
+            raise MergeError(f"scope is {self.scope!r}", where="options.scope", do="module or global")
         if self.eta <= 0 or self.steps < 0 or self.learning_rate <= 0 or not 0 <= self.shared <= 1:
             raise MergeError(
                 "eta, steps, learning_rate or shared out of range", where="options", do="see docs/papers.md"
             )
+
+    def survey(self, modules: Survey) -> dict[str, float] | None:
+        """For `global`: each adapter's threshold over all of its modules."""
+        return global_thresholds(modules, self.density) if self.scope == "global" else None
 
     def merge(self, parts: Parts, seen: object = None) -> Merged:
         core = parts.core
         lam_K = self.eta / np.array([np.linalg.norm(M) for M in core.cores])
         Y, _ = self.descend(core, lam_K)
         stream = DeltaStream.of_factors(parts.factors, parts.dtype, parts.module)
-        thresholds = magnitude_thresholds(stream, self.density, parts.module)
+        if self.scope == "global":
+            thresholds = [seen[name] for name in parts.names]  # type: ignore[index]
+        else:
+            thresholds = magnitude_thresholds(stream, self.density, parts.module)
         weights_K = parts.weights_K.astype(parts.dtype)
         Wt = core.cols.apply(_directions(core)).T
 

@@ -10,7 +10,7 @@ import numpy as np
 from ..core import Merged
 from ..dense import DeltaStream, Rule, compress, select
 from ..errors import MergeError
-from .base import Method, Parts
+from .base import Method, Parts, Survey
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,27 @@ def magnitude_thresholds(stream: DeltaStream, density: float, what: str) -> list
     place = stream.size - count
     found = select(lambda: ([np.abs(x) for x in blocks] for _, blocks in stream), [[place]] * stream.K)
     return [values[0] for values in found]
+
+
+def global_thresholds(modules: Survey, density: float) -> dict[str, float]:
+    """Adapter -> the |x| of its k-th largest entry over all of its modules (2 passes over its factors in fp32)."""
+    sizes: dict[str, int] = {}
+    for parts in modules():
+        for name in parts.names:
+            sizes[name] = sizes.get(name, 0) + parts.shape[0] * parts.shape[1]
+    thresholds = {}
+    for name, size in sizes.items():  # one adapter at a time: adapters differ in their modules
+        place = size - kept_count(density, size, name)
+
+        def blocks(name: str = name) -> Iterator[list[np.ndarray]]:
+            for parts in modules():
+                if name in parts.names:
+                    factors = [parts.factors[parts.names.index(name)]]
+                    for _, block in DeltaStream.of_factors(factors, parts.dtype, parts.module):
+                        yield [np.abs(block[0])]
+
+        thresholds[name] = select(blocks, [[place]])[0][0] if place else 0.0
+    return thresholds
 
 
 def lazily(compute: Callable[[], float]) -> Callable[[], float]:

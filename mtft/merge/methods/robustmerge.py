@@ -3,8 +3,9 @@
     A'_k, B'_k: top 20% of |A_k|, |s_k B_k|;   c_k = row sums |A_k| / row sums |A'_k|, raised to its sorted 80% position
     A = 2 sum A'_k,   B = 2 sum c_k B'_k / sum c_k   (per rank)
 
-Zeng et al., "Parameter Efficient Merging for Multimodal Large Language Models" (arXiv 2502.17159). The one method here
-that sees factors, not deltas: cross terms B_j A_k enter, and the same adapter written differently merges differently.
+Zeng et al., "Parameter Efficient Merging for Multimodal Large Language Models with Direction Robustness" (arXiv
+2502.17159). The one method here that sees factors, not deltas: cross terms B_j A_k enter, and the same adapter
+written differently merges differently.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     M = U S V^T,  p_ik = <u_i^T M, u_i^T D_k> / ||u_i^T D_k||^2,  sigma_i *= K / sum_k max(alpha, p_ik)
 
-"When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging" (arXiv 2602.05536). A step after another
-method: `of` names it. p_ik is how many times its own strength task k finds in direction i. Where a task has nothing
-in direction i (below 1e-10 of its norm), p_ik = alpha.
+Li et al., "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging" (ICML 2026, arXiv 2602.05536). A
+step after another method: `of` names it. p_ik is how many times its own strength task k finds in direction i. Where a
+task has nothing in direction i (below 1e-10 of its norm), p_ik = alpha.
 """
 
 from __future__ import annotations

@@ -15,15 +15,15 @@ Entries of equal size at the threshold are all kept; the peers keep an arbitrary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..dense import DeltaStream, Rule, select
+from ..dense import Rule
 from ..errors import MergeError
 from .base import Survey
-from .elementwise import DenseMethod, Task, check_density, kept_count, lazily, magnitude_thresholds, task_of
+from .elementwise import DenseMethod, Task, check_density, global_thresholds, lazily, magnitude_thresholds, task_of
 
 VARIANTS = ("paper", "mergekit", "peft")
 
@@ -47,22 +47,7 @@ class Ties(DenseMethod):
         """For `global`: every adapter's threshold over all of its modules, and the majority sign."""
         if self.scope == "module":
             return None
-        sizes: dict[str, int] = {}
-        for parts in modules():
-            for name in parts.names:
-                sizes[name] = sizes.get(name, 0) + parts.shape[0] * parts.shape[1]
-        thresholds = {}
-        for name, size in sizes.items():  # one adapter at a time: adapters differ in their modules
-            place = size - kept_count(self.density, size, name)
-
-            def blocks(name: str = name) -> Iterable[list[np.ndarray]]:
-                for parts in modules():
-                    if name in parts.names:
-                        factors = [parts.factors[parts.names.index(name)]]
-                        for _, block in DeltaStream.of_factors(factors, parts.dtype):
-                            yield [np.abs(block[0])]
-
-            thresholds[name] = select(blocks, [[place]])[0][0] if place else 0.0
+        thresholds = global_thresholds(modules, self.density)
         majority = 0.0
         for parts in modules():
             task = task_of(parts)

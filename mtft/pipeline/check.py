@@ -57,8 +57,9 @@ def examine(recipe: Recipe) -> Examination:
     _check_names(recipe)
 
     from mtft.data.describe import describe
+    from mtft.data.isolation import packing_refusal
     from mtft.losses.balancers import make_balancer
-    from mtft.train.memory import estimate_memory
+    from mtft.train.memory import estimate_memory, read_config
     from mtft.train.model import load_tokenizer
 
     data = describe(recipe, load_tokenizer(recipe.model))
@@ -72,6 +73,10 @@ def examine(recipe: Recipe) -> Examination:
         tokens=[task.supervised_tokens for task in data.tasks],
     )
     warnings = check_compat(recipe, stage="check", needs=balancer.needs)
+    attention = "sdpa" if recipe.model.attention == "auto" else recipe.model.attention
+    refusal = packing_refusal(read_config(recipe.model), attention) if recipe.train.packing else None
+    if refusal is not None:
+        warnings.append(f"{refusal}: one example a row, so train.packing has no effect")
     learnt = sum(task.tokens_per_step * task.supervised_tokens / task.tokens for task in data.tasks if task.tokens)
     memory = estimate_memory(recipe, learnt_share=min(1.0, learnt / data.tokens_per_step))
     return Examination(data, memory, tuple(warnings))

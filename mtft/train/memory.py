@@ -22,7 +22,6 @@ from mtft.recipe.schema import ModelSection, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
 
 STATE_BYTES = {"sgd": 0, "adafactor": 0, "lion_32bit": 4, "lion_8bit": 1, "paged_lion_8bit": 1}  # per trained parameter
 ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2
@@ -32,20 +31,21 @@ PROBE_TOKENS = 32
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each GPU, and the parameters behind them."""
+    """Bytes on each GPU, and the parameters behind them. `activations` is None for a model that can't be counted."""
 
     parameters: int
     trainable: int
     weights: int
     training: int
-    activations: int
+    activations: int | None
     logits: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.training + self.activations + self.logits
+        """All that is known."""
+        return self.weights + self.training + (self.activations or 0) + self.logits
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, int | None]:
         return {**asdict(self), "total": self.total}
 
     def text(self) -> str:
@@ -60,7 +60,9 @@ class MemoryEstimate:
         return f"memory on each GPU: about {_size(self.total)} ({parts}); {share}"
 
 
-def _size(count: int) -> str:
+def _size(count: int | None) -> str:
+    if count is None:
+        return "unknown, not in the sum"
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 // 10 else f"{count / 2**20:.1f} MiB"
 
 
@@ -70,6 +72,7 @@ def estimate_memory(recipe: Recipe, *, learnt_share: float = 1.0) -> MemoryEstim
     Raises UserError when the model's config can't be read, or `lora.targets` fits no module.
     """
     import torch
+    from transformers import AutoModelForCausalLM
 
     from mtft.train.model import add_lora, compute_dtype
 
@@ -77,7 +80,8 @@ def estimate_memory(recipe: Recipe, *, learnt_share: float = 1.0) -> MemoryEstim
     dtype = compute_dtype(section)
     held = torch.float32 if recipe.lora is None else dtype
     with torch.device("meta"):
-        model: Any = _shapes_of(section)
+        trusted = section.trust_remote_code
+        model: Any = AutoModelForCausalLM.from_config(read_config(section), trust_remote_code=trusted)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         weights = sum(_held_bytes(model, section.quantise, held.itemsize).values())
         if recipe.lora is not None:
@@ -94,14 +98,14 @@ def estimate_memory(recipe: Recipe, *, learnt_share: float = 1.0) -> MemoryEstim
         trainable=trainable,
         weights=round(weights),
         training=trainable * (4 + _state_bytes(train.optimizer)),
-        activations=round(per_token * train.micro_batch_tokens),
+        activations=None if per_token is None else round(per_token * train.micro_batch_tokens),
         logits=round(rows * model.config.vocab_size * 4 * 2),
     )
 
 
-def _shapes_of(section: ModelSection) -> PreTrainedModel:
-    """The model of a recipe without its weights, on the current device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def read_config(section: ModelSection) -> Any:
+    """The config of a recipe's model. UserError when it can't be read or transformers does not know the model."""
+    from transformers import AutoConfig
 
     from mtft.train.model import model_location
 
@@ -110,11 +114,14 @@ def _shapes_of(section: ModelSection) -> PreTrainedModel:
     if not Path(location).is_dir():
         options["revision"] = section.revision
     try:
-        config = AutoConfig.from_pretrained(location, **options)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+        return AutoConfig.from_pretrained(location, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the model's config can't be used: {reason}", where=f"model.path: {section.path}") from error
+        raise UserError(
+            f"the model's config can't be used: {reason}",
+            where=f"model.path: {section.path}",
+            do="check the name, and that this version of transformers knows the model",
+        ) from error
 
 
 def _state_bytes(optimizer: str) -> int:
@@ -133,10 +140,11 @@ def _held_bytes(model: nn.Module, quantise: str, width: int) -> dict[str, float]
     }
 
 
-def kept_per_token(model: nn.Module, *, checkpointing: bool = False) -> float:
+def kept_per_token(model: nn.Module, *, checkpointing: bool = False) -> float | None:
     """Bytes a token that autograd keeps between the forward and the backward pass, without the head.
 
     Counted over distinct storages that are no parameters. With checkpointing: each layer's input, and one layer whole.
+    None for models whose code looks at values on the way (some rotary positions, some routers): shapes have none.
     """
     import torch
     from peft import PeftModel
@@ -157,9 +165,14 @@ def kept_per_token(model: nn.Module, *, checkpointing: bool = False) -> float:
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
     # A ready-made mask: transformers looks at the values of positions and of a flat mask, and meta tensors have none.
     mask = torch.ones(1, 1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device=device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        inputs = body.get_input_embeddings()(ids).requires_grad_()
-        output = body.base_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            inputs = body.get_input_embeddings()(ids).requires_grad_()
+            output = body.base_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+    except (RuntimeError, NotImplementedError):
+        if device.type != "meta":
+            raise
+        return None
     del output
     per_token = sum(storage.nbytes() for storage in kept.values()) / PROBE_TOKENS
     if checkpointing:

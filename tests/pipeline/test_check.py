@@ -1,0 +1,79 @@
+"""`mtft check` as a function: what it warns of, beside what the rooms' own tests hold."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from mtft.errors import UserError
+from mtft.pipeline.check import examine
+from mtft.quickstart import model_path
+from mtft.recipe.load import load_recipe
+
+RECIPE = """\
+name: check
+model: {path: MODEL, dtype: fp32}
+tasks:
+  - {name: a, data: rows.jsonl, eval_data: rows.jsonl}
+train: {steps: 2, batch_tokens: 512, micro_batch_tokens: 512, max_length: 128}
+output: {dir: out}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("MTFT_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"count to {n}", "response": " ".join(map(str, range(n)))} for n in range(1, 20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def load(*overrides: str, model: str = "quickstart:weak"):
+        (tmp_path / "recipe.yaml").write_text(RECIPE.replace("MODEL", model))
+        return load_recipe(tmp_path / "recipe.yaml", overrides)
+
+    return load
+
+
+def test_a_good_recipe_has_no_warnings_beyond_its_data(recipe):
+    found = examine(recipe())
+    assert found.warnings == ()
+    assert found.as_dict()["memory"]["total"] == found.memory.total > 0
+    assert found.memory.text() in found.text()
+
+
+def test_a_model_that_may_not_be_packed_is_said(recipe, tmp_path):
+    """The same model with rotary positions that depend on the whole batch."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    source = model_path("weak")
+    for file in source.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = AutoConfig.from_pretrained(source).to_dict()
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    found = examine(recipe(model="./model"))
+    assert len(found.warnings) == 1
+    assert "rotary positions depend on the whole batch" in found.warnings[0]
+    # Nor can its activations be counted on shapes alone: its code looks at the positions.
+    assert found.memory.activations is None
+    assert "activations unknown, not in the sum" in found.text()
+    assert examine(recipe("train.packing=false", model="./model")).warnings == ()
+
+
+def test_an_unknown_model_type(recipe, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_path("weak").iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"model_type": "from_the_future"}))
+    with pytest.raises(UserError, match=r"can't be (used|loaded)"):
+        examine(recipe(model="./model"))
+
+
+def test_a_balancer_that_reads_validation_losses_needs_them(recipe):
+    assert examine(recipe("loss.balancer.name=coba")).warnings == ()
+    with pytest.raises(UserError, match="validation losses"):
+        examine(recipe("loss.balancer.name=coba", "tasks.a.eval_data="))

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from mtft.merge.errors import MergeError
 from mtft.merge.factors import Adapter, read_adapter
 
-from .rows import RowsLayout, attach, why_not_rows
+from .probe import whole_lines
+from .rows import BASE, RowsLayout, attach, why_not_rows
 from .spec import FusionError, choose
 
 QUICKSTART = "quickstart:"
@@ -73,6 +74,8 @@ def load_model(
         options["quantization_config"] = _bitsandbytes(quantise, precision)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if quantise != "none":
+        options["device_map"] = {"": torch.device(device)}  # quantised while it is read: it can't be moved afterwards
     try:
         model = AutoModelForCausalLM.from_pretrained(location(path), **options)
     except (OSError, ValueError) as error:
@@ -137,6 +140,23 @@ def load_weak(base: str | Path, experts: Sequence[str | Path], *, allow_base_mis
         own.append(freeze(_own_expert(load_model(base, **options), expert, options.get("quantise", "none") != "none")))
     layout = attach(model, rows) if rows else RowsLayout(0)
     return Weak(model, layout, own, order, [str(expert) for expert in experts])
+
+
+@torch.no_grad()
+def agreement(strong: PreTrainedModel, weak: Weak, tokenizer: PreTrainedTokenizerBase, shared: int) -> float:
+    """Share of positions of the probe's whole lines where strong model and base have the same favourite token."""
+    same = count = 0
+    for line in whole_lines():
+        ids = [token for token in tokenizer.encode(line) if token < shared]
+        if not ids:
+            continue
+        tops = []
+        weak.layout.set((BASE,), 1)
+        for model in (strong, weak.model):
+            logits = model(torch.tensor([ids], device=model.device)).logits[0, :, :shared]
+            tops.append(logits.argmax(-1).cpu())
+        same, count = same + int((tops[0] == tops[1]).sum()), count + len(ids)
+    return same / max(count, 1)
 
 
 def _plain(expert: Path, model: nn.Module) -> tuple[Adapter | None, str]:

@@ -10,6 +10,7 @@ No weight of any model is touched. alpha at a position depends only on the token
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from . import decode as decoding
 from . import scoring
 from .alpha import fuse_rows
 from .gamma import Gamma
-from .load import Weak, load_model, load_tokenizer, load_weak
+from .load import Weak, agreement, load_model, load_tokenizer, load_weak
 from .rows import BASE
 from .side import Side, Sides
 from .spec import Fused, FusionError, FusionSpec
@@ -38,6 +39,7 @@ from .speculative import draft_and_judge
 from .tokens import agree
 
 MAX_LOGIT_BYTES = 256 << 20
+STRANGERS = 0.3  # share of equal favourites below which load warns; a guess, no study gives one
 
 
 class FusedCausalLM:
@@ -127,6 +129,13 @@ class FusedCausalLM:
             attention=base_attention or attention,
             revision=base_revision,
         )
+        share = agreement(strong_model, weak, tokenizer, shared)
+        if share < STRANGERS:
+            warnings.warn(
+                f"strong model and base have the same favourite token at {share:.0%} of the positions of a probe text: "
+                "so different a base can make the fused model worse than either; compare them on your own data",
+                stacklevel=2,
+            )
         name = f"{strong} + {', '.join(map(str, adapters))}"
         return cls(strong_model, weak, tokenizer, spec, vocab_size=vocab_size, shared=shared, name=name)
 

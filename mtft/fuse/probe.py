@@ -40,9 +40,14 @@ _CODE = (
 )
 
 
+def whole_lines() -> list[str]:
+    """The lines that the probe is made of."""
+    return [*_PROSE, *_CODE]
+
+
 def probe_lines() -> list[str]:
     """The same 200 lines on every machine: whole lines, indented, upper case, joined, and cut inside words."""
-    lines = [*_PROSE, *_CODE]
+    lines = whole_lines()
     probe = list(lines)
     probe += ["    " + line for line in lines]
     probe += [line.upper() for line in lines]

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +55,7 @@ def run(recipe: Recipe, *, fresh: bool = False, launch: str | None = None) -> Pa
     from mtft.pipeline.training import joint_labels, planned_runs, train_runs
     from mtft.train.model import load_tokenizer
 
+    say("data: reading the tasks, and tokenising what is new")
     tokenizer = load_tokenizer(recipe.model)
     stores, eval_stores = (open_stores(recipe, tokenizer, which) for which in ("train", "eval"))
     choice = _choose(recipe, stores, fresh=fresh, say=say)
@@ -111,7 +114,7 @@ def _choose(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> Choice:
     }
 
     def work() -> None:
-        swept = mix.mix_sweep(recipe, on_done=partial(_trial_done, say, recipe.sweep.trials))
+        swept = mix.mix_sweep(recipe, on_done=partial(_trial_done, say, count(1), recipe.sweep.trials))
         if swept.exit_code:
             print(swept.text(), file=sys.stderr)
         proposal = mix.mix_propose(recipe)
@@ -124,10 +127,10 @@ def _choose(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> Choice:
     return Choice(chosen, None if proposal is None else Mixture.of(proposal["mixture"]).over(recipe.task_names))
 
 
-def _trial_done(say, trials: int, trial: Any, outcome: Any) -> None:
+def _trial_done(say, number: Iterator[int], trials: int, trial: Any, outcome: Any) -> None:
     shares = ", ".join(f"{name} {share:.2f}" for name, share in trial.mixture.as_dict().items())
     ended = "failed" if outcome.points is None else f"{outcome.seconds:.0f} s"
-    say(f"mix: trial {trial.id} of {trials} ({shares}): {ended}")
+    say(f"mix: trial {next(number)} of at most {trials} ({shares}): {ended}")
 
 
 def _singles(results: dict[str, TrainResult]) -> Scores:

@@ -11,6 +11,7 @@ Weights are read from safetensors only, and code that ships with a model runs on
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 QUICKSTART = "quickstart:"
+
+# peft 0.21 reads a property that transformers 5.23 has renamed; nothing that a user could do about it.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def model_location(section: ModelSection) -> str:

@@ -65,10 +65,12 @@ def make_plan(recipe: Recipe, stores: Sequence[Sized], mixture: Mixture | None =
     lengths = [np.asarray(store.lengths) for store in stores]
     mean = sum(share * float(length.mean()) for share, length in zip(mixture.shares, lengths) if share > 0)
     batch = max(1, int(recipe.train.batch_tokens // mean)) if by_examples else recipe.train.batch_tokens
-    steps = recipe.train.steps
+    steps, epochs = recipe.train.steps, recipe.train.epochs
     if steps is None:
+        if epochs is None:
+            raise ValueError("train.steps or train.epochs must be given")
         total = sum(len(length) if by_examples else int(length.sum()) for length in lengths)
-        steps = max(1, round(recipe.train.epochs * total / batch))
+        steps = max(1, round(epochs * total / batch))
     return MixturePlan(
         mixture,
         [len(length) for length in lengths],

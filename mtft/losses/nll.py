@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from mtft.data.batch import IGNORE, Batch
 from mtft.data.isolation import model_inputs, packing_refusal
 from mtft.errors import UserError
 from mtft.losses.softmax import row_nll_in_place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Path = Literal["auto", "gather", "fused"]
 
@@ -41,7 +44,7 @@ def resolve_path(path: str) -> Literal["gather", "fused"]:
     return path
 
 
-def add_fused_head(model: nn.Module) -> None:
+def add_fused_head(model: PreTrainedModel) -> None:
     """Give a bare transformers model trl's fused head; call it before PEFT wraps the model."""
     from trl.trainer.utils import add_fused_lm_head
 
@@ -135,9 +138,9 @@ def _supervised_logits(model: nn.Module, inputs: dict[str, Any], supervised_BT: 
 
 
 def _inputs(model: nn.Module, batch: Batch, attention: str | None) -> dict[str, Any]:
-    config = _bare(model).config
-    attention = attention or config._attn_implementation
-    return model_inputs(batch, attention, packed_ok=packing_refusal(config, attention) is None)
+    config: Any = _bare(model).config
+    kind: str = attention or config._attn_implementation
+    return model_inputs(batch, kind, packed_ok=packing_refusal(config, kind) is None)
 
 
 def _bare(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ lambda * penalty * scale / (R * number of micro-batches) to each micro-batch's l
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def adapter_orthogonality(model: nn.Module, adapter: str = "default", form: Form
         raise ValueError(f"the model has no LoRA linear with an adapter {adapter!r}")
     total = torch.zeros(())
     for layer in layers:
-        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        A, B = cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
         if isinstance(A, DTensor) or isinstance(B, DTensor):
             raise ValueError("OrthoReg needs whole LoRA matrices, these are sharded: use one process or DDP")
         total = total.to(A.device) + orthogonality(A, B, layer.scaling[adapter], form)

@@ -28,7 +28,7 @@ class Grouped(Balancer):
 
     def __init__(self, context: Context, inner: Balancer, members: Sequence[Sequence[int]]) -> None:
         self.inner = inner
-        self.NAME = inner.NAME  # in messages, and what a checkpoint is checked against
+        self.NAME = inner.NAME  # pyright: ignore[reportAttributeAccessIssue] - a checkpoint is checked against it
         self.members = [list(group) for group in members]
         super().__init__(context)
         share_GK = torch.zeros(len(self.members), self.K, dtype=torch.float64)

@@ -127,9 +127,13 @@ def main() -> int:
                     return 1
                 break
             runs += 1
-            same = picture(out) == expected
-            equal += same
-            print(f"run {runs}: {kills} kills so far, {'equal' if same else 'DIFFERENT'}", flush=True)
+            found = picture(out)
+            other = [name for name, value in expected.items() if found[name] != value]
+            equal += not other
+            print(
+                f"run {runs}: {kills} kills so far, {'DIFFERENT: ' + ', '.join(other) if other else 'equal'}",
+                flush=True,
+            )
             shutil.rmtree(out)
     print(
         f"{kills} kills in {runs} runs: {equal} of {runs} ended bit-equal to the unbroken run, {runs - equal} did not"

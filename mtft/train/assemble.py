@@ -27,11 +27,12 @@ from mtft.train.checkpoint import check_identity
 from mtft.train.engines import trainable
 from mtft.train.log import RunLog
 from mtft.train.model import compute_dtype, load_tokenizer, pad_id
+from mtft.train.objective import Objective
 from mtft.train.ranks import is_writer
 from mtft.train.signals import StopSignal
 from mtft.train.state import newest_checkpoint
 from mtft.train.steps import Steps
-from mtft.train.trainer import MultiTaskTrainer, Objective
+from mtft.train.trainer import MultiTaskTrainer
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

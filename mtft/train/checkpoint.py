@@ -96,7 +96,7 @@ def load_state(trainer: MultiTaskTrainer, folder: Path) -> None:
     if trainer.accelerator.scaler is not None and tree["scaler"] is not None:
         trainer.accelerator.scaler.load_state_dict(tree["scaler"])
     trainer.balancer.load_state_dict(tree["balancer"])
-    trainer.bad_steps = tree["bad_steps"]
+    trainer.bad_steps.update(tree["bad_steps"])
 
 
 def load_random_state(trainer: MultiTaskTrainer, folder: Path) -> None:

@@ -15,11 +15,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mtft.train.steps import Content
 
 METRICS, EVALS = "metrics.jsonl", "eval.jsonl"
 
@@ -60,7 +66,9 @@ class RunLog:
             self.say(f"step {line['step']}/{self.steps}: loss {_short(line['loss'])} ({losses}){rate}")
 
     def evaluation(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
-        """Held-out scores of each task."""
+        """Held-out scores of each task; a run that died after its last step takes them again, and replaces the line."""
+        if self.run_dir is not None:
+            _cut(self.run_dir / EVALS, step - 1)
         self._append(EVALS, {"step": step, "tasks": tasks})
         found = "  ".join(f"{task} {_short(values['loss'])}" for task, values in tasks.items())
         self.say(f"step {step}: held-out loss {found}")
@@ -74,6 +82,48 @@ class RunLog:
         if self.run_dir is not None:
             with (self.run_dir / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+
+
+def step_line(
+    step: int,
+    tasks: Sequence[str],
+    held: Content,
+    learning_rate: float,
+    loss: float,
+    loss_K: Tensor,
+    w_K: Tensor,
+    share_K: Tensor,
+    supervised_K: Tensor,
+) -> dict[str, Any]:
+    """A line of metrics.jsonl, before gradient norm and time are known. `share_K`: each task's part of the loss."""
+    values = {
+        task: {
+            "loss": float(loss_K[k]),
+            "weight": float(w_K[k]),
+            "share": float(held.share_K[k]),
+            "loss_share": float(share_K[k]),
+            "tokens": int(supervised_K[k]),
+            "examples": int(held.examples_K[k]),
+        }
+        for k, task in enumerate(tasks)
+    }
+    return {
+        "step": step,
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad_norm": None,
+        "tokens": int(held.tokens_K.sum()),
+        "supervised": int(supervised_K.sum()),
+        "tasks": values,
+    }
+
+
+def flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """{"loss": 1, "tasks": {"sql": {"loss": 2}}} -> {"loss": 1, "sql/loss": 2}, finite numbers only, for trackers."""
+    out = {f"{prefix}{key}": value for key, value in line.items() if key not in ("tasks", "step")}
+    for task, values in line["tasks"].items():
+        out |= {f"{prefix}{task}/{key}": value for key, value in values.items()}
+    return {key: value for key, value in out.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def finite(node: Any) -> Any:

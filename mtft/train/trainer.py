@@ -13,10 +13,8 @@ which resumes bit for bit. Nothing here branches on what a single rank holds aro
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,8 @@ from mtft.errors import UserError
 from mtft.evaluate.mode import evaluation_mode
 from mtft.evaluate.scores import TaskScores
 from mtft.losses.balancers import Balancer, Observation
-from mtft.losses.nll import token_nll
 from mtft.losses.reduce import (
     TaskSums,
-    coefficients,
     reduce_sums,
     step_counts,
     task_coefficients,
@@ -43,33 +39,14 @@ from mtft.losses.reduce import (
     task_probs,
     task_sums,
 )
-from mtft.losses.regular import adapter_orthogonality
-from mtft.losses.reweight import SampleWeights
-from mtft.losses.valid import ValidStream
 from mtft.train import checkpoint
-from mtft.train.log import RunLog, finite
+from mtft.train.flow import BadSteps, Flow
+from mtft.train.log import RunLog, flat, step_line
+from mtft.train.objective import Objective
 from mtft.train.ranks import check_ranks
 from mtft.train.signals import StopSignal
 from mtft.train.steps import Steps
 from mtft.train.tree import random_state, restore_random_state
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised: the normalisation, the path of the per-token losses, the attention implementation.
-
-    valid: held-out micro-batches of a step, for balancers that ask for them (Needs.valid_every).
-    sample_weights, label_smoothing, z_loss, orthogonal: as in the recipe's `loss`.
-    """
-
-    normalise: str
-    path: str
-    attention: str
-    valid: ValidStream | None = None
-    sample_weights: SampleWeights | None = None
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    orthogonal: float = 0.0
 
 
 class MultiTaskTrainer(Trainer):
@@ -106,11 +83,10 @@ class MultiTaskTrainer(Trainer):
         self.steps = steps
         self.tasks, self.objective, self.balancer = tuple(tasks), objective, balancer
         self.run_log, self.stop, self.identity = log, stop or StopSignal(), identity or {}
-        self.max_bad_steps, self.keep = max_bad_steps, keep
+        self.keep = keep
         self.evaluations: dict[int, dict[str, TaskScores]] = {}
-        self.bad_steps = {"non-finite": 0, "empty": 0}
+        self._bad = BadSteps(most=max_bad_steps)
         self._score = score
-        self._bad_in_a_row = 0
         self._line: dict[str, Any] = {}
         self._trouble: str | None = None
         if balancer.needs.gram_every is not None:
@@ -119,6 +95,11 @@ class MultiTaskTrainer(Trainer):
                 where="loss.balancer.name",
                 do="choose a balancer that works from losses",
             )
+
+    @property
+    def bad_steps(self) -> dict[str, int]:
+        """Steps that were skipped so far, by reason."""
+        return self._bad.counts
 
     # ---- data
 
@@ -160,13 +141,11 @@ class MultiTaskTrainer(Trainer):
             self.accelerator.gradient_state._set_sync_gradients(last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 nll_BT = self._nll(model, batch)
-                c_BT = coefficients(batch, counts, w_K, self.objective.normalise)
-                if self.objective.sample_weights is not None:
-                    c_BT = c_BT * self.objective.sample_weights.factors(step, nll_BT, batch, K)
                 # Gradients are averaged over ranks but the coefficients are those of the global step: times R.
-                loss = (c_BT * nll_BT).sum() * ranks
-                if self.objective.orthogonal > 0:  # the same on every rank, so the average over ranks is right
-                    loss = loss + self.objective.orthogonal / len(batches) * adapter_orthogonality(model)
+                loss = self.objective.loss(nll_BT, batch, counts, w_K, step) * ranks
+                penalty = self.objective.penalty(model)
+                if penalty is not None:  # the same on every rank, so the average over ranks is right
+                    loss = loss + penalty / len(batches)
                 engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
                 self.accelerator.backward(loss, **engine)
             parts.append(task_sums(nll_BT, batch, K))
@@ -175,19 +154,13 @@ class MultiTaskTrainer(Trainer):
         loss = float(torch.where(share_K > 0, share_K * loss_K, 0.0).sum())
         self._trouble = "empty" if float(share_K.sum()) == 0 else None if np.isfinite(loss) else "non-finite"
         self._seen = batches, loss_K, task_probs(sums, counts) if self.balancer.needs.token_probs else None
-        self._line = self._step_line(step, loss, loss_K, share_K, w_K, counts.tokens_K)
+        held, rate = self.steps.content(step - 1), self._get_learning_rate()
+        self._line = step_line(step, self.tasks, held, rate, loss, loss_K, w_K, share_K, counts.tokens_K)
         return torch.tensor(loss, device=device)
 
     def _nll(self, model: nn.Module, batch: Batch) -> Tensor:
         with self.compute_loss_context_manager():
-            return token_nll(
-                model,
-                batch,
-                path=self.objective.path,
-                attention=self.objective.attention,
-                label_smoothing=self.objective.label_smoothing,
-                z_loss=self.objective.z_loss,
-            )
+            return self.objective.nll(model, batch)
 
     def _losses(self, model: nn.Module, batches: Sequence[Batch], random: dict[str, Any] | None = None) -> Tensor:
         """Global task losses of some batches, float64 [K]: no gradient, and the random state stays where it is.
@@ -219,31 +192,6 @@ class MultiTaskTrainer(Trainer):
         self._line["grad_norm"] = norm
         return norm
 
-    def _step_line(
-        self, step: int, loss: float, loss_K: Tensor, share_K: Tensor, w_K: Tensor, tokens_K: Tensor
-    ) -> dict[str, Any]:
-        held = self.steps.content(step - 1)
-        tasks = {
-            task: {
-                "loss": float(loss_K[k]),
-                "weight": float(w_K[k]),
-                "share": float(held.share_K[k]),
-                "loss_share": float(share_K[k]),
-                "tokens": int(tokens_K[k]),
-                "examples": int(held.examples_K[k]),
-            }
-            for k, task in enumerate(self.tasks)
-        }
-        return {
-            "step": step,
-            "loss": loss,
-            "learning_rate": self._get_learning_rate(),
-            "grad_norm": None,
-            "tokens": int(held.tokens_K.sum()),
-            "supervised": int(tokens_K.sum()),
-            "tasks": tasks,
-        }
-
     def finish_step(self, control: TrainerControl) -> None:
         """After the optimizer step: balancer, metrics, bad steps, signals. Called by `Flow` on every rank."""
         batches, loss_K, probs_K = self._seen
@@ -252,11 +200,9 @@ class MultiTaskTrainer(Trainer):
             after_K = self._losses(self.model_wrapped, batches, self._random) if needs.after_step else None
             valid_K = self._valid_losses(step) if needs.valid_every and step % needs.valid_every == 0 else None
             self.balancer.update(Observation(step, loss_K, valid_K, after_loss_K=after_K, train_prob_K=probs_K))
-            self._bad_in_a_row = 0
         else:
-            self.bad_steps[self._trouble] += 1
-            self._bad_in_a_row += 1
             self._line["skipped"] = self._trouble
+        self._bad.note(self._trouble)
         seconds = time.perf_counter() - self._clock
         self._line |= {"seconds": seconds, "tokens_per_second": self._line["tokens"] / seconds}
         if self.args.device.type == "cuda":
@@ -265,8 +211,9 @@ class MultiTaskTrainer(Trainer):
         if self.args.report_to:
             self.callback_handler.on_log(self.args, self.state, self.control, flat(self._line))
         too_late = self._trouble == "non-finite" and self.is_deepspeed_enabled  # the engine has taken the step
-        if self._bad_in_a_row >= self.max_bad_steps or too_late:
-            self._give_up(self._trouble or "bad")
+        if too_late or self._bad.in_a_row >= self._bad.most:
+            run_dir = Path(self.args.output_dir) if self.args.should_save else None
+            self._bad.give_up(self._line, self.steps.names(self.state.global_step - 1), run_dir)
         if self.stop.agreed(self.args.device):
             control.should_training_stop = True
             control.should_save = self.args.save_strategy != "no"
@@ -292,21 +239,6 @@ class MultiTaskTrainer(Trainer):
             means = [scores.summary()["loss"] for scores in found]
         valid_K = torch.tensor(means, dtype=torch.float64)
         self.balancer.update(Observation(0, torch.full_like(valid_K, torch.nan), valid_K))
-
-    def _give_up(self, trouble: str) -> None:
-        step = self.state.global_step
-        path = Path(self.args.output_dir) / f"bad-step-{step}.json"
-        if self.args.should_save:
-            examples = self.steps.names(step - 1)
-            path.write_text(json.dumps({**finite(self._line), "examples": examples}, indent=1), encoding="utf-8")
-        why = "no supervised token" if trouble == "empty" else "a loss or gradient that is not finite"
-        raise UserError(
-            f"{self._bad_in_a_row} steps in a row had {why} (up to step {step}; tasks {', '.join(self.tasks)})",
-            where=f"the examples of the last one: {path}",
-            do="give the tasks a weight above 0"
-            if trouble == "empty"
-            else "lower train.learning_rate, use fp32 or bf16, and look at those examples",
-        )
 
     # ---- evaluation
 
@@ -351,31 +283,6 @@ class MultiTaskTrainer(Trainer):
 
     def _load_scaler(self, checkpoint_: str | None) -> None:
         """With the optimizer's state."""
-
-
-class Flow(TrainerCallback):
-    """Calls the trainer back after each optimizer step, and keeps the progress bar."""
-
-    def __init__(self, trainer: MultiTaskTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.run_log.start(state.global_step)
-        self.trainer.observe_start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.finish_step(control)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.run_log.close()
-
-
-def flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """{"loss": 1, "tasks": {"sql": {"loss": 2}}} -> {"loss": 1, "sql/loss": 2}, finite numbers only, for trackers."""
-    out = {f"{prefix}{key}": value for key, value in line.items() if key not in ("tasks", "step")}
-    for task, values in line["tasks"].items():
-        out |= {f"{prefix}{task}/{key}": value for key, value in values.items()}
-    return {key: value for key, value in out.items() if isinstance(value, int | float) and np.isfinite(value)}
 
 
 def _only(items: list) -> Any:

@@ -115,6 +115,21 @@ def test_kills_leave_no_trace(few_rows, unbroken, tmp_path):
     assert not list((tmp_path / "broken").glob("*.part"))
 
 
+def test_killed_after_the_last_step(few_rows, unbroken, tmp_path):
+    """The checkpoint of the last step stands, the result does not: only the end is done again."""
+
+    def plant():
+        from mtft.train import handover
+
+        handover.write_card = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+
+    recipe = recipe_in(few_rows, tmp_path / "late")
+    assert run(recipe, plant) == -signal.SIGKILL
+    assert (tmp_path / "late" / "checkpoint-8").is_dir()
+    assert run(recipe) == 0
+    assert picture(tmp_path / "late") == unbroken
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signal_finishes_the_step_and_saves(few_rows, unbroken, tmp_path, number, code):
     recipe = recipe_in(few_rows, tmp_path / "stopped")

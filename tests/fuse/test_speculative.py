@@ -38,6 +38,17 @@ def test_seeded_sampling_is_token_identical(single, gamma, rows):
     assert torch.equal(single.generate(**call, speculative=gamma), single.generate(**call))
 
 
+@pytest.mark.slow
+def test_greedy_is_token_identical_on_500_prompts_in_fp32(folders):
+    fused = tiny.fused(tiny.weak(folders["base"], [folders["one"]], torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    for part in range(20):
+        lengths = torch.randint(2, 20, (25,), generator=generator).tolist()
+        ids, mask = tiny.prompts(lengths, seed=part)
+        call = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 24, "pad_token_id": 0}
+        assert torch.equal(fused.generate(**call, speculative=1 + part % 4), fused.generate(**call))
+
+
 @pytest.mark.parametrize("sample", [False, True])
 def test_changing_gamma_on_the_way(double, monkeypatch, sample):
     monkeypatch.setattr("mtft.fuse.speculative.Gamma", Every)

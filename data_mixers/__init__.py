@@ -4,8 +4,29 @@ Needs numpy and scipy only; scikit-learn, lightgbm and ray are imported inside t
 """
 
 from .bounds import Bounds, Group, Infeasible
+from .design import batch_compositions, regmix_dirichlet, space_filling
 from .errors import MixError
+from .ledger import Trial, TrialLedger
 from .mixture import Mixture, natural, tempered, uniform
 from .plan import MixturePlan
+from .sweep import make_trials, run_sweep
 
-__all__ = ["Bounds", "Group", "Infeasible", "MixError", "Mixture", "MixturePlan", "natural", "tempered", "uniform"]
+# The models are in data_mixers.fit, data_mixers.propose, ...: they import scipy's optimisers, which takes a moment.
+__all__ = [
+    "Bounds",
+    "Group",
+    "Infeasible",
+    "MixError",
+    "Mixture",
+    "MixturePlan",
+    "Trial",
+    "TrialLedger",
+    "batch_compositions",
+    "make_trials",
+    "natural",
+    "regmix_dirichlet",
+    "run_sweep",
+    "space_filling",
+    "tempered",
+    "uniform",
+]

@@ -159,15 +159,18 @@ class Bounds:
         return [(mask, group.low, group.high) for mask, group in zip(self.member_masks(), self.groups, strict=True)]
 
     def check_feasible(self) -> None:
-        """Raise Infeasible, naming the constraints that clash."""
+        """Raise Infeasible, naming the constraints that clash. Found feasible once, it is not solved again."""
         from .projection import smallest_violation
 
+        if self.__dict__.get("_feasible"):
+            return
         self._check_box()
         if not self.groups:
             return
         names, low_K, high_K = self._named(), self.lower(), self.upper()
         slack = smallest_violation(low_K, high_K, self._intervals())
         if slack.total <= TOLERANCE:
+            object.__setattr__(self, "_feasible", True)
             return
         broken = [f"floor of {names[k]} ({low_K[k]:.4g})" for k in np.flatnonzero(slack.floor_K > TOLERANCE)]
         broken += [f"cap of {names[k]} ({high_K[k]:.4g})" for k in np.flatnonzero(slack.cap_K > TOLERANCE)]

@@ -31,8 +31,10 @@ def cocktail(
     seeds: int = 3,
     **common: Any,
 ) -> list[Trial]:
-    """Trials of the grid, `seeds` of each. budget "per_task": every task has the same `rows` in each mixture, so a larger
-    mixture runs longer (is the other data helpful?); "total": every run has `rows` (is it better than more of its own?).
+    """Trials of the grid, `seeds` of each.
+
+    budget "per_task": every task has the same `rows` in each mixture, so a larger mixture runs longer (is the other
+    data helpful?); "total": every run has `rows` (is it better than more of its own?).
     The run length is noted in Trial.tokens in units of `rows`; common: further fields of Trial."""
     if len(set(tasks)) != len(tasks) or len(tasks) < 2 or general in tasks:
         raise MixError(

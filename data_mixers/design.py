@@ -74,7 +74,7 @@ def regmix_dirichlet(
 
 
 def _sorted_distinct(rows: Floats, threshold: float = 1e-5) -> Floats:
-    """Rows sorted with the last column as the main key; one that is within L1 `threshold` of the last kept is dropped."""
+    """Rows sorted with the last column as the main key; one within L1 `threshold` of the last kept is dropped."""
     rows = rows[np.lexsort(rows.T)]
     kept = list(rows[:1])
     for row in rows[1:]:

@@ -31,7 +31,7 @@ def mix(x: ArrayLike) -> Words:
 
 
 def task_word(name: str) -> int:
-    """The integer that stands for a task: first 8 bytes of SHA-256 of its name, so that adding a task moves no other."""
+    """The integer that stands for a task: first 8 bytes of SHA-256 of its name. Adding a task moves no other."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big")
 
 
@@ -50,7 +50,7 @@ def half_bits(size: ArrayLike) -> Words:
 
 
 def permute(position: ArrayLike, size: ArrayLike, half: Words, keys_6n: Words) -> NDArray[np.int64]:
-    """pi(position) for n elements, each with its own N (`size` [n]), half width [n] and keys [6, n] (or one for all)."""
+    """pi(position) for n elements, each with its own N (`size` [n]), half width [n], keys [6, n] (or one)."""
     x = np.array(position, dtype=np.uint64, ndmin=1, copy=True)
     size = np.broadcast_to(np.asarray(size, dtype=np.uint64), x.shape)
     half = np.broadcast_to(half, x.shape)

@@ -22,7 +22,7 @@ from .ledger import Arrays, Record, TrialLedger
 from .mixture import Floats, Mixture, check_names
 from .surrogates import Prediction, Stack, candidates_of
 from .surrogates.base import conformal_quantile, shares
-from .surrogates.stack import spearman
+from .surrogates.stack import repeat_variance, spearman
 from .tables import read_table
 
 Goal = Literal["min", "max"]
@@ -51,8 +51,8 @@ class TargetFit:
 
     @property
     def noise_sd(self) -> float | None:
-        """sd of the score between runs of the same mixture: from repeats, else from the GP; None for a constant score."""
-        repeats = repeat_variance(self.arrays)
+        """sd of the score between runs of the same mixture: from repeats, else from the GP; None: constant score."""
+        repeats = repeat_variance(self.arrays.y, self.arrays.groups, self.arrays.progress)
         if repeats is not None:
             return math.sqrt(repeats)
         return None if self.model._constant is not None else math.sqrt(self.model.carrier().noise_variance)
@@ -136,7 +136,8 @@ class TargetFit:
         else:
             lines.append(
                 f"  the model explains {100 * max(0.0, self.r2):.0f} % of the variance of trials left out; "
-                f"{100 * self.level:.0f} % intervals cover {100 * self.coverage:.0f} %; noise sd {self.noise_sd:.4g} (trials: {self.sd:.4g})"
+                f"{100 * self.level:.0f} % intervals cover {100 * self.coverage:.0f} %; "
+                f"noise sd {self.noise_sd:.4g} (trials: {self.sd:.4g})"
             )
         return "\n".join(lines)
 
@@ -220,17 +221,6 @@ def _last_points(ledger: TrialLedger, target: str, arrays: Arrays) -> Arrays:
             last[trial] = row
     keep = np.array(sorted(last.values()), dtype=np.int64)
     return Arrays(*(column[keep] for column in arrays))
-
-
-def repeat_variance(arrays: Arrays) -> float | None:
-    """Variance of the score between runs of the same mixture (pooled); None without repeats."""
-    total, degrees = 0.0, 0
-    keys = np.column_stack([arrays.groups, arrays.progress])
-    for key in np.unique(keys, axis=0):
-        same = arrays.y[np.all(keys == key, axis=1)]
-        if len(same) > 1:
-            total, degrees = total + float(np.sum((same - same.mean()) ** 2)), degrees + len(same) - 1
-    return total / degrees if degrees else None
 
 
 def fit_csv(

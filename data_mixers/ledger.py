@@ -9,124 +9,28 @@ Same (trial, progress) twice: the later one counts. A non-finite score is kept a
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import math
 import os
-import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import MixError
-from .mixture import Floats, Mixture
+from .mixture import Floats
 from .tables import join, read_table
+from .trial import VERSION, Record, Trial, done_records, failed_record, finite
 
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run to be made: a mixture and a seed. `config` = SHA-256 of the recipe without its mixture; the rest is noted."""
-
-    mixture: Mixture
-    seed: int = 0
-    config: str = ""
-    scale: float | None = None
-    model: str | None = None
-    steps: int | None = None
-    tokens: int | None = None
-    sizes: Mapping[str, int] | None = None
-    goal: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def id(self) -> str:
-        """12 hex digits of SHA-256 of mixture, seed, config and scale."""
-        key = [
-            list(self.mixture.names),
-            [repr(float(p)) for p in self.mixture.shares],
-            self.seed,
-            self.config,
-            self.scale,
-        ]
-        return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True)
-class Record:
-    """One line of the ledger."""
-
-    trial: str
-    status: Literal["done", "failed"]
-    mixture: Mapping[str, float]
-    progress: float = 1.0
-    scores: Mapping[str, float | None] = field(default_factory=dict)
-    goal: Mapping[str, str] = field(default_factory=dict)
-    model: str | None = None
-    scale: float | None = None
-    steps: int | None = None
-    tokens: int | None = None
-    seed: int = 0
-    sizes: Mapping[str, int] | None = None
-    cost: Mapping[str, float | None] = field(default_factory=dict)
-    config: str = ""
-    error: str | None = None
-    time: str = ""
-    points: int = 1
-    v: int = VERSION
-
-    def line(self) -> str:
-        """JSON of this record; a non-finite score becomes null."""
-        out = {item.name: getattr(self, item.name) for item in fields(self)}
-        out["scores"] = {name: _finite(score) for name, score in self.scores.items()}
-        for key in ("mixture", "goal", "cost", "sizes"):
-            out[key] = None if out[key] is None else dict(out[key])
-        return json.dumps(out, allow_nan=False)
-
-
-def done_records(trial: Trial, points: Sequence[tuple[float, Mapping[str, float]]], seconds: float) -> list[Record]:
-    """The lines of a finished trial from its [(progress, {target: score})]."""
-    return [
-        Record(
-            progress=float(progress),
-            scores={name: _finite(score) for name, score in scores.items()},
-            status="done",
-            cost={"seconds": round(seconds, 3), "flops": None},
-            points=len(points),
-            **_common(trial),
-        )
-        for progress, scores in points
-    ]
-
-
-def failed_record(trial: Trial, error: str, seconds: float) -> Record:
-    """The line of a trial that broke."""
-    return Record(status="failed", error=error, cost={"seconds": round(seconds, 3), "flops": None}, **_common(trial))
-
-
-def _common(trial: Trial) -> dict[str, Any]:
-    return {
-        "trial": trial.id,
-        "mixture": trial.mixture.as_dict(),
-        "goal": dict(trial.goal),
-        "model": trial.model,
-        "scale": trial.scale,
-        "steps": trial.steps,
-        "tokens": trial.tokens,
-        "seed": trial.seed,
-        "sizes": trial.sizes,
-        "config": trial.config,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+__all__ = ["Arrays", "Record", "Trial", "TrialLedger", "done_records", "failed_record", "group_rows"]
 
 
 class Arrays(NamedTuple):
-    """Trials as arrays: shares X [n, K], score y [n], group [n] (equal = same mixture), progress [n], scale [n] or NaN."""
+    """Trials as arrays: shares X [n, K], score y [n], group [n] (equal: same mixture), progress [n], scale [n]."""
 
     X: Floats
     y: Floats
@@ -303,7 +207,7 @@ class TrialLedger:
                     status="done",
                     mixture=dict(zip(left.columns, shares.tolist(), strict=True)),
                     progress=float(row.get("progress", 1.0)),
-                    scores={name: _finite(row[name]) for name in targets},
+                    scores={name: finite(row[name]) for name in targets},
                     goal=dict(goal or {}),
                 )
             )
@@ -314,7 +218,3 @@ def group_rows(X: Floats) -> NDArray[np.int64]:
     """Group number [n] of each row: equal rows (to 1e-9) share one."""
     _, groups = np.unique(np.round(X, 9), axis=0, return_inverse=True)
     return groups.reshape(-1).astype(np.int64)
-
-
-def _finite(score: float | None) -> float | None:
-    return float(score) if score is not None and math.isfinite(score) else None

@@ -91,7 +91,7 @@ class Mixture:
 
     @classmethod
     def from_yaml(cls, path: str | Path, names: Sequence[str] | None = None) -> Mixture:
-        """Read `shares: {name: share}`, or the plain mapping (YAML, JSON). With `names`: in that order, no other task."""
+        """Read `shares: {name: share}`, or the plain mapping (YAML, JSON). `names`: that order, no other."""
         from .tables import read_shares_yaml
 
         mixture = _from_pairs(read_shares_yaml(path), where=str(path))

@@ -120,8 +120,8 @@ class Aioli:
     """A linear law of how training on one task lowers the loss of another, measured every round.
 
     A round trains `lp_steps` on each task's smoothed one-hot mixture H_j (share h on j, the rest spread evenly) and
-    notes D_ij = fall of loss i after it. A_i = H^-1 D_i, and p <- p exp(eta sum_i A_ij), normalised. With `ema` the sums
-    are an exponential mean over rounds, and p restarts from uniform in each.
+    notes D_ij = fall of loss i after it. A_i = H^-1 D_i, and p <- p exp(eta sum_i A_ij), normalised. With `ema` the
+    sums are an exponential mean over rounds, and p restarts from uniform in each.
     """
 
     probabilities: tuple[float, ...]

@@ -4,8 +4,8 @@
                                                                       sd over the trials and turned so that low is good
 
 Caps belong in the solve, not in the design (Olmix, arXiv 2602.12237, from which kl = 0.05; there the targets are losses
-in bits per byte, here they are standardised, so 0.05 is a weaker pull). The surrogate's own optimum is never presented as
-a result: the gain comes from cross-fitting (verdict.py).
+in bits per byte, here they are standardised, so 0.05 is a weaker pull). The surrogate's own optimum is never presented
+as a result: the gain comes from cross-fitting (verdict.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Objective = Literal["mean", "worst"] | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Proposal:
-    """The optimum (`mixture`), and `kept`: the mixture to play, which is the current one unless the verdict is better."""
+    """The optimum (`mixture`), and `kept`: the mixture to play (the current one unless the verdict is better)."""
 
     mixture: Mixture
     current: Mixture

@@ -39,7 +39,7 @@ def relevance(
 ) -> Relevance:
     """Relevance of M source tasks (columns of W [D, M]) for a target w [D].
 
-    method "l1": shares ~ |nu|; "l2": shares ~ nu^2. noise: Lasso with lambda by 5-fold CV over rows, instead of W nu = w
+    method "l1": shares ~ |nu|; "l2": shares ~ nu^2. noise: Lasso, lambda by 5-fold CV over rows, instead of W nu = w
     (which must then have a solution: else MixError). A zero column has relevance 0.
     """
     W, w = np.asarray(W, dtype=np.float64), np.asarray(target, dtype=np.float64)

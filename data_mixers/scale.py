@@ -4,8 +4,8 @@
     w0  = sum_j sum f~ y~ / sum_j sum f~^2                       pooled slope; f~, y~ centred on the m runs
     w_j = (sum f~ y~ + m v_j w0) / (sum f~^2 + m v_j),           v_j = 0.1 var of f_j over the candidate mixtures
     b_j = mean y_j - w_j mean f_j
-then a kernel ridge on what is left, linear kernel u.u'/K of u = standardised log(x + 3e-3), ridge 1.0. Aggregate only at
-the end. The shrinkage keeps a slope that four runs cannot tell from turning a ranking round.
+then a kernel ridge on what is left, linear kernel u.u'/K of u = standardised log(x + 3e-3), ridge 1.0. Aggregate only
+at the end. The shrinkage keeps a slope that four runs cannot tell from turning a ranking round.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ class SweepResult:
     def text(self) -> str:
         """A line of counts, and one line per failure."""
         lines = [
-            f"{len(self.done)} trials run, {len(self.skipped)} were there already, {len(self.failed)} failed ({self.seconds:.0f} s)"
+            f"{len(self.done)} trials run, {len(self.skipped)} were there already, {len(self.failed)} failed "
+            f"({self.seconds:.0f} s)"
         ]
         lines += [f"  {trial}  {error.splitlines()[0] if error else ''}" for trial, error in self.failed.items()]
         return "\n".join(lines)
@@ -60,7 +61,7 @@ class Outcome:
 
 
 def make_trials(names: Sequence[str], shares: Any, *, seed: int = 0, **common: Any) -> list[Trial]:
-    """Trials from the rows of a design [n, K]. Equal rows get different seeds: they are repeats, which measure noise."""
+    """Trials from the rows of a design [n, K]. Equal rows get different seeds: repeats, which measure noise."""
     rows = np.asarray(shares, dtype=np.float64)
     seen: dict[bytes, int] = {}
     trials = []
@@ -85,8 +86,9 @@ def run_sweep(
     """Run what the ledger does not have yet.
 
     workers: trials at the same time, one process (or Ray task) each; a worker process is kept for its next trial.
-    backend: "process" (spawned), "ray" (extra `ray`; joins RAY_ADDRESS or starts a local one), "inline" (in this process:
-    no timeout, and a crash takes the driver with it). retries: further attempts within this call. timeout: seconds for
+    backend: "process" (spawned), "ray" (extra `ray`; joins RAY_ADDRESS or starts a local one), "inline" (in this
+    process: no timeout, and a crash takes the driver with it).
+    retries: further attempts within this call. timeout: seconds for
     one attempt. on_done: called after each trial, for progress bars.
     """
     if workers < 1 or retries < 0:

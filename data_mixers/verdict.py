@@ -113,7 +113,8 @@ def _words(
     level: float,
 ) -> str:
     text = (
-        f"{word}: cross-fitted gain {gain:.3f} ({100 * level:.0f} % interval {interval[0]:.3f} to {interval[1]:.3f}, in sd of the "
+        f"{word}: cross-fitted gain {gain:.3f} "
+        f"({100 * level:.0f} % interval {interval[0]:.3f} to {interval[1]:.3f}, in sd of the "
         f"scores over the trials), probability of a gain {100 * above:.0f} %"
     )
     if word.startswith("not"):

@@ -1,12 +1,12 @@
-"""How well mixtures are predicted: surrogate x number of trials, on the published tables, beside RegMix's own procedure.
+"""How well mixtures are predicted: surrogate x number of trials, on published tables, beside RegMix's own procedure.
 
     python scripts/bench_mixing.py                          # RegMix: 6 targets, 32 ... 512 trials, 5 subsets
     python scripts/bench_mixing.py --part scale damo admire speed
     python scripts/bench_mixing.py --surrogates auto lightgbm --trials 64 128 --seeds 10 --targets pile_cc
 
-Tables: ../shared/data beside the repository, or MTFT_SHARED_DATA. rho = Spearman x 100; R2 and MSE on the test rows; cover =
-share of test rows inside the 90 % interval; seconds = CPU seconds of fit + prediction with intervals, one target, one
-thread. Subset s of n trials: RandomState(100 + s).permutation(512)[:n]. AVG13 = the mean of the 13 losses as one target.
+Tables: ../shared/data beside the repository, or MTFT_SHARED_DATA. rho = Spearman x 100; R2 and MSE on the test rows;
+cover = share of test rows inside the 90 % interval; sec = CPU seconds of fit + prediction with intervals, one target,
+one thread. Subset s of n trials: RandomState(100 + s).permutation(512)[:n]. AVG13 = the mean of the 13 losses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
-import numpy as np
+import numpy as np  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -61,7 +61,8 @@ def regmix(options: argparse.Namespace) -> None:
     truth["pile_cc"] = table("regmix/test_loss_pile_cc_1m.csv")["pile_cc"]
     large_X, large = shares("regmix/test_mixture_1B_first32.csv"), table("regmix/test_loss_1B_first32.csv")
     print(
-        f"{'surrogate':<10}{'trials':>7}  {'target':<16}{'rho':>7}{'sd':>6}{'R2':>8}{'MSE':>9}{'cover':>7}{'sec':>7}{'rho 1B':>8}"
+        f"{'surrogate':<10}{'trials':>7}  {'target':<16}"
+        f"{'rho':>7}{'sd':>6}{'R2':>8}{'MSE':>9}{'cover':>7}{'sec':>7}{'rho 1B':>8}"
     )
     for surrogate in options.surrogates:
         for n in options.trials:
@@ -83,14 +84,15 @@ def regmix(options: argparse.Namespace) -> None:
                 mean_rho.append(rho)
                 sd = np.std([row[0] for row in rows])
                 print(
-                    f"{surrogate:<10}{n:>7}  {target:<16}{rho:7.2f}{sd:6.2f}{r2:8.3f}{mse:9.5f}{cover:7.2f}{seconds:7.2f}{at_large:8.2f}",
+                    f"{surrogate:<10}{n:>7}  {target:<16}"
+                    f"{rho:7.2f}{sd:6.2f}{r2:8.3f}{mse:9.5f}{cover:7.2f}{seconds:7.2f}{at_large:8.2f}",
                     flush=True,
                 )
             print(f"{surrogate:<10}{n:>7}  {'mean':<16}{np.mean(mean_rho):7.2f}", flush=True)
 
 
 def scale(options: argparse.Namespace) -> None:
-    """1B from 128 1M trials: Pile-CC without large runs (laws and stack), and the mean of the losses given m large runs."""
+    """1B from 128 1M trials: Pile-CC without large runs, and the mean of the losses given m large runs."""
     X, Y = shares("regmix/train_mixture_1m.csv"), table("regmix/train_loss_1m.csv")
     large_X, large = shares("regmix/test_mixture_1B_first32.csv"), table("regmix/test_loss_1B_first32.csv")
     pool = shares("regmix/test_mixture_1m.csv")
@@ -126,12 +128,12 @@ def scale(options: argparse.Namespace) -> None:
 
 
 def damo(options: argparse.Namespace) -> None:
-    """R2 over 50 mixtures x 4 checkpoints: grouped by mixture (honest), and with DaMo's split (a mixture on both sides)."""
+    """R2 over 50 mixtures x 4 checkpoints: grouped by mixture, and with DaMo's split (mixtures on both sides)."""
     from sklearn.model_selection import GroupKFold
 
     from data_mixers.surrogates.mlp import MLP
 
-    columns = {name: column for name, column in table_of_damo().items()}
+    columns = table_of_damo()
     mixture, tau = columns.pop("mixture_id").astype(int), (columns.pop("checkpoint") + 1) / 4
     P = np.stack([columns.pop(name) for name in list(columns) if name.startswith("dataset_")], axis=1)
     models = {
@@ -160,7 +162,8 @@ def damo(options: argparse.Namespace) -> None:
             ]
         )
         print(
-            f"{name:<12} grouped R2 {np.mean(grouped):.3f}   without mixture 36 {np.mean(without):.3f}   DaMo's own split {split:.3f}",
+            f"{name:<12} grouped R2 {np.mean(grouped):.3f}   without mixture 36 {np.mean(without):.3f}   "
+            f"rows split at random {split:.3f}",
             flush=True,
         )
 
@@ -218,7 +221,8 @@ def admire(options: argparse.Namespace) -> None:
                     figures.append((spearman(mean, y), r2(y, mean), inside.mean()))
                 rho, fit, cover = np.mean(figures, axis=0)
                 print(
-                    f"{size:<14}{target:<20}{name:<10} rho {rho:6.2f}  R2 {fit:6.3f}  cover {cover:5.2f}  ({len(figures)} x 5 folds)",
+                    f"{size:<14}{target:<20}{name:<10} rho {rho:6.2f}  R2 {fit:6.3f}  cover {cover:5.2f}  "
+                    f"({len(figures)} x 5 folds)",
                     flush=True,
                 )
 
@@ -237,7 +241,8 @@ def speed(options: argparse.Namespace) -> None:
         middle = time.process_time()
         proposal = propose(fits, prior=uniform)
         print(
-            f"ours, {len(fits.targets)} target(s), 128 trials: fit {middle - started:.2f} s, proposal {time.process_time() - middle:.2f} s ({proposal.verdict})"
+            f"ours, {len(fits.targets)} target(s), 128 trials: fit {middle - started:.2f} s, "
+            f"proposal {time.process_time() - middle:.2f} s ({proposal.verdict})"
         )
     started = time.process_time()
     regmix_optimum(LightGBM().fit(X, y), np.full(17, 1.0))

@@ -31,10 +31,9 @@ def candidates_of(surrogate: str, *, goal: str, n: int) -> dict[str, PointSurrog
     """Unfitted candidates of a choice: "auto" and "stack" are the stack of all, "gp" the GPs over all transforms (the
     weights of the stack choose), any other name itself."""
     processes: dict[str, PointSurrogate] = {
-        f"gp {transform}": GaussianProcess(transform=transform)
-        for transform in ("root", "quarter", "log1", "quarter+root", "log1+root")
+        f"gp {transform}": GaussianProcess(transform=transform, noise=None)
+        for transform in ("quarter", "root", "log1", "quarter+root", "log1+root")
     }
-    processes["gp log10, noisy"] = GaussianProcess(transform="log10", noise=-0.5)
     if surrogate in ("auto", "stack"):
         return {
             "ridge": Ridge(),

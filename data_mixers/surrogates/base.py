@@ -51,7 +51,7 @@ class Surrogate(Protocol):
 
 
 def grouped_folds(groups: NDArray[np.int64], cv: int, seed: int) -> list[NDArray[np.intp]]:
-    """Rows of each fold; rows of one group stay together; groups shuffled by seed. Fewer folds than groups if need be."""
+    """Rows of each fold; rows of one group stay together; groups shuffled by seed. No more folds than groups."""
     unique = np.unique(groups)
     order = np.random.default_rng(seed).permutation(unique)
     parts = np.array_split(order, max(2, min(cv, len(unique))))
@@ -59,7 +59,7 @@ def grouped_folds(groups: NDArray[np.int64], cv: int, seed: int) -> list[NDArray
 
 
 def conformal_quantile(ratio_n: Floats, level: float) -> float:
-    """The ceil(level (n + 1))-th smallest of n ratios |error| / sigma; the largest where n is too small for the level."""
+    """The ceil(level (n + 1))-th smallest of n ratios |error| / sigma; the largest where n is too small."""
     ordered = np.sort(ratio_n)
     rank = int(np.ceil(level * (len(ordered) + 1) - 1e-9))
     return float(ordered[min(rank, len(ordered)) - 1])
@@ -189,7 +189,7 @@ class PointSurrogate:
 def checked(
     X: ArrayLike, y: ArrayLike, groups: ArrayLike | None, progress: ArrayLike | None, *, renormalise: bool
 ) -> tuple[Floats, Floats, NDArray[np.int64], Floats | None]:
-    """Arrays of a fit, checked. Equal mixtures need groups where there are checkpoints: else CV would measure memory."""
+    """Arrays of a fit, checked. Without `groups`, equal mixtures are one group: else CV would measure memory."""
     from ..ledger import group_rows
 
     rows, y_n = shares(X, renormalise=renormalise), np.array(y, dtype=np.float64)

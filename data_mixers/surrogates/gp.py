@@ -40,14 +40,14 @@ LIMITS = ((-3.0, 6.0), (-6.0, 6.0), (-10.0, 6.0), (-12.0, 1.0))  # log l, log s_
 @dataclass
 class GaussianProcess(PointSurrogate):
     """`transform`: a name of TRANSFORMS (log1, log3, log10: offsets 1e-3, 3e-3, 1e-2). `noise`: centre of the prior of
-    log s_n^2: -5 suits losses, -0.5 benchmark scores.
+    log s_n^2: -5 suits losses, -0.5 benchmark scores; None: a stack chooses (by itself: -5).
 
     `iterations`: of L-BFGS. The posterior is of the noise-free score; predict adds the noise.
     """
 
     name: ClassVar[str] = "gp"
     transform: str = "log3"
-    noise: float = -5.0
+    noise: float | None = -5.0
     iterations: int = 60
 
     theta: Floats | None = field(init=False, repr=False, default=None)  # [log l_d, log s_f^2, log s_l^2, log s_n^2]
@@ -83,10 +83,10 @@ class GaussianProcess(PointSurrogate):
         noise_scale = weights.mean() / weights
         d = self._z.shape[1]
         self._active = max(1, int(np.sum(deviation >= 1e-6)))  # a task that no trial uses counts for nothing
-        length = np.full(d, 0.5 * np.log(self._active))
-        centre = np.r_[length, 0.0, 0.0, self.noise]
+        length, noise = np.full(d, 0.5 * np.log(self._active)), -5.0 if self.noise is None else self.noise
+        centre = np.r_[length, 0.0, 0.0, noise]
         spread = np.r_[np.ones(d), 2.0, 2.0, 2.0]
-        start = np.r_[length, 0.0, -1.0, self.noise] if self._start is None else self._start
+        start = np.r_[length, 0.0, -1.0, noise] if self._start is None else self._start
         limits = [LIMITS[0]] * d + list(LIMITS[1:])
         linear = self._z @ self._z.T / self._active
 
@@ -163,7 +163,7 @@ class GaussianProcess(PointSurrogate):
         self._folds = []
 
     def predict(self, X: Floats, *, progress: Floats | None = None, level: float = 0.9) -> Prediction:
-        """Mean and a `level` interval of a new observation: posterior plus noise, scaled to cover the trials left out."""
+        """Mean and a `level` interval of a new observation: posterior plus noise, scaled to cover left-out trials."""
         mean = self.mean(X, progress)
         if self._constant is not None:
             return Prediction(mean, mean.copy(), mean.copy())

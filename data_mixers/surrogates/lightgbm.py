@@ -1,9 +1,9 @@
 """Gradient-boosted trees with RegMix's settings (arXiv 2407.01492): the honest variant, and the notebook's for parity.
 
-    LGBMRegressor(gbdt, regression, metric l1 + l2, 1000 trees, learning rate 0.01, seed 42), the rest LightGBM's defaults
+    LGBMRegressor(gbdt, regression, metric l1 + l2, 1000 trees, learning rate 0.01, seed 42), the rest as by default
 
-`LightGBM` sees no evaluation data. `RegMix` stops early on evaluation data as the notebook does: after 3 rounds in which
-either metric stalls (with l2 alone it would stop later). It is scored on the data it stops on, and warns.
+`LightGBM` sees no evaluation data. `RegMix` stops early on evaluation data as the notebook does: after 3 rounds in
+which either metric stalls (with l2 alone it would stop later). It is scored on the data it stops on, and warns.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _lightgbm() -> Any:
 
 @dataclass
 class LightGBM(PointSurrogate):
-    """1000 trees (or `trees`), no evaluation data. Below 40 trials smaller leaves, else it could only say a constant."""
+    """1000 trees (or `trees`), no evaluation data. Below 40 trials smaller leaves, else it predicts a constant."""
 
     name: ClassVar[str] = "lightgbm"
     renormalise: ClassVar[bool] = False  # as published; shares of rounded tables add up to 0.997 ... 1.003

@@ -1,4 +1,4 @@
-"""Error rates of the verdict (bar K): no effect -> "better" in at most 5 %; a gain of 3 noise sd -> in at least 80 %."""
+"""Error rates of the verdict: no effect -> "better" in at most 5 %; a gain of 3 noise sd -> in at least 80 %."""
 
 import numpy as np
 import pytest

@@ -1,8 +1,8 @@
 """DaMo (arXiv 2510.19336): its network on its own 50 mixtures x 4 checkpoints, by the honest split and by its own.
 
-Published: R2 0.58 at 50 samples, with checkpoints of one mixture on both sides of the split. Grouped by mixture the same
-network has 0.10 (mean over 10 tasks); a GP on the mixture and the amounts seen has over 0.55. Recalling a mixture's other
-checkpoints, with no model at all, has more than 0.5 by their split.
+Published: R2 0.58 at 50 samples, with checkpoints of one mixture on both sides of the split. Grouped by mixture the
+same network has 0.10 (mean over 10 tasks); a GP on the mixture and the amounts seen has over 0.55. Recalling a
+mixture's other checkpoints, with no model at all, has more than 0.5 by their split.
 """
 
 import numpy as np
@@ -39,9 +39,10 @@ def test_the_network_grouped_by_mixture(table):
         held[test] = fit_many(x[train], Y[train]).predict(x[test])
     assert r2(Y, held) == pytest.approx(0.104, abs=0.05)
 
+
 def test_rows_split_at_random_measure_memory(table):
     """No model at all: each test row gets the mean of its own mixture's other checkpoints."""
-    P, tau, mixture, Y = table
+    P, _, mixture, Y = table
     order = np.random.RandomState(0).permutation(200)
     train, test = order[:180], order[180:]
     recalled = np.stack([Y[train][mixture[train] == m].mean(axis=0) for m in mixture[test]])

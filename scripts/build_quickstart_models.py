@@ -2,7 +2,7 @@
 
     python scripts/build_quickstart_models.py tokenizer
     python scripts/build_quickstart_models.py train weak --bf16 --minutes 24
-    python scripts/build_quickstart_models.py train strong --bf16 --minutes 85
+    python scripts/build_quickstart_models.py train strong --bf16 --minutes 85 [--grow]
     python scripts/build_quickstart_models.py card
 
 It needs torch 2.9 or newer (torch.optim.Muon). `train` stops by the clock and writes the finished model; called with
@@ -361,6 +361,8 @@ For comparison, on the same {bytes:,} held-out bytes: unigram bytes {unigram:.3f
   `{held_out}`.
 - **Tokenizer**: byte-level BPE, {vocabulary:,} entries, trained on the library files and the topics. `<|endoftext|>`
   separates the documents in training; it is the end of a turn and the padding. The chat template is plain text.
+- **Lineage**: with `--grow`, strong starts as the checkpoint of weak before its decay, at twice the width and with the
+  same function (HyperCloning, arXiv 2409.12903); its tokens count weak's up to there, its steps are its own.
 - **Training**: windows of {window} tokens, Muon for the matrices and AdamW for the rest, warm-up, constant rate, linear
   decay; seed {seed}; stored in bfloat16. Training stops by the clock, so another machine gets other weights. What was
   run, on two CPU cores that other work shared (`tokenizer` before it, `card` after it; a run that is broken off goes on

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from mtft.quickstart import MODELS, corpus, model_path
 
-# From models/README.md, over the whole held-out text; the slice measured here is small, hence the margin.
-BITS_PER_BYTE = {"weak": 9.0, "strong": 9.0}
+# Measured on the slice of 12,000 characters below, in Python 3.11; other versions have other text, hence the margin.
+BITS_PER_BYTE = {"weak": 1.30, "strong": 1.28}
 PARAMETERS = {"weak": (1e6, 2e6), "strong": (5e6, 10e6)}
 
 
@@ -50,7 +50,7 @@ def test_model_predicts_held_out_code(size: str, tokenizer: PreTrainedTokenizerB
             logits = model(ids[:, :-1]).logits[0]
         nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
         bytes_ += len(tokenizer.decode(ids[0, 1:]).encode())
-    assert nats / math.log(2) / bytes_ < BITS_PER_BYTE[size] + 0.3
+    assert nats / math.log(2) / bytes_ < BITS_PER_BYTE[size] + 0.15
 
 
 def test_one_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

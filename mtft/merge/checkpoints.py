@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
-from .core import Core, Whole
+from .core import Core, Whole, one_thread
 from .dense import DeltaStream, Rule
 from .errors import MergeError
 from .export import replacing
@@ -129,7 +128,7 @@ def merge_checkpoints(
             writer = TensorWriter(folder / shard, [(key, root.dtype(key), root.shape(key)) for key in keys])
             try:
                 for key in keys:
-                    with threadpool_limits(1):
+                    with one_thread():
                         merged = _merged(rule, root, used, key, seed, spectral)
                         square: list[float] = []
                         writer.write_rows(key, _added(root, key, merged, scale, square))

@@ -13,13 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from scipy.linalg import get_lapack_funcs
+from threadpoolctl import ThreadpoolController
 
 from .errors import MergeError
 from .factors import Factors
+
+
+@cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def one_thread():
+    """Context in which LAPACK keeps to one thread: on shared cores its threads spin for nothing."""
+    return _threads().limit(limits=1)
+
 
 ROWS = 8192
 """Taller stacks (vocabularies) are factored in chunks of so many rows first, to bound memory."""

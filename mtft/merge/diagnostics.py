@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
-from .core import Core, svd, to_core
+from .core import Core, one_thread, svd, to_core
 from .factors import Adapter, read_adapter, read_adapters
 
 
@@ -51,7 +50,7 @@ def diagnose(adapters: Sequence[str | Path | Adapter], merged: str | Path | Adap
         present = [k for k, f in enumerate(factors) if f is not None and f.B_MR.any() and f.A_RN.any()]
         if not present:
             continue
-        with threadpool_limits(1):
+        with one_thread():
             core = to_core([*(factors[k] for k in present), result.factors(module)], np.ones(len(present) + 1))
             *cores, X = core.cores
             experts_core = Core(cores, core.rows, core.cols, core.weights_K[:-1])

@@ -16,10 +16,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from .api import merge
-from .core import Spectrum, svd, to_core
+from .core import Spectrum, one_thread, svd, to_core
 from .errors import MergeError
 from .export import AdapterWriter, disk_dtype, replacing
 from .factors import Adapter, read_adapter, read_adapters
@@ -99,7 +98,7 @@ def _write_experts(
         for module in plan.modules:
             factors = [adapter.factors(module.name) for adapter in plan.adapters]
             base = common.factors(module.name)
-            with threadpool_limits(1):
+            with one_thread():
                 core = to_core([*factors, base], np.ones(len(factors) + 1))
                 S = core.cores[-1]
                 deltas = iter(core.cores[:-1])

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from threadpoolctl import threadpool_limits
 
-from .core import svd, to_core
+from .core import one_thread, svd, to_core
 from .errors import MergeError
 from .factors import Adapter, read_adapters
 from .plan import check_together
@@ -103,7 +102,7 @@ def arrow(adapters: Sequence[str | Path | Adapter], general: Sequence[str | Path
         layout = next(adapter.modules[module] for adapter in experts if module in adapter.modules)
         table = np.zeros((len(experts), layout.n))
         factors = [adapter.factors(module) for adapter in (*experts, *common)]
-        with threadpool_limits(1):
+        with one_thread():
             core = to_core(factors, np.ones(len(factors)))
             cores = iter(core.cores)
             deltas = [next(cores) if f is not None else None for f in factors]

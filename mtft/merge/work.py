@@ -10,7 +10,7 @@ from multiprocessing import get_context
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from .core import Merged, Spectrum, balanced, svd, too_large
+from .core import Merged, Spectrum, balanced, one_thread, svd, too_large
 from .methods.base import Parts
 from .plan import ModulePlan, Plan
 
@@ -108,7 +108,7 @@ def run_modules(plan: Plan, seen: list[object], rank: int | None, cap: int, work
     """All modules in order. Each process keeps LAPACK to one thread: on shared cores its threads spin for nothing."""
     if workers <= 1:
         for module in plan.modules:
-            with threadpool_limits(1):
+            with one_thread():
                 result = merge_module(plan, module, seen[module.method], rank, cap)
             yield result
         return

@@ -71,12 +71,14 @@ def test_streaming_changes_nothing(name, monkeypatch):
     parts = g.parts([1.0, 0.5, -0.3], factors)
     whole = g.full(METHODS[name]().merge(parts))
     monkeypatch.setattr(dense, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(dense, "HELD_BYTES", 0)  # and nothing held between passes
     np.testing.assert_allclose(g.full(METHODS[name]().merge(parts)), whole, atol=1e-12)
 
 
 def test_range_finder_is_near_the_best_and_its_energy_is_true(monkeypatch):
     """Spec's figures for Gaussian factors: error / best = 1.007 at three passes."""
     monkeypatch.setattr(dense, "BLOCK_BYTES", 1 << 18)
+    monkeypatch.setattr(dense, "HELD_BYTES", 0)
     _, factors = stream_of(np.random.default_rng(0), m=336, n=256, K=4, r=16)
     factors = [Factors(0.02 * f.A_RN, 0.02 * f.B_MR, 1.0) for f in factors]
     parts = g.parts(np.ones(4), factors, names="abcd", rank_cap=16)

@@ -33,7 +33,9 @@ class Breadcrumbs(DenseMethod):
         kept = kept_count(self.density, stream.size, task.module)
         low = max(0, stream.size - kept - int(self.gamma * stream.size))
         bounds = select(
-            lambda: ([np.abs(x) for x in blocks] for _, blocks in stream), [[low, low + kept - 1]] * stream.K
+            lambda: ([np.abs(x) for x in blocks] for _, blocks in stream),
+            [[low, low + kept - 1]] * stream.K,
+            stream.size,
         )
         weights_K = task.weights_K.astype(stream.dtype)
 

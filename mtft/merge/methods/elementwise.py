@@ -74,7 +74,7 @@ def magnitude_thresholds(stream: DeltaStream, density: float, what: str) -> list
     if count == stream.size:
         return [0.0] * stream.K
     place = stream.size - count
-    found = select(lambda: ([np.abs(x) for x in blocks] for _, blocks in stream), [[place]] * stream.K)
+    found = select(lambda: ([np.abs(x) for x in blocks] for _, blocks in stream), [[place]] * stream.K, stream.size)
     return [values[0] for values in found]
 
 

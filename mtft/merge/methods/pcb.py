@@ -30,7 +30,7 @@ class Pcb(DenseMethod):
     def rule(self, task: Task, seen: object = None) -> Rule:
         size, K = task.stream.size, task.stream.K
         ends = [int(1e-4 * size), max(0, int((1 - 1e-4) * size - 1))]
-        spans = select(lambda: ([np.abs(x) for x in blocks] for blocks in task.weighted()), [ends] * K)
+        spans = select(lambda: ([np.abs(x) for x in blocks] for blocks in task.weighted()), [ends] * K, size)
 
         def clamp(x: np.ndarray, span: list[float]) -> np.ndarray:
             return np.clip(np.abs(x), span[0], span[1])
@@ -42,7 +42,7 @@ class Pcb(DenseMethod):
             ]
 
         places = [min(size - 1, int((1 - self.ratio) * size)), size - 1]
-        limits = select(lambda: (balance(blocks) for blocks in task.weighted()), [places] * K)
+        limits = select(lambda: (balance(blocks) for blocks in task.weighted()), [places] * K, size)
         weights_K = task.weights_K.astype(task.stream.dtype)
 
         def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:

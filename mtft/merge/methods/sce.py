@@ -58,4 +58,5 @@ class Sce(DenseMethod):
         if varied == 0:  # one task, or equal ones: nothing tells the entries apart
             return None
         place = task.stream.size - kept_count(self.density, varied, task.module)
-        return select(lambda: ([np.var(blocks, axis=0)] for blocks in task.weighted()), [[place]])[0][0]
+        found = select(lambda: ([np.var(blocks, axis=0)] for blocks in task.weighted()), [[place]], task.stream.size)
+        return found[0][0]

@@ -70,7 +70,7 @@ Cut = Callable[[int, list[np.ndarray]], list[np.ndarray]]
 
 def trim(thresholds: list[float]) -> Cut:
     """Keep |x| >= threshold."""
-    return lambda start, blocks: [np.where(np.abs(x) >= t, x, 0) for x, t in zip(blocks, thresholds)]
+    return lambda start, blocks: [x * (np.abs(x) >= t) for x, t in zip(blocks, thresholds)]
 
 
 def check_election(variant: str, value: str) -> None:
@@ -95,24 +95,37 @@ def _weighted_sum(blocks: list[np.ndarray], weights_K: np.ndarray) -> np.ndarray
 def elected(task: Task, cut: Cut, variant: str, value: str, majority: Callable[[], float]) -> Rule:
     """The election among the blocks that `cut` leaves. majority: the sign that breaks ties in variant `paper`."""
     weights_K = task.weights_K.astype(task.stream.dtype)
+    by_own = variant == "peft"
 
     def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:
         kept = cut(start, blocks)
-        weighted = [w * x for w, x in zip(weights_K, kept)]
-        total = np.sum(kept if variant == "peft" else weighted, axis=0)
+        voting = kept if by_own else [w * x for w, x in zip(weights_K, kept)]
+        total = voting[0].copy()
+        for x in voting[1:]:
+            total += x
         sign = np.sign(total)
+        zero = total == 0
         if variant != "paper":
-            sign[total == 0] = 1
-        elif any(np.any(x[total == 0]) for x in kept):  # exact cancellation: rare, and a pass over all entries
-            sign[total == 0] = majority()
+            sign[zero] = 1
+        elif any(np.logical_and(zero, x).any() for x in kept):  # exact cancellation: rare, costs a pass
+            sign[zero] = majority()
         result, share = np.zeros_like(total), np.zeros_like(total)
-        for w, own, x in zip(weights_K, kept, weighted):
-            agrees = np.sign(own if variant == "peft" else x) == sign
-            agrees &= own != 0
-            result += np.where(agrees, x, 0)
-            share += np.where(agrees, w if variant == "mergekit" else 1, 0)
+        for w, x in zip(weights_K, voting):
+            along = x * sign
+            agrees = along > 0
+            np.maximum(along, 0, out=along)
+            if by_own:
+                along *= w
+            result += along
+            if variant == "mergekit":
+                share += w * agrees
+            else:
+                share += agrees
+        result *= sign
         if variant == "paper" and value == "sum":
             return result
-        return result / np.where(share == 0, 1, share)
+        share[share == 0] = 1
+        result /= share
+        return result
 
     return rule

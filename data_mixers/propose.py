@@ -159,6 +159,7 @@ def propose(
         prior_K=prior.shares,
         min_gain=min_gain,
         level=level,
+        worst=worst,
         seed=seed,
     )
     if found.word == "no signal":

@@ -49,9 +49,11 @@ def judge(
     prior_K: Floats,
     min_gain: float,
     level: float,
+    worst: bool = False,
     seed: int = 0,
 ) -> Verdict:
-    """Verdict over the allowed `candidates` [m, K] against `current_K`, for the weighted mean objective."""
+    """Verdict over the allowed `candidates` [m, K] against `current_K`, for the weighted mean of the targets (or the
+    worst of them: its gain is then as uncertain as the most uncertain target's)."""
     usable = [(w, f) for w, f in zip(weight_J, fits.targets.values(), strict=True) if w > 0 and f.sd > 0]
     if not any(f.signal for _, f in usable):
         return Verdict(
@@ -63,6 +65,7 @@ def judge(
             "no signal: no surrogate predicts a trial better than the mean of the others; "
             "the trials are too few, too short or too noisy to tell mixtures apart",
         )
+    weights = np.array([w for w, _ in usable])
     rows = np.vstack([candidates, current_K])
     penalty_m = kl * kl_to(prior_K, rows)
     rng = np.random.default_rng(seed)
@@ -71,14 +74,18 @@ def judge(
         halves = _halves(fits, rng)
         surfaces = [[_surface(f, half, rows) for _, f in usable] for half in halves]
         for choosing, judging in ((0, 1), (1, 0)):
-            objective_m = (
-                sum(w * mean for (w, _), (mean, _) in zip(usable, surfaces[choosing], strict=True)) + penalty_m
+            chosen_by = np.stack([mean_m for mean_m, _ in surfaces[choosing]])
+            best = int(np.argmin(((chosen_by.max(axis=0) if worst else weights @ chosen_by) + penalty_m)[:-1]))
+            judged = np.stack([mean_m for mean_m, _ in surfaces[judging]])
+            value_m = judged.max(axis=0) if worst else weights @ judged
+            mean = float(value_m[-1] - value_m[best])
+            variances = np.array(
+                [
+                    _difference_variance(process, f, rows[best], current_K)
+                    for (_, f), (_, process) in zip(usable, surfaces[judging], strict=True)
+                ]
             )
-            best = int(np.argmin(objective_m[:-1]))
-            mean = variance = 0.0
-            for (w, f), (mean_m, process) in zip(usable, surfaces[judging], strict=True):
-                mean += w * (mean_m[-1] - mean_m[best])
-                variance += w**2 * _difference_variance(process, f, rows[best], current_K)
+            variance = float(variances.max() if worst else weights**2 @ variances)
             means.append(mean)
             deviations.append(math.sqrt(variance))
     gain, sd = np.array(means), np.maximum(np.array(deviations), 1e-12)
@@ -151,7 +158,7 @@ def _surface(fitted: TargetFit, half: set[bytes], rows: Floats) -> tuple[Floats,
     process.fit(
         data["X"][kept], data["y"][kept], groups=data["groups"][kept], progress=tau, weights=data["weights"][kept]
     )
-    return sign * process.mean(rows) / fitted.sd, process
+    return sign * (process.mean(rows) - fitted.arrays.y.mean()) / fitted.sd, process
 
 
 def _difference_variance(process: GaussianProcess | None, fitted: TargetFit, a: Floats, b: Floats) -> float:

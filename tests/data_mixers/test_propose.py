@@ -10,7 +10,7 @@ from data_mixers import Bounds, Group, Infeasible, MixError, Mixture, uniform
 from data_mixers.fit import fit
 from data_mixers.ledger import Trial, TrialLedger, done_records
 from data_mixers.optimise import minimise, minimise_convex
-from data_mixers.propose import propose
+from data_mixers.propose import propose, standardised
 
 NAMES = ("a", "b", "c")
 
@@ -164,6 +164,21 @@ def test_tighter_caps_are_never_better(trials):
     capped = propose(fits, bounds=Bounds(caps={"a": 0.3}), prior=uniform(NAMES))
     assert capped.binding == ["cap of a (0.3)"]
     assert capped.mixture["a"] <= 0.3 + 1e-9
+
+
+def test_worst_balances_two_targets_that_pull_apart():
+    rng, ledger = np.random.default_rng(2), TrialLedger()
+    for seed, row in enumerate(rng.dirichlet(np.ones(3), 40)):
+        scores = {"a/loss": float(np.exp(-3 * row[0])), "b/loss": float(np.exp(-3 * row[1]))}
+        ledger.append(done_records(Trial(Mixture(NAMES, row), seed=seed), [(1.0, scores)], 1.0))
+    fits = fit(ledger, surrogate="gp")
+    worst = propose(fits, "worst", prior=uniform(NAMES), current=CURRENT, kl=0.0)
+    assert worst.verdict == "better"
+    a, b = standardised(fits, worst.mixture.shares[None])[:, 0]
+    assert a == pytest.approx(b, abs=0.02)  # the minimum of a maximum lies where the two are equal
+    assert worst.mixture["c"] < 0.05
+    only_a = propose(fits, {"a/loss": 1.0}, prior=uniform(NAMES), kl=0.0)
+    assert only_a.mixture["a"] > 0.9
 
 
 def test_objectives_are_checked(trials):

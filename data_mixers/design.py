@@ -3,7 +3,7 @@
 regmix_dirichlet     the sampler of RegMix (Liu et al., ICLR 2025, arXiv 2407.01492), bit for bit
 batch_compositions   DaMo's P_fix (arXiv 2510.19336): every way to fill a batch of b examples with K tasks
 space_filling        far-apart mixtures inside bounds, with the current mixture repeated: the only estimate of the noise
-(The grid of single tasks, pairs and all of them is in cocktail.py.)
+cocktail             single tasks, pairs, all, all minus one (in cocktail.py)
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .bounds import Bounds
+from .cocktail import cocktail
 from .errors import MixError
 from .mixture import Floats, Mixture
+
+__all__ = ["batch_compositions", "candidate_mixtures", "cocktail", "hit_and_run", "regmix_dirichlet", "space_filling"]
 
 ALL_COMPOSITIONS = 20_000_000  # more rows than this are refused: draw n of them instead
 

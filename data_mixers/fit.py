@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from .errors import MixError
 from .ledger import Arrays, Record, TrialLedger
-from .mixture import Floats, Mixture, check_names
+from .mixture import SUM_TOLERANCE, Floats, Mixture, check_names
 from .surrogates import Prediction, Stack, candidates_of
 from .surrogates.base import conformal_quantile, shares
 from .surrogates.stack import repeat_variance, spearman
@@ -252,6 +252,11 @@ def predict_csv(
     table = read_table(mixtures_csv, index)
     check_names(table.columns, fits.names, where=str(mixtures_csv))
     rows = table.values[:, [table.columns.index(name) for name in fits.names]]
+    for key, row in zip(table.index, rows, strict=True):
+        if np.any(row < 0) or abs(row.sum() - 1) > SUM_TOLERANCE:
+            raise MixError(
+                f"row {key}: the shares add up to {row.sum():.6g}", where=str(mixtures_csv), do="shares >= 0, sum 1"
+            )
     predictions = fits.predict(shares(rows, renormalise=False), level=level)
     with open(out_csv, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

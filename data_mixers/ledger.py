@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import MixError
-from .mixture import Floats
+from .mixture import SUM_TOLERANCE, Floats
 from .tables import join, read_table
 from .trial import VERSION, Record, Trial, done_records, failed_record, finite
 
@@ -185,7 +185,7 @@ class TrialLedger:
         left, right = read_table(mixtures, index), read_table(scores, index, blank=True)
         keys, X, Y = join(left, right)
         for key, row in zip(keys, X, strict=True):
-            if np.any(row < 0) or abs(row.sum() - 1) > 5e-3:
+            if np.any(row < 0) or abs(row.sum() - 1) > SUM_TOLERANCE:
                 raise MixError(
                     f"row {key}: the shares add up to {row.sum():.6g}"
                     if np.all(row >= 0)

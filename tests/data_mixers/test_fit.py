@@ -107,6 +107,9 @@ def test_csv_in_and_out(tmp_path):
         table = list(csv.DictReader(file))
     assert list(table[0]) == ["id", "loss", "loss_lower", "loss_upper", "f1", "f1_lower", "f1_upper"]
     np.testing.assert_allclose([float(row["loss"]) for row in table], np.exp(-rows[:5, 0]), atol=0.01)
+    (tmp_path / "bad.csv").write_text("id,a,b,c\n7,0.5,0.5,0.5\n")
+    with pytest.raises(MixError, match=r"row 7: the shares add up to 1\.5"):
+        predict_csv(fits, tmp_path / "bad.csv", tmp_path / "p.csv", index="id")
     with pytest.raises(MixError, match="did you mean 'loss'"):
         fit_csv(tmp_path / "x.csv", tmp_path / "y.csv", ["los"], index="id")
 

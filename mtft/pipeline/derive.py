@@ -12,7 +12,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from data_mixers.mixture import Mixture
-from mtft.recipe.schema import MixtureSection, Recipe, RunSection
+from mtft.recipe.schema import MixtureSection, ModelSection, Recipe, RunSection, SweepSection, TrainSection
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
@@ -40,14 +40,13 @@ def single(recipe: Recipe, task: str, share: float, folder: Path) -> Recipe:
     return _plain(recipe, folder, tasks=tasks, mixture=mixture, train=train)
 
 
-def strong(recipe: Recipe, mixture: Mixture, folder: Path) -> Recipe:
-    """The joint run on the strong model: what fusion is measured against."""
-    return changed(joint(recipe, mixture, folder), model=recipe.fuse.strong)
+def strong(recipe: Recipe, model: ModelSection, mixture: Mixture, folder: Path) -> Recipe:
+    """The joint run on the strong `model`: what fusion is measured against."""
+    return changed(joint(recipe, mixture, folder), model=model)
 
 
-def proxy(recipe: Recipe) -> Recipe:
+def proxy(recipe: Recipe, sweep: SweepSection) -> Recipe:
     """What every trial shares: the recipe with the sweep's own model, adapter, length and batch. No checkpoints."""
-    sweep = recipe.sweep
     train = changed(recipe.train, steps=sweep.steps, epochs=None, eval_every=None)
     if sweep.batch_tokens is not None:
         train = changed(train, batch_tokens=sweep.batch_tokens)
@@ -57,12 +56,12 @@ def proxy(recipe: Recipe) -> Recipe:
     return changed(recipe, **values, output=output, sweep=None, merge=None, fuse=None, run=RunSection())
 
 
-def _plain(recipe: Recipe, folder: Path, **values: object) -> Recipe:
+def _plain(recipe: Recipe, folder: Path, *, train: TrainSection | None = None, **values: object) -> Recipe:
     """The recipe of one training run: no sections of other stages. The base is scored once, by the pipeline."""
-    values["train"] = changed(values.get("train", recipe.train), eval_on_start=False)
     return changed(
         recipe,
         **values,
+        train=changed(train or recipe.train, eval_on_start=False),
         output=changed(recipe.output, dir=str(folder)),
         sweep=None,
         merge=None,

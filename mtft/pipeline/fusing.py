@@ -18,7 +18,7 @@ from mtft.evaluate.scores import METRICS
 from mtft.pipeline.merging import file_hash
 from mtft.pipeline.scoring import Scores, kept
 from mtft.pipeline.stages import once, write_json
-from mtft.recipe.schema import Recipe
+from mtft.recipe.schema import FuseSection, Recipe
 
 if TYPE_CHECKING:
     from mtft.fuse.model import FusedCausalLM
@@ -28,12 +28,12 @@ SAMPLE_TOKENS = 48
 
 
 def fuse_stage(
-    recipe: Recipe, experts: Mapping[str, Path], tuned: Scores | None, *, fresh: bool
+    recipe: Recipe, fuse: FuseSection, experts: Mapping[str, Path], tuned: Scores | None, *, fresh: bool
 ) -> tuple[Scores, Scores]:
     """Scores of the strong model alone and of the fused model. tuned: the strong model's own tuning, if it was run."""
     from mtft.evaluate.run import evaluate
 
-    folder, fuse = Path(recipe.output.dir) / "fuse", recipe.fuse
+    folder = Path(recipe.output.dir) / "fuse"
     held_out = tuple(task.name for task in recipe.tasks if task.eval_data is not None)
     strong_recipe = recipe.model_copy(update={"model": fuse.strong})  # its tokenizer makes the rows
     inputs = {
@@ -106,8 +106,10 @@ def _sample(fused: FusedCausalLM, store: Any) -> dict[str, Any]:
     prompt = torch.tensor(ids[:first].astype("int64"), device=fused.device)[None]
     seen, options = _Alphas(), {"max_new_tokens": SAMPLE_TOKENS, "do_sample": False}
     fused.generate(input_ids=prompt, trace=seen, **options)
-    alone = fused.strong.generate(input_ids=prompt, **options)[0, prompt.shape[1] :]
-    decode = fused.tokenizer.decode
+    strong: Any = fused.strong
+    alone = strong.generate(input_ids=prompt, **options)[0, prompt.shape[1] :]
+    tokenizer: Any = fused.tokenizer
+    decode = tokenizer.decode
     return {
         "task": store.task,
         "prompt": decode(prompt[0]),

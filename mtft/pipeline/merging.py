@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mtft.merge.factors import read_adapter
 from mtft.merge.retention import retention
@@ -17,11 +18,12 @@ from mtft.merge.run import merge_from_recipe
 from mtft.pipeline import derive
 from mtft.pipeline.scoring import Scores, kept
 from mtft.pipeline.stages import once, read_json, write_json
-from mtft.recipe.schema import Recipe
+from mtft.recipe.schema import MergeSection, Recipe
 
 
 def merge_stage(
     recipe: Recipe,
+    section: MergeSection,
     adapters: Mapping[str, Path],
     base: Scores,
     singles: Scores,
@@ -37,7 +39,7 @@ def merge_stage(
     """
     folder = Path(recipe.output.dir) / "merge"
     inputs = {
-        "merge": recipe.merge.model_dump(mode="json", exclude={"out", "overwrite", "adapters"}),
+        "merge": section.model_dump(mode="json", exclude={"out", "overwrite", "adapters"}),
         "adapters": {name: file_hash(path / "adapter_model.safetensors") for name, path in adapters.items()},
     }
 
@@ -45,14 +47,14 @@ def merge_stage(
         report = read_json(folder / "report.json")
         if report is None:
             named = [read_adapter(path, name) for name, path in adapters.items()]
-            again = derive.changed(recipe, merge=derive.changed(recipe.merge, overwrite=True))  # a broken-off try
+            again = derive.changed(recipe, merge=derive.changed(section, overwrite=True))  # a broken-off try
             report = merge_from_recipe(again, named, folder / "adapter").as_dict()
             write_json(folder / "report.json", report)
         found = kept(folder / "scores", tuple(base), lambda: score(folder / "adapter"))
         if singles:
-            facts = {"method": report["method"], "rank": report["rank"], "energy": report["energy"]}
-            table = retention(base, singles, found, others=beside, seed=recipe.seed)
-            write_json(folder / "retention.json", table.as_dict(**facts, diagnostics=report["diagnostics"]))
+            kept_share = retention(base, singles, found, others=beside, seed=recipe.seed)
+            facts: dict[str, Any] = {key: report[key] for key in ("method", "rank", "energy", "diagnostics")}
+            write_json(folder / "retention.json", kept_share.as_dict(**facts))
 
     once(folder, inputs, work, fresh=fresh)
     return kept(folder / "scores", tuple(base), lambda: score(folder / "adapter"))

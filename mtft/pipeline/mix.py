@@ -26,7 +26,7 @@ from mtft.errors import UserError
 from mtft.pipeline import derive
 from mtft.pipeline.stages import write_json
 from mtft.recipe.load import fingerprint
-from mtft.recipe.schema import Recipe
+from mtft.recipe.schema import Recipe, SweepSection
 
 if TYPE_CHECKING:
     from data_mixers.propose import Proposal
@@ -39,13 +39,12 @@ class Space:
     """What a mixture of this recipe may be.
 
     current: what the recipe asks for; prior: the natural shares, where nothing speaks for anything else;
-    bounds: floors, caps and epoch caps of the run that the proposal is for; config: what trials must agree on.
+    bounds: floors, caps and epoch caps of the run that the proposal is for.
     """
 
     current: Mixture
     prior: Mixture
     bounds: Bounds
-    config: str
 
 
 def space(recipe: Recipe, stores: list[Any]) -> Space:
@@ -64,15 +63,19 @@ def space(recipe: Recipe, stores: list[Any]) -> Space:
         names=recipe.task_names,
     )
     bounds.check_feasible()
-    proxy = derive.proxy(recipe)
+    return Space(current, natural(sizes), bounds)
+
+
+def trial_config(recipe: Recipe, stores: list[Any]) -> str:
+    """What the trials of one fit must agree on: everything but the mixture, and the data."""
+    proxy = derive.proxy(recipe, _sweep(recipe))
     data = "".join(store.fingerprint for store in stores)
-    config = fingerprint(proxy, without=("name", "output", "mixture")) + data
-    return Space(current, natural(sizes), bounds, config)
+    return fingerprint(proxy, without=("name", "output", "mixture")) + data
 
 
-def design(recipe: Recipe, space: Space) -> list[Trial]:
+def design(recipe: Recipe, stores: list[Any]) -> list[Trial]:
     """The trials: the current mixture (1 + repeats times), then mixtures of the chosen design inside the bounds."""
-    sweep = _sweep(recipe)
+    sweep, where = _sweep(recipe), space(recipe, stores)
     repeats = 1 + sweep.repeats
     if sweep.trials <= repeats:
         raise UserError(
@@ -80,20 +83,22 @@ def design(recipe: Recipe, space: Space) -> list[Trial]:
             where="sweep.trials",
             do="raise sweep.trials",
         )
-    current = space.bounds.project(space.current)
+    current = where.bounds.project(where.current)
     if sweep.design == "space_filling":
         rows = space_filling(
-            space.bounds, sweep.trials, prior=space.prior, current=space.current, repeats=repeats, seed=recipe.seed
+            where.bounds, sweep.trials, prior=where.prior, current=where.current, repeats=repeats, seed=recipe.seed
         )
     else:
-        drawn = regmix_dirichlet(space.prior, sweep.trials - repeats, seed=recipe.seed)
-        rows = [current] * repeats + [space.bounds.project(row / row.sum(), metric="l2") for row in drawn]
-    return make_trials(recipe.task_names, rows, seed=recipe.seed, config=space.config, goal=_goals(recipe))
+        drawn = regmix_dirichlet(where.prior, sweep.trials - repeats, seed=recipe.seed)
+        rows = [current] * repeats + [where.bounds.project(row / row.sum(), metric="l2") for row in drawn]
+    return make_trials(
+        recipe.task_names, rows, seed=recipe.seed, config=trial_config(recipe, stores), goal=_goals(recipe)
+    )
 
 
 def mix_design(recipe: Recipe) -> str:
     """Writes <output.dir>/mix/design.csv and returns its text."""
-    trials = design(recipe, space(recipe, _stores(recipe)))
+    trials = design(recipe, _stores(recipe))
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     table.writerow(["trial", *recipe.task_names])
@@ -116,11 +121,11 @@ def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
             where=f"tasks.{missing[0]}.eval_data",
             do="give every task an eval_data file",
         )
-    trials = design(recipe, space(recipe, _stores(recipe)))
+    trials = design(recipe, _stores(recipe))
     mix_design(recipe)
     return run_sweep(
         trials,
-        partial(run_trial, recipe=derive.proxy(recipe), eval_limit=sweep.eval_limit),
+        partial(run_trial, recipe=derive.proxy(recipe, sweep), eval_limit=sweep.eval_limit),
         TrialLedger(mix_dir(recipe) / LEDGER),
         workers=sweep.workers,
         backend=sweep.backend,
@@ -165,7 +170,7 @@ def _goals(recipe: Recipe) -> dict[str, str]:
     return {f"{task}/loss": "min" for task in recipe.task_names}
 
 
-def _sweep(recipe: Recipe):
+def _sweep(recipe: Recipe) -> SweepSection:
     if recipe.sweep is None:
         raise UserError(
             "the recipe has no section `sweep`", where="sweep", do="add one: sweep: {trials: 32, steps: 50}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -24,7 +24,7 @@ from mtft.errors import UserError
 from mtft.pipeline.scoring import Scores, kept, table
 from mtft.pipeline.stages import once, read_json, write_json
 from mtft.recipe.load import dump_recipe
-from mtft.recipe.schema import Recipe
+from mtft.recipe.schema import MergeSection, Recipe
 
 if TYPE_CHECKING:
     from mtft.pipeline.training import Choice
@@ -76,11 +76,12 @@ def run(recipe: Recipe, *, fresh: bool = False, launch: str | None = None) -> Pa
     for name in sorted(labels, key=lambda name: labels[name] == "joint predicted"):  # yardsticks first
         stages[labels[name]] = results[name].scores
     if recipe.merge is not None:
-        adapters = _to_merge(recipe, results)
+        adapters = _to_merge(recipe.merge, results)
         if adapters:
             say("merge")
             stages["merged"] = merge_stage(
                 recipe,
+                recipe.merge,
                 adapters,
                 stages["base"],
                 singles,
@@ -90,9 +91,11 @@ def run(recipe: Recipe, *, fresh: bool = False, launch: str | None = None) -> Pa
             )
     if recipe.fuse is not None:
         say("fuse")
-        experts = {Path(path).name: Path(path) for path in recipe.fuse.adapters or ()}
+        experts = _named(recipe.fuse.adapters or ())
         tuned = results["strong"].scores if "strong" in results else None
-        alone, fused = fuse_stage(recipe, experts or {"joint": results["joint"].adapter_dir}, tuned, fresh=fresh)
+        alone, fused = fuse_stage(
+            recipe, recipe.fuse, experts or {"joint": results["joint"].adapter_dir}, tuned, fresh=fresh
+        )
         stages |= {"strong base": alone, "fused": fused} | ({"strong tuned": tuned} if tuned else {})
     return _report(root, stages, say)
 
@@ -102,19 +105,19 @@ def _choose(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> Choice:
     from mtft.pipeline import mix
     from mtft.pipeline.training import Choice
 
-    where = mix.space(recipe, stores)
-    if recipe.sweep is None or len(recipe.tasks) == 1:
-        return Choice(where.current)
+    sweep = recipe.sweep
+    if sweep is None or len(recipe.tasks) == 1:
+        return Choice(mix.space(recipe, stores).current)
     folder = mix.mix_dir(recipe)
     inputs = {
-        "sweep": recipe.sweep.model_dump(mode="json", exclude={"workers", "backend"}),
-        "config": where.config,
+        "sweep": sweep.model_dump(mode="json", exclude={"workers", "backend"}),
+        "config": mix.trial_config(recipe, stores),
         "mixture": recipe.mixture.model_dump(mode="json"),
         "steps": recipe.train.steps,
     }
 
     def work() -> None:
-        swept = mix.mix_sweep(recipe, on_done=partial(_trial_done, say, count(1), recipe.sweep.trials))
+        swept = mix.mix_sweep(recipe, on_done=partial(_trial_done, say, count(1), sweep.trials))
         if swept.exit_code:
             print(swept.text(), file=sys.stderr)
         proposal = mix.mix_propose(recipe)
@@ -141,14 +144,27 @@ def _singles(results: dict[str, TrainResult]) -> Scores:
     return found
 
 
-def _to_merge(recipe: Recipe, results: dict[str, TrainResult]) -> dict[str, Path]:
-    if recipe.merge.adapters is not None:
-        return {Path(path).name: Path(path) for path in recipe.merge.adapters}
+def _to_merge(merge: MergeSection, results: dict[str, TrainResult]) -> dict[str, Path]:
+    if merge.adapters is not None:
+        return _named(merge.adapters)
     return {
         name.removeprefix("single-"): result.adapter_dir
         for name, result in results.items()
         if name.startswith("single-")
     }
+
+
+def _named(folders: Sequence[str]) -> dict[str, Path]:
+    """{name: folder}: the folder's name, or its parent's where that is `adapter`, as every run calls it."""
+    named: dict[str, Path] = {}
+    for path in map(Path, folders):
+        name = path.parent.name if path.name == "adapter" else path.name
+        number = 2
+        unique = name
+        while unique in named:
+            unique, number = f"{name}-{number}", number + 1
+        named[unique] = path
+    return named
 
 
 def _report(root: Path, stages: dict[str, Scores], say) -> Path:

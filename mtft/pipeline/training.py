@@ -72,7 +72,7 @@ def planned_runs(recipe: Recipe, choice: Choice, stores: Sequence[Any]) -> dict[
         for task in recipe.task_names:
             runs[f"single-{task}"] = derive.single(recipe, task, mixture[task], root / f"single-{task}")
     if recipe.fuse is not None and recipe.run.tune_strong:
-        runs["strong"] = derive.strong(recipe, mixture, root / "strong")
+        runs["strong"] = derive.strong(recipe, recipe.fuse.strong, mixture, root / "strong")
     return runs
 
 

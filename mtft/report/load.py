@@ -100,8 +100,8 @@ def load_run(folder: Path) -> RunData:
 
 
 def _load_train(folder: Path, name: str) -> TrainRun:
-    by_step = {line.get("step"): line for line in _jsonl(folder / "metrics.jsonl")}
-    evals = {line.get("step"): line for line in _jsonl(folder / "eval.jsonl")}
+    by_step = {int(line["step"]): line for line in _jsonl(folder / "metrics.jsonl")}
+    evals = {int(line["step"]): line for line in _jsonl(folder / "eval.jsonl")}
     return TrainRun(
         name=name,
         folder=folder,

@@ -127,8 +127,8 @@ def _axis(width: float, height: float):
     axis.grid(True, color="#e6e8eb", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=8.5, color="#b8bcc4")
-    axis.xaxis.label.set_size(9)
-    axis.yaxis.label.set_size(9)
+    axis.xaxis.label.set_fontsize(9)
+    axis.yaxis.label.set_fontsize(9)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):

@@ -42,11 +42,11 @@ def evaluate(
         raise UserError(
             "no task has held-out rows to evaluate on", where="tasks: eval_data", do="give a task an eval_data file"
         )
-    network = load_base(section)
+    network: Any = load_base(section)
     if adapter is not None:
         network = with_adapter(network, adapter)
     if torch.cuda.is_available() and section.quantise == "none":
-        network = network.to("cuda")
+        network = network.to(torch.device("cuda"))
     packing = recipe.train.packing and packing_refusal(network.config, network.config._attn_implementation) is None
     layout = Layout(recipe.train.micro_batch_tokens, recipe.train.max_length, pad_id(tokenizer), packing)
     dtype = compute_dtype(section)

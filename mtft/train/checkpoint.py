@@ -28,7 +28,7 @@ def save(trainer: MultiTaskTrainer) -> Path:
     """Writes checkpoint-<step>. A collective call: one rank writes, and under DeepSpeed every rank its own part."""
     from safetensors.torch import save_file
 
-    run_dir, step = Path(trainer.args.output_dir), trainer.state.global_step
+    run_dir, step = trainer.run_dir, trainer.state.global_step
     random_states = _gather(random_state())
     writer, sharded = trainer.args.should_save, bool(trainer.is_deepspeed_enabled)
     scaler = trainer.accelerator.scaler

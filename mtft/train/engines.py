@@ -12,7 +12,7 @@ goes on from its last checkpoint. FSDP is refused: on CPUs accelerate runs it as
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -48,7 +48,8 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 def whole_weights(trainer: MultiTaskTrainer, model: nn.Module) -> Mapping[str, Tensor] | None:
     """The trained weights, gathered on the CPU, where the engine shards them; else None. A collective call."""
-    if not trainer.is_deepspeed_enabled or trainer.accelerator.state.deepspeed_plugin.zero_stage != 3:
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
         return None
     import deepspeed
 
@@ -62,4 +63,5 @@ def whole_weights(trainer: MultiTaskTrainer, model: nn.Module) -> Mapping[str, T
 
 def save_engine_state(trainer: MultiTaskTrainer, folder: Path) -> None:
     """DeepSpeed's own checkpoint (its files are pickles): weights that are trained, optimizer. A collective call."""
-    trainer.model_wrapped.save_checkpoint(str(folder), exclude_frozen_parameters=True)
+    deepspeed_engine: Any = trainer.model_wrapped
+    deepspeed_engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)

@@ -104,7 +104,7 @@ class Proof:
 
         self._folder = folder
         self._home = tempfile.TemporaryDirectory(prefix="mtft-proof-")
-        config = model.config
+        config: Any = model.config
         base_dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.uint8)
         file = Path(self._home.name) / "probe.safetensors"
         save_file({"input_ids": _probe(model), "logits": logits.contiguous()}, file)

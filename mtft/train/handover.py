@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -27,7 +27,7 @@ def hand_over(
 ) -> None:
     """Export, proof, final scores, card; result.json comes last. A collective call."""
     run_dir, steps = Path(recipe.output.dir), trainer.state.global_step
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     state = whole_weights(trainer, model)
     logits = probe_logits(model, trainer.args.device) if prove else None
     proof = None

@@ -40,7 +40,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, step: int) -> None:
         """Forgets what was logged after `step` (a resumed run logs those steps again) and shows the bar."""

@@ -83,7 +83,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Id that fills padding. Padding is outside of every segment, so which id it is never matters."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
-            return int(candidate)
+            return int(candidate)  # pyright: ignore[reportArgumentType]  (typed as if it could be text)
     return 0
 
 

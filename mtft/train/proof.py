@@ -33,7 +33,7 @@ def main(folder: str, probe_file: str, device: str) -> None:
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if not settings["quantisation"]:
-        model = model.to(device)
+        model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  (its stub has no self)
     model.eval()
     with torch.inference_mode():
         logits = model(input_ids=probe["input_ids"].to(device), use_cache=False).logits.float().cpu()

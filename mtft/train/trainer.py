@@ -59,6 +59,11 @@ class MultiTaskTrainer(Trainer):
     identity    what a checkpoint must agree on to be continued (fingerprints), kept with it
     """
 
+    model: nn.Module
+    model_wrapped: nn.Module  # what the engine made of it
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self,
         model: nn.Module,
@@ -80,7 +85,7 @@ class MultiTaskTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(Flow(self))
         check_ranks(self.accelerator)
-        self.steps = steps
+        self.steps, self.run_dir = steps, Path(str(args.output_dir))
         self.tasks, self.objective, self.balancer = tuple(tasks), objective, balancer
         self.run_log, self.stop, self.identity = log, stop or StopSignal(), identity or {}
         self.keep = keep
@@ -212,8 +217,8 @@ class MultiTaskTrainer(Trainer):
             self.callback_handler.on_log(self.args, self.state, self.control, flat(self._line))
         too_late = self._trouble == "non-finite" and self.is_deepspeed_enabled  # the engine has taken the step
         if too_late or self._bad.in_a_row >= self._bad.most:
-            run_dir = Path(self.args.output_dir) if self.args.should_save else None
-            self._bad.give_up(self._line, self.steps.names(self.state.global_step - 1), run_dir)
+            written = self.run_dir if self.args.should_save else None
+            self._bad.give_up(self._line, self.steps.names(self.state.global_step - 1), written)
         if self.stop.agreed(self.args.device):
             control.should_training_stop = True
             control.should_save = self.args.save_strategy != "no"

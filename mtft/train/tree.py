@@ -60,7 +60,8 @@ def random_state() -> dict[str, Any]:
 
     import numpy as np
 
-    name, keys, *rest = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
+    name, keys, *rest = legacy
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *map(float, rest[2:]), *map(int, rest[:2])),

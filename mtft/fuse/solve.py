@@ -8,7 +8,9 @@ With g = KL(P_a || P) = a m - A and h = KL(P || P_a) = A (d centred, see tilt.py
 | reverse  | h     | m          |
 | jeffreys | g + h = a m | m + a s2 |
 
-so there is at most one root. r(a) = sqrt(2 f(a)) is nearly linear in a, so Newton runs on r, safeguarded by a bracket.
+so there is at most one root. r(a) = sqrt(2 f(a)) is nearly linear in a, so Newton runs on r. Where it is not (f can
+be a steep sigmoid, on which Newton jumps to and fro for ever), a step that does not halve the miss is followed by
+bisection.
 `paper` is the global minimum of J(a) = (g - c)^2 + (h - c')^2 (Fan et al., 2406.15480): J falls below both roots and
 rises above both, so it is searched between them; `paper_grid` is the paper's own search on 0, 0.1, ... a_max.
 """
@@ -23,7 +25,7 @@ from torch import Tensor
 from .spec import FusionError
 from .tilt import Moments, Tilt
 
-MAX_STEPS = 40
+MAX_STEPS = 60  # each step halves the miss or the bracket, so this is never reached
 BRACKET = 1e-7  # of a_max: no answer needs a finer a
 
 
@@ -83,6 +85,7 @@ def solve_root(tilt: Tilt, rule: str, target_N: Tensor, a_max_N: Tensor, rtol: f
     a_N = (a_max_N * rho_N / (2 * f_N).sqrt() * rho_N / (kappa * tilt.variance_N).sqrt()).sqrt()
     a_N = torch.minimum(torch.nan_to_num(a_N), a_max_N)
     low_N, high_N, done_N = zero, a_max_N, still_N | top_N
+    miss_N = torch.full_like(a_N, torch.inf)  # |r - rho| at the last evaluation
     rows_N = None  # of `step`, once some rows have been left behind
     # off the CPU a look at `done` waits for the device, so it is taken every eighth pass only
     every = 1 if a_N.device.type == "cpu" else 8
@@ -106,11 +109,12 @@ def solve_root(tilt: Tilt, rule: str, target_N: Tensor, a_max_N: Tensor, rtol: f
                 rows_N, tilt = keep if rows_N is None else rows_N[keep], tilt.take(keep)
                 done_N, a_N, low_N, high_N = done_N[keep], a_N[keep], low_N[keep], high_N[keep]
                 target_N, rho_N, a_max_N = target_N[keep], rho_N[keep], a_max_N[keep]
-                f_N, slope_N = f_N[keep], slope_N[keep]
+                f_N, slope_N, miss_N = f_N[keep], slope_N[keep], miss_N[keep]
         r_N = (2 * f_N.clamp(min=0)).sqrt()
         next_N = a_N - (r_N - rho_N) * r_N / slope_N
-        inside_N = (next_N > low_N) & (next_N < high_N)  # False for NaN too
-        a_N = torch.where(inside_N, next_N, (low_N + high_N) / 2)
+        before_N, miss_N = miss_N, (r_N - rho_N).abs()
+        newton_N = (next_N > low_N) & (next_N < high_N) & (miss_N <= before_N / 2)  # False for NaN too
+        a_N = torch.where(newton_N, next_N, (low_N + high_N) / 2)
     row = int((~done_N).nonzero()[0])
     raise FusionError(
         f"no alpha found for row {row if rows_N is None else int(rows_N[row])} in {MAX_STEPS} steps (rule {rule}, "

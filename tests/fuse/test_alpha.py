@@ -121,6 +121,24 @@ def test_golden_many(weights, user, lam, alpha, p, dtype, atol):
     close(fused.target_NT, [[0.2593572270, 0.1707747903]], atol)
 
 
+def test_a_row_on_which_plain_newton_runs_in_circles():
+    """f rises like a steep sigmoid: from below Newton lands above, from there below again. Such rows are real ones."""
+    base = torch.zeros(1, 2000, dtype=torch.float64)
+    strong = torch.full_like(base, -9.0)
+    strong[0, 0], strong[0, 1] = 0.0, -14.0
+    expert = base.clone()
+    expert[0, 1] = 14.0  # an id that the strong model all but excludes, and the expert insists on
+    for rule in ("forward", "jeffreys", "paper"):
+        for push in torch.linspace(8, 20, 49).tolist():
+            expert[0, 1] = push
+            fused = fuse_logits(strong, expert[None], base, FusionSpec(alpha_rule=rule))
+            reached = fused.kl_forward_N + (fused.kl_reverse_N if rule == "jeffreys" else 0)
+            target = fused.target_NT[:, 0] + (fused.target_reverse_NT[:, 0] if rule == "jeffreys" else 0)
+            if rule != "paper" and not fused.clipped_N:
+                assert float((reached - target).abs() / target) <= 1.01e-4
+            assert fused.evaluations < 90
+
+
 @pytest.mark.parametrize("shift", [0.01, 0.3, 1.0, 4.0])
 @pytest.mark.parametrize("rule", ["forward", "jeffreys", "paper"])
 def test_solver_against_a_mesh(rule, shift):

@@ -235,14 +235,22 @@ def fit_csv(
     limit: int | None = None,
     seed: int = 0,
     level: float = 0.9,
+    other_scale: bool = False,
 ) -> Fits:
-    """fit on trials from two CSV files joined on `index` (see TrialLedger.from_csv)."""
+    """fit on trials from two CSV files joined on `index` (see TrialLedger.from_csv). other_scale: the fits are to rank
+    runs of another scale than the trials' (scale.for_other_scale: a law instead of the stack, where it may be taken).
+    """
     ledger = TrialLedger.from_csv(mixtures_csv, scores_csv, index, goal)
     if targets != "all":
         for target in targets:
             if target not in ledger.targets:
                 check_names([*ledger.targets, target], ledger.targets, where=str(scores_csv))
-    return fit(ledger, targets, surrogate, goal=goal, cv=cv, limit=limit, seed=seed, level=level)
+    fits = fit(ledger, targets, surrogate, goal=goal, cv=cv, limit=limit, seed=seed, level=level)
+    if other_scale:
+        from .scale import for_other_scale
+
+        return for_other_scale(fits)
+    return fits
 
 
 def predict_csv(

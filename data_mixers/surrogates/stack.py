@@ -241,6 +241,8 @@ def _stacking_weights(held_out: Mapping[str, Floats], y: Floats, error: Mapping[
     prior /= prior.sum()
     pull = np.sqrt(PULL * len(y)) * y.std()
     solved, _ = nnls(np.vstack([columns, pull * np.eye(len(labels))]), np.r_[y - y.mean(), pull * prior])
+    if solved.sum() <= 0:
+        return {min(labels, key=lambda label: error[label]): 1.0}
     solved = solved / solved.sum()
     solved = np.where(solved < SMALLEST, 0.0, solved)
     return {label: float(w) for label, w in zip(labels, solved / solved.sum(), strict=True) if w > 0}

@@ -83,6 +83,15 @@ def test_a_constant_target_warns():
     json.dumps(fits.report())
 
 
+@pytest.mark.parametrize("n", [4, 5, 6, 8])
+def test_few_trials_are_fitted_without_noise_on_the_way(n, recwarn):
+    report = fit(made_ledger(n=n)).report()
+    json.dumps(report, allow_nan=False)
+    assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+    with pytest.raises(MixError, match="at least 5"):
+        fit(made_ledger(n=3))
+
+
 def test_unknown_names():
     with pytest.raises(MixError, match="did you mean 'ridge'"):
         fit(made_ledger(), surrogate="rigde")

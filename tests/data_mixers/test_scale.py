@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from data_mixers import MixError
-from data_mixers.scale import fit_scale
-from data_mixers.surrogates import ExpLaw, PowerLaw, Stack
+from data_mixers.fit import fit
+from data_mixers.ledger import Record
+from data_mixers.scale import fit_scale, for_other_scale
 from data_mixers.surrogates.stack import spearman
 from tests.data_mixers.published import columns, matrix, subset
 
@@ -52,9 +53,29 @@ def test_pile_cc_at_1b_from_128_trials_by_a_law():
     large_X, large = matrix("regmix/test_mixture_1B_first32.csv"), columns("regmix/test_loss_1B_first32.csv")["pile_cc"]
     figures = []
     for s in range(3):
-        kept = subset(s, 128)
-        stack = Stack(candidates={"exp": ExpLaw(), "power": PowerLaw()}).fit(X[kept], y[kept])
-        best = max(stack.scores, key=lambda score: score.rho)
-        assert best.rho >= 90
-        figures.append(spearman(stack.candidates[best.name].clone().fit(X[kept], y[kept]).mean(large_X), large))
+        rows = [
+            Record(
+                trial=str(i),
+                status="done",
+                mixture=dict(zip(map(str, range(17)), X[i], strict=True)),
+                scores={"y": y[i]},
+            )
+            for i in subset(s, 128)
+        ]
+        fitted = fit(rows, surrogate="auto" if s == 0 else "exp")
+        law = for_other_scale(fitted)["y"].model
+        assert list(law.candidates) in (["exp"], ["power"])
+        figures.append(spearman(law.mean(large_X), large))
     assert np.mean(figures) >= 98.5
+
+
+def test_a_law_is_taken_only_where_it_ranks_the_trials():
+    rng = np.random.default_rng(0)
+    X = rng.dirichlet(np.ones(3), 30)
+    y = np.sin(9 * X[:, 0]) + 0.01 * rng.standard_normal(30)
+    rows = [
+        Record(trial=str(i), status="done", mixture=dict(zip("abc", x, strict=True)), scores={"y": float(v)})
+        for i, (x, v) in enumerate(zip(X, y, strict=True))
+    ]
+    fits = fit(rows)
+    assert for_other_scale(fits)["y"] is fits["y"]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,3 +131,17 @@ def test_pile_cc_with_a_quarter_of_the_trials():
     mean, lower, upper = fits.predict(X)["pile_cc"]
     assert spearman(mean, y) > 98.8
     assert 0.82 <= np.mean((lower <= y) & (y <= upper)) <= 0.97
+
+
+def test_repeating_a_trial_does_not_widen_intervals():
+    """Metamorphic: the same mixture run again with the same result is news that nothing is wrong."""
+    ledger, new = made_ledger(n=40), np.random.default_rng(7).dirichlet(np.ones(3), 50)
+    records = ledger.records
+    again = TrialLedger(
+        None, [*records, *(replace(record, trial=f"again {record.trial}", seed=1) for record in records[:6])]
+    )
+    widths = []
+    for trials in (ledger, again):
+        prediction = fit(trials, surrogate="ridge").predict(new)["a/loss"]
+        widths.append(np.mean(prediction.upper - prediction.lower))
+    assert widths[1] <= 1.1 * widths[0]

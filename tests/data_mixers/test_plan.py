@@ -252,3 +252,20 @@ class TestTokens:
             self.plan(lengths=None)
         with pytest.raises(MixError, match="a row of"):
             self.plan(batch=10)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32))
+def test_permuting_tasks_changes_nothing_but_their_order(seed):
+    rng = np.random.default_rng(seed)
+    K = int(rng.integers(2, 9))
+    names, sizes, shares = tuple(f"t{k}" for k in range(K)), rng.integers(1, 10**7, K), rng.dirichlet(np.ones(K))
+    order = rng.permutation(K)
+    options = {"steps": 20, "batch": 32, "seed": 9}
+    plain = MixturePlan(Mixture(names, shares), sizes, **options)
+    turned = MixturePlan(Mixture(tuple(names[k] for k in order), shares[order]), sizes[order], **options)
+    assert np.array_equal(plain.rows_K[order], turned.rows_K)
+    a, b = plain.locate(np.arange(640)), turned.locate(np.arange(640))
+    for k in range(K):
+        place = int(np.flatnonzero(order == k)[0])
+        assert np.array_equal(a[2][a[0] == k], b[2][b[0] == place])  # the same rows in the same order

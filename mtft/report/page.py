@@ -58,7 +58,8 @@ def _sections(run: RunData) -> list[Section]:
 def _subtitle(runs: Sequence[RunData]) -> str:
     run = runs[0]
     parts = [f"{len(run.tasks)} tasks", f"{len(run.trains)} training runs"]
-    if run.fit.get("trials"):
-        parts.append(f"{run.fit['trials']} mixture trials")
+    trials = max((target["n"] for target in run.fit.get("targets", {}).values()), default=0)
+    if trials:
+        parts.append(f"{trials} mixture trials")
     version = next((train.env.get("versions", {}).get("mtft") for train in run.trains if train.env), None)
     return " · ".join(parts + ([f"mtft {version}"] if version else []))

@@ -73,6 +73,15 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """A table that opens on a click."""
+
+    title: str
+    table: Table
+    kind: str = "folded"
+
+
+@dataclass(frozen=True)
 class Section:
     id: str
     title: str

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from mtft.report import plots
 from mtft.report.load import RunData, TrainRun
-from mtft.report.parts import Cell, Code, Head, Plot, Plots, Row, Section, Table, Words, number, percent, table
+from mtft.report.parts import Cell, Code, Folded, Head, Plot, Plots, Row, Section, Table, Words, number, percent, table
 
 # metric -> (title, the better direction)
 METRICS = {
@@ -49,7 +49,7 @@ def _result_row(name: str, values: list, stages: list[str], direction: int, tota
     candidates = [
         value for value, stage in zip(values, stages, strict=True) if value is not None and stage not in REFERENCES
     ]
-    best = max(candidates, key=lambda value: direction * value) if len(candidates) > 1 else None
+    best = max(candidates, key=lambda value: direction * value) if len(set(candidates)) > 1 else None
     cells = [Cell(name)]
     for value, stage in zip(values, stages, strict=True):
         mark = "ref" if stage in REFERENCES else "best" if value is not None and value == best else ""
@@ -59,7 +59,8 @@ def _result_row(name: str, values: list, stages: list[str], direction: int, tota
 
 def mixture(run: RunData) -> Section | None:
     """Asked and realised shares of each joint run, and the verdict on the proposal."""
-    joints = [train for train in run.trains if train.plan and len(train.plan.get("tasks", {})) > 1]
+    several = [train for train in run.trains if train.plan and len(train.plan.get("tasks", {})) > 1]
+    joints = [train for train in several if train.name != "strong"] or several  # strong plays what joint plays
     if not joints:
         return None
     parts: list = []
@@ -94,8 +95,8 @@ def training(run: RunData) -> Section | None:
             train.name,
             len(train.steps),
             sum(line.get("tokens") or 0 for line in train.steps),
-            train.tokens_per_second,
-            sum(line.get("seconds") or 0.0 for line in train.steps),
+            _digits(train.tokens_per_second, 0),
+            _digits(sum(line.get("seconds") or 0.0 for line in train.steps), 1),
             train.steps[-1].get("loss"),
         ]
         for train in trains
@@ -108,7 +109,7 @@ def training(run: RunData) -> Section | None:
 def _training_plots(train: TrainRun) -> list[Plot]:
     losses = {task: train.curve(task, "loss") for task in train.tasks}
     held_out = {task: train.eval_curve(task, "loss") for task in train.tasks}
-    window = max(1, len(train.steps) // 40)
+    window = max(1, len(train.steps) // 12)
     caption = "Training loss per task (line) and held-out loss (dots)"
     out = [Plot(caption, plots.lines(losses, ylabel="loss", points=held_out, smooth=window))]
     weights = {task: train.curve(task, "weight") for task in train.tasks}
@@ -131,19 +132,41 @@ def trials(run: RunData) -> Section | None:
     ]
     drawn = []
     for name, target in list(targets.items())[:12]:
-        points = target.get("predicted", {})
-        if points.get("measured"):
-            keys = ("measured", "mean", "lower", "upper")
-            drawn.append(Plot(name, plots.predicted(*(points[key] for key in keys))))
+        points = target["trials"]
+        columns = [[point[key] for point in points] for key in ("measured", "predicted", "lower", "upper")]
+        if points:
+            drawn.append(Plot(name, plots.predicted(*columns)))
     parts.append(Plots(drawn))
-    rows = []
+    rows, every = [], []
     for name, target in targets.items():
-        for candidate in target.get("candidates", []):
-            rho, r2 = candidate.get("rho"), candidate.get("r2")
-            rows.append([name, candidate["name"], rho, r2, candidate.get("weight"), percent(target.get("coverage"))])
-    head = ["target", "surrogate", "Spearman (cross-validated)", "R²", "weight", "interval coverage"]
+        candidates = target["candidates"]
+        used = ", ".join(f"{found['name']} {found['weight']:.2f}" for found in candidates if found["weight"] > 0.005)
+        quality = [
+            _digits(target["rho"], 0),
+            target["r2"],
+            percent(target["coverage"], 0),
+            target["noise_sd"],
+            target["sd"],
+        ]
+        rows.append([name, target["n"], used or "none beats the mean", *quality])
+        every += [[name, found["name"], _digits(found["rho"], 0), found["r2"], found["weight"]] for found in candidates]
+    head = [
+        "target",
+        "trials",
+        "surrogates and weights",
+        "Spearman × 100",
+        "R²",
+        "coverage",
+        "noise sd",
+        "sd over trials",
+    ]
     parts.append(table(head, rows))
+    parts.append(Folded("All candidates", table(["target", "surrogate", "Spearman × 100", "R²", "weight"], every)))
     return Section("trials", "Trials and surrogates", parts)
+
+
+def _digits(value: float | None, digits: int) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
 def environment(run: RunData) -> Section | None:

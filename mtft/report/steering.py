@@ -20,9 +20,9 @@ def merging(run: RunData) -> Section | None:
             "With 95 % paired-bootstrap intervals over the examples."
         )
     ]
-    rows = [[task, *(cell for m in ("loss", "accuracy") for cell in _retained(row[m]))] for task, row in tasks.items()]
-    heads = [f"{metric} {what}" for metric in ("loss", "accuracy") for what in ("base", "single", "merged", "retained")]
-    parts.append(table(["task", *heads], rows))
+    for metric, title in (("loss", "Held-out loss"), ("accuracy", "Token accuracy")):
+        rows = [[task, *_retained(row[metric])] for task, row in tasks.items()]
+        parts += [Words(title, "heading"), table(["task", "base", "single", "merged", "retained share"], rows)]
     kept = {task: row["loss"]["retained"]["value"] for task, row in tasks.items()}
     drawn = [Plot("Share of the single-task adapter's gain in loss that the merged adapter keeps", _bars(kept))]
     cosines = run.retention.get("cosines")
@@ -53,6 +53,8 @@ def fusion(run: RunData) -> Section | None:
         for metric, row in metrics.items():
             low, high = row["gap_interval"] or (None, None)
             gap = _range({"value": row["gap"], "lower": low, "upper": high, "why": row["reason"]})
+            if row["gap"] is None and row["strong"] == row["fused"] == row["tuned"]:
+                continue  # nothing moved: nothing to say
             rows.append([task, metric, row["strong"], row["fused"], row["tuned"], gap, row["ratio"]])
     parts.append(table(["task", "metric", "strong alone", "fused", "strong tuned", "gap closed", "ratio"], rows))
     alpha = fused.get("alpha", {})

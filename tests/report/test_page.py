@@ -46,6 +46,19 @@ def run_dir(tmp_path):
         rows = {t: {"asked": p, "realised": p, "rows": 80, "size": 60, "epochs": 1.3} for t, p in zip(TASKS, shares)}
         write(folder / "plan.json", {"steps": 20, "batch": 8, "tasks": rows})
         write(folder / "env.json", {"versions": {"mtft": "0.1.0", "torch": "2.13"}, "seed": 1})
+    points = [{"measured": 2 + i / 9, "predicted": 2.1 + i / 9, "lower": 2 + i / 9, "upper": 2.4} for i in range(6)]
+    found = [{"name": name, "rho": 91.0, "r2": 0.8, "weight": weight} for name, weight in (("ridge", 1.0), ("gp", 0.0))]
+    target = {
+        "candidates": found,
+        "trials": points,
+        "rho": 91.0,
+        "r2": 0.8,
+        "coverage": 0.9,
+        "noise_sd": 0.1,
+        "sd": 1.0,
+    }
+    write(tmp_path / "mix" / "fit.json", {"targets": {"sql/loss": {**target, "n": 6}}})
+    write(tmp_path / "mix" / "proposal.json", {"text": "not distinguishable from your current mixture"})
     table = {
         stage: {task: {"loss": loss, "exact_match": 1 - loss / 4} for task in TASKS}
         for stage, loss in (("base", 3.0), ("joint uniform", 1.25), ("joint predicted", 1.125))
@@ -84,7 +97,17 @@ def parse(path):
 
 def test_says_what_the_run_did(run_dir):
     words = parse(write_report([run_dir]))
-    for expected in ("by-hand", "joint predicted", "1.125", "70.0%", "Throughput", "2,000", "torch"):
+    for expected in (
+        "by-hand",
+        "joint predicted",
+        "1.125",
+        "70.0%",
+        "Throughput",
+        "2,000",
+        "torch",
+        "ridge 1.00",
+        "All candidates",
+    ):
         assert expected in words
 
 

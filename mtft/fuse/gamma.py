@@ -14,7 +14,7 @@ from statistics import median
 
 WINDOW = 32  # rounds that the times are taken from
 PATIENCE = 16  # rounds between two changes
-MEMORY = 0.9  # of the moving average of beta
+MEMORY = 0.9  # of beta, per round
 PER_POSITION = 0.05  # guess: each further position of a pass costs this share, until it has been measured
 
 
@@ -26,6 +26,7 @@ class Gamma:
         self.fixed, self.maximum, self.draft_share = fixed, maximum, draft_share
         self.current = 0 if fixed is None else fixed
         self.beta: float | None = None
+        self._tests = self._stood = 0.0  # fading sums: a few looks count fully from the start
         self.plain: deque[float] = deque(maxlen=WINDOW)
         self.draft: deque[float] = deque(maxlen=WINDOW)
         self.verify: dict[int, deque[float]] = {}
@@ -35,8 +36,9 @@ class Gamma:
     def saw(self, tests: float, accepted: float) -> None:
         """Acceptance of one round: how many drafts were judged (or would have been), and how many stood."""
         if tests > 0:
-            now = accepted / tests
-            self.beta = now if self.beta is None else MEMORY * self.beta + (1 - MEMORY) * now
+            self._tests = MEMORY * self._tests + tests
+            self._stood = MEMORY * self._stood + accepted
+            self.beta = self._stood / self._tests
 
     def took(self, gamma: int, *, plain: float = 0.0, draft: float = 0.0, verify: float = 0.0) -> None:
         """Seconds of one round: `plain` for gamma 0, else one drafting step and one verification."""

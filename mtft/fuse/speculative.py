@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 HOLES = 0.25  # share of dead columns at which the caches are squeezed
 MAX_DRAFTS = 16
-WATCH = 4  # plain steps between two looks at the acceptance
 
 
 def unfit(sides: Sides, request: Request) -> str | None:
@@ -101,14 +100,14 @@ class _Speculation:
         return self.lock.kept.output(self.lock.tokens_BL)
 
     def _plain(self, strong: Tensor, experts: list[Tensor], base: Tensor) -> Fused:
-        """One token per row from logits [A, 1, *]; now and then a look at how drafts would have fared."""
+        """One token per row from logits [A, 1, *], and a look at how drafts would have fared."""
         strong_AV, experts_TAM, base_AM = strong[:, -1], [expert[:, -1] for expert in experts], base[:, -1]
         step = self._fuse(strong_AV, experts_TAM, base_AM, self.active)
         scores_AV = self._process(self.active, [[] for _ in self.active], step.logprobs_NV)
         places = self._places(0)
         tokens_A = draw(self.drawing, scores_AV, places)
         live = [at for at, row in enumerate(self.active) if not self.lock.over[row]]
-        if self.gamma.fixed is None and len(self.gamma.plain) % WATCH == 0:
+        if self.gamma.fixed is None:
             q_AV = self._process(self.active, [[] for _ in self.active], self._wide(experts_TAM[self.expert]))
             self.gamma.saw(len(live), float(chance(self.coupling, scores_AV, q_AV)[live].sum()))
         for at, token in zip(live, tokens_A[live].tolist(), strict=True):

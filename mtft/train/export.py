@@ -96,7 +96,10 @@ def probe_logits(model: nn.Module, device: torch.device) -> Tensor:
 
 
 class Proof:
-    """Reloads an export in a fresh process, at the same time as the caller goes on; `result` waits and compares."""
+    """Reloads an export in a fresh process, at the same time as the caller goes on; `result` waits and compares.
+
+    A context manager: the process and its files are gone at the end of the block.
+    """
 
     def __init__(self, model: nn.Module, logits: Tensor, folder: Path, recipe: Recipe, device: torch.device) -> None:
         """`logits`: of the trained model, from `probe_logits`."""
@@ -128,7 +131,6 @@ class Proof:
     def result(self) -> float:
         """Largest logit difference relative to the largest logit. RuntimeError if it can't be loaded, or differs."""
         out, errors = self._process.communicate()
-        self._home.cleanup()
         if self._process.returncode != 0:
             raise RuntimeError(f"{self._folder} can't be loaded in a fresh process:\n{errors[-2000:]}")
         found = json.loads(out.strip().splitlines()[-1])
@@ -140,9 +142,13 @@ class Proof:
             )
         return relative
 
-    def cancel(self) -> None:
+    def __enter__(self) -> Proof:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing stays behind, also when nobody has waited for the result."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
         self._home.cleanup()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,24 +31,25 @@ def hand_over(
     model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     state = whole_weights(trainer, model)
     logits = probe_logits(model, trainer.args.device) if prove else None
-    proof = None
-    if is_writer():
-        export_dir = export_model(model, run_dir, tokenizer=inputs.tokenizer, state=state)
-        if logits is not None:
-            proof = Proof(model, logits, export_dir, recipe, trainer.args.device)
-    has_scores = any(store is not None for store in inputs.held_out)
-    if has_scores and steps not in trainer.evaluations:
-        trainer.evaluate()
-    scores = trainer.evaluations.get(steps, {})
-    if is_writer():
-        for task, found in scores.items():
-            found.save(run_dir / SCORES / f"{task}.jsonl")
-        equal = None if proof is None else proof.result()
-        write_card(export_dir, recipe, plan, scores, proof=equal)
-        seconds = time.perf_counter() - begin
-        summaries = {task: found.summary() for task, found in scores.items()}
-        content = {"steps": steps, "seconds": seconds, "export": export_dir.name, "proof": equal, "tasks": summaries}
-        content["skipped_steps"] = trainer.bad_steps
-        folder.write_json(run_dir / folder.RESULT, finite(content))
+    with ExitStack() as cleanup:
+        proof = None
+        if is_writer():
+            export_dir = export_model(model, run_dir, tokenizer=inputs.tokenizer, state=state)
+            if logits is not None:
+                proof = cleanup.enter_context(Proof(model, logits, export_dir, recipe, trainer.args.device))
+        has_scores = any(store is not None for store in inputs.held_out)
+        if has_scores and steps not in trainer.evaluations:
+            trainer.evaluate()
+        scores = trainer.evaluations.get(steps, {})
+        if is_writer():
+            for task, found in scores.items():
+                found.save(run_dir / SCORES / f"{task}.jsonl")
+            equal = None if proof is None else proof.result()
+            write_card(export_dir, recipe, plan, scores, proof=equal)
+            seconds = time.perf_counter() - begin
+            summaries = {task: found.summary() for task, found in scores.items()}
+            content = {"steps": steps, "seconds": seconds, "export": export_dir.name, "proof": equal}
+            content |= {"tasks": summaries, "skipped_steps": trainer.bad_steps}
+            folder.write_json(run_dir / folder.RESULT, finite(content))
     if dist.is_initialized():
         dist.barrier()

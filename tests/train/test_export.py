@@ -118,5 +118,8 @@ def test_proof_fails_when_the_export_is_not_what_was_trained(recipe, tmp_path):
     model, device = PeftModel.from_pretrained(base, result.adapter_dir), torch.device("cpu")
     file = result.adapter_dir / "adapter_model.safetensors"
     save_file({name: value * 2 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match="differ from the trained model's"):
-        Proof(model, probe_logits(model, device), result.adapter_dir, whole, device).result()
+    with (
+        Proof(model, probe_logits(model, device), result.adapter_dir, whole, device) as proof,
+        pytest.raises(RuntimeError, match="differ from the trained model's"),
+    ):
+        proof.result()

@@ -8,7 +8,6 @@ the same numbers by gathering rows by index per layer and adapter, at about twic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,27 +20,30 @@ from .spec import FusionError
 BASE = -1  # the group that has no adapter
 
 
-@dataclass
 class RowsLayout:
-    """What the rows of the current batch are: `groups` in order, `size` rows each. One per model, shared."""
+    """What the rows of the current batch are: `groups` in order, `size` rows each. One per model, shared.
 
-    experts: int
-    groups: tuple[int, ...] = (BASE,)
-    size: int = 0
+    Until `set` is called all rows are base rows. adapted: the groups that have an adapter; pick: these in the factors.
+    """
+
+    def __init__(self, experts: int) -> None:
+        self.experts = experts
+        self.groups: tuple[int, ...] = (BASE,)
+        self.size = 0
+        self.adapted: tuple[int, ...] = ()
+        self.pick: slice | list[int] = slice(0, 0)
 
     def set(self, groups: Sequence[int], size: int) -> None:
         """Expert groups first (any experts, each once), then BASE or not."""
         groups = tuple(groups)
-        adapted = [group for group in groups if group != BASE]
+        adapted = tuple(group for group in groups if group != BASE)
         if not groups or size < 1 or len(set(groups)) != len(groups) or BASE in groups[:-1]:
             raise ValueError(f"groups {groups} of {size} rows: want different experts, then BASE or not")
         if any(not 0 <= group < self.experts for group in adapted):
             raise ValueError(f"groups {groups}: there are {self.experts} experts")
-        self.groups, self.size = groups, size
-
-    @property
-    def adapted(self) -> tuple[int, ...]:
-        return self.groups[:-1] if self.groups[-1] == BASE else self.groups
+        self.groups, self.size, self.adapted = groups, size, adapted
+        run = bool(adapted) and adapted == tuple(range(adapted[0], adapted[0] + len(adapted)))
+        self.pick = slice(adapted[0], adapted[0] + len(adapted)) if run else list(adapted)  # a slice copies nothing
 
 
 class RowsLinear(nn.Module):
@@ -67,20 +69,21 @@ class RowsLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [rows, ..., in] -> [rows, ..., out], rows = len(groups) * size (or a multiple, if the model flattens)."""
-        groups, size, adapted = self.layout.groups, self.layout.size, self.layout.adapted
-        if x.shape[0] % (len(groups) * size) or (x.dim() > 2 and x.shape[0] != len(groups) * size):
-            raise ValueError(f"{x.shape[0]} rows for {len(groups)} groups of {size}")
+        layout = self.layout
+        count, rows, wanted = len(layout.adapted), x.shape[0], len(layout.groups) * layout.size
+        if wanted and rows != wanted and (x.dim() > 2 or rows % wanted):
+            raise ValueError(f"{rows} rows for {len(layout.groups)} groups of {layout.size}")
         y = self.linear(x)
-        if not adapted:
+        if not count:
             return y
-        first, count = adapted[0], len(adapted)
-        if adapted == tuple(range(first, first + count)):
-            A_TNR, B_TRM = self.A_TNR[first : first + count], self.B_TRM[first : first + count]
-        else:
-            A_TNR, B_TRM = self.A_TNR[list(adapted)], self.B_TRM[list(adapted)]
-        rows = count * (x.shape[0] // len(groups))
+        A_TNR, B_TRM = self.A_TNR[layout.pick], self.B_TRM[layout.pick]
+        rows = count * (rows // len(layout.groups))
         low_TLR = torch.bmm(x[:rows].reshape(count, -1, x.shape[-1]).to(A_TNR.dtype), A_TNR)
-        y[:rows].view(count, -1, y.shape[-1]).add_(torch.bmm(low_TLR, B_TRM))
+        part = y[:rows].view(count, -1, y.shape[-1])
+        if part.dtype == low_TLR.dtype:
+            part.baddbmm_(low_TLR, B_TRM)
+        else:  # a quantised base may answer in another precision than its factors have
+            part.add_(torch.bmm(low_TLR, B_TRM))
         return y
 
 

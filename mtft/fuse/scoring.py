@@ -6,7 +6,7 @@ alpha at a position is the one that generation would use there: it comes from th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,15 +38,12 @@ class Score:
 class AlphaStats:
     """What fusion did over many positions."""
 
-    alpha: list[Tensor]
+    alpha: list[Tensor] = field(default_factory=list)
     clipped: int = 0
     flat: int = 0
     clamped: int = 0
     kl: float = 0.0
     tv: float = 0.0
-
-    def __init__(self) -> None:
-        self.alpha = []
 
     def add(self, fused: Fused, logp_NV: Tensor | None = None) -> None:
         """Take in positions; logp_NV (log P) also gives the total variation between P~ and P."""

@@ -69,9 +69,9 @@ def next_batch(
     mean_m = value(pool) + kl * kl_to(prior.shares, pool)
     covariance = _joint_covariance(fits, weight_J, pool)
     order = (
-        _thompson(mean_m, covariance, n, rng)
+        thompson(mean_m, covariance, n, rng)
         if method == "thompson"
-        else _expected_improvement(mean_m, covariance, n, fits, value(tried))
+        else expected_improvement(mean_m, covariance, n, value(tried))
     )
     chosen: list[Floats] = []
     for index in order:
@@ -95,14 +95,16 @@ def _joint_covariance(fits: Fits, weight_J: Floats, pool: Floats) -> Floats:
     return total
 
 
-def _thompson(mean_m: Floats, covariance: Floats, n: int, rng: np.random.Generator) -> list[int]:
+def thompson(mean_m: Floats, covariance: Floats, n: int, rng: np.random.Generator) -> list[int]:
+    """Indices (with repeats) of the minima of n joint draws."""
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(np.maximum(values, 0.0))
     draws = mean_m + rng.standard_normal((n, len(mean_m))) @ root.T
     return np.argmin(draws, axis=1).tolist()
 
 
-def _expected_improvement(mean_m: Floats, covariance: Floats, n: int, fits: Fits, tried_value: Floats) -> list[int]:
+def expected_improvement(mean_m: Floats, covariance: Floats, n: int, tried_value: Floats) -> list[int]:
+    """n different indices by expected improvement over the best of `tried_value` and the mean's minimum."""
     best, covariance, chosen = float(min(tried_value.min(), mean_m.min())), covariance.copy(), []
     noise = 1e-6 * max(float(np.trace(covariance)) / len(mean_m), 1e-12)
     for _ in range(n):

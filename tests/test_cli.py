@@ -75,8 +75,8 @@ COMMANDS = {
     "mix propose": [],
     "mix fit": ["--mixtures", "--scores", "--target", "--surrogate", "--predict", "--out", "--index", "--goal",
                 "--limit", "--seed", "--cv"],
-    "fuse generate": ["--rows", "--out", "--overwrite"],
-    "fuse score": ["--rows", "--out", "--overwrite"],
+    "fuse generate": ["--in", "--out", "--overwrite"],
+    "fuse score": ["--in", "--out", "--overwrite"],
     "fuse serve": ["--host", "--port", "--api-key-env"],
 }  # fmt: skip
 
@@ -125,7 +125,7 @@ def test_wrong_usage(call, arguments):
         (["check", "recipe.yaml", "mixture.shares={add: 0, sub: 0}"], "error: mixture.shares adds up to 0"),
         (["mix", "sweep", "recipe.yaml"], "error: the recipe has no sweep section"),
         (["merge", "recipe.yaml"], "error: the recipe has no merge section"),
-        (["fuse", "score", "recipe.yaml", "--rows", "r", "--out", "o"], "error: the recipe has no fuse section"),
+        (["fuse", "score", "recipe.yaml", "--in", "r", "--out", "o"], "error: the recipe has no fuse section"),
         (["eval", "recipe.yaml", "tasks.add.eval_data=", "tasks.sub.eval_data="], "error: no task has eval_data"),
         (["report", "gone"], "error: there is no run directory gone"),
         (["merge", "--out", "m", "recipe.yaml"], "error: recipe.yaml is no folder of an adapter"),

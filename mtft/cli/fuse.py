@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 fuse = typer.Typer(help="Steer a large model with a small tuned one.", no_args_is_help=True)
 
-Rows = Annotated[Path, typer.Option("--rows", help="JSONL file to read.")]
+Rows = Annotated[Path, typer.Option("--in", help="JSONL file to read.")]
 RowsOut = Annotated[Path, typer.Option("--out", help="JSONL file to write; the same command continues it.")]
 
 

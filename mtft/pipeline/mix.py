@@ -10,6 +10,7 @@ mixture.yaml     what `train` should play: the proposal if it is better, else th
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from dataclasses import dataclass
 from functools import partial
@@ -68,9 +69,10 @@ def space(recipe: Recipe, stores: list[Any]) -> Space:
 
 def trial_config(recipe: Recipe, stores: list[Any]) -> str:
     """What the trials of one fit must agree on: everything but the mixture, and the data."""
-    proxy = derive.proxy(recipe, _sweep(recipe))
-    data = "".join(store.fingerprint for store in stores)
-    return fingerprint(proxy, without=("name", "output", "mixture")) + data
+    sweep = _sweep(recipe)
+    rules = fingerprint(derive.proxy(recipe, sweep), without=("name", "output", "mixture"))
+    parts = [rules, f"{sweep.eval_limit}", *(store.fingerprint for store in stores)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def design(recipe: Recipe, stores: list[Any]) -> list[Trial]:

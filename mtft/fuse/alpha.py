@@ -44,7 +44,7 @@ class _Shift(NamedTuple):
 @torch.no_grad()
 def fuse_logits(
     strong_NV: Tensor,
-    experts_TNV: Tensor,
+    experts_TNV: Tensor | Sequence[Tensor],
     base_NV: Tensor,
     spec: FusionSpec,
     weights_NT: Tensor | None = None,
@@ -247,7 +247,7 @@ def _plausible(logprobs_NV: Tensor, logp_NV: Tensor, epsilon: float) -> Tensor:
     return torch.log_softmax(logprobs_NV.masked_fill(logp_NV < floor_N1, -torch.inf), -1)
 
 
-def _check_shapes(strong_NV: Tensor, experts_TNV: Tensor, base_NV: Tensor) -> None:
+def _check_shapes(strong_NV: Tensor, experts_TNV: Tensor | Sequence[Tensor], base_NV: Tensor) -> None:
     if len(experts_TNV) == 0:
         raise FusionError("no expert", do="give at least one adapter")
     shapes = [tuple(expert.shape) for expert in experts_TNV]

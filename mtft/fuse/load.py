@@ -102,7 +102,7 @@ def load_tokenizer(path: str | Path, revision: str = "main") -> PreTrainedTokeni
         ) from error
 
 
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
+def freeze(model: Any) -> Any:
     model.requires_grad_(False)
     return model.eval()
 

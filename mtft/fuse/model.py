@@ -61,7 +61,8 @@ class FusedCausalLM:
         name: str = "fused",
         max_logit_bytes: int = MAX_LOGIT_BYTES,
     ) -> None:
-        self.strong, self.weak, self.tokenizer, self.spec = strong, weak, tokenizer, spec
+        self.strong, self.weak, self.spec = strong, weak, spec
+        self.tokenizer: Any = tokenizer  # None only in code that never touches text
         self.vocab_size, self.shared = vocab_size, vocab_size if shared is None else shared
         self.name_or_path, self.max_logit_bytes = name, max_logit_bytes
         self.last_gamma: Gamma | None = None  # of the last speculative call: acceptance and times

@@ -52,6 +52,9 @@ class RowsLinear(nn.Module):
     factors: one Factors or None (module untouched) per expert; smaller ranks are padded with zeros.
     """
 
+    A_TNR: Tensor
+    B_TRM: Tensor
+
     def __init__(self, linear: nn.Linear, factors: Sequence[Factors | None], layout: RowsLayout) -> None:
         super().__init__()
         self.linear, self.layout = linear, layout

@@ -7,6 +7,7 @@ an expert that can't be rows is a side of its own. A side may hold its own promp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,8 @@ class Side:
     ) -> None:
         self.model, self.groups, self.layout = model, tuple(groups), layout
         self.width, self.known, self.substitute = width, known, substitute
-        self.cache = DynamicCache(config=model.config)
-        self.mask_BC: Tensor | None = None  # 1 = a token, 0 = padding or a rejected draft
+        self.cache: Any = DynamicCache(config=model.config)  # its layers differ by model; we use keys and values
+        self.mask_BC: Any = None  # a Tensor after the first read; 1 = a token, 0 = padding or a rejected draft
         self.holes = False  # any zero in mask_BC
 
     @property

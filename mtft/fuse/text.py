@@ -23,7 +23,7 @@ class TextStream:
     def add(self, token: int) -> str:
         """Take a token; the text that is certain now and has not been shown."""
         self.tokens.append(token)
-        self.text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        self.text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
         found = [at for stop in self.stops if (at := self.text.find(stop)) >= 0]
         if found:
             self.text, self.finished = self.text[: min(found)], True

@@ -114,7 +114,7 @@ class TokenTrace:
         ]
 
     def _text(self, token: int) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.decode([token])
+        return None if self.tokenizer is None else str(self.tokenizer.decode([token]))
 
 
 def _at(logp_V: Tensor, token: int) -> float | None:

@@ -6,7 +6,7 @@ import pytest
 from data_mixers import MixError
 from data_mixers.fit import fit
 from data_mixers.ledger import Record
-from data_mixers.scale import fit_scale, for_other_scale
+from data_mixers.scale import fit_scale, for_other_scale, predict_large
 from data_mixers.surrogates.stack import spearman
 from tests.data_mixers.published import columns, matrix, subset
 
@@ -79,3 +79,20 @@ def test_a_law_is_taken_only_where_it_ranks_the_trials():
     ]
     fits = fit(rows)
     assert for_other_scale(fits)["y"] is fits["y"]
+
+
+def test_large_runs_calibrate_and_without_them_it_says_so():
+    rng = np.random.default_rng(1)
+    X = rng.dirichlet(np.ones(3), 40)
+    small, new = np.exp(-2 * X[:, 0]), rng.dirichlet(np.ones(3), 30)
+    rows = [
+        Record(trial=str(i), status="done", mixture=dict(zip("abc", x, strict=True)), scores={"y": float(v)})
+        for i, (x, v) in enumerate(zip(X, small, strict=True))
+    ]
+    fits, truth = fit(rows, surrogate="gp"), 0.5 * np.exp(-2 * new[:, 0]) + 3
+    alone, scale_map = predict_large(fits, new)
+    assert not scale_map.calibrated
+    assert spearman(alone[0], truth) > 99
+    predicted, scale_map = predict_large(fits, new, large_X=new[:6], large_scores=truth[None, :6])
+    assert scale_map.calibrated
+    np.testing.assert_allclose(predicted[0], truth, atol=0.02)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,9 +126,11 @@ def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
         )
     trials = design(recipe, _stores(recipe))
     mix_design(recipe)
+    # Workers share the cores: two of them with all cores' threads each wait for each other most of the time.
+    threads = max(1, (os.cpu_count() or 1) // sweep.workers) if sweep.workers > 1 else None
     return run_sweep(
         trials,
-        partial(run_trial, recipe=derive.proxy(recipe, sweep), eval_limit=sweep.eval_limit),
+        partial(run_trial, recipe=derive.proxy(recipe, sweep), eval_limit=sweep.eval_limit, threads=threads),
         TrialLedger(mix_dir(recipe) / LEDGER),
         workers=sweep.workers,
         backend=sweep.backend,

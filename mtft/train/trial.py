@@ -32,13 +32,17 @@ class _Kept:
 _kept: _Kept | None = None
 
 
-def run_trial(trial: Trial, recipe: Recipe, eval_limit: int | None = None) -> list[tuple[float, dict[str, float]]]:
+def run_trial(
+    trial: Trial, recipe: Recipe, eval_limit: int | None = None, threads: int | None = None
+) -> list[tuple[float, dict[str, float]]]:
     """Trains `recipe` with the trial's mixture and seed; returns [(1.0, scores)].
 
     scores: {"task/loss": nats per supervised token, "task/token_accuracy": ...} on the held-out rows of every task
     that has some (the first `eval_limit` of them). A trial that diverges gives NaN losses, which a sweep records as
-    such. Picklable together with the recipe: for worker processes.
+    such. Picklable together with the recipe: for worker processes. threads: of torch on the CPU (None: its default).
     """
+    import torch
+
     from mtft.data.planning import make_plan
     from mtft.errors import UserError
     from mtft.train.arguments import training_arguments
@@ -46,6 +50,8 @@ def run_trial(trial: Trial, recipe: Recipe, eval_limit: int | None = None) -> li
     from mtft.train.log import RunLog
     from mtft.train.model import load_for_training
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     recipe = recipe.model_copy(update={"seed": trial.seed, "output": recipe.output.model_copy(update={"trackers": ()})})
     kept = _keep(recipe, eval_limit)
     plan = make_plan(recipe, kept.inputs.stores, trial.mixture)

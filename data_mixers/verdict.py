@@ -24,6 +24,7 @@ SPLITS = 20
 DRAWS = 2000
 CERTAIN = 0.95
 GAUSSIAN_90 = 1.6448536269514722
+AFFORDABLE = 10_000  # trials; beyond it the exact number says nothing
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,12 @@ def _words(
     )
     if word.startswith("not"):
         text += f"; these trials could have shown a difference of {detectable:.3f}"
-        text += (
-            f"; about {more} more trials would show the gain expected here" if more else "; no gain is expected here"
-        )
+        if more is None:
+            text += "; no gain is expected here"
+        elif more > AFFORDABLE:
+            text += f"; more than {AFFORDABLE:,} more trials would be needed to show so small a gain"
+        else:
+            text += f"; about {more} more trials would show the gain expected here"
     return text
 
 

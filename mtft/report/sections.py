@@ -140,7 +140,9 @@ def trials(run: RunData) -> Section | None:
     rows, every = [], []
     for name, target in targets.items():
         candidates = target["candidates"]
-        used = ", ".join(f"{found['name']} {found['weight']:.2f}" for found in candidates if found["weight"] > 0.005)
+        chosen = sorted((found for found in candidates if found["weight"] > 0.005), key=lambda found: -found["weight"])
+        used = ", ".join(f"{found['name']} {found['weight']:.2f}" for found in chosen[:3])
+        used += f" + {len(chosen) - 3} more" if len(chosen) > 3 else ""
         quality = [
             _digits(target["rho"], 0),
             target["r2"],

@@ -4,8 +4,7 @@
     w_k = b_g p_k / sum_{j in g} p_j                       b = the balancer's weights of the groups
 
 So many small tasks of one kind no longer outvote a single one of another, and a balancer's statistics come from more
-tokens. Groups are given by name (mtft.gradients.affinity finds them from measured gradients); a task in none is one by
-itself.
+tokens. Groups are given by name; a task in none is one by itself.
 """
 
 from __future__ import annotations

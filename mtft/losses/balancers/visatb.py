@@ -4,7 +4,7 @@
 
 o_k contribution that task k gives to the others, i_k that it receives, d_k its score when trained alone relative to the
 best possible. Helpful, unhelped and hard tasks get more. VisATB (WWW 2026). How to measure o and i is left open there;
-use relative validation-loss gains of pairwise pilot runs, or the one-step transfer of `mtft.gradients.affinity`.
+use relative validation-loss gains of pairwise pilot runs.
 """
 
 from __future__ import annotations

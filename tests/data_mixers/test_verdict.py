@@ -7,6 +7,7 @@ from data_mixers import Mixture
 from data_mixers.fit import fit
 from data_mixers.ledger import Record, TrialLedger
 from data_mixers.propose import propose
+from data_mixers.verdict import AFFORDABLE, _words
 
 NAMES = ("a", "b", "c", "d")
 CURRENT = Mixture(NAMES, np.full(4, 0.25))
@@ -23,6 +24,20 @@ def verdict(rows, scores, seed, kl):
         for i, (row, score) in enumerate(zip(rows, scores, strict=True))
     ]
     return propose(fit(TrialLedger(None, records), surrogate="gp"), prior=CURRENT, kl=kl, seed=seed).verdict
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (None, "no gain is expected here"),
+        (AFFORDABLE, f"about {AFFORDABLE} more trials would show the gain"),
+        (AFFORDABLE + 1, "more than 10,000 more trials would be needed"),
+    ],
+)
+def test_says_how_many_more_trials_only_where_somebody_could_run_them(more, expected):
+    text = _words("not distinguishable from your current mixture", 0.1, (-1.0, 1.0), 0.5, 1.0, more, 0.9)
+    assert expected in text
+    assert str(AFFORDABLE + 1) not in text
 
 
 @pytest.mark.slow

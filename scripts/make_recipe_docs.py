@@ -16,7 +16,9 @@ from pydantic_core import PydanticUndefined
 from mtft.recipe.compat import TABLE
 from mtft.recipe.schema import (
     BalancerSection,
+    FlatSection,
     FuseSection,
+    GradientSection,
     LoraSection,
     LossSection,
     MergeSection,
@@ -43,6 +45,8 @@ SECTIONS: dict[str, tuple[type[Section], str]] = {
     "lora": (LoraSection, "The adapter; `lora: null` is full fine-tuning. Also the form of `sweep.lora`."),
     "loss": (LossSection, "What is minimised."),
     "loss.balancer": (BalancerSection, "Beside `name`, the options of that balancer."),
+    "loss.gradients": (GradientSection, ""),
+    "loss.gradients.flat": (FlatSection, ""),
     "loss.sample_weights": (SampleWeightsSection, ""),
     "train": (TrainSection, "Length, batches, optimizer."),
     "output": (OutputSection, "What is written where."),

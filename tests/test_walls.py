@@ -1,6 +1,6 @@
 """The walls between the rooms (CONTRIBUTING.md), read from the import statements of every file.
 
-    cli -> {train, merge, fuse, evaluate, report, pipeline} -> {losses, gradients, data} -> recipe -> data_mixers
+    cli -> {train, merge, fuse, evaluate, report, pipeline} -> losses -> gradients -> data -> recipe -> data_mixers
 
 quickstart only provides files (rows and models) and imports no other room, so any room may read them.
 
@@ -25,8 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data_mixers": set(),
     "recipe": {"data_mixers"},
     "data": {"recipe", "data_mixers", "quickstart"},  # rows of `quickstart:TASK`
-    "losses": {"data", "recipe", "data_mixers"},
-    "gradients": {"losses", "data", "recipe"},
+    "losses": {"gradients", "data", "recipe", "data_mixers"},  # balancers that read the Gram matrix
+    "gradients": {"data", "recipe"},
     "quickstart": set(),
     "train": {"losses", "gradients", "data", "recipe", "data_mixers", "evaluate", "quickstart"},
     "evaluate": {"train", "fuse", "losses", "data", "recipe"},  # loads models as train does; lm-eval on fused ones

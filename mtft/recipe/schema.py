@@ -129,11 +129,44 @@ class SampleWeightsSection(Section):
     """Exponent of focal: (1 - mean token probability) ** gamma."""
 
 
+class FlatSection(Section):
+    """Steps towards flat minima (mtft/gradients/flat.py): one process or DDP; K more forward and backward passes."""
+
+    name: Literal["f_mtl", "samo"]
+    """f_mtl: perturbed by each task's own gradient; samo: by a mix of the mean gradient and two forward passes."""
+    rho: Annotated[float, Field(gt=0)] | None = None
+    """Length of the perturbation; null: 0.05 for f_mtl, 0.001 for samo."""
+    adaptive: bool = False
+    """f_mtl: scale the perturbation by the size of each weight (ASAM)."""
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """samo: share of the task's own estimate in its perturbation."""
+    probe: Annotated[float, Field(gt=0)] = 0.01
+    """samo: length of the two-sided difference that estimates a task's gradient."""
+
+
+class GradientSection(Section):
+    """Gradients of single tasks, all out of one backward pass (mtft/gradients)."""
+
+    aggregator: str | None = None
+    """Each step follows this mix of the task gradients (docs/gradients.md): upgrad, pcgrad, mgda, ... One process or
+    DDP; elsewhere `loss.balancer: {name: lagged}`. null: the weighted sum, as without this section."""
+    options: dict[str, StrictInt | StrictFloat | StrictStr | bool] = {}
+    """The aggregator's own options."""
+    every: Annotated[int, Field(gt=0)] | None = None
+    """Steps between two measurements of how tasks get on with each other (metrics, affinity.json, the report)."""
+    partial: bool = False
+    """Measure the trained weights that can be measured, and say which are left out, instead of refusing."""
+    flat: FlatSection | None = None
+    """Look for flat minima; null: off."""
+
+
 class LossSection(Section):
     normalise: Literal["token", "sample", "task_token", "task_sample"] = "task_token"
     """What the mean runs over (MFTCoder's case 1 = token, 2 = sample, 3 = task_token, 4 = task_sample)."""
     balancer: BalancerSection = BalancerSection()
     """How the task weights move."""
+    gradients: GradientSection | None = None
+    """Gradients of single tasks: surgery, affinity, flat minima; null: none of it is computed."""
     path: Literal["auto", "gather", "fused"] = "auto"
     """How the per-token losses are computed; equal results, different speed."""
     sample_weights: SampleWeightsSection | None = None

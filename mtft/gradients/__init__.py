@@ -1,0 +1,8 @@
+"""Gradients of single tasks, and what can be made of them.
+
+capture.py, gram.py   all K task gradients from one backward pass, and their inner products
+aggregators/          one direction out of K gradients, one method a file
+affinity.py           which tasks pull together: cosine, conflict, transfer, clusters
+flat.py               steps towards flat minima
+forget.py             which modules forget most when a task is added
+"""

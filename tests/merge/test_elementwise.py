@@ -100,6 +100,41 @@ def test_global_scope_trims_over_all_modules(tmp_path):
     assert count(tmp_path / "global")[1] < 15
 
 
+def pcb_by_hand(flat, ratio):
+    """The authors' merge on flat vectors of the whole model, [K, N] (Du et al. 2024, section 3)."""
+
+    def clamped(x, low, high):
+        order = np.sort(x)
+        return np.clip(x, order[low], order[high])
+
+    def minmax(x):
+        return (x - x.min()) / (x.max() - x.min())
+
+    N = flat.shape[1]
+    a = np.stack([clamped(np.abs(x), int(1e-4 * N), int((1 - 1e-4) * N - 1)) for x in flat])
+    b = np.stack([np.exp(len(flat) * minmax(s) ** 2) for s in a]) * np.tanh(flat * flat.sum(axis=0))
+    c = np.stack([minmax(np.maximum(x, np.sort(x)[int((1 - ratio) * N)])) for x in b])
+    return (np.sign(flat) * a * c).sum(axis=0) / np.maximum(c.sum(axis=0), 1e-12)
+
+
+def test_pcb_over_the_whole_model_is_the_authors_rule():
+    """Two modules, one of them quieter: global order statistics leave it less; per module both keep the same share."""
+    one, two, three = g.factors()
+    modules = {
+        "q": [one, two, three],
+        "k": [Factors(f.A_RN, 0.3 * f.B_MR, f.scale) for f in (two, three, one)],
+    }
+    parts = [g.parts(g.W, of=factors, module=name) for name, factors in modules.items()]
+    flat = np.stack([np.concatenate([w * g.delta(p.factors[k]).ravel() for p in parts]) for k, w in enumerate(g.W)])
+    expected = pcb_by_hand(flat, 0.2).reshape(2, g.M, g.N)
+    method = make_method("pcb", {"ratio": 0.2, "scope": "global"})
+    seen = method.survey(lambda: iter(parts))
+    found = [g.full(method.merge(p, seen)) for p in parts]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    alone = [g.full(make_method("pcb", {"ratio": 0.2}).merge(p)) for p in parts]
+    assert np.count_nonzero(alone[1]) > np.count_nonzero(found[1])
+
+
 def test_truncation_of_a_full_rank_result_is_reported(tmp_path):
     rng = np.random.default_rng(0)
     paths = [

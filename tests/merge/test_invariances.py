@@ -14,6 +14,8 @@ EXACT = {
     "iso_cts": {},
     "knots_ties": {"density": 0.5},
     "knots_dare": {},
+    "core_ties": {"density": 0.5},
+    "core_dare": {},
     "wudi": {},
     "svc": {},
     "ctm": {"rank": 3},
@@ -31,8 +33,6 @@ DENSE = {
     "doge": {"steps": 20},
 }
 ALL = EXACT | DENSE
-RANDOM = {"dare", "della", "knots_dare"}
-"""Masks: the result hangs on the adapters' names, and equal adapters get different masks."""
 FULL = {"density": 1.0}
 UNCHANGED = {
     "linear": {},
@@ -43,9 +43,11 @@ UNCHANGED = {
     "delta_norm": {},
     "ties": FULL,
     "sce": FULL,
+    "core_ties": FULL,
+    "core_dare": FULL,
 }
 """One adapter alone comes out as it went in."""
-IDEMPOTENT = {"tsv": {}, "wudi": {"ridge": 0.0}, "svc": {}, "delta_norm": {}, "ties": FULL, "sce": FULL}
+IDEMPOTENT = {"tsv": {}, "wudi": {"ridge": 0.0}, "svc": {}, "delta_norm": {}, "ties": FULL, "sce": FULL, "core_ties": FULL}
 """K equal adapters come out as one of them (wudi's ridge pulls towards their sum)."""
 
 

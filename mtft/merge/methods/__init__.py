@@ -12,6 +12,7 @@ from ..errors import MergeError
 from .base import Method
 from .breadcrumbs import Breadcrumbs
 from .consensus import Consensus
+from .core_elementwise import CoreDare, CoreTies
 from .ctm import Ctm
 from .dare import Dare
 from .della import Della
@@ -39,6 +40,8 @@ METHODS: dict[str, type[Method]] = {
     "iso_cts": IsoCts,
     "knots_ties": KnotsTies,
     "knots_dare": KnotsDare,
+    "core_ties": CoreTies,
+    "core_dare": CoreDare,
     "wudi": Wudi,
     "svc": Svc,
     "ctm": Ctm,

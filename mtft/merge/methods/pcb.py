@@ -5,56 +5,106 @@
     D = scale * sum_k sign(x) a c / sum_k c
 
 Du et al., "Parameter Competition Balancing for Model Merging" (NeurIPS 2024, arXiv 2410.02396). tanh makes the rule
-hang on the scale of the deltas. The authors take order statistics over the whole model; here they are per module.
+hang on the scale of the deltas. `scope: global` takes the order statistics over the whole model, as the authors do;
+`module` (default) over each matrix, which needs fewer passes. An adapter that lacks a module has no entries there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..dense import Rule, select
-from .elementwise import DenseMethod, Task, check_density
+from ..errors import MergeError
+from .base import Survey
+from .elementwise import DenseMethod, Task, check_density, task_of
+
+Ends = tuple[float, float]
+"""Least and largest value of a clamp."""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Of each task: the clamp of |x|, the clamp of b; and K, the number of tasks that compete."""
+
+    spans: dict[str, Ends]
+    limits: dict[str, Ends]
+    K: int
 
 
 @dataclass(frozen=True)
 class Pcb(DenseMethod):
-    """ratio: share of entries that survive (the authors: 0.05 together with a search of scale and weights)."""
+    """ratio: share of entries that survive (the authors: 0.05 together with a search of scale and weights).
+
+    scope: order statistics per `module`, or `global`.
+    """
 
     ratio: float = 0.1
+    scope: str = "module"
 
     def __post_init__(self) -> None:
         check_density(self.ratio, "ratio")
+        if self.scope not in ("module", "global"):
+            raise MergeError(f"scope is {self.scope!r}", where="options.scope", do="module or global")
 
-    def rule(self, task: Task, seen: object = None) -> Rule:
-        size, K = task.stream.size, task.stream.K
-        ends = [int(1e-4 * size), max(0, int((1 - 1e-4) * size - 1))]
-        spans = select(lambda: ([np.abs(x) for x in blocks] for blocks in task.weighted()), [ends] * K, size)
+    def survey(self, modules: Survey) -> _Facts | None:
+        """For `global`: the order statistics over all modules."""
+        return None if self.scope == "module" else self._facts(lambda: (task_of(parts) for parts in modules()))
 
-        def clamp(x: np.ndarray, span: list[float]) -> np.ndarray:
-            return np.clip(np.abs(x), span[0], span[1])
-
-        def balance(blocks: list[np.ndarray]) -> list[np.ndarray]:
-            total = np.sum(blocks, axis=0)
-            return [
-                np.exp(K * _minmax(clamp(x, span), *span) ** 2) * np.tanh(x * total) for x, span in zip(blocks, spans)
-            ]
-
-        places = [min(size - 1, int((1 - self.ratio) * size)), size - 1]
-        limits = select(lambda: (balance(blocks) for blocks in task.weighted()), [places] * K, size)
+    def rule(self, task: Task, seen: _Facts | None = None) -> Rule:
+        facts = seen or self._facts(lambda: iter([task]))
+        spans, limits = ([table[name] for name in task.names] for table in (facts.spans, facts.limits))
         weights_K = task.weights_K.astype(task.stream.dtype)
 
         def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:
             blocks = [w * x for w, x in zip(weights_K, blocks)]
             top, bottom = np.zeros_like(blocks[0]), np.zeros_like(blocks[0])
-            for x, b, span, (least, most) in zip(blocks, balance(blocks), spans, limits):
+            for x, b, span, (least, most) in zip(blocks, balance(blocks, spans, facts.K), spans, limits):
                 c = _minmax(np.maximum(b, least), least, most)
-                top += np.sign(x) * clamp(x, span) * c
+                top += np.sign(x) * np.clip(np.abs(x), *span) * c
                 bottom += c
             return top / np.maximum(bottom, 1e-12)
 
         return rule
+
+    def _facts(self, tasks) -> _Facts:
+        """tasks(): a pass over the modules. Every order statistic is taken over all of them together."""
+        sizes: dict[str, int] = {}
+        dtype = np.dtype(np.float32)
+        for task in tasks():
+            dtype = task.stream.dtype
+            for name in task.names:
+                sizes[name] = sizes.get(name, 0) + task.stream.size
+        largest = max(sizes.values(), default=0)
+
+        def channels(values) -> Iterator[list[np.ndarray]]:
+            """Blocks with one array for each adapter of `sizes`, empty where it lacks the module."""
+            for task in tasks():
+                for blocks in task.weighted():
+                    found = dict(zip(task.names, values(task, blocks)))
+                    yield [found.get(name, np.empty(0, dtype)) for name in sizes]
+
+        def ends(places: list[list[int]], values) -> dict[str, Ends]:
+            found = select(lambda: channels(values), places, largest)
+            return {name: (low, high) for name, (low, high) in zip(sizes, found)}
+
+        edges = [[int(1e-4 * n), max(0, int((1 - 1e-4) * n - 1))] for n in sizes.values()]
+        spans = ends(edges, lambda task, blocks: [np.abs(x) for x in blocks])
+        tops = [[min(n - 1, int((1 - self.ratio) * n)), n - 1] for n in sizes.values()]
+
+        def balanced(task: Task, blocks: list[np.ndarray]) -> list[np.ndarray]:
+            return balance(blocks, [spans[name] for name in task.names], len(sizes))
+
+        return _Facts(spans, ends(tops, balanced), len(sizes))
+
+
+def balance(blocks: list[np.ndarray], spans: list[Ends], K: int) -> list[np.ndarray]:
+    """b of each task."""
+    total = np.sum(blocks, axis=0)
+    sharp = [np.exp(K * _minmax(np.clip(np.abs(x), *span), *span) ** 2) for x, span in zip(blocks, spans)]
+    return [a * np.tanh(x * total) for a, x in zip(sharp, blocks)]
 
 
 def _minmax(x: np.ndarray, least: float, most: float) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 regmix_dirichlet     the sampler of RegMix (Liu et al., ICLR 2025, arXiv 2407.01492), bit for bit
 batch_compositions   DaMo's P_fix (arXiv 2510.19336): every way to fill a batch of b examples with K tasks
-space_filling        far-apart mixtures inside bounds, with the current mixture repeated: the only estimate of the noise
+space_filling        Sobol points mapped to the bounds, maximin, with the current mixture repeated (measures the noise)
 cocktail             single tasks, pairs, all, all minus one (in cocktail.py)
 """
 
@@ -19,6 +19,7 @@ from .bounds import Bounds
 from .cocktail import cocktail
 from .errors import MixError
 from .mixture import Floats, Mixture
+from .sobol import sobol_mixtures
 
 __all__ = ["batch_compositions", "candidate_mixtures", "cocktail", "hit_and_run", "regmix_dirichlet", "space_filling"]
 
@@ -126,7 +127,8 @@ def space_filling(
     """[n, K] mixtures inside the bounds, far from each other in ||sqrt p - sqrt q||. Default n = 3 (K + 1).
 
     Always in: the current mixture (`repeats` times: run them with different seeds), the prior, uniform if allowed.
-    Then greedy farthest points among tempered Dirichlets projected on the bounds and a hit-and-run walk inside them.
+    Then maximin: the farthest points, one after the other, among scrambled Sobol points mapped to the bounds (sobol.py)
+    and a hit-and-run walk inside them, and exchanges as long as the smallest distance grows.
     """
     names = prior.names
     bounds = (bounds or Bounds()).over(names)
@@ -136,17 +138,53 @@ def space_filling(
     fixed = [] if current is None else [bounds.project(current.over(names))] * max(1, repeats)
     fixed.append(bounds.project(prior))
     even = np.full(K, 1 / K)
-    if not bounds.violations(even):
+    if not bounds.violations(even) and all(np.abs(even - row).sum() > 1e-6 for row in fixed):
         fixed.append(even)
     rows = fixed[:n]
-    candidates = candidate_mixtures(bounds, max(2000, 50 * n), prior=prior, seed=seed)
-    roots = np.sqrt(candidates)
-    distance = np.min([np.linalg.norm(roots - np.sqrt(row), axis=1) for row in rows], axis=0)
-    while len(rows) < n:
-        best = int(np.argmax(distance))
-        rows.append(candidates[best])
-        distance = np.minimum(distance, np.linalg.norm(roots - roots[best], axis=1))
-    return np.stack(rows)
+    pool_size = max(2000, 50 * n)
+    rng = np.random.default_rng([seed, 1])
+    candidates = np.vstack(
+        [sobol_mixtures(bounds, pool_size // 2, prior=prior, seed=seed), hit_and_run(bounds, pool_size // 2, rng)]
+    )
+    chosen = _maximin(np.sqrt(rows), np.sqrt(candidates), n - len(rows))
+    return np.vstack([rows, candidates[chosen]])
+
+
+def _maximin(fixed: Floats, pool: Floats, n: int, passes: int = 3) -> list[int]:
+    """Indices of n points of `pool` [M, K] that keep far from `fixed` [F, K] and from each other: greedy, then each is
+    exchanged for the pool's farthest from all others wherever that is farther."""
+    if n <= 0:
+        return []
+    to_fixed = np.min(np.stack([np.linalg.norm(pool - row, axis=1) for row in fixed]), axis=0)
+    distance, chosen = to_fixed.copy(), []
+    for _ in range(n):
+        chosen.append(int(np.argmax(distance)))
+        distance = np.minimum(distance, np.linalg.norm(pool - pool[chosen[-1]], axis=1))
+    between = np.stack([np.linalg.norm(pool - pool[index], axis=1) for index in chosen], axis=1)  # [M, n]
+    for _ in range(passes):
+        moved = False
+        nearest, first, second = _two_nearest(between)
+        for position in range(n):
+            free = np.minimum(to_fixed, np.where(nearest == position, second, first))
+            best = int(np.argmax(free))
+            if free[best] > free[chosen[position]] + 1e-12:
+                chosen[position], moved = best, True
+                between[:, position] = np.linalg.norm(pool - pool[best], axis=1)
+                nearest, first, second = _two_nearest(between)
+        if not moved:
+            break
+    return chosen
+
+
+def _two_nearest(between: Floats) -> tuple[NDArray[np.intp], Floats, Floats]:
+    """Which of the n points is nearest to each of M, its distance, and the distance of the second nearest."""
+    nearest = np.argmin(between, axis=1)
+    at = np.arange(len(between))
+    first = between[at, nearest]
+    between[at, nearest] = np.inf
+    second = between.min(axis=1)
+    between[at, nearest] = first
+    return nearest, first, second
 
 
 def candidate_mixtures(bounds: Bounds, n: int, *, prior: Mixture, seed: int) -> Floats:

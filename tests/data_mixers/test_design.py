@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data_mixers import Bounds, Group, MixError, Mixture, uniform
-from data_mixers.design import batch_compositions, candidate_mixtures, regmix_dirichlet, space_filling
+from data_mixers.design import _maximin, batch_compositions, candidate_mixtures, regmix_dirichlet, space_filling
+from data_mixers.sobol import sobol_mixtures
 
 PILE = (
     "0.113285273 0.079608651 0.003913491 0.185375901 0.051081359 0.015962925 0.101750772 0.003707518 0.066529351 "
@@ -78,3 +79,31 @@ def test_space_filling_keeps_bounds_and_spreads():
     random_gaps = np.linalg.norm(random_rows[:, None] - random_rows[None], axis=2) + 9 * np.eye(len(random_rows))
     assert gaps.min() > 2 * random_gaps.min()
     assert np.array_equal(rows, space_filling(bounds, prior=prior, current=uniform(prior.names), seed=1))
+
+
+def test_sobol_mixtures_are_allowed_and_more_even_than_random_ones():
+    names = ("a", "b", "c", "d", "e")
+    bounds = Bounds(caps={"a": 0.3}, floors={"b": 0.1}, groups=(Group("g", ("c", "d"), 0.2, 0.5),), names=names)
+    rows = sobol_mixtures(bounds, 200, prior=uniform(names), seed=4)
+    assert all(bounds.violations(row) == [] for row in rows)
+    assert np.array_equal(rows, sobol_mixtures(bounds, 200, prior=uniform(names), seed=4))
+    free, errors, random_errors = Bounds(names=names), [], []
+    for seed in range(10):  # strength K: uniform on the simplex, where E p = 1/K and E p^2 = 2 / (K (K + 1))
+        flat = sobol_mixtures(free, 256, prior=uniform(names), seed=seed, strengths=(5.0, 5.0))
+        errors.append(np.abs(np.mean(flat**2, axis=0) - 2 / 30).max())
+        plain = np.random.default_rng(seed).dirichlet(np.ones(5), 256)
+        random_errors.append(np.abs(np.mean(plain**2, axis=0) - 2 / 30).max())
+    assert np.mean(errors) < 0.5 * np.mean(random_errors)
+
+
+def test_exchanges_only_widen_the_smallest_gap():
+    rng = np.random.default_rng(0)
+    fixed, pool = np.sqrt(rng.dirichlet(np.ones(4), 2)), np.sqrt(rng.dirichlet(np.ones(4), 400))
+
+    def gap(passes):
+        points = np.vstack([fixed, pool[_maximin(fixed, pool, 15, passes)]])
+        return (np.linalg.norm(points[:, None] - points[None], axis=2) + 9 * np.eye(len(points))).min()
+
+    assert gap(3) >= gap(0)
+    by_hand = [max(range(400), key=lambda i: min(np.linalg.norm(pool[i] - row) for row in fixed))]
+    assert _maximin(fixed, pool, 1) == by_hand

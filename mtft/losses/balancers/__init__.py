@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mtft.errors import UserError
+from mtft.recipe.options import did_you_mean, options_of
 from mtft.recipe.schema import BalancerSection
 
-from .base import Balancer, Context, Needs, Observation, did_you_mean, options_of
+from .base import Balancer, Context, Needs, Observation
 from .coba import CoBa
 from .dwa import DynamicWeightAverage
 from .famo import Famo

@@ -13,17 +13,17 @@ NaN = the task was absent. A balancer declares in `needs` what it costs; the tra
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
+from dataclasses import InitVar, dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 from mtft.errors import UserError
+from mtft.recipe.options import check_options, did_you_mean
 
 
 class Needs(NamedTuple):
@@ -96,7 +96,7 @@ class Balancer(ABC):
         self.K = len(context.tasks)
         user_K = torch.ones(self.K) if context.user_K is None else torch.as_tensor(context.user_K)
         self.user_K = _checked_weights("user weight", user_K.double(), context.tasks, where="tasks")
-        self._check_options()
+        check_options(self, "loss.balancer")
         self.ignored = torch.zeros((), dtype=torch.int64)  # observations with an infinite or negative-infinite number
         self.needs = self.declare()
         self.reset()
@@ -176,28 +176,6 @@ class Balancer(ABC):
                 f"no value for {', '.join(missing)}", where=f"loss.balancer.{option}", do="give each a number"
             )
         return torch.tensor([values.get(name, default) for name in self.run.tasks], dtype=torch.float64)
-
-    def _check_options(self) -> None:
-        hints = get_type_hints(type(self), include_extras=True)
-        for name in options_of(type(self)):
-            try:
-                value = TypeAdapter(hints[name]).validate_python(getattr(self, name), strict=True)
-            except ValidationError as error:
-                raise UserError(
-                    f"{getattr(self, name)!r}: {error.errors()[0]['msg'].lower()}", where=f"loss.balancer.{name}"
-                ) from None
-            setattr(self, name, value)
-
-
-def options_of(kind: type[Balancer]) -> tuple[str, ...]:
-    """Names of a balancer's options, as they stand in a recipe."""
-    return tuple(field.name for field in fields(kind))
-
-
-def did_you_mean(name: str, known: tuple[str, ...]) -> str:
-    """`: did you mean 'x'?` or nothing."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def _checked_weights(what: str, w_K: Tensor, tasks: tuple[str, ...], where: str) -> Tensor:

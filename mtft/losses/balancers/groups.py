@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mtft.errors import UserError
+from mtft.recipe.options import did_you_mean
 
-from .base import Balancer, Context, Needs, Observation, did_you_mean
+from .base import Balancer, Context, Needs, Observation
 
 PREFIX = "groups."
 

@@ -1,0 +1,52 @@
+"""One direction out of K task gradients: one method a file, one dict of names, one way to make them from a recipe.
+
+All of them are written here on numpy and scipy, exactly where the original approximates (MGDA, Nash-MTL), so gradient
+surgery needs no extra package; TorchJD is what the tests compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mtft.errors import UserError
+from mtft.recipe.options import did_you_mean, options_of
+
+from .aligned_mtl import AlignedMtl
+from .base import Aggregator
+from .cagrad import CAGrad
+from .dualproj import DualProj
+from .imtl_g import ImtlG
+from .mgda import Mgda
+from .nash_mtl import NashMtl
+from .pcgrad import PCGrad
+from .sam_gs import SamGs
+from .upgrad import UPGrad
+
+AGGREGATORS: dict[str, type[Aggregator]] = {
+    kind.NAME: kind for kind in (UPGrad, DualProj, Mgda, PCGrad, CAGrad, ImtlG, NashMtl, AlignedMtl, SamGs)
+}
+
+
+def make_aggregator(
+    name: str, options: Mapping[str, object] | None = None, *, seed: int = 0, where: str = "loss.gradients"
+) -> Aggregator:
+    """The aggregator of a recipe (`where` = the key it stands under). UserError for an unknown name or option."""
+    if name not in AGGREGATORS:
+        raise UserError(
+            f"unknown aggregator {name!r}{did_you_mean(name, AGGREGATORS)}",
+            where=f"{where}.aggregator",
+            do=f"one of {', '.join(AGGREGATORS)}",
+        )
+    kind, options = AGGREGATORS[name], dict(options or {})
+    for option in options:
+        if option not in options_of(kind):
+            known = ", ".join(options_of(kind)) or "none"
+            raise UserError(
+                f"aggregator {name} has no option {option!r}{did_you_mean(option, options_of(kind))}",
+                where=f"{where}.options.{option}",
+                do=f"its options: {known}",
+            )
+    return kind(seed=seed, where=f"{where}.options", **options)
+
+
+__all__ = ["AGGREGATORS", "Aggregator", "make_aggregator"]

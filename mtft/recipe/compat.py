@@ -28,16 +28,25 @@ class BalancerNeeds(Protocol):
 
 @dataclass(frozen=True)
 class Engine:
-    """How the process was launched, as `accelerate launch` tells it: `zero` is DeepSpeed's stage, 0 = no DeepSpeed."""
+    """How the process was launched, as `accelerate launch` tells it.
+
+    zero: DeepSpeed's stage, 0 = no DeepSpeed; fsdp: version, 0 = no FSDP.
+    """
 
     zero: int = 0
-    fsdp: bool = False
+    fsdp: int = 0
     ranks: int = 1
+
+    @property
+    def cuts_weights(self) -> bool:
+        """Each rank holds a part of every weight: only a module's own forward sees them whole."""
+        return self.zero == 3 or self.fsdp > 0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Engine:
         ranks = int(environment.get("WORLD_SIZE") or 1)
-        fsdp = environment.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+        asked = environment.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+        fsdp = int(environment.get("FSDP_VERSION") or 1) if asked else 0  # 1 is accelerate's own default
         if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() not in ("1", "true"):
             return cls(0, fsdp, ranks)
         config = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
@@ -71,6 +80,9 @@ def _quantised(model: ModelSection) -> bool:
 def _merges_own_adapters(recipe: Recipe) -> bool:
     return recipe.merge is not None and recipe.merge.adapters is None
 
+
+# Optimizers whose state has the shape of the weight, so that a part of a weight is moved as the whole would be.
+CUT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 
 TABLE: tuple[Row, ...] = (
     # --- what stands in the way of a stage
@@ -112,9 +124,29 @@ TABLE: tuple[Row, ...] = (
     Row("model.quantise + DeepSpeed", TRAINING, lambda r, e, n: _quantised(r.model) and e.zero > 0,
         "DeepSpeed handles float parameters only; the packed weights of a quantised base are none",
         "launch with recipes/accelerate/ddp.yaml: each rank holds the small base; or set model.quantise: none"),
-    Row("FSDP", TRAINING, lambda r, e, n: e.fsdp,
-        "FSDP is not supported: without GPUs accelerate runs it as DDP, so nothing could be tested",
-        "use recipes/accelerate/zero3.yaml for models that don't fit on one GPU, ddp.yaml for those that do"),
+    Row("model.quantise + FSDP", TRAINING, lambda r, e, n: _quantised(r.model) and e.fsdp > 0,
+        "FSDP2 cuts float weights only; a quantised base is packed in bytes and would stay whole on every GPU",
+        "launch with recipes/accelerate/ddp.yaml: each rank holds the small base; or set model.quantise: none"),
+    Row("fsdp_version: 1", TRAINING, lambda r, e, n: e.fsdp == 1,
+        "FSDP 1 flattens the weights of a layer into one, which mixes frozen and trained ones", "set fsdp_version: 2"),
+    Row("model.dtype: fp16 + FSDP", TRAINING, lambda r, e, n: e.fsdp > 0 and r.model.dtype == "fp16",
+        "fp16's loss scaling is not tested with sharded gradients", "set model.dtype: bf16"),
+    Row("train.optimizer + FSDP", TRAINING,
+        lambda r, e, n: e.fsdp > 0 and r.train.optimizer not in CUT_OPTIMIZERS,
+        "this optimizer is not known to work on parts of a weight (its state is quantised or factored)",
+        f"take one of {', '.join(CUT_OPTIMIZERS)}, or launch with recipes/accelerate/ddp.yaml"),
+    Row("lora.init + sharded weights", TRAINING,
+        lambda r, e, n: r.lora is not None and r.lora.init in ("pissa", "olora") and e.cuts_weights,
+        "an adapter that started from a changed base is converted at the export, which needs whole weights",
+        "set lora.init: default, or launch with recipes/accelerate/ddp.yaml (or zero2.yaml)"),
+    Row("loss.orthogonal + sharded weights", TRAINING,
+        lambda r, e, n: r.loss.orthogonal > 0 and e.cuts_weights,
+        "the penalty looks at the adapter's weights outside of the forward pass, where each rank holds only a part",
+        "set loss.orthogonal: 0, or launch with recipes/accelerate/ddp.yaml (or zero2.yaml)"),
+    Row("loss.path: fused + sharded weights", TRAINING,
+        lambda r, e, n: r.loss.path == "fused" and e.cuts_weights,
+        "the fused loss takes the head's weight outside of the head's forward, where each rank holds only a part",
+        "set loss.path: gather (or auto)"),
     # --- batches
     Row("train.max_length + train.micro_batch_tokens", TRAINING,
         lambda r, e, n: r.train.max_length > r.train.micro_batch_tokens,

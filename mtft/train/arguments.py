@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from mtft.errors import UserError
+from mtft.recipe.compat import check_compat
 from mtft.recipe.schema import Recipe
-from mtft.train.engines import refuse_untested
+from mtft.train.engines import fsdp_settings
 from mtft.train.model import compute_dtype
 from mtft.train.ranks import engine, join_ranks_without_gpu, world_size
 
@@ -34,15 +35,15 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
             where="train.optimizer",
             do=f"one of {', '.join(name.value for name in OptimizerNames)}",
         )
-    refuse_untested(recipe.model.quantise)
+    check_compat(recipe, stage="train")  # for callers from Python; the command line has asked already
     on_cpu = not torch.cuda.is_available()
-    deepspeed_on_cpu = on_cpu and engine() == "deepspeed" and world_size() > 1
-    if deepspeed_on_cpu:
+    shards_on_cpu = on_cpu and engine() != "ddp" and world_size() > 1
+    if shards_on_cpu:
         join_ranks_without_gpu()
     dtype = compute_dtype(recipe.model)
     if dtype == torch.float16 and on_cpu:
         raise UserError("fp16 needs a GPU: its loss scaling does", where="model.dtype", do="use fp32 or bf16 on a CPU")
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(run_dir),
         run_name=recipe.name,
         seed=recipe.seed,
@@ -61,8 +62,8 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
         activation_checkpointing_kwargs={"use_reentrant": False} if asked.gradient_checkpointing else None,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        use_cpu=on_cpu and not deepspeed_on_cpu,
-        accelerator_config={"use_configured_state": True} if deepspeed_on_cpu else None,
+        use_cpu=on_cpu and not (shards_on_cpu and engine() == "deepspeed"),
+        accelerator_config={"use_configured_state": True} if shards_on_cpu else None,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=asked.eval_every or steps,
         save_strategy="steps" if saves else "no",
@@ -77,3 +78,6 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
         dataloader_num_workers=0 if on_cpu else 2,
         remove_unused_columns=False,
     )
+    if engine() == "fsdp":
+        args.fsdp_plugin_args = fsdp_settings(dtype)
+    return args

@@ -1,8 +1,9 @@
 """What a checkpoint of a run holds, and how a run takes it up again. The files themselves: mtft.train.state.
 
-Saved: trainable weights and optimizer (under DeepSpeed in its own files); schedule and gradient scaler; the balancer;
-the random state of every rank; counters of skipped steps; and the run's identity (fingerprints of plan and data),
-which must be the same to go on. The data need no state: step s of the plan is a pure function of s.
+Saved: trainable weights and optimizer (whole, also where ranks hold parts of them; under DeepSpeed in its own files);
+schedule and gradient scaler; the balancer; the random state of every rank; counters of skipped steps; and the run's
+identity (fingerprints of plan and data), which must be the same to go on. The data need no state: step s of the plan
+is a pure function of s.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ import torch
 import torch.distributed as dist
 
 from mtft.errors import UserError
-from mtft.train.engines import save_engine_state, trainable
+from mtft.train.engines import (
+    engine_of_launch,
+    gathered,
+    placed,
+    placed_moments,
+    resting,
+    save_engine_state,
+    trainable,
+)
 from mtft.train.state import checkpoint_folder, load_tree, prune_checkpoints, save_tree, whole_folder
 from mtft.train.tree import random_state, restore_random_state
 
@@ -30,13 +39,15 @@ def save(trainer: MultiTaskTrainer) -> Path:
 
     run_dir, step = trainer.run_dir, trainer.state.global_step
     random_states = _gather(random_state())
-    writer, sharded = trainer.args.should_save, bool(trainer.is_deepspeed_enabled)
+    writer, own_files = trainer.args.should_save, bool(trainer.is_deepspeed_enabled)
     scaler = trainer.accelerator.scaler
+    model = resting(trainer.model)
     tree = {
         "step": step,
         "identity": trainer.identity,
+        "engine": engine_of_launch(),
         "tasks": list(trainer.tasks),
-        "optimizer": None if sharded else trainer.optimizer.state_dict(),
+        "optimizer": None if own_files else gathered(trainer.optimizer.state_dict(), keep=writer),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "balancer": trainer.balancer.state_dict(),
@@ -44,11 +55,12 @@ def save(trainer: MultiTaskTrainer) -> Path:
         "random": random_states,
     }
     with whole_folder(checkpoint_folder(run_dir, step), writer=writer, barrier=_barrier) as folder:
-        if sharded:
+        if own_files:
             save_engine_state(trainer, folder)
+        weights = {} if own_files else gathered(trainable(model), keep=writer)
         if writer:
-            if not sharded:
-                weights = {name: value.detach().cpu().contiguous() for name, value in trainable(trainer.model).items()}
+            if not own_files:
+                weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
                 save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
             save_tree(folder, tree)
             trainer.state.save_to_json(str(folder / TRAINER_STATE))
@@ -58,8 +70,20 @@ def save(trainer: MultiTaskTrainer) -> Path:
 
 
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """UserError when a checkpoint was made from other data, another plan or another recipe; says which."""
-    before = load_tree(folder)["identity"]
+    """UserError when a checkpoint was made from other data, another plan or another recipe; says which.
+
+    Also when the launch can't read it: DeepSpeed's files fit only the stage and the number of ranks that wrote them.
+    """
+    tree = load_tree(folder)
+    before, wrote, here = tree["identity"], tree["engine"], engine_of_launch()
+    if wrote != here and "zero" in wrote["name"] + here["name"]:
+        raise UserError(
+            f"{folder.name} was written under {_words(wrote)}, this launch is {_words(here)}: "
+            "DeepSpeed's files can't be taken over",
+            where=str(folder.parent),
+            do="continue with the launcher configuration and the number of processes it was started with, "
+            "or start over with --fresh",
+        )
     other = [key for key in dict.fromkeys((*before, *identity)) if before.get(key) != identity.get(key)]
     if other:
         raise UserError(
@@ -73,25 +97,19 @@ def load_weights(trainer: MultiTaskTrainer, folder: Path) -> None:
     """Puts the saved weights into the model, which must have the same trainable parameters."""
     from safetensors.torch import load_file
 
-    saved, model = load_file(folder / WEIGHTS), trainable(trainer.model)
+    saved, model = load_file(folder / WEIGHTS), trainable(resting(trainer.model))
     if saved.keys() != model.keys():
         raise ValueError(f"{folder / WEIGHTS} holds other parameters: {sorted(saved.keys() ^ model.keys())[:4]}")
     with torch.no_grad():
         for name, value in saved.items():
-            model[name].copy_(value)
+            model[name].copy_(placed(value, model[name]))
 
 
 def load_state(trainer: MultiTaskTrainer, folder: Path) -> None:
     """Optimizer (DeepSpeed has loaded its own), schedule, scaler, balancer and counters."""
     tree = load_tree(folder)
-    if bool(trainer.is_deepspeed_enabled) != (tree["optimizer"] is None):
-        raise UserError(
-            f"{folder.name} was written by {'DeepSpeed' if tree['optimizer'] is None else 'another engine'}",
-            where=str(folder.parent),
-            do="continue with the launcher configuration it was started with",
-        )
     if tree["optimizer"] is not None:
-        trainer.optimizer.load_state_dict(tree["optimizer"])
+        trainer.optimizer.load_state_dict(placed_moments(trainer.optimizer, tree["optimizer"]))
     trainer.lr_scheduler.load_state_dict(tree["scheduler"])
     if trainer.accelerator.scaler is not None and tree["scaler"] is not None:
         trainer.accelerator.scaler.load_state_dict(tree["scaler"])
@@ -109,6 +127,11 @@ def load_random_state(trainer: MultiTaskTrainer, folder: Path) -> None:
         )
         return
     restore_random_state(states[rank])
+
+
+def _words(engine: dict[str, Any]) -> str:
+    count = engine["processes"]
+    return f"{engine['name']} with {count} process{'es' if count > 1 else ''}"
 
 
 def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:

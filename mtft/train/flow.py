@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from transformers.trainer_callback import TrainerCallback
 
 from mtft.errors import UserError
+from mtft.train.engines import check_sharded
 from mtft.train.log import finite
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Flow(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        check_sharded(self.trainer)
         self.trainer.run_log.start(state.global_step)
         self.trainer.observe_start()
 

@@ -30,16 +30,22 @@ def engine() -> str:
 
 
 def join_ranks_without_gpu() -> None:
-    """Joins CPU ranks under DeepSpeed before TrainingArguments would: it names no backend, and each would train alone.
+    """Joins CPU ranks under a sharding engine, before TrainingArguments would, which gets it wrong on CPUs.
 
-    TrainingArguments has to be told to keep this state (use_configured_state).
+    DeepSpeed: it names no backend, and each rank would train alone. FSDP: accelerate shards only ranks of the kind
+    MULTI_GPU, and takes a request on MULTI_CPU for DDP without a word. With the kind set here it runs the code that
+    it runs on GPUs, over gloo. TrainingArguments has to be told to keep this state (use_configured_state).
     """
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
 
     # A second run in the process: TrainingArguments forgets the first one so, except where it is told to keep a state.
     AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(backend="gloo")
+    if engine() == "fsdp":
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    else:
+        PartialState(backend="gloo")
 
 
 def check_ranks(accelerator: Accelerator) -> None:

@@ -11,7 +11,7 @@ from mtft.errors import UserError
 from mtft.recipe.compat import TABLE, Engine, check_compat
 
 ZERO_3 = Engine(zero=3, ranks=2)
-FSDP = Engine(fsdp=True, ranks=2)
+FSDP = Engine(fsdp=2, ranks=2)
 READS_VALIDATION = SimpleNamespace(valid_every=10)
 PLAIN = Engine()
 
@@ -29,7 +29,13 @@ CASES = {
     "sweep.lora: full + quantise": ("mix", ["sweep.lora=full", "model.quantise=int8"]),
     "lora.init + model.quantise": ("train", ["lora.init=pissa", "model.quantise=nf4"]),
     "model.quantise + DeepSpeed": ("train", ["model.quantise=nf4"], ZERO_3),
-    "FSDP": ("train", [], FSDP),
+    "model.quantise + FSDP": ("train", ["model.quantise=nf4"], FSDP),
+    "fsdp_version: 1": ("train", [], Engine(fsdp=1, ranks=2)),
+    "model.dtype: fp16 + FSDP": ("train", ["model.dtype=fp16"], FSDP),
+    "train.optimizer + FSDP": ("train", ["train.optimizer=adafactor"], FSDP),
+    "lora.init + sharded weights": ("train", ["lora.init=pissa"], ZERO_3),
+    "loss.orthogonal + sharded weights": ("train", ["loss.orthogonal=0.1"], FSDP),
+    "loss.path: fused + sharded weights": ("train", ["loss.path=fused"], FSDP),
     "train.max_length + train.micro_batch_tokens": (
         "train",
         ["train.max_length=4096", "train.micro_batch_tokens=1024"],
@@ -84,17 +90,20 @@ def test_several_at_once(folder):
     with pytest.raises(UserError) as caught:
         check_compat(folder.load("model.quantise=nf4", "lora.init=olora", "lora.dora=true"), stage="run", engine=ZERO_3)
     lines = caught.value.what.splitlines()
-    assert lines[0] == "3 things in the recipe can't go together"
+    assert lines[0] == "4 things in the recipe can't go together"
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
         "lora.init + model.quantise",
         "model.quantise + DeepSpeed",
+        "lora.init + sharded weights",
         "lora.dora + merge",
     ]
 
 
 def test_engine_from_the_environment_of_accelerate(tmp_path):
-    assert Engine.from_environment({}) == Engine(0, False, 1)
-    assert Engine.from_environment({"WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true"}) == Engine(0, True, 4)
+    assert Engine.from_environment({}) == Engine(0, 0, 1)
+    fsdp = {"WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true"}
+    assert Engine.from_environment(fsdp) == Engine(0, 1, 4)
+    assert Engine.from_environment({**fsdp, "FSDP_VERSION": "2"}) == Engine(0, 2, 4)
     zero = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}
     assert Engine.from_environment({**zero, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}) == ZERO_3
     config = tmp_path / "zero.json"

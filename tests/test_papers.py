@@ -14,10 +14,12 @@ def section(title):
 def test_every_method_is_named_in_its_room():
     from data_mixers.surrogates import SURROGATES
     from mtft.fuse.spec import RULES
+    from mtft.gradients.aggregators import AGGREGATORS
     from mtft.losses.balancers import BALANCERS
     from mtft.merge.methods import METHODS
 
-    for title, names in (("Mix", SURROGATES), ("Balance", BALANCERS), ("Merge", METHODS), ("Fuse", RULES)):
+    rooms = {"Mix": SURROGATES, "Balance": BALANCERS, "Gradients": AGGREGATORS, "Merge": METHODS, "Fuse": RULES}
+    for title, names in rooms.items():
         missing = [name for name in names if f"`{name}`" not in section(title)]
         assert not missing, f"docs/papers.md, section {title}, lacks {missing}"
 

@@ -64,6 +64,7 @@ def observe(balancer: Balancer, step: int, absent: Collection[str] = ()) -> Obse
         gram_KK=gram_KK if needs.gram_every and step % needs.gram_every == 0 else None,
         after_loss_K=losses(step + 0.5, 0.05) if needs.after_step else None,
         train_prob_K=torch.exp(-train_K) if needs.token_probs else None,
+        share_K=torch.where(gone_K, 0.0, 1 / (~gone_K).sum().clamp(min=1)).double() if needs.gram_every else None,
     )
 
 

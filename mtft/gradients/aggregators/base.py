@@ -98,3 +98,11 @@ def root(gram: np.ndarray) -> np.ndarray:
     cosine, length = cosines(gram)
     value, vector = np.linalg.eigh(cosine)
     return np.sqrt(value.clip(min=0))[:, None] * vector.T * length
+
+
+def even_out(gram: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Tasks with one and the same gradient share its alpha evenly: the direction stays, a tie has no winner."""
+    square = np.diag(gram)
+    apart = square[:, None] + square[None, :] - 2 * gram  # |g_i - g_j|^2
+    same = apart <= 1e-12 * np.maximum(square[:, None], square[None, :])
+    return same @ alpha / same.sum(axis=1)

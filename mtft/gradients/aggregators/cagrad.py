@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from .base import Aggregator, lengths, root
+from .base import Aggregator, even_out, lengths, root
 from .cone import shortest
 
 HALVINGS = 60  # of the interval of m: down to its rounding
@@ -42,4 +42,4 @@ class CAGrad(Aggregator):
                 low, best = middle, x
             else:
                 high = middle
-        return p + best
+        return p + even_out(gram, best)

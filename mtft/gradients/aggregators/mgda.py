@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import Aggregator, root
+from .base import Aggregator, even_out, root
 from .cone import shortest
 
 
@@ -29,4 +29,4 @@ class Mgda(Aggregator):
         scaled = gram * np.outer(scale, scale)
         # The shortest z with <g_k, z> >= 1 for all k points along the answer; its multipliers do so too.
         u, _ = shortest(root(scaled / np.diag(scaled).max()), np.ones(len(p)))
-        return scale * u / u.sum()
+        return scale * even_out(scaled, u / u.sum())

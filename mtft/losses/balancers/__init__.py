@@ -17,6 +17,7 @@ from .famo import Famo
 from .focal import Focal
 from .gradnorm import GradNorm
 from .groups import Grouped, read_groups
+from .lagged import Lagged
 from .learned import ImpartialLoss, UncertaintyWeighting
 from .scalar import GeometricMean, SmoothTchebycheff
 from .selfpaced import SelfPaced
@@ -40,6 +41,7 @@ BALANCERS: dict[str, type[Balancer]] = {
         GeometricMean,
         SmoothTchebycheff,
         GradNorm,
+        Lagged,
         VisAtb,
     )
 }

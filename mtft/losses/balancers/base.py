@@ -52,6 +52,7 @@ class Observation(NamedTuple):
     gram_KK       inner products of the task gradients of this step, if measured
     after_loss_K  loss of the same batch after the step, if asked for
     train_prob_K  mean over samples of the mean token probability, if asked for
+    share_K       each task's part of the loss at equal weights (reduce.task_coefficients), with gram_KK
     All float64 on the CPU, NaN = absent, the same on all ranks.
     """
 
@@ -61,6 +62,7 @@ class Observation(NamedTuple):
     gram_KK: Tensor | None = None
     after_loss_K: Tensor | None = None
     train_prob_K: Tensor | None = None
+    share_K: Tensor | None = None
 
 
 class Context(NamedTuple):
@@ -114,6 +116,10 @@ class Balancer(ABC):
 
     def observe(self, seen: Observation) -> None:  # noqa: B027 - many look at nothing
         """Take in one step. Numbers are finite or NaN."""
+
+    def figures(self) -> dict[str, float]:
+        """What a log should tell of this balancer besides its weights."""
+        return {}
 
     def weights(self, step: int, step_loss_K: Tensor | None = None) -> Tensor:
         """Task weights [K] of step `step`, float64, >= 0, mean 1. `step_loss_K`: its losses if `needs.step_loss`."""

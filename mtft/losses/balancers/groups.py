@@ -52,7 +52,11 @@ class Grouped(Balancer):
         rest = (seen.train_loss_K, seen.valid_loss_K, seen.gram_KK, seen.after_loss_K, seen.train_prob_K)
         train_G, valid_G, gram_GG, after_G, prob_G = (None if x is None else self._mean(x) for x in rest)
         assert train_G is not None
-        self.inner.update(Observation(seen.step, train_G, valid_G, gram_GG, after_G, prob_G))
+        share_G = None if seen.share_K is None else (self.share_GK > 0).double() @ seen.share_K
+        self.inner.update(Observation(seen.step, train_G, valid_G, gram_GG, after_G, prob_G, share_G))
+
+    def figures(self) -> dict[str, float]:
+        return self.inner.figures()
 
     def state_dict(self) -> dict[str, Any]:
         inner = {PREFIX + name: value for name, value in self.inner.state_dict().items()}

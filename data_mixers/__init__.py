@@ -9,6 +9,7 @@ from .errors import MixError
 from .ledger import Trial, TrialLedger
 from .mixture import Mixture, natural, tempered, uniform
 from .plan import MixturePlan
+from .schedule import MixtureSchedule
 from .sweep import make_trials, run_sweep
 
 # The models are in data_mixers.fit, data_mixers.propose, ...: they import scipy's optimisers, which takes a moment.
@@ -19,6 +20,7 @@ __all__ = [
     "MixError",
     "Mixture",
     "MixturePlan",
+    "MixtureSchedule",
     "Trial",
     "TrialLedger",
     "batch_compositions",

@@ -3,7 +3,8 @@
 No state but one integer (the step); the same for any number of ranks, workers and restarts. Per step every task has
 exactly floor or ceil of its even share (quota.py), spread evenly inside the step, so that any contiguous micro-batch is
 near the mixture too; each epoch of a task has a fresh order (feistel.py). With unit="tokens" the streams of the tasks
-are merged by tokens instead (token_merge.py).
+are merged by tokens instead (token_merge.py). The shares may change over the run (schedule.py, varying.py), and a step
+may hold one task only (style="alternating").
 
 Compare `datasets.interleave_datasets`: shares realised only in the mean, no caps on repeats, resume in O(rows).
 """
@@ -14,6 +15,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -22,10 +24,12 @@ from numpy.typing import ArrayLike, NDArray
 from .errors import MixError
 from .feistel import half_bits, permute, round_keys, task_word
 from .mixture import Mixture, check_names, size_array
-from .quota import Ints, StepQuota, capped_shares, largest_remainder
+from .quota import Ints, StepQuota, capped_shares, interleave, largest_remainder
+from .schedule import MixtureSchedule
 from .token_merge import TokenMerge
+from .varying import VaryingQuota, capped_over_time
 
-VERSION = 1  # of this algorithm; part of the fingerprint
+VERSION = 2  # of this algorithm; part of the fingerprint
 BLOCK_ROWS = 65536  # rows whose order is computed together
 Rows = tuple[Ints, Ints, Ints]  # task, epoch, row: int64, one entry per slot
 
@@ -33,16 +37,19 @@ Rows = tuple[Ints, Ints, Ints]  # task, epoch, row: int64, one entry per slot
 class MixturePlan:
     """The order of a whole run.
 
-    mixture: shares asked. sizes: rows of each task ({name: N_k}, or [K] in the mixture's order).
+    mixture: shares asked, or a schedule of them (`.mixture` is then its mean). sizes: rows of each task ({name: N_k},
+    or [K] in the mixture's order).
     steps S; batch G: examples in an optimizer step over all ranks (unit="examples") or tokens (unit="tokens", which
     needs lengths: {name: tokens of each row [N_k]}).
     max_epochs: how often a row may be seen ({name: x} or one number); on_cap: "error" or "redistribute".
-    start: visits already made of each task [K] (a plan that follows another one goes on in its epochs).
+    style: "mixed", or "alternating": one task a step, as many steps of each as its share says.
+    start: visits already made of each task [K] (a plan that follows another one goes on in its epochs); carry: rows
+    that the other plan still owes each task [K], sum 0 (unit="examples").
     """
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: Mixture | MixtureSchedule,
         sizes: Mapping[str, int] | Sequence[int],
         *,
         steps: int,
@@ -52,19 +59,26 @@ class MixturePlan:
         on_cap: Literal["error", "redistribute"] = "error",
         unit: Literal["examples", "tokens"] = "examples",
         lengths: Mapping[str, ArrayLike] | Sequence[ArrayLike] | None = None,
+        style: Literal["mixed", "alternating"] = "mixed",
         start: Sequence[int] | None = None,
+        carry: Sequence[float] | None = None,
     ) -> None:
         if steps < 1 or batch < 1:
             raise MixError(f"steps {steps} and batch {batch}", do="both at least 1")
-        if on_cap not in ("error", "redistribute") or unit not in ("examples", "tokens"):
-            raise MixError(
-                f"on_cap {on_cap!r}, unit {unit!r}", do='on_cap "error" or "redistribute"; unit "examples" or "tokens"'
-            )
-        self.mixture, self.names = mixture, mixture.names
+        for key, value, known in (
+            ("on_cap", on_cap, ("error", "redistribute")),
+            ("unit", unit, ("examples", "tokens")),
+            ("style", style, ("mixed", "alternating")),
+        ):
+            if value not in known:
+                raise MixError(f"{key} {value!r}", do=f"use {' or '.join(known)}")
+        self.schedule = mixture if isinstance(mixture, MixtureSchedule) else None
+        self.mixture = mixture.mean(steps) if isinstance(mixture, MixtureSchedule) else mixture
+        self.names, self.style = mixture.names, style
         self.steps, self.batch, self.seed, self.unit = int(steps), int(batch), int(seed), unit
         self.size_K = size_array(self.names, sizes).astype(np.int64)
         self.start_K = np.zeros(len(self.names), dtype=np.int64) if start is None else np.asarray(start, dtype=np.int64)
-        for name, size, share in zip(self.names, self.size_K, mixture.shares, strict=True):
+        for name, size, share in zip(self.names, self.size_K, self.mixture.shares, strict=True):
             if size == 0 and share > 0:
                 raise MixError(
                     f"task {name} has no rows and a share of {share:.6g}", do="give it rows, or a share of 0"
@@ -74,13 +88,9 @@ class MixturePlan:
         self._max_rows_K = self._caps(max_epochs)
         self._blocks: OrderedDict[int, Rows] = OrderedDict()
         self._merge: TokenMerge | None = None
+        self.carry = None if carry is None else [float(owed) for owed in carry]
         if unit == "examples":
-            total = self.steps * self.batch
-            share_K = capped_shares(
-                mixture.shares, self._max_rows_K - self.start_K, total, on_cap=on_cap, names=self.names, describe="rows"
-            )
-            self.rows_K = largest_remainder(share_K * total, total)
-            self._quota = StepQuota(self.rows_K, self.steps)
+            self._quota = self._count(on_cap)
             self._block_steps = min(max(1, BLOCK_ROWS // self.batch), StepQuota.BLOCK)
         else:
             if lengths is None:
@@ -91,7 +101,24 @@ class MixturePlan:
                 check_names(tuple(lengths), self.names)
                 lengths = [lengths[name] for name in self.names]
             self._merge = TokenMerge(self, [np.asarray(length, dtype=np.int64) for length in lengths], on_cap)
-            self.rows_K = self._merge.rows_K
+
+    def _count(self, on_cap: Literal["error", "redistribute"]) -> StepQuota | VaryingQuota:
+        """Exact counts of every step: of rows, or of steps (`_seat` rows each) when tasks alternate."""
+        self._seat = self.batch if self.style == "alternating" else 1
+        seats = self.batch // self._seat
+        limit_K = np.where(np.isinf(self._max_rows_K), np.inf, np.floor((self._max_rows_K - self.start_K) / self._seat))
+        total, options = self.steps * seats, {"on_cap": on_cap, "names": self.names, "describe": "rows"}
+        if self._seat > 1:
+            options["describe"] = f"steps of {self._seat} rows"
+        if self.schedule is None and self.carry is None:
+            share_K = capped_shares(self.mixture.shares, limit_K, total, **options)
+            return StepQuota(largest_remainder(share_K * total, total), self.steps)
+        share_SK = (
+            np.tile(self.mixture.shares, (self.steps, 1)) if self.schedule is None else self.schedule.shares(self.steps)
+        )
+        owed_K = None if self.carry is None else np.array(self.carry) / self._seat
+        free_K = limit_K if owed_K is None else limit_K - np.maximum(owed_K, 0)
+        return VaryingQuota(capped_over_time(share_SK, free_K, total, **options), seats, limit_K, owed_K)
 
     def _caps(self, max_epochs: Mapping[str, float] | float | None) -> NDArray[np.float64]:
         if max_epochs is None:
@@ -110,7 +137,12 @@ class MixturePlan:
 
     def __len__(self) -> int:
         """Rows in the whole run."""
-        return int(self.rows_K.sum())
+        return self.step_range(self.steps - 1)[1]
+
+    @cached_property
+    def rows_K(self) -> Ints:
+        """Rows of each task [K] in the whole run."""
+        return self.counts(self.steps)
 
     def step(self, s: int, rank: int = 0, world: int = 1) -> Rows:
         """(task, epoch, row), int64, for the slots rank, rank + world, ... of step s (0 <= s < S)."""
@@ -168,7 +200,8 @@ class MixturePlan:
         else:
             first = number * self._block_steps
             last = min(first + self._block_steps, self.steps)
-            block = self.rows_of(*interleave(self._quota.rows(first, last), self.start_K + self._quota.counts(first)))
+            n_SK = self._seat * self._quota.rows(first, last)
+            block = self.rows_of(*interleave(n_SK, self.start_K + self.counts(first)))
         self._blocks[number] = block
         if len(self._blocks) > 8:
             self._blocks.popitem(last=False)
@@ -178,7 +211,13 @@ class MixturePlan:
 
     def counts(self, s: int) -> Ints:
         """Rows of each task [K] in the steps before s (without `start`)."""
-        return self._merge.counts(s) if self._merge is not None else self._quota.counts(s)
+        return self._merge.counts(s) if self._merge is not None else self._seat * self._quota.counts(s)
+
+    def owed(self, s: int) -> NDArray[np.float64]:
+        """Rows [K] that each task is behind (or ahead: < 0) of its exact share after s steps; unit="examples"."""
+        if self._merge is not None:
+            raise ValueError("a plan by tokens keeps no account of rows")
+        return self._seat * (self._quota.exact(s) - self._quota.counts(s))
 
     def table(self) -> list[dict[str, Any]]:
         """One dict per task: asked and realised share (in `unit`), rows, tokens (unit tokens only), size, epochs."""
@@ -217,6 +256,11 @@ class MixturePlan:
             "unit": self.unit,
             "lengths": self._merge.digest if self._merge is not None else None,
             "start": self.start_K.tolist(),
+            "schedule": None
+            if self.schedule is None
+            else [[at, *map(repr, m.shares.tolist())] for at, m in self.schedule.stops],
+            "style": self.style,
+            "carry": self.carry,
         }
 
     @property
@@ -247,21 +291,6 @@ class MixturePlan:
                 do="use the same tasks, mixture, steps, batch and seed; or start over",
             )
         return int(state["step"])
-
-
-def interleave(n_SK: Ints, before_K: Ints) -> tuple[Ints, Ints]:
-    """(task, visit) of all slots of some steps. n [S, K]: rows per step and task; before_K: visits before.
-
-    Inside a step the n_k rows of task k sit at (j + 1/2) / n_k, ties to the lower task: n = 3,2,2,1 -> 0 1 2 0 3 1 2 0.
-    """
-    steps, tasks = n_SK.shape
-    flat = n_SK.reshape(-1)
-    cell = np.repeat(np.arange(steps * tasks), flat)
-    j = np.arange(len(cell)) - np.repeat(np.cumsum(flat) - flat, flat)
-    step, task = np.divmod(cell, tasks)
-    visit = before_K[task] + (np.cumsum(n_SK, axis=0) - n_SK).reshape(-1)[cell] + j
-    order = np.lexsort((task, (2 * j + 1) / (2 * flat[cell]), step))
-    return task[order], visit[order]
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""How many rows of each task: totals of a run, and the exact share of every step.
+"""How many rows of each task: totals of a run, the exact share of every step, and their order inside it.
 
 Totals: largest-remainder rounding of S G p_k. Steps: each takes T_k // S rows of task k or one more; the extra rows are
 placed by PD^2, the proportionate-fair scheduler of Anderson & Srinivasan (JCSS 2004; Baruah et al. 1996), so that after
@@ -106,6 +106,10 @@ class StepQuota:
             extra_K = extra_K + self._block(block)[:inside].sum(axis=0)
         return step * self.base_K + extra_K
 
+    def exact(self, step: int) -> NDArray[np.float64]:
+        """s T_k / S: what C_k is within one of."""
+        return step * np.array(self.total, dtype=np.float64) / self.steps
+
     def rows(self, start: int, stop: int) -> Ints:
         """n [stop - start, K]: rows of each task in each of the steps start .. stop - 1."""
         parts = []
@@ -165,6 +169,21 @@ class StepQuota:
                 done[k] += 1
                 release(k, step + 1)
         return extra, done
+
+
+def interleave(n_SK: Ints, before_K: Ints) -> tuple[Ints, Ints]:
+    """(task, visit) of all slots of some steps. n [S, K]: rows per step and task; before_K: visits before.
+
+    Inside a step the n_k rows of task k sit at (j + 1/2) / n_k, ties to the lower task: n = 3,2,2,1 -> 0 1 2 0 3 1 2 0.
+    """
+    steps, tasks = n_SK.shape
+    flat = n_SK.reshape(-1)
+    cell = np.repeat(np.arange(steps * tasks), flat)
+    j = np.arange(len(cell)) - np.repeat(np.cumsum(flat) - flat, flat)
+    step, task = np.divmod(cell, tasks)
+    visit = before_K[task] + (np.cumsum(n_SK, axis=0) - n_SK).reshape(-1)[cell] + j
+    order = np.lexsort((task, (2 * j + 1) / (2 * flat[cell]), step))
+    return task[order], visit[order]
 
 
 def _ceil(a: int, b: int) -> int:

@@ -3,22 +3,29 @@
 Row i of task k's stream has the tag (tokens before it + half its own) / p_k; all streams are merged by tag, ties to the
 lower task. At every prefix |tokens_k - p_k tokens| <= L_k / 2 + p_k sum_j L_j / 2 with L the longest rows; with the tag
 at a row's start or end the error is about twice that. Step s takes rows until the cumulative tokens reach
-(s + 1) x batch tokens. Kept: one small integer per row of the run, and counts every 4096 rows.
+(s + 1) x batch tokens. Where the shares change over the run, a row's tag is the place at which the tokens that its task
+is asked for reach the row's middle. Where tasks alternate, a task's i-th step takes rows until its own tokens reach
+i x batch tokens. Kept: one small integer per row of the run, and counts every 4096 rows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import MixError
-from .quota import Ints, capped_shares
+from .quota import Ints, StepQuota, capped_shares, largest_remainder
+from .varying import VaryingQuota, capped_over_time
 
 if TYPE_CHECKING:
     from .plan import MixturePlan
+
+Floats = NDArray[np.float64]
+OnCap = Literal["error", "redistribute"]
 
 
 class TokenMerge:
@@ -26,34 +33,18 @@ class TokenMerge:
 
     BLOCK = 4096  # rows between two count marks
 
-    def __init__(self, plan: MixturePlan, lengths: list[Ints], on_cap: str) -> None:
+    def __init__(self, plan: MixturePlan, lengths: list[Ints], on_cap: OnCap) -> None:
         self._check(plan, lengths)
         self._start_K = plan.start_K
-        K, total = len(plan.names), plan.steps * plan.batch
+        K = len(plan.names)
         self.digest = hashlib.sha256(
             b"".join(hashlib.sha256(length.tobytes()).digest() for length in lengths)
         ).hexdigest()
         limit_K = np.array([self._tokens_under_cap(plan, k, lengths[k]) for k in range(K)])
-        share_K = capped_shares(plan.mixture.shares, limit_K, total, on_cap=on_cap, names=plan.names, describe="tokens")
-        # A stream must reach past the last tag that can be drawn: the total plus half a longest row of each task.
-        reach = total + sum(int(length.max()) for length in lengths if len(length)) + 1
-        tags, tasks, owns = [], [], []
-        for k in range(K):
-            own = self._stream(plan, k, lengths[k], share_K[k] * reach)
-            if len(own):
-                tags.append((2.0 * (np.cumsum(own) - own) + own) / (2.0 * share_K[k]))
-                tasks.append(np.full(len(own), k, dtype=np.uint16))
-                owns.append(own)
-        order = np.argsort(np.concatenate(tags), kind="stable")  # stable: ties stay in task order
-        task, own = np.concatenate(tasks)[order], np.concatenate(owns)[order]
-        cumulative = np.cumsum(own)
-        asked = np.arange(1, plan.steps + 1, dtype=np.int64) * plan.batch
-        self.bounds = np.r_[0, np.minimum(np.searchsorted(cumulative, asked) + 1, len(task))]
-        if np.any(np.diff(self.bounds) <= 0):
-            step = int(np.flatnonzero(np.diff(self.bounds) <= 0)[0])
-            raise MixError(
-                f"the rows that max_epochs allows end before step {step}", do="fewer steps, or a higher max_epochs"
-            )
+        if plan.style == "alternating":
+            task, own, self.bounds = self._take_turns(plan, lengths, limit_K, on_cap)
+        else:
+            task, own, self.bounds = self._merged(plan, lengths, limit_K, on_cap)
         end = int(self.bounds[-1])
         self._task = task[:end].astype(np.uint8 if K <= 256 else np.uint16)
         self.rows_K = np.bincount(self._task, minlength=K).astype(np.int64)
@@ -62,6 +53,74 @@ class TokenMerge:
         for first in range(0, end, self.BLOCK):
             marks.append(marks[-1] + np.bincount(self._task[first : first + self.BLOCK], minlength=K))
         self._marks = np.stack(marks)
+
+    def _merged(
+        self, plan: MixturePlan, lengths: list[Ints], limit_K: Floats, on_cap: OnCap
+    ) -> tuple[Ints, Ints, Ints]:
+        """(task, tokens) of every row in order, and the steps' bounds [S + 1]: streams merged by tag."""
+        total, options = plan.steps * plan.batch, {"on_cap": on_cap, "names": plan.names, "describe": "tokens"}
+        if plan.schedule is None:
+            share_K = capped_shares(plan.mixture.shares, limit_K, total, **options)
+            asked_K, last_K = share_K * total, share_K
+            tag = [lambda x, share=share: x / share for share in share_K]
+        else:
+            share_SK = capped_over_time(plan.schedule.shares(plan.steps), limit_K, total, **options)
+            asked_SK = np.vstack([np.zeros(len(limit_K)), np.cumsum(share_SK, axis=0)]) * plan.batch
+            asked_K, last_K = asked_SK[-1], share_SK[-1]
+            at_S = np.arange(plan.steps + 1, dtype=np.float64) * plan.batch
+            tag = [partial(_reached, asked_S=asked_SK[:, k], at_S=at_S, last=last_K[k]) for k in range(len(limit_K))]
+        # A stream must reach past the last tag that can be drawn: the total plus half a longest row of each task.
+        beyond = sum(int(length.max()) for length in lengths if len(length)) + 1
+        tags, tasks, owns = [], [], []
+        for k in range(len(limit_K)):
+            own = self._stream(plan, k, lengths[k], asked_K[k] + last_K[k] * beyond)
+            if len(own):
+                tags.append(tag[k]((2.0 * (np.cumsum(own) - own) + own) / 2.0))
+                tasks.append(np.full(len(own), k, dtype=np.uint16))
+                owns.append(own)
+        order = np.argsort(np.concatenate(tags), kind="stable")  # stable: ties stay in task order
+        task, own = np.concatenate(tasks)[order], np.concatenate(owns)[order]
+        asked = np.arange(1, plan.steps + 1, dtype=np.int64) * plan.batch
+        bounds = np.r_[0, np.minimum(np.searchsorted(np.cumsum(own), asked) + 1, len(task))]
+        self._refuse_empty(bounds)
+        return task, own, bounds
+
+    def _take_turns(
+        self, plan: MixturePlan, lengths: list[Ints], limit_K: Floats, on_cap: OnCap
+    ) -> tuple[Ints, Ints, Ints]:
+        """The same for steps of one task each: which task has which step is counted exactly, as for rows."""
+        S, K = plan.steps, len(limit_K)
+        turns_K = np.where(np.isinf(limit_K), np.inf, np.floor(limit_K / plan.batch))
+        options = {"on_cap": on_cap, "names": plan.names, "describe": f"steps of {plan.batch} tokens"}
+        quota: StepQuota | VaryingQuota
+        if plan.schedule is None:
+            quota = StepQuota(largest_remainder(capped_shares(plan.mixture.shares, turns_K, S, **options) * S, S), S)
+        else:
+            quota = VaryingQuota(capped_over_time(plan.schedule.shares(S), turns_K, S, **options), 1, turns_K)
+        turn_SK = quota.rows(0, S).astype(bool)
+        rows_S, own_of = np.zeros(S, dtype=np.int64), []
+        for k in range(K):
+            turns = int(turn_SK[:, k].sum())
+            own = self._stream(plan, k, lengths[k], float(turns * plan.batch))
+            ends = np.searchsorted(np.cumsum(own), np.arange(1, turns + 1) * plan.batch) + 1
+            ends = np.minimum(ends, len(own))
+            rows_S[turn_SK[:, k]] = np.diff(ends, prepend=0)
+            own_of.append(own[: ends[-1]] if turns else own[:0])
+        task = np.repeat(np.argmax(turn_SK, axis=1), rows_S)
+        own = np.empty(len(task), dtype=np.int64)
+        for k in range(K):
+            own[task == k] = own_of[k]
+        bounds = np.r_[0, np.cumsum(rows_S)]
+        self._refuse_empty(bounds)
+        return task, own, bounds
+
+    @staticmethod
+    def _refuse_empty(bounds: Ints) -> None:
+        if np.any(np.diff(bounds) <= 0):
+            step = int(np.flatnonzero(np.diff(bounds) <= 0)[0])
+            raise MixError(
+                f"the rows that max_epochs allows end before step {step}", do="fewer steps, or a higher max_epochs"
+            )
 
     @staticmethod
     def _check(plan: MixturePlan, lengths: list[Ints]) -> None:
@@ -113,6 +172,13 @@ class TokenMerge:
         number, inside = divmod(int(self.bounds[s]), self.BLOCK)
         part = self._task[number * self.BLOCK : number * self.BLOCK + inside]
         return self._marks[number] + np.bincount(part, minlength=len(self.rows_K))
+
+
+def _reached(x: Floats, asked_S: Floats, at_S: Floats, last: float) -> Floats:
+    """Where the asked tokens (asked_S at the steps' borders at_S, `last` a token after them) reach x."""
+    inside = np.interp(x, asked_S, at_S)
+    with np.errstate(divide="ignore", invalid="ignore"):  # last = 0: what comes after the end comes never
+        return np.where(x > asked_S[-1], at_S[-1] + np.divide(x - asked_S[-1], last), inside)
 
 
 def _tokens_until(plan: MixturePlan, k: int, length: Ints, visits: int) -> int:

@@ -21,7 +21,7 @@ from .errors import MixError
 from .ledger import Arrays, Record, TrialLedger
 from .mixture import SUM_TOLERANCE, Floats, Mixture, check_names
 from .surrogates import Prediction, Stack, candidates_of
-from .surrogates.base import conformal_quantile, shares
+from .surrogates.base import shares
 from .surrogates.stack import repeat_variance, spearman
 from .tables import read_table
 
@@ -74,13 +74,7 @@ class TargetFit:
     def coverage(self) -> float:
         """Share of left-out trials inside their interval, the interval's width taken from the other folds only."""
         model = self.model
-        if model._constant is not None:
-            return 1.0
-        inside = np.zeros(len(model._ratios), dtype=bool)
-        for fold in np.unique(model.fold_of):
-            held = model.fold_of == fold
-            inside[held] = model._ratios[held] <= conformal_quantile(model._ratios[~held], self.level)
-        return float(inside.mean())
+        return 1.0 if model._constant is not None else model.coverage_of(model._ratios, self.level)
 
     @property
     def nlpd(self) -> float:
@@ -114,7 +108,13 @@ class TargetFit:
             "sd": self.sd,
             "noise_sd": self.noise_sd,
             "candidates": [
-                {"name": score.name, "rho": score.rho, "r2": score.r2, "weight": score.weight}
+                {
+                    "name": score.name,
+                    "rho": score.rho,
+                    "r2": score.r2,
+                    "coverage": score.coverage,
+                    "weight": score.weight,
+                }
                 for score in self.model.scores
             ],
             "trials": [
@@ -127,10 +127,12 @@ class TargetFit:
         """The report for a terminal."""
         lines = [
             f"{self.target} ({'lower' if self.goal == 'min' else 'higher'} is better), {len(self.arrays.y)} trials"
+            + (f" ({self.nulls} without a finite score left out)" if self.nulls else "")
         ]
-        lines += [f"  {'candidate':<18}{'CV rho':>8}{'CV R2':>8}{'weight':>8}"]
-        lines += [f"  {s.name:<18}{s.rho:8.2f}{s.r2:8.3f}{s.weight:8.2f}" for s in self.model.scores]
-        lines.append(f"  {'all together':<18}{self.rho:8.2f}{self.r2:8.3f}")
+        lines += [f"  {'surrogate':<18}{'CV rho':>8}{'CV R2':>8}{'cover':>7}{'weight':>8}"]
+        lines += [f"  {s.name:<18}{s.rho:8.2f}{s.r2:8.3f}{s.coverage:7.2f}{s.weight:8.2f}" for s in self.model.scores]
+        if len(self.model.scores) > 1:
+            lines.append(f"  {'auto':<18}{self.rho:8.2f}{self.r2:8.3f}{self.coverage:7.2f}")
         if not self.signal:
             lines.append("  no signal: no candidate predicts a trial better than the mean of the others")
         else:

@@ -64,6 +64,21 @@ class Proposal:
             ),
         )
 
+    def table(self) -> str:
+        """For a terminal: shares and predicted targets, current beside proposed, and the verdict."""
+        epochs = self.epochs or {}
+        lines = [f"{'task':<24}{'current':>9}{'proposed':>10}" + (f"{'epochs':>9}" if epochs else "")]
+        for name, share in self.mixture.as_dict().items():
+            tail = f"{epochs[name]:9.2f}" if epochs else ""
+            lines.append(f"{name:<24}{self.current[name]:9.4f}{share:10.4f}{tail}")
+        if self.binding:
+            lines.append(f"held back by: {', '.join(self.binding)}")
+        lines += ["", f"{'target':<24}{'current':>28}{'proposed':>32}"]
+        for name, proposed in self.predicted.items():
+            cells = [f"{m:.4g} ({low:.4g} to {high:.4g})" for m, low, high in (self.predicted_current[name], proposed)]
+            lines.append(f"{name:<24}{cells[0]:>28}{cells[1]:>32}")
+        return "\n".join([*lines, "", self.text])
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
         return {

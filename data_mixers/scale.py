@@ -15,11 +15,12 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import t as student
 
 from .errors import MixError
 from .fit import Fits, TargetFit
 from .mixture import Floats
-from .surrogates import Stack
+from .surrogates import Prediction, Stack
 
 OFFSET = 3e-3
 MINIMUM_RUNS = 4
@@ -118,6 +119,75 @@ def _law_or_stack(fitted: TargetFit, threshold: float) -> TargetFit:
     law = Stack(candidates={best: fitted.model.candidates[best]}, folds=fitted.model.folds, seed=fitted.model.seed)
     law.fit(data["X"], data["y"], groups=data["groups"], progress=data["tau"], weights=data["weights"])
     return replace(fitted, model=law)
+
+
+@dataclass
+class ScaledFits:
+    """Fits of small trials, mapped to the scale of m large runs. Predictions only: what the small trials say of a
+    mixture (Fits.targets) and what that is worth at the large scale."""
+
+    small: Fits
+    scale_map: ScaleMap
+    rmse_J: Floats  # of the large runs, each predicted by the map of the others
+    runs: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.small.names
+
+    @property
+    def targets(self) -> dict[str, TargetFit]:
+        return self.small.targets
+
+    def predict(self, X: ArrayLike, *, level: float = 0.9) -> dict[str, Prediction]:
+        """{target: Prediction at the large scale}. Half width: Student's t (m - 1 degrees) times the rmse of the large
+        runs left out, at least what the small trials' interval becomes on the map."""
+        rows = np.atleast_2d(np.asarray(X, dtype=np.float64))
+        small = self.small.predict(rows, level=level)
+        mean_J = self.scale_map.predict(rows, np.stack([prediction.mean for prediction in small.values()]))
+        factor = float(student.ppf((1 + level) / 2, self.runs - 1)) * np.sqrt(1 + 1 / self.runs)
+        out = {}
+        for number, (name, prediction) in enumerate(small.items()):
+            own = abs(self.scale_map.slope_J[number]) * 0.5 * (prediction.upper - prediction.lower)
+            half = np.maximum(factor * self.rmse_J[number], own)
+            out[name] = Prediction(mean_J[number], mean_J[number] - half, mean_J[number] + half)
+        return out
+
+    def text(self) -> str:
+        """The small trials' report, and how the large runs map."""
+        lines = [
+            self.small.text(),
+            "",
+            f"mapped to {self.runs} large runs (score = slope x small + offset + residual):",
+        ]
+        lines += [
+            f"  {name:<18}slope {slope:7.3f}  offset {offset:9.4g}  rmse of runs left out {rmse:.4g}"
+            for name, slope, offset, rmse in zip(
+                self.targets, self.scale_map.slope_J, self.scale_map.offset_J, self.rmse_J, strict=True
+            )
+        ]
+        return "\n".join(lines)
+
+
+def calibrate(fits: Fits, large_X: ArrayLike, large_scores: ArrayLike) -> ScaledFits:
+    """Map the fits to the scale of m >= 4 large runs: large_X [m, K] in the order of fits.names, large_scores [J, m]
+    in the order of fits.targets."""
+    rows, scores = np.atleast_2d(np.asarray(large_X, dtype=np.float64)), np.atleast_2d(np.asarray(large_scores))
+    names, m = tuple(fits.targets), len(rows)
+    rows = rows / rows.sum(axis=1, keepdims=True)
+    small = small_scale_mean(fits, rows)
+    trials = [fitted.arrays.X / fitted.arrays.X.sum(axis=1, keepdims=True) for fitted in fits.targets.values()]
+    spread_J = np.array([fitted.model.mean(X).var() for fitted, X in zip(fits.targets.values(), trials, strict=True)])
+    found = fit_scale(names, rows, small, scores, spread_J)
+    error = np.full(scores.shape, np.nan)
+    for run in range(m):
+        others = np.delete(np.arange(m), run)
+        if len(others) >= MINIMUM_RUNS:
+            part = fit_scale(names, rows[others], small[:, others], scores[:, others], spread_J)
+            error[:, run] = scores[:, run] - part.predict(rows[[run]], small[:, [run]])[:, 0]
+        else:  # four runs: the error of the map without its slope, which is larger
+            error[:, run] = scores[:, run] - scores[:, others].mean(axis=1)
+    return ScaledFits(fits, found, np.sqrt(np.mean(error**2, axis=1)), m)
 
 
 def predict_large(

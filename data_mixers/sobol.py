@@ -2,10 +2,10 @@
 
     p = l + (1 - sum l) d,   d = g / sum g,   g_k = F^-1(u_k; strength q_k),   q = tempered prior
 
-u are scrambled Sobol points of K + 1 dimensions (Owen 1995; Joe & Kuo 2008): K of them gamma quantiles, the last one the
-strength, log-uniform, so that corners and middles are both visited. Floors are kept by the affine map; what breaks a
-cap, an epoch cap or a group is projected in KL onto the bounds. Without limits, a uniform prior and strength K this is
-the uniform distribution on the simplex.
+u are scrambled Sobol points of K + 1 dimensions (Owen 1995; Joe & Kuo 2008): K of them gamma quantiles, the last one
+the strength, log-uniform, so that corners and middles are both visited. Floors are kept by the affine map; what breaks
+a cap, an epoch cap or a group is projected in KL onto the bounds. Without limits, with a uniform prior and strength K,
+this is the uniform distribution on the simplex.
 """
 
 from __future__ import annotations

@@ -63,6 +63,9 @@ def read_shares_csv(path: str | Path) -> list[tuple[str, float]]:
     return pairs
 
 
+MISSING = {"", "nan", "inf", "-inf", "na", "null", "none"}  # scores of runs that diverged, as tools write them
+
+
 @dataclass(frozen=True)
 class Table:
     """A CSV of numbers: `index` (strings) and `values` [n, C] under `columns`. A blank cell is NaN where allowed."""
@@ -76,7 +79,8 @@ class Table:
 
 def read_table(path: str | Path, index: str | None = None, *, blank: bool = False) -> Table:
     """Read a CSV with a header. `index` names its key column (default: the first one called index, id or trial, else
-    the first column). Errors: repeated or missing index, repeated column, cell that is no number, ragged row."""
+    the first column). blank: empty cells, nan and inf become NaN (scores of runs that diverged). Errors: repeated or
+    missing index, repeated column, cell that is no number, ragged row."""
     rows = list(csv.reader(read_text(path).splitlines()))
     if len(rows) < 2:
         raise MixError("no rows", where=str(path), do="a header and at least one row")
@@ -106,7 +110,7 @@ def read_table(path: str | Path, index: str | None = None, *, blank: bool = Fals
         cells = [cell for position, cell in enumerate(row) if position != at]
         values.append(
             [
-                math.nan if blank and not cell.strip() else parse_number(cell, f"{path}:{line}", name)
+                math.nan if blank and cell.strip().lower() in MISSING else parse_number(cell, f"{path}:{line}", name)
                 for cell, name in zip(cells, columns, strict=True)
             ]
         )

@@ -37,12 +37,13 @@ SMALLEST = 0.02  # a weight below this is not worth the model
 
 @dataclass(frozen=True)
 class CandidateScore:
-    """How one candidate did on the folds left out. rho: Spearman x 100."""
+    """How one candidate did on the folds left out. rho: Spearman x 100; coverage: of its 90 % intervals."""
 
     name: str
     rho: float
     r2: float
     weight: float
+    coverage: float = float("nan")
 
 
 @dataclass
@@ -87,22 +88,52 @@ class Stack(PointSurrogate):
         held_out = {label: self._hold_out(model, folds) for label, model in fitted.items()}
         baseline = float(np.mean((y - mean_n) ** 2))
         self._error = {label: float(np.mean((y - mean) ** 2)) for label, (mean, _) in held_out.items()}
-        useful = [label for label in fitted if self._error[label] < baseline]
-        self.weights = _stacking_weights({label: held_out[label][0] for label in useful}, y, self._error)
+        held_means = {label: mean for label, (mean, _) in held_out.items()}
+        self.weights = _stacking_weights(held_means, y, baseline)
         self.models = {label: fitted[label] for label in self.weights}
         self.scores = [
-            CandidateScore(label, spearman(mean, y), 1 - self._error[label] / baseline, self.weights.get(label, 0.0))
-            for label, (mean, _) in held_out.items()
+            CandidateScore(
+                label,
+                spearman(mean, y),
+                1 - self._error[label] / baseline,
+                self.weights.get(label, 0.0),
+                self.coverage_of(np.abs(y - mean) / np.sqrt(np.maximum(variance, 1e-300))),
+            )
+            for label, (mean, variance) in held_out.items()
         ]
         if not self.weights:
             self.held_mean, self.held_sigma = mean_n, np.full(n, np.sqrt(baseline))
         else:
-            share = np.array(list(self.weights.values()))
-            means = np.stack([held_out[label][0] for label in self.weights])
-            variances = np.stack([held_out[label][1] for label in self.weights])
-            self.held_mean = share @ means
-            self.held_sigma = np.sqrt(share @ (variances + (means - self.held_mean) ** 2))
+            self._predict_held(y, mean_n, held_out)
         self._ratios = np.abs(y - self.held_mean) / np.maximum(self.held_sigma, 1e-300)
+
+    def _predict_held(self, y: Floats, mean_n: Floats, held_out: Mapping[str, tuple[Floats, Floats]]) -> None:
+        """The stack's prediction of each trial with models *and weights* that have not seen it: the weights of a fold
+        come from the other folds' left-out predictions. Else the stack would look better than it is."""
+        self.held_mean, self.held_sigma = mean_n.copy(), np.empty(len(y))
+        for fold in np.unique(self.fold_of):
+            here, others = self.fold_of == fold, self.fold_of != fold
+            weights = _stacking_weights(
+                {label: mean[others] for label, (mean, _) in held_out.items()},
+                y[others],
+                float(np.mean((y[others] - mean_n[others]) ** 2)),
+            )
+            if not weights:
+                self.held_sigma[here] = np.sqrt(np.mean((y[others] - mean_n[others]) ** 2))
+                continue
+            share = np.array(list(weights.values()))
+            means = np.stack([held_out[label][0][here] for label in weights])
+            variances = np.stack([held_out[label][1][here] for label in weights])
+            self.held_mean[here] = share @ means
+            self.held_sigma[here] = np.sqrt(share @ (variances + (means - self.held_mean[here]) ** 2))
+
+    def coverage_of(self, ratio_n: Floats, level: float = 0.9) -> float:
+        """Share of trials inside an interval whose width comes from the other folds."""
+        inside = np.zeros(len(ratio_n), dtype=bool)
+        for fold in np.unique(self.fold_of):
+            held = self.fold_of == fold
+            inside[held] = ratio_n[held] <= conformal_quantile(ratio_n[~held], level)
+        return float(inside.mean())
 
     def _settle_noise(
         self, X: Floats, y: Floats, tau: Floats | None, weights: Floats, folds: Sequence[NDArray[np.intp]]
@@ -232,12 +263,15 @@ def repeat_variance(y: Floats, groups: NDArray[np.int64], tau: Floats | None = N
     return total / degrees if degrees else None
 
 
-def _stacking_weights(held_out: Mapping[str, Floats], y: Floats, error: Mapping[str, float]) -> dict[str, float]:
-    if not held_out:
+def _stacking_weights(held_out: Mapping[str, Floats], y: Floats, baseline: float) -> dict[str, float]:
+    """Weights of the candidates from their left-out predictions [n]; empty where none beats the `baseline` error."""
+    error = {label: float(np.mean((y - mean) ** 2)) for label, mean in held_out.items()}
+    labels = [label for label in held_out if error[label] < baseline]
+    if not labels:
         return {}
-    labels = list(held_out)
     columns = np.stack([held_out[label] - held_out[label].mean() for label in labels], axis=1)
-    prior = np.array([min(error.values()) / max(error[label], 1e-300) for label in labels]) ** 4
+    best = min(error[label] for label in labels)
+    prior = np.array([best / max(error[label], 1e-300) for label in labels]) ** 4
     prior /= prior.sum()
     pull = np.sqrt(PULL * len(y)) * y.std()
     solved, _ = nnls(np.vstack([columns, pull * np.eye(len(labels))]), np.r_[y - y.mean(), pull * prior])

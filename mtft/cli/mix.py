@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,16 +41,84 @@ def mix_sweep(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @mix.command("propose")
-def mix_propose(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Fit the ledger and write mixture.yaml.
+def mix_propose(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE [KEY=VALUE]...]", help="A recipe, whose ledger is read.", show_default=False),
+    ] = None,
+    mixtures: Annotated[Path | None, typer.Option(help="CSV: one trial a row, one column a task.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="CSV: one trial a row, one column a target.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Column of the scores; repeat it. Default: all.")] = None,
+    weight: Annotated[list[str] | None, typer.Option(metavar="TARGET=W", help="Weight of a target.")] = None,
+    objective: Annotated[Literal["mean", "worst"], typer.Option(help="Over the targets, each standardised.")] = "mean",
+    index: Annotated[str | None, typer.Option(help="Column that joins the files.")] = None,
+    surrogate: Annotated[str, typer.Option(help="auto, linear, lightgbm, ...")] = "auto",
+    goal: Annotated[Goal, typer.Option(help="min (losses) or max (accuracies).")] = "min",
+    prior: Annotated[Path | None, typer.Option(help="Shares to stay near (CSV, YAML). Default: uniform.")] = None,
+    current: Annotated[Path | None, typer.Option(help="Shares to beat (CSV, YAML). Default: the prior.")] = None,
+    cap: Annotated[list[str] | None, typer.Option(metavar="NAME=SHARE", help="Largest share of a task.")] = None,
+    floor: Annotated[list[str] | None, typer.Option(metavar="NAME=SHARE", help="Smallest share of a task.")] = None,
+    max_epochs: Annotated[float | None, typer.Option(help="Passes over any task (with --sizes, --total).")] = None,
+    sizes: Annotated[Path | None, typer.Option(help="Rows of each task (CSV, YAML).")] = None,
+    total: Annotated[float | None, typer.Option(help="Rows of the whole run.")] = None,
+    kl: Annotated[float, typer.Option(help="Pull towards the prior.")] = 0.05,
+    min_gain: Annotated[float, typer.Option(help="Gain below which a change is not worth it (sd of the scores).")] = 0,
+    other_scale: Annotated[
+        bool, typer.Option("--other-scale", help="The mixture is for a larger model or run.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N trials.")] = None,
+    seed: Annotated[int, typer.Option(help="Makes fit and proposal reproducible.")] = 0,
+    cv: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Where the mixture goes (YAML).")] = None,
+) -> None:
+    """Propose a mixture, with the verdict: is it better than the current one, beyond the noise?
 
-    With the verdict: is the proposal better than the current mixture, beyond the noise?
+    mtft mix propose RECIPE reads the recipe's ledger and writes mixture.yaml beside it; with trials of your own:
+    mtft mix propose --mixtures x.csv --scores y.csv --prior natural.csv --cap news=0.05 --out mixture.yaml
     """
-    from mtft.pipeline.mix import mix_dir, mix_propose
+    from mtft.errors import UserError
 
-    loaded = load(recipe, overrides, "mix")
-    typer.echo(mix_propose(loaded).text)
-    typer.echo(mix_dir(loaded) / "mixture.yaml")
+    if arguments and mixtures is None and scores is None:
+        from mtft.pipeline.mix import mix_dir, mix_propose
+
+        loaded = load(Path(arguments[0]), arguments[1:], "mix")
+        typer.echo(mix_propose(loaded).text)
+        typer.echo(mix_dir(loaded) / "mixture.yaml")
+        return
+    if arguments or mixtures is None or scores is None:
+        raise UserError(
+            "either a recipe, or both --mixtures and --scores",
+            where="command line",
+            do="mtft mix propose RECIPE, or: mtft mix propose --mixtures x.csv --scores y.csv --out mixture.yaml",
+        )
+    from data_mixers.bring import Limits, parse_limits, propose_from, read_sizes, say_few
+    from data_mixers.fit import fit_csv
+
+    with _warnings_said():
+        targets = "all" if not target or target == ["all"] else target
+        found = fit_csv(
+            mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv,
+            other_scale=other_scale,
+        )  # fmt: skip
+        say_few(found)
+        limits = Limits(
+            parse_limits(cap or [], "--cap"),
+            parse_limits(floor or [], "--floor"),
+            max_epochs,
+            None if sizes is None else read_sizes(sizes, found.names),
+            total,
+        )
+        weights = _weights(weight)
+        proposal = propose_from(
+            found, objective=weights or objective, limits=limits, prior=prior, current=current, kl=kl,
+            min_gain=min_gain, seed=seed,
+        )  # fmt: skip
+    typer.echo(found.text())
+    typer.echo("")
+    typer.echo(proposal.table())
+    if out is not None:
+        proposal.to_yaml(out)
+        say(f"{'the proposed mixture' if proposal.verdict == 'better' else 'the current mixture, kept,'} in {out}")
 
 
 @mix.command("fit")
@@ -60,24 +131,69 @@ def mix_fit(
     goal: Annotated[Goal, typer.Option(help="min (losses) or max (accuracies).")] = "min",
     predict: Annotated[Path | None, typer.Option(help="CSV of mixtures to predict.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the predictions go (CSV).")] = None,
+    large_mixtures: Annotated[
+        Path | None, typer.Option(help="CSV of large runs (4 or more): predictions are then of their scale.")
+    ] = None,
+    large_scores: Annotated[Path | None, typer.Option(help="CSV: the large runs' scores.")] = None,
+    other_scale: Annotated[
+        bool, typer.Option("--other-scale", help="Predictions rank runs of another scale, of which none is there.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Use only the first N trials.")] = None,
     seed: Annotated[int, typer.Option(help="Makes the whole fit reproducible.")] = 0,
     cv: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
 ) -> None:
     """Fit trials of your own, from CSV files.
 
-    Which mixture gives which score, how sure that is, and predictions for other mixtures.
+    Which mixture gives which score, how sure that is (Spearman, R2 and coverage of each surrogate by cross-validation),
+    and predictions for other mixtures.
     """
+    from data_mixers.bring import large_runs, say_few
     from data_mixers.fit import fit_csv, predict_csv
     from mtft.errors import UserError
 
     if (predict is None) != (out is None):
         raise UserError("--predict and --out belong together", where="command line", do="give both files, or neither")
-    targets = "all" if target == ["all"] else target
-    found = fit_csv(
-        mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv
-    )
-    typer.echo(found.text())
-    if predict is not None and out is not None:
-        rows = predict_csv(found, predict, out, index=index)
-        say(f"{rows} predictions in {out}")
+    if (large_mixtures is None) != (large_scores is None):
+        raise UserError(
+            "--large-mixtures and --large-scores belong together", where="command line", do="give both, or neither"
+        )
+    with _warnings_said():
+        targets = "all" if target == ["all"] else target
+        found = fit_csv(
+            mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv,
+            other_scale=other_scale and large_mixtures is None,
+        )  # fmt: skip
+        say_few(found)
+        if large_mixtures is not None and large_scores is not None:
+            found = large_runs(found, large_mixtures, large_scores, index=index, goal=goal)
+        typer.echo(found.text())
+        if predict is not None and out is not None:
+            rows = predict_csv(found, predict, out, index=index)
+            say(f"{rows} predictions in {out}")
+
+
+def _weights(entries: list[str] | None) -> dict[str, float]:
+    """{target: weight} of TARGET=W entries."""
+    from mtft.errors import UserError
+
+    weights = {}
+    for entry in entries or []:
+        name, _, text = entry.rpartition("=")
+        try:
+            weights[name] = float(text)
+        except ValueError:
+            raise UserError(f"--weight {entry}", where="command line", do="--weight TARGET=2") from None
+    return weights
+
+
+@contextmanager
+def _warnings_said() -> Iterator[None]:
+    """What the mixing room warns of, each once, as lines for people."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for text in dict.fromkeys(str(item.message) for item in caught):
+                say(f"warning: {text}")

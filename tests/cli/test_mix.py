@@ -1,0 +1,167 @@
+"""`mtft mix fit` and `mtft mix propose` as a user with two CSV files meets them, and mistakes that name the cell."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from data_mixers import Mixture
+from mtft.__main__ import main
+
+NAMES = ("news", "code", "chat")
+BEST = np.array([0.2, 0.7, 0.1])
+
+
+def write(path, header, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+@pytest.fixture
+def trials(tmp_path, monkeypatch):
+    """30 trials whose loss is smallest near BEST; also accuracy (higher is better)."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    rows = rng.dirichlet(np.ones(3), 30)
+    loss = 2 + np.sum((np.sqrt(rows) - np.sqrt(BEST)) ** 2, axis=1) + 0.003 * rng.standard_normal(30)
+    write("x.csv", ["index", *NAMES], [[i, *map(repr, row)] for i, row in enumerate(rows.tolist())])
+    write("y.csv", ["index", "loss", "accuracy"], [[i, value, 1 / value] for i, value in enumerate(loss.tolist())])
+    write("natural.csv", ["name", "share"], zip(NAMES, (0.6, 0.2, 0.2), strict=True))
+    return tmp_path
+
+
+def mix(capsys, *arguments):
+    code = main(["mix", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+FILES = ("--mixtures", "x.csv", "--scores", "y.csv", "--index", "index")
+
+
+def test_fit_prints_every_surrogate_by_cross_validation(trials, capsys):
+    code, out, _ = mix(capsys, "fit", *FILES, "--target", "loss", "--cv", "4")
+    assert code == 0
+    table = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
+    assert {"surrogate", "ridge", "exp", "power", "trees", "gp", "auto"} <= set(table)
+    assert table["surrogate"].split() == ["surrogate", "CV", "rho", "CV", "R2", "cover", "weight"]
+    name, rho, r2, cover = table["auto"].split()
+    assert float(rho) > 90
+    assert float(r2) > 0.8
+    assert 0.7 <= float(cover) <= 1
+
+
+def test_propose_writes_a_mixture_within_the_caps(trials, capsys):
+    command = ("propose", *FILES, "--target", "loss", "--prior", "natural.csv", "--cap", "code=0.55", "--kl", "0")
+    code, out, err = mix(capsys, *command, "--out", "mixture.yaml")
+    assert code == 0, err
+    found = Mixture.from_yaml("mixture.yaml", NAMES)
+    assert found["code"] == pytest.approx(0.55, abs=1e-6)
+    assert "better: cross-fitted gain" in out
+    assert "held back by: cap of code (0.55)" in out
+    assert "the proposed mixture in mixture.yaml" in err
+    again = mix(capsys, *command)[1]
+    assert again == out  # reproducible
+
+
+def test_propose_keeps_what_cannot_be_beaten(trials, capsys):
+    write("best.csv", ["name", "share"], zip(NAMES, BEST.tolist(), strict=True))
+    code, out, err = mix(capsys, "propose", *FILES, "--target", "loss", "--current", "best.csv", "--out", "m.yaml")
+    assert code == 0
+    assert "not distinguishable" in out or "worse" in out
+    assert "the current mixture, kept, in m.yaml" in err
+    np.testing.assert_allclose(Mixture.from_yaml("m.yaml", NAMES).shares, BEST)
+
+
+def test_epoch_caps_come_from_sizes(trials, capsys):
+    write("sizes.csv", ["name", "rows"], zip(NAMES, (500, 100, 1000), strict=True))
+    limits = ("--sizes", "sizes.csv", "--total", "1000", "--max-epochs", "4")
+    code, out, _ = mix(capsys, "propose", *FILES, "--target", "loss", *limits, "--kl", "0")
+    assert code == 0
+    assert "cap of code (0.4)" in out
+    code, _, err = mix(capsys, "propose", *FILES, "--target", "loss", "--max-epochs", "4")
+    assert code == 2
+    assert "--max-epochs needs --sizes and --total" in err
+
+
+def test_few_trials_are_said_to_be_few(trials, capsys):
+    code, out, err = mix(capsys, "fit", *FILES, "--target", "loss", "--limit", "6", "--surrogate", "ridge")
+    assert code == 0
+    assert "warning: 6 trials of 3 tasks" in err
+    code, _, err = mix(capsys, "fit", *FILES, "--target", "loss", "--limit", "3")
+    assert code == 2
+    assert "at least 5" in err
+
+
+def test_large_runs_move_predictions_to_their_scale(trials, capsys):
+    rows = np.random.default_rng(5).dirichlet(np.ones(3), 20)
+    loss = 1 + 0.5 * np.sum((np.sqrt(rows) - np.sqrt(BEST)) ** 2, axis=1)
+    write("bx.csv", ["index", *NAMES], [[i, *map(repr, row)] for i, row in enumerate(rows[:6].tolist())])
+    write("by.csv", ["index", "loss"], [[i, value] for i, value in enumerate(loss[:6].tolist())])
+    write("z.csv", ["index", *NAMES], [[i, *map(repr, row)] for i, row in enumerate(rows[6:].tolist())])
+    large = ("--large-mixtures", "bx.csv", "--large-scores", "by.csv", "--predict", "z.csv", "--out", "p.csv")
+    code, out, err = mix(capsys, "fit", *FILES, "--target", "loss", *large)
+    assert code == 0, err
+    assert "mapped to 6 large runs" in out
+    with open("p.csv") as file:
+        table = list(csv.DictReader(file))
+    np.testing.assert_allclose([float(row["loss"]) for row in table], loss[6:], atol=0.03)
+    assert all(float(row["loss_lower"]) < float(row["loss"]) < float(row["loss_upper"]) for row in table)
+
+
+def spoil(name, line, column, text):
+    """Replace a cell (line 1 = header)."""
+    with open(name, newline="") as file:
+        rows = list(csv.reader(file))
+    rows[line - 1][column] = text
+    write(name, rows[0], rows[1:])
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "column", "text", "says"),
+    [
+        ("x.csv", 4, 1, "0.9", "row 2: the shares add up to"),
+        ("x.csv", 4, 1, "", "x.csv:4, column news"),
+        ("x.csv", 4, 1, "nan", "x.csv:4, column news"),
+        ("x.csv", 5, 0, "2", "index 2 stands on lines 4 and 5"),
+        ("y.csv", 5, 0, "99", "are not in y.csv: 3"),
+        ("y.csv", 3, 1, "abc", "y.csv:3, column loss"),
+        ("y.csv", 1, 1, "accuracy", "column named twice: accuracy"),
+    ],
+)
+def test_a_wrong_cell_is_named(trials, capsys, file, line, column, text, says):
+    spoil(file, line, column, text)
+    code, _, err = mix(capsys, "fit", *FILES, "--target", "loss")
+    assert code == 2
+    assert says in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("text", ["", "nan", "NaN", "inf"])
+def test_a_score_that_is_missing_or_diverged_is_left_out_and_counted(trials, capsys, text):
+    spoil("y.csv", 3, 1, text)
+    code, out, err = mix(capsys, "fit", *FILES, "--target", "loss", "--surrogate", "ridge")
+    assert code == 0, err
+    assert "29 trials (1 without a finite score left out)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("fit", *FILES, "--target", "los"), "did you mean 'loss'?"),
+        (("fit", *FILES, "--target", "loss", "--surrogate", "rigde"), "did you mean 'ridge'?"),
+        (("propose", *FILES, "--cap", "cod=0.5"), "did you mean 'code'?"),
+        (("propose", *FILES, "--cap", "code"), "--cap NAME=SHARE"),
+        (("propose", *FILES, "--cap", "code=0.1", "--cap", "news=0.1", "--cap", "chat=0.1"), "caps add up to 0.3"),
+        (("propose", *FILES, "--weight", "los=1"), "did you mean 'loss'?"),
+        (("propose", "--mixtures", "x.csv"), "both --mixtures and --scores"),
+        (("propose",), "both --mixtures and --scores"),
+        (("propose", *FILES, "--prior", "gone.csv"), "gone.csv"),
+    ],
+)
+def test_mistakes_on_the_command_line_say_what_was_meant(trials, capsys, arguments, says):
+    code, _, err = mix(capsys, *arguments)
+    assert code == 2
+    assert says in err
+    assert "Traceback" not in err

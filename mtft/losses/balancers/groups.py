@@ -4,18 +4,21 @@
     w_k = b_g p_k / sum_{j in g} p_j                       b = the balancer's weights of the groups
 
 So many small tasks of one kind no longer outvote a single one of another, and a balancer's statistics come from more
-tokens. Groups are given by name; a task in none is one by itself.
+tokens. Groups are given by name, or found by a former run from the cosines of the tasks' gradients
+(mtft/gradients/affinity.py); a task in none is one by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtft.errors import UserError
+from mtft.gradients import affinity
 from mtft.recipe.options import did_you_mean
 
 from .base import Balancer, Context, Needs, Observation
@@ -83,13 +86,21 @@ class Grouped(Balancer):
 
 
 def read_groups(groups: Any, tasks: Sequence[str]) -> dict[str, list[int]]:
-    """{group: [task, ...]} of a recipe -> {group: indices} in task order; a task in no group is a group of its own."""
+    """{group: [task, ...]} of a recipe -> {group: indices} in task order; a task in no group is a group of its own.
+
+    A text is the path of a run's affinity.json, or of the run directory.
+    """
     where = "loss.balancer.groups"
+    if isinstance(groups, str):
+        path = Path(groups)
+        groups = affinity.read_groups(path / affinity.FILE if path.is_dir() else path, tasks)
     if not isinstance(groups, Mapping) or not all(
         isinstance(group, list | tuple) and group for group in groups.values()
     ):
         raise UserError(
-            "groups must name lists of tasks", where=where, do="groups: {code: [python, sql], text: [chat]}"
+            "groups must name lists of tasks, or a run's affinity.json",
+            where=where,
+            do="groups: {code: [python, sql], text: [chat]}, or groups: runs/first/affinity.json",
         )
     home: dict[str, str] = {}
     for group, names in groups.items():

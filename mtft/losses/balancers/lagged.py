@@ -1,7 +1,7 @@
 """Gradient surgery as task weights, for every engine: measure now and then, weigh in between.
 
     every `gram_every` steps   G = EMA of the Gram matrix of the task gradients;  alpha = A(G, p)
-    every step                 w_k ~ max(alpha_k / (p_k m), 1e-3),  m = mean of the positive alpha_k / p_k
+    every step                 w_k ~ max(alpha_k / (p_k m), 1e-3),  m = mean of max(alpha_k / p_k, 0)
 
 A is any aggregator of mtft.gradients.aggregators; p_k = user weight x the task's part of the objective at equal weights
 (1/K in the task modes, its part of the tokens or samples in the others), so that the gradient of the weighted loss,

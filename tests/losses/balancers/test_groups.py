@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from mtft.errors import UserError
 from mtft.losses.balancers import Observation, make_balancer
+from mtft.losses.balancers.groups import read_groups
 from mtft.recipe.schema import BalancerSection
 from tests.properties import balancers as properties
 
@@ -90,3 +93,13 @@ def test_the_state_of_one_without_groups_is_refused():
 def test_bad_groups_are_refused(groups, message):
     with pytest.raises(UserError, match=message):
         grouped(groups=groups)
+
+
+def test_groups_from_a_former_runs_affinity(tmp_path):
+    """A path of a run directory, or of its affinity.json: the groups that the run found; a new task is alone."""
+    found = {"tasks": ["a", "b", "c"], "measures": 9, "clusters": {"groups": {"group-1": ["a", "c"], "group-2": ["b"]}}}
+    (tmp_path / "affinity.json").write_text(json.dumps(found))
+    for path in (tmp_path, tmp_path / "affinity.json"):
+        assert read_groups(str(path), ("a", "b", "c", "new")) == {"group-1": [0, 2], "group-2": [1], "new": [3]}
+    with pytest.raises(UserError, match=r"affinity\.json"):
+        read_groups(3, ("a", "b"))

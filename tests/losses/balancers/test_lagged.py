@@ -75,8 +75,7 @@ def test_clamps_are_counted():
     balancer.update(seen(1, J @ J.T))
     assert balancer.figures() == {"measures": 1, "clamped": int((alpha <= 0).sum())}
     w_K = balancer.weights(2)
-    assert w_K.min() > 0
-    assert float(w_K.min() / w_K[alpha > 0].mean()) == pytest.approx(FLOOR, rel=1e-6)
+    assert float(w_K.min()) == pytest.approx(FLOOR, rel=1e-3)  # of a mean of 1
 
 
 def test_tasks_that_were_not_there():

@@ -26,11 +26,23 @@ AGGREGATORS: dict[str, type[Aggregator]] = {
     kind.NAME: kind for kind in (UPGrad, DualProj, Mgda, PCGrad, CAGrad, ImtlG, NashMtl, AlignedMtl, SamGs)
 }
 
+# Asked for, and not possible here: name -> why, what instead.
+REFUSED = {
+    "rep_mtl": (
+        "Rep-MTL compares the saliencies of all tasks at one and the same input, and an instruction example has one "
+        "task: there is nothing to compare",
+        "take `upgrad`, or loss.gradients.flat",
+    )
+}
+
 
 def make_aggregator(
     name: str, options: Mapping[str, object] | None = None, *, seed: int = 0, where: str = "loss.gradients"
 ) -> Aggregator:
     """The aggregator of a recipe (`where` = the key it stands under). UserError for an unknown name or option."""
+    if name in REFUSED:
+        why, instead = REFUSED[name]
+        raise UserError(why, where=f"{where}.aggregator", do=instead)
     if name not in AGGREGATORS:
         raise UserError(
             f"unknown aggregator {name!r}{did_you_mean(name, AGGREGATORS)}",

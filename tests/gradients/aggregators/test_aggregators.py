@@ -85,6 +85,8 @@ def test_pcgrad_order_comes_from_seed_and_step():
 def test_errors_for_people():
     with pytest.raises(UserError, match="did you mean 'upgrad'"):
         make_aggregator("ubgrad")
+    with pytest.raises(UserError, match="an instruction example has one task"):
+        make_aggregator("rep_mtl")
     with pytest.raises(UserError, match="has no option 'd'"):
         make_aggregator("cagrad", {"d": 1})
     with pytest.raises(UserError, match="greater than or equal to 0"):

@@ -16,22 +16,28 @@ from pydantic_core import PydanticUndefined
 from mtft.recipe.compat import TABLE
 from mtft.recipe.schema import (
     BalancerSection,
+    Experts,
     FlatSection,
     FuseSection,
+    GateTraining,
     GradientSection,
+    GroupSection,
     LoraSection,
     LossSection,
     MergeSection,
     MixtureSection,
     ModelSection,
+    ModuleRule,
     OutputSection,
     Recipe,
     RunSection,
     SampleWeightsSection,
+    ScheduleStop,
     Section,
     SweepSection,
     TaskSection,
     TrainSection,
+    WeightSearch,
 )
 from mtft.recipe.words import describe
 
@@ -42,6 +48,8 @@ SECTIONS: dict[str, tuple[type[Section], str]] = {
     "model": (ModelSection, "The base model. Also the form of `sweep.model`, `fuse.strong` and `fuse.base`."),
     "tasks": (TaskSection, "A list; one item per task."),
     "mixture": (MixtureSection, "Which share of which task."),
+    "mixture.shares.schedule": (ScheduleStop, "A list of stops, in their order."),
+    "mixture.groups.NAME": (GroupSection, ""),
     "lora": (LoraSection, "The adapter; `lora: null` is full fine-tuning. Also the form of `sweep.lora`."),
     "loss": (LossSection, "What is minimised."),
     "loss.balancer": (BalancerSection, "Beside `name`, the options of that balancer."),
@@ -52,6 +60,10 @@ SECTIONS: dict[str, tuple[type[Section], str]] = {
     "output": (OutputSection, "What is written where."),
     "sweep": (SweepSection, ""),
     "merge": (MergeSection, "Several adapters into one."),
+    "merge.search": (WeightSearch, ""),
+    "merge.gates": (GateTraining, ""),
+    "merge.experts": (Experts, ""),
+    "merge.per_module": (ModuleRule, "A list; the first rule that matches counts."),
     "fuse": (FuseSection, "A small tuned model steers a large one."),
     "run": (RunSection, ""),
 }

@@ -66,7 +66,7 @@ COMMANDS = {
     "check": ["--json"],
     "train": ["--fresh"],
     "eval": ["--adapter", "--out"],
-    "merge": ["--method", "--rank", "--weights", "--set", "--out", "--overwrite"],
+    "merge": ["--method", "--rank", "--weights", "--set", "--base", "--experts", "--out", "--overwrite"],
     "report": ["--out"],
     "run": ["--fresh", "--launch"],
     "schema": [],
@@ -132,6 +132,8 @@ def test_wrong_usage(call, arguments):
         (["merge", "--method", "ties", "a", "b"], "error: no folder for the merged adapter"),
         (["merge", "--weights", "1,x", "--out", "m", "a", "b"], "error: --weights 1,x is no list of numbers"),
         (["merge", "--set", "density", "--out", "m", "a", "b"], "error: --set density is not KEY=VALUE"),
+        (["merge", "--base", "b", "--rank", "8", "--out", "m", "a"], "error: --base merges whole models"),
+        (["merge", "--experts", "arrow", "--method", "ties", "--out", "m", "a"], "error: --experts arrow keeps"),
         (["fuse", "serve", "recipe.yaml", 'fuse={strong: {path: "quickstart:strong"}}', "--host", "0.0.0.0"],
          "error: host 0.0.0.0 can be reached from outside, and no token protects it"),
         (["mix", "fit", "--mixtures", "a", "--scores", "b", "--target", "all", "--out", "p"],
@@ -226,6 +228,9 @@ def test_check_as_text_and_as_json(folder, call):
         ("train.optimizer=adamw_tooch", "did you mean adamw_torch?"),
         ("loss.balancer.name=unifrom", "unknown balancer 'unifrom'"),
         ("merge.method=teis", "unknown merge method 'teis'"),
+        ("merge.per_module=[{modules: q, method: teis}]", "unknown merge method 'teis'"),
+        ("merge.per_module=[{modules: q, method: ties, options: {densty: 0.5}}]", "ties has no option 'densty'"),
+        ("merge.per_module=[{modules: q, options: {density: 0.5}}]", "has no option 'density'"),
         ("lora.targets=[q_prj]", "no module of the model is called 'q_prj'"),
         ("model.path=./gone", "no model folder at"),
     ],
@@ -259,6 +264,20 @@ def test_mix_fit_writes_predictions(folder, call):
     head, *rows = (folder / "p.csv").read_text().splitlines()
     assert head == "id,loss,loss_lower,loss_upper"
     assert [float(row.split(",")[1]) for row in rows] == pytest.approx([3 - a for a, _ in shares], abs=1e-3)
+
+
+def test_merge_keeps_experts_apart_for_servers(folder, call):
+    adapters = [str(path) for path in write_golden(folder / "in")]
+    code, out, err = call("merge", "--experts", "arrow", "--out", "arrow", *adapters)
+    assert code == 0, err
+    assert "router" in out
+    assert sorted(path.name for path in (folder / "arrow").iterdir()) == [
+        "arrow.json", "expert_one", "expert_three", "expert_two", "router.safetensors",
+    ]  # fmt: skip
+    code, out, err = call("merge", "--experts", "twin", "--method", "tsv", "--rank", "4", "--out", "twin", *adapters)
+    assert code == 0, err
+    assert (folder / "twin" / "shared" / "adapter_config.json").is_file()
+    assert "fits one" in out
 
 
 def test_merge_with_and_without_a_recipe(folder, call):

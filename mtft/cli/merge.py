@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from mtft.cli.common import Overwrite, load
-
-if TYPE_CHECKING:
-    from mtft.merge.report import MergeReport
 
 
 def merge(
@@ -18,10 +15,16 @@ def merge(
         list[str],
         typer.Argument(metavar="RECIPE [KEY=VALUE]... | ADAPTER...", help="A recipe, or folders of PEFT adapters."),
     ],
-    method: Annotated[str | None, typer.Option(help="Merge method (docs/papers.md).")] = None,
+    method: Annotated[str | None, typer.Option(help="Merge method (docs/merging.md).")] = None,
     rank: Annotated[str | None, typer.Option(help="auto, lossless, or a number.")] = None,
     weights: Annotated[str | None, typer.Option(help="w1,w2,...: one for each adapter.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the method.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of a base model: merge whole models fine-tuned from it.")
+    ] = None,
+    experts: Annotated[
+        Literal["twin", "arrow"] | None, typer.Option(help="Keep the adapters apart, for a server that routes.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the merged adapter.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -29,50 +32,93 @@ def merge(
 
     mtft merge RECIPE, or: mtft merge --method ties --set density=0.5 --out merged runs/a/adapter runs/b/adapter
     """
-    alone = any(value is not None for value in (method, rank, weights, set_, out))
+    alone = any(value is not None for value in (method, rank, weights, set_, base, experts, out))
     if alone or Path(arguments[0]).is_dir():
-        found = _merge_adapters(arguments, method or "linear", rank or "auto", weights, set_ or [], out, overwrite)
+        settings = (method or "linear", rank, weights, set_ or [])
+        text = _merge_folders(arguments, *settings, base=base, experts=experts, out=out, overwrite=overwrite)
     else:
-        from mtft.merge.run import merge_from_recipe
+        from mtft.pipeline.merging import merge_recipe
 
         more = ["merge.overwrite=true"] if overwrite else []
-        found = merge_from_recipe(load(Path(arguments[0]), [*arguments[1:], *more], "merge", files=False))
-    typer.echo(found.text())
+        text = merge_recipe(load(Path(arguments[0]), [*arguments[1:], *more], "merge", files=False)).text()
+    typer.echo(text)
 
 
-def _merge_adapters(
-    adapters: list[str],
+def _merge_folders(
+    folders: list[str],
     method: str,
-    rank: str,
+    rank: str | None,
     weights: str | None,
     options: list[str],
+    *,
+    base: Path | None,
+    experts: str | None,
     out: Path | None,
     overwrite: bool,
-) -> MergeReport:
-    """`mtft merge` without a recipe: options as text -> mtft.merge.api.merge."""
+) -> str:
+    """`mtft merge` without a recipe; returns what to print."""
     from mtft.errors import UserError
-    from mtft.merge.api import merge
-    from mtft.recipe.source import plain_value
 
     if out is None:
         raise UserError("no folder for the merged adapter", where="command line", do="add --out DIR")
-    if recipes := [name for name in adapters if name.endswith((".yaml", ".yml"))]:
+    if recipes := [name for name in folders if name.endswith((".yaml", ".yml"))]:
         raise UserError(
             f"{recipes[0]} is no folder of an adapter; with a recipe, settings are overrides",
             where="command line",
             do=f"mtft merge {recipes[0]} merge.method={method} merge.out={out}",
         )
+    if base is not None and (experts is not None or rank is not None):
+        what = "--base merges whole models: --rank and --experts are for adapters"
+        raise UserError(what, where="command line", do="leave them out")
+    numbers, settings = _numbers(weights), _settings(options)
+    if base is not None:
+        from mtft.merge.checkpoints import merge_checkpoints
+
+        merge_checkpoints(base, folders, out, method, settings, numbers, overwrite=overwrite)
+        return f"merged {len(folders)} models by {method} into {out}"
+    if experts == "arrow":
+        from mtft.merge.experts import export_arrow
+
+        if method != "linear" or numbers or settings:
+            what = "--experts arrow keeps the adapters as they are: nothing is merged"
+            raise UserError(
+                what, where="command line", do="leave --method, --weights and --set out, or: --experts twin"
+            )
+        export_arrow(folders, out, overwrite=overwrite)
+        return f"wrote {len(folders)} experts and the router of their prototypes to {out}"
+    size = "auto" if rank is None else int(rank) if rank.isdecimal() else rank
+    if experts == "twin":
+        from mtft.merge.experts import twin
+
+        report = twin(
+            folders, out, method, options=settings, weights=numbers, average=False, rank=size, overwrite=overwrite
+        )
+        hint = "without a router, which needs rows: a recipe with merge.experts fits one"
+        return f"{report.text()}\n{len(folders)} experts beside it, {hint}"
+    from mtft.merge.api import merge
+
+    return merge(folders, out, method, settings, numbers, rank=size, overwrite=overwrite).text()
+
+
+def _numbers(weights: str | None) -> list[float] | None:
+    from mtft.errors import UserError
+
     try:
-        numbers = None if weights is None else [float(weight) for weight in weights.split(",")]
+        return None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError:
         raise UserError(
             f"--weights {weights} is no list of numbers", where="command line", do="--weights 1,0.5"
         ) from None
+
+
+def _settings(options: list[str]) -> dict[str, object]:
+    from mtft.errors import UserError
+    from mtft.recipe.source import plain_value
+
     settings = {}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
             raise UserError(f"--set {option} is not KEY=VALUE", where="command line", do="--set density=0.5")
         settings[key] = plain_value(value, where=f"command line, --set {option}")
-    size = int(rank) if rank.isdecimal() else rank
-    return merge(adapters, out, method=method, options=settings, weights=numbers, rank=size, overwrite=overwrite)
+    return settings

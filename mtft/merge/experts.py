@@ -3,6 +3,7 @@
 twin:  S = any merge, E_k = D_k - S cut to a small rank; serve S + sum_k p_k E_k with p from a router.
        Lu et al., "Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging" (NeurIPS 2024,
        arXiv 2406.15479). The residual is taken from S as it stands on disk, so truncating S loses nothing.
+arrow: the experts as they are, one uniform rank, and prototypes that tell which of them a token is for (router.py).
 skills: MHR / Polytropon (arXiv 2211.03831, 2202.13914) mix skill LoRAs per task and split of the features; exported is
        one plain adapter per task, (sum_i c_i B_i)(sum_i c_i A_i) per split.
 """
@@ -20,11 +21,13 @@ import numpy as np
 from .api import merge
 from .core import Spectrum, one_thread, svd, to_core
 from .errors import MergeError
-from .export import AdapterWriter, disk_dtype, replacing
+from .export import AdapterWriter, disk_dtype, replacing, usual_rank
 from .factors import Adapter, read_adapter, read_adapters
+from .mlp_router import MlpRouter
 from .plan import Plan, check_together, make_plan
 from .report import MergeReport
 from .router import Router
+from .router import arrow as prototypes_of
 
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -40,13 +43,14 @@ def twin(
     average: bool = True,
     rank: int | str = "auto",
     with_shared: bool = False,
-    router: Router | None = None,
+    router: Router | MlpRouter | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    **more,
 ) -> MergeReport:
     """Write `out`/shared, `out`/expert_NAME for each adapter, and router.safetensors if a router is given.
 
-    shared, options, weights, average, rank: the shared merge, as in merge(); by default the mean of the experts.
+    shared, options, weights, average, rank, more: the shared merge, as in merge(); by default the mean of the experts.
     with_shared: each expert_NAME holds S + E_k, one plain adapter per request. Returns the report of the shared merge;
     its settings hold `expert_energy`: the share of each ||E_k||^2 that expert_rank keeps.
     """
@@ -58,7 +62,8 @@ def twin(
     plan = make_plan(opened, "linear", None, None, 1.0, False, (), "fp64", 0)
     own = frozenset({"shared", "router.safetensors", "twin.json", *folders})
     with replacing(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened], own=own) as scratch:
-        report = merge(opened, scratch / "shared", shared, options, weights, rank=rank, dtype=dtype, average=average)
+        policy = {"average": average, "rank": rank, "dtype": dtype, **more}
+        report = merge(opened, scratch / "shared", shared, options, weights, **policy)
         common = read_adapter(scratch / "shared", "shared")
         total = expert_rank + (report.rank if with_shared else 0)
         energies = _write_experts(
@@ -74,6 +79,37 @@ def twin(
     report.out = out
     report.settings |= facts
     return report
+
+
+def export_arrow(
+    adapters: Sequence[str | Path | Adapter],
+    out: str | Path,
+    *,
+    top: int | None = None,
+    temperature: float = 1.0,
+    general: Sequence[str | Path | Adapter] = (),
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write `out`/expert_NAME for each adapter, all of one rank that servers take, router.safetensors and arrow.json.
+
+    top: experts that serve one token (None: all); general: adapters whose mean delta is taken off first (router.py).
+    Returns `out`. Raises MergeError as twin() does.
+    """
+    out, opened = Path(out), read_adapters(adapters)
+    if top is not None and not 1 <= top <= len(opened):
+        raise MergeError(f"top is {top}", where="top", do=f"1 to {len(opened)}, the number of experts")
+    folders = _folders(opened)
+    router = prototypes_of(opened, general)
+    rank = usual_rank(max(layout.r for adapter in opened for layout in adapter.modules.values()))
+    own = frozenset({"router.safetensors", "arrow.json", *folders})
+    with replacing(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened], own=own) as scratch:
+        for adapter, folder in zip(opened, folders, strict=True):
+            merge([adapter], scratch / folder, rank=rank, dtype=dtype, vllm=True)
+        router.save(scratch / "router.safetensors")
+        facts = {"experts": dict(zip(router.names, folders)), "rank": rank, "top": top, "temperature": temperature}
+        (scratch / "arrow.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    return out
 
 
 def _folders(adapters: Sequence[Adapter]) -> list[str]:

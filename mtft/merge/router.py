@@ -37,8 +37,7 @@ class Router:
     def fit(cls, states: Mapping[str, np.ndarray], temperature: float | None = None) -> Router:
         """states: expert -> [examples, d] of its own task, 2 examples at least. temperature: default d, so that
         confidence does not grow with the width."""
-        if any(np.ndim(x) != 2 or len(x) < 2 for x in states.values()) or not states:
-            raise MergeError("states must be [2 or more, d] for every expert", where="states", do="score more examples")
+        check_states(states)
         arrays = [np.asarray(x, np.float64) for x in states.values()]
         centroids = np.stack([x.mean(axis=0) for x in arrays])
         inside = np.concatenate([x - c for x, c in zip(arrays, centroids)])
@@ -115,6 +114,12 @@ def arrow(adapters: Sequence[str | Path | Adapter], general: Sequence[str | Path
                     table[k] = v * np.sign(v[np.abs(v).argmax()])
         prototypes[module] = table
     return Arrow(tuple(adapter.name for adapter in experts), prototypes)
+
+
+def check_states(states: Mapping[str, np.ndarray]) -> None:
+    """MergeError unless every expert has two states at least."""
+    if any(np.ndim(x) != 2 or len(x) < 2 for x in states.values()) or not states:
+        raise MergeError("states must be [2 or more, d] for every expert", where="states", do="score more examples")
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

@@ -2,13 +2,17 @@
 
     y += s_S B_S A_S x + sum_k p_k s_k B_k A_k x
 
-With a `Router`, p is one vector per row of the batch, from the base model's last-token state of the prompt. With an
-`Arrow`, p is one vector per token and module. For servers that route themselves, `twin(..., with_shared=True)` and the
-router's file are enough; this wrapper is for transformers' `generate`.
+With a `Router` or `MlpRouter`, p is one vector per row of the batch, from the base model's last-token state of the
+prompt. With an `Arrow`, p is one vector per token and module. For servers that route themselves the folders that
+`mtft merge` writes are plain LoRAs; this wrapper is for transformers' `generate`:
+
+    routed = load_routed(model, "runs/x/merge/adapter")
+    tokens = routed.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=64)
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MergeError
-from .factors import Adapter, read_adapters
+from .factors import Adapter, read_adapter, read_adapters
+from .mlp_router import MlpRouter, load_router
 from .router import Arrow, Router
+
+FACTS = ("twin.json", "arrow.json")
+ROUTER = "router.safetensors"
 
 
 class RoutedModel:
@@ -31,7 +39,7 @@ class RoutedModel:
         self,
         model: Any,
         experts: Sequence[str | Path | Adapter],
-        router: Router | Arrow,
+        router: Router | MlpRouter | Arrow,
         *,
         shared: str | Path | Adapter | None = None,
         top: int | None = None,
@@ -86,17 +94,9 @@ class RoutedModel:
         """Last-token states [B, d] of the base model alone: what a Router is fitted on."""
         self._on = False
         try:
-            out = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False
-            )
+            return last_states(self.model, input_ids, attention_mask)
         finally:
             self._on = True
-        hidden_BTD = out.hidden_states[-1]
-        if attention_mask is None:
-            return hidden_BTD[:, -1]
-        positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        last = (attention_mask * positions).argmax(dim=1)
-        return hidden_BTD[torch.arange(len(last)), last]
 
     def _hook(self, name: str, pairs: list, fixed: list):
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -128,6 +128,39 @@ class RoutedModel:
         return p.to(x.dtype).reshape(len(p), *([1] * (x.dim() - 2)), -1)
 
 
+@torch.no_grad()
+def last_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """States [B, d] of the last layer at each row's last token that the mask lets through."""
+    out = model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False)
+    hidden_BTD = out.hidden_states[-1]
+    if attention_mask is None:
+        return hidden_BTD[:, -1]
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask * positions).argmax(dim=1)
+    return hidden_BTD[torch.arange(len(last)), last]
+
+
+def load_routed(model: Any, folder: str | Path) -> RoutedModel:
+    """Put the experts of a folder that `twin` or `export_arrow` wrote onto `model`, with their router.
+
+    MergeError if there is no router: then the folder is for a server that routes by itself.
+    """
+    folder = Path(folder)
+    found = next((folder / name for name in FACTS if (folder / name).is_file()), None)
+    if found is None:
+        do = "give the folder that `mtft merge` wrote with merge.experts"
+        raise MergeError("neither twin.json nor arrow.json is there", where=str(folder), do=do)
+    facts = json.loads(found.read_text("utf-8"))
+    if not (folder / ROUTER).is_file():
+        raise MergeError(f"no {ROUTER}", where=str(folder), do="merge with a recipe that names held-out rows")
+    router = load_router(folder / ROUTER)
+    experts = [read_adapter(folder / facts["experts"][name], name) for name in router.names]
+    shared = None if found.name == "arrow.json" or facts["with_shared"] else folder / "shared"
+    return RoutedModel(
+        model, experts, router, shared=shared, top=facts.get("top"), temperature=facts.get("temperature", 1.0)
+    )
+
+
 def _factors(adapter: Adapter, name: str, module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
     found = adapter.factors(name)
     if found is None:
@@ -141,5 +174,5 @@ def _factors(adapter: Adapter, name: str, module: nn.Module) -> tuple[Tensor, Te
 
 def _apply(pair: tuple[Tensor, Tensor, Tensor | None], x: Tensor) -> Tensor:
     A, B, bias = pair
-    y = (x @ A.T) @ B.T
+    y = (x.to(A.dtype) @ A.T) @ B.T
     return y if bias is None else y + bias

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from mtft.recipe.schema import Recipe
+from mtft.recipe.schema import MergeSection, Recipe
 
 from .api import merge
 from .errors import MergeError
@@ -14,38 +15,67 @@ from .report import MergeReport
 
 
 def merge_from_recipe(
-    recipe: Recipe, adapters: Sequence[str | Path | Adapter] | None = None, out: str | Path | None = None
+    recipe: Recipe,
+    adapters: Sequence[str | Path | Adapter] | None = None,
+    out: str | Path | None = None,
+    *,
+    diagnostics: bool = True,
 ) -> MergeReport:
     """Merge as `recipe.merge` says. adapters, out: win over the section's (`mtft run` passes the trained singles).
 
-    Raises MergeError if neither names any adapters.
+    What needs data (search, gates, experts) is in mtft.pipeline.merging. Raises MergeError if neither names adapters.
     """
-    section = recipe.merge
-    if section is None:
-        raise MergeError("the recipe has no section `merge`", where="merge", do="add one: merge: {method: linear}")
-    chosen = adapters if adapters is not None else section.adapters
-    if not chosen:
-        raise MergeError("no adapters to merge", where="merge.adapters", do="list their folders, or use `mtft run`")
+    section = merge_section(recipe)
     return merge(
-        list(chosen),
-        out or section.out or Path(recipe.output.dir) / "merge" / "adapter",
+        chosen_adapters(section, adapters),
+        out or merge_folder(recipe),
         method=section.method,
         options=dict(section.options),
         weights=section.weights,
-        scale=section.scale,
         average=section.average,
-        rank=section.rank,
-        energy=section.energy,
-        min_energy=section.min_energy,
-        saved=section.saved,
-        dtype=None if section.dtype == "auto" else section.dtype,
-        vllm=section.vllm,
-        per_module=[
+        diagnostics=diagnostics,
+        **merge_options(recipe),
+    )
+
+
+def merge_options(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments of merge() that hold whatever the method and the weights are."""
+    section = merge_section(recipe)
+    return {
+        "scale": section.scale,
+        "rank": section.rank,
+        "energy": section.energy,
+        "min_energy": section.min_energy,
+        "saved": section.saved,
+        "dtype": None if section.dtype == "auto" else section.dtype,
+        "vllm": section.vllm,
+        "per_module": [
             (rule.modules, rule.model_dump(exclude={"modules"}, exclude_none=True)) for rule in section.per_module
         ],
-        allow_base_mismatch=section.allow_base_mismatch,
-        workers=section.workers,
-        seed=recipe.seed,
-        overwrite=section.overwrite,
-        diagnostics=True,
-    )
+        "allow_base_mismatch": section.allow_base_mismatch,
+        "workers": section.workers,
+        "seed": recipe.seed,
+        "overwrite": section.overwrite,
+    }
+
+
+def merge_section(recipe: Recipe) -> MergeSection:
+    if recipe.merge is None:
+        raise MergeError("the recipe has no section `merge`", where="merge", do="add one: merge: {method: linear}")
+    return recipe.merge
+
+
+def merge_folder(recipe: Recipe) -> Path:
+    """Where the result goes."""
+    section = merge_section(recipe)
+    return Path(section.out) if section.out else Path(recipe.output.dir) / "merge" / "adapter"
+
+
+def chosen_adapters(
+    section: MergeSection, adapters: Sequence[str | Path | Adapter] | None = None
+) -> list[str | Path | Adapter]:
+    """The adapters given, else the section's. MergeError if there are none."""
+    chosen = adapters if adapters is not None else section.adapters
+    if not chosen:
+        raise MergeError("no adapters to merge", where="merge.adapters", do="list their folders, or use `mtft run`")
+    return list(chosen)

@@ -2,11 +2,14 @@
 
     objective(w) = mean over tasks of q_t + worst * max q_t,   q_t = (L_t(w) - L_single) / (L_base - L_single)
 
-(0 = every task as good as its own expert, 1 = as the base; without base and single losses: the mean loss.) First a grid
-over one common scale, then COBYQA (scipy) or CMA-ES (package `cma`) on the K weights. LoraHub (Huang et al.,
-arXiv 2307.13269) is the same on weights in [-1.5, 1.5] from 0 with 0.05 * mean |w| added; the sum merged is exact here,
-where LoraHub adds A and B apart. The winner must beat the uniform merge by more than the error of the difference, on
-data that the search has not seen if `check` is given; else the verdict is: stay uniform.
+(0 = every task as good as its own expert, 1 = as the base; without base and single losses: the mean loss. With
+`prefer` the mean is weighted.) First a grid over one common scale, then COBYQA (scipy) or CMA-ES (package `cma`) on the
+K weights. LoraHub (Huang et al., arXiv 2307.13269) is the same on weights in [-1.5, 1.5] from 0 with 0.05 * mean |w|
+added; the sum merged is exact here, where LoraHub adds A and B apart. `front` spreads its trials over all trade-offs
+instead of seeking one: any preference vector then picks its weights from the ledger, with no training and no new trial
+(the use that IBCL makes of convex combinations, Lu et al., arXiv 2305.14782). The winner must beat the uniform merge by
+more than the error of the difference, on data that the search has not seen if `check` is given; else the verdict is:
+stay uniform.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from .errors import MergeError
 from .retention import Scores
 
 SCALES = (0.3, 0.5, 0.7, 1.0, 1.3)
-WAYS = ("grid", "cobyqa", "cma", "lorahub")
+WAYS = ("grid", "cobyqa", "cma", "lorahub", "front")
 Evaluate = Callable[[Sequence[float]], Mapping[str, "float | Scores"]]
 """weights [K] -> {task: loss}, or {task: per-example scores}, which alone can say how sure a difference is."""
 
@@ -57,6 +60,7 @@ def search(
     single: Mapping[str, float] | None = None,
     check: Evaluate | None = None,
     worst: float = 0.0,
+    prefer: Mapping[str, float] | None = None,
     budget: int = 40,
     ledger: str | Path | None = None,
     seed: int = 0,
@@ -64,13 +68,15 @@ def search(
     """Find weights for the adapters `names`.
 
     base, single: losses of the base model and of each task's expert; tasks on which the expert is no better are left
-    out. check: scores other data for the verdict. ledger: JSONL file, one line a trial; trials in it are not repeated.
+    out. prefer: how much a task counts (those not named: 0; None: all the same). check: scores other data for the
+    verdict. ledger: JSONL file, one line a trial; trials in it are not repeated.
     Raises MergeError for an unknown way, a ledger of another search, or losses that are not finite.
     """
     if by not in WAYS:
         raise MergeError(f"unknown search {by!r}", where="by", do=f"one of {', '.join(WAYS)}")
     K = len(names)
-    book = _Book(names, evaluate, base, single, worst, 0.05 if by == "lorahub" else 0.0, ledger)
+    _check_preference(prefer)
+    book = _Book(names, evaluate, base, single, worst, 0.05 if by == "lorahub" else 0.0, ledger, prefer)
     uniform = book.trial([1.0] * K)
     for scale in SCALES:
         book.trial([scale] * K)
@@ -78,6 +84,9 @@ def search(
         _cobyqa(book, K, by, budget)
     elif by == "cma":
         _cma(book, K, budget, seed)
+    elif by == "front":
+        for weights in front_weights(K, budget - len(SCALES), best_scale(book.trials), seed):
+            book.trial(weights)
     best = min(book.trials, key=lambda trial: trial.objective)
     return _judge(book, best, uniform, check or evaluate, on_new_data=check is not None)
 
@@ -92,12 +101,41 @@ def pareto(trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in trials if not any(beaten(trial, other) for other in trials)]
 
 
+def best_scale(trials: Sequence[Trial]) -> float:
+    """The common weight that did best."""
+    return min((t for t in trials if len(set(t.weights)) == 1), key=lambda t: t.objective).weights[0]
+
+
+def front_weights(K: int, count: int, scale: float, seed: int = 0) -> list[tuple[float, ...]]:
+    """Weights spread over the trade-offs between K adapters: each alone, then preferences p from the simplex.
+
+    In turns a plain convex combination (w = p) and one as strong as the best uniform merge (w = K scale p, at most 1).
+    The first n of a longer list are the list of n, so a larger budget repeats nothing.
+    """
+    from scipy.stats import qmc
+
+    alone = [tuple(float(i == k) for i in range(K)) for k in range(K)]
+    rest = max(0, count - K)
+    uniform = qmc.Sobol(K, seed=seed).random(1 << max(1, rest - 1).bit_length())[:rest]
+    spread = -np.log1p(-np.clip(uniform, 0, 1 - 1e-9))  # exponentials over their sum: even over the simplex
+    p_TK = spread / spread.sum(axis=1, keepdims=True) if rest else np.zeros((0, K))
+    mixed = [np.minimum(1.0, p * (1.0 if i % 2 else K * scale)).round(12) for i, p in enumerate(p_TK)]
+    return [*alone[: max(0, count)], *(tuple(map(float, w)) for w in mixed)]
+
+
+def _check_preference(prefer: Mapping[str, float] | None) -> None:
+    values = list((prefer or {"": 1.0}).values())
+    if min(values) < 0 or not sum(values) > 0 or not all(map(math.isfinite, values)):
+        raise MergeError(f"prefer is {dict(prefer or {})}", where="prefer", do="numbers >= 0, at least one above 0")
+
+
 class _Book:
     """All trials: evaluated once, written down at once."""
 
-    def __init__(self, names, evaluate, base, single, worst, penalty, ledger) -> None:
+    def __init__(self, names, evaluate, base, single, worst, penalty, ledger, prefer=None) -> None:
         self.names, self._evaluate = list(names), evaluate
         self._base, self._single, self._worst, self._penalty = base, single, worst, penalty
+        self._prefer = dict(prefer) if prefer else None
         self._path = Path(ledger) if ledger else None
         self._known: dict[tuple[float, ...], dict[str, float]] = {}
         self.trials: list[Trial] = []
@@ -119,18 +157,25 @@ class _Book:
         return made
 
     def objective(self, losses: Mapping[str, float]) -> float:
-        values = self._shares(losses)
-        return float(np.mean(values) + self._worst * np.max(values))
+        shares = self._shares(losses)
+        if self._prefer is not None:
+            shares = {task: share for task, share in shares.items() if self._prefer.get(task, 0) > 0}
+            if not shares:
+                known = ", ".join(losses)
+                raise MergeError("no preferred task can be compared", where="prefer", do=f"name tasks of {known}")
+        values = list(shares.values())
+        weights = None if self._prefer is None else [self._prefer[task] for task in shares]
+        return float(np.average(values, weights=weights) + self._worst * np.max(values))
 
-    def _shares(self, losses: Mapping[str, float]) -> list[float]:
+    def _shares(self, losses: Mapping[str, float]) -> dict[str, float]:
         if self._base is None or self._single is None:
-            return list(losses.values())
+            return dict(losses)
         gaps = {task: self._base[task] - self._single[task] for task in losses if task in self._single}
         learnt = [task for task, gap in gaps.items() if gap > 0]
         if not learnt:
             do = "train the experts longer, or search without base and single"
             raise MergeError("no expert is better than the base", where="search", do=do)
-        return [(losses[task] - self._single[task]) / gaps[task] for task in learnt]
+        return {task: (losses[task] - self._single[task]) / gaps[task] for task in learnt}
 
     def _write(self, key: tuple[float, ...], losses: Mapping[str, float]) -> None:
         if self._path is None:

@@ -92,6 +92,9 @@ def _check_names(recipe: Recipe) -> None:
     balancer_class(recipe.loss.balancer)
     if recipe.merge is not None:
         make_method(recipe.merge.method, recipe.merge.options)
+        for rule in recipe.merge.per_module:
+            if rule.method is not None or rule.options is not None:
+                make_method(rule.method or recipe.merge.method, rule.options)
     optimizers = [name.value for name in OptimizerNames]
     if recipe.train.optimizer not in optimizers:
         near = get_close_matches(recipe.train.optimizer, optimizers, n=1)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from mtft.errors import UserError
-from mtft.recipe.schema import ModelSection, Recipe
+from mtft.recipe.schema import ModelSection, Recipe, ScheduleShares
 
 Stage = Literal["check", "train", "eval", "mix", "merge", "fuse", "run"]
 TRAINING: tuple[Stage, ...] = ("check", "train", "mix", "run")
+MERGING: tuple[Stage, ...] = ("check", "merge", "run")
 
 
 class BalancerNeeds(Protocol):
@@ -77,8 +78,21 @@ def _quantised(model: ModelSection) -> bool:
     return model.quantise != "none"
 
 
+def _compares_gradients(recipe: Recipe) -> bool:
+    return recipe.loss.gradients is not None or recipe.loss.balancer.name in ("lagged", "gradnorm")
+
+
 def _merges_own_adapters(recipe: Recipe) -> bool:
     return recipe.merge is not None and recipe.merge.adapters is None
+
+
+def _merge_sees_rows(recipe: Recipe) -> bool:
+    """The merge chooses something on held-out rows."""
+    merge = recipe.merge
+    if merge is None or merge.base is not None:
+        return False
+    routes = merge.experts is not None and merge.experts.kind == "twin"
+    return merge.search is not None or merge.gates is not None or routes
 
 
 # Optimizers whose state has the shape of the weight, so that a part of a weight is moved as the whole would be.
@@ -148,6 +162,14 @@ TABLE: tuple[Row, ...] = (
         "the fused loss takes the head's weight outside of the head's forward, where each rank holds only a part",
         "set loss.path: gather (or auto)"),
     # --- batches
+    Row("mixture.shares.schedule + sweep", ("check", "mix", "run"),
+        lambda r, e, n: r.sweep is not None and isinstance(r.mixture.shares, ScheduleShares),
+        "trials and proposals are constant mixtures, and the recipe's own mixture changes over the run",
+        "give constant shares for the sweep, or remove the sweep section"),
+    Row("train.batch_style: alternating + task gradients", TRAINING,
+        lambda r, e, n: r.train.batch_style == "alternating" and _compares_gradients(r),
+        "a step holds one task only, so there are no gradients of several tasks to compare or mix",
+        "set train.batch_style: mixed (or unmixed)"),
     Row("train.max_length + train.micro_batch_tokens", TRAINING,
         lambda r, e, n: r.train.max_length > r.train.micro_batch_tokens,
         "a row of max_length tokens does not fit into micro_batch_tokens",
@@ -173,7 +195,40 @@ TABLE: tuple[Row, ...] = (
         lambda r, e, n: r.fuse is not None and r.fuse.adapters is None and r.lora is None,
         "fusion steers with LoRA experts, and full fine-tuning makes none",
         "train adapters (lora: {r: 16}), or name fuse.adapters"),
+    # --- merges that choose by data, keep experts apart, or take whole models
+    Row("merge.search + merge.gates", MERGING,
+        lambda r, e, n: r.merge is not None and r.merge.search is not None and r.merge.gates is not None,
+        "both choose the weights of the adapters", "keep one of them"),
+    Row("merge.gates + merge.method", MERGING,
+        lambda r, e, n: r.merge is not None and r.merge.gates is not None and r.merge.method != "linear",
+        "trained gates are weights of a sum; they go with no other method", "set merge.method: linear"),
+    Row("merge.gates + merge.experts", MERGING,
+        lambda r, e, n: r.merge is not None and r.merge.gates is not None and r.merge.experts is not None,
+        "the shared adapter of experts is made by a method, not by gates", "keep one of them"),
+    Row("merge.search + merge.average", MERGING,
+        lambda r, e, n: r.merge is not None and r.merge.search is not None and r.merge.average,
+        "an average divides by the weights' sum, so their size, which the search tries, would do nothing",
+        "set merge.average: false"),
+    Row("merge.experts: arrow + merge.method", MERGING,
+        lambda r, e, n: r.merge is not None and r.merge.experts is not None and r.merge.experts.kind == "arrow"
+        and (r.merge.method != "linear" or r.merge.search is not None),
+        "arrow keeps the adapters as they are, so nothing is merged",
+        "leave method and search out, or set merge.experts.kind: twin"),
+    Row("merge.search, gates, experts + tasks.*.eval_data", MERGING,
+        lambda r, e, n: _merge_sees_rows(r) and bool(_without_eval(r)),
+        "weights, gates and routers are chosen on held-out rows, and not every task has eval_data",
+        "give every task eval_data, or merge without looking at data"),
+    Row("merge.base", MERGING,
+        lambda r, e, n: r.merge is not None and r.merge.base is not None
+        and (r.merge.adapters is None or any(x is not None for x in (r.merge.search, r.merge.gates, r.merge.experts))),
+        "merge.base is for whole models: `adapters` names their folders, and search, gates and experts are for LoRAs",
+        "name the models in merge.adapters and leave the others out"),
+    Row("merge.base + mtft run", ("run",), lambda r, e, n: r.merge is not None and r.merge.base is not None,
+        "`mtft run` compares adapters of one base; whole models are merged by `mtft merge` alone", "run `mtft merge`"),
     # --- allowed, but likely not what was meant
+    Row("merge.weights + merge.search", MERGING,
+        lambda r, e, n: r.merge is not None and r.merge.search is not None and r.merge.weights is not None,
+        "the search chooses the weights; those given are not used", "remove merge.weights", fatal=False),
     Row("tasks.*.eval_data", ("check", "train", "run"), lambda r, e, n: bool(_without_eval(r)),
         "some tasks have no eval_data: nothing held-out is measured for them", "give them eval_data", fatal=False),
     Row("train.micro_batch_tokens + train.batch_tokens", TRAINING,

@@ -20,7 +20,16 @@ from ruamel.yaml import YAML
 
 from mtft.errors import UserError
 from mtft.recipe.checks import check_files, check_source
-from mtft.recipe.schema import FileShares, FuseSection, MergeSection, ModelSection, Recipe, SweepSection, TaskSection
+from mtft.recipe.schema import (
+    FileShares,
+    FuseSection,
+    MergeSection,
+    ModelSection,
+    Recipe,
+    ScheduleShares,
+    SweepSection,
+    TaskSection,
+)
 from mtft.recipe.source import Problem, Source, apply_override, read_source
 from mtft.recipe.words import explain
 
@@ -97,6 +106,11 @@ def _model(section: ModelSection | None, base: Path) -> ModelSection | None:
     return section.model_copy(update={"path": place}) if is_path else section
 
 
+def _shares(shares: Any, base: Path) -> Any:
+    """Shares with the path of their file, if they are one, absolute."""
+    return FileShares(file=_place(shares.file, base, ())) if isinstance(shares, FileShares) else shares
+
+
 def _absolute(recipe: Recipe, base: Path) -> Recipe:
     """The recipe with every path absolute."""
     here = Path.cwd()
@@ -117,14 +131,17 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
         "tasks": tuple(task(section) for section in recipe.tasks),
         "output": recipe.output.model_copy(update={"dir": _place(recipe.output.dir, here, ())}),
     }
-    if isinstance(shares := recipe.mixture.shares, FileShares):
-        shares = FileShares(file=_place(shares.file, base, ()))
-        update["mixture"] = recipe.mixture.model_copy(update={"shares": shares})
+    shares = recipe.mixture.shares
+    if isinstance(shares, ScheduleShares):
+        stops = tuple(stop.model_copy(update={"shares": _shares(stop.shares, base)}) for stop in shares.schedule)
+        shares = ScheduleShares(schedule=stops)
+    update["mixture"] = recipe.mixture.model_copy(update={"shares": _shares(shares, base)})
     if isinstance(sweep := recipe.sweep, SweepSection):
         update["sweep"] = sweep.model_copy(update={"model": _model(sweep.model, base)})
     if isinstance(merge := recipe.merge, MergeSection):
         out = None if merge.out is None else _place(merge.out, here, ())
-        update["merge"] = merge.model_copy(update={"adapters": folders(merge.adapters), "out": out})
+        whole = None if merge.base is None else _place(merge.base, base, ())
+        update["merge"] = merge.model_copy(update={"adapters": folders(merge.adapters), "base": whole, "out": out})
     if isinstance(fuse := recipe.fuse, FuseSection):
         models = {"strong": _model(fuse.strong, base), "base": _model(fuse.base, base)}
         update["fuse"] = fuse.model_copy(update={"adapters": folders(fuse.adapters), **models})

@@ -67,8 +67,9 @@ class TaskSection(Section):
 
 
 class TemperatureShares(Section):
-    temperature: Annotated[float, Field(ge=0)]
-    """Share of task k ~ size_k ** temperature: 1 = natural, 0 = uniform. (Others write the exponent as 1/T.)"""
+    temperature: float
+    """Share of task k ~ size_k ** temperature: 1 = natural, 0 = uniform, below 0 the small ones get more. (Others write
+    the exponent as 1/T.)"""
 
 
 class FileShares(Section):
@@ -76,15 +77,44 @@ class FileShares(Section):
     """A mixture.yaml as `mtft mix propose` writes it. Relative to the recipe."""
 
 
+OneMixture = Literal["natural", "uniform"] | TemperatureShares | FileShares | dict[str, Share]
+
+
+class ScheduleStop(Section):
+    at: Annotated[float, Field(ge=0, le=1)]
+    """Progress of the run: 0 = its start, 1 = its end."""
+    shares: OneMixture
+    """The mixture at this place: a rule, a file, or {task: share}."""
+
+
+class ScheduleShares(Section):
+    schedule: Annotated[tuple[ScheduleStop, ...], Field(strict=False, min_length=1)]
+    """A curriculum: the shares move in straight lines from stop to stop; two stops at one place make a jump."""
+
+
+class GroupSection(Section):
+    """Tasks whose shares count together."""
+
+    tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """Names of the group's tasks; a task may be in several groups."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Smallest sum of their shares."""
+    cap: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Largest sum of their shares."""
+
+
 class MixtureSection(Section):
-    shares: Literal["natural", "uniform"] | TemperatureShares | FileShares | dict[str, Share] = "natural"
-    """Asked share of each task: a rule, a file, or {task: share} adding up to 1."""
+    shares: OneMixture | ScheduleShares = "natural"
+    """Asked share of each task: a rule, a file, {task: share} adding up to 1, or a schedule of these over the run."""
     unit: Literal["tokens", "examples"] = "examples"
     """What a share counts."""
     floors: dict[str, Share] = {}
-    """Smallest share of a task that a proposal may take."""
+    """Smallest share of a task. Rules (natural, uniform, temperature) and proposals keep to it; shares that are written
+    out or in a file are played as they stand."""
     caps: dict[str, Share] = {}
-    """Largest share of a task that a proposal may take."""
+    """Largest share of a task, in the same way."""
+    groups: dict[TaskName, GroupSection] = {}
+    """Floors and caps of several tasks together, in the same way: {code: {tasks: [sql, python], cap: 0.5}}."""
     max_epochs: Annotated[float, Field(gt=0)] | None = None
     """How often any row may be seen at the most; a task's own max_epochs wins."""
     on_cap: Literal["error", "redistribute"] = "error"
@@ -196,6 +226,9 @@ class TrainSection(Section):
     """Broken rows: stop at the first file with any, or skip up to 1 % of a file and count."""
     packing: bool = True
     """Several examples in one row, isolated from each other."""
+    batch_style: Literal["mixed", "unmixed", "alternating"] = "mixed"
+    """mixed: the mixture in every micro-batch; unmixed: one task a micro-batch, the mixture in every step; alternating:
+    one task a step, as many steps of each as its share says."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -279,13 +312,70 @@ class ModuleRule(Section):
     """Largest rank of these modules."""
 
 
+class WeightSearch(Section):
+    """Search the adapters' weights on held-out rows. The winner has to beat the uniform merge on other rows."""
+
+    by: Literal["grid", "cobyqa", "cma", "lorahub", "front"] = "grid"
+    """grid: one common scale; cobyqa, cma, lorahub: a weight each; front: spread over all trade-offs, for `prefer`."""
+    budget: Annotated[int, Field(gt=0)] = 40
+    """Merges to try."""
+    rows: Annotated[int, Field(gt=1)] = 64
+    """Held-out rows of each task to choose on (and as many for the verdict); at most a third of what there is."""
+    worst: Annotated[float, Field(ge=0)] = 0.0
+    """How much the worst task counts beyond the mean."""
+    prefer: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """What each task counts; {} = all the same. With `front` another preference costs no new trial."""
+
+
+class GateTraining(Section):
+    """Learn the adapters' weights by gradients, each layer or module its own, and fold them in."""
+
+    kind: Literal[
+        "adamerging_task", "adamerging_layer", "atlas", "self_positioning", "cat_gates", "scalearn", "concrete"
+    ] = "adamerging_layer"
+    """adamerging_*, concrete: by the entropy of the output, no labels; the others by labels (docs/merging.md)."""
+    rows: Annotated[int, Field(gt=1)] = 64
+    """Held-out rows of each task to learn on; at most a third of what there is."""
+    steps: Annotated[int, Field(gt=0)] | None = None
+    """null = the method's own."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """null = the method's own."""
+    negate: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Tasks to unlearn (atlas)."""
+
+
+class Experts(Section):
+    """Keep the adapters apart and route between them at inference."""
+
+    kind: Literal["twin", "arrow"] = "twin"
+    """twin: the merged adapter plus a small residual each, by request; arrow: the adapters themselves, by token."""
+    rank: Annotated[int, Field(gt=0)] = 8
+    """Rank of a residual (twin)."""
+    with_shared: bool = False
+    """Each expert holds the shared adapter too: one plain LoRA a request, for servers (twin)."""
+    router: Literal["centroid", "mlp"] = "centroid"
+    """By the prompt's last state: nearest centroid, or a trained network (twin)."""
+    rows: Annotated[int, Field(gt=1)] = 64
+    """Held-out prompts of each task to fit the router on; at most a third of what there is (twin)."""
+    top: Annotated[int, Field(gt=0)] | None = None
+    """Experts that serve one token; null = all (arrow)."""
+
+
 class MergeSection(Section):
     method: str = "linear"
     """linear, cat, svd, ties, tsv, ... (docs/papers.md)."""
     adapters: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Folders of PEFT adapters; null in `mtft run`: the single-task adapters."""
+    base: str | None = None
+    """Folder of a base model: then `adapters` are whole models that were fine-tuned from it."""
     weights: Annotated[tuple[float, ...], Field(strict=False)] | None = None
     """Weight of each adapter, multiplying its delta; null = 1 each."""
+    search: WeightSearch | None = None
+    """Choose the weights on held-out rows."""
+    gates: GateTraining | None = None
+    """Learn the weights by gradients, per layer or module."""
+    experts: Experts | None = None
+    """Keep the adapters apart, with a router."""
     scale: float = 1.0
     """Multiplies the result."""
     average: bool = False

@@ -47,7 +47,15 @@ UNCHANGED = {
     "core_dare": FULL,
 }
 """One adapter alone comes out as it went in."""
-IDEMPOTENT = {"tsv": {}, "wudi": {"ridge": 0.0}, "svc": {}, "delta_norm": {}, "ties": FULL, "sce": FULL, "core_ties": FULL}
+IDEMPOTENT = {
+    "tsv": {},
+    "wudi": {"ridge": 0.0},
+    "svc": {},
+    "delta_norm": {},
+    "ties": FULL,
+    "sce": FULL,
+    "core_ties": FULL,
+}
 """K equal adapters come out as one of them (wudi's ridge pulls towards their sum)."""
 
 

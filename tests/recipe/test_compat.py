@@ -43,15 +43,35 @@ CASES = {
     "loss.label_smoothing, loss.z_loss + loss.path: fused": ("train", ["loss.z_loss=1e-4", "loss.path=fused"]),
     "loss.orthogonal + lora: null": ("train", ["loss.orthogonal=0.1", "lora=null"]),
     "lora.targets + loss.path: fused": ("train", ["lora.targets=[q_proj, lm_head]", "loss.path=fused"]),
+    "mixture.shares.schedule + sweep": (
+        "mix",
+        ["mixture.shares={schedule: [{at: 0, shares: uniform}, {at: 1, shares: natural}]}"],
+    ),
+    "train.batch_style: alternating + task gradients": (
+        "train",
+        ["train.batch_style=alternating", "loss.gradients={aggregator: upgrad}"],
+    ),
     "lora.dora + merge": ("run", ["lora.dora=true"]),
     "lora: null + merge": ("merge", ["lora=null"]),
     "lora: null + fuse": ("run", ["lora=null", "merge=null"]),
+    "merge.search + merge.gates": ("merge", ["merge.search={by: grid}", "merge.gates={kind: atlas}", "merge.method=linear"]),
+    "merge.gates + merge.method": ("run", ["merge.gates={kind: atlas}", "merge.method=ties"]),
+    "merge.gates + merge.experts": ("check", ["merge.gates={kind: atlas}", "merge.experts={kind: twin}", "merge.method=linear"]),
+    "merge.search + merge.average": ("merge", ["merge.search={by: grid}", "merge.average=true"]),
+    "merge.experts: arrow + merge.method": ("merge", ["merge.experts={kind: arrow}", "merge.method=ties"]),
+    "merge.search, gates, experts + tasks.*.eval_data": (
+        "run",
+        ["merge.experts={kind: twin}", "tasks.sum.eval_data=", "sweep=null"],
+    ),
+    "merge.base": ("merge", ["merge.base=model"]),
+    "merge.base + mtft run": ("run", ["merge.base=model", "merge.adapters=[a, b]"]),
 }
 WARNINGS = {
     "tasks.*.eval_data": ("train", ["tasks.sum.eval_data="]),
     "train.micro_batch_tokens + train.batch_tokens": ("train", [], Engine(ranks=64)),
     "fuse.alpha": ("fuse", ["fuse.alpha=0.5"]),
     "fuse.top_p": ("fuse", ["fuse.top_p=0.9"]),
+    "merge.weights + merge.search": ("merge", ["merge.search={by: grid}", "merge.weights=[1, 1]"]),
     "model.dtype: fp16 + lora: null": ("train", ["lora=null", "model.dtype=fp16"]),
     "model.trust_remote_code": ("train", ["model.trust_remote_code=true"]),
 }

@@ -37,6 +37,9 @@ class RegMean(Method):
         if not 0 <= self.rho <= 1 or self.ridge < 0:
             raise MergeError(f"rho {self.rho}, ridge {self.ridge}", where="options", do="rho in [0, 1], ridge >= 0")
 
+    def describe(self) -> dict[str, object]:
+        return {**super().describe(), "grams": Path(self.grams).name}  # a folder's place is no property of the merge
+
     def merge(self, parts: Parts, seen: object = None) -> Merged:
         if not self.grams:
             raise MergeError("regmean needs the inputs' Gram matrices", where="options.grams", do="give their folder")

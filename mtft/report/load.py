@@ -20,6 +20,7 @@ class TrainRun:
     evals: list[dict]  # lines of eval.jsonl
     plan: dict  # plan.json: asked and realised shares
     env: dict
+    affinity: dict = field(default_factory=dict)  # affinity.json: how the tasks' gradients get on with each other
 
     @property
     def tasks(self) -> list[str]:
@@ -109,6 +110,7 @@ def _load_train(folder: Path, name: str) -> TrainRun:
         evals=[evals[step] for step in sorted(evals)],
         plan=_json(folder / "plan.json"),
         env=_json(folder / "env.json"),
+        affinity=_json(folder / "affinity.json"),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mtft.report import sections, steering
+from mtft.report import affinity, sections, steering
 from mtft.report.load import RunData, load_run
 from mtft.report.parts import Section
 
@@ -16,6 +16,7 @@ MAKERS = (
     sections.results,
     sections.mixture,
     sections.training,
+    affinity.affinity,
     sections.trials,
     steering.merging,
     steering.fusion,

@@ -10,6 +10,7 @@ from itertools import count
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 # Okabe & Ito's palette: eight colours that colour-blind readers can tell apart; line styles go on from there.
@@ -89,22 +90,58 @@ def predicted(measured: Sequence[float], mean: Sequence[float], lower: Sequence[
     return _svg(figure)
 
 
-def heat(values: Sequence[Sequence[float]], names: Sequence[str], *, low: float = -1, high: float = 1) -> str:
-    """Square matrix with its numbers: cosines, overlaps, transfer."""
-    grid = np.asarray(values, float)
-    size = 1.4 + 0.62 * len(names)
+def heat(
+    values: Sequence[Sequence[float | None]],
+    names: Sequence[str],
+    *,
+    low: float = -1,
+    high: float = 1,
+    blocks: Sequence[int] = (),
+    ylabel: str = "",
+    xlabel: str = "",
+) -> str:
+    """Square matrix with its numbers: cosines, overlaps, transfer. None or NaN: grey, a dash.
+
+    Where low < 0: blue above 0, white at 0, red below. Else white to red (a rate of something bad). Colour-blind eyes
+    tell the two apart.
+    blocks: sizes of groups of names along the diagonal, outlined.
+    """
+    grid = np.array([[np.nan if value is None else value for value in row] for row in values], float)
+    small = len(names) > 10
+    size = 1.6 + (0.27 if small else 0.62) * len(names)
     figure, axis = _axis(size + 0.8, size)
-    axis.imshow(grid, vmin=low, vmax=high, cmap="RdBu_r")
+    colours = matplotlib.colormaps["RdBu" if low < 0 else "Reds"].with_extremes(bad="#d9dce1")
+    edges = np.arange(len(names) + 1) - 0.5
+    cells = np.ma.masked_invalid(grid)
+    axis.pcolormesh(edges, edges, cells, vmin=low, vmax=high, cmap=colours, edgecolor="face", linewidth=0.2)
+    axis.invert_yaxis()
+    axis.set_aspect("equal")
     for (row, column), value in np.ndenumerate(grid):
-        dark = abs(value - (low + high) / 2) > 0.32 * (high - low)
-        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        text = "–" if np.isnan(value) else f"{value:.2f}"
+        text = re.sub(r"^(-?)0\.", r"\1.", text) if small else text  # -0.31 -> -.31
+        depth = abs(value) / high if low < 0 else (value - low) / (high - low)
+        ink = "white" if depth > 0.64 else "black"
+        axis.text(column, row, text, ha="center", va="center", fontsize=5.5 if small else 8, color=ink)
+    _outline(axis, blocks)
+    turn = {"rotation": 90, "ha": "center"} if small else {"rotation": 30, "ha": "right"}
+    axis.set_xticks(range(len(names)), names, **turn)
     axis.set_yticks(range(len(names)), names)
+    axis.set_ylabel(ylabel)
+    axis.set_xlabel(xlabel)
     axis.grid(False)
     axis.tick_params(length=0)
     for side in axis.spines.values():
         side.set_visible(False)
     return _svg(figure)
+
+
+def _outline(axis, blocks: Sequence[int]) -> None:
+    start = 0
+    for block in blocks:
+        axis.add_patch(
+            Rectangle((start - 0.5, start - 0.5), block, block, fill=False, edgecolor="black", linewidth=1.4)
+        )
+        start += block
 
 
 def bars(rows: Mapping[str, float], *, xlabel: str, reference: float | None = None) -> str:

@@ -27,8 +27,7 @@ class Blocks:
 
     def clear(self) -> None:
         self._blocks: dict[str, Tensor] = {}
-        self._dropped: set[str] = set()
-        self._dropped_KK: Tensor | None = None
+        self._dropped: dict[str, Tensor] = {}  # inner products of blocks that are complete and gone
         self._summed = False
 
     def add(self, name: str, order: Order, delta: Tensor, x: Tensor) -> None:
@@ -50,9 +49,7 @@ class Blocks:
 
     def drop(self, name: str) -> None:
         """Contracts a block that is complete, and lets it go."""
-        part_KK = block_gram(self._blocks.pop(name))
-        self._dropped_KK = part_KK if self._dropped_KK is None else self._dropped_KK.add_(part_KK)
-        self._dropped.add(name)
+        self._dropped[name] = block_gram(self._blocks.pop(name))
 
     def get(self, name: str) -> Tensor | None:
         """[K, out, in], or None where nothing was added."""
@@ -86,22 +83,21 @@ class Blocks:
         return gram(self._blocks)
 
     def drain(self, group: dist.ProcessGroup | None) -> Tensor:
-        """As `gram`, but lets the blocks go, some at a time; with those that were dropped before."""
+        """As `gram`, to the bit, but lets the blocks go, some at a time; with those that were dropped before."""
         self._check_there()
-        total_KK = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64, device=self.device)
-        if self._dropped_KK is not None:
-            total_KK += self._dropped_KK
-        part: list[Tensor] = []
+        part: dict[str, Tensor] = {}
         waiting = [name for name in self.layers if name not in self._dropped]
         for name in waiting:
-            part.append(self._blocks.pop(name) if name in self._blocks else self._empty(name))
-            if name is not waiting[-1] and sum(block.numel() for block in part) < BUCKET:
+            part[name] = self._blocks.pop(name) if name in self._blocks else self._empty(name)
+            if name is not waiting[-1] and sum(block.numel() for block in part.values()) < BUCKET:
                 continue
             if ranks_of(group) > 1:
-                sum_over_ranks(part, group)
-            for block in part:
-                total_KK += block_gram(block)
-            part = []
+                sum_over_ranks(part.values(), group)
+            self._dropped |= {name: block_gram(block) for name, block in part.items()}
+            part = {}
+        total_KK = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64, device=self.device)
+        for name in self.layers:  # in this order, whatever was dropped when
+            total_KK += self._dropped[name]
         return total_KK.cpu()
 
     @property

@@ -34,7 +34,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mtft.errors import UserError
 from mtft.gradients.blocks import Blocks
-from mtft.gradients.coverage import coverage
+from mtft.gradients.coverage import coverage, in_words
 from mtft.gradients.gram import ranks_of
 from mtft.gradients.order import Order, task_order
 from mtft.gradients.selfcheck import SelfCheck
@@ -255,14 +255,8 @@ def _one_task_a_row(task_ids_BT: Tensor) -> None:
 
 
 def _refuse(left_out: dict[str, str], *, some: bool) -> UserError:
-    reasons: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        reasons.setdefault(reason, []).append(name)
-    lines = [
-        f"  {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
-        for reason, names in reasons.items()
-    ]
+    lines = "".join(f"\n  {line}" for line in in_words(left_out))
     return UserError(
-        "\n".join(["the gradients of single tasks can't be captured for all trained parameters", *lines]),
+        f"the gradients of single tasks can't be captured for all trained parameters{lines}",
         do="train LoRA on linear layers only" + (", or set loss.gradients.partial: true" if some else ""),
     )

@@ -42,6 +42,17 @@ def coverage(model: nn.Module) -> Coverage:
     return Coverage({name: found for name, found in linears.items() if name not in left_out}, left_out)
 
 
+def in_words(left_out: dict[str, str]) -> list[str]:
+    """A line for each reason, with the parameters it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        f"{', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}: {reason}"
+        for reason, found in names.items()
+    ]
+
+
 def _refusal(path: str, module: nn.Module, which: str) -> str | None:
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return f"a parameter of {type(module).__name__}, not the weight of a plain linear layer"

@@ -32,6 +32,7 @@ from mtft.train.ranks import is_writer
 from mtft.train.signals import StopSignal
 from mtft.train.state import newest_checkpoint
 from mtft.train.steps import Steps
+from mtft.train.surgery import make_surgery
 from mtft.train.trainer import MultiTaskTrainer
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def build_trainer(
     """The trainer of a recipe on `model`; this rank's part of every step is decided here."""
     asked, dtype = recipe.train, compute_dtype(recipe.model)
     attention = model.config._attn_implementation
+    isolated = packing_refusal(model.config, attention) is None
     layout = Layout(
         asked.micro_batch_tokens,
         asked.max_length,
@@ -141,6 +143,9 @@ def build_trainer(
             rank=args.process_index,
             world=args.world_size,
         )
+    surgery = make_surgery(
+        recipe, model, gram_every=balancer.needs.gram_every, isolated=isolated, run_dir=log.run_dir, say=log.say
+    )
     loss = recipe.loss
     path = resolve_path(loss.path)
 
@@ -165,6 +170,7 @@ def build_trainer(
         ),
         balancer=balancer,
         log=log,
+        surgery=surgery,
         score=score,
         stop=stop,
         identity=inputs.identity(plan),

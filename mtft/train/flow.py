@@ -12,6 +12,7 @@ from transformers.trainer_callback import TrainerCallback
 from mtft.errors import UserError
 from mtft.train.engines import check_sharded
 from mtft.train.log import finite
+from mtft.train.observe import observe_start
 
 if TYPE_CHECKING:
     from mtft.train.trainer import MultiTaskTrainer
@@ -26,7 +27,7 @@ class Flow(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         check_sharded(self.trainer)
         self.trainer.run_log.start(state.global_step)
-        self.trainer.observe_start()
+        observe_start(self.trainer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.finish_step(control)

@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 
-from mtft.data.batch import Batch
-from mtft.errors import UserError
-from mtft.evaluate.mode import evaluation_mode
+from mtft.data.batch import IGNORE, Batch
 from mtft.evaluate.scores import TaskScores
+from mtft.gradients.capture import TaskGradients
 from mtft.losses.balancers import Balancer, Observation
 from mtft.losses.reduce import (
+    Counts,
     TaskSums,
     reduce_sums,
     step_counts,
@@ -43,16 +43,19 @@ from mtft.train import checkpoint
 from mtft.train.flow import BadSteps, Flow
 from mtft.train.log import RunLog, flat, step_line
 from mtft.train.objective import Objective
+from mtft.train.observe import global_losses, valid_losses
 from mtft.train.ranks import check_ranks
 from mtft.train.signals import StopSignal
 from mtft.train.steps import Steps
-from mtft.train.tree import random_state, restore_random_state
+from mtft.train.surgery import Surgery
+from mtft.train.tree import random_state
 
 
 class MultiTaskTrainer(Trainer):
     """Trains `model` on `steps`, once through.
 
     tasks       names, in the order of the batches' task ids
+    surgery     measures the gradients of single tasks, and steps along a mix of them; None: never
     score       model -> scores of each task on its held-out examples, over all ranks; None: no evaluation
     log         where metrics go (silent on all ranks but one)
     stop        SIGTERM/SIGINT seen by any rank ends the run after the step, with a checkpoint
@@ -74,6 +77,7 @@ class MultiTaskTrainer(Trainer):
         objective: Objective,
         balancer: Balancer,
         log: RunLog,
+        surgery: Surgery | None = None,
         score: Callable[[nn.Module], dict[str, TaskScores]] | None = None,
         stop: StopSignal | None = None,
         identity: dict[str, Any] | None = None,
@@ -94,11 +98,10 @@ class MultiTaskTrainer(Trainer):
         self._score = score
         self._line: dict[str, Any] = {}
         self._trouble: str | None = None
-        if balancer.needs.gram_every is not None:
-            raise UserError(
-                f"balancer {balancer.NAME} needs the gradients of each task, which the trainer does not measure",
-                where="loss.balancer.name",
-                do="choose a balancer that works from losses",
+        self.surgery = surgery or Surgery(model, tasks)
+        if balancer.needs.gram_every != self.surgery.gram_every:
+            raise ValueError(
+                f"balancer {balancer.NAME} needs the task gradients every {balancer.needs.gram_every} steps"
             )
 
     @property
@@ -132,55 +135,63 @@ class MultiTaskTrainer(Trainer):
         step, K, device = self.state.global_step + 1, len(self.tasks), self.args.device
         batches = [batch.to(device) for batch in inputs]
         counts = step_counts(batches, K, device=device)
-        needs = self.balancer.needs
+        needs, normalise = self.balancer.needs, self.objective.normalise
         self._random = random_state() if needs.after_step else None
-        step_loss_K = self._losses(model, batches) if needs.step_loss else None
+        step_loss_K = global_losses(self, model, batches) if needs.step_loss else None
         w_K = self.balancer.weights(step, step_loss_K)
-        share_K = task_coefficients(counts, w_K, self.objective.normalise)
-        ranks = self.accelerator.num_processes
+        share_K = task_coefficients(counts, w_K, normalise)
         parts: list[TaskSums] = []
-        if float(share_K.sum()) == 0:  # on every rank: nothing in the whole step counts, and nothing is run
+        if float(share_K.sum()) > 0:  # on every rank; else nothing in the whole step counts, and nothing is run
+            used_K = self.surgery.weights(step, w_K, counts.tokens_K > 0)
+            with self.surgery.watch(step, floored=used_K is not w_K) as taps:
+                parts = self._backwards(model, batches, counts, used_K, step, taps)
+            self.surgery.finish(step, task_coefficients(counts, used_K, normalise), share_K)
+        else:
             batches = []
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                nll_BT = self._nll(model, batch)
-                # Gradients are averaged over ranks but the coefficients are those of the global step: times R.
-                loss = self.objective.loss(nll_BT, batch, counts, w_K, step) * ranks
-                penalty = self.objective.penalty(model)
-                if penalty is not None:  # the same on every rank, so the average over ranks is right
-                    loss = loss + penalty / len(batches)
-                engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-                self.accelerator.backward(loss, **engine)
-            parts.append(task_sums(nll_BT, batch, K))
         sums = reduce_sums(parts, K, device=device)
-        loss_K = task_losses(sums, counts, self.objective.normalise)
+        loss_K = task_losses(sums, counts, normalise)
         loss = float(torch.where(share_K > 0, share_K * loss_K, 0.0).sum())
         self._trouble = "empty" if float(share_K.sum()) == 0 else None if np.isfinite(loss) else "non-finite"
-        self._seen = batches, loss_K, task_probs(sums, counts) if self.balancer.needs.token_probs else None
+        even_K = task_coefficients(counts, torch.ones_like(w_K), normalise)
+        self._seen = batches, loss_K, task_probs(sums, counts) if needs.token_probs else None, even_K
         held, rate = self.steps.content(step - 1), self._get_learning_rate()
         self._line = step_line(step, self.tasks, held, rate, loss, loss_K, w_K, share_K, counts.tokens_K)
         return torch.tensor(loss, device=device)
 
-    def _nll(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _backwards(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        counts: Counts,
+        w_K: Tensor,
+        step: int,
+        taps: TaskGradients | None,
+    ) -> list[TaskSums]:
+        """Forward and backward of every micro-batch of a step; their task sums."""
+        parts: list[TaskSums] = []
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                if taps is not None:
+                    taps.begin(batch.task_ids_BT, batch.labels_BT != IGNORE, last=last)
+                nll_BT = self.token_losses(model, batch)
+                # Gradients are averaged over ranks but the coefficients are those of the global step: times R.
+                loss = self.objective.loss(nll_BT, batch, counts, w_K, step) * self.accelerator.num_processes
+                penalty = self.objective.penalty(model)
+                if penalty is not None:  # the same on every rank, so the average over ranks is right
+                    loss = loss + penalty / len(batches)
+                if taps is not None:
+                    taps.watch(loss)
+                engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                self.accelerator.backward(loss, **engine)
+            parts.append(task_sums(nll_BT, batch, len(self.tasks)))
+        return parts
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """fp32 [B, T], in the precision of the run."""
         with self.compute_loss_context_manager():
             return self.objective.nll(model, batch)
-
-    def _losses(self, model: nn.Module, batches: Sequence[Batch], random: dict[str, Any] | None = None) -> Tensor:
-        """Global task losses of some batches, float64 [K]: no gradient, and the random state stays where it is.
-
-        random: the state to draw dropout from (None: the present one, so that the backward to come draws the same).
-        """
-        K, device = len(self.tasks), self.args.device
-        here = random_state()
-        if random is not None:
-            restore_random_state(random)
-        with torch.no_grad():
-            parts = [task_sums(self._nll(model, batch), batch, K) for batch in batches]
-        restore_random_state(here)
-        counts = step_counts(batches, K, device=device)
-        return task_losses(reduce_sums(parts, K, device=device), counts, self.objective.normalise)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
         """The norm before clipping. A step that is empty or not finite loses its gradients here, so nothing moves.
@@ -199,12 +210,16 @@ class MultiTaskTrainer(Trainer):
 
     def finish_step(self, control: TrainerControl) -> None:
         """After the optimizer step: balancer, metrics, bad steps, signals. Called by `Flow` on every rank."""
-        batches, loss_K, probs_K = self._seen
+        batches, loss_K, probs_K, even_K = self._seen
         if self._trouble is None:
             step, needs = self.state.global_step, self.balancer.needs
-            after_K = self._losses(self.model_wrapped, batches, self._random) if needs.after_step else None
-            valid_K = self._valid_losses(step) if needs.valid_every and step % needs.valid_every == 0 else None
-            self.balancer.update(Observation(step, loss_K, valid_K, after_loss_K=after_K, train_prob_K=probs_K))
+            gradients = self.surgery.record(step, loss_K, self._line["learning_rate"])
+            if gradients is not None:
+                self._line["gradients"] = gradients
+            valid_K = valid_losses(self, step) if needs.valid_every and step % needs.valid_every == 0 else None
+            gram_KK = self.surgery.gram_for_balancer(step)
+            after_K = global_losses(self, self.model_wrapped, batches, self._random) if needs.after_step else None
+            self.balancer.update(Observation(step, loss_K, valid_K, gram_KK, after_K, probs_K, even_K))
         else:
             self._line["skipped"] = self._trouble
         self._bad.note(self._trouble)
@@ -222,28 +237,6 @@ class MultiTaskTrainer(Trainer):
         if self.stop.agreed(self.args.device):
             control.should_training_stop = True
             control.should_save = self.args.save_strategy != "no"
-
-    def _valid_losses(self, step: int) -> Tensor:
-        """Losses of the small held-out stream (`mtft.losses.valid`), in evaluation mode."""
-        if self.objective.valid is None:
-            raise ValueError(f"balancer {self.balancer.NAME} needs a held-out stream")
-        batches = [batch.to(self.args.device) for batch in self.objective.valid.batches(step)]
-        with evaluation_mode(self.model_wrapped):
-            return self._losses(self.model_wrapped, batches)
-
-    def observe_start(self) -> None:
-        """Step 0 for balancers that watch validation: the loss of every held-out example, before training."""
-        if self.balancer.needs.valid_every is None or self.state.global_step > 0:
-            return
-        if 0 not in self.evaluations:
-            self.evaluate()
-        found = [self.evaluations[0][task] for task in self.tasks]
-        if self.objective.normalise in ("sample", "task_sample"):
-            means = [float((scores.nll_N / scores.tokens_N).mean()) for scores in found]
-        else:
-            means = [scores.summary()["loss"] for scores in found]
-        valid_K = torch.tensor(means, dtype=torch.float64)
-        self.balancer.update(Observation(0, torch.full_like(valid_K, torch.nan), valid_K))
 
     # ---- evaluation
 

@@ -166,7 +166,7 @@ def test_gram_only_drops_blocks_and_finds_the_same(rows, reentrant):
     for step in range(3):  # in the first micro-batch it learns how often each layer is used
         captured(model, parts, taps=lean)
         assert (len(lean._blocks._blocks) == 0) == (step > 0 or len(parts) > 1)
-        torch.testing.assert_close(lean.gram(coef_K), expected, rtol=1e-6, atol=1e-9, equal_nan=True)
+        assert torch.equal(lean.gram(coef_K).nan_to_num(), expected.nan_to_num())
         assert not lean._blocks._blocks
     with pytest.raises(ValueError, match="gram_only"):
         lean.jacobian(coef_K)

@@ -1,0 +1,210 @@
+"""Task gradients in a training run: when they are measured, and what is done with them.
+
+    measured  at every `gram_every`-th step for the balancer, every `loss.gradients.every`-th for the affinity of the
+              tasks, and always with an aggregator
+    direct    with `loss.gradients.aggregator` the gradient of each step becomes J^T alpha, before it is clipped;
+              preference p = the tasks' parts of the loss, so that alpha = p is the plain gradient
+
+Steps that are not measured cost nothing: the taps are taken off. A measured step has the gradient it would have had, to
+the bit, with one exception: a task that is present with weight 0 has no part in the loss, so nothing could be captured.
+Where every rank holds whole gradients it is given a weight of 1e-3 for the backward, and the gradient is put together
+again without it (to rounding); elsewhere the task counts as absent from the measurement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mtft.errors import UserError
+from mtft.gradients.affinity import Affinity
+from mtft.gradients.aggregators import Aggregator, make_aggregator
+from mtft.gradients.capture import TaskGradients
+from mtft.gradients.coverage import in_words
+from mtft.recipe.schema import GradientSection, Recipe
+from mtft.train.ranks import engine
+
+FLOOR = 1e-3  # of the mean weight
+
+
+class Measured(NamedTuple):
+    """What one step showed: G float64 [K, K], NaN = absent; alpha [K] in direct mode."""
+
+    gram_KK: Tensor
+    alpha_K: Tensor | None
+
+
+class Surgery:
+    """What `loss.gradients` and the balancer ask for. Without either it does nothing.
+
+    model          the bare model (engines may wrap it later)
+    gram_every     of the balancer's needs
+    isolated       attention is proven not to cross the examples of a row
+    whole          each rank holds whole weights and gradients before the optimizer step (one process, DDP)
+    run_dir        where affinity.json goes; None: nowhere (other ranks)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: Sequence[str],
+        section: GradientSection | None = None,
+        *,
+        gram_every: int | None = None,
+        isolated: bool = False,
+        whole: bool = True,
+        seed: int = 0,
+        run_dir: Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        section = section or GradientSection()
+        self.tasks, self.model, self.whole, self.run_dir = tuple(tasks), model, whole, run_dir
+        self.gram_every, self.every = gram_every, section.every
+        self.aggregator: Aggregator | None = None
+        if section.aggregator is not None:
+            self.aggregator = make_aggregator(section.aggregator, section.options, seed=seed)
+        self.affinity = Affinity(tasks) if self.every is not None else None
+        self.measured: Measured | None = None  # of the present step
+        self.taps: TaskGradients | None = None
+        self._checked = self._told = False
+        self._say = say
+        if self.aggregator is not None and not whole:
+            raise UserError(
+                "an aggregator writes each step's gradient, and this engine has cut it up before anyone can",
+                where="loss.gradients.aggregator",
+                do="launch one process or recipes/accelerate/ddp.yaml, or use loss.balancer: {name: lagged}",
+            )
+        if self.aggregator is not None or gram_every is not None or self.every is not None:
+            self.taps = TaskGradients(model, len(tasks), isolated=isolated, partial=section.partial)
+            for line in in_words(self.taps.left_out):
+                say(f"task gradients leave out {line}")
+
+    def due(self, step: int) -> bool:
+        """Whether the task gradients of this step are measured."""
+        return self.aggregator is not None or _hits(step, self.gram_every) or _hits(step, self.every)
+
+    def weights(self, step: int, w_K: Tensor, present_K: Tensor) -> Tensor:
+        """Task weights for the backward pass; see the module about weights of 0. present_K: has tokens in the step."""
+        nothing_K = present_K & (w_K <= 0)
+        if not self.due(step) or not bool(nothing_K.any()) or not bool((present_K & (w_K > 0)).any()):
+            return w_K
+        if self.whole and self.taps is not None and not self.taps.left_out:
+            return torch.where(nothing_K, FLOOR * w_K[present_K].mean(), w_K)
+        if not self._told:
+            self._told = True
+            self._say("task gradients: tasks of weight 0 are left out of the measurement")
+        return w_K
+
+    @contextlib.contextmanager
+    def watch(self, step: int, *, floored: bool = False) -> Iterator[TaskGradients | None]:
+        """Around the backwards of a step: the taps, or None in a step that is not measured."""
+        self.measured = None
+        if self.taps is None or not self.due(step):
+            yield None
+            return
+        self.taps.gram_only = self.aggregator is None and not floored
+        if not self._checked:
+            self.taps.self_check()
+        with self.taps:
+            yield self.taps
+
+    def finish(self, step: int, used_K: Tensor, asked_K: Tensor) -> None:
+        """After the last backward, before clipping. A collective call in measured steps.
+
+        used_K   each task's part of the loss that was differentiated (mtft.losses.reduce.task_coefficients)
+        asked_K  each task's part of the loss that is meant: `used_K`, but 0 where a weight of 0 was lifted
+        """
+        if self.taps is None or not self.due(step):
+            return
+        if not self._checked:
+            self._checked = self.taps.check()
+        gram_KK = self.taps.gram(used_K)
+        alpha_K = None if self.taps.gram_only else asked_K
+        whole = bool(gram_KK.diagonal()[used_K > 0].isfinite().all())
+        if self.aggregator is not None and whole:
+            alpha_K = self.aggregator.weights(gram_KK, asked_K, step=step)
+        if alpha_K is not None and whole:  # else the step's own gradient stays, is not finite, and is skipped
+            self._write(alpha_K, used_K)
+        self.measured = Measured(gram_KK, alpha_K if self.aggregator is not None else None)
+
+    def _write(self, alpha_K: Tensor, used_K: Tensor) -> None:
+        assert self.taps is not None
+        parameters, factor = dict(self.model.named_parameters()), self.taps.factor
+        for name, block in self.taps.jacobian(used_K).items():
+            direction = torch.einsum("k,kij->ij", (factor * alpha_K).to(block), block)
+            parameter = parameters[name]
+            if parameter.grad is None:
+                parameter.grad = direction.to(parameter.dtype)
+            else:
+                parameter.grad.copy_(direction)
+
+    def record(self, step: int, loss_K: Tensor, learning_rate: float) -> dict[str, Any] | None:
+        """After a step that was taken: the affinity of the tasks. What goes into the step's line of metrics."""
+        if self.measured is None:
+            return None
+        gram_KK, alpha_K = self.measured
+        if self.affinity is not None and _hits(step, self.every):
+            self.affinity.update(step, gram_KK, loss_K, learning_rate)
+            if self.run_dir is not None:
+                self.affinity.save(self.run_dir)
+        norm_K = gram_KK.diagonal().clamp(min=0).sqrt()
+        line: dict[str, Any] = {"norm": dict(zip(self.tasks, norm_K.tolist(), strict=True)), "gram": gram_KK.tolist()}
+        if alpha_K is not None:
+            line["alpha"] = dict(zip(self.tasks, alpha_K.tolist(), strict=True))
+        return line
+
+    def gram_for_balancer(self, step: int) -> Tensor | None:
+        """G at the balancer's own steps, so that measuring for anything else does not change what it does."""
+        return None if self.measured is None or not _hits(step, self.gram_every) else self.measured.gram_KK
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the aggregator and the affinity, for a checkpoint."""
+        return {
+            "aggregator": None if self.aggregator is None else self.aggregator.state_dict(),
+            "affinity": None if self.affinity is None else self.affinity.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.aggregator is not None and state["aggregator"] is not None:
+            self.aggregator.load_state_dict(state["aggregator"])
+        if self.affinity is not None and state["affinity"] is not None:
+            self.affinity.load_state_dict(state["affinity"])
+
+
+def make_surgery(
+    recipe: Recipe,
+    model: nn.Module,
+    *,
+    gram_every: int | None,
+    isolated: bool,
+    run_dir: Path | None,
+    say: Callable[[str], None],
+) -> Surgery:
+    """The task gradients that a recipe's loss asks for. UserError where they can't be had."""
+    loss = recipe.loss
+    if (loss.gradients is not None or gram_every is not None) and loss.orthogonal > 0:
+        raise UserError(
+            "loss.orthogonal is a penalty on the weights: it belongs to no task, and task gradients would lack it",
+            where="loss.orthogonal",
+            do="set it to 0, or train without loss.gradients and with a balancer that works from losses",
+        )
+    return Surgery(
+        model,
+        recipe.task_names,
+        loss.gradients,
+        gram_every=gram_every,
+        isolated=isolated,
+        whole=engine() == "ddp",
+        seed=recipe.seed,
+        run_dir=run_dir,
+        say=say,
+    )
+
+
+def _hits(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

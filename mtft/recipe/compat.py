@@ -78,6 +78,11 @@ def _quantised(model: ModelSection) -> bool:
     return model.quantise != "none"
 
 
+def _asks(recipe: Recipe, key: str) -> bool:
+    """Whether a key of loss.gradients is set."""
+    return recipe.loss.gradients is not None and bool(getattr(recipe.loss.gradients, key))
+
+
 def _compares_gradients(recipe: Recipe) -> bool:
     return recipe.loss.gradients is not None or recipe.loss.balancer.name in ("lagged", "gradnorm")
 
@@ -184,6 +189,21 @@ TABLE: tuple[Row, ...] = (
         lambda r, e, n: r.lora is not None and "lm_head" in r.lora.targets and r.loss.path == "fused",
         "the fused loss multiplies with the head's plain weight, so an adapter on lm_head would be skipped",
         "set loss.path: gather (or auto), or take lm_head out of lora.targets"),
+    Row("loss.gradients.aggregator + sharded gradients", TRAINING,
+        lambda r, e, n: _asks(r, "aggregator") and (e.zero > 0 or e.fsdp > 0),
+        "an aggregator writes each step's gradient, and these engines have cut it up (or taken the step) before it can",
+        "launch one process or recipes/accelerate/ddp.yaml, or use loss.balancer: {name: lagged}"),
+    Row("loss.orthogonal + task gradients", TRAINING, lambda r, e, n: r.loss.orthogonal > 0 and _compares_gradients(r),
+        "loss.orthogonal is a penalty on the weights: it belongs to no task, and task gradients would lack it",
+        "set loss.orthogonal: 0, or take out loss.gradients and use a balancer that works from losses"),
+    Row("lora.dora + task gradients", TRAINING,
+        lambda r, e, n: r.lora is not None and r.lora.dora and _compares_gradients(r),
+        "DoRA multiplies with the adapter's weights themselves, so no token's part of their gradient can be told apart",
+        "set lora.dora: false, or train without task gradients"),
+    Row("lora: null + task gradients", TRAINING,
+        lambda r, e, n: r.lora is None and _compares_gradients(r) and not _asks(r, "partial"),
+        "task gradients are captured in linear layers only, and full fine-tuning also trains embeddings and norms",
+        "train an adapter (lora: {r: 16}), or set loss.gradients.partial: true to leave these out"),
     Row("lora.dora + merge", ("check", "merge", "run"),
         lambda r, e, n: _merges_own_adapters(r) and r.lora is not None and r.lora.dora,
         "a DoRA adapter is no low-rank delta of the weights (it rescales the base), so `mtft merge` can't merge it",

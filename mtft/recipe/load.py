@@ -136,6 +136,10 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
         stops = tuple(stop.model_copy(update={"shares": _shares(stop.shares, base)}) for stop in shares.schedule)
         shares = ScheduleShares(schedule=stops)
     update["mixture"] = recipe.mixture.model_copy(update={"shares": _shares(shares, base)})
+    balancer = recipe.loss.balancer
+    if isinstance(groups := (balancer.model_extra or {}).get("groups"), str):  # of a former run's affinity.json
+        balancer = balancer.model_copy(update={"groups": _place(groups, base, ())})
+        update["loss"] = recipe.loss.model_copy(update={"balancer": balancer})
     if isinstance(sweep := recipe.sweep, SweepSection):
         update["sweep"] = sweep.model_copy(update={"model": _model(sweep.model, base)})
     if isinstance(merge := recipe.merge, MergeSection):

@@ -40,7 +40,7 @@ def _parts(train: TrainRun) -> list:
              plots.heat(matrix("cosine"), tasks, blocks=blocks)),
         Plot("Conflict rate: share of the measurements in which the two pointed against each other",
              plots.heat(matrix("conflict_rate"), tasks, low=0, high=1, blocks=blocks)),
-        Plot(f"Transfer, in units of {unit:.0e}: relative fall of the column's loss by one step on the row's task alone",
+        Plot(f"Transfer, in units of {unit:.0e}: relative fall of the column's loss by a step on the row's task alone",
              plots.heat(scaled, tasks, low=-widest / unit, high=widest / unit, blocks=blocks,
                         ylabel="step on", xlabel="effect on the loss of")),
     ]  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from mtft.errors import UserError
 from mtft.losses.balancers import Observation, make_balancer
 from mtft.losses.balancers.groups import read_groups
+from mtft.recipe.load import load_recipe
 from mtft.recipe.schema import BalancerSection
 from tests.properties import balancers as properties
 
@@ -103,3 +104,12 @@ def test_groups_from_a_former_runs_affinity(tmp_path):
         assert read_groups(str(path), ("a", "b", "c", "new")) == {"group-1": [0, 2], "group-2": [1], "new": [3]}
     with pytest.raises(UserError, match=r"affinity\.json"):
         read_groups(3, ("a", "b"))
+
+
+def test_the_path_of_groups_is_relative_to_the_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "name: x\nmodel: {path: quickstart:weak}\ntasks: [{name: a, data: 'quickstart:code'}]\n"
+        "loss: {balancer: {name: gls, groups: first/affinity.json}}\ntrain: {steps: 1}\noutput: {dir: runs}\n"
+    )
+    section = load_recipe(tmp_path / "recipe.yaml").loss.balancer
+    assert section.model_extra == {"groups": str(tmp_path / "first" / "affinity.json")}

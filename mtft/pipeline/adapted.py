@@ -149,7 +149,7 @@ class Adapted:
     def scores(self, adapter: Path | None, part: str | None = None, tasks: Sequence[str] | None = None) -> Scores:
         """Scores of the base with an adapter, on one part of the rows (None: all)."""
         with self.adapter(adapter) as network:
-            return self._scored(self._score(network), part, tasks, packing=True)
+            return self.scored(self.score_with(network), part, tasks, packing=True)
 
     def routed_scores(self, folder: Path, part: str | None = None) -> Scores:
         """Scores of the experts in `folder` behind their router (mtft.merge.routing), each row routed by its prompt."""
@@ -158,7 +158,7 @@ class Adapted:
 
         routed = load_routed(self.model, folder)
         by_token = isinstance(routed.router, Arrow)
-        score = self._score(self.model)
+        score = self.score_with(self.model)
 
         def score_routed(batch: Batch):
             if not by_token:
@@ -167,11 +167,11 @@ class Adapted:
 
         try:
             with evaluation_mode(self.model):
-                return self._scored(score_routed, part, None, packing=by_token)
+                return self.scored(score_routed, part, None, packing=by_token)
         finally:
             routed.remove()
 
-    def _score(self, network: Any) -> Callable[[Batch], Any]:
+    def score_with(self, network: Any) -> Callable[[Batch], Any]:
         from mtft.losses.nll import token_scores
         from mtft.train.model import compute_dtype
 
@@ -184,7 +184,7 @@ class Adapted:
 
         return score
 
-    def _scored(self, score, part: str | None, tasks: Sequence[str] | None, *, packing: bool) -> Scores:
+    def scored(self, score, part: str | None, tasks: Sequence[str] | None, *, packing: bool) -> Scores:
         chosen = [task for task in self.tasks if tasks is None or task in tasks]
         stores = [self._stores[task] if part is None else self._part(task, part) for task in chosen]
         return score_tasks(score, stores, self.layout(packing=packing), device=self.device)

@@ -1,0 +1,336 @@
+"""What does each merge method keep? Single-task experts merged by every method, against joint training, over seeds.
+
+    python scripts/compare_merges.py recipes/quickstart.yaml --out runs/compare-merges
+    python scripts/compare_merges.py RECIPE --seeds 17 --only linear ties tsv   # some of them
+    python scripts/compare_merges.py RECIPE --table                             # the table of what is there already
+
+Per seed: one expert per task and one joint adapter on the same number of rows (the runs that `mtft run` makes), then
+every method. Held-out rows are dealt into three parts: on `choose` each method gets its best common scale (searches,
+gates and routers get these rows too), `check` is for the verdict of searches, and what the table shows comes from
+`rest`. Everything is kept in OUT/seed-N, and nothing is done twice. One thread; CPU seconds of this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+SCALES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+RANK = 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table. kind: plain (a method of merge()), or the section of the recipe that it needs."""
+
+    method: str = "linear"
+    options: dict[str, Any] = field(default_factory=dict)
+    kind: str = "plain"
+    section: dict[str, Any] = field(default_factory=dict)
+    rank: int = RANK
+    scaled: bool = True  # a common scale is chosen
+
+
+def gates(kind: str, steps: int = 100) -> Entry:
+    asked = {"kind": kind, "steps": steps, "learning_rate": 1.0 if kind == "self_positioning" else 1e-2}
+    return Entry(kind="gates", section=asked, scaled=False)
+
+
+ENTRIES: dict[str, Entry] = {
+    "sum (linear, no scale)": Entry(scaled=False),
+    "linear": Entry(),
+    "svd (rank 16)": Entry("svd", rank=16),
+    "tsv": Entry("tsv"),
+    "iso_c": Entry("iso_c"),
+    "iso_cts": Entry("iso_cts"),
+    "knots_ties": Entry("knots_ties"),
+    "knots_dare": Entry("knots_dare"),
+    "core_ties": Entry("core_ties"),
+    "core_dare": Entry("core_dare"),
+    "wudi": Entry("wudi"),
+    "svc": Entry("svc"),
+    "ctm": Entry("ctm", {"rank": 16}),
+    "lines": Entry("lines"),
+    "delta_norm": Entry("delta_norm"),
+    "regmean": Entry("regmean", kind="method"),
+    "ties": Entry("ties"),
+    "ties (rank 16)": Entry("ties", rank=16),
+    "ties (mergekit)": Entry("ties", {"variant": "mergekit"}),
+    "ties (peft)": Entry("ties", {"variant": "peft"}),
+    "ties (global)": Entry("ties", {"scope": "global"}),
+    "dare": Entry("dare"),
+    "dare + ties": Entry("dare", {"then": "ties"}),
+    "della": Entry("della"),
+    "breadcrumbs": Entry("breadcrumbs"),
+    "sce": Entry("sce"),
+    "pcb": Entry("pcb"),
+    "pcb (global)": Entry("pcb", {"scope": "global"}),
+    "consensus": Entry("consensus"),
+    "doge": Entry("doge", {"steps": 100}),
+    "robustmerge": Entry("robustmerge"),
+    "search cobyqa": Entry(kind="search", section={"by": "cobyqa", "budget": 30}, scaled=False),
+    "search cma": Entry(kind="search", section={"by": "cma", "budget": 30}, scaled=False),
+    "search lorahub": Entry(kind="search", section={"by": "lorahub", "budget": 30}, scaled=False),
+    "adamerging_task": gates("adamerging_task"),
+    "adamerging_layer": gates("adamerging_layer"),
+    "atlas": gates("atlas"),
+    "self_positioning": gates("self_positioning"),
+    "cat_gates": gates("cat_gates"),
+    "scalearn": gates("scalearn"),
+    "concrete": gates("concrete"),
+    "twin": Entry(kind="experts", section={"kind": "twin"}, scaled=False),
+    "twin (mlp router)": Entry(kind="experts", section={"kind": "twin", "router": "mlp"}, scaled=False),
+    "arrow": Entry(kind="experts", section={"kind": "arrow"}, scaled=False),
+}
+
+
+@dataclass
+class Seed:
+    """The runs of one seed, and scores of base, experts and joint."""
+
+    recipe: Any
+    adapters: dict[str, Path]
+    adapted: Any
+    base: dict
+    singles: dict
+    joint: dict
+    folder: Path
+
+
+def prepare(recipe_file: str, seed: int, out: Path, rows: int, limit: int, overrides: list[str]) -> Seed:
+    from data_mixers.mixture import uniform
+    from mtft.data.store import open_stores
+    from mtft.pipeline.adapted import Adapted
+    from mtft.pipeline.training import Choice, planned_runs, train_runs
+    from mtft.recipe.load import load_recipe
+    from mtft.train.model import load_tokenizer
+
+    folder = out.absolute() / f"seed-{seed}"
+    fixed = [f"seed={seed}", f"output.dir={folder}", "sweep=null", "fuse=null", "run.baseline=none"]
+    recipe = load_recipe(recipe_file, [*overrides, *fixed, "merge={method: linear}", "output.save_every=null"])
+    tokenizer = load_tokenizer(recipe.model)
+    runs = planned_runs(recipe, Choice(uniform(recipe.task_names)), open_stores(recipe, tokenizer, "train"))
+    results = train_runs(runs, fresh=False, launch=None, say=lambda text: say(f"seed {seed}: {text}"))
+    adapters = {task: Path(results[f"single-{task}"].adapter_dir) for task in recipe.task_names}
+    adapted = Adapted(recipe, rows, open_stores(recipe, tokenizer, "eval", limit=limit))
+
+    def scored(name: str, adapter: Path | None, tasks=None) -> dict:
+        return kept(
+            folder / "scores" / name, tasks or recipe.task_names, lambda: adapted.scores(adapter, "rest", tasks)
+        )
+
+    singles = {}
+    for task, path in adapters.items():
+        singles |= scored(f"single-{task}", path, (task,))
+    joint = scored("joint", Path(results["joint"].adapter_dir))
+    return Seed(recipe, adapters, adapted, scored("base", None), singles, joint, folder)
+
+
+def kept(folder: Path, tasks, score) -> dict:
+    from mtft.pipeline.scoring import kept as kept_scores
+
+    return kept_scores(folder, tuple(tasks), score)
+
+
+@contextmanager
+def scaled(network: Any, scale: float) -> Iterator[None]:
+    """The adapter on `network`, times `scale`."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.scaling["default"] *= scale
+    yield
+    for layer in layers:
+        layer.scaling["default"] /= scale
+
+
+def measure(entry: Entry, seed: Seed, out: Path) -> dict[str, Any]:
+    """Merge, choose the scale, score. Returns the row of one seed."""
+    from mtft.merge.retention import retention
+
+    row: dict[str, Any] = merge_once(entry, seed, out)
+    adapted = seed.adapted
+    if entry.kind == "experts":
+        found = adapted.routed_scores(out, "rest")
+    else:
+        with adapted.adapter(out) as network:
+            score = adapted.score_with(network)
+            objective = {}
+            for scale in SCALES if entry.scaled else (1.0,):
+                with scaled(network, scale):
+                    objective[scale] = share(seed, adapted.scored(score, "choose", None, packing=True))
+            row["scale"] = min(objective, key=lambda scale: objective[scale])
+            with scaled(network, row["scale"]):
+                found = adapted.scored(score, "rest", None, packing=True)
+    for task, scores in found.items():
+        scores.save(out.parent / "scores" / f"{task}.jsonl")
+    kept_share = retention(seed.base, seed.singles, found, others={"joint": seed.joint}, draws=200)
+    row |= {"summary": kept_share.summary, "tasks": kept_share.tasks, "joint": kept_share.others["joint"]}
+    return row
+
+
+def share(seed: Seed, found: dict) -> float:
+    """Mean loss over tasks: what scales are chosen by."""
+    return fmean(scores.summary()["loss"] for scores in found.values())
+
+
+def merge_once(entry: Entry, seed: Seed, out: Path) -> dict[str, Any]:
+    """Merge into `out`; CPU seconds, and for methods without a model the peak of numpy's memory (in a second pass)."""
+    from mtft.merge.api import merge
+    from mtft.merge.factors import read_adapter
+    from mtft.pipeline import derive
+    from mtft.pipeline.merging import merge_recipe
+
+    named = [read_adapter(path, task) for task, path in seed.adapters.items()]
+    if entry.kind == "plain":
+        run = lambda: merge(named, out, entry.method, entry.options, rank=entry.rank, min_energy=0, overwrite=True)  # noqa: E731
+        begin = time.process_time()
+        report = run()
+        cpu = time.process_time() - begin
+        tracemalloc.start()
+        run()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return {"cpu_s": cpu, "memory_mb": peak / 2**20, "energy": report.energy, "scale": 1.0}
+    section = {
+        "method": entry.method,
+        "options": entry.options,
+        "rank": entry.rank,
+        "min_energy": 0.0,
+        "overwrite": True,
+    }
+    rows = {"rows": seed.adapted.ids("choose")[seed.recipe.task_names[0]].__len__()}
+    more = {entry.kind: {**rows, **entry.section}} if entry.kind != "method" else {}
+    if entry.kind == "experts":
+        section["average"] = entry.section["kind"] == "twin"
+    recipe = derive.changed(seed.recipe, merge={**section, **more})
+    begin = time.process_time()
+    outcome = merge_recipe(recipe, named, out, adapted=seed.adapted)
+    cpu = time.process_time() - begin
+    energy = None if outcome.report is None else outcome.report.energy
+    return {"cpu_s": cpu, "memory_mb": None, "energy": energy, "scale": 1.0, "said": outcome.said}
+
+
+def table(found: dict[str, list[dict]]) -> str:
+    """Markdown: mean over seeds, in the order of the retained loss; +- is the standard deviation over seeds."""
+
+    def over(rows: list[dict], pick) -> list[float]:
+        return [value for row in rows if (value := pick(row)) is not None]
+
+    def cell(values: list[float], form: str = "{:.0%}") -> str:
+        if not values:
+            return "–"
+        spread = f" ± {form.format(stdev(values))}" if len(values) > 1 else ""
+        return form.format(fmean(values)) + spread
+
+    def kept_mean(metric: str):
+        return lambda row: row["summary"][metric]["mean"]["value"]
+
+    def place(item) -> float:
+        return -fmean(over(item[1], kept_mean("loss")) or [-9.0])
+
+    head = [
+        "method",
+        "retained loss",
+        "worst task",
+        "retained accuracy",
+        "retained exact match",
+        "scale",
+        "CPU s",
+        "MB",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, rows in sorted(found.items(), key=place):
+        cells = [
+            f"`{name}`" if name != "joint training" else name,
+            cell(over(rows, kept_mean("loss"))),
+            cell(over(rows, lambda row: row["summary"]["loss"]["min"])),
+            cell(over(rows, kept_mean("accuracy"))),
+            cell(over(rows, kept_mean("exact_match"))),
+            ", ".join(f"{row['scale']:g}" for row in rows) if "scale" in rows[0] else "–",
+            f"{fmean(row['cpu_s'] for row in rows):.1f}" if "cpu_s" in rows[0] else "–",
+            f"{fmean(row['memory_mb'] for row in rows):.0f}" if rows[0].get("memory_mb") is not None else "–",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def joint_row(tasks: dict[str, dict]) -> dict:
+    """The joint adapter as a row of the table, from the same comparison."""
+    summary = {}
+    for metric in ("loss", "accuracy", "exact_match"):
+        values = [row[metric]["retained"]["value"] for row in tasks.values()]
+        known = [value for value in values if value is not None]
+        summary[metric] = {"mean": {"value": fmean(known) if known else None}, "min": min(known, default=None)}
+    return {"summary": summary}
+
+
+def collect(out: Path, seeds: list[int]) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for name in ENTRIES:
+        files = [out / f"seed-{seed}" / "merges" / slug(name) / "row.json" for seed in seeds]
+        rows = [json.loads(file.read_text("utf-8")) for file in files if file.is_file()]
+        if rows:
+            found[name] = rows
+    if found:
+        any_rows = max(found.values(), key=len)
+        found["joint training"] = [joint_row(row["joint"]) for row in any_rows]
+    return found
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare-merges"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[17, 18, 19])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows of the table to make")
+    parser.add_argument("--rows", type=int, default=32, help="held-out rows of each task to choose on")
+    parser.add_argument("--limit", type=int, default=200, help="held-out rows of each task in all")
+    parser.add_argument("--table", action="store_true", help="only print what is there already")
+    asked, overrides = parser.parse_known_args()
+    if unknown := [name for name in asked.only or () if name not in ENTRIES]:
+        parser.error(f"no row {unknown[0]!r}: {', '.join(ENTRIES)}")
+    if not asked.table:
+        import torch
+
+        torch.set_num_threads(1)
+        for number in asked.seeds:
+            seed = prepare(asked.recipe, number, asked.out, asked.rows, asked.limit, overrides)
+            for name in asked.only or ENTRIES:
+                folder = seed.folder / "merges" / slug(name)
+                if (folder / "row.json").is_file():
+                    continue
+                folder.mkdir(parents=True, exist_ok=True)
+                row = measure(ENTRIES[name], seed, folder / "adapter")
+                (folder / "row.json").write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+                kept_loss = row["summary"]["loss"]["mean"]["value"]
+                say(f"seed {number}: {name}: retained loss {kept_loss}, {row['cpu_s']:.1f} CPU s")
+    found = collect(asked.out, asked.seeds)
+    (asked.out / "merges.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -40,6 +40,7 @@ from mtft.losses.reduce import (
     task_sums,
 )
 from mtft.train import checkpoint
+from mtft.train.flat_step import FlatStep
 from mtft.train.flow import BadSteps, Flow
 from mtft.train.log import RunLog, flat, step_line
 from mtft.train.objective import Objective
@@ -143,9 +144,11 @@ class MultiTaskTrainer(Trainer):
         parts: list[TaskSums] = []
         if float(share_K.sum()) > 0:  # on every rank; else nothing in the whole step counts, and nothing is run
             used_K = self.surgery.weights(step, w_K, counts.tokens_K > 0)
+            before = random_state() if self.surgery.flat is not None else None
             with self.surgery.watch(step, floored=used_K is not w_K) as taps:
                 parts = self._backwards(model, batches, counts, used_K, step, taps)
-            self.surgery.finish(step, task_coefficients(counts, used_K, normalise), share_K)
+            passes = None if before is None else FlatStep(self, batches, counts, before, step)
+            self.surgery.finish(step, task_coefficients(counts, used_K, normalise), share_K, passes)
         else:
             batches = []
         sums = reduce_sums(parts, K, device=device)
@@ -203,7 +206,7 @@ class MultiTaskTrainer(Trainer):
         norm = None if found is None else float(found)
         if self._trouble is None and norm is not None and not np.isfinite(norm):
             self._trouble = "non-finite"
-        if self._trouble is not None:
+        if self._trouble is not None and not self.is_deepspeed_enabled:  # whose engine has taken the step already
             model.zero_grad(set_to_none=True)
         self._line["grad_norm"] = norm
         return norm

@@ -213,6 +213,10 @@ class MixturePlan:
         """Rows of each task [K] in the steps before s (without `start`)."""
         return self._merge.counts(s) if self._merge is not None else self._seat * self._quota.counts(s)
 
+    def amounts(self, s: int) -> Ints:
+        """Rows, or with unit="tokens" tokens, of each task [K] in the steps before s."""
+        return self._merge.tokens(s) if self._merge is not None else self.counts(s)
+
     def owed(self, s: int) -> NDArray[np.float64]:
         """Rows [K] that each task is behind (or ahead: < 0) of its exact share after s steps; unit="examples"."""
         if self._merge is not None:
@@ -221,7 +225,7 @@ class MixturePlan:
 
     def table(self) -> list[dict[str, Any]]:
         """One dict per task: asked and realised share (in `unit`), rows, tokens (unit tokens only), size, epochs."""
-        amount_K = self._merge.tokens_K if self._merge is not None else self.rows_K
+        amount_K = self.amounts(self.steps)
         realised_K = amount_K / amount_K.sum()
         rows = []
         for k, name in enumerate(self.names):

@@ -10,11 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import MixError
 from .mixture import Floats, Mixture
+
+if TYPE_CHECKING:
+    from .plan import MixturePlan
+
+SPANS = 5  # parts of a run in which asked and realised shares are compared
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,31 @@ class MixtureSchedule:
         """Shares of each step [S, K]: those in the step's middle, which is their mean over the step."""
         return self._interpolate((np.arange(steps) + 0.5) / steps)
 
-    def mean(self, steps: int) -> Mixture:
-        """Shares over a whole run of `steps` steps of the same size."""
-        return Mixture(self.names, self.shares(steps).mean(axis=0))
+    def mean(self, steps: int | None = None) -> Mixture:
+        """Shares over a whole run of `steps` steps of the same size (None: of infinitely many)."""
+        if steps is not None:
+            return Mixture(self.names, self.shares(steps).mean(axis=0))
+        places = np.unique([0.0, *(at for at, _ in self.stops), 1.0])
+        edge = np.nextafter(places, [1.0] * len(places)), np.nextafter(places, [0.0] * len(places))  # sides of a jump
+        right_AK, left_AK = self._interpolate(edge[0][:-1]), self._interpolate(edge[1][1:])
+        return Mixture(self.names, ((right_AK + left_AK) / 2 * np.diff(places)[:, None]).sum(axis=0))
 
     def _interpolate(self, progress_S: Floats) -> Floats:
         at = np.array([at for at, _ in self.stops])
         share_AK = np.stack([mixture.shares for _, mixture in self.stops])
         return np.stack([np.interp(progress_S, at, share_A) for share_A in share_AK.T], axis=1)
+
+
+def spans(plan: MixturePlan) -> list[dict[str, Any]]:
+    """Asked and realised shares (in the plan's unit) in SPANS equal parts of a run with a schedule; [] without one."""
+    if plan.schedule is None:
+        return []
+    border = np.unique(np.rint(np.linspace(0, plan.steps, SPANS + 1)).astype(int))
+    share_SK = plan.schedule.shares(plan.steps)
+    out = []
+    for first, last in zip(border[:-1].tolist(), border[1:].tolist()):
+        amount_K = plan.amounts(last) - plan.amounts(first)
+        asked = dict(zip(plan.names, share_SK[first:last].mean(axis=0).tolist()))
+        realised = dict(zip(plan.names, (amount_K / amount_K.sum()).tolist()))
+        out.append({"steps": [first, last], "asked": asked, "realised": realised})
+    return out

@@ -47,8 +47,8 @@ class TokenMerge:
             task, own, self.bounds = self._merged(plan, lengths, limit_K, on_cap)
         end = int(self.bounds[-1])
         self._task = task[:end].astype(np.uint8 if K <= 256 else np.uint16)
-        self.rows_K = np.bincount(self._task, minlength=K).astype(np.int64)
-        self.tokens_K = np.bincount(self._task, weights=own[:end], minlength=K).astype(np.int64)
+        self._plan, self._lengths = plan, lengths
+        self._total_K = np.bincount(self._task, weights=own[:end], minlength=K).astype(np.int64)
         marks = [np.zeros(K, dtype=np.int64)]
         for first in range(0, end, self.BLOCK):
             marks.append(marks[-1] + np.bincount(self._task[first : first + self.BLOCK], minlength=K))
@@ -171,7 +171,20 @@ class TokenMerge:
         """Rows of each task [K] before step s."""
         number, inside = divmod(int(self.bounds[s]), self.BLOCK)
         part = self._task[number * self.BLOCK : number * self.BLOCK + inside]
-        return self._marks[number] + np.bincount(part, minlength=len(self.rows_K))
+        return self._marks[number] + np.bincount(part, minlength=self._marks.shape[1])
+
+    def tokens(self, s: int) -> Ints:
+        """Tokens of each task [K] before step s."""
+        if s == len(self.bounds) - 1:
+            return self._total_K
+        visits_K = self._start_K + self.counts(s)
+        return np.array(
+            [
+                _tokens_until(self._plan, k, length, int(visits_K[k]))
+                - _tokens_until(self._plan, k, length, int(self._start_K[k]))
+                for k, length in enumerate(self._lengths)
+            ]
+        )
 
 
 def _reached(x: Floats, asked_S: Floats, at_S: Floats, last: float) -> Floats:

@@ -53,6 +53,7 @@ class BatchSource:
     micro_batch_tokens  bound on B x T of a micro-batch, padding included
     max_length          longest packed row
     packing             several examples in a row; else one, with rows of similar length together
+    unmixed             one task a row and a micro-batch (the step holds the mixture as ever)
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class BatchSource:
         max_length: int,
         packing: bool,
         pad_id: int,
+        unmixed: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -73,7 +75,7 @@ class BatchSource:
             _check_fits(store, micro_batch_tokens)
         self.stores, self.plan = list(stores), plan
         self.micro_batch_tokens, self.capacity = micro_batch_tokens, min(max_length, micro_batch_tokens)
-        self.packing, self.pad_id, self.rank, self.world = packing, pad_id, rank, world
+        self.packing, self.pad_id, self.unmixed, self.rank, self.world = packing, pad_id, unmixed, rank, world
 
     def __len__(self) -> int:
         return self.plan.steps
@@ -84,8 +86,14 @@ class BatchSource:
 
     def layout(self, s: int) -> list[list[list[list[int]]]]:
         """[rank][micro-batch][row] -> indices into `examples(s)`. The same on every rank."""
-        lengths = self._lengths(s)
-        return deal(lengths, _rows(lengths, self.capacity, self.packing), self.micro_batch_tokens, self.world)
+        lengths, task = self._lengths(s), self.examples(s)[0]
+        if not self.unmixed:
+            return deal(lengths, _rows(lengths, self.capacity, self.packing), self.micro_batch_tokens, self.world)
+        rows: list[list[int]] = []
+        for k in np.unique(task):
+            own = np.flatnonzero(task == k)
+            rows += [own[row].tolist() for row in _rows(lengths[own], self.capacity, self.packing)]
+        return deal(lengths, rows, self.micro_batch_tokens, self.world, kinds=[int(task[row[0]]) for row in rows])
 
     def padding(self, s: int) -> tuple[int, int]:
         """(real tokens, positions) of step s over all ranks."""
@@ -147,18 +155,22 @@ def eval_batches(
             yield EvalBatch(batch, held)
 
 
-def deal(lengths: np.ndarray, rows: list[list[int]], budget: int, world: int) -> list[list[list[list[int]]]]:
-    """Rows to micro-batches to ranks: [rank][micro-batch][row].
+def deal(
+    lengths: np.ndarray, rows: list[list[int]], budget: int, world: int, kinds: Sequence[int] | None = None
+) -> list[list[list[list[int]]]]:
+    """Rows to micro-batches to ranks: [rank][micro-batch][row]. Rows of different `kinds` share no micro-batch.
 
     Rows of similar length share a micro-batch, which is as large as `budget` positions allow. If the micro-batches do
     not divide by the ranks, the largest are cut in two until they do; with fewer rows than that, empty ones fill up.
     Largest first, back and forth over the ranks, so that all ranks have about the same to do.
     """
     used = [int(lengths[row].sum()) for row in rows]
-    order = sorted(range(len(rows)), key=lambda r: (-used[r], rows[r][0]))
+    kind = kinds if kinds is not None else [0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda r: (kind[r], -used[r], rows[r][0]))
     groups: list[list[int]] = []
     for r in order:
-        if groups and (len(groups[-1]) + 1) * used[groups[-1][0]] <= budget:
+        fits = groups and kind[groups[-1][0]] == kind[r] and (len(groups[-1]) + 1) * used[groups[-1][0]] <= budget
+        if fits:
             groups[-1].append(r)
         else:
             groups.append([r])

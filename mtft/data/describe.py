@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_mixers.mixture import Mixture
 from data_mixers.plan import MixturePlan
+from data_mixers.schedule import spans
 
 from ..recipe.schema import Recipe
 from .batches import BatchSource
 from .encode import runs
-from .planning import make_plan
+from .planning import make_plan, share_bounds
 from .store import TokenStore, open_stores
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-LAID_OUT = 8  # steps whose padding is counted
+LAID_OUT = 8  # steps, all over the run, whose padding is counted
 LOOKED_AT = 100_000  # examples of a task that are searched for held-out ones
 
 
@@ -71,7 +73,10 @@ class Description:
     tokens_per_step: float
     micro_batches_per_step: float
     packing: bool
+    batch_style: str
     padding_share: float
+    spans: tuple[dict[str, Any], ...]
+    """Shares in equal parts of the run, where they change: {"steps": [first, last], "asked": {}, "realised": {}}."""
     warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,13 +122,14 @@ def describe(
         max_length=recipe.train.max_length,
         packing=recipe.train.packing,
         pad_id=0,
+        unmixed=recipe.train.batch_style == "unmixed",
     )
     played_K, learnt_K = _played(stores, plan)
     tasks = tuple(
         _task(recipe, k, store, held_out[k], plan, played_K, learnt_K, tokenizer) for k, store in enumerate(stores)
     )
-    first = range(min(LAID_OUT, plan.steps))
-    real, positions = np.sum([source.padding(s) for s in first], axis=0)
+    looked_at = np.unique(np.linspace(0, plan.steps - 1, LAID_OUT).astype(int)).tolist()
+    real, positions = np.sum([source.padding(s) for s in looked_at], axis=0)
     rows = sum(entry["rows"] for entry in plan.table())
     found = Description(
         name=recipe.name,
@@ -134,12 +140,14 @@ def describe(
         examples=rows,
         tokens=round(float(played_K.sum())),
         tokens_per_step=float(played_K.sum() / plan.steps),
-        micro_batches_per_step=float(np.mean([len(source.layout(s)[0]) for s in first])),
+        micro_batches_per_step=float(np.mean([len(source.layout(s)[0]) for s in looked_at])),
         packing=recipe.train.packing,
+        batch_style=recipe.train.batch_style,
         padding_share=float(1 - real / positions),
+        spans=tuple(spans(plan)),
         warnings=(),
     )
-    warnings = [*_warnings(stores, found), *_leaks(stores, held_out)]
+    warnings = [*_warnings(stores, found), *_outside(recipe, plan.mixture), *_leaks(stores, held_out)]
     return Description(**{**vars(found), "warnings": tuple(warnings)})
 
 
@@ -200,7 +208,7 @@ def _warnings(stores: Sequence[TokenStore], found: Description) -> list[str]:
             said.append(
                 f"{task.name}: share {task.asked_share:.3f} asked, {task.realised_share:.3f} played (epoch caps)"
             )
-        if 0 < task.examples_per_step < 1:
+        if 0 < task.examples_per_step < 1 and found.batch_style != "alternating":
             said.append(
                 f"{task.name}: absent from {1 - task.examples_per_step:.0%} of the steps; raise train.batch_tokens"
             )
@@ -214,6 +222,14 @@ def _warnings(stores: Sequence[TokenStore], found: Description) -> list[str]:
         way = "lower train.max_length or raise train.micro_batch_tokens" if found.packing else "set train.packing: true"
         said.append(f"{found.padding_share:.0%} of all positions are padding: {way}")
     return said
+
+
+def _outside(recipe: Recipe, mixture: Mixture) -> list[str]:
+    """Shares that are written out are played as they are, whatever the bounds say."""
+    broken = share_bounds(recipe).violations(mixture)
+    return [
+        f"{line}: shares that are written out are played as they are (mixture.floors, caps, groups)" for line in broken
+    ]
 
 
 def _leaks(stores: Sequence[TokenStore], held_out: Sequence[TokenStore | None]) -> list[str]:

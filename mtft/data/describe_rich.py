@@ -17,7 +17,9 @@ SHOWN = 1200  # characters of a rendered example
 
 
 def render(found: Description) -> Group:
-    parts: list[RenderableType] = [_data(found), _plan(found), Text(_summary(found)), Text("")]
+    parts: list[RenderableType] = [_data(found), _plan(found)]
+    parts += [_spans(found)] if found.spans else []
+    parts += [Text(_summary(found)), Text("")]
     parts += [_sample(task) for task in found.tasks]
     parts += [Text.assemble(("warning: ", "yellow"), warning) for warning in found.warnings]
     return Group(*parts)
@@ -83,11 +85,31 @@ def _plan(found: Description) -> Table:
     return table
 
 
+def _spans(found: Description) -> Table:
+    """A schedule: how the shares move over the run."""
+    table = Table(title="share over the run: asked, played", title_justify="left")
+    table.add_column("task")
+    for span in found.spans:
+        table.add_column(f"steps {span['steps'][0]:,} to {span['steps'][1] - 1:,}", justify="right")
+    for task in found.tasks:
+        cells = [f"{span['asked'][task.name]:.3f} {span['realised'][task.name]:.3f}" for span in found.spans]
+        table.add_row(task.name, *cells)
+    return table
+
+
+STYLES = {
+    "mixed": "",
+    "unmixed": ", one task a micro-batch",
+    "alternating": ", one task a step",
+}
+
+
 def _summary(found: Description) -> str:
     return (
         f"{found.steps:,} steps of {found.batch:,} {found.unit}: {found.examples:,} examples, {found.tokens:,} tokens "
         f"({found.tokens_per_step:,.0f} a step), {found.micro_batches_per_step:.1f} micro-batches a step on one "
-        f"process, {found.padding_share:.1%} padding ({'packed' if found.packing else 'one example a row'})"
+        f"process, {found.padding_share:.1%} padding ({'packed' if found.packing else 'one example a row'}"
+        f"{STYLES[found.batch_style]})"
     )
 
 

@@ -10,9 +10,11 @@ from typing import Protocol
 
 import numpy as np
 
+from data_mixers.bounds import Bounds, Group
 from data_mixers.mixture import Mixture, natural, tempered, uniform
 from data_mixers.plan import MixturePlan
-from mtft.recipe.schema import FileShares, Recipe, TemperatureShares
+from data_mixers.schedule import MixtureSchedule
+from mtft.recipe.schema import FileShares, Recipe, ScheduleShares, TemperatureShares
 
 
 class Sized(Protocol):
@@ -24,19 +26,44 @@ class Sized(Protocol):
     def lengths(self) -> np.ndarray: ...  # tokens of each example, int64 [N]
 
 
-def asked_mixture(recipe: Recipe, sizes: dict[str, int]) -> Mixture:
+def asked_shares(recipe: Recipe, sizes: dict[str, int]) -> Mixture | MixtureSchedule:
     """The shares that the recipe asks for. `sizes`: examples (or tokens, with unit tokens) of each task."""
     asked = recipe.mixture.shares
-    if asked == "natural":
-        return natural(sizes)
-    if asked == "uniform":
-        return uniform(recipe.task_names)
-    if isinstance(asked, TemperatureShares):
-        return tempered(sizes, asked.temperature)
+    if isinstance(asked, ScheduleShares):
+        return MixtureSchedule(tuple((stop.at, _rule(recipe, stop.shares, sizes)) for stop in asked.schedule))
+    return _rule(recipe, asked, sizes)
+
+
+def asked_mixture(recipe: Recipe, sizes: dict[str, int]) -> Mixture:
+    """The same as one mixture: of a schedule its mean."""
+    asked = asked_shares(recipe, sizes)
+    return asked.mean() if isinstance(asked, MixtureSchedule) else asked
+
+
+def _rule(recipe: Recipe, asked: object, sizes: dict[str, int]) -> Mixture:
+    """One mixture of the recipe. Rules keep to its floors, caps and groups; what is written out is what is played."""
     if isinstance(asked, FileShares):
         return Mixture.from_yaml(asked.file, names=recipe.task_names)
-    shares = {name: float(asked.get(name, 0.0)) for name in recipe.task_names}  # a task that isn't named has share 0
-    return Mixture.of(shares)
+    if isinstance(asked, dict):
+        return Mixture.of({name: float(asked.get(name, 0.0)) for name in recipe.task_names})
+    if isinstance(asked, TemperatureShares):
+        mixture = tempered(sizes, asked.temperature)
+    else:
+        mixture = natural(sizes) if asked == "natural" else uniform(recipe.task_names)
+    bounds = share_bounds(recipe)
+    return Mixture(mixture.names, bounds.project(mixture)) if bounds.violations(mixture) else mixture
+
+
+def share_bounds(recipe: Recipe) -> Bounds:
+    """The recipe's floors, caps and groups (no epoch caps: they depend on the run's length)."""
+    mixture = recipe.mixture
+    return Bounds(floors=mixture.floors, caps=mixture.caps, groups=groups(recipe), names=recipe.task_names)
+
+
+def groups(recipe: Recipe) -> tuple[Group, ...]:
+    """mixture.groups for data_mixers."""
+    named = recipe.mixture.groups
+    return tuple(Group(name, group.tasks, group.floor, group.cap) for name, group in named.items())
 
 
 def task_sizes(recipe: Recipe, stores: Sequence[Sized]) -> dict[str, int]:
@@ -55,15 +82,17 @@ def epoch_caps(recipe: Recipe) -> dict[str, float]:
 def make_plan(recipe: Recipe, stores: Sequence[Sized], mixture: Mixture | None = None) -> MixturePlan:
     """The plan of a run over `stores` (one a task, in the recipe's order).
 
-    unit examples: a step holds G = batch_tokens // mean length under the mixture examples (at least 1);
+    unit examples: a step holds G = batch_tokens // mean length under the mixture examples (at least 1; of a schedule:
+    under its mean, so steps grow and shrink with the shares of long examples);
     unit tokens: a step holds batch_tokens tokens.
     epochs: steps = as many as show `epochs` times the rows (tokens) that all tasks have together.
     Raises MixError when a share asks for more epochs than allowed and on_cap is `error`.
     """
     by_examples = recipe.mixture.unit == "examples"
-    mixture = mixture or asked_mixture(recipe, task_sizes(recipe, stores))
+    asked = mixture or asked_shares(recipe, task_sizes(recipe, stores))
+    shares = asked.mean().shares if isinstance(asked, MixtureSchedule) else asked.shares
     lengths = [np.asarray(store.lengths) for store in stores]
-    mean = sum(share * float(length.mean()) for share, length in zip(mixture.shares, lengths) if share > 0)
+    mean = sum(share * float(length.mean()) for share, length in zip(shares, lengths) if share > 0)
     batch = max(1, int(recipe.train.batch_tokens // mean)) if by_examples else recipe.train.batch_tokens
     steps, epochs = recipe.train.steps, recipe.train.epochs
     if steps is None:
@@ -72,7 +101,7 @@ def make_plan(recipe: Recipe, stores: Sequence[Sized], mixture: Mixture | None =
         total = sum(len(length) if by_examples else int(length.sum()) for length in lengths)
         steps = max(1, round(epochs * total / batch))
     return MixturePlan(
-        mixture,
+        asked,
         [len(length) for length in lengths],
         steps=steps,
         batch=batch,
@@ -81,4 +110,5 @@ def make_plan(recipe: Recipe, stores: Sequence[Sized], mixture: Mixture | None =
         on_cap=recipe.mixture.on_cap,
         unit=recipe.mixture.unit,
         lengths=None if by_examples else lengths,
+        style="alternating" if recipe.train.batch_style == "alternating" else "mixed",
     )

@@ -24,9 +24,10 @@ def changed(section: SectionT, **values: object) -> SectionT:
     return type(section).model_validate({**dict(section), **values})
 
 
-def joint(recipe: Recipe, mixture: Mixture, folder: Path) -> Recipe:
-    """All tasks in the shares of `mixture`."""
-    return _plain(recipe, folder, mixture=changed(recipe.mixture, shares=mixture.as_dict()))
+def joint(recipe: Recipe, mixture: Mixture | None, folder: Path) -> Recipe:
+    """All tasks in the shares of `mixture`; None: as the recipe asks."""
+    shares = recipe.mixture.shares if mixture is None else mixture.as_dict()
+    return _plain(recipe, folder, mixture=changed(recipe.mixture, shares=shares))
 
 
 def single(recipe: Recipe, task: str, share: float, folder: Path) -> Recipe:
@@ -40,7 +41,7 @@ def single(recipe: Recipe, task: str, share: float, folder: Path) -> Recipe:
     return _plain(recipe, folder, tasks=tasks, mixture=mixture, train=train)
 
 
-def strong(recipe: Recipe, model: ModelSection, mixture: Mixture, folder: Path) -> Recipe:
+def strong(recipe: Recipe, model: ModelSection, mixture: Mixture | None, folder: Path) -> Recipe:
     """The joint run on the strong `model`: what fusion is measured against."""
     return changed(joint(recipe, mixture, folder), model=model)
 

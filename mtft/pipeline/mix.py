@@ -23,7 +23,7 @@ from data_mixers.design import regmix_dirichlet, space_filling
 from data_mixers.ledger import Trial, TrialLedger
 from data_mixers.mixture import Mixture, natural
 from data_mixers.sweep import SweepResult, make_trials, run_sweep
-from mtft.data.planning import asked_mixture, epoch_caps, make_plan, task_sizes
+from mtft.data.planning import asked_mixture, epoch_caps, groups, make_plan, task_sizes
 from mtft.errors import UserError
 from mtft.pipeline import derive
 from mtft.pipeline.stages import write_json
@@ -59,6 +59,7 @@ def space(recipe: Recipe, stores: list[Any]) -> Space:
     bounds = Bounds(
         floors=recipe.mixture.floors,
         caps=recipe.mixture.caps,
+        groups=groups(recipe),
         max_epochs=epoch_caps(recipe),
         sizes=sizes,
         total=float(plan.steps * plan.batch),

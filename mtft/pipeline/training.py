@@ -23,7 +23,7 @@ from mtft.errors import UserError
 from mtft.pipeline import derive
 from mtft.pipeline.stages import move_aside
 from mtft.recipe.load import dump_recipe
-from mtft.recipe.schema import Recipe
+from mtft.recipe.schema import Recipe, ScheduleShares
 from mtft.train.folder import check_recipe, read_result
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ def joint_mixtures(recipe: Recipe, choice: Choice, stores: Sequence[Any]) -> dic
         sizes = task_sizes(recipe, stores)
         mixtures["baseline"] = uniform(recipe.task_names) if recipe.run.baseline == "uniform" else natural(sizes)
     different: dict[str, Mixture] = {}
+    scheduled = isinstance(recipe.mixture.shares, ScheduleShares)  # `joint` is then only its mean, equal to none
     for name, mixture in mixtures.items():
-        if all(mixture != other for other in different.values()):
+        if scheduled or all(mixture != other for other in different.values()):
             different[name] = mixture
     return different
 
@@ -59,6 +60,9 @@ def joint_labels(recipe: Recipe, choice: Choice, stores: Sequence[Any]) -> dict[
     known = [(choice.proposed, "predicted"), (uniform(recipe.task_names), "uniform"), (natural(sizes), "natural")]
     labels = {}
     for name, mixture in joint_mixtures(recipe, choice, stores).items():
+        if name == "joint" and isinstance(recipe.mixture.shares, ScheduleShares):
+            labels[name] = "joint as asked"
+            continue
         labels[name] = "joint " + next((word for other, word in known if other == mixture), "as asked")
     return labels
 
@@ -67,12 +71,17 @@ def planned_runs(recipe: Recipe, choice: Choice, stores: Sequence[Any]) -> dict[
     """The recipes of the train stage by name, in the order in which they run."""
     root, mixture = Path(recipe.output.dir) / "train", choice.chosen
     joints = joint_mixtures(recipe, choice, stores)
-    runs = {name: derive.joint(recipe, played, root / name) for name, played in joints.items()}
+    # a schedule is played as it is (a recipe with one has no sweep that could propose anything else)
+    as_asked = isinstance(recipe.mixture.shares, ScheduleShares)
+    runs = {
+        name: derive.joint(recipe, None if as_asked and name == "joint" else played, root / name)
+        for name, played in joints.items()
+    }
     if recipe.merge is not None and recipe.merge.adapters is None and recipe.run.singles:
         for task in recipe.task_names:
             runs[f"single-{task}"] = derive.single(recipe, task, mixture[task], root / f"single-{task}")
     if recipe.fuse is not None and recipe.run.tune_strong:
-        runs["strong"] = derive.strong(recipe, recipe.fuse.strong, mixture, root / "strong")
+        runs["strong"] = derive.strong(recipe, recipe.fuse.strong, None if as_asked else mixture, root / "strong")
     return runs
 
 

@@ -7,6 +7,7 @@ line. What can't go together although each key is right is in compat.py.
 from __future__ import annotations
 
 import glob
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 
 from data_mixers.errors import MixError
 from data_mixers.mixture import SUM_TOLERANCE, Mixture
-from mtft.recipe.schema import FileShares, TemperatureShares
+from mtft.recipe.schema import FileShares, ScheduleShares, TemperatureShares
 from mtft.recipe.source import KeyPath, Problem, Source
 
-RULES = (*TemperatureShares.model_fields, *FileShares.model_fields)  # keys of `shares` that are no task's name
+# keys of `shares` that are no task's name
+RULES = (*TemperatureShares.model_fields, *FileShares.model_fields, *ScheduleShares.model_fields)
 
 
 def check_source(source: Source) -> list[Problem]:
@@ -25,7 +27,8 @@ def check_source(source: Source) -> list[Problem]:
     names = _task_names(source)
     return [
         *_names(source),
-        *_shares(source, names),
+        *(problem for path in _share_paths(source) for problem in _shares(source, path, names)),
+        *_stops(source),
         *_bounds(source, names),
         *_objective(source, names),
         *_length(source),
@@ -46,14 +49,14 @@ def check_files(source: Source, resolve: Callable[[str], str]) -> list[Problem]:
                 problems.append(Problem(path, f"matches no file: {place}", "check the pattern"))
         elif not Path(place).exists():
             problems.append(Problem(path, f"names a file that is not there: {place}", _near_file(Path(place))))
-    file = source.value(("mixture", "shares", "file"))
-    if isinstance(file, str):
-        problems += _mixture_file(Path(resolve(file)), _task_names(source))
+    for shares in _share_paths(source):
+        file = source.value((*shares, "file"))
+        if isinstance(file, str):
+            problems += _mixture_file((*shares, "file"), Path(resolve(file)), _task_names(source))
     return problems
 
 
-def _mixture_file(place: Path, names: tuple[str, ...]) -> list[Problem]:
-    path: KeyPath = ("mixture", "shares", "file")
+def _mixture_file(path: KeyPath, place: Path, names: tuple[str, ...]) -> list[Problem]:
     if not place.is_file():
         do = "`mtft mix propose RECIPE` writes it; or give shares by a rule (natural, uniform)"
         return [Problem(path, f"names a file that is not there: {place}", do)]
@@ -128,15 +131,34 @@ def _unknown_tasks(path: KeyPath, given: Mapping[str, Any], names: tuple[str, ..
     return problems
 
 
-def _shares(source: Source, names: tuple[str, ...]) -> list[Problem]:
-    path: KeyPath = ("mixture", "shares")
+def _share_paths(source: Source) -> list[KeyPath]:
+    """Where shares stand: mixture.shares, or each stop of its schedule."""
+    stops: KeyPath = ("mixture", "shares", "schedule")
+    count = _count(source.value(stops))
+    return [(*stops, index, "shares") for index in range(count)] if count else [("mixture", "shares")]
+
+
+def _stops(source: Source) -> list[Problem]:
+    path: KeyPath = ("mixture", "shares", "schedule")
+    places = [source.value((*path, index, "at")) for index in range(_count(source.value(path)))]
+    if not all(type(place) in (int, float) for place in places):
+        return []
+    return [
+        Problem((*path, index + 1, "at"), f"is {after:g}, behind a stop at {before:g}", "put the stops in their order")
+        for index, (before, after) in enumerate(itertools.pairwise(places))
+        if after < before
+    ]
+
+
+def _shares(source: Source, path: KeyPath, names: tuple[str, ...]) -> list[Problem]:
     value = source.value(path)
     if not isinstance(value, dict):
         return []
+    here = ".".join(map(str, path))
     rules = [rule for rule in RULES if rule in value and rule not in names]
     if rules:  # {temperature: ...} or {file: ...}; with another key beside it, it would pass as a mapping of tasks
         return [
-            Problem((*path, key), f"{key!r} is not a key of mixture.shares beside {rules[0]}", "a rule stands alone")
+            Problem((*path, key), f"{key!r} is not a key of {here} beside {rules[0]}", "a rule stands alone")
             for key in value
             if key != rules[0]
         ]
@@ -188,6 +210,26 @@ def _bounds(source: Source, names: tuple[str, ...]) -> list[Problem]:
     if names and caps.keys() >= set(names) and sum(caps.values()) < 1 - SUM_TOLERANCE:
         what = f"adds up to {sum(caps.values()):g}: no mixture of all tasks can reach 1"
         problems.append(Problem(("mixture", "caps"), what, "raise some, or leave a task without a cap"))
+    return problems + _groups(source, names)
+
+
+def _groups(source: Source, names: tuple[str, ...]) -> list[Problem]:
+    groups = source.value(("mixture", "groups"))
+    problems = []
+    for name, group in groups.items() if isinstance(groups, dict) else ():
+        path: KeyPath = ("mixture", "groups", name)
+        if not isinstance(group, dict):
+            continue
+        members = group.get("tasks")
+        given = {task: 0 for task in members if isinstance(task, str)} if isinstance(members, list) else {}
+        problems += [
+            Problem((*path, "tasks"), problem.what, problem.do)
+            for problem in _unknown_tasks((*path, "tasks"), given, names)
+        ]
+        limits = _numbers(group)
+        if limits.get("floor", 0) > limits.get("cap", 1):
+            what = f"is {limits['floor']:g}, above the cap {limits.get('cap', 1):g}"
+            problems.append(Problem((*path, "floor"), what, "lower the floor or raise the cap"))
     return problems
 
 

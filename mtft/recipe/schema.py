@@ -78,12 +78,14 @@ class FileShares(Section):
 
 
 OneMixture = Literal["natural", "uniform"] | TemperatureShares | FileShares | dict[str, Share]
+# pydantic's own choice takes {temperature: 0.5} for a mapping from a task `temperature` to its share.
+IN_ORDER = Field(union_mode="left_to_right")
 
 
 class ScheduleStop(Section):
     at: Annotated[float, Field(ge=0, le=1)]
     """Progress of the run: 0 = its start, 1 = its end."""
-    shares: OneMixture
+    shares: Annotated[OneMixture, IN_ORDER]
     """The mixture at this place: a rule, a file, or {task: share}."""
 
 
@@ -104,7 +106,7 @@ class GroupSection(Section):
 
 
 class MixtureSection(Section):
-    shares: OneMixture | ScheduleShares = "natural"
+    shares: Annotated[ScheduleShares | OneMixture, IN_ORDER] = "natural"
     """Asked share of each task: a rule, a file, {task: share} adding up to 1, or a schedule of these over the run."""
     unit: Literal["tokens", "examples"] = "examples"
     """What a share counts."""

@@ -116,6 +116,7 @@ def build_trainer(
         max_length=layout.max_length,
         packing=layout.packing,
         pad_id=layout.pad_id,
+        unmixed=asked.batch_style == "unmixed",
         rank=args.process_index,
         world=args.world_size,
     )

@@ -75,13 +75,15 @@ def move_aside(run_dir: Path) -> None:
 
 def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, Any]) -> None:
     """recipe.yaml, env.json and plan.json, before the first step."""
+    from data_mixers.schedule import spans
     from mtft.recipe.load import dump_recipe
 
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / RECIPE, dump_recipe(recipe))
     write_json(run_dir / "env.json", {**environment(), "seed": recipe.seed, "fingerprints": identity})
     tasks = {row.pop("task"): row for row in plan.table()}
-    write_json(run_dir / "plan.json", {"steps": plan.steps, "batch": plan.batch, "unit": plan.unit, "tasks": tasks})
+    about = {"steps": plan.steps, "batch": plan.batch, "unit": plan.unit, "style": recipe.train.batch_style}
+    write_json(run_dir / "plan.json", {**about, "tasks": tasks, "spans": spans(plan)})
 
 
 def environment() -> dict[str, Any]:

@@ -36,7 +36,7 @@ def plan_of(stores, steps=6, batch=12, shares=(0.5, 0.3, 0.2), **options):
     return MixturePlan(mixture, [len(store.lengths) for store in stores], steps=steps, batch=batch, seed=3, **options)
 
 
-def source_of(stores=None, *, rank=0, world=1, packing=True, micro=64, plan=None, max_length=32):
+def source_of(stores=None, *, rank=0, world=1, packing=True, micro=64, plan=None, max_length=32, unmixed=False):
     stores = stores or toys()
     plan = plan or plan_of(stores)
     return BatchSource(
@@ -46,6 +46,7 @@ def source_of(stores=None, *, rank=0, world=1, packing=True, micro=64, plan=None
         max_length=max_length,
         packing=packing,
         pad_id=PAD,
+        unmixed=unmixed,
         rank=rank,
         world=world,
     )
@@ -91,6 +92,69 @@ def test_any_split_holds_the_examples_of_the_plan(packing, world, micro):
         found = [pair for batch in batches for pair in examples_in(batch)]
         assert sorted(found) == sorted(zip(task.tolist(), row.tolist()))
         assert all(batch.packed is False for batch in batches) or packing
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("micro", [32, 100, 1000])
+def test_unmixed_micro_batches_hold_one_task_and_the_step_holds_them_all(packing, world, micro):
+    stores = toys()
+    sources = [source_of(stores, rank=r, world=world, packing=packing, micro=micro, unmixed=True) for r in range(world)]
+    for s in range(len(sources[0])):
+        ranks = [source[s] for source in sources]
+        assert len({len(batches) for batches in ranks}) == 1  # no rank waits for another
+        held = [examples_in(batch) for batches in ranks for batch in batches]
+        assert all(len({task for task, _ in batch}) <= 1 for batch in held)
+        task, _, row = sources[0].examples(s)
+        assert sorted(example for batch in held for example in batch) == sorted(zip(task.tolist(), row.tolist()))
+        assert all(batch.input_ids_BT.numel() <= micro for batches in ranks for batch in batches)
+    mixed = source_of(stores, micro=1000)
+    assert any(len({task for task, _ in examples_in(batch)}) > 1 for batch in mixed[0])  # the naive way mixes them
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 4)), min_size=1, max_size=60),
+    st.integers(40, 300),
+    st.integers(1, 64),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_unmixed_layout_of_any_step(examples, budget, world, packing):
+    """Every example once, one task a micro-batch, within the budget, the same number on each rank."""
+    length, task = (np.array(column) for column in zip(*examples))
+
+    class Whole:
+        steps, step = 1, staticmethod(lambda s: (task, np.zeros_like(task), np.arange(len(task)) - start[task]))
+
+    order = np.argsort(task, kind="stable")
+    length, task = length[order], task[order]
+    start = np.searchsorted(task, np.arange(5))
+    stores = [Toy(f"t{k}", length[task == k], k) for k in range(5)]
+    layout = source_of(stores, plan=Whole, world=world, micro=budget, max_length=40, packing=packing, unmixed=True)
+    ranks = layout.layout(0)
+    assert len({len(batches) for batches in ranks}) == 1
+    batches = [rows for batches in ranks for rows in batches]
+    assert sorted(i for rows in batches for row in rows for i in row) == list(range(len(task)))
+    for rows in batches:
+        assert len({int(task[i]) for row in rows for i in row}) <= 1
+        assert len(rows) * max((int(length[row].sum()) for row in rows), default=0) <= budget
+
+
+@pytest.mark.parametrize("unit", ["examples", "tokens"])
+def test_alternating_steps_hold_one_task_each(unit):
+    stores = toys()
+    lengths = [store.lengths for store in stores] if unit == "tokens" else None
+    options = {"unit": unit, "lengths": lengths, "style": "alternating"}
+    plan = plan_of(stores, steps=40, batch=12 if unit == "examples" else 150, **options)
+    source = source_of(stores, plan=plan)
+    turns = []
+    for s in range(40):
+        tasks = {task for batch in source[s] for task, _ in examples_in(batch)}
+        assert len(tasks) == 1
+        turns += tasks
+    assert np.bincount(turns).tolist() == [20, 12, 8]  # of 40: 0.5, 0.3, 0.2
+    so_far = np.cumsum(np.array(turns)[:, None] == np.arange(3), axis=0)
+    assert np.abs(so_far - np.arange(1, 41)[:, None] * [0.5, 0.3, 0.2]).max() < 1
 
 
 def test_rows_do_not_depend_on_the_split():

@@ -184,6 +184,7 @@ def test_every_key_of_the_schema_refuses_an_unknown_neighbour(folder):
         *OPEN,
         ("mixture", "floors"),
         ("mixture", "caps"),
+        ("mixture", "groups"),
         ("sweep", "objective"),
         ("tasks", 1, "format"),
     }

@@ -154,6 +154,45 @@ error: mixture.shares.temprature names a task that is not there: 'temprature'
   where: command line, override 'mixture.shares={temprature: 0.7}', key mixture.shares.temprature
   do:    did you mean temperature?""",
     ),
+    "misspelt task in a stop": (
+        ["mixture.shares={schedule: [{at: 0, shares: {sun: 1, sql.v1: 0}}]}"],
+        """\
+error: mixture.shares.schedule.0.shares.sun names a task that is not there: 'sun'
+  where: command line, override 'mixture.shares={schedule: [{at: 0, shares: {sun: 1, sql.v...', \
+key mixture.shares.schedule.0.shares.sun
+  do:    did you mean sum?""",
+    ),
+    "stops out of order": (
+        ["mixture.shares={schedule: [{at: 0.5, shares: natural}, {at: 0, shares: uniform}]}"],
+        """\
+error: mixture.shares.schedule.1.at is 0, behind a stop at 0.5
+  where: command line, override 'mixture.shares={schedule: [{at: 0.5, shares: natural}, {a...', \
+key mixture.shares.schedule.1.at
+  do:    put the stops in their order""",
+    ),
+    "stop beyond the end": (
+        ["mixture.shares={schedule: [{at: 100, shares: natural}]}"],
+        """\
+error: mixture.shares.schedule.0.at is 100, and must be a number >= 0 and <= 1
+  where: command line, override 'mixture.shares={schedule: [{at: 100, shares: natural}]}', \
+key mixture.shares.schedule.0.at""",
+    ),
+    "misspelt rule in a stop": (
+        ["mixture.shares={schedule: [{at: 0, shares: naturall}]}"],
+        """\
+error: mixture.shares.schedule.0.shares is the text 'naturall', and must be one of natural, uniform, or \
+{temperature: a number}, or {file: text}, or a mapping from names to a number >= 0
+  where: command line, override 'mixture.shares={schedule: [{at: 0, shares: naturall}]}', \
+key mixture.shares.schedule.0.shares
+  do:    did you mean natural?""",
+    ),
+    "unknown task in a group": (
+        ["mixture.groups={text: {tasks: [sum, sql], cap: 0.5}}"],
+        """\
+error: mixture.groups.text.tasks names a task that is not there: 'sql'
+  where: command line, override 'mixture.groups={text: {tasks: [sum, sql], cap: 0.5}}', key mixture.groups.text.tasks
+  do:    did you mean sql.v1?""",
+    ),
     "unknown cap": (
         ["mixture.caps={sql: 0.7}"],
         """\

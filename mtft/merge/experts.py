@@ -93,19 +93,25 @@ def export_arrow(
 ) -> Path:
     """Write `out`/expert_NAME for each adapter, all of one rank that servers take, router.safetensors and arrow.json.
 
-    top: experts that serve one token (None: all); general: adapters whose mean delta is taken off first (router.py).
+    top: experts that serve one token (None: all). general: adapters whose mean delta is taken off every expert first,
+    as a delta: PEFT takes the means of A and B off apart, which is another matrix.
     Returns `out`. Raises MergeError as twin() does.
     """
     out, opened = Path(out), read_adapters(adapters)
     if top is not None and not 1 <= top <= len(opened):
         raise MergeError(f"top is {top}", where="top", do=f"1 to {len(opened)}, the number of experts")
+    common = read_adapters(general) if general else []
     folders = _folders(opened)
-    router = prototypes_of(opened, general)
-    rank = usual_rank(max(layout.r for adapter in opened for layout in adapter.modules.values()))
+    router = prototypes_of(opened, common)
+    modules = {name for adapter in opened for name in adapter.modules}
+    ranks = [[a.modules[name].r if name in a.modules else 0 for name in modules] for a in (*opened, *common)]
+    rank = usual_rank(max(max(own) for own in ranks[: len(opened)]) + sum(max(own) for own in ranks[len(opened) :]))
     own = frozenset({"router.safetensors", "arrow.json", *folders})
-    with replacing(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened], own=own) as scratch:
+    weights = [1.0, *(-1 / len(common) for _ in common)]
+    inputs = [adapter.path for adapter in (*opened, *common)]
+    with replacing(out, overwrite=overwrite, inputs=inputs, own=own) as scratch:
         for adapter, folder in zip(opened, folders, strict=True):
-            merge([adapter], scratch / folder, rank=rank, dtype=dtype, vllm=True)
+            merge([adapter, *common], scratch / folder, weights=weights, rank=rank, dtype=dtype, vllm=True)
         router.save(scratch / "router.safetensors")
         facts = {"experts": dict(zip(router.names, folders)), "rank": rank, "top": top, "temperature": temperature}
         (scratch / "arrow.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")

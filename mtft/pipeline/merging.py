@@ -135,7 +135,7 @@ class _Job:
         policy = merge_options(self.recipe)
         if experts.kind == "arrow":
             few = {key: policy[key] for key in ("dtype", "overwrite")}
-            export_arrow(self.adapters, self.out, top=experts.top, **few)
+            export_arrow(self.adapters, self.out, top=experts.top, general=experts.general, **few)
             self.said.append(f"wrote {len(self.adapters)} experts and the router of their prototypes to {self.out}")
             return Outcome(None, self.out, self.said)
         from mtft.pipeline.merge_data import fit_router

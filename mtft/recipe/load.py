@@ -145,7 +145,11 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
     if isinstance(merge := recipe.merge, MergeSection):
         out = None if merge.out is None else _place(merge.out, here, ())
         whole = None if merge.base is None else _place(merge.base, base, ())
-        update["merge"] = merge.model_copy(update={"adapters": folders(merge.adapters), "base": whole, "out": out})
+        apart = merge.experts
+        if apart is not None:
+            apart = apart.model_copy(update={"general": folders(apart.general)})
+        places = {"adapters": folders(merge.adapters), "base": whole, "experts": apart, "out": out}
+        update["merge"] = merge.model_copy(update=places)
     if isinstance(fuse := recipe.fuse, FuseSection):
         models = {"strong": _model(fuse.strong, base), "base": _model(fuse.base, base)}
         update["fuse"] = fuse.model_copy(update={"adapters": folders(fuse.adapters), **models})

@@ -393,6 +393,8 @@ class MergeSection(Section):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the merged adapter on disk; auto = as the inputs."""
     vllm: bool = False
+    general: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Folders of adapters for general ability, whose mean delta is taken off every expert (arrow)."""
     """Refuse what vLLM can't load (biases, full tensors)."""
     options: dict[str, StrictInt | StrictFloat | StrictStr | bool] = {}
     """The method's own options."""

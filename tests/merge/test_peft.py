@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from mtft.merge import MergeError, merge, read_adapter
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+
+from tests.merge.with_peft import deltas, expert, peft_merge, relative  # noqa: E402
 
 RELOAD = """
 import sys, warnings
@@ -32,33 +33,6 @@ for adapter in adapters:
     assert all(torch.equal(wrote[key], has[key]) for key in wrote), adapter
     torch.save(model(torch.arange(24).reshape(2, 12)).logits.detach(), adapter + ".out")
 """
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "vocab_size": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
-    folder = tmp_path_factory.mktemp("base")
-    model.save_pretrained(folder)
-    return folder
-
-
-def expert(base, folder, seed, **config):
-    """A random adapter, written by PEFT itself."""
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **config)
-    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.3)
-    model.save_pretrained(folder)
-    return folder
 
 
 Q, V, ALL = {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear"}
@@ -132,31 +106,6 @@ def test_vllm_rules(tmp_path, base):
         merge([a, biased], tmp_path / "out2", vllm=True)
 
 
-def peft_merge(base, paths, kind, **options):
-    """PEFT's add_weighted_adapter on the same files: {module: delta}."""
-    from transformers import LlamaForCausalLM
-
-    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), paths[0], adapter_name="0")
-    for i, path in enumerate(paths[1:], 1):
-        model.load_adapter(path, str(i))
-    names = [str(i) for i in range(len(paths))]
-    model.add_weighted_adapter(names, [1.0] * len(paths), "merged", combination_type=kind, **options)
-    return {
-        name: layer.get_delta_weight("merged").detach().double().numpy()
-        for name, layer in model.base_model.model.named_modules()
-        if isinstance(layer, peft.tuners.lora.LoraLayer)
-    }
-
-
-def relative(ours, theirs):
-    return max(np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(theirs[name]) for name in theirs)
-
-
-def deltas(folder):
-    adapter = read_adapter(folder)
-    return {name: (f := adapter.factors(name)).scale * f.B_MR @ f.A_RN for name in adapter.modules}
-
-
 def test_linear_is_peft_cat_and_svd_is_peft_svd(tmp_path, base):
     targets = ["q_proj", "up_proj"]
     paths = [expert(base, tmp_path / str(i), i, r=r, target_modules=targets) for i, r in enumerate((2, 3, 1))]
@@ -164,65 +113,6 @@ def test_linear_is_peft_cat_and_svd_is_peft_svd(tmp_path, base):
     assert relative(deltas(tmp_path / "cat"), peft_merge(base, paths, "cat")) < 1e-6
     merge(paths, tmp_path / "svd", method="svd", rank=4)
     assert relative(deltas(tmp_path / "svd"), peft_merge(base, paths, "svd", svd_rank=4)) < 1e-5
-
-
-def test_peft_linear_multiplies_mixed_factors_ours_does_not(tmp_path, base):
-    """https://github.com/huggingface/peft/issues/1155: theirs is far from the sum of the deltas; ours is the sum."""
-    paths = [expert(base, tmp_path / str(i), i, r=4, target_modules=["q_proj"]) for i in range(3)]
-    total = {name: sum(deltas(path)[name] for path in paths) for name in deltas(paths[0])}
-    assert relative(peft_merge(base, paths, "linear"), total) > 0.5
-    merge(paths, tmp_path / "out", rank="lossless")
-    assert relative(deltas(tmp_path / "out"), total) < 1e-6
-
-
-@pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear"])
-def test_peft_refuses_unequal_ranks_ours_does_not(tmp_path, base, kind):
-    paths = [expert(base, tmp_path / str(i), i, r=r, target_modules=["q_proj"]) for i, r in enumerate((2, 3, 1))]
-    with pytest.raises(ValueError, match="same r"):
-        peft_merge(base, paths, kind, **({} if kind == "linear" else {"density": 0.5}))
-    merge(paths, tmp_path / "out", kind.partition("_")[0], rank=8, min_energy=0)
-
-
-def test_peft_changes_a_single_rslora_adapter_ours_does_not(tmp_path, base):
-    """https://github.com/huggingface/peft/issues/3761: one adapter at weight 1 should be itself."""
-    path = expert(base, tmp_path / "a", 0, r=16, lora_alpha=16, use_rslora=True, target_modules=["q_proj"])
-    assert relative(peft_merge(base, [path], "linear"), deltas(path)) > 0.5
-    merge([path], tmp_path / "out")
-    assert relative(deltas(tmp_path / "out"), deltas(path)) < 1e-6
-
-
-def test_peft_writes_what_it_cannot_load_after_rank_patterns_ours_loads(tmp_path, base):
-    """https://github.com/huggingface/peft/issues/3737."""
-    from transformers import LlamaForCausalLM
-
-    config = {"r": 4, "rank_pattern": {"v_proj": 2}, "target_modules": ["q_proj", "v_proj"]}
-    paths = [expert(base, tmp_path / str(i), i, **config) for i in range(2)]
-    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), paths[0], adapter_name="0")
-    model.load_adapter(paths[1], "1")
-    model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "merged", "linear")
-    model.save_pretrained(tmp_path / "theirs", selected_adapters=["merged"])
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "theirs" / "merged")
-    merge(paths, tmp_path / "ours")
-    peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "ours")
-
-
-def test_peft_linear_moves_with_the_gauge_ours_does_not(tmp_path, base):
-    """The same adapter written as (B G, G^-1 A): PEFT's linear merge becomes another matrix."""
-    from safetensors.numpy import load_file, save_file
-
-    paths = [expert(base, tmp_path / str(i), i, r=4, target_modules=["q_proj"]) for i in range(2)]
-    before = peft_merge(base, paths, "linear")
-    merge(paths, tmp_path / "before", rank="lossless")
-    file = paths[0] / "adapter_model.safetensors"
-    tensors = load_file(file)
-    G = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32) + 3 * np.eye(4, dtype=np.float32)
-    for key in tensors:
-        tensors[key] = np.linalg.solve(G, tensors[key]) if "lora_A" in key else tensors[key] @ G
-    save_file(tensors, file, {"format": "pt"})
-    assert relative(peft_merge(base, paths, "linear"), before) > 0.3
-    merge(paths, tmp_path / "after", rank="lossless")
-    assert relative(deltas(tmp_path / "after"), deltas(tmp_path / "before")) < 1e-5
 
 
 def test_dora_is_refused(tmp_path, base):

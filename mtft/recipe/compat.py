@@ -100,8 +100,17 @@ def _merge_sees_rows(recipe: Recipe) -> bool:
     return merge.search is not None or merge.gates is not None or routes
 
 
+def _schedule_free(recipe: Recipe) -> bool:
+    return recipe.train.optimizer.startswith("schedule_free")
+
+
+def _decides_by_evaluation(recipe: Recipe) -> bool:
+    train = recipe.train
+    return train.patience is not None or train.task_patience is not None or recipe.output.export == "best"
+
+
 # Optimizers whose state has the shape of the weight, so that a part of a weight is moved as the whole would be.
-CUT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
+CUT_OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 
 TABLE: tuple[Row, ...] = (
     # --- what stands in the way of a stage
@@ -136,8 +145,8 @@ TABLE: tuple[Row, ...] = (
         "quantised weights have no gradient, so full fine-tuning of a quantised trial model trains nothing",
         "remove sweep.lora, or give sweep.model without quantise"),
     Row("lora.init + model.quantise", TRAINING,
-        lambda r, e, n: r.lora is not None and r.lora.init in ("pissa", "olora") and _quantised(r.model),
-        "pissa and olora start from a decomposition of the base weights, which quantised weights don't allow",
+        lambda r, e, n: r.lora is not None and r.lora.init in ("pissa", "olora", "mica") and _quantised(r.model),
+        "pissa, olora and mica start from a decomposition of the base weights, which quantised weights don't allow",
         "set lora.init: default, or model.quantise: none"),
     # --- engines
     Row("model.quantise + DeepSpeed", TRAINING, lambda r, e, n: _quantised(r.model) and e.zero > 0,
@@ -166,6 +175,48 @@ TABLE: tuple[Row, ...] = (
         lambda r, e, n: r.loss.path == "fused" and e.cuts_weights,
         "the fused loss takes the head's weight outside of the head's forward, where each rank holds only a part",
         "set loss.path: gather (or auto)"),
+    Row("output.export: best + sharded weights", TRAINING,
+        lambda r, e, n: r.output.export == "best" and e.cuts_weights,
+        "the best weights are put back before the export, which needs whole weights on every rank",
+        "set output.export: last, or launch with recipes/accelerate/ddp.yaml (or zero2.yaml)"),
+    Row("train.micro_batch_tokens: auto + sharded weights", TRAINING,
+        lambda r, e, n: r.train.micro_batch_tokens == "auto" and e.cuts_weights,
+        "sizes are tried on each rank alone, and a rank holds only a part of the weights",
+        "give train.micro_batch_tokens a number (`mtft check` estimates the memory)"),
+    # --- optimizers and schedules
+    Row("train.optimizer: muon + lora", TRAINING, lambda r, e, n: r.train.optimizer == "muon" and r.lora is not None,
+        "muon makes the update of a whole weight matrix orthogonal; A and B are only factors of one",
+        "set train.optimizer: adamw (with lora.plus: 16, if you like), or lora: null"),
+    Row("train.optimizer + DeepSpeed", TRAINING,
+        lambda r, e, n: e.zero > 0 and (r.train.optimizer == "muon" or _schedule_free(r)),
+        "DeepSpeed flattens the weights into one vector and hides the optimizer; muon needs matrices, and schedule_free "
+        "must be switched for evaluation", "set train.optimizer: adamw, or launch with recipes/accelerate/ddp.yaml"),
+    Row("train.optimizer: schedule_free + train.schedule", TRAINING,
+        lambda r, e, n: _schedule_free(r) and r.train.schedule != "constant",
+        "schedule_free averages the weights in place of a schedule; with one on top it would count twice",
+        "set train.schedule: constant (train.warmup still counts)"),
+    Row("lora.plus + one trained factor", TRAINING,
+        lambda r, e, n: r.lora is not None and r.lora.plus != 1 and (r.lora.freeze_a or r.lora.init == "mica"),
+        "lora.plus is the ratio of the learning rates of B and A, and only one of them is trained",
+        "set lora.plus: 1, or train both"),
+    Row("lora.freeze_a + lora.init: mica", TRAINING,
+        lambda r, e, n: r.lora is not None and r.lora.freeze_a and r.lora.init == "mica",
+        "mica trains A alone and freeze_a trains B alone: nothing would be left", "set one of the two"),
+    # --- held-out losses that decide something
+    Row("train.watch", TRAINING, lambda r, e, n: r.train.watch not in ("mean", "worst", *r.task_names),
+        "train.watch names no task of the recipe", "set mean, worst, or the name of a task"),
+    Row("train.patience, train.task_patience, output.export: best + tasks.*.eval_data", TRAINING,
+        lambda r, e, n: _decides_by_evaluation(r) and bool(_without_eval(r)),
+        "held-out losses decide when to stop or what to export, and not every task has eval_data",
+        "give every task eval_data, or remove these keys"),
+    Row("train.patience, train.task_patience + train.eval_every", TRAINING,
+        lambda r, e, n: r.train.eval_every is None and (r.train.patience or r.train.task_patience) is not None,
+        "patience counts evaluations, and without train.eval_every there is none before the end",
+        "set train.eval_every"),
+    Row("train.task_patience + task gradients", TRAINING,
+        lambda r, e, n: r.train.task_patience is not None and _compares_gradients(r),
+        "a dropped task has weight 0 in the loss, and task gradients are taken before the weights",
+        "remove train.task_patience, or balance by losses"),
     # --- batches
     Row("mixture.shares.schedule + sweep", ("check", "mix", "run"),
         lambda r, e, n: r.sweep is not None and isinstance(r.mixture.shares, ScheduleShares),
@@ -176,7 +227,7 @@ TABLE: tuple[Row, ...] = (
         "a step holds one task only, so there are no gradients of several tasks to compare or mix",
         "set train.batch_style: mixed (or unmixed)"),
     Row("train.max_length + train.micro_batch_tokens", TRAINING,
-        lambda r, e, n: r.train.max_length > r.train.micro_batch_tokens,
+        lambda r, e, n: r.train.max_length > r.train.rows_at_once,
         "a row of max_length tokens does not fit into micro_batch_tokens",
         "raise train.micro_batch_tokens to at least train.max_length, or shorten train.max_length"),
     # --- losses and adapters
@@ -193,6 +244,13 @@ TABLE: tuple[Row, ...] = (
         lambda r, e, n: _asks(r, "aggregator") and (e.zero > 0 or e.fsdp > 0),
         "an aggregator writes each step's gradient, and these engines have cut it up (or taken the step) before it can",
         "launch one process or recipes/accelerate/ddp.yaml, or use loss.balancer: {name: lagged}"),
+    Row("loss.gradients.flat + sharded weights", TRAINING, lambda r, e, n: _asks(r, "flat") and (e.zero > 0 or e.fsdp),
+        "a step towards a flat minimum moves the weights and puts them back, and here each rank holds a part of them",
+        "launch one process or recipes/accelerate/ddp.yaml, or take out loss.gradients.flat"),
+    Row("loss.gradients.flat + loss.sample_weights", TRAINING,
+        lambda r, e, n: _asks(r, "flat") and r.loss.sample_weights is not None,
+        "weights of samples change with their losses, so the tasks' losses at moved weights would be other ones",
+        "leave out either loss.sample_weights or loss.gradients.flat"),
     Row("loss.orthogonal + task gradients", TRAINING, lambda r, e, n: r.loss.orthogonal > 0 and _compares_gradients(r),
         "loss.orthogonal is a penalty on the weights: it belongs to no task, and task gradients would lack it",
         "set loss.orthogonal: 0, or take out loss.gradients and use a balancer that works from losses"),
@@ -252,9 +310,14 @@ TABLE: tuple[Row, ...] = (
     Row("tasks.*.eval_data", ("check", "train", "run"), lambda r, e, n: bool(_without_eval(r)),
         "some tasks have no eval_data: nothing held-out is measured for them", "give them eval_data", fatal=False),
     Row("train.micro_batch_tokens + train.batch_tokens", TRAINING,
-        lambda r, e, n: r.train.micro_batch_tokens * e.ranks > r.train.batch_tokens,
+        lambda r, e, n: r.train.micro_batch_tokens != "auto"
+        and r.train.rows_at_once * e.ranks > r.train.batch_tokens,
         "an optimizer step holds fewer tokens (train.batch_tokens) than the ranks could take in one pass",
         "raise train.batch_tokens for a better use of the hardware; the result is right either way", fatal=False),
+    Row("train.min_lr + train.schedule", TRAINING,
+        lambda r, e, n: r.train.min_lr > 0 and r.train.schedule not in ("linear", "cosine", "wsd"),
+        "this schedule does not end at train.min_lr", "take linear, cosine or wsd, or remove train.min_lr",
+        fatal=False),
     Row("fuse.alpha", ("check", "fuse", "run"),
         lambda r, e, n: r.fuse is not None and r.fuse.alpha != 1.0 and r.fuse.alpha_rule != "fixed",
         "fuse.alpha is the constant of alpha_rule `fixed`; another rule is set, which ignores it",

@@ -4,6 +4,8 @@
               tasks, and always with an aggregator
     direct    with `loss.gradients.aggregator` the gradient of each step becomes J^T alpha, before it is clipped;
               preference p = the tasks' parts of the loss, so that alpha = p is the plain gradient
+    flat      with `loss.gradients.flat` it becomes a step towards a flat minimum, which takes more passes
+              (mtft/train/flat_step.py); the aggregator, or p without one, mixes its gradients
 
 Steps that are not measured cost nothing: the taps are taken off. A measured step has the gradient it would have had, to
 the bit, with one exception: a task that is present with weight 0 has no part in the loss, so nothing could be captured.
@@ -26,10 +28,12 @@ from mtft.gradients.affinity import Affinity
 from mtft.gradients.aggregators import Aggregator, make_aggregator
 from mtft.gradients.capture import TaskGradients
 from mtft.gradients.coverage import in_words
+from mtft.gradients.flat import Mix, Named, combine
 from mtft.recipe.schema import GradientSection, Recipe
 from mtft.train.ranks import engine
 
 FLOOR = 1e-3  # of the mean weight
+Passes = Callable[[Named, Mix, Tensor], tuple[Named, Tensor]]  # mtft.train.flat_step.FlatStep
 
 
 class Measured(NamedTuple):
@@ -68,25 +72,27 @@ class Surgery:
         self.aggregator: Aggregator | None = None
         if section.aggregator is not None:
             self.aggregator = make_aggregator(section.aggregator, section.options, seed=seed)
+        self.flat = section.flat
+        self.direct = self.aggregator is not None or self.flat is not None  # writes the gradient of every step
         self.affinity = Affinity(tasks) if self.every is not None else None
         self.measured: Measured | None = None  # of the present step
         self.taps: TaskGradients | None = None
         self._checked = self._told = False
         self._say = say
-        if self.aggregator is not None and not whole:
+        if self.direct and not whole:
             raise UserError(
-                "an aggregator writes each step's gradient, and this engine has cut it up before anyone can",
-                where="loss.gradients.aggregator",
+                "an aggregator (or flat) writes each step's gradient, and this engine has cut it up before anyone can",
+                where="loss.gradients.aggregator" if self.flat is None else "loss.gradients.flat",
                 do="launch one process or recipes/accelerate/ddp.yaml, or use loss.balancer: {name: lagged}",
             )
-        if self.aggregator is not None or gram_every is not None or self.every is not None:
+        if self.direct or gram_every is not None or self.every is not None:
             self.taps = TaskGradients(model, len(tasks), isolated=isolated, partial=section.partial)
             for line in in_words(self.taps.left_out):
                 say(f"task gradients leave out {line}")
 
     def due(self, step: int) -> bool:
         """Whether the task gradients of this step are measured."""
-        return self.aggregator is not None or _hits(step, self.gram_every) or _hits(step, self.every)
+        return self.direct or _hits(step, self.gram_every) or _hits(step, self.every)
 
     def weights(self, step: int, w_K: Tensor, present_K: Tensor) -> Tensor:
         """Task weights for the backward pass; see the module about weights of 0. present_K: has tokens in the step."""
@@ -107,17 +113,18 @@ class Surgery:
         if self.taps is None or not self.due(step):
             yield None
             return
-        self.taps.gram_only = self.aggregator is None and not floored
+        self.taps.gram_only = not self.direct and not floored
         if not self._checked:
             self.taps.self_check()
         with self.taps:
             yield self.taps
 
-    def finish(self, step: int, used_K: Tensor, asked_K: Tensor) -> None:
+    def finish(self, step: int, used_K: Tensor, asked_K: Tensor, passes: Passes | None = None) -> None:
         """After the last backward, before clipping. A collective call in measured steps.
 
         used_K   each task's part of the loss that was differentiated (mtft.losses.reduce.task_coefficients)
         asked_K  each task's part of the loss that is meant: `used_K`, but 0 where a weight of 0 was lifted
+        passes   of a step towards a flat minimum (needed with `flat`)
         """
         if self.taps is None or not self.due(step):
             return
@@ -125,23 +132,30 @@ class Surgery:
             self._checked = self.taps.check()
         gram_KK = self.taps.gram(used_K)
         alpha_K = None if self.taps.gram_only else asked_K
-        whole = bool(gram_KK.diagonal()[used_K > 0].isfinite().all())
-        if self.aggregator is not None and whole:
-            alpha_K = self.aggregator.weights(gram_KK, asked_K, step=step)
-        if alpha_K is not None and whole:  # else the step's own gradient stays, is not finite, and is skipped
-            self._write(alpha_K, used_K)
-        self.measured = Measured(gram_KK, alpha_K if self.aggregator is not None else None)
+        if bool(gram_KK.diagonal()[used_K > 0].isfinite().all()):  # else the step is not finite, and is skipped
+            alpha_K = self._mix(gram_KK, asked_K, step) if self.direct else alpha_K
+            if self.flat is not None:
+                if passes is None:
+                    raise ValueError("a step towards a flat minimum needs its passes")
+                self._write(passes(self.taps.jacobian(used_K), lambda G: self._mix(G, asked_K, step), asked_K)[0])
+            elif alpha_K is not None:
+                self._write(combine(self.taps.jacobian(used_K), alpha_K))
+        self.measured = Measured(gram_KK, alpha_K if self.direct else None)
 
-    def _write(self, alpha_K: Tensor, used_K: Tensor) -> None:
+    def _mix(self, gram_KK: Tensor, p_K: Tensor, step: int) -> Tensor:
+        if self.aggregator is not None:
+            return self.aggregator.weights(gram_KK, p_K, step=step)
+        return torch.where(gram_KK.diagonal().isfinite(), p_K, 0.0)
+
+    def _write(self, direction: dict[str, Tensor]) -> None:
         assert self.taps is not None
         parameters, factor = dict(self.model.named_parameters()), self.taps.factor
-        for name, block in self.taps.jacobian(used_K).items():
-            direction = torch.einsum("k,kij->ij", (factor * alpha_K).to(block), block)
+        for name, value in direction.items():
             parameter = parameters[name]
             if parameter.grad is None:
-                parameter.grad = direction.to(parameter.dtype)
+                parameter.grad = (factor * value).to(parameter.dtype)
             else:
-                parameter.grad.copy_(direction)
+                parameter.grad.copy_(factor * value)
 
     def record(self, step: int, loss_K: Tensor, learning_rate: float) -> dict[str, Any] | None:
         """After a step that was taken: the affinity of the tasks. What goes into the step's line of metrics."""

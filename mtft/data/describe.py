@@ -118,7 +118,7 @@ def describe(
     source = BatchSource(
         stores,
         plan,
-        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        micro_batch_tokens=recipe.train.rows_at_once,
         max_length=recipe.train.max_length,
         packing=recipe.train.packing,
         pad_id=0,

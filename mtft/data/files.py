@@ -1,7 +1,7 @@
 """Rows of one file, each with its line.
 
 Text files are read line by line here, because a reader that parses in blocks cannot tell the line of a broken row.
-Everything is an iterator: no file is held in memory as a whole, except `.json` arrays.
+Everything is an iterator: no file is held in memory as a whole.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import bz2
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -18,8 +19,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import UserError
+from .json_array import Broken, elements
 
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+def _open_zst(path: str, mode: str) -> BinaryIO:
+    """Zstandard through Arrow, which `datasets` brings along; Python has it from 3.14 on."""
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path, mode), "zstd"))  # type: ignore[arg-type]
+
+
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
 
 
 class Row(NamedTuple):
@@ -103,31 +113,38 @@ def _read_jsonl(path: str, name: str) -> Iterator[Row | Problem]:
 def _read_json(path: str, name: str) -> Iterator[Row | Problem]:
     """An array of objects, or lines of objects under the wrong name."""
     with _open(path) as file:
-        raw = file.read().removeprefix(b"\xef\xbb\xbf")
-    if not raw.lstrip().startswith(b"["):
-        yield from _read_jsonl(path, name)
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith(b"["):
+        yield from _one_object(path, name) if start.startswith(b"{") else _read_jsonl(path, name)
         return
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        yield Problem(name, line, "invalid UTF-8", value=raw[error.start : error.start + 40])
-        return
-    decoder, position, line = json.JSONDecoder(), text.index("[") + 1, 1
-    counted = 0
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        line, counted = line + text.count("\n", counted, position), position
-        if text[position : position + 1] == "]":
+    with _open(path) as file:
+        for found in elements(file):
+            if isinstance(found, Broken):  # nothing behind a break in an array can be trusted
+                yield Problem(name, found.line, found.what, value=found.text or None)
+            elif (bad := _not_utf8(found.text)) is not None:
+                yield Problem(name, found.line, "invalid UTF-8", value=bad)
+            else:
+                yield _checked(name, found.line, found.value)
+
+
+def _one_object(path: str, name: str) -> Iterator[Row | Problem]:
+    """Lines of objects; but a first line that does not end its object is the start of one object in many lines."""
+    rows = _read_jsonl(path, name)
+    for first in itertools.islice(rows, 1):
+        if isinstance(first, Problem) and first.what.startswith("broken JSON: Expecting"):
+            what = "one object in many lines: rows stand in an array, [{...}, {...}], or each in one line (JSONL)"
+            yield Problem(name, first.line, what, value=first.value)
             return
-        try:
-            data, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            # nothing behind a break in an array can be trusted
-            yield Problem(name, line, f"broken JSON: {error}", value=text[position : position + 80])
-            return
-        yield _checked(name, line, data)
+        yield first
+    yield from rows
+
+
+def _not_utf8(text: str) -> str | None:
+    """The surroundings of the first byte that was not UTF-8."""
+    if text.isascii():
+        return None
+    at = next((i for i, letter in enumerate(text) if "\udc80" <= letter <= "\udcff"), None)
+    return None if at is None else text[max(0, at - 20) : at + 20]
 
 
 def _read_csv(path: str, name: str) -> Iterator[Row | Problem]:

@@ -1,8 +1,11 @@
 """Every format gives the same conversation; every broken row says file, line, column and value."""
 
+import bz2
 import gzip
 import json
+import lzma
 
+import pyarrow
 import pytest
 
 from mtft.data.columns import make_reader
@@ -217,6 +220,14 @@ def test_unknown_columns_show_the_nearest():
         reader([{"promt": "a", "respones": "b"}])
 
 
+COMPRESSORS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda raw: pyarrow.compress(raw, codec="zstd", asbytes=True),
+}
+
+
 # --- sources -----------------------------------------------------------------------------------------------------
 
 
@@ -254,16 +265,21 @@ def test_json_array_csv_parquet_compressed_and_saved(tmp_path):
     (tmp_path / "array.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "wrong-name.json").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "rows.csv").write_text('a,b\none,x\n"two\nlines",y\nthree,z\n')
-    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
-        file.write("\n".join(map(json.dumps, rows)))
+    lines_of_json = "\n".join(map(json.dumps, rows)).encode()
+    for end, compress in COMPRESSORS.items():
+        (tmp_path / f"rows.jsonl.{end}").write_bytes(compress(lines_of_json))
+        (tmp_path / f"array.json.{end}").write_bytes(compress((tmp_path / "array.json").read_bytes()))
+        (tmp_path / f"rows.csv.{end}").write_bytes(compress((tmp_path / "rows.csv").read_bytes()))
     dataset = Dataset.from_list(rows)
     dataset.to_parquet(tmp_path / "rows.parquet")
     dataset.save_to_disk(tmp_path / "saved")
     lines = {"array.json": [2, 6, 10], "rows.csv": [2, 3, 5]}
-    for name in ("array.json", "wrong-name.json", "rows.csv", "rows.jsonl.gz", "rows.parquet", "saved"):
+    packed = [f"{name}.{end}" for name in ("array.json", "rows.csv", "rows.jsonl") for end in COMPRESSORS]
+    for name in ("array.json", "wrong-name.json", "rows.csv", *packed, "rows.parquet", "saved"):
         found = rows_of(tmp_path / name)
         assert [row.data for row in found] == rows, name
-        assert [row.line for row in found] == lines.get(name, [1, 2, 3]), name
+        plain = name.rpartition(".")[0] if name in packed else name
+        assert [row.line for row in found] == lines.get(plain, [1, 2, 3]), name
 
 
 def test_bad_csv_rows(tmp_path):
@@ -292,9 +308,10 @@ def test_missing_files(tmp_path, data, what):
     assert caught.value.where == "tasks.sums.data"
 
 
-def test_torn_archive(tmp_path):
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
+@pytest.mark.parametrize("end", COMPRESSORS)
+def test_torn_archive(tmp_path, end):
+    path = tmp_path / f"rows.jsonl.{end}"
+    path.write_bytes(COMPRESSORS[end](b'{"a": 1}\n' * 1000)[:-20])
     with pytest.raises(UserError, match="cannot be read"):
         rows_of(path)
 

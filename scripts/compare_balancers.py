@@ -1,10 +1,12 @@
-"""Do balancers help on these tasks? Trains a recipe once per balancer and seed, and compares held-out losses in pairs.
+"""Do balancers help on these tasks? Trains a recipe once per method and seed, and compares held-out losses in pairs.
 
     python scripts/compare_balancers.py recipes/quickstart.yaml --out runs/compare
-    python scripts/compare_balancers.py RECIPE --balancers uniform random dwa famo --seeds 17 18 19 train.steps=200
+    python scripts/compare_balancers.py RECIPE --methods uniform random dwa famo --seeds 17 18 19 --set train.steps=200
+    python scripts/compare_balancers.py recipes/conflict.yaml --methods uniform random coba upgrad "upgrad lagged" f_mtl
 
-The runs lie in OUT/<balancer>-<seed> and are not repeated when they stand; OUT/compare.json holds all figures. For each
-balancer: the worst task's loss and the mean over tasks (both averaged over seeds), and the difference to uniform and to
+A method is a balancer, an aggregator of gradients at every step, "<aggregator> lagged", or f_mtl or samo.
+The runs lie in OUT/<method>-<seed> and are not repeated when they stand; OUT/compare.json holds all figures. For each
+method: the worst task's loss and the mean over tasks (both averaged over seeds), and the difference to uniform and to
 random weights of the same seed with a 95 % t interval over seeds. "no" = the interval holds 0.
 """
 
@@ -20,6 +22,8 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mtft.gradients.aggregators import AGGREGATORS
+from mtft.losses.balancers import BALANCERS
 from mtft.recipe.load import load_recipe
 from mtft.train.run import train
 
@@ -28,11 +32,26 @@ DEFAULT = ("uniform", "random", "dwa", "famo", "uw", "gls", "stch", "focal", "co
 SHORT = {"dwa": {"window": 5}, "coba": {"warmup": 6, "window": 20, "valid_every": 2}}
 
 
-def losses(recipe_file: str, balancer: str, seed: int, out: Path, overrides: list[str]) -> np.ndarray:
+def options_of(method: str) -> list[str]:
+    """The overrides that make a recipe use a method."""
+    name, _, how = method.partition(" ")
+    if how == "lagged" and name in AGGREGATORS:
+        return ["loss.balancer.name=lagged", f"loss.balancer.aggregator={name}", "loss.balancer.gram_every=4"]
+    if name in AGGREGATORS and not how:
+        return [f"loss.gradients.aggregator={name}"]
+    if name in ("f_mtl", "samo") and not how:
+        return [f"loss.gradients.flat.name={name}"]
+    if name in BALANCERS and not how:
+        more = [f"loss.balancer.{key}={value}" for key, value in SHORT.get(name, {}).items()]
+        return [f"loss.balancer.name={name}", *more]
+    raise SystemExit(f"unknown method {method!r}: a balancer, an aggregator, 'AGGREGATOR lagged', f_mtl or samo")
+
+
+def losses(recipe_file: str, method: str, seed: int, out: Path, overrides: list[str]) -> np.ndarray:
     """Held-out loss of each task after one run, in the recipe's order."""
-    options = [f"loss.balancer.{key}={value}" for key, value in SHORT.get(balancer, {}).items()]
-    fixed = [f"seed={seed}", f"output.dir={out / f'{balancer}-{seed}'}", f"loss.balancer.name={balancer}"]
-    recipe = load_recipe(recipe_file, [*overrides, *fixed, *options])
+    folder = out / f"{method}-{seed}".replace(" ", "-")
+    fixed = [f"seed={seed}", f"output.dir={folder}"]
+    recipe = load_recipe(recipe_file, [*overrides, *fixed, *options_of(method)])
     result = train(recipe, quiet=True, prove=False)
     return np.array([result.scores[task].summary()["loss"] for task in recipe.task_names])
 
@@ -46,7 +65,7 @@ def interval(difference: np.ndarray) -> dict[str, float | str]:
 
 
 def compare(found: dict[str, np.ndarray]) -> dict[str, dict]:
-    """{balancer: [seeds, tasks]} -> figures of each balancer."""
+    """{method: [seeds, tasks]} -> figures of each method."""
     table = {}
     for name, loss_SK in found.items():
         line: dict = {"worst": float(loss_SK.max(axis=1).mean()), "mean": float(loss_SK.mean())}
@@ -67,7 +86,7 @@ def show(table: dict[str, dict]) -> str:
         return f"{x['difference']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}] {x['verdict']}"
 
     keys = ("worst against uniform", "worst against random", "mean against uniform")
-    lines = [f"| balancer | worst task | mean | {' | '.join(keys)} |", "|---" * (3 + len(keys)) + "|"]
+    lines = [f"| method | worst task | mean | {' | '.join(keys)} |", "|---" * (3 + len(keys)) + "|"]
     for name, line in table.items():
         lines.append(
             f"| {name} | {line['worst']:.4f} | {line['mean']:.4f} | {' | '.join(cell(line, key) for key in keys)} |"
@@ -78,15 +97,18 @@ def show(table: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("--balancers", nargs="+", default=list(DEFAULT))
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULT))
     parser.add_argument("--seeds", nargs="+", type=int, default=[17, 18, 19])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    asked, overrides = parser.parse_known_args()
+    asked = parser.parse_args()
     if len(asked.seeds) < 2:
         parser.error("give at least two seeds: without them there is no interval")
     found = {}
-    for name in asked.balancers:
-        found[name] = np.array([losses(asked.recipe, name, seed, asked.out, overrides) for seed in asked.seeds])
+    for name in asked.methods:
+        options_of(name)  # a misspelt one is said before anything is trained
+    for name in asked.methods:
+        found[name] = np.array([losses(asked.recipe, name, seed, asked.out, asked.set) for seed in asked.seeds])
         print(f"{name}: {np.round(found[name].mean(axis=0), 4).tolist()}", file=sys.stderr, flush=True)
     table = compare(found)
     figures = {"seeds": asked.seeds, "losses": {name: x.tolist() for name, x in found.items()}, "table": table}

@@ -13,6 +13,7 @@ from .linear import Linear
 from .mlp import MLP
 from .ridge import Ridge
 from .stack import CandidateScore, Stack
+from .warped import WarpedGP
 
 SURROGATES: dict[str, type[PointSurrogate]] = {
     "linear": Linear,
@@ -23,16 +24,20 @@ SURROGATES: dict[str, type[PointSurrogate]] = {
     "exp": ExpLaw,
     "power": PowerLaw,
     "gp": GaussianProcess,
+    "warped": WarpedGP,
     "stack": Stack,
 }
 
 
 def candidates_of(surrogate: str, *, goal: str, n: int) -> dict[str, PointSurrogate]:
-    """Unfitted candidates of a choice: "auto" and "stack" are the stack of all, "gp" the GPs over all transforms (the
-    weights of the stack choose), any other name itself."""
-    processes: dict[str, PointSurrogate] = {
-        f"gp {transform}": GaussianProcess(transform=transform, noise=None)
-        for transform in ("quarter", "root", "log1", "quarter+root", "log1+root")
+    """Unfitted candidates of a choice: "auto" and "stack" are the stack of all families, "gp" and "warped" such
+    processes over several transforms (the weights of the stack choose), any other name itself.
+
+    The members of "auto" were chosen by cross-validation on training trials only (docs/mixing.md).
+    """
+    warped: dict[str, PointSurrogate] = {
+        f"warped {transform}": WarpedGP(transform=transform, noise=None, goal=goal)
+        for transform in ("root", "quarter+root", "log1+root")
     }
     if surrogate in ("auto", "stack"):
         return {
@@ -40,10 +45,18 @@ def candidates_of(surrogate: str, *, goal: str, n: int) -> dict[str, PointSurrog
             "exp": ExpLaw(goal=goal),
             "power": PowerLaw(goal=goal),
             "trees": LightGBM(trees=300, learning_rate=0.03),  # a third of RegMix's cost, the same curve
-            **processes,
+            "gp tied": GaussianProcess(transform="quarter", noise=None, tied=0.1),
+            "gp loose": GaussianProcess(transform="quarter", noise=None, tied=0.4),
+            **warped,
         }
     if surrogate == "gp":
-        return processes
+        free = ("quarter", "root", "log1", "quarter+root", "log1+root")
+        return {
+            **{f"gp {transform}": GaussianProcess(transform=transform, noise=None) for transform in free},
+            "gp tied": GaussianProcess(transform="quarter", noise=None, tied=0.1),
+        }
+    if surrogate == "warped":
+        return warped
     if surrogate not in SURROGATES:
         near = difflib.get_close_matches(surrogate, SURROGATES, n=1)
         raise MixError(
@@ -52,7 +65,7 @@ def candidates_of(surrogate: str, *, goal: str, n: int) -> dict[str, PointSurrog
             do=f"one of: auto, {', '.join(SURROGATES)}",
         )
     kind = SURROGATES[surrogate]
-    return {surrogate: kind(goal=goal) if issubclass(kind, ExpLaw | PowerLaw) else kind()}
+    return {surrogate: kind(goal=goal) if issubclass(kind, ExpLaw | PowerLaw | WarpedGP) else kind()}
 
 
 __all__ = [
@@ -70,5 +83,6 @@ __all__ = [
     "Ridge",
     "Stack",
     "Surrogate",
+    "WarpedGP",
     "candidates_of",
 ]

@@ -125,6 +125,10 @@ class PointSurrogate:
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         raise NotImplementedError
 
+    def observation_variance(self, X: Floats, tau: Floats | None) -> Floats | None:
+        """Variance [m] of a new observation where the model knows it; None: only cross-validation says."""
+        return None
+
     def mean(self, X: ArrayLike, progress: ArrayLike | None = None) -> Floats:
         """Predicted score [m]."""
         rows = shares(X, renormalise=self.renormalise)

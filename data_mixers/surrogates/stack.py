@@ -3,16 +3,18 @@
 Out-of-fold predictions of every candidate (5 folds grouped by mixture), then weights by non-negative least squares on
 the centred predictions, normalised to 1 (Breiman 1996, van der Laan 2007):
 
-    min_w>=0  |y - F w|^2 + 0.1 n var(y) |w - w0|^2,      w0 ~ 1 / (squared CV error)^4
+    min_w>=0  |y - F w|^2 + 0.1 n var(y) |w - w0|^2,      w0 ~ 1 / (squared CV error)^4 / (candidates of the family)
 
-The pull to w0 keeps a candidate that was lucky on a few trials from taking all (DaMo, grouped R2 0.57 -> 0.59). One
-that predicts no better than the mean of the trials is dropped; if none is left the model is the mean: no signal. GPs
-with `noise` None share one prior of the noise, chosen by the same CV (from repeats of a mixture where there are any).
+The pull to w0 keeps a candidate that was lucky on a few trials from taking all (DaMo, grouped R2 0.57 -> 0.59); a
+family (the first word of a label) does not count for more by having more members. A candidate that predicts no better
+than the mean of the trials is dropped; if none is left the model is the mean: no signal. Processes with `noise` None
+share one prior of the noise, chosen by the same CV (from repeats of a mixture where there are any).
 
-    sigma^2(x) = sum_j w_j v_j(x) + sum_j w_j (f_j(x) - f(x))^2        v_j: the GP's variance with noise; else CV error
+    sigma^2(x) = sum_j w_j v_j(x) + sum_j w_j (f_j(x) - f(x))^2     v_j: a process's variance with noise; else CV error
 
-Intervals are f +- q sigma with q from the out-of-fold ratios |error| / sigma (normalised CV conformal). With a single
-candidate this is simply that model with a cross-validated interval; it is what fit.py uses for every choice.
+Intervals are f +- q sigma with q from the out-of-fold ratios |error| / sigma (normalised CV conformal), where also the
+weights come from the other folds. With a single candidate this is simply that model with a cross-validated interval; it
+is what fit.py uses for every choice.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from scipy.stats import rankdata
 from ..errors import MixError
 from .base import Floats, PointSurrogate, Prediction, conformal_quantile, grouped_folds, shares, tau_of
 from .gp import GaussianProcess
+from .warped import WarpedGP
 
 PULL = 0.1  # of the stacking weights towards w0, in units of n var(y)
 NOISE_PRIORS = (-5.0, -2.0, -0.5)  # centres of log s_n^2: losses are quiet, benchmark scores are not
@@ -88,6 +91,8 @@ class Stack(PointSurrogate):
         held_out = {label: self._hold_out(model, folds) for label, model in fitted.items()}
         baseline = float(np.mean((y - mean_n) ** 2))
         self._error = {label: float(np.mean((y - mean) ** 2)) for label, (mean, _) in held_out.items()}
+        processes = [label for label, model in fitted.items() if isinstance(model, GaussianProcess)]
+        self._carrier = fitted[min(processes, key=self._error.__getitem__)] if processes else None
         held_means = {label: mean for label, (mean, _) in held_out.items()}
         self.weights = _stacking_weights(held_means, y, baseline)
         self.models = {label: fitted[label] for label in self.weights}
@@ -171,10 +176,8 @@ class Stack(PointSurrogate):
             part = model.refit(data["X"][kept], data["y"][kept], data["groups"][kept], tau, data["weights"][kept])
             tau = None if data["tau"] is None else data["tau"][held]
             mean_n[held] = part.mean(data["X"][held], tau)
-            if isinstance(part, GaussianProcess) and part._constant is None:
-                variance_n[held] = part.variance(shares(data["X"][held], renormalise=True), tau) + part.noise_variance
-            else:
-                variance_n[held] = np.nan
+            known = None if part._constant is not None else part.observation_variance(data["X"][held], tau)
+            variance_n[held] = np.nan if known is None else known
         constant = float(np.mean((data["y"] - mean_n) ** 2))
         return mean_n, np.where(np.isnan(variance_n), constant, variance_n)
 
@@ -196,11 +199,8 @@ class Stack(PointSurrogate):
         mean = share @ means
         variances = []
         for label in self.weights:
-            model = self.models[label]
-            if isinstance(model, GaussianProcess):
-                variances.append(model.variance(shares(rows, renormalise=True), tau) + model.noise_variance)
-            else:
-                variances.append(np.full(len(rows), self._error[label]))
+            known = self.models[label].observation_variance(rows, tau)
+            variances.append(np.full(len(rows), self._error[label]) if known is None else known)
         return mean, np.sqrt(share @ (np.stack(variances) + (means - mean) ** 2))
 
     def quantile(self, level: float = 0.9) -> float:
@@ -214,16 +214,13 @@ class Stack(PointSurrogate):
         return Prediction(mean, mean - half, mean + half)
 
     def carrier(self) -> GaussianProcess:
-        """The GP whose posterior carries joint uncertainty: the heaviest one, or one fitted for the purpose."""
+        """The GP whose posterior carries joint uncertainty: the candidate with the smallest error on trials left out,
+        or one fitted for the purpose."""
         if self._carrier is None:
-            processes = {label: model for label, model in self.models.items() if isinstance(model, GaussianProcess)}
-            if processes:
-                self._carrier = processes[max(processes, key=lambda label: self.weights[label])]
-            else:
-                data = self._data
-                self._carrier = GaussianProcess().fit(
-                    data["X"], data["y"], groups=data["groups"], progress=data["tau"], weights=data["weights"]
-                )
+            data = self._data
+            self._carrier = GaussianProcess().fit(
+                data["X"], data["y"], groups=data["groups"], progress=data["tau"], weights=data["weights"]
+            )
         return self._carrier
 
     def sample(self, X: ArrayLike, size: int, seed: int) -> Floats:
@@ -243,10 +240,10 @@ class Stack(PointSurrogate):
         return draws
 
 
-def replace_noise(model: PointSurrogate, noise: float) -> GaussianProcess:
-    """An unfitted copy of a GP with another prior of the noise."""
-    if not isinstance(model, GaussianProcess):
-        raise TypeError(f"{type(model).__name__} is not a GP")
+def replace_noise(model: PointSurrogate, noise: float) -> GaussianProcess | WarpedGP:
+    """An unfitted copy of a process with another prior of the noise."""
+    if not isinstance(model, GaussianProcess | WarpedGP):
+        raise TypeError(f"{type(model).__name__} has no prior of the noise")
     copy = model.clone()
     copy.noise = noise
     return copy
@@ -271,7 +268,9 @@ def _stacking_weights(held_out: Mapping[str, Floats], y: Floats, baseline: float
         return {}
     columns = np.stack([held_out[label] - held_out[label].mean() for label in labels], axis=1)
     best = min(error[label] for label in labels)
+    family = [label.split()[0] for label in labels]
     prior = np.array([best / max(error[label], 1e-300) for label in labels]) ** 4
+    prior /= np.array([family.count(name) for name in family])
     prior /= prior.sum()
     pull = np.sqrt(PULL * len(y)) * y.std()
     solved, _ = nnls(np.vstack([columns, pull * np.eye(len(labels))]), np.r_[y - y.mean(), pull * prior])

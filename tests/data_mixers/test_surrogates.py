@@ -5,9 +5,20 @@ import pytest
 from scipy.optimize import check_grad
 
 from data_mixers import MixError
-from data_mixers.surrogates import SURROGATES, ExpLaw, GaussianProcess, LightGBM, Linear, PowerLaw, RegMix, Ridge, Stack
+from data_mixers.surrogates import (
+    SURROGATES,
+    ExpLaw,
+    GaussianProcess,
+    LightGBM,
+    Linear,
+    PowerLaw,
+    RegMix,
+    Ridge,
+    Stack,
+    WarpedGP,
+)
 from data_mixers.surrogates.base import conformal_quantile, grouped_folds
-from data_mixers.surrogates.gp import _negative_log_posterior
+from data_mixers.surrogates.gp import _negative_log_likelihood, _negative_log_prior
 
 FACTORIES = {
     "linear": Linear,
@@ -17,6 +28,8 @@ FACTORIES = {
     "exp": ExpLaw,
     "power": PowerLaw,
     "gp": GaussianProcess,
+    "gp tied": lambda: GaussianProcess(tied=0.1),
+    "warped": WarpedGP,
     "stack": lambda: Stack(candidates={"ridge": Ridge(), "gp": GaussianProcess()}),
 }
 
@@ -97,14 +110,43 @@ def test_laws_mirror_a_score():
     assert np.corrcoef(10 - score, loss)[0, 1] > 0.995
 
 
-def test_gradient_of_the_gp():
+@pytest.mark.parametrize("tied", [None, 0.3])
+def test_gradient_of_the_gp(tied):
     rng = np.random.default_rng(0)
     z, theta, y = rng.normal(size=(20, 3)), 0.3 * rng.normal(size=6), rng.normal(size=20)
 
     def value(t):
-        return _negative_log_posterior(t, z, z @ z.T / 3, y, rng.uniform(1, 1, 20), np.zeros(6), np.ones(6))
+        likelihood, slope = _negative_log_likelihood(t, z, z @ z.T / 3, y, np.ones(20))
+        prior, by_prior = _negative_log_prior(
+            t, np.full(6, 0.2), np.array([1, 1, 1, 2, 2, 2.0]), tied, np.array([1, 1, 0], bool)
+        )
+        return likelihood + prior, slope + by_prior
 
     assert check_grad(lambda t: value(t)[0], lambda t: value(t)[1], theta) < 1e-5
+
+
+def test_tied_lengths_are_a_normal_prior_with_a_common_part():
+    theta, tied = np.array([0.5, -0.2, 0.9, 0.0, 0.0, 0.0]), 0.3
+    covariance = tied**2 * np.eye(3) + np.ones((3, 3))
+    value, _ = _negative_log_prior(theta, np.zeros(6), np.ones(6), tied, np.ones(3, bool))
+    assert value == pytest.approx(0.5 * theta[:3] @ np.linalg.solve(covariance, theta[:3]))
+    X, y = trials(40, K=5, noise=0.2)
+    spread = {tied: np.ptp(GaussianProcess(tied=tied).fit(X, y).theta[:5]) for tied in (0.05, None)}
+    assert spread[0.05] < 0.5 * spread[None]
+
+
+def test_warped_gp_mirrors_scores_and_never_leaves_its_bound():
+    X, y = trials(60, noise=0.0)
+    new, truth = trials(40, noise=0.0, seed=3)
+    low, high = WarpedGP().fit(X, y), WarpedGP(goal="max").fit(X, -y)
+    np.testing.assert_allclose(high.mean(new), -low.mean(new), rtol=1e-6)
+    np.testing.assert_allclose(low.mean(new), truth, atol=0.03)
+    assert np.all(low.mean(np.eye(4)) > y.min() - 2 * y.std())
+    scaled = WarpedGP().fit(X, 100 * y + 7)  # units do not matter
+    np.testing.assert_allclose(scaled.mean(new), 100 * low.mean(new) + 7, rtol=1e-5)
+    np.testing.assert_allclose(
+        scaled.observation_variance(new, None), 1e4 * low.observation_variance(new, None), rtol=1e-3
+    )
 
 
 def test_gp_left_out_in_closed_form_is_leaving_out():

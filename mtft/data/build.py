@@ -89,6 +89,7 @@ def build(
             "tokens": writer.tokens,
             "supervised": writer.learnt,
             "longest": writer.longest,
+            "largest_id": writer.largest_id,
             "truncated": cut.truncated,
             "dropped": cut.dropped + cut.unsupervised,
             "unsupervised": cut.unsupervised,
@@ -152,7 +153,7 @@ class Writer:
     def __init__(self, folder: Path, vocabulary: int) -> None:
         self.folder = folder
         self.dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.int32)
-        self.examples = self.tokens = self.learnt = self.longest = 0
+        self.examples = self.tokens = self.learnt = self.longest = self.largest_id = 0
         self._files: dict[str, BinaryIO] = {}
         self._starts: list[list[Any]] = []
         self._carry = np.zeros(0, dtype=bool)  # bits that do not fill a byte yet
@@ -172,8 +173,9 @@ class Writer:
 
     def add(self, example: Example, row: Row) -> None:
         ids, supervised = example
-        if len(ids) and int(ids.max()) > np.iinfo(self.dtype).max:
-            raise ValueError(f"token id {ids.max()} is beyond the tokenizer's size")
+        self.largest_id = max(self.largest_id, int(ids.max(initial=0)))
+        if self.largest_id > np.iinfo(self.dtype).max:
+            raise ValueError(f"token id {self.largest_id} is beyond the tokenizer's size")
         self.examples += 1
         self.tokens += len(ids)
         self.learnt += int(supervised.sum())

@@ -33,7 +33,7 @@ from .chat import NOTES
 from .encode import Example
 from .sources import find_parts
 
-VERSION = 4  # of the files and of everything that decides what is in them
+VERSION = 5  # of the files and of everything that decides what is in them
 
 
 class RowIds(Sequence[str]):
@@ -119,7 +119,7 @@ class TokenStore:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """rows, examples, tokens, supervised, longest, truncated, dropped, unsupervised, skipped, notes."""
+        """rows, examples, tokens, supervised, longest, largest_id, truncated, dropped, unsupervised, skipped, notes."""
         return self.meta["stats"]
 
     def warnings(self) -> list[str]:

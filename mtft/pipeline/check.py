@@ -58,11 +58,16 @@ def examine(recipe: Recipe) -> Examination:
 
     from mtft.data.describe import describe
     from mtft.data.isolation import packing_refusal
+    from mtft.data.store import open_stores
+    from mtft.data.vocabulary import check_vocabulary
     from mtft.losses.balancers import make_balancer
     from mtft.train.memory import estimate_memory, read_config
     from mtft.train.model import load_tokenizer
 
-    data = describe(recipe, load_tokenizer(recipe.model))
+    tokenizer, config = load_tokenizer(recipe.model), read_config(recipe.model)
+    stores, held_out = (open_stores(recipe, tokenizer, which) for which in ("train", "eval"))
+    check_vocabulary([*stores, *held_out], tokenizer, config)
+    data = describe(recipe, tokenizer, stores=stores, held_out=held_out)
     balancer = make_balancer(
         recipe.loss.balancer,
         recipe.task_names,
@@ -74,7 +79,7 @@ def examine(recipe: Recipe) -> Examination:
     )
     warnings = check_compat(recipe, stage="check", needs=balancer.needs)
     attention = "sdpa" if recipe.model.attention == "auto" else recipe.model.attention
-    refusal = packing_refusal(read_config(recipe.model), attention) if recipe.train.packing else None
+    refusal = packing_refusal(config, attention) if recipe.train.packing else None
     if refusal is not None:
         warnings.append(f"{refusal}: one example a row, so train.packing has no effect")
     learnt = sum(task.tokens_per_step * task.supervised_tokens / task.tokens for task in data.tasks if task.tokens)

@@ -14,6 +14,7 @@ from torch import nn
 from mtft.data.batches import BatchSource
 from mtft.data.isolation import packing_refusal
 from mtft.data.store import open_stores
+from mtft.data.vocabulary import check_vocabulary
 from mtft.errors import UserError
 from mtft.evaluate.loss import Layout, evaluate_model
 from mtft.evaluate.scores import TaskScores
@@ -101,6 +102,7 @@ def build_trainer(
 ) -> MultiTaskTrainer:
     """The trainer of a recipe on `model`; this rank's part of every step is decided here."""
     asked, dtype = recipe.train, compute_dtype(recipe.model)
+    check_vocabulary([*inputs.stores, *inputs.held_out], inputs.tokenizer, model.config)
     attention = model.config._attn_implementation
     isolated = packing_refusal(model.config, attention) is None
     layout = Layout(

@@ -80,9 +80,12 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id that fills padding. Padding is outside of every segment, so which id it is never matters."""
+    """Id that fills padding. Padding is outside of every segment, so which id it is never matters.
+
+    Not one that was added to the tokenizer: the model may have no row for it.
+    """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
+        if candidate is not None and candidate < tokenizer.vocab_size:  # pyright: ignore[reportOperatorIssue]
             return int(candidate)  # pyright: ignore[reportArgumentType]  (typed as if it could be text)
     return 0
 
@@ -118,6 +121,8 @@ def load_base(section: ModelSection, *, full: bool = False) -> PreTrainedModel:
 def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> PeftModel:
     """Freezes `model` and puts a fresh adapter on it, initialised from `seed`. The adapter's weights are fp32.
 
+    With `freeze_a` only B is trained: A is the same in every run with this seed, and is exported like any other.
+
     Raises UserError when `lora.targets` fits no module.
     """
     from peft import LoraConfig, get_peft_model
@@ -134,7 +139,7 @@ def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> Peft
     )
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+        adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
@@ -144,6 +149,11 @@ def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> Peft
             where="lora.targets",
             do=f"use all-linear, or some of: {', '.join(sorted(linears))}",
         ) from error
+    if section.freeze_a:
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name or "lora_embedding_A" in name:
+                parameter.requires_grad_(False)
+    return adapted
 
 
 def load_for_training(recipe: Recipe, base: PreTrainedModel | None = None) -> PreTrainedModel | PeftModel:

@@ -1,13 +1,16 @@
 """What a merge costs, ours against PEFT and mergekit in one run: CPU seconds and memory, files included.
 
-    python scripts/bench_merge.py                 # 512 wide, 8 layers, 4 adapters of rank 16
-    python scripts/bench_merge.py --seven-b       # 7B shapes, 8 adapters (some minutes; 3 GB of scratch files)
-    python scripts/bench_merge.py --smoke         # tiny shapes: does it run?
+    python scripts/bench_merge.py                 # 512 wide, 8 layers, 4 adapters of rank 16 (about 2 minutes)
+    python scripts/bench_merge.py --seven-b       # 7B shapes, 8 adapters (about 3 minutes; 3 GB of scratch files)
+    python scripts/bench_merge.py --smoke         # tiny shapes: does it run? (the bars mean nothing there)
 
-Every case is its own process. CPU seconds: user + system of that process, all threads, around the merge only (imports
-and the building of PEFT's base model are not counted). One thread each, since on a shared machine LAPACK's threads spin
-for nothing, which would count against the peers. Memory: peak resident size beyond what stood before. PEFT's
-full SVDs of 7B shapes are measured on one matrix of each shape and multiplied up, since all would take hours.
+Every case is its own process. CPU seconds: user + system of that process and its children, all threads, around the
+merge only (imports and the building of PEFT's base model are not counted); the least of some runs, peers and ours in
+turns, so that a loaded machine changes both. One thread each, since LAPACK's threads spin for nothing on shared cores,
+which would count against the peers. Memory: peak resident size beyond what stood before. PEFT's full SVDs of 7B shapes
+are measured on one matrix of each shape and multiplied up, since all would take hours; a wide matrix counts as its
+transpose. mergekit makes no adapter: `mergekit ties` is its functions on the dense deltas, which stops there, and
+`mergekit ties + extract` goes on to rank 16 by full SVDs as its extract_lora does, to the same product as ours.
 """
 
 from __future__ import annotations
@@ -72,11 +75,16 @@ class Meter:
     def __enter__(self) -> Meter:
         status = Path("/proc/self/status").read_text()
         self._start_kb = int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
-        self._cpu, self._wall = time.process_time(), time.perf_counter()
+        self._cpu, self._wall = self._seconds(), time.perf_counter()
         return self
 
+    @staticmethod
+    def _seconds() -> float:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.process_time() + children.ru_utime + children.ru_stime
+
     def __exit__(self, *_: object) -> None:
-        self.cpu, self.wall = time.process_time() - self._cpu, time.perf_counter() - self._wall
+        self.cpu, self.wall = self._seconds() - self._cpu, time.perf_counter() - self._wall
         peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.result = {"cpu_s": self.cpu, "wall_s": self.wall, "memory_mb": max(0, peak_kb - self._start_kb) / 1024}
 
@@ -133,7 +141,13 @@ def run_mergekit(job: dict, out: Path) -> dict:
             mask = get_mask(deltas, method="sum", mask_dtype=base.dtype)
             count = mask.sum(dim=0)
             count[count == 0] = 1
-            merged[key.replace(".lora_A", "")] = base + (deltas * mask).sum(dim=0) / count
+            delta = (deltas * mask).sum(dim=0) / count
+            if job["extract"]:
+                U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+                merged[key] = Vh[:RANK].contiguous()
+                merged[pair] = (U[:, :RANK] * S[:RANK]).contiguous()
+            else:
+                merged[key.replace(".lora_A", "")] = base + delta
         out.mkdir()
         save_file(merged, out / "model.safetensors")
     return meter.result
@@ -155,26 +169,43 @@ def run_full_svd(job: dict, out: Path) -> dict:
 RUNNERS = {"ours": run_ours, "peft": run_peft, "mergekit": run_mergekit, "full_svd": run_full_svd}
 
 
-def measure(who: str, job: dict, scratch: Path, repeats: int = 1) -> dict:
-    """The least CPU of `repeats` processes."""
+def measure(who: str, job: dict, scratch: Path) -> dict:
+    """One case in a process of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    best: dict | None = None
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        command = [sys.executable, __file__, "--child", who, json.dumps(job), str(Path(folder) / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=env)
+    if done.returncode:
+        sys.exit(f"{who} {job['method']} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_turns(cases: dict[str, tuple[str, dict]], scratch: Path, repeats: int) -> dict[str, dict]:
+    """All cases, `repeats` times over; of each the run with the least CPU, and the least memory of any."""
+    found: dict[str, list[dict]] = {name: [] for name in cases}
     for _ in range(repeats):
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            command = [sys.executable, __file__, "--child", who, json.dumps(job), str(Path(folder) / "out")]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=env)
-        if done.returncode:
-            sys.exit(f"{who} {job['method']} failed:\n{done.stderr[-3000:]}")
-        found = json.loads(done.stdout.splitlines()[-1])
-        best = found if best is None or found["cpu_s"] < best["cpu_s"] else best
+        for name, (who, job) in cases.items():
+            found[name].append(measure(who, job, scratch))
+    best = {}
+    for name, runs in found.items():
+        best[name] = min(runs, key=lambda run: run["cpu_s"])
+        if best[name]["memory_mb"] is not None:
+            best[name]["memory_mb"] = min(run["memory_mb"] for run in runs)
+        show(name, best[name])
     return best
 
 
-def show(name: str, row: dict, peer: dict | None = None) -> None:
+def show(name: str, row: dict) -> None:
     memory = "" if row["memory_mb"] is None else f"{row['memory_mb']:9.0f} MB"
-    ratio = f"   {peer['cpu_s'] / row['cpu_s']:8.1f} x less CPU than the peer" if peer else ""
     energy = f"   energy {row['energy']:.3f}" if "energy" in row else ""
-    print(f"{name:36s} {row['cpu_s']:10.2f} CPU s {memory}{ratio}{energy}", flush=True)
+    print(f"{name:36s} {row['cpu_s']:10.2f} CPU s {memory}{energy}", flush=True)
+
+
+def judge(what: str, value: float, bar: float, unit: str, *, least: bool) -> bool:
+    """Print a figure beside its bar. least: the bar is a lower bound."""
+    good = value >= bar if least else value < bar
+    print(f"{'PASS' if good else 'MISS'}  {what:58s} {value:10.1f} {unit:8s} (bar: {'>=' if least else '<'} {bar:g})")
+    return good
 
 
 def small(hidden: int, wide: int, layers: int, repeats: int) -> dict:
@@ -183,18 +214,26 @@ def small(hidden: int, wide: int, layers: int, repeats: int) -> dict:
         scratch = Path(folder)
         adapters = [str(path) for path in write_adapters(scratch / "in", shapes(hidden, wide, layers), 4)]
         job = {"adapters": adapters, "hidden": hidden, "wide": wide, "layers": layers, "precision": "auto"}
-        found = {
-            "peft svd": measure("peft", {**job, "method": "svd"}, scratch),
-            "peft ties_svd": measure("peft", {**job, "method": "ties_svd"}, scratch),
-            "mergekit ties": measure("mergekit", {**job, "method": "ties"}, scratch),
+        cases = {
+            "mtft svd": ("ours", {**job, "method": "svd"}),
+            "mtft tsv": ("ours", {**job, "method": "tsv"}),
+            "mtft ties": ("ours", {**job, "method": "ties"}),
+            "PEFT svd": ("peft", {**job, "method": "svd"}),
+            "PEFT ties_svd": ("peft", {**job, "method": "ties_svd"}),
+            "mergekit ties + extract": ("mergekit", {**job, "method": "ties", "extract": True}),
+            "mergekit ties": ("mergekit", {**job, "method": "ties", "extract": False}),
         }
-        for name in found:
-            show(name, found[name])
-        for method, peer in (("svd", "peft svd"), ("tsv", "peft svd"), ("ties", "peft ties_svd")):
-            found[method] = measure("ours", {**job, "method": method}, scratch, repeats)
-            show(f"mtft {method} (peer: {peer})", found[method], found[peer])
-        saved = found["peft ties_svd"]["memory_mb"] / max(found["ties"]["memory_mb"], 1e-3)
-        print(f"streamed ties: {saved:.1f} x less memory than PEFT ties_svd", flush=True)
+        found = in_turns(cases, scratch, repeats)
+
+    def less(ours: str, peer: str, what: str = "cpu_s") -> float:
+        return found[peer][what] / max(found[ours][what], 1e-3)
+
+    print()
+    judge("svd: less CPU than PEFT svd", less("mtft svd", "PEFT svd"), 15, "x", least=True)
+    judge("tsv: less CPU than PEFT svd", less("mtft tsv", "PEFT svd"), 10, "x", least=True)
+    for peer in ("PEFT ties_svd", "mergekit ties + extract", "mergekit ties"):
+        judge(f"ties: less CPU than {peer}", less("mtft ties", peer), 2, "x", least=True)
+        judge(f"ties: less memory than {peer}", less("mtft ties", peer, "memory_mb"), 5, "x", least=True)
     return found
 
 
@@ -203,22 +242,26 @@ def seven_b(hidden: int, wide: int, layers: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         adapters = [str(path) for path in write_adapters(scratch / "in", shapes(hidden, wide, layers), 8)]
-        per_shape = [[(hidden, hidden), 4 * layers], [(wide, hidden), 2 * layers], [(hidden, wide), layers]]
-        peft = measure("full_svd", {"method": "svd", "shapes": per_shape, "count": 8}, scratch)
-        found = {"peft svd, extrapolated": peft}
-        show("PEFT's full SVDs, extrapolated", peft)
-        for method in ("svd", "tsv"):
-            job = {"adapters": adapters, "method": method, "precision": "fp32"}
-            found[method] = measure("ours", job, scratch)
-            show(f"mtft {method}, whole model", found[method], peft)
-    return found
+        per_shape = [[(hidden, hidden), 4 * layers], [(wide, hidden), 3 * layers]]
+        job = {"adapters": adapters, "precision": "fp32"}
+        cases = {f"mtft {method}, whole model": ("ours", {**job, "method": method}) for method in ("svd", "tsv")}
+        found = in_turns(cases, scratch, 2)
+        peer = measure("full_svd", {"method": "svd", "shapes": per_shape, "count": 8}, scratch)
+        show("PEFT's full SVDs, extrapolated", peer)
+    factors = 8 * RANK * (wide + hidden) * 4 / 2**20  # of the largest module, all adapters, float32
+    print()
+    for name, row in found.items():
+        judge(f"{name}: less CPU than PEFT's SVDs", peer["cpu_s"] / row["cpu_s"], 1000, "x", least=True)
+        judge(f"{name}: CPU seconds", row["cpu_s"], 20, "s", least=False)
+        judge(f"{name}: beyond the factors of one module", row["memory_mb"] - factors, 100, "MB", least=False)
+    return {**found, "PEFT svd, extrapolated": peer}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     parser.add_argument("--seven-b", action="store_true", help="7B shapes instead")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of ours; the least CPU counts")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of every case; the least CPU counts")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()

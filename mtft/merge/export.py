@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,7 +66,8 @@ def replacing(
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
+        _clear_left_over(target)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{_aside(target, 'part')}{os.getpid()}-", dir=target.parent))
     except OSError as error:
         raise MergeError(
             f"can't write there: {error.strerror}", where=str(out.parent), do="choose another folder"
@@ -73,7 +76,7 @@ def replacing(
         yield scratch
         scratch.chmod(0o755 & ~_umask())
         if there:
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+            old = Path(tempfile.mkdtemp(prefix=f"{_aside(target, 'old')}{os.getpid()}-", dir=target.parent))
             os.replace(target, old / "adapter")
             os.replace(scratch, target)
             shutil.rmtree(old)
@@ -81,6 +84,33 @@ def replacing(
             os.replace(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _aside(target: Path, what: str) -> str:
+    return f".{target.name}.{what}-{socket.gethostname()}-"
+
+
+def _clear_left_over(target: Path) -> None:
+    """Remove the folders that killed merges into `target` left aside: those of this machine's dead processes.
+
+    What was there before an overwrite is kept until something stands in its place.
+    """
+    kinds = ("part", "old") if target.exists() else ("part",)
+    names = "|".join(re.escape(_aside(target, kind)) for kind in kinds)
+    for path in target.parent.iterdir():
+        found = re.fullmatch(rf"(?:{names})(\d+)-[^-]+", path.name)
+        if found is not None and path.is_dir() and not path.is_symlink() and not _alive(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _umask() -> int:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -198,7 +201,44 @@ def test_a_killed_merge_leaves_no_half_adapter(tmp_path, paths, monkeypatch):
         merge(paths, tmp_path / "out")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir() if ".part-" in path.name]  # what it had left
     merge(paths, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]  # is cleared by the next
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_any_moment_the_folder_is_whole_or_not_there(tmp_path, overwrite):
+    """Twelve SIGKILLs spread over a merge that lasts some tenths of a second."""
+    rng = np.random.default_rng(0)
+    names = [f"layers.{i}.q" for i in range(40)]
+    sources = [
+        g.write(
+            tmp_path / "in" / str(k),
+            {name: Factors(rng.normal(size=(8, 200)), rng.normal(size=(200, 8)), 1.0) for name in names},
+        )
+        for k in range(2)
+    ]
+    begin = time.perf_counter()
+    merge(sources, tmp_path / "out", "tsv")
+    lasts = time.perf_counter() - begin
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    wanted = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    if not overwrite:
+        shutil.rmtree(tmp_path / "out")
+    for number in range(12):
+        child = os.fork()
+        if child == 0:
+            merge(sources, tmp_path / "out", "tsv", overwrite=True)
+            os._exit(0)
+        time.sleep(lasts * (number + 0.5) / 12)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if (tmp_path / "out").exists():
+            assert {path.name for path in (tmp_path / "out").iterdir()} == files
+            assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == wanted
+            if not overwrite:
+                shutil.rmtree(tmp_path / "out")
+        assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} <= {"in", "out"}
 
 
 def test_dtype_is_the_inputs(tmp_path, paths):

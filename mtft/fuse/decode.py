@@ -211,7 +211,9 @@ def direct(fused: FusedCausalLM, request: Request) -> Tensor | GenerateDecoderOn
         strong_AV, experts, base_AM = logits[0][:, -1], [expert[:, -1] for expert in logits[1]], logits[2][:, -1]
         active = active_A.tolist()
         step = fused.fuse(strong_AV, experts, base_AM, [request.specs[row] for row in active])
-        scores_AV = process(request, active, tokens_BL[active_A], step.logprobs_NV.to(device).clone())
+        scores_AV = step.logprobs_NV.to(device)
+        if request.processors:  # some write into the scores they are given
+            scores_AV = process(request, active, tokens_BL[active_A], scores_AV.clone())
         next_A = pick(request, scores_AV, active, [position] * len(active))
         next_B = torch.full((rows,), request.pad, dtype=torch.long, device=device)
         next_B[active_A] = torch.where(finished_B[active_A], request.pad, next_A)
@@ -249,7 +251,7 @@ def direct(fused: FusedCausalLM, request: Request) -> Tensor | GenerateDecoderOn
 
 
 def process(request: Request, rows: list[int], ids_NL: Tensor, scores_NV: Tensor) -> Tensor:
-    """The logits processors on some of the rows."""
+    """The logits processors on some of the rows. They may write into scores_NV."""
     processors = request.processors
     if len(rows) != len(request.ids_BL) or rows != sorted(set(rows)):
         processors = LogitsProcessorList(_for_rows(processor, rows) for processor in processors)
@@ -296,9 +298,9 @@ class Kept:
             self.logits += (self._full(rows_A, logprobs_AV),)
 
     def _full(self, rows_A: Tensor, values_AV: Tensor) -> Tensor:
-        """All rows; those that have left hold a certain padding token."""
+        """All rows, as a copy; those that have left hold a certain padding token."""
         if len(rows_A) == len(self.request.ids_BL):
-            return values_AV
+            return values_AV.clone()
         full_BV = values_AV.new_full((len(self.request.ids_BL), self.width), -torch.inf)
         full_BV[:, self.request.pad] = 0
         full_BV[rows_A] = values_AV.to(full_BV)

@@ -18,6 +18,7 @@ from mtft.merge.factors import Adapter, read_adapter
 
 from .probe import whole_lines
 from .rows import BASE, RowsLayout, attach, why_not_rows
+from .skinny import use_skinny_head
 from .spec import FusionError, choose
 
 QUICKSTART = "quickstart:"
@@ -88,6 +89,7 @@ def load_model(
         model = model.to(device)
     if adapter is not None:
         model = _own_expert(model, Path(adapter), quantised=quantise != "none")
+    use_skinny_head(model)
     return freeze(model)
 
 

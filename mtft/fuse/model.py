@@ -34,6 +34,7 @@ from .gamma import Gamma
 from .load import Weak, agreement, load_model, load_tokenizer, load_weak
 from .rows import BASE
 from .side import Side, Sides
+from .space import Workspace
 from .spec import Fused, FusionError, FusionSpec
 from .speculative import draft_and_judge
 from .tokens import agree
@@ -66,6 +67,7 @@ class FusedCausalLM:
         self.vocab_size, self.shared = vocab_size, vocab_size if shared is None else shared
         self.name_or_path, self.max_logit_bytes = name, max_logit_bytes
         self.last_gamma: Gamma | None = None  # of the last speculative call: acceptance and times
+        self._space = Workspace()
         self.experts = len(weak.order)
         spec.check_experts(self.experts)
         smalls = [weak.model, *weak.own]
@@ -190,8 +192,11 @@ class FusedCausalLM:
     def fuse(
         self, strong_NV: Tensor, experts_TNM: Sequence[Tensor], base_NM: Tensor, specs: Sequence[FusionSpec]
     ) -> Fused:
-        """Fuse N positions, each with its own spec (equal specs are solved together)."""
-        return fuse_rows(strong_NV, experts_TNM, base_NM, specs)
+        """Fuse N positions, each with its own spec (equal specs are solved together).
+
+        The answer's logprobs_NV stand in memory that the next call writes over: copy what must last.
+        """
+        return fuse_rows(strong_NV, experts_TNM, base_NM, specs, self._space)
 
     @torch.no_grad()
     def forward(
@@ -218,8 +223,8 @@ class FusedCausalLM:
     __call__ = forward
 
     def positions_at_once(self, element_size: int = 4) -> int:
-        """How many positions keep all [*, V] buffers, at most 2T + 6 of them, under max_logit_bytes."""
-        return max(1, self.max_logit_bytes // ((2 * self.experts + 6) * self.vocab_size * element_size))
+        """How many positions keep all [*, V] buffers, at most 2T + 8 of them, under max_logit_bytes."""
+        return max(1, self.max_logit_bytes // ((2 * self.experts + 8) * self.vocab_size * element_size))
 
     def _checked(self, input_ids: Tensor) -> Tensor:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:

@@ -32,6 +32,7 @@ class RowsLayout:
         self.size = 0
         self.adapted: tuple[int, ...] = ()
         self.pick: slice | list[int] = slice(0, 0)
+        self.whole = False  # all experts, in order: nothing to pick
 
     def set(self, groups: Sequence[int], size: int) -> None:
         """Expert groups first (any experts, each once), then BASE or not."""
@@ -42,6 +43,7 @@ class RowsLayout:
         if any(not 0 <= group < self.experts for group in adapted):
             raise ValueError(f"groups {groups}: there are {self.experts} experts")
         self.groups, self.size, self.adapted = groups, size, adapted
+        self.whole = adapted == tuple(range(self.experts))
         run = bool(adapted) and adapted == tuple(range(adapted[0], adapted[0] + len(adapted)))
         self.pick = slice(adapted[0], adapted[0] + len(adapted)) if run else list(adapted)  # a slice copies nothing
 
@@ -70,6 +72,11 @@ class RowsLinear(nn.Module):
         self.register_buffer("A_TNR", torch.from_numpy(A_TNR).to(linear.weight.device, dtype), persistent=False)
         self.register_buffer("B_TRM", torch.from_numpy(B_TRM).to(linear.weight.device, dtype), persistent=False)
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the base: what asks an output layer for its width needs it."""
+        return self.linear.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x [rows, ..., in] -> [rows, ..., out], rows = len(groups) * size (or a multiple, if the model flattens)."""
         layout = self.layout
@@ -79,7 +86,9 @@ class RowsLinear(nn.Module):
         y = self.linear(x)
         if not count:
             return y
-        A_TNR, B_TRM = self.A_TNR[layout.pick], self.B_TRM[layout.pick]
+        A_TNR, B_TRM = self.A_TNR, self.B_TRM
+        if not layout.whole:
+            A_TNR, B_TRM = A_TNR[layout.pick], B_TRM[layout.pick]
         rows = count * (rows // len(layout.groups))
         low_TLR = torch.bmm(x[:rows].reshape(count, -1, x.shape[-1]).to(A_TNR.dtype), A_TNR)
         part = y[:rows].view(count, -1, y.shape[-1])

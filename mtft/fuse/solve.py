@@ -8,9 +8,9 @@ With g = KL(P_a || P) = a m - A and h = KL(P || P_a) = A (d centred, see tilt.py
 | reverse  | h     | m          |
 | jeffreys | g + h = a m | m + a s2 |
 
-so there is at most one root. r(a) = sqrt(2 f(a)) is nearly linear in a, so Newton runs on r. Where it is not (f can
-be a steep sigmoid, on which Newton jumps to and fro for ever), a step that does not halve the miss is followed by
-bisection.
+so there is at most one root. r(a) = sqrt(2 f(a)) is nearly linear in a, and its slope at 0 is known: Newton runs on r
+from 0. Where r is not smooth (f can be a steep sigmoid, on which Newton jumps to and fro for ever), a step that does
+not halve the miss is followed by a look at a_max, and then by bisection.
 `paper` is the global minimum of J(a) = (g - c)^2 + (h - c')^2 (Fan et al., 2406.15480): J falls below both roots and
 rises above both, so it is searched between them; `paper_grid` is the paper's own search on 0, 0.1, ... a_max.
 """
@@ -39,13 +39,12 @@ class Step:
     clipped_N: Tensor
     evaluations: int
 
-    def keep(self, rows_N: Tensor | None, new_N: Tensor, a_N: Tensor, at: Moments) -> None:
-        """Take in an evaluation of rows_N (None: of all rows) where new_N."""
-        for name, found in (("a_N", a_N), ("A_N", at.A_N), ("m_N", at.m_N)):
-            if rows_N is None:
-                setattr(self, name, torch.where(new_N, found, getattr(self, name)))
-            else:
-                getattr(self, name)[rows_N[new_N]] = found[new_N]
+    def put(self, rows_N: Tensor | None, a_N: Tensor, at: Moments) -> None:
+        """Take in an evaluation of rows_N (None: of all rows)."""
+        if rows_N is None:
+            self.a_N, self.A_N, self.m_N = a_N, at.A_N, at.m_N
+            return
+        self.a_N[rows_N], self.A_N[rows_N], self.m_N[rows_N] = a_N, at.A_N, at.m_N
 
     @property
     def kl_forward_N(self) -> Tensor:
@@ -56,71 +55,77 @@ class Step:
         return self.A_N.clamp(min=0)
 
 
-def match(rule: str, a_N: Tensor, at: Moments) -> tuple[Tensor, Tensor]:
-    """f(a) and f'(a) of a matching rule."""
+def match(rule: str, a_N: Tensor, at: Moments) -> Tensor:
+    """f(a) of a matching rule."""
     if rule == "forward":
-        return a_N * at.m_N - at.A_N, a_N * at.s2_N
+        return a_N * at.m_N - at.A_N
     if rule == "reverse":
-        return at.A_N, at.m_N
-    return a_N * at.m_N, at.m_N + a_N * at.s2_N
+        return at.A_N
+    return a_N * at.m_N
+
+
+def slope(rule: str, a_N: Tensor, at: Moments, tilt: Tilt) -> Tensor:
+    """f'(a) of a matching rule, right after the evaluation at a."""
+    if rule == "forward":
+        return a_N * tilt.spread()
+    if rule == "reverse":
+        return at.m_N
+    return torch.addcmul(at.m_N, a_N, tilt.spread())
 
 
 def solve_root(tilt: Tilt, rule: str, target_N: Tensor, a_max_N: Tensor, rtol: float) -> Step:
     """Smallest a in [0, a_max] with f(a) = target; a_max where f stays below; 0 where flat or target 0."""
-    at = tilt(a_max_N)
-    f_N, _ = match(rule, a_max_N, at)
-    still_N = tilt.flat_N | (target_N <= 0)
-    top_N = ~still_N & (f_N <= target_N * (1 + rtol))
+    asked_N, end_N, flat_N = target_N, a_max_N, tilt.flat_N
     zero = torch.zeros_like(a_max_N)
-    step = Step(
-        a_N=torch.where(top_N, a_max_N, zero),
-        A_N=torch.where(top_N, at.A_N, zero),
-        m_N=torch.where(top_N, at.m_N, zero),
-        clipped_N=top_N & (f_N < target_N * (1 - rtol)),
-        evaluations=1,
-    )
-    rho_N = (2 * target_N.clamp(min=0)).sqrt()
-    kappa = 2.0 if rule == "jeffreys" else 1.0
-    # geometric mean of two guesses: r linear between 0 and a_max, and r linear with its slope at 0
-    a_N = (a_max_N * rho_N / (2 * f_N).sqrt() * rho_N / (kappa * tilt.variance_N).sqrt()).sqrt()
-    a_N = torch.minimum(torch.nan_to_num(a_N), a_max_N)
-    low_N, high_N, done_N = zero, a_max_N, still_N | top_N
-    miss_N = torch.full_like(a_N, torch.inf)  # |r - rho| at the last evaluation
-    rows_N = None  # of `step`, once some rows have been left behind
+    step = Step(zero, zero, zero, torch.zeros_like(flat_N), 0)
+    done_N = flat_N | (target_N <= 0)
     # off the CPU a look at `done` waits for the device, so it is taken every eighth pass only
-    every = 1 if a_N.device.type == "cpu" else 8
+    every = 1 if a_max_N.device.type == "cpu" else 8
     if every == 1 and bool(done_N.all()):
         return step
+    slack_N, tiny_N, rho_N = rtol * target_N, BRACKET * a_max_N, (2 * target_N).sqrt()
+    slope_N = ((2.0 if rule == "jeffreys" else 1.0) * tilt.variance_N).sqrt()  # of r at 0
+    a_N = torch.minimum(rho_N / slope_N, a_max_N).where(~done_N, zero)
+    low_N, high_N = zero, torch.full_like(a_N, torch.inf)  # inf: nothing above the target has been seen
+    miss_N = high_N  # |r - rho| at the last evaluation
+    rows_N = None  # of `step`, once some rows have been left behind
     for count in range(1, MAX_STEPS + 1):
         at = tilt(a_N)
         step.evaluations += 1
-        f_N, slope_N = match(rule, a_N, at)
-        step.keep(rows_N, ~done_N, a_N, at)
-        above_N = f_N > target_N
+        f_N = match(rule, a_N, at)
+        over_N = f_N - target_N
+        above_N = over_N > 0
         high_N, low_N = torch.where(above_N, a_N, high_N), torch.where(above_N, low_N, a_N)
-        close_N = (f_N - target_N).abs() <= rtol * target_N
-        done_N = done_N | close_N | (high_N - low_N < BRACKET * a_max_N)
-        if count % every == 0:
-            left = len(done_N) - int(done_N.sum())
-            if left == 0:
-                return step
-            if left <= len(done_N) // 2:
-                keep = (~done_N).nonzero().squeeze(-1)
-                rows_N, tilt = keep if rows_N is None else rows_N[keep], tilt.take(keep)
-                done_N, a_N, low_N, high_N = done_N[keep], a_N[keep], low_N[keep], high_N[keep]
-                target_N, rho_N, a_max_N = target_N[keep], rho_N[keep], a_max_N[keep]
-                f_N, slope_N, miss_N = f_N[keep], slope_N[keep], miss_N[keep]
-        r_N = (2 * f_N.clamp(min=0)).sqrt()
-        next_N = a_N - (r_N - rho_N) * r_N / slope_N
-        before_N, miss_N = miss_N, (r_N - rho_N).abs()
-        newton_N = (next_N > low_N) & (next_N < high_N) & (miss_N <= before_N / 2)  # False for NaN too
-        a_N = torch.where(newton_N, next_N, (low_N + high_N) / 2)
-    row = int((~done_N).nonzero()[0])
-    raise FusionError(
-        f"no alpha found for row {row if rows_N is None else int(rows_N[row])} in {MAX_STEPS} steps (rule {rule}, "
-        f"target {float(target_N[row]):.6g}, bracket {float(low_N[row]):.6g} to {float(high_N[row]):.6g})",
-        do="check the logits of this row; alpha_rule=fixed needs no search",
-    )
+        done_N = done_N | (over_N.abs() <= slack_N) | (low_N >= a_max_N) | (high_N - low_N < tiny_N)
+        left = len(done_N) - int(done_N.sum()) if count % every == 0 else len(done_N)
+        if left == 0:
+            step.put(rows_N, a_N, at)
+            break
+        slope_N = slope(rule, a_N, at, tilt)
+        if left <= len(done_N) // 2:
+            step.put(rows_N, a_N, at)
+            keep = (~done_N).nonzero().squeeze(-1)
+            rows_N, tilt = keep if rows_N is None else rows_N[keep], tilt.take(keep)
+            done_N, a_N, low_N, high_N = done_N[keep], a_N[keep], low_N[keep], high_N[keep]
+            target_N, slack_N, rho_N, a_max_N = target_N[keep], slack_N[keep], rho_N[keep], a_max_N[keep]
+            f_N, slope_N, miss_N, tiny_N = f_N[keep], slope_N[keep], miss_N[keep], tiny_N[keep]
+        r_N = (2 * f_N.clamp_(min=0)).sqrt_()
+        off_N = r_N - rho_N
+        next_N = a_N - r_N.mul_(off_N).div_(slope_N)
+        before_N, miss_N = miss_N, off_N.abs_()
+        newton_N = (next_N > low_N) & (next_N < high_N) & (2 * miss_N <= before_N)  # False for NaN too
+        next_N = torch.where(newton_N, next_N, (low_N + high_N) / 2)
+        a_N = torch.where(done_N, a_N, torch.minimum(next_N, a_max_N))
+    else:
+        row = int((~done_N).nonzero()[0])
+        raise FusionError(
+            f"no alpha found for row {row if rows_N is None else int(rows_N[row])} in {MAX_STEPS} steps (rule {rule}, "
+            f"target {float(target_N[row]):.6g}, bracket {float(low_N[row]):.6g} to {float(high_N[row]):.6g})",
+            do="check the logits of this row; alpha_rule=fixed needs no search",
+        )
+    reached_N = match(rule, step.a_N, Moments(step.A_N, step.m_N))
+    step.clipped_N = ~flat_N & (step.a_N >= end_N) & (reached_N < asked_N * (1 - rtol))
+    return step
 
 
 def solve_paper(tilt: Tilt, c_N: Tensor, reverse_c_N: Tensor, a_max_N: Tensor, rtol: float, points: int = 9) -> Step:
@@ -140,10 +145,11 @@ def solve_paper(tilt: Tilt, c_N: Tensor, reverse_c_N: Tensor, a_max_N: Tensor, r
     a_N = best.a_N
     for _ in range(MAX_STEPS):
         _, at = best.try_(a_N)
+        s2_N = tilt.spread()
         u_N, w_N = a_N * at.m_N - at.A_N - c_N, at.A_N - reverse_c_N
-        slope_N = u_N * a_N * at.s2_N + w_N * at.m_N  # J'/2
+        slope_N = u_N * a_N * s2_N + w_N * at.m_N  # J'/2
         right_N, left_N = torch.where(slope_N > 0, a_N, right_N), torch.where(slope_N > 0, left_N, a_N)
-        next_N = a_N - slope_N / ((a_N * at.s2_N).square() + at.m_N.square())
+        next_N = a_N - slope_N / ((a_N * s2_N).square() + at.m_N.square())
         inside_N = (next_N > left_N) & (next_N < right_N)
         next_N = torch.where(inside_N, next_N, (left_N + right_N) / 2)
         moved_N = torch.minimum((next_N - a_N).abs(), right_N - left_N)

@@ -12,43 +12,55 @@ logsumexp loses all digits. Rows where e^{a d} could overflow are evaluated in f
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .space import Workspace
 
 HOT = 40.0  # a * d above this: e^{a d} * p leaves what fp32 resolves
 FLAT = 1e-12  # Var_P[d] at or below this: the direction is constant where P lives
 
 
 class Moments(NamedTuple):
-    """At one a per row, float64: log-normaliser A, mean m and variance s2 of d under P_a."""
+    """At one a per row, float64: log-normaliser A and mean m of d under P_a."""
 
     A_N: Tensor
     m_N: Tensor
-    s2_N: Tensor
 
 
 class Tilt:
     """N rows of (P, d), ready to be evaluated at steps a in [0, a_max].
 
-    Takes ownership of d_NV and centres it in place. logp_NV and p_NV [N, V] are read only.
+    Takes ownership of d_NV and centres it in place. logp_NV and p_NV [N, V] are read only. reach: a bound of a d, once
+    centred, that the caller knows: rows are not looked at one by one if no e^{a d} can overflow.
     """
 
-    def __init__(self, logp_NV: Tensor, p_NV: Tensor, d_NV: Tensor, a_max_N: Tensor) -> None:
+    def __init__(
+        self,
+        logp_NV: Tensor,
+        p_NV: Tensor,
+        d_NV: Tensor,
+        a_max_N: Tensor,
+        reach: float = float("inf"),
+        space: Workspace | None = None,
+    ) -> None:
         self.logp_NV, self.p_NV, self.d_NV = logp_NV, p_NV, d_NV
-        d_NV -= (p_NV * d_NV).sum(-1, keepdim=True)
-        self._scratch_NV = p_NV * d_NV
-        self.variance_N = self._scratch_NV.mul_(d_NV).sum(-1).double()
+        s = self._scratch_NV = (space or Workspace()).like("scratch", d_NV)
+        d_NV -= torch.mul(p_NV, d_NV, out=s).sum(-1, keepdim=True)
+        self.variance_N = torch.mul(p_NV, d_NV, out=s).mul_(d_NV).sum(-1).double()
+        self._last: tuple[Tensor, Tensor] = self.variance_N, self.variance_N  # Z (or A) and m of the last call
         self._hot: tuple[Tensor, Tilt] | None = None
-        if d_NV.dtype != torch.float64:
+        if d_NV.dtype != torch.float64 and not reach <= HOT:
             hot = (a_max_N * d_NV.amax(-1) > HOT).nonzero().squeeze(-1)
             if len(hot):
                 logp = torch.log_softmax(logp_NV[hot].double(), -1)
                 self._hot = hot, Tilt(logp, logp.exp(), d_NV[hot].double(), a_max_N[hot])
                 self.variance_N[hot] = self._hot[1].variance_N
 
-    @property
+    @cached_property
     def flat_N(self) -> Tensor:
         return self.variance_N <= FLAT
 
@@ -75,12 +87,23 @@ class Tilt:
         torch.mul(d, a_N.to(d.dtype)[:, None], out=s)
         z_N = 1 + s.expm1_().mul_(self.p_NV).sum(-1).double()
         m_N = s.mul_(d).sum(-1).double() / z_N
-        s2_N = (self.variance_N + s.mul_(d).sum(-1).double()) / z_N - m_N.square()
         A_N = z_N.log()
+        self._last = z_N, m_N
         if self._hot is not None:
             hot, tilt = self._hot
-            A_N[hot], m_N[hot], s2_N[hot] = tilt(a_N[hot])
-        return Moments(A_N, m_N, s2_N.clamp_(min=0))
+            A_N[hot], m_N[hot] = tilt(a_N[hot])
+        return Moments(A_N, m_N)
+
+    def spread(self) -> Tensor:
+        """s2_N = Var[d] at the step of the last call; what it left in the scratch is used up."""
+        z_N, m_N = self._last
+        s, d = self._scratch_NV, self.d_NV
+        if d.dtype == torch.float64:
+            return s.mul_((d - m_N[:, None]).square_()).sum(-1)
+        s2_N = ((self.variance_N + s.mul_(d).sum(-1).double()) / z_N - m_N.square()).clamp_(min=0)
+        if self._hot is not None:
+            s2_N[self._hot[0]] = self._hot[1].spread()
+        return s2_N
 
     def _log_domain(self, a_N: Tensor) -> Moments:
         s, d = self._scratch_NV, self.d_NV
@@ -89,10 +112,11 @@ class Tilt:
         A_N = torch.logsumexp(s, -1)
         s.sub_(A_N[:, None]).exp_()
         m_N = torch.linalg.vecdot(s, d)
-        s2_N = torch.linalg.vecdot(s, (d - m_N[:, None]).square_())
-        return Moments(A_N, m_N, s2_N)
+        self._last = A_N, m_N
+        return Moments(A_N, m_N)
 
-    def logprobs(self, a_N: Tensor, A_N: Tensor) -> Tensor:
+    def logprobs(self, a_N: Tensor, A_N: Tensor, out: Tensor) -> Tensor:
         """log P_a [N, V], given A at the same a. Ids with P(v) = 0 stay at -inf."""
         dtype = self.d_NV.dtype
-        return torch.addcmul(self.logp_NV, self.d_NV, a_N.to(dtype)[:, None]).sub_(A_N.to(dtype)[:, None])
+        torch.addcmul(self.logp_NV, self.d_NV, a_N.to(dtype)[:, None], out=out)
+        return out.sub_(A_N.to(dtype)[:, None])

@@ -76,7 +76,7 @@ def test_memory_stays_under_the_bound(single, monkeypatch):
         return out
 
     monkeypatch.setattr("mtft.fuse.side.Side.read", watched)
-    monkeypatch.setattr(single, "max_logit_bytes", 6 * 8 * 8 * tiny.VOCABULARY)  # 6 positions of 2T + 6 fp64 buffers
+    monkeypatch.setattr(single, "max_logit_bytes", 6 * 10 * 8 * tiny.VOCABULARY)  # 6 positions of 2T + 8 fp64 buffers
     score = single.score(IDS, MASK)
     assert max(sizes) == 6
     torch.testing.assert_close(score.logprob_BL, expected.logprob_BL, atol=1e-9, rtol=0)

@@ -1,21 +1,26 @@
 """How well mixtures are predicted: surrogate x number of trials, on published tables, beside RegMix's own procedure.
 
-    python scripts/bench_mixing.py                          # RegMix: 6 targets, 32 ... 512 trials, 5 subsets
-    python scripts/bench_mixing.py --part scale damo admire speed
-    python scripts/bench_mixing.py --surrogates auto lightgbm --trials 64 128 --seeds 10 --targets pile_cc
+    python scripts/bench_mixing.py                          # under 3 minutes: Pile-CC, the six twice, scale, speed
+    python scripts/bench_mixing.py --full                   # every figure of docs/mixing.md, about 20 minutes
+    python scripts/bench_mixing.py --part admire --repeats 10
+    python scripts/bench_mixing.py --part table --surrogates auto lightgbm --trials 64 128 --seeds 10 --targets pile_cc
 
 Tables: ../shared/data beside the repository, or MTFT_SHARED_DATA. rho = Spearman x 100; R2 and MSE on the test rows;
 cover = share of test rows inside the 90 % interval; sec = CPU seconds of fit + prediction with intervals, one target,
-one thread. Subset s of n trials: RandomState(100 + s).permutation(512)[:n]. AVG13 = the mean of the 13 losses.
+one thread; rho 1B = against the runs of 1B parameters, without any of them in the fit and without telling so. Subset s
+of n trials: RandomState(100 + s).permutation(512)[:n] (512: all, one figure). AVG13 = the mean of the 13 losses.
+Bars come last, each with PASS or MISS and by how much.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -27,14 +32,35 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 DATA = Path(os.environ.get("MTFT_SHARED_DATA") or ROOT.parent / "shared" / "data")
 
+from data_mixers.fit import Fits, fit, fit_csv  # noqa: E402
+from data_mixers.ledger import Record  # noqa: E402
 from data_mixers.mixture import Mixture  # noqa: E402
 from data_mixers.next_batch import expected_improvement, thompson  # noqa: E402
-from data_mixers.scale import fit_scale  # noqa: E402
+from data_mixers.propose import propose, regmix_optimum  # noqa: E402
+from data_mixers.scale import calibrate, fit_scale, for_other_scale, predict_large, small_scale_mean  # noqa: E402
 from data_mixers.surrogates import SURROGATES, GaussianProcess, LightGBM, Ridge, Stack, candidates_of  # noqa: E402
 from data_mixers.surrogates.stack import spearman  # noqa: E402
 from data_mixers.tables import read_table  # noqa: E402
 
 SIX = ("pile_cc", "github", "ubuntu_irc", "pubmed_central", "wikipedia_en", "AVG13")
+FAST = ("linear", "lightgbm", "ridge", "exp", "power")
+BARS: list[tuple[str, float, str, float, float]] = []  # what, value, comparison, bar (and upper bar of "in")
+
+
+def bar(what: str, value: float, comparison: str, limit: float, upper: float = np.nan) -> None:
+    """Note a figure of the acceptance list: ">=", "<=", or "in" [limit, upper]."""
+    BARS.append((what, float(value), comparison, limit, upper))
+
+
+def print_bars() -> None:
+    print("\n--- bars")
+    for what, value, comparison, limit, upper in BARS:
+        off = limit - value if comparison == ">=" else value - limit
+        if comparison == "in":
+            off = max(limit - value, value - upper)
+        said = f"{limit:g} to {upper:g}" if comparison == "in" else f"{comparison} {limit:g}"
+        verdict = "PASS" if off <= 0 else f"MISS by {off:.3g}"
+        print(f"{what:<62}{value:9.3f}   bar {said:<14}{verdict}")
 
 
 def table(name: str) -> dict[str, np.ndarray]:
@@ -56,76 +82,127 @@ def model_of(surrogate: str, n: int, goal: str = "min") -> Stack:
     return Stack(candidates=candidates_of(surrogate, goal=goal, n=n))
 
 
-def regmix(options: argparse.Namespace) -> None:
+def fits_of(X: np.ndarray, Y: dict[str, np.ndarray], rows: np.ndarray, surrogate: str = "auto") -> Fits:
+    """Fits on some rows of a table, as from a ledger."""
+    names = [f"t{k}" for k in range(X.shape[1])]
+    records = [
+        Record(
+            trial=str(row),
+            status="done",
+            mixture=dict(zip(names, X[row].tolist(), strict=True)),
+            scores={target: float(y[row]) for target, y in Y.items()},
+        )
+        for row in rows
+    ]
+    return fit(records, surrogate=surrogate)
+
+
+def subset(s: int, n: int) -> np.ndarray:
+    return np.random.RandomState(100 + s).permutation(512)[:n]
+
+
+def regmix_table(options: argparse.Namespace) -> None:
+    """1M runs: fitted on n of 512, scored on the 256 (Pile-CC) or 128 test rows."""
     X, Y = shares("regmix/train_mixture_1m.csv"), losses("regmix/train_loss_1m.csv")
     new, truth = shares("regmix/test_mixture_1m.csv"), losses("regmix/test_loss_1m_first128.csv")
     truth["pile_cc"] = table("regmix/test_loss_pile_cc_1m.csv")["pile_cc"]
-    large_X, large = shares("regmix/test_mixture_1B_first32.csv"), table("regmix/test_loss_1B_first32.csv")
+    large_X, large = shares("regmix/test_mixture_1B_first32.csv"), losses("regmix/test_loss_1B_first32.csv")
     print(
-        f"{'surrogate':<10}{'trials':>7}  {'target':<16}"
+        f"{'surrogate':<10}{'trials':>7}{'seeds':>6}  {'target':<16}"
         f"{'rho':>7}{'sd':>6}{'R2':>8}{'MSE':>9}{'cover':>7}{'sec':>7}{'rho 1B':>8}"
     )
+    found: dict[tuple[str, int, str], np.ndarray] = {}
+    for surrogate, n, target, seeds in _cells(options):
+        rows = []
+        for s in range(seeds if n < 512 else 1):
+            kept = subset(s, n)
+            started = time.process_time()
+            model = model_of(surrogate, n).fit(X[kept], Y[target][kept])
+            y = truth[target]
+            mean, lower, upper = model.predict(new[: len(y)])
+            seconds = time.process_time() - started
+            at_large = spearman(model.mean(large_X), large[target]) if target in large else np.nan
+            mse = float(np.mean((mean - y) ** 2))
+            cover = float(np.mean((lower <= y) & (y <= upper)))
+            rows.append((spearman(mean, y), 1 - mse / y.var(), mse, cover, seconds, at_large))
+        rho, r2_, mse, cover, seconds, at_large = found[surrogate, n, target] = np.mean(rows, axis=0)
+        sd = np.std([row[0] for row in rows])
+        print(
+            f"{surrogate:<10}{n:>7}{len(rows):>6}  {target:<16}"
+            f"{rho:7.2f}{sd:6.2f}{r2_:8.3f}{mse:9.5f}{cover:7.2f}{seconds:7.2f}{at_large:8.2f}",
+            flush=True,
+        )
+    _table_bars(found, options)
+
+
+def _cells(options: argparse.Namespace) -> list[tuple[str, int, str, int]]:
+    """(surrogate, trials, target, seeds) of the table. By default auto has all six targets at 64 and 128 trials."""
+    cells = []
     for surrogate in options.surrogates:
         for n in options.trials:
-            mean_rho = []
-            for target in options.targets:
-                rows = []
-                for s in range(options.seeds if n < 512 else 1):
-                    kept = np.random.RandomState(100 + s).permutation(512)[:n]
-                    started = time.process_time()
-                    model = model_of(surrogate, n).fit(X[kept], Y[target][kept])
-                    y = truth[target]
-                    mean, lower, upper = model.predict(new[: len(y)])
-                    seconds = time.process_time() - started
-                    at_large = spearman(model.mean(large_X), large[target]) if target in large else np.nan
-                    mse = float(np.mean((mean - y) ** 2))
-                    cover = float(np.mean((lower <= y) & (y <= upper)))
-                    rows.append((spearman(mean, y), 1 - mse / y.var(), mse, cover, seconds, at_large))
-                rho, r2, mse, cover, seconds, at_large = np.mean(rows, axis=0)
-                mean_rho.append(rho)
-                sd = np.std([row[0] for row in rows])
-                print(
-                    f"{surrogate:<10}{n:>7}  {target:<16}"
-                    f"{rho:7.2f}{sd:6.2f}{r2:8.3f}{mse:9.5f}{cover:7.2f}{seconds:7.2f}{at_large:8.2f}",
-                    flush=True,
-                )
-            print(f"{surrogate:<10}{n:>7}  {'mean':<16}{np.mean(mean_rho):7.2f}", flush=True)
+            for target in options.targets or ("pile_cc",):
+                cells.append((surrogate, n, target, options.seeds))
+    if options.targets is None and "auto" in options.surrogates:
+        sizes = options.trials if options.full else [n for n in options.trials if n in (64, 128)]
+        few = options.seeds if options.full else 2
+        cells += [("auto", n, target, few if n < 256 else min(few, 5)) for n in sizes for target in SIX[1:]]
+    return cells
+
+
+def _table_bars(found: dict[tuple[str, int, str], np.ndarray], options: argparse.Namespace) -> None:
+    for n, limit in ((32, 95.0), (64, 98.0), (128, 99.0)):
+        if ("auto", n, "pile_cc") in found:
+            bar(f"auto, Pile-CC 1M, {n} trials: rho", found["auto", n, "pile_cc"][0], ">=", limit)
+    for n, limit in ((64, 97.0), (128, 98.2), (512, 98.9)):
+        six = [found["auto", n, target] for target in SIX if ("auto", n, target) in found]
+        if len(six) == len(SIX):
+            bar(f"auto, mean of six targets 1M, {n} trials: rho", np.mean(six, axis=0)[0], ">=", limit)
+            bar(f"auto, six targets, {n} trials: 90 % intervals cover", np.mean(six, axis=0)[3], "in", 0.85, 0.95)
 
 
 def scale(options: argparse.Namespace) -> None:
     """1B from 128 1M trials: Pile-CC without large runs, and the mean of the losses given m large runs."""
     X, Y = shares("regmix/train_mixture_1m.csv"), table("regmix/train_loss_1m.csv")
     large_X, large = shares("regmix/test_mixture_1B_first32.csv"), table("regmix/test_loss_1B_first32.csv")
-    pool = shares("regmix/test_mixture_1m.csv")
-    names = tuple(large)
-    average = np.mean(list(large.values()), axis=0)
+    large_X = large_X / large_X.sum(axis=1, keepdims=True)
+    big, average = np.stack(list(large.values())), np.mean(list(large.values()), axis=0)
     figures: dict[str, list[float]] = {}
-    for s in range(min(3, options.seeds)):
-        kept = np.random.RandomState(100 + s).permutation(512)[:128]
-        fitted = {target: model_of("auto", 128).fit(X[kept], Y[target][kept]) for target in names}
-        stack = fitted["pile_cc"]
-        figures.setdefault("pile_cc 1B, stack", []).append(spearman(stack.mean(large_X), large["pile_cc"]))
-        laws = {score.name: score.rho for score in stack.scores if score.name in ("exp", "power")}
-        law = stack.candidates[max(laws, key=laws.__getitem__)].clone().fit(X[kept], Y["pile_cc"][kept])
-        figures.setdefault("pile_cc 1B, law by the rule", []).append(spearman(law.mean(large_X), large["pile_cc"]))
-        small = np.stack([fitted[target].mean(large_X) for target in names])
-        variance = np.stack([fitted[target].mean(pool) for target in names]).var(axis=1)
-        big = np.stack([large[target] for target in names])
-        figures.setdefault(f"mean of {len(names)} losses at 1B, m = 0", []).append(
-            spearman(small.mean(axis=0), average)
+
+    def note(what: str, value: float) -> None:
+        figures.setdefault(what, []).append(value)
+
+    for s in range(options.seeds if options.full else 2):
+        fits = fits_of(X, {target: Y[target] for target in large}, subset(s, 128))
+        note("Pile-CC 1B, auto as it is", spearman(fits["pile_cc"].model.mean(large_X), large["pile_cc"]))
+        other = for_other_scale(fits)
+        note("Pile-CC 1B, other_scale", spearman(other["pile_cc"].model.mean(large_X), large["pile_cc"]))
+        note("mean of losses at 1B, m = 0", spearman(predict_large(fits, large_X)[0].mean(axis=0), average))
+        small, spread = (
+            small_scale_mean(fits, large_X),
+            np.array([f.model.mean(X).var() for f in fits.targets.values()]),
         )
         for m in (4, 8, 16):
-            for method in ("plain", "shrunk", "residual"):
-                for draw in range(40):
-                    runs = np.random.default_rng([s, m, draw]).permutation(len(large_X))
-                    seen, rest = runs[:m], runs[m:]
-                    found = fit_scale(names, large_X[seen], small[:, seen], big[:, seen], variance, method=method)
-                    predicted = found.predict(large_X[rest], small[:, rest]).mean(axis=0)
-                    figures.setdefault(f"mean of {len(names)} losses at 1B, m = {m}, {method}", []).append(
-                        spearman(predicted, average[rest])
+            for draw in range(40):
+                runs = np.random.default_rng([s, m, draw]).permutation(len(large_X))
+                seen, rest = runs[:m], runs[m:]
+                for method in ("plain", "shrunk", "residual"):
+                    to_large = fit_scale(
+                        tuple(large), large_X[seen], small[:, seen], big[:, seen], spread, method=method
                     )
+                    guess = to_large.predict(large_X[rest], small[:, rest]).mean(axis=0)
+                    note(f"mean of losses at 1B, m = {m}, {method}", spearman(guess, average[rest]))
+                if draw < 5:
+                    mapped = calibrate(fits, large_X[seen], big[:, seen]).predict(large_X[rest])
+                    inside = [
+                        np.mean((p.lower <= large[name][rest]) & (large[name][rest] <= p.upper))
+                        for name, p in mapped.items()
+                    ]
+                    note(f"90 % intervals at 1B cover, m = {m}", float(np.mean(inside)))
     for name, values in figures.items():
         print(f"{name:<48}{np.mean(values):7.2f}  (sd {np.std(values):.2f}, {len(values)} draws)")
+    bar("Pile-CC 1B from 128 1M trials (other_scale): rho", np.mean(figures["Pile-CC 1B, other_scale"]), ">=", 98.5)
+    given = np.mean(figures["mean of losses at 1B, m = 8, residual"])
+    bar("mean of losses at 1B, 128 1M trials and 8 large runs: rho", given, ">=", 83.0)
 
 
 def damo(options: argparse.Namespace) -> None:
@@ -137,41 +214,35 @@ def damo(options: argparse.Namespace) -> None:
     columns = table_of_damo()
     mixture, tau = columns.pop("mixture_id").astype(int), (columns.pop("checkpoint") + 1) / 4
     P = np.stack([columns.pop(name) for name in list(columns) if name.startswith("dataset_")], axis=1)
-    models = {
+    models: dict[str, Callable] = {
         "mlp (DaMo)": MLP,
         "ridge": Ridge,
         "gp quarter": lambda: GaussianProcess("quarter"),
         "auto": lambda: model_of("auto", 180, "max"),
     }
-    leaky = _leaky_split(mixture)
+    train, test = _leaky_split(mixture)
     for name, make in models.items():
         grouped, without = [], []
-        for seed in range(options.seeds if name != "auto" else min(options.seeds, options.auto_seeds)):
+        for seed in range(min(options.seeds, 5) if name != "auto" else options.damo_seeds):
             folds = list(GroupKFold(10, shuffle=True, random_state=seed).split(P, groups=mixture))
             scores = [_held_out(make, P, tau, y, mixture, folds) for y in columns.values()]
             grouped.append(np.mean([r2(y, held) for y, held in zip(columns.values(), scores, strict=True)]))
             keep = mixture != 36
             without.append(np.mean([r2(y[keep], held[keep]) for y, held in zip(columns.values(), scores, strict=True)]))
-        train, test = leaky
-        split = np.mean(
-            [
-                r2(
-                    y[test],
-                    make().fit(P[train], y[train], groups=mixture[train], progress=tau[train]).mean(P[test], tau[test]),
-                )
-                for y in columns.values()
-            ]
-        )
+        fitted = [
+            make().fit(P[train], y[train], groups=mixture[train], progress=tau[train]).mean(P[test], tau[test])
+            for y in columns.values()
+        ]
+        leaky = np.mean([r2(y[test], guess) for y, guess in zip(columns.values(), fitted, strict=True)])
         print(
-            f"{name:<12} grouped R2 {np.mean(grouped):.3f}   without mixture 36 {np.mean(without):.3f}   "
-            f"rows split at random {split:.3f}",
+            f"{name:<12} grouped R2 {np.mean(grouped):.3f} ({', '.join(f'{g:.3f}' for g in grouped)})   "
+            f"without mixture 36 {np.mean(without):.3f}   leaky (rows split at random) {leaky:.3f}",
             flush=True,
         )
+    bar(f"auto, DaMo, grouped 10-fold, {len(grouped)} fold seeds: mean R2", np.mean(grouped), ">=", 0.58)
 
 
 def table_of_damo() -> dict[str, np.ndarray]:
-    import csv
-
     with open(DATA / "damo/trials.csv", newline="") as file:
         rows = list(csv.reader(file))
     return {name: np.array([float(row[i]) for row in rows[1:]]) for i, name in enumerate(rows[0])}
@@ -198,62 +269,69 @@ def r2(y: np.ndarray, predicted: np.ndarray) -> float:
 
 def admire(options: argparse.Namespace) -> None:
     """5-fold CV of the average score over 19 instruction sets' mixtures (KFold, shuffled; one repeat per seed)."""
-    import csv
-
     from sklearn.model_selection import KFold
 
     with open(DATA / "admire/trials.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     ratios = [name for name in rows[0] if name.startswith("ratio_")]
-    for size in sorted({row["model"] for row in rows}):
+    for size, limit in (("Qwen2.5-0.5B", 70.5), ("Qwen2.5-3B", 79.0)):
         these = [row for row in rows if row["model"] == size]
         X = np.array([[float(row[name]) for name in ratios] for row in these])
-        X = X / X.sum(axis=1, keepdims=True)
-        for target in ("metric_avg_id+ood", "metric_avg_id"):
-            y = np.array([float(row[target]) for row in these])
-            for name in ("ridge", "lightgbm", "auto"):
-                figures = []
-                for seed in range(options.seeds if name != "auto" else min(options.seeds, options.auto_seeds)):
-                    mean, inside = np.empty(len(y)), np.empty(len(y))
-                    for train, test in KFold(5, shuffle=True, random_state=seed).split(X):
-                        model = model_of(name, len(train), "max").fit(X[train], y[train])
-                        mean[test], lower, upper = model.predict(X[test])
-                        inside[test] = (lower <= y[test]) & (y[test] <= upper)
-                    figures.append((spearman(mean, y), r2(y, mean), inside.mean()))
-                rho, fit, cover = np.mean(figures, axis=0)
-                print(
-                    f"{size:<14}{target:<20}{name:<10} rho {rho:6.2f}  R2 {fit:6.3f}  cover {cover:5.2f}  "
-                    f"({len(figures)} x 5 folds)",
-                    flush=True,
-                )
+        X, y = X / X.sum(axis=1, keepdims=True), np.array([float(row["metric_avg_id+ood"]) for row in these])
+        for name in ("ridge", "lightgbm", "auto"):
+            figures = []
+            for seed in range(options.repeats):
+                mean, inside = np.empty(len(y)), np.empty(len(y))
+                for train, test in KFold(5, shuffle=True, random_state=seed).split(X):
+                    model = model_of(name, len(train), "max").fit(X[train], y[train])
+                    mean[test], lower, upper = model.predict(X[test])
+                    inside[test] = (lower <= y[test]) & (y[test] <= upper)
+                figures.append((spearman(mean, y), r2(y, mean), inside.mean()))
+            rho, fit_, cover = np.mean(figures, axis=0)
+            sd = np.std([figure[0] for figure in figures])
+            print(
+                f"{size:<14}{name:<10} rho {rho:6.2f} (sd {sd:.2f} over repeats)  R2 {fit_:6.3f}  cover {cover:5.2f}  "
+                f"({len(figures)} x 5 folds)",
+                flush=True,
+            )
+        bar(f"auto, ADMIRE {size}, {options.repeats} x 5-fold: rho", rho, ">=", limit)
+        bar(f"auto, ADMIRE {size}: 90 % intervals cover", cover, "in", 0.85, 0.95)
 
 
 def speed(options: argparse.Namespace) -> None:
-    """Fit + intervals + proposal at 128 trials against RegMix's notebook: fit on 512, 100,000 predictions."""
-    from data_mixers.fit import fit_csv
-    from data_mixers.propose import propose, regmix_optimum
-
+    """Fit + intervals + proposal at 128 trials against RegMix's notebook (fit on 512, 100,000 predictions), one after
+    the other, three times; CPU seconds of one thread, the median."""
     files = DATA / "regmix/train_mixture_1m.csv", DATA / "regmix/train_loss_1m.csv"
-    X, y = shares("regmix/train_mixture_1m.csv"), table("regmix/train_loss_1m.csv")["pile_cc"]
+    X, Y = shares("regmix/train_mixture_1m.csv"), table("regmix/train_loss_1m.csv")
     uniform = Mixture(read_table(files[0]).columns, np.full(17, 1 / 17))
-    for targets in (["pile_cc"], "all"):
+
+    def ours(targets: list[str] | str) -> float:
         started = time.process_time()
         fits = fit_csv(*files, targets, limit=128)
-        middle = time.process_time()
-        proposal = propose(fits, prior=uniform)
-        print(
-            f"ours, {len(fits.targets)} target(s), 128 trials: fit {middle - started:.2f} s, "
-            f"proposal {time.process_time() - middle:.2f} s ({proposal.verdict})"
-        )
-    started = time.process_time()
-    regmix_optimum(LightGBM().fit(X, y), np.full(17, 1.0))
-    print(f"RegMix's notebook, 1 target, 512 trials: {time.process_time() - started:.2f} s")
+        fits.predict(X[:256])
+        propose(fits, prior=uniform)
+        return time.process_time() - started
+
+    def notebook() -> float:
+        started = time.process_time()
+        regmix_optimum(LightGBM().fit(X, Y["pile_cc"]), np.full(17, 1.0))
+        return time.process_time() - started
+
+    ours(["pile_cc"])  # imports
+    pairs = [(ours(["pile_cc"]), notebook()) for _ in range(3)]
+    one, theirs = np.median([pair[0] for pair in pairs]), np.median([pair[1] for pair in pairs])
+    ratio, every = np.median([b / a for a, b in pairs]), ours("all")
+    print(f"one target: ours {one:.2f} s, the notebook {theirs:.2f} s ({ratio:.1f} times); all 13: ours {every:.2f} s")
+    bar("one target at 128 trials: CPU seconds", one, "<=", 2.0)
+    bar("all 13 targets at 128 trials: CPU seconds", every, "<=", 20.0)
+    bar("one target, the notebook's time / ours", ratio, ">=", 1.0)
+    bar("13 targets, 13 notebooks' time / ours", 13 * theirs / every, ">=", 1.0)
 
 
 def search(options: argparse.Namespace) -> None:
     """Trials until one of the pool's best 1 % is found: 16 at random, then 8 at a time; the pool = RegMix's 512."""
     X, Y = shares("regmix/train_mixture_1m.csv"), losses("regmix/train_loss_1m.csv")
-    for target in options.targets:
+    for target in options.targets or SIX:
         y, found = Y[target], {"random": [], "thompson": [], "ei": []}
         best = set(np.argsort(y)[:5].tolist())
         regret = []
@@ -282,31 +360,32 @@ def search(options: argparse.Namespace) -> None:
         print(f"{target:<16}{line}   regret of the top pick at 64 trials: {np.mean(regret):.2f} sd", flush=True)
 
 
-PARTS = {"regmix": regmix, "scale": scale, "damo": damo, "admire": admire, "speed": speed, "search": search}
+PARTS = {"table": regmix_table, "scale": scale, "damo": damo, "admire": admire, "speed": speed, "search": search}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=["regmix"])
-    parser.add_argument(
-        "--surrogates",
-        nargs="+",
-        default=["linear", "lightgbm", "ridge", "exp", "gp", "auto"],
-        choices=["auto", *SURROGATES],
-    )
+    parser.add_argument("--full", action="store_true", help="every part, 10 seeds, 10 repeats, 2 fold seeds of DaMo")
+    parser.add_argument("--part", nargs="+", choices=PARTS, help="default: table, scale, speed")
+    parser.add_argument("--surrogates", nargs="+", default=[*FAST, "auto"], choices=["auto", *SURROGATES])
     parser.add_argument("--trials", nargs="+", type=int, default=[32, 64, 128, 256, 512])
-    parser.add_argument("--targets", nargs="+", default=list(SIX))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument(
-        "--auto-seeds", type=int, default=2, help="repeats of `auto` in damo and admire, which fit it hundreds of times"
-    )
+    parser.add_argument("--targets", nargs="+", help="default: Pile-CC, and the six for auto")
+    parser.add_argument("--seeds", type=int, help="random subsets of the trials (default 5)")
+    parser.add_argument("--repeats", type=int, help="of 5-fold CV in admire (default 2)")
+    parser.add_argument("--damo-seeds", type=int, help="fold seeds of auto in damo, 100 fits each (default 1)")
     options = parser.parse_args()
+    options.seeds = options.seeds or (10 if options.full else 5)
+    options.repeats = options.repeats or (10 if options.full else 2)
+    options.damo_seeds = options.damo_seeds or (2 if options.full else 1)
     if not DATA.exists():
         parser.error(f"no tables at {DATA}: set MTFT_SHARED_DATA")
     warnings.simplefilter("ignore")
-    for part in options.part:
-        print(f"--- {part}: {PARTS[part].__doc__ or 'test rows of the 1M models'}")
+    started = time.process_time()
+    for part in options.part or (list(PARTS) if options.full else ["table", "scale", "speed"]):
+        print(f"\n--- {part}: {PARTS[part].__doc__}")
         PARTS[part](options)
+    print_bars()
+    print(f"\n{time.process_time() - started:.0f} CPU seconds, one thread")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import collections
 import json
 import random
+import re
 
 import pytest
 
@@ -75,11 +76,11 @@ def as_bytes(row, rng):
 
 
 @pytest.mark.parametrize("template", ["chatml", "qwen3", "mistral", "gemma"])
-def test_rows(tmp_path, template):
+def test_rows(tmp_path, template, capsys):
     rng = random.Random(template)
     made = tokenizer(TEMPLATES[template])
     renderer = Renderer(made)
-    happened, refusals = collections.Counter(), []
+    happened, refusals, reasons = collections.Counter(), [], collections.Counter()
     for name, good in GOOD.items():
         path = tmp_path / f"{name}.jsonl"
         path.write_bytes(b"\n".join(as_bytes(mutate(good, rng), rng) for _ in range(10_000 // 4 // len(GOOD))))
@@ -95,13 +96,16 @@ def test_rows(tmp_path, template):
                 rendered = renderer.render(reader(row.data))
             except RowError as error:
                 happened["refused"] += 1
+                reasons[" ".join(re.split("[;,:]", error.what)[0].split()[:6])] += 1
                 refusals.append(str(Problem(row.file, row.line, error.what, error.column, error.value)))
                 continue
             happened["used"] += 1
             for example in encode(made, rendered):
                 learnt = "".join(part for part, learn in runs(made, example) if learn)
                 assert learnt.strip(), row  # nothing is accepted that teaches nothing
-    print(dict(happened))
+    with capsys.disabled():
+        most = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common(5))
+        print(f"\nfuzzed rows, {template}: {dict(happened)}; refused most for: {most}")
     assert max(map(len, refusals)) < 900
     assert sum(happened.values()) >= 10_000 // 4 * 0.95  # a few rows were cut down to nothing
     assert min(happened["unreadable"], happened["refused"], happened["used"]) > 100

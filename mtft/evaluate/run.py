@@ -48,7 +48,7 @@ def evaluate(
     if torch.cuda.is_available() and section.quantise == "none":
         network = network.to(torch.device("cuda"))
     packing = recipe.train.packing and packing_refusal(network.config, network.config._attn_implementation) is None
-    layout = Layout(recipe.train.micro_batch_tokens, recipe.train.max_length, pad_id(tokenizer), packing)
+    layout = Layout(recipe.train.rows_at_once, recipe.train.max_length, pad_id(tokenizer), packing)
     dtype = compute_dtype(section)
     return evaluate_model(network, chosen, layout, autocast=None if dtype == torch.float32 else dtype)
 

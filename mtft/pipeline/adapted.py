@@ -124,7 +124,7 @@ class Adapted:
 
         train = self.recipe.train
         packed = packing and train.packing and self._packable
-        return Layout(train.micro_batch_tokens, train.max_length, pad_id(self._tokenizer), packed)
+        return Layout(train.rows_at_once, train.max_length, pad_id(self._tokenizer), packed)
 
     def ids(self, part: str) -> dict[str, list[str]]:
         """Task -> row ids of one part."""

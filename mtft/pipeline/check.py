@@ -7,10 +7,8 @@ together once both are known (the balancer's needs), then the memory, for which 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from mtft.errors import UserError
 from mtft.recipe.compat import check_compat
 from mtft.recipe.schema import Recipe
 
@@ -89,10 +87,9 @@ def examine(recipe: Recipe) -> Examination:
 
 def _check_names(recipe: Recipe) -> None:
     """Names that a room looks up in its own table."""
-    from transformers.training_args import OptimizerNames
-
     from mtft.losses.balancers import balancer_class
     from mtft.merge.methods import make_method
+    from mtft.train.optimizers import optimizer_name
 
     balancer_class(recipe.loss.balancer)
     if recipe.merge is not None:
@@ -100,13 +97,4 @@ def _check_names(recipe: Recipe) -> None:
         for rule in recipe.merge.per_module:
             if rule.method is not None or rule.options is not None:
                 make_method(rule.method or recipe.merge.method, rule.options)
-    optimizers = [name.value for name in OptimizerNames]
-    if recipe.train.optimizer not in optimizers:
-        near = get_close_matches(recipe.train.optimizer, optimizers, n=1)
-        raise UserError(
-            f"there is no optimizer {recipe.train.optimizer!r}",
-            where="train.optimizer",
-            do=f"did you mean {near[0]}?"
-            if near
-            else "for example adamw_torch, adamw_8bit, lion_32bit, adafactor, sgd",
-        )
+    optimizer_name(recipe.train.optimizer)

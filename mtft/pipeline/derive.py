@@ -36,6 +36,8 @@ def single(recipe: Recipe, task: str, share: float, folder: Path) -> Recipe:
     if steps is None and recipe.train.steps is not None:
         steps = max(MIN_SINGLE_STEPS, math.ceil(recipe.train.steps * share))
     train = changed(recipe.train, steps=steps, epochs=None) if steps else recipe.train
+    if train.watch not in ("mean", "worst", task):
+        train = changed(train, watch="mean")
     tasks = tuple(section for section in recipe.tasks if section.name == task)
     mixture = MixtureSection(unit=recipe.mixture.unit, max_epochs=recipe.mixture.max_epochs, on_cap="redistribute")
     return _plain(recipe, folder, tasks=tasks, mixture=mixture, train=train)
@@ -48,7 +50,7 @@ def strong(recipe: Recipe, model: ModelSection, mixture: Mixture | None, folder:
 
 def proxy(recipe: Recipe, sweep: SweepSection) -> Recipe:
     """What every trial shares: the recipe with the sweep's own model, adapter, length and batch. No checkpoints."""
-    train = changed(recipe.train, steps=sweep.steps, epochs=None, eval_every=None)
+    train = changed(recipe.train, steps=sweep.steps, epochs=None, eval_every=None, patience=None, task_patience=None)
     if sweep.batch_tokens is not None:
         train = changed(train, batch_tokens=sweep.batch_tokens)
     lora = recipe.lora if sweep.lora is None else None if sweep.lora == "full" else sweep.lora

@@ -53,7 +53,7 @@ def fuse_stage(
         alone = strong_alone()
         fused = open_fusion(recipe, list(experts.values()))
         stores, stats = _held_out(strong_recipe, fused), AlphaStats()
-        layout = Layout(recipe.train.micro_batch_tokens, recipe.train.max_length, 0, packing=False)
+        layout = Layout(recipe.train.rows_at_once, recipe.train.max_length, 0, packing=False)
         score = partial(fused_scores, fused, stats=stats)
         found = score_tasks(score, stores, layout, device=fused.device)
         for task, scores in found.items():

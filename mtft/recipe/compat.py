@@ -189,8 +189,8 @@ TABLE: tuple[Row, ...] = (
         "set train.optimizer: adamw (with lora.plus: 16, if you like), or lora: null"),
     Row("train.optimizer + DeepSpeed", TRAINING,
         lambda r, e, n: e.zero > 0 and (r.train.optimizer == "muon" or _schedule_free(r)),
-        "DeepSpeed flattens the weights into one vector and hides the optimizer; muon needs matrices, and schedule_free "
-        "must be switched for evaluation", "set train.optimizer: adamw, or launch with recipes/accelerate/ddp.yaml"),
+        "DeepSpeed flattens the weights into one vector: muon needs matrices, and schedule_free is switched by tensor",
+        "set train.optimizer: adamw, or launch with recipes/accelerate/ddp.yaml"),
     Row("train.optimizer: schedule_free + train.schedule", TRAINING,
         lambda r, e, n: _schedule_free(r) and r.train.schedule != "constant",
         "schedule_free averages the weights in place of a schedule; with one on top it would count twice",

@@ -136,8 +136,14 @@ class LoraSection(Section):
     """Scale by alpha/sqrt(r) (Kalajdzievski 2023)."""
     dora: bool = False
     """Weight-decomposed LoRA (Liu et al. 2024). Not mergeable by `mtft merge`."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """How A and B start (PEFT's init_lora_weights). pissa and olora change the base weights; export converts them."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "mica"] = "default"
+    """How A and B start (PEFT's init_lora_weights). pissa and olora change the base weights; export converts them.
+    mica trains A only. (PEFT's eva, corda, loftq and lora_ga want data or other weights first: not offered.)"""
+    freeze_a: bool = False
+    """Train B only. A stays as drawn from `seed`, so that all runs with one seed share it: their adapters then differ
+    in B alone and merge exactly (LoRA-FA; half of the optimizer's state, and A's inputs need not be kept)."""
+    plus: Annotated[float, Field(ge=1)] = 1.0
+    """LoRA+: how many times as fast as A the Bs learn (the paper: 16, with about half the usual learning rate)."""
 
 
 class BalancerSection(Section):
@@ -218,8 +224,9 @@ class TrainSection(Section):
     """Passes over as many rows as all tasks have together."""
     batch_tokens: Annotated[int, Field(gt=0)] = 32768
     """Tokens in one optimizer step, over all ranks (examples in a step = batch_tokens // mean length)."""
-    micro_batch_tokens: Annotated[int, Field(gt=0)] = 8192
-    """Tokens (with padding) that one rank holds in one forward pass."""
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(gt=0)] = 8192
+    """Tokens (with padding) that one rank holds in one forward pass. auto: the largest that fits a GPU, or that is
+    still faster on a CPU, found by trial before the first step. The gradient is the same with any."""
     max_length: Annotated[int, Field(gt=1)] = 2048
     """Longest example, and length of a packed row."""
     too_long: Literal["drop", "truncate_left", "truncate_right", "error"] = "truncate_left"
@@ -233,12 +240,17 @@ class TrainSection(Section):
     one task a step, as many steps of each as its share says."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Learning-rate schedule after the warm-up, to zero for linear and cosine."""
+    schedule: Literal["linear", "cosine", "wsd", "inverse_sqrt", "constant", "constant_with_warmup"] = "linear"
+    """Learning rate after the warm-up: linear and cosine go down to `min_lr`, wsd stays and goes down at the end."""
+    min_lr: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Where linear, cosine and wsd end, as a part of the peak."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the steps in which wsd goes down, linearly."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Share of the steps (below 1) or number of steps (from 1)."""
     optimizer: str = "adamw_torch"
-    """A name of transformers' `optim`."""
+    """adamw, adamw_8bit, paged_adamw_8bit, lion, adafactor, ademamix, muon, schedule_free, ..., or any name of
+    transformers' `optim` (docs/training.md)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled decay."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -249,12 +261,29 @@ class TrainSection(Section):
     """Clip the gradient norm; 0 = off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    neftune: Annotated[float, Field(ge=0)] = 0.0
+    """NEFTune: noise on the embeddings while training, uniform in +-neftune/sqrt(length * width); 0 = off, usual 5."""
     eval_every: Annotated[int, Field(gt=0)] | None = None
     """Steps between evaluations; null: at the start and at the end only."""
     eval_on_start: bool = True
     """Evaluate before the first step too."""
+    watch: str = "mean"
+    """Held-out loss that `patience` and output.export: best look at: mean or worst over the tasks, or a task's name."""
+    patience: Annotated[int, Field(gt=0)] | None = None
+    """End the run after so many evaluations in a row without a better `watch`; null: never."""
+    task_patience: Annotated[int, Field(gt=0)] | None = None
+    """Drop a task from the loss after so many evaluations in a row without a better held-out loss of its own; its
+    share of the loss goes to the others. null: never."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """By how much a held-out loss must fall to count as better."""
     max_bad_steps: Annotated[int, Field(gt=0)] = 10
     """Stop after so many steps in a row with a non-finite loss or gradient, or with no supervised token."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """micro_batch_tokens as a number where nothing was tried (evaluation, trials): 8192, or one row, for auto."""
+        asked = self.micro_batch_tokens
+        return max(8192, self.max_length) if asked == "auto" else asked
 
 
 class OutputSection(Section):
@@ -264,6 +293,9 @@ class OutputSection(Section):
     """Steps between checkpoints; null: only at the end and on a signal."""
     keep: Annotated[int, Field(gt=0)] = 2
     """Checkpoints that stay on disk."""
+    export: Literal["last", "best"] = "last"
+    """Weights that the run hands over: those after the last step, or those of the evaluation with the best
+    train.watch."""
     trackers: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Trackers of transformers: tensorboard, trackio, wandb, mlflow, ... metrics.jsonl is always written."""
 
@@ -361,6 +393,8 @@ class Experts(Section):
     """Held-out prompts of each task to fit the router on; at most a third of what there is (twin)."""
     top: Annotated[int, Field(gt=0)] | None = None
     """Experts that serve one token; null = all (arrow)."""
+    general: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Folders of adapters for general ability, whose mean delta is taken off every expert (arrow)."""
 
 
 class MergeSection(Section):
@@ -393,8 +427,6 @@ class MergeSection(Section):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the merged adapter on disk; auto = as the inputs."""
     vllm: bool = False
-    general: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Folders of adapters for general ability, whose mean delta is taken off every expert (arrow)."""
     """Refuse what vLLM can't load (biases, full tensors)."""
     options: dict[str, StrictInt | StrictFloat | StrictStr | bool] = {}
     """The method's own options."""

@@ -12,7 +12,9 @@ from mtft.recipe.compat import check_compat
 from mtft.recipe.schema import Recipe
 from mtft.train.engines import fsdp_settings
 from mtft.train.model import compute_dtype
+from mtft.train.optimizers import MUON, optimizer_name
 from mtft.train.ranks import engine, join_ranks_without_gpu, world_size
+from mtft.train.schedules import schedule_arguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -26,15 +28,9 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
     `saves`: checkpoints every save_every steps and at the end.
     """
     from transformers import TrainingArguments
-    from transformers.training_args import OptimizerNames
 
     asked = recipe.train
-    if asked.optimizer not in {name.value for name in OptimizerNames}:
-        raise UserError(
-            f"unknown optimizer {asked.optimizer!r}",
-            where="train.optimizer",
-            do=f"one of {', '.join(name.value for name in OptimizerNames)}",
-        )
+    optimizer = optimizer_name(asked.optimizer)
     check_compat(recipe, stage="train")  # for callers from Python; the command line has asked already
     on_cpu = not torch.cuda.is_available()
     shards_on_cpu = on_cpu and engine() != "ddp" and world_size() > 1
@@ -51,9 +47,8 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
         per_device_train_batch_size=1,  # not a size: the loader's item is the step
         gradient_accumulation_steps=1,
         learning_rate=asked.learning_rate,
-        lr_scheduler_type=asked.schedule,
-        warmup_steps=asked.warmup,  # below 1: share of the steps
-        optim=asked.optimizer,
+        **schedule_arguments(asked, steps),
+        optim="adamw_torch" if optimizer == MUON else optimizer,  # muon is made by mtft.train.optimizers
         weight_decay=asked.weight_decay,
         adam_beta1=asked.beta1,
         adam_beta2=asked.beta2,

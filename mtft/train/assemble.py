@@ -24,15 +24,19 @@ from mtft.losses.reweight import SampleWeights
 from mtft.losses.valid import ValidStream
 from mtft.recipe.schema import Recipe
 from mtft.train import folder
+from mtft.train.averaged import TrainingPoint
 from mtft.train.checkpoint import check_identity
 from mtft.train.engines import trainable
 from mtft.train.log import RunLog
 from mtft.train.model import compute_dtype, load_tokenizer, pad_id
+from mtft.train.noise import EmbeddingNoise, NoiseStep
 from mtft.train.objective import Objective
+from mtft.train.optimizers import own_optimizer
 from mtft.train.ranks import is_writer
 from mtft.train.signals import StopSignal
 from mtft.train.state import newest_checkpoint
 from mtft.train.steps import Steps
+from mtft.train.stopping import Stopping
 from mtft.train.surgery import make_surgery
 from mtft.train.trainer import MultiTaskTrainer
 
@@ -106,7 +110,7 @@ def build_trainer(
     attention = model.config._attn_implementation
     isolated = packing_refusal(model.config, attention) is None
     layout = Layout(
-        asked.micro_batch_tokens,
+        asked.rows_at_once,
         asked.max_length,
         pad_id(inputs.tokenizer),
         packing=asked.packing and may_pack(model.config, attention, say=log.say),
@@ -156,7 +160,7 @@ def build_trainer(
         autocast = None if dtype == torch.float32 else dtype
         return evaluate_model(network, inputs.held_out, layout, attention=attention, autocast=autocast)
 
-    return MultiTaskTrainer(
+    trainer = MultiTaskTrainer(
         model,
         args,
         steps=Steps(source, plan),
@@ -170,16 +174,24 @@ def build_trainer(
             label_smoothing=loss.label_smoothing,
             z_loss=loss.z_loss,
             orthogonal=loss.orthogonal,
+            noise=EmbeddingNoise(model, asked.neftune, recipe.seed) if asked.neftune else None,
         ),
         balancer=balancer,
         log=log,
         surgery=surgery,
+        stopping=Stopping(recipe.task_names, asked.watch, asked.patience, asked.task_patience, asked.min_delta),
         score=score,
         stop=stop,
         identity=inputs.identity(plan),
         max_bad_steps=asked.max_bad_steps,
         keep=recipe.output.keep,
     )
+    trainer.optimizer_cls_and_kwargs = own_optimizer(recipe, args)
+    if trainer.objective.noise is not None:
+        trainer.add_callback(NoiseStep(trainer.objective.noise))
+    if asked.optimizer.startswith("schedule_free"):
+        trainer.add_callback(TrainingPoint())
+    return trainer
 
 
 def may_pack(config: Any, attention: str, *, say: Callable[[str], None]) -> bool:

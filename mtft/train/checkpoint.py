@@ -52,6 +52,7 @@ def save(trainer: MultiTaskTrainer) -> Path:
         "scaler": None if scaler is None else scaler.state_dict(),
         "balancer": trainer.balancer.state_dict(),
         "gradients": trainer.surgery.state_dict(),
+        "stopping": trainer.stopping.state_dict(),
         "bad_steps": trainer.bad_steps,
         "random": random_states,
     }
@@ -115,6 +116,7 @@ def load_state(trainer: MultiTaskTrainer, folder: Path) -> None:
     if trainer.accelerator.scaler is not None and tree["scaler"] is not None:
         trainer.accelerator.scaler.load_state_dict(tree["scaler"])
     trainer.balancer.load_state_dict(tree["balancer"])
+    trainer.stopping.load_state_dict(tree["stopping"])
     trainer.surgery.load_state_dict(tree["gradients"])
     trainer.bad_steps.update(tree["bad_steps"])
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from mtft.recipe.schema import Recipe
 from mtft.train import folder
+from mtft.train.best import choose_weights
 from mtft.train.engines import whole_weights
 from mtft.train.export import Proof, export_model, probe_logits, write_card
 from mtft.train.log import finite
@@ -28,6 +29,7 @@ def hand_over(
 ) -> None:
     """Export, proof, final scores, card; result.json comes last. A collective call."""
     run_dir, steps = Path(recipe.output.dir), trainer.state.global_step
+    chosen = choose_weights(trainer, recipe.output.export)
     model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     state = whole_weights(trainer, model)
     logits = probe_logits(model, trainer.args.device) if prove else None
@@ -49,7 +51,8 @@ def hand_over(
             seconds = time.perf_counter() - begin
             summaries = {task: found.summary() for task, found in scores.items()}
             content = {"steps": steps, "seconds": seconds, "export": export_dir.name, "proof": equal}
-            content |= {"tasks": summaries, "skipped_steps": trainer.bad_steps}
+            content |= {"tasks": summaries, "skipped_steps": trainer.bad_steps, "exported_step": chosen}
+            content |= {"ended": trainer.stopping.ended, "dropped_tasks": trainer.stopping.dropped}
             folder.write_json(run_dir / folder.RESULT, finite(content))
     if dist.is_initialized():
         dist.barrier()

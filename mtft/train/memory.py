@@ -1,14 +1,18 @@
-"""How much memory a GPU needs for a recipe, before any weight is loaded.
+"""How much memory a recipe needs, before any weight is loaded.
 
 The model is made on torch's meta device, where tensors have shapes and no data:
 
     weights      bytes of every parameter as it is held (4-bit and 8-bit bases: their linears)
-    training     trainable parameters x (gradient 4 + optimizer states) in fp32
-    activations  what autograd keeps for the backward pass of one short row, counted, times micro_batch_tokens
-    logits       supervised positions of a micro-batch x vocabulary x 4 bytes x 2 (values and gradient)
+    training     gradients of the trained parameters (fp32), and what the optimizer keeps for each of them
+    activations  what a micro-batch adds at the highest point of a step, but for
+    logits       the buffers of the loss over its supervised tokens
 
-It is an estimate for one process that holds everything (DDP): kernels' work space, fragmentation and the CUDA context
-(about 1 GiB) come on top; ZeRO holds less; attention is taken to keep nothing that grows with length squared.
+The last two come from playing the step on tensors without data (mtft.train.peak), with rows as the batches have them.
+Held against measured peaks by scripts/check_memory.py.
+
+It is an estimate for one process that holds everything (DDP, which keeps the gradients twice where there are several
+ranks). The context of a GPU (about 0.5 GiB), fragmentation and work space of kernels come on top; FSDP and ZeRO hold
+less; quantised linears are counted with the largest one's dequantised copy.
 """
 
 from __future__ import annotations
@@ -21,12 +25,11 @@ from mtft.errors import UserError
 from mtft.recipe.schema import ModelSection, Recipe
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-STATE_BYTES = {"sgd": 0, "adafactor": 0, "lion_32bit": 4, "lion_8bit": 1, "paged_lion_8bit": 1}  # per trained parameter
-ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2
 QUANTISED_BYTES = {"nf4": 0.516, "int8": 1.0}  # a linear's weight; nf4 with its doubly quantised scales is 4.127 bits
-PROBE_TOKENS = 32
+FUSED_ROWS = 256  # supervised tokens whose logits the fused loss holds at a time
 
 
 @dataclass(frozen=True)
@@ -66,41 +69,96 @@ def _size(count: int | None) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 // 10 else f"{count / 2**20:.1f} MiB"
 
 
-def estimate_memory(recipe: Recipe, *, learnt_share: float = 1.0) -> MemoryEstimate:
-    """Estimate for `mtft train` of a recipe. `learnt_share`: supervised tokens / tokens, as the plan plays them.
+def estimate_memory(
+    recipe: Recipe, *, learnt_share: float = 1.0, longest: int | None = None, ranks: int = 1
+) -> MemoryEstimate:
+    """Estimate for `mtft train` of a recipe.
+
+    learnt_share  supervised tokens / tokens, as the plan plays them
+    longest       tokens of the longest example, where it is known and below max_length
+    ranks         processes that share a step's tokens
 
     Raises UserError when the model's config can't be read, or `lora.targets` fits no module.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from mtft.train.model import add_lora, compute_dtype
+    from mtft.train.model import compute_dtype
+    from mtft.train.optimizers import state_bytes
+    from mtft.train.peak import step_peak
 
     section, train = recipe.model, recipe.train
     dtype = compute_dtype(section)
     held = torch.float32 if recipe.lora is None else dtype
-    with torch.device("meta"):
-        trusted = section.trust_remote_code
-        model: Any = AutoModelForCausalLM.from_config(read_config(section), trust_remote_code=trusted)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        weights = sum(_held_bytes(model, section.quantise, held.itemsize).values())
-        if recipe.lora is not None:
-            lora = recipe.lora.model_copy(update={"init": "default"})  # the others need data; the sizes are equal
-            model = add_lora(model, lora, seed=recipe.seed)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if recipe.lora is not None:
-        weights += 4 * trainable  # the adapter is held in fp32
-        parameters += trainable
-    per_token = kept_per_token(model.to(dtype), checkpointing=train.gradient_checkpointing)
-    rows = train.micro_batch_tokens * learnt_share
+    model, parameters, weights, largest = _on_meta(recipe, held)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable, gradients = sum(p.numel() for p in trained), sum(p.numel() * p.itemsize for p in trained)
+    ends = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+    states = sum(
+        state_bytes(train.optimizer, [tuple(parameter.shape)], embedding=id(parameter) in ends) for parameter in trained
+    )
+    rows, width = _layout(recipe, longest, ranks)
+    supervised = max(1, round(rows * width * learnt_share))
+    found = step_peak(
+        model,
+        rows=rows,
+        width=width,
+        supervised=min(supervised, FUSED_ROWS) if recipe.loss.path == "fused" else supervised,
+        packed=train.packing and section.attention in ("auto", "sdpa", "eager"),
+        autocast=None if dtype == torch.float32 else dtype,
+        checkpointing=train.gradient_checkpointing,
+        accumulates=train.batch_tokens > rows * width * ranks,
+        plain_loss=bool(recipe.loss.label_smoothing or recipe.loss.z_loss),
+    )
+    if found is None:
+        activations, logits = None, supervised * model.config.vocab_size * 4
+    else:
+        dequantised = 0 if section.quantise == "none" else largest * dtype.itemsize
+        above = max(0, found.peak + dequantised - gradients)  # what is there at the highest point beside the gradients
+        logits = min(found.logits, above)
+        activations = above - logits
     return MemoryEstimate(
         parameters=parameters,
         trainable=trainable,
-        weights=round(weights),
-        training=trainable * (4 + _state_bytes(train.optimizer)),
-        activations=None if per_token is None else round(per_token * train.micro_batch_tokens),
-        logits=round(rows * model.config.vocab_size * 4 * 2),
+        weights=weights,
+        training=gradients + states,
+        activations=activations,
+        logits=logits,
     )
+
+
+def _on_meta(recipe: Recipe, held: torch.dtype) -> tuple[Any, int, int, int]:
+    """(the model with its adapter, on the meta device; parameters; bytes of all weights; largest quantised linear)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mtft.train.model import add_lora
+
+    section = recipe.model
+    options: dict[str, Any] = {"dtype": held, "trust_remote_code": section.trust_remote_code}
+    options["attn_implementation"] = "eager" if section.attention == "eager" else "sdpa"  # what runs without a GPU too
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(read_config(section), **options)
+        model.config.use_cache = False
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        weights = sum(_held_bytes(model, section.quantise, held.itemsize).values())
+        linears = [part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear)]
+        if recipe.lora is not None:
+            lora = recipe.lora.model_copy(update={"init": "default"})  # the others need data; the sizes are equal
+            model = add_lora(model, lora, seed=recipe.seed)
+            adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+            weights += 4 * adapter  # the adapter is held in fp32
+            parameters += adapter
+    return model, parameters, round(weights), max(linears, default=0)
+
+
+def _layout(recipe: Recipe, longest: int | None, ranks: int) -> tuple[int, int]:
+    """(rows, width) of the largest micro-batch."""
+    train = recipe.train
+    tokens = min(train.rows_at_once, -(-train.batch_tokens // ranks))
+    width = min(train.max_length, tokens)
+    if longest is not None and not train.packing:
+        width = min(width, longest)
+    return max(1, tokens // width), width
 
 
 def read_config(section: ModelSection) -> Any:
@@ -124,10 +182,6 @@ def read_config(section: ModelSection) -> Any:
         ) from error
 
 
-def _state_bytes(optimizer: str) -> int:
-    return STATE_BYTES.get(optimizer, ADAM_8BIT_BYTES if "8bit" in optimizer else ADAM_BYTES)
-
-
 def _held_bytes(model: nn.Module, quantise: str, width: int) -> dict[str, float]:
     """Bytes of each parameter: quantisation takes the weights of all linears but the head."""
     from torch import nn
@@ -138,45 +192,3 @@ def _held_bytes(model: nn.Module, quantise: str, width: int) -> dict[str, float]
         name: parameter.numel() * (QUANTISED_BYTES.get(quantise, width) if id(parameter) in small else width)
         for name, parameter in model.named_parameters()
     }
-
-
-def kept_per_token(model: nn.Module, *, checkpointing: bool = False) -> float | None:
-    """Bytes a token that autograd keeps between the forward and the backward pass, without the head.
-
-    Counted over distinct storages that are no parameters. With checkpointing: each layer's input, and one layer whole.
-    None for models whose code looks at values on the way (some rotary positions, some routers): shapes have none.
-    """
-    import torch
-    from peft import PeftModel
-
-    body: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    device = next(model.parameters()).device
-    # Distinct storages by identity: meta tensors have no address. They are kept alive, so no identity comes twice.
-    held = [parameter.untyped_storage() for parameter in model.parameters()]
-    parameters = {id(storage) for storage in held}
-    kept: dict[int, Any] = {}
-
-    def keep(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if id(storage) not in parameters:
-            kept[id(storage)] = storage
-        return tensor
-
-    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
-    # A ready-made mask: transformers looks at the values of positions and of a flat mask, and meta tensors have none.
-    mask = torch.ones(1, 1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device=device)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            inputs = body.get_input_embeddings()(ids).requires_grad_()
-            output = body.base_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
-    except (RuntimeError, NotImplementedError):
-        if device.type != "meta":
-            raise
-        return None
-    del output
-    per_token = sum(storage.nbytes() for storage in kept.values()) / PROBE_TOKENS
-    if checkpointing:
-        layers = body.config.num_hidden_layers
-        width = body.config.hidden_size * next(model.parameters()).dtype.itemsize
-        per_token = layers * width + per_token / layers
-    return per_token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from mtft.losses.reduce import Counts, coefficients
 from mtft.losses.regular import adapter_orthogonality
 from mtft.losses.reweight import SampleWeights
 from mtft.losses.valid import ValidStream
+from mtft.train.noise import EmbeddingNoise
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Objective:
     path       how the per-token losses are computed (mtft.losses.nll)
     attention  attention implementation of the model
     valid      held-out micro-batches of a step, for balancers that ask for them (Needs.valid_every)
+    noise      NEFTune's, which is drawn while the model is in training
     sample_weights, label_smoothing, z_loss, orthogonal: as in the recipe
     """
 
@@ -33,17 +36,19 @@ class Objective:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     orthogonal: float = 0.0
+    noise: EmbeddingNoise | None = None
 
     def nll(self, model: nn.Module, batch: Batch) -> Tensor:
         """fp32 [B, T]: loss of every supervised token, 0 elsewhere."""
-        return token_nll(
-            model,
-            batch,
-            path=self.path,
-            attention=self.attention,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-        )
+        with nullcontext() if self.noise is None else self.noise.on(batch):
+            return token_nll(
+                model,
+                batch,
+                path=self.path,
+                attention=self.attention,
+                label_smoothing=self.label_smoothing,
+                z_loss=self.z_loss,
+            )
 
     def loss(self, nll_BT: Tensor, batch: Batch, counts: Counts, w_K: Tensor, step: int) -> Tensor:
         """This micro-batch's part of the loss of step `step`; the parts of all micro-batches and ranks add up to it."""

@@ -12,6 +12,7 @@ from mtft.data.batch import Batch
 from mtft.evaluate.mode import evaluation_mode
 from mtft.losses.balancers import Observation
 from mtft.losses.reduce import reduce_sums, step_counts, task_losses, task_sums
+from mtft.train.averaged import evaluation_weights
 from mtft.train.tree import random_state, restore_random_state
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def valid_losses(trainer: MultiTaskTrainer, step: int) -> Tensor:
     if trainer.objective.valid is None:
         raise ValueError(f"balancer {trainer.balancer.NAME} needs a held-out stream")
     batches = [batch.to(trainer.args.device) for batch in trainer.objective.valid.batches(step)]
-    with evaluation_mode(trainer.model_wrapped):
+    with evaluation_weights(trainer.optimizer), evaluation_mode(trainer.model_wrapped):
         return global_losses(trainer, trainer.model_wrapped, batches)
 
 

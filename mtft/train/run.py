@@ -54,11 +54,13 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     from mtft.data.planning import make_plan
     from mtft.train.arguments import training_arguments
     from mtft.train.assemble import build_trainer, introduce, read_inputs, start_folder
+    from mtft.train.best import Watch, ended_before
     from mtft.train.export import CHANGE_THE_BASE, save_initial
     from mtft.train.handover import hand_over
     from mtft.train.log import RunLog
     from mtft.train.model import load_for_training
     from mtft.train.signals import EXIT_CODES, StopSignal
+    from mtft.train.state import checkpoint_step
 
     inputs = read_inputs(recipe)
     plan = make_plan(recipe, inputs.stores)
@@ -74,12 +76,16 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
         if recipe.lora is not None and recipe.lora.init in CHANGE_THE_BASE and is_writer():
             save_initial(model, run_dir)
         trainer = build_trainer(recipe, inputs, plan, model, args, log=log, stop=stop)
+        trainer.add_callback(Watch(trainer, keep_best=recipe.output.export == "best"))
+        if ended_before(checkpoint):
+            trainer.steps.until = args.max_steps = checkpoint_step(checkpoint)
         introduce(recipe, plan, trainer, checkpoint)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             log.close()
-    if stop.seen is not None and trainer.state.global_step < plan.steps:
+    ended = trainer.stopping.ended is not None
+    if stop.seen is not None and trainer.state.global_step < plan.steps and not ended:
         step = trainer.state.global_step
         log.say(f"stopped by {stop.seen.name} after step {step}, which is saved; the same command continues")
         raise SystemExit(EXIT_CODES[stop.seen])

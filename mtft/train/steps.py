@@ -26,13 +26,17 @@ class Content(NamedTuple):
 
 
 class Steps(Dataset):
-    """The steps of `plan`, as `source` deals them out to this rank."""
+    """The steps of `plan`, as `source` deals them out to this rank.
+
+    until  number of steps after which the run ends, where that is earlier than the plan does
+    """
 
     def __init__(self, source: BatchSource, plan: MixturePlan) -> None:
         self.source, self.plan = source, plan
+        self.until: int | None = None
 
     def __len__(self) -> int:
-        return self.plan.steps
+        return self.plan.steps if self.until is None else self.until
 
     def __getitem__(self, step: int) -> list[Batch]:
         return self.source[step]

@@ -40,6 +40,7 @@ from mtft.losses.reduce import (
     task_sums,
 )
 from mtft.train import checkpoint
+from mtft.train.averaged import evaluation_weights
 from mtft.train.flat_step import FlatStep
 from mtft.train.flow import BadSteps, Flow
 from mtft.train.log import RunLog, flat, step_line
@@ -48,6 +49,7 @@ from mtft.train.observe import global_losses, valid_losses
 from mtft.train.ranks import check_ranks
 from mtft.train.signals import StopSignal
 from mtft.train.steps import Steps
+from mtft.train.stopping import Stopping
 from mtft.train.surgery import Surgery
 from mtft.train.tree import random_state
 
@@ -59,6 +61,7 @@ class MultiTaskTrainer(Trainer):
     surgery     measures the gradients of single tasks, and steps along a mix of them; None: never
     score       model -> scores of each task on its held-out examples, over all ranks; None: no evaluation
     log         where metrics go (silent on all ranks but one)
+    stopping    what held-out losses decide: tasks that are dropped (weight 0), the end of the run
     stop        SIGTERM/SIGINT seen by any rank ends the run after the step, with a checkpoint
     identity    what a checkpoint must agree on to be continued (fingerprints), kept with it
     """
@@ -79,6 +82,7 @@ class MultiTaskTrainer(Trainer):
         balancer: Balancer,
         log: RunLog,
         surgery: Surgery | None = None,
+        stopping: Stopping | None = None,
         score: Callable[[nn.Module], dict[str, TaskScores]] | None = None,
         stop: StopSignal | None = None,
         identity: dict[str, Any] | None = None,
@@ -100,6 +104,7 @@ class MultiTaskTrainer(Trainer):
         self._line: dict[str, Any] = {}
         self._trouble: str | None = None
         self.surgery = surgery or Surgery(model, tasks)
+        self.stopping = stopping or Stopping(tasks)
         if balancer.needs.gram_every != self.surgery.gram_every:
             raise ValueError(
                 f"balancer {balancer.NAME} needs the task gradients every {balancer.needs.gram_every} steps"
@@ -139,7 +144,7 @@ class MultiTaskTrainer(Trainer):
         needs, normalise = self.balancer.needs, self.objective.normalise
         self._random = random_state() if needs.after_step else None
         step_loss_K = global_losses(self, model, batches) if needs.step_loss else None
-        w_K = self.balancer.weights(step, step_loss_K)
+        w_K = self.stopping.weigh(self.balancer.weights(step, step_loss_K))
         share_K = task_coefficients(counts, w_K, normalise)
         parts: list[TaskSums] = []
         if float(share_K.sum()) > 0:  # on every rank; else nothing in the whole step counts, and nothing is run
@@ -249,7 +254,8 @@ class MultiTaskTrainer(Trainer):
         if self._score is None:
             raise ValueError("no held-out examples to evaluate on")
         if step not in self.evaluations:
-            self.evaluations = {step: self._score(self.model)}
+            with evaluation_weights(self.optimizer):
+                self.evaluations = {step: self._score(self.model)}
             found = {task: scores.summary() for task, scores in self.evaluations[step].items()}
             self.run_log.evaluation(step, found)
         metrics = flat({"tasks": {task: scores.summary() for task, scores in self.evaluations[step].items()}}, "eval_")

@@ -1,0 +1,129 @@
+"""Early stopping, dropped tasks and the best weights: the rule on numbers, then whole runs, broken ones included."""
+
+import json
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mtft.train.run import train
+from mtft.train.stopping import Stopping
+
+from .test_run import kill_at_step, picture, recipe_in, run
+
+TASKS = ("a", "b")
+
+
+def follow(stopping, curve):
+    """Steps 10, 20, ... with these losses of a and b; what was said."""
+    return [line for i, (a, b) in enumerate(curve) for line in stopping.observe(10 * (i + 1), {"a": a, "b": b})]
+
+
+def test_patience_counts_evaluations_in_a_row():
+    stopping = Stopping(TASKS, patience=2)
+    follow(stopping, [(1.0, 1.0), (0.8, 1.1), (0.9, 1.1), (0.7, 1.1)])
+    assert stopping.ended is None
+    assert (stopping.run.step, stopping.run.since) == (40, 0)
+    follow(stopping, [(0.0, 0.0)] * 4)  # the same steps again: nothing is counted twice
+    assert stopping.run.step == 40
+    for step in (50, 60):
+        stopping.observe(step, {"a": 2.0, "b": 2.0})
+    assert stopping.ended == "no better mean held-out loss since step 40"
+
+
+@pytest.mark.parametrize("watch, best", [("mean", 20), ("worst", 10), ("a", 30)])
+def test_what_is_watched(watch, best):
+    stopping = Stopping(TASKS, watch=watch)
+    follow(stopping, [(1.0, 1.0), (0.5, 1.1), (0.3, 1.4)])
+    assert stopping.run.step == best
+    assert stopping.better(best)
+
+
+def test_min_delta_and_nan_are_no_progress():
+    stopping = Stopping(TASKS, patience=3, min_delta=0.1)
+    follow(stopping, [(1.0, 1.0), (0.95, 0.95), (float("nan"), 0.1), (0.91, 0.91)])
+    assert stopping.run.step == 10
+    assert stopping.ended is not None
+
+
+def test_a_task_is_dropped_and_its_share_goes_to_the_others():
+    stopping = Stopping(("a", "b", "c"), task_patience=2)
+    w_K = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    assert stopping.weigh(w_K) is w_K
+    for step, a in enumerate([1.0, 1.1, 1.2, 0.1]):
+        stopping.observe(step, {"a": a, "b": 1 - step / 10, "c": 1 - step / 10})
+    assert stopping.dropped == {"a": 2}
+    assert stopping.weigh(w_K).tolist() == [0, 2, 3]
+    assert stopping.weigh(torch.tensor([1.0, 0, 0])).tolist() == [1, 0, 0]  # nothing else counts: left alone
+    twin = Stopping(("a", "b", "c"), task_patience=2)
+    twin.load_state_dict(json.loads(json.dumps(stopping.state_dict())))
+    assert twin == stopping
+    for step in (10, 11):
+        stopping.observe(step, {"a": 1.0, "b": 2.0, "c": 2.0})
+    assert stopping.ended == "every task is dropped"
+
+
+def overfitting(few_rows, folder, **changes):
+    """Learns so fast that the held-out loss of some task soon rises."""
+    settings = {"steps": 16, "warmup": 0, "eval_every": 1, **changes.pop("train", {})}
+    recipe = recipe_in(few_rows, folder, train=settings, **{"loss": {}, **changes})
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def few_rows(recipe):
+    return {**recipe, "tasks": [{**task, "limit": 6} for task in recipe["tasks"]]}
+
+
+def test_a_run_ends_early_and_hands_over_the_best(few_rows, tmp_path):
+    def with_best(folder):
+        recipe = overfitting(few_rows, folder, train={"patience": 2, "learning_rate": 0.5})
+        return recipe.model_copy(update={"output": recipe.output.model_copy(update={"export": "best"})})
+
+    result = train(with_best(tmp_path / "run"), quiet=True, prove=False)
+    evals = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
+    means = {line["step"]: sum(task["loss"] for task in line["tasks"].values()) / 3 for line in evals}
+    best = min(means, key=means.get)
+    content = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert content["exported_step"] == best
+    assert content["steps"] == best + 2 < 16
+    assert content["ended"].startswith("no better mean")
+    found = sum(scores.summary()["loss"] for scores in result.scores.values()) / 3
+    assert found == pytest.approx(means[best])
+    kept = load_file(tmp_path / "run" / "best" / "weights.safetensors")
+    exported = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {name.replace(".default", ""): value.tolist() for name, value in kept.items()} == {
+        name: value.tolist() for name, value in exported.items()
+    }
+
+    def die_at_the_end():
+        import os
+
+        from mtft.train import handover
+
+        handover.write_card = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+
+    again = with_best(tmp_path / "again")  # killed when only the end is missing: it does not train on
+    assert run(again, die_at_the_end) == -signal.SIGKILL
+    assert run(again) == 0
+    assert picture(tmp_path / "again") == picture(tmp_path / "run")
+
+
+def test_a_dropped_task_stays_dropped_when_a_run_goes_on(few_rows, tmp_path):
+    def recipe(folder):
+        return overfitting(few_rows, folder, train={"task_patience": 1, "steps": 12, "learning_rate": 0.01})
+
+    train(recipe(tmp_path / "run"), quiet=True, prove=False)
+    content = json.loads((tmp_path / "run" / "result.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert content["dropped_tasks"]
+    for task, step in content["dropped_tasks"].items():
+        assert {line["tasks"][task]["weight"] for line in lines if line["step"] > step} <= {0.0}
+    for line in lines:
+        shares = [values["loss_share"] for values in line["tasks"].values()]
+        assert sum(shares) == pytest.approx(1)
+    middle = min(content["dropped_tasks"].values()) + 2
+    assert run(recipe(tmp_path / "broken"), kill_at_step(middle)) == -signal.SIGKILL
+    assert run(recipe(tmp_path / "broken")) == 0
+    assert picture(tmp_path / "broken") == picture(tmp_path / "run")

@@ -2,23 +2,25 @@
 
     python scripts/compare_merges.py recipes/quickstart.yaml --out runs/compare-merges
     python scripts/compare_merges.py RECIPE --seeds 17 --only linear ties tsv   # some of them
-    python scripts/compare_merges.py RECIPE --table                             # the table of what is there already
+    python scripts/compare_merges.py RECIPE --table --docs docs/merging.md      # only write the table of what is there
 
 Per seed: one expert per task and one joint adapter on the same number of rows (the runs that `mtft run` makes), then
 every method. Held-out rows are dealt into three parts: on `choose` each method gets its best common scale (searches,
 gates and routers get these rows too), `check` is for the verdict of searches, and what the table shows comes from
-`rest`. Everything is kept in OUT/seed-N, and nothing is done twice. One thread; CPU seconds of this process.
+`rest`. Scales are tried from a geometric grid, downhill from the one that gives the result the norm of a third of the
+plain sum. Everything is kept in OUT/seed-N, and nothing is done twice. One thread; CPU seconds of this process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +30,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SCALES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+import torch  # after the number of threads is set
+
+SCALES = tuple(round(2 ** (i / 2), 3) for i in range(-6, 11))  # 0.125 to 32, in steps of the root of 2
 RANK = 64
+BEGIN, END = "<!-- table of scripts/compare_merges.py -->", "<!-- end of the table -->"
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class Entry:
     scaled: bool = True  # a common scale is chosen
 
 
-def gates(kind: str, steps: int = 100) -> Entry:
-    asked = {"kind": kind, "steps": steps, "learning_rate": 1.0 if kind == "self_positioning" else 1e-2}
+def gates(kind: str, steps: int = 60) -> Entry:
+    asked = {"kind": kind, "steps": steps, "learning_rate": 1.0 if kind == "self_positioning" else 2e-2}
     return Entry(kind="gates", section=asked, scaled=False)
 
 
@@ -68,8 +73,6 @@ ENTRIES: dict[str, Entry] = {
     "regmean": Entry("regmean", kind="method"),
     "ties": Entry("ties"),
     "ties (rank 16)": Entry("ties", rank=16),
-    "ties (mergekit)": Entry("ties", {"variant": "mergekit"}),
-    "ties (peft)": Entry("ties", {"variant": "peft"}),
     "ties (global)": Entry("ties", {"scope": "global"}),
     "dare": Entry("dare"),
     "dare + ties": Entry("dare", {"then": "ties"}),
@@ -81,9 +84,9 @@ ENTRIES: dict[str, Entry] = {
     "consensus": Entry("consensus"),
     "doge": Entry("doge", {"steps": 100}),
     "robustmerge": Entry("robustmerge"),
-    "search cobyqa": Entry(kind="search", section={"by": "cobyqa", "budget": 30}, scaled=False),
-    "search cma": Entry(kind="search", section={"by": "cma", "budget": 30}, scaled=False),
-    "search lorahub": Entry(kind="search", section={"by": "lorahub", "budget": 30}, scaled=False),
+    "search cobyqa": Entry(kind="search", section={"by": "cobyqa", "budget": 14}, scaled=False),
+    "search cma": Entry(kind="search", section={"by": "cma", "budget": 14}, scaled=False),
+    "search lorahub": Entry(kind="search", section={"by": "lorahub", "budget": 14}, scaled=False),
     "adamerging_task": gates("adamerging_task"),
     "adamerging_layer": gates("adamerging_layer"),
     "atlas": gates("atlas"),
@@ -108,6 +111,7 @@ class Seed:
     singles: dict
     joint: dict
     folder: Path
+    sum_norm: float
 
 
 def prepare(recipe_file: str, seed: int, out: Path, rows: int, limit: int, overrides: list[str]) -> Seed:
@@ -136,7 +140,19 @@ def prepare(recipe_file: str, seed: int, out: Path, rows: int, limit: int, overr
     for task, path in adapters.items():
         singles |= scored(f"single-{task}", path, (task,))
     joint = scored("joint", Path(results["joint"].adapter_dir))
-    return Seed(recipe, adapters, adapted, scored("base", None), singles, joint, folder)
+    base = scored("base", None)
+    return Seed(recipe, adapters, adapted, base, singles, joint, folder, norm_of_sum(adapters))
+
+
+def norm_of_sum(adapters: dict[str, Path]) -> float:
+    """||sum_k D_k|| over all modules."""
+    from mtft.merge.core import to_core
+    from mtft.merge.factors import read_adapter
+
+    opened = [read_adapter(path) for path in adapters.values()]
+    names = {name for adapter in opened for name in adapter.modules}
+    cores = (to_core([a.factors(name) for a in opened], [1.0] * len(opened)).sum() for name in names)
+    return math.sqrt(sum(float((core**2).sum()) for core in cores))
 
 
 def kept(folder: Path, tasks, score) -> dict:
@@ -145,21 +161,56 @@ def kept(folder: Path, tasks, score) -> dict:
     return kept_scores(folder, tuple(tasks), score)
 
 
-@contextmanager
-def scaled(network: Any, scale: float) -> Iterator[None]:
-    """The adapter on `network`, times `scale`."""
-    from peft.tuners.lora import LoraLayer
+class InPlace:
+    """A merged adapter added to the model's own weights, at any scale: no factors to multiply in the forward pass."""
 
-    layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        layer.scaling["default"] *= scale
-    yield
-    for layer in layers:
-        layer.scaling["default"] /= scale
+    def __init__(self, model: Any, folder: Path) -> None:
+        from mtft.merge.factors import read_adapter
+
+        adapter = read_adapter(folder, "merged")
+        self._deltas = []
+        for name in adapter.modules:
+            f = adapter.factors(name)
+            weight = model.get_submodule(name).weight
+            delta = torch.tensor(f.scale * (f.B_MR @ f.A_RN), dtype=weight.dtype, device=weight.device)
+            self._deltas.append((weight, weight.detach().clone(), delta))
+        self.norm = float(sum(delta.double().square().sum() for _, _, delta in self._deltas)) ** 0.5
+
+    @contextmanager
+    def at(self, scale: float) -> Iterator[None]:
+        with torch.no_grad():
+            for weight, before, delta in self._deltas:
+                weight.copy_(before + scale * delta)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, before, _ in self._deltas:
+                    weight.copy_(before)
+
+
+def best_scale(start: float, objective: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """Downhill over SCALES from the one nearest to `start`; returns the best and all that were tried."""
+    tried: dict[float, float] = {}
+
+    def at(index: int) -> float:
+        scale = SCALES[index]
+        if scale not in tried:
+            tried[scale] = objective(scale)
+        return tried[scale]
+
+    here = min(range(len(SCALES)), key=lambda i: abs(math.log(SCALES[i] / start)))
+    while True:
+        around = [i for i in (here - 1, here + 1) if 0 <= i < len(SCALES)]
+        better = min(around, key=at)
+        if at(better) >= at(here):
+            return SCALES[here], tried
+        here = better
 
 
 def measure(entry: Entry, seed: Seed, out: Path) -> dict[str, Any]:
     """Merge, choose the scale, score. Returns the row of one seed."""
+    from mtft.evaluate.mode import evaluation_mode
     from mtft.merge.retention import retention
 
     row: dict[str, Any] = merge_once(entry, seed, out)
@@ -167,24 +218,25 @@ def measure(entry: Entry, seed: Seed, out: Path) -> dict[str, Any]:
     if entry.kind == "experts":
         found = adapted.routed_scores(out, "rest")
     else:
-        with adapted.adapter(out) as network:
-            score = adapted.score_with(network)
-            objective = {}
-            for scale in SCALES if entry.scaled else (1.0,):
-                with scaled(network, scale):
-                    objective[scale] = share(seed, adapted.scored(score, "choose", None, packing=True))
-            row["scale"] = min(objective, key=lambda scale: objective[scale])
-            with scaled(network, row["scale"]):
-                found = adapted.scored(score, "rest", None, packing=True)
-    for task, scores in found.items():
-        scores.save(out.parent / "scores" / f"{task}.jsonl")
+        merged, score = InPlace(adapted.model, out), adapted.score_with(adapted.model)
+
+        def scores(scale: float, part: str) -> dict:
+            with merged.at(scale), evaluation_mode(adapted.model):
+                return adapted.scored(score, part, None, packing=True)
+
+        if entry.scaled:
+            start = seed.sum_norm / 3 / max(merged.norm, 1e-12)
+            row["scale"], row["tried"] = best_scale(start, lambda scale: mean_loss(scores(scale, "choose")))
+        found = scores(row["scale"], "rest")
+    for task, scored in found.items():
+        scored.save(out.parent / "scores" / f"{task}.jsonl")
     kept_share = retention(seed.base, seed.singles, found, others={"joint": seed.joint}, draws=200)
     row |= {"summary": kept_share.summary, "tasks": kept_share.tasks, "joint": kept_share.others["joint"]}
     return row
 
 
-def share(seed: Seed, found: dict) -> float:
-    """Mean loss over tasks: what scales are chosen by."""
+def mean_loss(found: dict) -> float:
+    """Over tasks: what scales are chosen by."""
     return fmean(scores.summary()["loss"] for scores in found.values())
 
 
@@ -245,6 +297,7 @@ def table(found: dict[str, list[dict]]) -> str:
 
     head = [
         "method",
+        "seeds",
         "retained loss",
         "worst task",
         "retained accuracy",
@@ -257,6 +310,7 @@ def table(found: dict[str, list[dict]]) -> str:
     for name, rows in sorted(found.items(), key=place):
         cells = [
             f"`{name}`" if name != "joint training" else name,
+            str(len(rows)),
             cell(over(rows, kept_mean("loss"))),
             cell(over(rows, lambda row: row["summary"]["loss"]["min"])),
             cell(over(rows, kept_mean("accuracy"))),
@@ -306,30 +360,41 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare-merges"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[17, 18, 19])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows of the table to make")
-    parser.add_argument("--rows", type=int, default=32, help="held-out rows of each task to choose on")
-    parser.add_argument("--limit", type=int, default=200, help="held-out rows of each task in all")
+    parser.add_argument("--rows", type=int, default=16, help="held-out rows of each task to choose on")
+    parser.add_argument("--limit", type=int, default=80, help="held-out rows of each task in all")
+    parser.add_argument("--docs", type=Path, help="page with the two marks between which the table is written")
     parser.add_argument("--table", action="store_true", help="only print what is there already")
     asked, overrides = parser.parse_known_args()
     if unknown := [name for name in asked.only or () if name not in ENTRIES]:
         parser.error(f"no row {unknown[0]!r}: {', '.join(ENTRIES)}")
     if not asked.table:
-        import torch
-
         torch.set_num_threads(1)
-        for number in asked.seeds:
-            seed = prepare(asked.recipe, number, asked.out, asked.rows, asked.limit, overrides)
-            for name in asked.only or ENTRIES:
-                folder = seed.folder / "merges" / slug(name)
-                if (folder / "row.json").is_file():
-                    continue
-                folder.mkdir(parents=True, exist_ok=True)
-                row = measure(ENTRIES[name], seed, folder / "adapter")
-                (folder / "row.json").write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-                kept_loss = row["summary"]["loss"]["mean"]["value"]
-                say(f"seed {number}: {name}: retained loss {kept_loss}, {row['cpu_s']:.1f} CPU s")
+        seeds = [prepare(asked.recipe, n, asked.out, asked.rows, asked.limit, overrides) for n in asked.seeds]
+        names = list(asked.only or ENTRIES)
+        for phase in (("plain", "method"), ("experts",), ("search", "gates")):  # cheap rows of all seeds first
+            for seed in seeds:
+                for name in (name for name in names if ENTRIES[name].kind in phase):
+                    one_row(name, seed)
     found = collect(asked.out, asked.seeds)
     (asked.out / "merges.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(table(found))
+    text = table(found)
+    print(text)
+    if asked.docs is not None:
+        page = asked.docs.read_text(encoding="utf-8")
+        before, _, rest = page.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        asked.docs.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def one_row(name: str, seed: Seed) -> None:
+    folder = seed.folder / "merges" / slug(name)
+    if (folder / "row.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    row = measure(ENTRIES[name], seed, folder / "adapter")
+    (folder / "row.json").write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    kept_loss = row["summary"]["loss"]["mean"]["value"]
+    say(f"{seed.folder.name}: {name}: retained loss {kept_loss}, {row['cpu_s']:.1f} CPU s")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def select(
     Exact: 2 passes for float32, 4 for float64; one if `size`, the values in a channel, says that all fit in memory.
     """
     if size is not None and 8 * size * len(places) <= 2 * HELD_BYTES:
-        held = [np.concatenate([part.ravel() for part in parts]) for parts in zip(*passes())]
+        held = _gather(passes(), size)
         for values, wanted in zip(held, places):
             values.partition(sorted(set(wanted)))
         return [[float(values[place]) for place in wanted] for values, wanted in zip(held, places)]
@@ -102,6 +102,19 @@ def select(
         done += 16
     bits = width
     return [[_value(key, bits, dtype) for key in channel] for channel in known]
+
+
+def _gather(blocks: Iterable[Sequence[np.ndarray]], size: int) -> list[np.ndarray]:
+    """All values of each channel (at most `size`), copied once as the blocks come."""
+    held: list[np.ndarray] = []
+    filled: list[int] = []
+    for block in blocks:
+        if not held:
+            held, filled = [np.empty(size, values.dtype) for values in block], [0] * len(block)
+        for c, values in enumerate(block):
+            held[c][filled[c] : filled[c] + values.size] = values.ravel()
+            filled[c] += values.size
+    return [values[:count] for values, count in zip(held, filled)]
 
 
 def _sortable(values: np.ndarray) -> np.ndarray:

@@ -97,7 +97,7 @@ class _Job:
         self.recipe = derive.changed(self.recipe, merge=derive.changed(merge_section(self.recipe), **values))
 
     def _search(self) -> None:
-        from mtft.merge.front import draw_front, front_facts
+        from mtft.merge.front import front_facts
         from mtft.pipeline.merge_data import search_weights
 
         assert self.section.search is not None
@@ -108,9 +108,11 @@ class _Job:
         weights = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, found.weights, strict=True))
         self.said.append(f"search: {len(found.trials)} merges tried; {found.verdict}; weights {weights}")
         if len(found.uniform.losses) > 1:
-            folder = self.out.parent
-            write_json(folder / "front.json", front_facts(names, found))
-            self.said.append(f"trade-offs: {draw_front(found, folder / 'front.png')}")
+            from mtft.report.front import save_front
+
+            facts = front_facts(names, found)
+            write_json(self.out.parent / "front.json", facts)
+            self.said.append(f"trade-offs: {save_front(facts, self.out.parent / 'front.png')}")
 
     def _gates(self) -> Outcome:
         from mtft.merge.gate_training import fold

@@ -57,6 +57,7 @@ class RunData:
     proposal: dict = field(default_factory=dict)  # mix/proposal.json
     retention: dict = field(default_factory=dict)  # merge/retention.json
     merge: dict = field(default_factory=dict)  # merge/adapter/merge.json
+    front: dict = field(default_factory=dict)  # merge/front.json
     fusion: dict = field(default_factory=dict)  # fuse/fusion.json
     recipe: str = ""
 
@@ -89,6 +90,7 @@ def load_run(folder: Path) -> RunData:
         proposal=_json(folder / "mix" / "proposal.json"),
         retention=_json(folder / "merge" / "retention.json"),
         merge=_json(folder / "merge" / "adapter" / "merge.json"),
+        front=_json(folder / "merge" / "front.json"),
         fusion=_json(folder / "fuse" / "fusion.json"),
         recipe=_text(folder / "recipe.yaml"),
     )

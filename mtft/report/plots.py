@@ -47,7 +47,7 @@ def lines(
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     _legend(axis, len(curves))
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def shares(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -66,7 +66,7 @@ def shares(rows: Mapping[str, Mapping[str, float]]) -> str:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.set_xlabel("share")
     _legend(axis, len(series))
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def predicted(measured: Sequence[float], mean: Sequence[float], lower: Sequence[float], upper: Sequence[float]) -> str:
@@ -87,7 +87,7 @@ def predicted(measured: Sequence[float], mean: Sequence[float], lower: Sequence[
     axis.set_xlabel("measured")
     axis.set_ylabel("predicted, out of fold")
     axis.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def heat(
@@ -132,7 +132,7 @@ def heat(
     axis.tick_params(length=0)
     for side in axis.spines.values():
         side.set_visible(False)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def _outline(axis, blocks: Sequence[int]) -> None:
@@ -155,7 +155,7 @@ def bars(rows: Mapping[str, float], *, xlabel: str, reference: float | None = No
     axis.invert_yaxis()
     axis.margins(x=0.1)
     axis.set_xlabel(xlabel)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def _axis(width: float, height: float):
@@ -179,7 +179,7 @@ def _legend(axis, entries: int) -> None:
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + entries // 18)
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure) -> str:
     """SVG without the XML header; ids made unique, since several SVGs share one page."""
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "mtft"}):

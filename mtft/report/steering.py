@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mtft.report import plots
+from mtft.report.front import front_caption, front_svg
 from mtft.report.load import RunData
 from mtft.report.parts import Plot, Plots, Section, Token, Tokens, Words, percent, table
 
@@ -30,6 +31,9 @@ def merging(run: RunData) -> Section | None:
         caption = "Cosine between the adapters' updates, over all modules"
         drawn.append(Plot(caption, plots.heat(cosines["values"], cosines["names"])))
     parts.append(Plots(drawn))
+    if run.front:
+        caption = f"Trade-offs between the tasks: held-out loss of {front_caption(run.front)}"
+        parts += [Plots([Plot(caption, front_svg(run.front))]), Words(f"Search: {run.front['verdict']}.", "note")]
     if run.retention.get("energy") is not None:
         kept_energy = percent(run.retention["energy"], 2)
         text = f"The merged adapter's rank keeps {kept_energy} of the exact merge's squared singular values."

@@ -53,17 +53,24 @@ def fuse_serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the bearer token.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Answers that are made at the same time.")] = 8,
+    queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; beyond, clients get 429.")] = 64,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds that one may wait; beyond, its client gets 503.")] = 60,
+    body_bytes: Annotated[int, typer.Option(min=1, help="Largest request; beyond, clients get 413.")] = 1 << 20,
 ) -> None:
-    """Serve the fused model (OpenAI-compatible); Ctrl-C stops it."""
+    """Serve the fused model (OpenAI-compatible). Ctrl-C or SIGTERM: what runs is finished, then it ends."""
     from importlib.util import find_spec
 
     from mtft.errors import UserError
 
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise UserError("the server needs fastapi and uvicorn", where="command line", do='pip install "mtft[serve]"')
+    from mtft.fuse.protocol import Limits
     from mtft.fuse.serve import serve
 
-    serve(load(recipe, overrides, "fuse", files=False), host=host, port=port, api_key_env=api_key_env)
+    limits = Limits(rows=rows, queue=queue, wait_seconds=wait, body_bytes=body_bytes)
+    asked = load(recipe, overrides, "fuse", files=False)
+    serve(asked, host=host, port=port, api_key_env=api_key_env, limits=limits, announce=say)
 
 
 def _summarise(done: Summary, out: Path) -> None:

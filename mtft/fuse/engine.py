@@ -74,6 +74,10 @@ class Busy(Exception):
     """The queue is full."""
 
 
+class Leaving(Exception):
+    """The server takes nothing new: it is about to end."""
+
+
 @dataclass
 class Metrics:
     """Counters since the start."""
@@ -98,7 +102,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._tasks: deque[tuple[Job, Future[list[TokenScore]]]] = deque()
         self._change = threading.Condition()
-        self._closing = False
+        self._draining = self._closing = False
         self._running: list[tuple[Job, TextStream]] = []
         self._sides: Sides | None = None
         self._logits: tuple[Tensor, list[Tensor], Tensor] | None = None
@@ -112,20 +116,34 @@ class Engine:
     def running(self) -> int:
         return len(self._running)
 
+    @property
+    def idle(self) -> bool:
+        return not (self._waiting or self._running or self._tasks)
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
     def start(self) -> None:
         self._thread.start()
+
+    def drain(self) -> None:
+        """Take nothing new from now on. Safe in a signal handler."""
+        self._draining = True
 
     def stop(self) -> None:
         """Finish what runs and waits, then end the thread."""
         with self._change:
-            self._closing = True
+            self._draining = self._closing = True
             self._change.notify()
         self._thread.join()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """All of them or none. Raises Busy if they don't fit into the queue."""
+        """All of them or none. Raises Busy if they don't fit into the queue, Leaving if the server is about to end."""
         with self._change:
-            if self._closing or len(self._waiting) + len(jobs) > self.queue:
+            if self._draining:
+                raise Leaving
+            if len(self._waiting) + len(jobs) > self.queue:
                 self.metrics.refused += len(jobs)
                 raise Busy
             self._waiting.extend(jobs)

@@ -55,12 +55,13 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may ask for."""
+    """What clients may ask for: bytes of a body, n, answers that wait, seconds that one waits, answers made at once."""
 
     body_bytes: int = 1 << 20
     answers: int = 8
     queue: int = 64
     wait_seconds: float = 60.0
+    rows: int = 8
 
 
 @dataclass

@@ -14,7 +14,7 @@ openai = pytest.importorskip("openai")
 import httpx  # noqa: E402
 import uvicorn  # noqa: E402
 
-from mtft.fuse.engine import Busy, Engine, Job  # noqa: E402
+from mtft.fuse.engine import Busy, Engine, Job, Leaving  # noqa: E402
 from mtft.fuse.model import FusedCausalLM  # noqa: E402
 from mtft.fuse.protocol import Limits  # noqa: E402
 from mtft.fuse.serve import check_binding, make_app  # noqa: E402
@@ -260,7 +260,7 @@ def test_queue_and_waiting_time(fused):
     engine.start()
     engine.stop()  # drains first
     assert [event.status for event in events] == [503, 503]
-    with pytest.raises(Busy):
+    with pytest.raises(Leaving):
         engine.submit([job()])
 
 
@@ -271,6 +271,21 @@ def test_stop_drains(fused):
     engine.submit([Job([5, 6], 20, fused.spec, events.append)])
     engine.stop()
     assert events[-1].finish_reason in ("length", "stop")
+
+
+def test_while_it_drains_the_server_finishes_and_refuses(fused):
+    """The application alone; the signal and the exit status: test_shutdown.py."""
+    from fastapi.testclient import TestClient
+
+    app = make_app(fused, "fusion")
+    with TestClient(app) as client:
+        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        app.state.engine.drain()
+        refused = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert refused.headers["Retry-After"]
+        assert client.get("/health").status_code == 503
+        assert app.state.engine.idle
 
 
 def test_a_failing_batch_is_heard_and_the_next_one_works(fused, monkeypatch):

@@ -38,6 +38,15 @@ def test_no_step_rounds_alone():
     assert np.all(np.diff(taken) <= 7)
 
 
+def test_the_row_that_is_due_first_comes_first():
+    """Ten slow tasks before four fast ones: were seats given in the order of the tasks, the slow ones would hold all
+    three after step 1, and the fast ones, which are due in step 2, would be late.
+    """
+    share_SK = np.tile([0.1 / 3] * 10 + [0.5 / 3] * 4, (60, 1))
+    counts = np.cumsum(VaryingQuota(share_SK, 3, np.full(14, np.inf)).rows(0, 60), axis=0)
+    assert np.abs(counts - 3 * np.cumsum(share_SK, axis=0)).max() < 1
+
+
 def test_epochs_go_on_and_have_their_own_order():
     plan = MixturePlan(RAMP, SIZES, steps=50, batch=4, seed=1)
     task, epoch, row = plan.locate(np.arange(len(plan)))

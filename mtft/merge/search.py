@@ -116,11 +116,14 @@ def front_weights(K: int, count: int, scale: float, seed: int = 0) -> list[tuple
 
     alone = [tuple(float(i == k) for i in range(K)) for k in range(K)]
     rest = max(0, count - K)
-    uniform = qmc.Sobol(K, seed=seed).random(1 << max(1, rest - 1).bit_length())[:rest]
+    points = -(-rest // 2)  # both kinds of each preference: every other point of a Sobol sequence lies to one side
+    uniform = qmc.Sobol(K, seed=seed).random(1 << max(1, points - 1).bit_length())[:points]
     spread = -np.log1p(-np.clip(uniform, 0, 1 - 1e-9))  # exponentials over their sum: even over the simplex
-    p_TK = spread / spread.sum(axis=1, keepdims=True) if rest else np.zeros((0, K))
-    mixed = [np.minimum(1.0, p * (1.0 if i % 2 else K * scale)).round(12) for i, p in enumerate(p_TK)]
-    return [*alone[: max(0, count)], *(tuple(map(float, w)) for w in mixed)]
+    mixed = []
+    for row in spread:
+        p = row / row.sum()
+        mixed += [p.round(12), np.minimum(1.0, p * K * scale).round(12)]
+    return [*alone[: max(0, count)], *(tuple(map(float, w)) for w in mixed[:rest])]
 
 
 def _check_preference(prefer: Mapping[str, float] | None) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mtft.merge import Factors, MergeError, merge, read_adapter
-from mtft.merge.experts import skills, twin
+from mtft.merge.experts import export_arrow, skills, twin
 from mtft.merge.methods import make_method
 from mtft.merge.methods.doge import _directions
+from mtft.merge.mlp_router import MlpRouter, load_router
 from mtft.merge.router import Arrow, Router, arrow
 from tests.merge import golden as g
 
@@ -66,21 +67,25 @@ def test_with_shared_gives_one_plain_adapter_per_request(tmp_path, paths):
     twin(paths, tmp_path / "out", overwrite=True)
 
 
-def test_router_finds_its_own(tmp_path, paths):
+@pytest.mark.parametrize("kind", [Router, MlpRouter])
+def test_router_finds_its_own(tmp_path, paths, kind):
     rng = np.random.default_rng(0)
     centres = dict(zip(g.NAMES, 2 * rng.normal(size=(3, 16))))
     scale = np.logspace(-2, 2, 16)
     states = {name: scale * (c + rng.normal(size=(50, 16))) for name, c in centres.items()}
-    router = Router.fit(states)
+    router = kind.fit(states)
     for k, c in enumerate(centres.values()):
         p = router.probabilities(scale * (c + rng.normal(size=(50, 16))))
         np.testing.assert_allclose(p.sum(axis=1), 1)
         assert (p.argmax(axis=1) == k).mean() > 0.95
     twin(paths, tmp_path / "out", router=router)
-    again = Router.load(tmp_path / "out" / "router.safetensors")
+    again = load_router(tmp_path / "out" / "router.safetensors")
+    assert type(again) is kind
     np.testing.assert_array_equal(again.probabilities(states["one"]), router.probabilities(states["one"]))
     with pytest.raises(MergeError, match="other experts"):
-        twin(paths, tmp_path / "out2", router=Router.fit({"x": states["one"]}))
+        twin(paths, tmp_path / "out2", router=kind.fit({"x": states["one"]}))
+    with pytest.raises(MergeError, match="states must be"):
+        kind.fit({"x": states["one"][0]})
 
 
 def test_arrow_golden(tmp_path):
@@ -108,6 +113,44 @@ def test_arrow_routes_and_subtracts_exact_deltas(tmp_path):
     p = arrow(paths).probabilities("layers.0.q", np.eye(10), top=2)
     assert (np.count_nonzero(p, axis=1) == 2).all()
     np.testing.assert_allclose(p.sum(axis=1), 1)
+
+
+def test_files_that_are_no_router_are_named(tmp_path):
+    from safetensors.numpy import save_file
+
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    save_file({"a": np.zeros(2)}, tmp_path / "y.safetensors", {"kind": "magic"})
+    for name, text in (("x", "no router"), ("y", "kind 'magic'")):
+        with pytest.raises(MergeError, match=text):
+            load_router(tmp_path / f"{name}.safetensors")
+
+
+def test_an_mlp_learns_what_no_centroid_can():
+    """Two tasks with one mean: XOR of signs."""
+    rng = np.random.default_rng(0)
+
+    def draw(same):
+        x = rng.normal(size=(200, 2))
+        return x[(x[:, 0] * x[:, 1] > 0) == same]
+
+    states = {"same": draw(True), "other": draw(False)}
+    for kind, low, high in ((MlpRouter, 0.9, 1.0), (Router, 0.3, 0.7)):
+        router = kind.fit(states)
+        right = [(router.probabilities(draw(same)).argmax(axis=1) == k).mean() for k, same in enumerate((True, False))]
+        assert low <= np.mean(right) <= high
+
+
+def test_arrow_folder_is_loras_of_one_rank_and_a_router(tmp_path):
+    paths = g.write_golden(tmp_path / "in")
+    export_arrow(paths, tmp_path / "out", top=2)
+    for path, f in zip(paths, g.factors(), strict=True):
+        expert = read_adapter(tmp_path / "out" / f"expert_{path.name}")
+        assert expert.settings.r == expert.settings.alpha == 8
+        np.testing.assert_allclose(g.delta(expert.factors("layers.0.q")), g.delta(f), atol=1e-6)
+    assert isinstance(load_router(tmp_path / "out" / "router.safetensors"), Arrow)
+    assert json.loads((tmp_path / "out" / "arrow.json").read_text())["top"] == 2
+    with pytest.raises(MergeError, match="top is 4"):
+        export_arrow(paths, tmp_path / "out2", top=4)
 
 
 def test_skills_per_split(tmp_path):

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from mtft.merge import Factors, MergeError, read_adapter
-from mtft.merge.experts import twin
+from mtft.merge.experts import export_arrow, twin
 from mtft.merge.router import Router, arrow
 from tests.merge import golden as g
 
 torch = pytest.importorskip("torch")
 
-from mtft.merge.routing import RoutedModel  # noqa: E402
+from mtft.merge.routing import RoutedModel, load_routed  # noqa: E402
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 SHAPES = {MODULES[0]: (16, 16), MODULES[1]: (16, 24)}
@@ -95,6 +95,47 @@ def test_arrow_weighs_every_token_by_its_scores(model, paths):
     p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     extra = sum(p[..., k, None] * (x.numpy() @ deltas(path)[MODULES[0]].T) for k, path in enumerate(paths))
     np.testing.assert_allclose(y.detach().numpy(), q(x).detach().numpy() + extra, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_shared", [False, True])
+def test_a_folder_is_loaded_as_it_was_written(tmp_path, model, paths, with_shared):
+    """shared/ and the experts, or experts that hold the shared part: the same model either way."""
+    ids = torch.tensor([[5, 9, 2, 7], [11, 3, 8, 1]])
+    probe = RoutedModel(model, paths, Router(("a", "b"), np.zeros((2, 16)), np.ones(16), 1.0))
+    router = sure_router(probe.states(ids))
+    probe.remove()
+    twin(paths, tmp_path / "out", expert_rank=16, router=router, with_shared=with_shared)
+    routed = load_routed(model, tmp_path / "out")
+    routed.route(ids)
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+    routed.remove()
+    for row, path in enumerate(paths):
+        expected = logits_with(model, deltas(path), ids[row : row + 1])
+        torch.testing.assert_close(found[row : row + 1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_arrow_from_a_folder_generates(tmp_path, model, paths):
+    export_arrow(paths, tmp_path / "out", top=1)
+    routed = load_routed(model, tmp_path / "out")
+    assert routed.top == 1
+    ids = torch.tensor([[5, 9, 2, 7]])
+    by_hand = RoutedModel(model, paths, arrow(paths), top=1)
+    routed.remove()
+    expected = by_hand.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    by_hand.remove()
+    routed = load_routed(model, tmp_path / "out")
+    found = routed.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    routed.remove()
+    assert torch.equal(found, expected)
+
+
+def test_folders_without_a_router_are_for_servers(tmp_path, model, paths):
+    twin(paths, tmp_path / "out")
+    with pytest.raises(MergeError, match=r"no router\.safetensors"):
+        load_routed(model, tmp_path / "out")
+    with pytest.raises(MergeError, match="neither"):
+        load_routed(model, paths[0])
 
 
 def test_mistakes(model, paths):

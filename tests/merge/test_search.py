@@ -7,7 +7,7 @@ import pytest
 
 from mtft.evaluate.scores import TaskScores
 from mtft.merge import MergeError
-from mtft.merge.search import Trial, pareto, search
+from mtft.merge.search import Trial, front_weights, pareto, search
 
 NAMES = ("a", "b", "c")
 BEST = np.array([0.9, 0.4, 0.6])
@@ -94,6 +94,51 @@ def test_a_real_gain_passes_the_verdict():
     found = search(NAMES, evaluate, "cobyqa", check=evaluate)
     assert "beats" in found.verdict
     assert found.error < 1e-6  # the examples' noise is common to both and cancels
+
+
+def test_front_weights_spread_over_the_trade_offs():
+    found = np.array(front_weights(3, 43, 0.5))
+    np.testing.assert_array_equal(found[:3], np.eye(3))
+    assert len({tuple(w) for w in found}) == 43
+    assert found.min() >= 0
+    assert found.max() <= 1
+    convex, strong = found[3::2], found[4::2]
+    np.testing.assert_allclose(convex.sum(axis=1), 1)
+    assert strong.sum(axis=1).max() <= 1.5 + 1e-9  # K times the best common scale
+    assert np.abs(convex.mean(axis=0) - 1 / 3).max() < 0.1
+    assert front_weights(3, 20, 0.5) == [tuple(w) for w in front_weights(3, 43, 0.5)[:20]]
+
+
+def test_a_preference_picks_from_the_front_without_new_trials(tmp_path):
+    """Two tasks that want opposite weights: more preference, less loss on that task, and no call of evaluate."""
+    calls = []
+
+    def evaluate(weights):
+        calls.append(weights)
+        return {"x": 1 + (weights[0] - 1) ** 2 + weights[1] ** 2, "y": 1 + weights[0] ** 2 + (weights[1] - 1) ** 2}
+
+    ledger = {"budget": 45, "ledger": tmp_path / "trials.jsonl"}
+    first = search(("a", "b"), evaluate, "front", **ledger)
+    tried = len(first.trials)
+    chosen = []
+    for share in (0.05, 0.3, 0.5, 0.7, 0.95):
+        calls.clear()
+        found = search(("a", "b"), evaluate, "front", prefer={"x": share, "y": 1 - share}, **ledger)
+        assert len(found.trials) == tried
+        assert set(calls) <= {found.best.weights, found.uniform.weights}  # the verdict alone
+        assert found.best in pareto(found.trials)
+        chosen.append(found.best.losses)
+    assert [row["x"] for row in chosen] == sorted((row["x"] for row in chosen), reverse=True)
+    assert [row["y"] for row in chosen] == sorted(row["y"] for row in chosen)
+    assert chosen[0]["y"] < 1.05 < 1.5 < chosen[0]["x"]
+
+
+def test_preferences_that_prefer_nothing_are_refused():
+    for prefer in ({"x": 0.0}, {"x": -1.0, "y": 2.0}, {"x": float("nan")}):
+        with pytest.raises(MergeError, match="prefer"):
+            search(NAMES, bowl, prefer=prefer)
+    with pytest.raises(MergeError, match="no preferred task"):
+        search(NAMES, bowl, prefer={"elsewhere": 1.0})
 
 
 def test_mistakes():

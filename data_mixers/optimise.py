@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy.optimize import minimize as scipy_minimize
 
+from .barrier import minimise_barrier
 from .bounds import Bounds
 from .mixture import Floats
 from .projection import project
@@ -94,51 +94,18 @@ def _forward_differences(value: Value, points: Floats, at_m: Floats) -> Floats:
 def minimise_convex(
     value: Callable[[Floats], tuple[float, Floats]], bounds: Bounds, *, kl: float = 0.0, prior_K: Floats | None = None
 ) -> tuple[Floats, float]:
-    """(p, objective) for a convex f given with its gradient: SLSQP, then mirror descent p <- project(p e^(-eta grad))
-    until nothing moves. Within 1e-6 of the optimum (tests compare with a convex solver)."""
+    """(p, objective) for a convex f given with its gradient, by the barrier method. Within 1e-6 of the optimum (tests
+    compare a thousand random problems with a convex solver)."""
     bounds.check_feasible()
-    low_K, high_K, groups = bounds.lower(), bounds.upper(), bounds._intervals()
-    q = np.maximum(prior_K, 1e-6) if prior_K is not None else np.full(len(low_K), 1 / len(low_K))
+    K = len(bounds.lower())
+    q = np.maximum(prior_K, 1e-6) if prior_K is not None else np.full(K, 1 / K)
 
     def total(p: Floats) -> tuple[float, Floats]:
         p = np.maximum(p, 1e-15)
         f, g = value(p)
         return (f, g) if kl == 0 else (f + kl * float(p @ np.log(p / q)), g + kl * (np.log(p / q) + 1))
 
-    constraints = [{"type": "eq", "fun": lambda p: p.sum() - 1, "jac": lambda p: np.ones_like(p)}]
-    for mask, low, high in groups:
-        constraints.append(
-            {"type": "ineq", "fun": lambda p, m=mask, h=high: h - p[m].sum(), "jac": lambda p, m=mask: -m.astype(float)}
-        )
-        constraints.append(
-            {"type": "ineq", "fun": lambda p, m=mask, b=low: p[m].sum() - b, "jac": lambda p, m=mask: m.astype(float)}
-        )
     start = bounds.project(np.clip(q / q.sum(), 1e-6, None) / np.clip(q / q.sum(), 1e-6, None).sum())
-    found = scipy_minimize(
-        total,
-        start,
-        jac=True,
-        method="SLSQP",
-        bounds=[(max(low, 1e-13), max(high, 1e-13)) for low, high in zip(low_K, high_K, strict=True)],
-        constraints=constraints,
-        options={"maxiter": 500, "ftol": 1e-15},
-    )
-    candidates = (
-        [start] if not np.all(np.isfinite(found.x)) else [start, bounds.project(np.maximum(found.x, 0.0), "l2")]
-    )
-    p = min(candidates, key=lambda row: total(row)[0])
-    best, gradient = total(p)
-    eta = 1.0
-    for _ in range(2000):
-        moved = project((p * np.exp(-eta * (gradient - gradient.min())))[None] + 1e-300, low_K, high_K, groups, "kl")[0]
-        reached, slope = total(moved)
-        if reached < best:
-            gain, p, best, gradient = best - reached, moved, reached, slope
-            eta *= 1.5
-            if gain < 1e-14 * max(1.0, abs(best)):
-                break
-        else:
-            eta *= 0.5
-            if eta < 1e-9:
-                break
+    found = bounds.project(np.maximum(minimise_barrier(total, bounds), 0.0), "l2")
+    p, best = min(((row, total(row)[0]) for row in (start, found)), key=lambda pair: pair[1])
     return bounds.project_exact(p), best

@@ -6,7 +6,7 @@ so |C_k - A_k| < 1 at every step, and every step has exactly G rows. Row j of ta
 and is due when A_k reaches j: jobs of one unit with release times and deadlines on G machines. The fractional plan A
 is feasible, so a whole one exists (the polytope of jobs and steps is integral), and earliest-deadline-first finds it
 (Jackson 1955; for one row a step this is Tijdeman's chairman assignment, Discrete Math. 32, 1980). All in integers:
-A is kept in units of 1/d row.
+A is kept in units of 2^-16 row.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ class VaryingQuota:
     ) -> None:
         self.steps, self.tasks = share_SK.shape
         self.batch = batch
-        self.unit = max(1, min(2**30, 2**50 // batch, 2**61 // (self.steps * batch)))  # units that make a row
-        start_K = np.zeros(self.tasks, dtype=np.int64) if carry_K is None else _whole_carry(carry_K, self.unit)
-        weight_SK = _whole(share_SK, batch * self.unit)
-        # a limit beyond the run limits nothing; the others are whole numbers that units can count
-        limits = [int(limit) if limit <= self.steps * batch else self.steps * batch + 1 for limit in limit_K]
-        _keep_limits(weight_SK, np.array(limits, dtype=np.int64) * self.unit - start_K, share_SK)
-        self.ideal = np.vstack([start_K, start_K + np.cumsum(weight_SK, axis=0)])  # [S + 1, K], in units
+        self.unit = max(1, min(2**16, 2**52 // (self.steps * batch)))  # units that make a row
+        exact_SK = np.vstack([np.zeros(self.tasks), np.cumsum(share_SK, axis=0)]) * batch
+        if carry_K is not None:
+            exact_SK += carry_K
+        self.ideal = _whole(exact_SK, self.unit, batch)  # [S + 1, K], in units
+        # a limit beyond the run limits nothing
+        self._limit_K = np.minimum(limit_K, self.steps * batch + 1).astype(np.int64)
         self._marks: list[Ints] = [np.zeros(self.tasks, dtype=np.int64)]
         self._cache: tuple[int, Ints] | None = None
 
@@ -148,7 +148,7 @@ class VaryingQuota:
             next_K = np.maximum(floor_K, count_K)
             extra = int(count_K.sum()) + self.batch - int(next_K.sum())
             if extra > 0:
-                ready_K = (next_K == floor_K) & (rest_K > 0)
+                ready_K = (next_K == floor_K) & (rest_K > 0) & (next_K < self._limit_K)
                 next_K[np.argsort(np.where(ready_K, due_K, np.iinfo(np.int64).max), kind="stable")[:extra]] += 1
             elif extra < 0:  # only behind a start that nobody could foresee (`carry`): what is least late waits
                 late_K = np.where(next_K > count_K, rest_K, np.iinfo(np.int64).max)
@@ -157,31 +157,12 @@ class VaryingQuota:
         return rows, count_K
 
 
-def _whole(share_SK: NDArray[np.float64], total: int) -> Ints:
-    """Integers [S, K], each row with sum `total`, within one of the shares; 0 where the share is 0."""
-    upto_SK = np.cumsum(share_SK, axis=1)
-    edge_SK = np.rint(upto_SK / upto_SK[:, -1:] * total).astype(np.int64)
-    return np.diff(edge_SK, axis=1, prepend=0)
-
-
-def _whole_carry(carry_K: NDArray[np.float64], unit: int) -> Ints:
-    whole_K = np.rint(np.asarray(carry_K) * unit).astype(np.int64)
-    whole_K[np.argmax(np.abs(whole_K))] -= whole_K.sum()  # rounding must not owe anybody anything
-    return whole_K
-
-
-def _keep_limits(weight_SK: Ints, limit_K: Ints, share_SK: NDArray[np.float64]) -> None:
-    """Rounding to units may have carried a task over its limit by a few: they go to tasks with room. In place."""
-    played_K = share_SK.sum(axis=0) > 0
-    for k in np.flatnonzero(weight_SK.sum(axis=0) > limit_K):
-        excess = int(weight_SK[:, k].sum() - limit_K[k])
-        room_K = np.where(played_K, np.maximum(limit_K - weight_SK.sum(axis=0), 0), 0)
-        for step in np.argsort(-weight_SK[:, k], kind="stable"):
-            for other in np.flatnonzero(room_K):
-                moved = min(excess, int(weight_SK[step, k]), int(room_K[other]))
-                weight_SK[step, k] -= moved
-                weight_SK[step, other] += moved
-                room_K[other] -= moved
-                excess -= moved
-            if not excess or not room_K.any():
-                break
+def _whole(exact_SK: NDArray[np.float64], unit: int, batch: int) -> Ints:
+    """Units [S + 1, K] that add up to whole steps. What is a whole number of rows stays one; what rounding leaves over
+    goes to the task that is farthest from one.
+    """
+    whole_SK = np.rint(exact_SK * unit).astype(np.int64)
+    left_S = np.arange(len(whole_SK)) * batch * unit - whole_SK.sum(axis=1)
+    rest_SK = whole_SK % unit
+    whole_SK[np.arange(len(whole_SK)), np.argmax(np.minimum(rest_SK, unit - rest_SK), axis=1)] += left_S
+    return whole_SK

@@ -80,10 +80,17 @@ def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, An
 
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / RECIPE, dump_recipe(recipe))
-    write_json(run_dir / "env.json", {**environment(), "seed": recipe.seed, "fingerprints": identity})
+    kept = {"micro_batch_tokens": size} if (size := chosen_size(run_dir)) is not None else {}
+    write_json(run_dir / "env.json", {**environment(), "seed": recipe.seed, "fingerprints": identity, **kept})
     tasks = {row.pop("task"): row for row in plan.table()}
     about = {"steps": plan.steps, "batch": plan.batch, "unit": plan.unit, "style": recipe.train.batch_style}
     write_json(run_dir / "plan.json", {**about, "tasks": tasks, "spans": spans(plan)})
+
+
+def chosen_size(run_dir: Path) -> int | None:
+    """Tokens of a micro-batch that an earlier start of this run found (train.micro_batch_tokens: auto)."""
+    path = run_dir / "env.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("micro_batch_tokens") if path.is_file() else None
 
 
 def environment() -> dict[str, Any]:

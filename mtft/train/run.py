@@ -54,6 +54,7 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     from mtft.data.planning import make_plan
     from mtft.train.arguments import training_arguments
     from mtft.train.assemble import build_trainer, introduce, read_inputs, start_folder
+    from mtft.train.autosize import with_size
     from mtft.train.best import Watch, ended_before
     from mtft.train.export import CHANGE_THE_BASE, save_initial
     from mtft.train.handover import hand_over
@@ -69,13 +70,17 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
         log.say(f"warning: {line}")
     evaluates = any(store is not None for store in inputs.held_out)
     args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=evaluates, saves=True)  # joins the ranks
+    size = None if fresh else folder.chosen_size(run_dir)
     checkpoint = start_folder(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh)
     args.eval_on_start = evaluates and recipe.train.eval_on_start and checkpoint is None
     with StopSignal() as stop:
         model = load_for_training(recipe)
         if recipe.lora is not None and recipe.lora.init in CHANGE_THE_BASE and is_writer():
             save_initial(model, run_dir)
-        trainer = build_trainer(recipe, inputs, plan, model, args, log=log, stop=stop)
+        sized = recipe
+        if recipe.train.micro_batch_tokens == "auto":
+            sized = with_size(recipe, model, inputs, before=size, say=log.say)
+        trainer = build_trainer(sized, inputs, plan, model, args, log=log, stop=stop)
         trainer.add_callback(Watch(trainer, keep_best=recipe.output.export == "best"))
         if ended_before(checkpoint):
             trainer.steps.until = args.max_steps = checkpoint_step(checkpoint)

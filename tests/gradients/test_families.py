@@ -1,0 +1,46 @@
+"""Task gradients on every model family that may be packed, on a quantised base, and the families that are refused."""
+
+import pytest
+
+from mtft.data.isolation import PROVEN
+from mtft.errors import UserError
+from mtft.gradients.capture import TaskGradients
+from tests.data.test_isolation import attentions, tiny
+from tests.gradients.tiny import K, batches, captured, distance, k_backwards, lora
+
+FUSED_EXPERTS = {"mixtral", "olmoe", "qwen3_moe"}  # PEFT's all-linear puts LoRA on their expert parameters too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(PROVEN - FUSED_EXPERTS))
+def test_equals_k_backwards(family):
+    model = lora(tiny(family, attentions(family)[0]))
+    taps, coef_K, _ = captured(model, batches())
+    assert distance(taps.jacobian(coef_K), k_backwards(model, batches())) < 1e-5
+
+
+@pytest.mark.parametrize("family", sorted(FUSED_EXPERTS))
+def test_adapters_on_fused_experts_are_refused_and_attention_alone_is_not(family):
+    with pytest.raises(UserError, match="experts"):
+        TaskGradients(lora(tiny(family)), K, isolated=True)
+    model = lora(tiny(family), target_modules=["q_proj", "v_proj"])
+    taps, coef_K, _ = captured(model, batches())
+    assert distance(taps.jacobian(coef_K), k_backwards(model, batches())) < 1e-5
+
+
+@pytest.mark.parametrize("quantise", ["nf4", "int8"])
+def test_quantised_base(quantise, tmp_path):
+    """The adapter's layers are plain ones, and the base's own weights are never looked at."""
+    pytest.importorskip("bitsandbytes")
+    from mtft.recipe.schema import ModelSection
+    from mtft.train.model import load_base
+    from tests.train.conftest import write_model
+
+    section = ModelSection(path=str(write_model(tmp_path, hidden=128)), dtype="fp32", quantise=quantise)
+    model = lora(load_base(section))
+    taps = TaskGradients(model, K, isolated=True)
+    taps.self_check()
+    captured(model, batches(), taps=taps)
+    assert taps.check()
+    taps, coef_K, _ = captured(model, batches())
+    assert distance(taps.jacobian(coef_K), k_backwards(model, batches())) < 1e-5

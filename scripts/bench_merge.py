@@ -245,7 +245,10 @@ def seven_b(hidden: int, wide: int, layers: int) -> dict:
         per_shape = [[(hidden, hidden), 4 * layers], [(wide, hidden), 3 * layers]]
         job = {"adapters": adapters, "precision": "fp32"}
         cases = {f"mtft {method}, whole model": ("ours", {**job, "method": method}) for method in ("svd", "tsv")}
+        one = [str(path) for path in write_adapters(scratch / "one", {"layers.0.q": (hidden, hidden)}, 8)]
         found = in_turns(cases, scratch, 2)
+        streamed = measure("ours", {**job, "adapters": one, "method": "ties"}, scratch)
+        show(f"mtft ties, one module {hidden} x {hidden}", streamed)
         peer = measure("full_svd", {"method": "svd", "shapes": per_shape, "count": 8}, scratch)
         show("PEFT's full SVDs, extrapolated", peer)
     factors = 8 * RANK * (wide + hidden) * 4 / 2**20  # of the largest module, all adapters, float32
@@ -254,7 +257,9 @@ def seven_b(hidden: int, wide: int, layers: int) -> dict:
         judge(f"{name}: less CPU than PEFT's SVDs", peer["cpu_s"] / row["cpu_s"], 1000, "x", least=True)
         judge(f"{name}: CPU seconds", row["cpu_s"], 20, "s", least=False)
         judge(f"{name}: beyond the factors of one module", row["memory_mb"] - factors, 100, "MB", least=False)
-    return {**found, "PEFT svd, extrapolated": peer}
+    factors = 8 * RANK * 2 * hidden * 4 / 2**20
+    judge("mtft ties: beyond the factors of one module", streamed["memory_mb"] - factors, 100, "MB", least=False)
+    return {**found, "ties, one module": streamed, "PEFT svd, extrapolated": peer}
 
 
 def main() -> None:

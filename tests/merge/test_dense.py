@@ -61,7 +61,8 @@ def test_blocks_are_bit_equal_between_passes_and_cover_all_rows(monkeypatch):
 
 def test_block_rows_follow_the_budget():
     lefts, rights = [np.zeros((4096, 1))] * 8, [np.zeros((1, 4096))] * 8
-    assert DeltaStream(lefts, rights).rows == 64
+    assert DeltaStream(lefts, rights).rows == 16
+    assert DeltaStream([np.zeros((4096, 1))] * 4, [np.zeros((1, 512))] * 4).rows == 256
 
 
 @pytest.mark.parametrize("name", ["ties", "dare", "della", "breadcrumbs", "sce", "pcb", "consensus"])

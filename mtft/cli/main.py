@@ -96,6 +96,36 @@ def evaluate(
 
 
 @app.command()
+def refresh(
+    recipe: RecipeArgument,
+    before: Annotated[Path, typer.Option(help="Adapter from before the tasks were added.")],
+    after: Annotated[Path, typer.Option(help="Adapter trained on from it (lora.start).")],
+    new: Annotated[list[str], typer.Option(help="A task that was added; repeat it for several.")],
+    out: Annotated[Path, typer.Option(help="Folder for adapter/ and refresh.json.")],
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to measure and tune.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a round.")] = 10,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows of each task in the buffer.")] = 64,
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="Part of the forgetting that is tuned away.")] = 0.5,
+) -> None:
+    """After adding a task: tune again what forgot the old ones.
+
+    Finds the modules of the adapter that forgot most and trains only those, for a few short rounds on a few rows of
+    every task of the recipe.
+    """
+    from mtft.train.refresh import refresh as run_refresh
+
+    loaded = load(recipe, overrides, "train")
+    found = run_refresh(
+        loaded, before, after, out, new=new, rounds=rounds, steps=steps, rows=rows, share=share, say=say
+    )
+    for task, first in found.losses["before"].items():
+        then, now = found.losses["after"][task], found.losses["refreshed"][task]
+        say(f"{task}: held-out loss {first:.4f} before, {then:.4f} after, {now:.4f} refreshed")
+    say(f"adapter: {found.adapter}")
+
+
+@app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of finished or running runs.")],
     out: Annotated[Path | None, typer.Option(help="The page; by default report.html in the first folder.")] = None,

@@ -136,6 +136,8 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
         stops = tuple(stop.model_copy(update={"shares": _shares(stop.shares, base)}) for stop in shares.schedule)
         shares = ScheduleShares(schedule=stops)
     update["mixture"] = recipe.mixture.model_copy(update={"shares": _shares(shares, base)})
+    if recipe.lora is not None and recipe.lora.start is not None:
+        update["lora"] = recipe.lora.model_copy(update={"start": _place(recipe.lora.start, base, ())})
     balancer = recipe.loss.balancer
     if isinstance(groups := (balancer.model_extra or {}).get("groups"), str):  # of a former run's affinity.json
         balancer = balancer.model_copy(update={"groups": _place(groups, base, ())})

@@ -149,10 +149,43 @@ def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> Peft
             where="lora.targets",
             do=f"use all-linear, or some of: {', '.join(sorted(linears))}",
         ) from error
-    if section.freeze_a:
-        for name, parameter in adapted.named_parameters():
-            if "lora_A" in name or "lora_embedding_A" in name:
-                parameter.requires_grad_(False)
+    return _freeze_a(adapted) if section.freeze_a else adapted
+
+
+def continue_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
+    """Freezes `model` and puts the adapter of `section.start` on it, to be trained on.
+
+    Raises UserError when there is none, it does not fit the model, or its rank or scale are not the section's.
+    """
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+    start, where = str(section.start), f"lora.start: {section.start}"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(start) / name).is_file():
+            raise UserError(f"the folder holds no {name}", where=where, do="give the `adapter` folder of a run")
+    config = PeftConfig.from_pretrained(start)
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"a {config.peft_type} adapter is not LoRA", where=where, do="start from a LoRA adapter")
+    has, wants = (config.r, config.lora_alpha, config.use_rslora), (section.r, section.alpha, section.rslora)
+    if has != wants:
+        told = [f"r: {r}, alpha: {alpha}, rslora: {str(rslora).lower()}" for r, alpha, rslora in (has, wants)]
+        raise UserError(f"the adapter has {told[0]}; the recipe has {told[1]}", where=where, do=f"lora: {{{told[0]}}}")
+    config.lora_dropout, config.inference_mode = section.dropout, False
+    try:
+        adapted = PeftModel.from_pretrained(model, start, config=config, is_trainable=True, use_safetensors=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the adapter does not fit the model: {str(error).strip().splitlines()[0]}",
+            where=where,
+            do="use the base model that its adapter_config.json names (base_model_name_or_path)",
+        ) from error
+    return _freeze_a(adapted) if section.freeze_a else adapted
+
+
+def _freeze_a(adapted: PeftModel) -> PeftModel:
+    for name, parameter in adapted.named_parameters():
+        if "lora_A" in name or "lora_embedding_A" in name:
+            parameter.requires_grad_(False)
     return adapted
 
 
@@ -164,6 +197,8 @@ def load_for_training(recipe: Recipe, base: PreTrainedModel | None = None) -> Pr
         add_fused_head(model)  # before PEFT wraps the model
     if recipe.lora is None:
         return model
+    if recipe.lora.start is not None:
+        return continue_lora(model, recipe.lora)
     return add_lora(model, recipe.lora, seed=recipe.seed)
 
 

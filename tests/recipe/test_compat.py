@@ -27,6 +27,7 @@ CASES = {
     "loss.balancer + tasks.*.eval_data": ("train", ["tasks.sum.eval_data="], PLAIN, READS_VALIDATION),
     "lora: null + model.quantise": ("train", ["lora=null", "model.quantise=nf4"]),
     "sweep.lora: full + quantise": ("mix", ["sweep.lora=full", "model.quantise=int8"]),
+    "lora.start + lora.init": ("train", ["lora.start=runs/a/adapter", "lora.init=pissa"]),
     "lora.init + model.quantise": ("train", ["lora.init=pissa", "model.quantise=nf4"]),
     "model.quantise + DeepSpeed": ("train", ["model.quantise=nf4"], ZERO_3),
     "model.quantise + FSDP": ("train", ["model.quantise=nf4"], FSDP),
@@ -68,6 +69,7 @@ CASES = {
     "train.optimizer + DeepSpeed": ("train", ["train.optimizer=muon", "lora=null", "merge=null", "fuse=null"], ZERO_3),
     "train.optimizer: schedule_free + train.schedule": ("train", ["train.optimizer=schedule_free"]),
     "lora.plus + one trained factor": ("train", ["lora.plus=16", "lora.freeze_a=true"]),
+    "lora.freeze_a, lora.init: mica + sharded weights": ("train", ["lora.freeze_a=true"], ZERO_3),
     "lora.freeze_a + lora.init: mica": ("train", ["lora.freeze_a=true", "lora.init=mica"]),
     "train.watch": ("train", ["train.watch=summ"]),
     "train.patience, train.task_patience, output.export: best + tasks.*.eval_data": (

@@ -2,11 +2,12 @@
 
     python scripts/crash_test.py --kills 50
 
-Each kill falls at a random time after the start of the process, which is anywhere: before the first step, in a step, in
-the middle of writing a checkpoint, at the export. The run goes on until it has been killed often enough, then it may
-finish. Weights, metrics, held-out scores and evaluations have to be equal bit for bit; the last line says how many
-times they were. A tiny model and three tasks are made in a temporary folder; runs are forked from a process that has
-everything imported, so that a kill costs a second.
+Every other kill falls at a random time after the start of the process, which is anywhere: before the first step, in a
+step, at the export. The others are aimed at the writing of a checkpoint: its unfinished folder is awaited, then a few
+random milliseconds. A killed run is started again, and killed again, until it comes to its end. Weights, metrics,
+held-out scores and evaluations have to be equal bit for bit; the last lines say how many times they were, and where the
+kills fell. A tiny model and three tasks are made in a temporary folder; each run is a process of its own, forked from
+one that has everything imported, so that a kill costs a second or two.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def small_recipe(folder: Path, out: Path):
             "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
             "loss": {"balancer": {"name": "dwa", "window": 3}},
             "train": {
-                "steps": 30,
+                "steps": 20,
                 "batch_tokens": 320,
                 "micro_batch_tokens": 128,
                 "max_length": 64,
@@ -88,6 +89,24 @@ def picture(out: Path) -> dict[str, object]:
     }
 
 
+def unfinished(out: Path) -> set[str]:
+    """Checkpoints that are being written."""
+    return {path.name for path in out.glob("checkpoint-*.part")} if out.is_dir() else set()
+
+
+def wait_for_write(process: multiprocessing.Process, out: Path, draw: random.Random) -> None:
+    """Returns at a random point of one of the next checkpoints' writing; at once when the process ends before that."""
+    left_over = unfinished(out)  # by the kill before; the run removes it when it starts
+    for _ in range(draw.randint(1, 4)):
+        while process.is_alive() and not unfinished(out) - left_over:
+            left_over &= unfinished(out)
+            time.sleep(0.002)
+        seen = unfinished(out)
+        if process.is_alive():
+            left_over |= seen
+    time.sleep(draw.uniform(0, 0.01))
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--kills", type=int, default=50, help="how many processes to kill (default 50)")
@@ -110,18 +129,27 @@ def main() -> int:
         length = time.perf_counter() - begin
         expected = picture(Path(unbroken.output.dir))
         print(f"unbroken: {length:.2f} s; killing at random instants of 0 to {length:.2f} s", flush=True)
-        kills = runs = equal = 0
+        kills = runs = equal = writing = 0
         while kills < asked.kills or runs == 0:
             out = folder / f"broken-{runs}"
             recipe = small_recipe(folder, out)
             while True:
                 process = start(recipe)
-                process.join(draw.uniform(0, length) if kills < asked.kills else 600)
+                if kills >= asked.kills:
+                    process.join(600)
+                elif kills % 2:
+                    wait_for_write(process, out, draw)
+                else:
+                    process.join(draw.uniform(0, length))
                 if process.is_alive():
                     os.kill(process.pid, signal.SIGKILL)
                     process.join()
                     kills += 1
+                    writing += bool(unfinished(out))
+                    if kills % 10 == 0:
+                        print(f"{kills} kills so far, {writing} while a checkpoint was being written", flush=True)
                     continue
+                process.join()
                 if process.exitcode != 0:
                     print(f"run {runs}: exit code {process.exitcode} after {kills} kills")
                     return 1
@@ -130,14 +158,11 @@ def main() -> int:
             found = picture(out)
             other = [name for name, value in expected.items() if found[name] != value]
             equal += not other
-            print(
-                f"run {runs}: {kills} kills so far, {'DIFFERENT: ' + ', '.join(other) if other else 'equal'}",
-                flush=True,
-            )
+            if other:
+                print(f"run {runs} after {kills} kills: DIFFERENT: {', '.join(other)}", flush=True)
             shutil.rmtree(out)
-    print(
-        f"{kills} kills in {runs} runs: {equal} of {runs} ended bit-equal to the unbroken run, {runs - equal} did not"
-    )
+    print(f"{kills} kills, {writing} of them while a checkpoint was being written, each followed by a resume")
+    print(f"{equal} of {runs} runs ended bit-equal to the unbroken run, {runs - equal} did not")
     return 0 if equal == runs else 1
 
 

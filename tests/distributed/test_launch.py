@@ -1,0 +1,81 @@
+"""`mtft train` under each launcher is one program: killed on two machines, it goes on under torchrun."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mtft.train.run import train
+
+from .conftest import ROOT
+from .test_engines import distance, lines, weights, write_recipes
+
+pytestmark = pytest.mark.slow
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def runs(recipe, tmp_path_factory):
+    """(folder, recipe) of the same run: of one process, finished, and of two."""
+    found = []
+    for name in ("alone", "together"):
+        folder = tmp_path_factory.mktemp(name)
+        settings = {"steps": STEPS, "eval_every": STEPS, "batch_tokens": 150}
+        found.append((folder, write_recipes(recipe, folder, ["sgd"], **settings)["sgd"]))
+    train(found[0][1], quiet=True, prove=False)
+    return found
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def machine(rank, port, recipe_file, environment):
+    """`accelerate launch` with multi-node.yaml, as one machine of two would run it; both are this one here."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "recipes" / "accelerate" / "multi-node.yaml")]
+    command += ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    command += ["-m", "mtft", "train", str(recipe_file)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def test_killed_on_two_machines_and_continued_under_torchrun(runs, environment):
+    (alone, _), (together, _) = runs
+    run_dir, recipe_file, port = together / "sgd", together / "sgd.yaml", free_port()
+    machines = [machine(rank, port, recipe_file, environment) for rank in (0, 1)]
+    try:
+        limit = time.monotonic() + 240
+        while not (run_dir / "checkpoint-3").is_dir():
+            assert time.monotonic() < limit, "no checkpoint after 4 minutes"
+            assert all(process.poll() is None for process in machines), "a launcher ended early"
+            time.sleep(0.02)
+    finally:
+        for process in machines:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert not (run_dir / "result.json").exists(), "too late to be killed: the test needs more steps"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(free_port()), "-m", "mtft", "train", str(recipe_file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = " ".join(done.stderr.split())
+    assert "2 processes on cpu" in said
+    assert "goes on from checkpoint-" in said
+    expected, found = lines(alone / "sgd"), lines(run_dir)
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
+    assert distance(weights(alone / "sgd"), weights(run_dir)) <= 1e-6

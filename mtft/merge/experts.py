@@ -65,7 +65,7 @@ def twin(
         policy = {"average": average, "rank": rank, "dtype": dtype, **more}
         report = merge(opened, scratch / "shared", shared, options, weights, **policy)
         common = read_adapter(scratch / "shared", "shared")
-        total = expert_rank + (report.rank if with_shared else 0)
+        total = usual_rank(expert_rank + (report.rank if with_shared else 0))  # servers take no other
         energies = _write_experts(
             plan, common, scratch, folders, expert_rank, total, disk_dtype(opened, dtype), with_shared
         )

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from mtft.merge import MergeError, merge, read_adapter
+from mtft.merge.experts import export_arrow, twin
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -80,6 +81,7 @@ def by_hand(base, paths, weights_K):
 
 def check_vllm(folder) -> None:
     """The rules of vLLM's PEFTHelper and LoRAModel, as far as a file can break them."""
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in folder.iterdir()}
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["r"] in (8, 16, 32, 64, 128, 256, 320, 512)
     assert config["bias"] == "none"
@@ -101,6 +103,15 @@ def test_vllm_rules(tmp_path, base):
     b = expert(base, tmp_path / "b", 2, r=3, use_rslora=True, target_modules=["q_proj", "up_proj"])
     merge([a, b], tmp_path / "out", vllm=True)
     check_vllm(tmp_path / "out")
+    merge([a, b], tmp_path / "ties", "ties", rank=16, min_energy=0, vllm=True)
+    check_vllm(tmp_path / "ties")
+    twin([a, b], tmp_path / "twin", expert_rank=5, rank=8, with_shared=True)
+    export_arrow([a, b], tmp_path / "arrow")
+    for folder in (*(tmp_path / "twin").glob("expert_*"), tmp_path / "twin" / "shared"):
+        check_vllm(folder)
+    for folder in (tmp_path / "arrow").glob("expert_*"):
+        check_vllm(folder)
+    assert len(list(tmp_path.glob("*/expert_*"))) == 4
     biased = expert(base, tmp_path / "c", 3, r=4, lora_bias=True, target_modules=["q_proj"])
     with pytest.raises(MergeError, match="vLLM"):
         merge([a, biased], tmp_path / "out2", vllm=True)

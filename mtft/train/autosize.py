@@ -43,7 +43,8 @@ PLATEAU = 1.05  # times the least time by the token that is still about as fast
 def with_size(recipe: Recipe, model: Any, inputs: Inputs, *, before: int | None, say: Callable[[str], None]) -> Recipe:
     """The recipe with a number for micro_batch_tokens: `before`, or found by trial; then noted in env.json.
 
-    before  what an earlier start found (folder.chosen_size); the writing rank's counts. A collective call: all ranks get the same number.
+    before  what an earlier start found (folder.chosen_size); that of the writing rank counts. A collective call: all
+            ranks get the same number.
     """
     found: list[Any] = [before]
     if dist.is_initialized():

@@ -1,10 +1,13 @@
 """What may be loaded, what is refused before anything is read, and what an adapter starts as."""
 
+import json
+
 import pytest
 import torch
+from pydantic import ValidationError
 
 from mtft.errors import UserError
-from mtft.recipe.schema import LoraSection, ModelSection
+from mtft.recipe.schema import LoraSection, ModelSection, Recipe
 from mtft.train.model import add_lora, compute_dtype, load_base, load_tokenizer, model_location, pad_id
 
 
@@ -88,3 +91,43 @@ def test_hub_name_is_left_to_the_hub():
 def test_quantised_weights_cannot_be_trained_themselves(model_folder):
     with pytest.raises(UserError, match="nf4"):
         load_base(section(model_folder, quantise="nf4"), full=True)
+
+
+def test_frozen_a_is_shared_by_all_runs_with_one_seed_and_exported(recipe, tmp_path):
+    """Single-task runs of one recipe: their adapters have A in common, and differ in B."""
+    from safetensors.torch import load_file
+
+    from mtft.train.run import train
+
+    adapters = []
+    for task in recipe["tasks"][:2]:
+        alone = {**recipe, "tasks": [task], "mixture": {"shares": {task["name"]: 1.0}}}
+        alone |= {"lora": {"r": 4, "freeze_a": True}, "output": {"dir": str(tmp_path / task["name"]), "save_every": 4}}
+        result = train(Recipe.model_validate(alone), quiet=True, prove=False)
+        adapters.append(load_file(result.adapter_dir / "adapter_model.safetensors"))
+        saved = load_file(tmp_path / task["name"] / "checkpoint-8" / "weights.safetensors")
+        assert all("lora_B" in name for name in saved)  # only what is trained
+    one, two = adapters
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]) == ("lora_A" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lora", [{"init": "mica"}, {"init": "olora"}, {"dora": True}, {"rslora": True}, {"freeze_a": True, "r": 8}]
+)
+def test_variants_of_lora_train_and_are_proved(recipe, tmp_path, lora):
+    from mtft.train.run import train
+
+    asked = {**recipe, "lora": {"r": 4, **lora}, "output": {"dir": str(tmp_path / "run")}}
+    asked["train"] = {**recipe["train"], "steps": 4, "warmup": 0, "learning_rate": 2e-3}
+    train(Recipe.model_validate(asked), quiet=True)
+    evals = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
+    before, after = (sum(task["loss"] for task in line["tasks"].values()) for line in evals)
+    assert after < before
+
+
+def test_variants_that_want_data_are_refused(tmp_path):
+    with pytest.raises(ValidationError, match="mica"):
+        LoraSection(init="eva")

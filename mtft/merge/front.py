@@ -14,7 +14,7 @@ def front_facts(names: Sequence[str], found: SearchResult) -> dict[str, object]:
     def row(trial: Trial) -> dict[str, object]:
         return {"weights": list(trial.weights), "losses": trial.losses, "front": trial in best}
 
-    chosen = found.best if found.weights == found.best.weights else found.uniform
+    chosen = next(trial for trial in found.trials if trial.weights == found.weights)
     return {
         "adapters": list(names),
         "tasks": list(found.uniform.losses),

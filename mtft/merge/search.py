@@ -7,9 +7,8 @@
 K weights. LoraHub (Huang et al., arXiv 2307.13269) is the same on weights in [-1.5, 1.5] from 0 with 0.05 * mean |w|
 added; the sum merged is exact here, where LoraHub adds A and B apart. `front` spreads its trials over all trade-offs
 instead of seeking one: any preference vector then picks its weights from the ledger, with no training and no new trial
-(the use that IBCL makes of convex combinations, Lu et al., arXiv 2305.14782). The winner must beat the uniform merge by
-more than the error of the difference, on data that the search has not seen if `check` is given; else the verdict is:
-stay uniform.
+(the use that IBCL makes of convex combinations, Lu et al., arXiv 2305.14782). verdict.py then decides whether the
+winner is better than equal weights, on data that the search has not seen if `check` is given.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import numpy as np
 
 from .errors import MergeError
 from .retention import Scores
+from .verdict import judge, loss_of
 
 SCALES = (0.3, 0.5, 0.7, 1.0, 1.3)
 WAYS = ("grid", "cobyqa", "cma", "lorahub", "front")
@@ -40,7 +40,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """weights: what to merge with, after the verdict; best: the best trial; trials: all, in order."""
+    """weights: what to merge with, after the verdict; best: the best trial; trials: all, in order.
+
+    improvement, error: of the weights over all weights 1 (error None: no per-example scores).
+    """
 
     weights: tuple[float, ...]
     best: Trial
@@ -88,7 +91,10 @@ def search(
         for weights in front_weights(K, budget - len(SCALES), best_scale(book.trials), seed):
             book.trial(weights)
     best = min(book.trials, key=lambda trial: trial.objective)
-    return _judge(book, best, uniform, check or evaluate, on_new_data=check is not None)
+    common = min((t for t in book.trials if len(set(t.weights)) == 1), key=lambda t: t.objective)
+    data = "on the data it was chosen on" if check is None else "on data the search has not seen"
+    chosen, gain, error, text = judge([uniform, common, best], check or evaluate, book.objective)
+    return SearchResult(chosen.weights, best, uniform, gain, error, f"{text} {data}", book.trials)
 
 
 def pareto(trials: Sequence[Trial]) -> list[Trial]:
@@ -148,7 +154,7 @@ class _Book:
     def trial(self, weights: Sequence[float]) -> Trial:
         key = tuple(float(w) for w in weights)
         if key not in self._known:
-            losses = {task: _loss(value) for task, value in self._evaluate(key).items()}
+            losses = {task: loss_of(value) for task, value in self._evaluate(key).items()}
             if not losses or not all(map(math.isfinite, losses.values())):
                 raise MergeError(f"losses at weights {list(key)} are {losses}", where="search", do="check the data")
             self._known[key] = losses
@@ -204,14 +210,6 @@ class _Book:
             self._known[key] = {task: float(loss) for task, loss in losses.items()}
 
 
-def _loss(value) -> float:
-    return (
-        float(value)
-        if isinstance(value, int | float | np.floating)
-        else float(value.nll_N.sum() / value.tokens_N.sum())
-    )
-
-
 def _cobyqa(book: _Book, K: int, by: str, budget: int) -> None:
     from scipy.optimize import Bounds, minimize
 
@@ -233,43 +231,3 @@ def _cma(book: _Book, K: int, budget: int, seed: int) -> None:
     while not run.stop():
         tries = run.ask()
         run.tell(tries, [book.trial(np.clip(w, 0, 1.5)).objective for w in tries])
-
-
-def _judge(book: _Book, best: Trial, uniform: Trial, evaluate: Evaluate, *, on_new_data: bool) -> SearchResult:
-    """Does the best trial beat the uniform merge by more than the error of the difference?"""
-    found = {weights: dict(evaluate(weights)) for weights in {best.weights, uniform.weights}}
-    losses = {weights: {task: _loss(value) for task, value in scores.items()} for weights, scores in found.items()}
-    gain = book.objective(losses[uniform.weights]) - book.objective(losses[best.weights])
-    error = _paired_error(book, found[uniform.weights], found[best.weights])
-    data = "on data the search has not seen" if on_new_data else "on the data it was chosen on"
-    if gain > 2 * (error or 0) and gain > 0:
-        sure = (
-            f"{gain:.3g} +- {error:.2g}" if error is not None else f"{gain:.3g} (no per-example scores: no error known)"
-        )
-        return SearchResult(
-            best.weights, best, uniform, gain, error, f"beats the uniform merge by {sure} {data}", book.trials
-        )
-    text = f"no better than the uniform merge {data}: {gain:.3g}" + (f" +- {error:.2g}" if error is not None else "")
-    return SearchResult(uniform.weights, best, uniform, gain, error, text + "; staying uniform", book.trials)
-
-
-def _paired_error(book: _Book, first: Mapping, second: Mapping, draws: int = 1000) -> float | None:
-    """Standard error of the objective's difference, resampling both models' examples together."""
-    if any(isinstance(value, int | float | np.floating) for value in (*first.values(), *second.values())):
-        return None
-    tasks = list(first)
-    rng = np.random.default_rng(0)
-    drawn = []
-    for task in tasks:
-        a, b = first[task], second[task]
-        if tuple(a.ids) != tuple(b.ids):
-            raise ValueError(f"{task}: the two merges were not scored on the same examples")
-        N = len(a.ids)
-        counts = rng.multinomial(N, np.full(N, 1 / N), size=draws)
-        drawn.append([(counts @ x.nll_N) / np.maximum(counts @ x.tokens_N, 1) for x in (a, b)])
-    gains = [
-        book.objective({task: pair[0][i] for task, pair in zip(tasks, drawn)})
-        - book.objective({task: pair[1][i] for task, pair in zip(tasks, drawn)})
-        for i in range(draws)
-    ]
-    return float(np.std(gains))

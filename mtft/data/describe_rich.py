@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
+
+from .tables import Columns
 
 if TYPE_CHECKING:
     from .describe import Description, TaskDescription
@@ -19,7 +20,7 @@ SHOWN = 1200  # characters of a rendered example
 def render(found: Description) -> Group:
     parts: list[RenderableType] = [_data(found), _plan(found)]
     parts += [_spans(found)] if found.spans else []
-    parts += [Text(_summary(found)), Text("")]
+    parts += [Text(_summary(found)), Text(""), Text("the first example of each task, learnt parts between ⟦ and ⟧")]
     parts += [_sample(task) for task in found.tasks]
     parts += [Text.assemble(("warning: ", "yellow"), warning) for warning in found.warnings]
     return Group(*parts)
@@ -32,10 +33,9 @@ def plain(found: Description, width: int = 120) -> str:
     return stream.getvalue()
 
 
-def _data(found: Description) -> Table:
-    table = Table(title=f"{found.name}: data", title_justify="left")
-    table.add_column("task")
-    for name in (
+def _data(found: Description) -> Columns:
+    names = (
+        "task",
         "examples",
         "held out",
         "prompt tokens",
@@ -45,10 +45,9 @@ def _data(found: Description) -> Table:
         "cut",
         "dropped",
         "skipped",
-    ):
-        table.add_column(name, justify="right")
-    for task in found.tasks:
-        table.add_row(
+    )
+    rows = [
+        (
             task.name,
             f"{task.examples:,}",
             "-" if task.eval_examples is None else f"{task.eval_examples:,}",
@@ -60,17 +59,15 @@ def _data(found: Description) -> Table:
             f"{task.dropped:,}",
             f"{task.skipped:,}",
         )
-    return table
+        for task in found.tasks
+    ]
+    return Columns(f"{found.name}: data", names, rows)
 
 
-def _plan(found: Description) -> Table:
-    table = Table(title=f"mixture, by {found.unit}", title_justify="left")
-    table.add_column("task")
-    columns = "asked", "played", "of tokens", "of learnt", "epochs", "examples/step", "tokens/step", "weight"
-    for name in (*columns, "share x weight"):
-        table.add_column(name, justify="right")
-    for task in found.tasks:
-        table.add_row(
+def _plan(found: Description) -> Columns:
+    names = "task", "asked", "played", "of tokens", "of learnt", "epochs", "examples/step", "tokens/step", "weight"
+    rows = [
+        (
             task.name,
             f"{task.asked_share:.4f}",
             f"{task.realised_share:.4f}",
@@ -82,19 +79,19 @@ def _plan(found: Description) -> Table:
             f"{task.weight:g}",
             f"{task.effective_weight:.4f}",
         )
-    return table
+        for task in found.tasks
+    ]
+    return Columns(f"mixture, by {found.unit}", (*names, "share x weight"), rows)
 
 
-def _spans(found: Description) -> Table:
+def _spans(found: Description) -> Columns:
     """A schedule: how the shares move over the run."""
-    table = Table(title="share over the run: asked, played", title_justify="left")
-    table.add_column("task")
-    for span in found.spans:
-        table.add_column(f"steps {span['steps'][0]:,} to {span['steps'][1] - 1:,}", justify="right")
-    for task in found.tasks:
-        cells = [f"{span['asked'][task.name]:.3f} {span['realised'][task.name]:.3f}" for span in found.spans]
-        table.add_row(task.name, *cells)
-    return table
+    names = [f"steps {span['steps'][0] + 1:,} to {span['steps'][1]:,}" for span in found.spans]
+    rows = [
+        (task.name, *(f"{span['asked'][task.name]:.3f} {span['realised'][task.name]:.3f}" for span in found.spans))
+        for task in found.tasks
+    ]
+    return Columns("share over the run: asked, played", ("task", *names), rows)
 
 
 STYLES = {
@@ -118,4 +115,4 @@ def _sample(task: TaskDescription) -> Panel:
     for part, learnt in task.sample:
         shown = part if len(part) <= SHOWN else f"{part[: SHOWN // 2]} [...] {part[-SHOWN // 2 :]}"
         text.append(f"⟦{shown}⟧" if learnt else shown, style="bold green" if learnt else "dim")
-    return Panel(text, title=f"{task.name}: first example, learnt parts between ⟦ and ⟧", title_align="left")
+    return Panel(text, title=Text(task.name), title_align="left")

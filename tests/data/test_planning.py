@@ -138,7 +138,7 @@ def test_check_shows_how_the_shares_move(tmp_path):
     assert all(a["realised"]["b"] < b["realised"]["b"] for a, b in pairwise(found.spans))
     assert json.loads(json.dumps(found.as_dict()))["batch_style"] == "alternating"
     text = found.text()
-    assert "steps 0 to 9" in text
+    assert "steps 1 to 10" in text
     assert "one task a step" in text
     assert not any("absent" in warning for warning in found.warnings)  # what is asked for needs no warning
 

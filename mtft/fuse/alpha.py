@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .bridge import Bridge
 from .solve import Step, solve_paper, solve_paper_grid, solve_root
 from .space import Workspace
 from .spec import Fused, FusionError, FusionSpec, check_weights
@@ -53,16 +54,18 @@ def fuse_logits(
     weights_NT: Tensor | None = None,
     alpha_NT: Tensor | None = None,
     space: Workspace | None = None,
+    bridge: Bridge | None = None,
 ) -> Fused:
     """Fuse N positions; pure, and the only place with the maths.
 
     strong_NV [N, V], experts_TNV [T, N, M] (or a sequence of T tensors [N, M]), base_NV [N, M]: raw logits, already cut
     to real vocabularies. M < V: the small models know the first M ids; the others are not shifted.
     weights_NT: per row, for weights = user | router. alpha_NT: per row, for alpha_rule = fixed.
+    bridge: the small models have another tokenizer (bridge.py), and M is the number of its ids.
     space: memory of an earlier call to use again; then logprobs_NV is part of it, and the next call writes over it.
     fp16 and bf16 are lifted to fp32; fp64 stays fp64 (the reference). Raises FusionError for NaN, naming model and row.
     """
-    _check_shapes(strong_NV, experts_TNV, base_NV)
+    _check_shapes(strong_NV, experts_TNV, base_NV, bridged=bridge is not None)
     experts, rows, vocabulary = len(experts_TNV), len(strong_NV), strong_NV.shape[1]
     spec.check_experts(experts)
     dtype = torch.float64 if strong_NV.dtype == torch.float64 else torch.float32
@@ -74,7 +77,8 @@ def fuse_logits(
     for t, expert_NV in enumerate(experts_TNV):  # one by one: of their [N, V] buffers only d stays
         expert = _normalise(expert_NV.to(dtype), space, "expert")
         lse[f"expert {t}"] = expert.lse_N1
-        shifts.append(_shift(expert, base, spec.d_max, vocabulary, space, f"shift {t}"))
+        shift = _shift(expert, base, spec.d_max, space, f"shift {t}")
+        shifts.append(shift._replace(d_NV=_over_strong_ids(shift.d_NV, vocabulary, bridge)))
     strong = _normalise(strong_NV.to(dtype), space, "strong")
     _check_finite({"the strong model": strong.lse_N1} | lse)
     p_NV = strong.p_NV
@@ -133,18 +137,21 @@ def fuse_rows(
     base_NV: Tensor,
     specs: Sequence[FusionSpec],
     space: Workspace | None = None,
+    bridge: Bridge | None = None,
 ) -> Fused:
     """As `fuse_logits`, with a spec for each of the N positions; equal specs are solved together."""
     if all(spec is specs[0] for spec in specs):
-        return fuse_logits(strong_NV, experts_TNV, base_NV, specs[0], space=space)
+        return fuse_logits(strong_NV, experts_TNV, base_NV, specs[0], space=space, bridge=bridge)
     groups: dict[FusionSpec, list[int]] = {}
     for row, spec in enumerate(specs):
         groups.setdefault(spec, []).append(row)
     if len(groups) == 1:
-        return fuse_logits(strong_NV, experts_TNV, base_NV, specs[0], space=space)
+        return fuse_logits(strong_NV, experts_TNV, base_NV, specs[0], space=space, bridge=bridge)
     parts, order = [], []
     for spec, rows in groups.items():
-        parts.append(fuse_logits(strong_NV[rows], [expert[rows] for expert in experts_TNV], base_NV[rows], spec))
+        parts.append(
+            fuse_logits(strong_NV[rows], [expert[rows] for expert in experts_TNV], base_NV[rows], spec, bridge=bridge)
+        )
         order += rows
     back = torch.tensor(order, device=strong_NV.device).argsort()
     names = [name for name in vars(parts[0]) if name != "evaluations"]
@@ -192,7 +199,7 @@ def _check_finite(lse: dict[str, Tensor]) -> None:
             )
 
 
-def _shift(expert: _Model, base: _Model, d_max: float, vocabulary: int, space: Workspace, name: str) -> _Shift:
+def _shift(expert: _Model, base: _Model, d_max: float, space: Workspace, name: str) -> _Shift:
     """d = log Q_E - log Q, clamped; c = sum Q_E (d + expm1(-d)) and c' = sum Q (expm1(d) - d).
 
     Without clamps these equal the KL divergences; they are never negative, and an error in the normalisers enters
@@ -213,9 +220,15 @@ def _shift(expert: _Model, base: _Model, d_max: float, vocabulary: int, space: W
         d_NM = torch.nan_to_num_(d_NM, nan=0.0, posinf=d_max, neginf=-d_max).clamp_(-d_max, d_max)
         c_N = torch.neg(d_NM).expm1_().add_(d_NM).mul_(expert.p_NV).sum(-1).double()
         reverse_c_N = torch.expm1(d_NM).sub_(d_NM).mul_(base.p_NV).sum(-1).double()
-    if d_NM.shape[1] < vocabulary:
-        d_NM = torch.nn.functional.pad(d_NM, (0, vocabulary - d_NM.shape[1]))
     return _Shift(d_NM, c_N.clamp_(min=0), reverse_c_N.clamp_(min=0), clamped_N, far)
+
+
+def _over_strong_ids(d_NM: Tensor, vocabulary: int, bridge: Bridge | None) -> Tensor:
+    """What the small models do not know is not shifted."""
+    if bridge is not None:
+        return bridge.spread(d_NM, 0.0)
+    missing = vocabulary - d_NM.shape[1]
+    return torch.nn.functional.pad(d_NM, (0, missing)) if missing else d_NM
 
 
 def _columns(parts_TN: list[Tensor]) -> Tensor:
@@ -271,13 +284,13 @@ def _plausible(logprobs_NV: Tensor, logp_NV: Tensor, epsilon: float) -> Tensor:
     return torch.log_softmax(logprobs_NV.masked_fill(logp_NV < floor_N1, -torch.inf), -1)
 
 
-def _check_shapes(strong_NV: Tensor, experts_TNV: Tensor | Sequence[Tensor], base_NV: Tensor) -> None:
+def _check_shapes(strong_NV: Tensor, experts_TNV: Tensor | Sequence[Tensor], base_NV: Tensor, *, bridged: bool) -> None:
     if len(experts_TNV) == 0:
         raise FusionError("no expert", do="give at least one adapter")
     shapes = [tuple(expert.shape) for expert in experts_TNV]
     if strong_NV.dim() != 2 or any(shape != tuple(base_NV.shape) for shape in shapes):
         raise FusionError(f"logits: strong {list(strong_NV.shape)}, base {list(base_NV.shape)}, experts {shapes}")
-    if len(base_NV) != len(strong_NV) or base_NV.shape[1] > strong_NV.shape[1]:
+    if len(base_NV) != len(strong_NV) or (base_NV.shape[1] > strong_NV.shape[1] and not bridged):
         raise FusionError(
             f"logits: strong {list(strong_NV.shape)}, small models {list(base_NV.shape)}",
             do="cut all models to the ids they share",

@@ -226,8 +226,8 @@ def direct(fused: FusedCausalLM, request: Request) -> Tensor | GenerateDecoderOn
                 seen,
                 next_A[live],
                 strong_AV[here],
-                [expert[here] for expert in experts],
-                base_AM[here],
+                [fused.over_strong_ids(expert[here]) for expert in experts],
+                fused.over_strong_ids(base_AM[here]),
             )
         kept.add(active_A, scores_AV, step.logprobs_NV)
         tokens_BL = torch.cat([tokens_BL, next_B[:, None]], -1)

@@ -251,9 +251,8 @@ class Engine:
             if job.trace is not None:
                 here = torch.tensor([row], device=strong_BV.device)
                 one = type(fused)(**{k: v[here] for k, v in vars(fused).items() if k != "evaluations"}, evaluations=0)
-                job.trace.step(
-                    [0], one, torch.tensor([token]), strong_BV[here], [e[here] for e in experts], base_BM[here]
-                )
+                wide = [self.fused.over_strong_ids(x[here]) for x in (*experts, base_BM)]
+                job.trace.step([0], one, torch.tensor([token]), strong_BV[here], wide[:-1], wide[-1])
             self._tell(job, stream, token_score(logp_V, token, job.top))
         keep = [row for row, (job, _) in enumerate(self._running) if not job.cancelled]
         self._running = [self._running[row] for row in keep]

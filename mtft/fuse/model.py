@@ -30,6 +30,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from . import decode as decoding
 from . import scoring
 from .alpha import fuse_rows
+from .bridge import Bridge
+from .bridged import BridgedSides
 from .gamma import Gamma
 from .load import Weak, agreement, load_model, load_tokenizer, load_weak
 from .rows import BASE
@@ -61,10 +63,12 @@ class FusedCausalLM:
         shared: int | None = None,
         name: str = "fused",
         max_logit_bytes: int = MAX_LOGIT_BYTES,
+        bridge: Bridge | None = None,
     ) -> None:
         self.strong, self.weak, self.spec = strong, weak, spec
         self.tokenizer: Any = tokenizer  # None only in code that never touches text
         self.vocab_size, self.shared = vocab_size, vocab_size if shared is None else shared
+        self.bridge = bridge  # the small models have another tokenizer; then `shared` counts its ids
         self.name_or_path, self.max_logit_bytes = name, max_logit_bytes
         self.last_gamma: Gamma | None = None  # of the last speculative call: acceptance and times
         self._space = Workspace()
@@ -112,7 +116,7 @@ class FusedCausalLM:
         """
         spec = FusionSpec() if spec is None else spec
         tokenizer, small = load_tokenizer(strong, revision), load_tokenizer(base, base_revision)
-        vocab_size, shared = agree(tokenizer, small, tokens or spec.tokens)
+        vocab_size, shared, bridge = agree(tokenizer, small, tokens or spec.tokens)
         strong_model = load_model(
             strong,
             dtype=dtype,
@@ -132,7 +136,7 @@ class FusedCausalLM:
             attention=base_attention or attention,
             revision=base_revision,
         )
-        share = agreement(strong_model, weak, tokenizer, shared)
+        share = 1.0 if bridge is not None else agreement(strong_model, weak, tokenizer, shared)
         if share < STRANGERS:
             warnings.warn(
                 f"strong model and base have the same favourite token at {share:.0%} of the positions of a probe text: "
@@ -140,7 +144,7 @@ class FusedCausalLM:
                 stacklevel=2,
             )
         name = f"{strong} + {', '.join(map(str, adapters))}"
-        return cls(strong_model, weak, tokenizer, spec, vocab_size=vocab_size, shared=shared, name=name)
+        return cls(strong_model, weak, tokenizer, spec, vocab_size=vocab_size, shared=shared, name=name, bridge=bridge)
 
     @property
     def device(self) -> torch.device:
@@ -175,14 +179,24 @@ class FusedCausalLM:
     def sides(self) -> Sides:
         """Fresh caches for one decode."""
         rows = [group for index, group in self.weak.order if index < 0]
-        substitute = self._substitute()
-        cut = {"width": self.shared, "known": self.known, "substitute": substitute}
-        return Sides(
-            Side(self.strong, (0,), width=self.vocab_size),
-            Side(self.weak.model, (*rows, BASE), layout=self.weak.layout, **cut),
-            [Side(model, (0,), **cut) for model in self.weak.own],
-            self.weak.order,
-        )
+        cut: dict[str, Any] = {"width": self.shared, "known": self.known, "substitute": self._substitute()}
+        strong = Side(self.strong, (0,), width=self.vocab_size)
+        weak = Side(self.weak.model, (*rows, BASE), layout=self.weak.layout, **cut)
+        own = [Side(model, (0,), **cut) for model in self.weak.own]
+        if self.bridge is None:
+            return Sides(strong, weak, own, self.weak.order)
+        smalls = [self.weak.model, *self.weak.own]
+        context = min(small.config.get_text_config().max_position_embeddings for small in smalls)
+        sides = BridgedSides(strong, weak, own, self.weak.order, self.bridge, context)
+        if not sides.movable:
+            raise FusionError("tokens: map rolls caches back, which one of these models can't", do="take other models")
+        return sides
+
+    def over_strong_ids(self, logits_NM: Tensor) -> Tensor:
+        """Logits of a small model with another tokenizer, as log-probabilities at the strong ids that it can say."""
+        if self.bridge is None:
+            return logits_NM
+        return self.bridge.spread(torch.log_softmax(logits_NM.float(), -1), -torch.inf)
 
     def _substitute(self) -> int:
         """What a small model reads in place of an id that it does not have."""
@@ -196,7 +210,7 @@ class FusedCausalLM:
 
         The answer's logprobs_NV stand in memory that the next call writes over: copy what must last.
         """
-        return fuse_rows(strong_NV, experts_TNM, base_NM, specs, self._space)
+        return fuse_rows(strong_NV, experts_TNM, base_NM, specs, self._space, self.bridge)
 
     @torch.no_grad()
     def forward(

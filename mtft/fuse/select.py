@@ -128,6 +128,8 @@ class ExpertScorer:
     def __init__(self, fused: FusedCausalLM, expert: int = 0) -> None:
         if not 0 <= expert < fused.experts:
             raise FusionError(f"expert {expert} of {fused.experts}", do="count from 0")
+        if fused.bridge is not None:
+            raise FusionError("the expert has another tokenizer", do="score with minimum_bayes_risk, or a classifier")
         self.fused, self.expert = fused, expert
 
     @torch.no_grad()

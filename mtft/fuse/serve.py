@@ -39,7 +39,8 @@ def make_app(fused: FusedCausalLM, name: str, *, token: str | None = None, limit
     limits = limits or Limits()
     engine = Engine(fused, rows=limits.rows, queue=limits.queue, wait=limits.wait_seconds)
     models: dict[str, str | int] = {name: "fused", "strong": "strong"}
-    models |= {f"expert:{Path(expert).name}-{t}": t for t, expert in enumerate(fused.weak.names)}
+    if fused.bridge is None:  # else the experts speak other tokens than the server
+        models |= {f"expert:{Path(expert).name}-{t}": t for t, expert in enumerate(fused.weak.names)}
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

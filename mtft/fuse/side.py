@@ -93,6 +93,19 @@ class Side:
         mask_BC[:, -length:] *= ~columns_BL.to(mask_BC.device)
         self.mask_BC, self.holes = mask_BC, self.holes or bool(columns_BL.any())
 
+    def forget(self, counts: Sequence[int]) -> None:
+        """Never attend again to the last tokens of each prompt, so many."""
+        if not any(counts):
+            return
+        if not self.holes and len(set(counts)) == 1:
+            self.crop(counts[0])
+            return
+        counts_B1 = torch.tensor(counts, device=self.mask_BC.device)[:, None]
+        from_right_BC = self.mask_BC.flip(-1).cumsum(-1).flip(-1)
+        self.mask_BC, self.holes = self.mask_BC * (from_right_BC > counts_B1), True
+        if float(self.mask_BC.sum()) < 0.75 * self.mask_BC.numel():
+            self.squeeze()
+
     def squeeze(self) -> None:
         """Drop what is never attended to: each row's tokens move to the right, in order, behind left padding."""
         length = int(self.mask_BC.sum(-1).max())

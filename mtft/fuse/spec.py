@@ -13,7 +13,7 @@ from mtft.errors import UserError
 
 RULES = ("fixed", "forward", "jeffreys", "paper", "paper_grid")
 WEIGHTS = ("active", "onehot", "uniform", "user", "router")
-TOKENS = ("strict", "prefix")
+TOKENS = ("strict", "prefix", "map")
 ALPHA_LIMIT = 10.0  # no published use goes past 2; beyond 10 a typing error is likelier than an intent
 
 

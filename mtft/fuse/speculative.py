@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .accept import Place, chance, draw, settle
+from .bridged import BridgedSides
 from .decode import COMPACT, Request, direct, process, select_fused
 from .gamma import Gamma
 from .release import Lockstep, Token
@@ -40,6 +41,8 @@ def unfit(sides: Sides, request: Request) -> str | None:
     """Why this request can't be speculated, or None."""
     if not request.compact:
         return "a logits processor may keep state from call to call"
+    if isinstance(sides, BridgedSides):
+        return "drafts would be tokens of another tokenizer"
     for side in sides.all:
         if not side.cache.is_croppable or any(side.cache.is_sliding) or any(side.cache.is_linear):
             return f"the cache of {side.model.config.model_type} can't be rolled back"

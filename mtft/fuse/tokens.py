@@ -4,15 +4,18 @@
 |---|---|
 | strict | every id has the same token string, bos/eos/pad are equal, and a built-in probe text is encoded alike |
 | prefix | equal on a common prefix of ids, which holds all of the probe's ids; extras (added tokens) only at the end |
+| map    | enough of the strong tokens of the probe have a small token with the same text (bridge.py)         |
 
-Ids beyond the common prefix are not shifted: log Q_t - log Q = 0 there.
+Ids without a counterpart are not shifted: log Q_t - log Q = 0 there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from .bridge import Bridge, surfaces, tokens_of
 from .probe import probe_lines
 from .spec import TOKENS, FusionError, choose
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPECIAL = ("bos", "eos", "pad")
+ENOUGH = 0.5  # share of the probe's strong tokens that must have a counterpart for `map`; a guess, no study gives one
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,9 @@ class Coverage:
 
     strong, small   number of ids (real tokens, not the padded width of the logits)
     common          length of the common prefix: ids 0 ... common-1 have the same token string
-    mapped          ids of the strong tokenizer whose token string the small one has under any id
+    mapped          ids of the strong tokenizer whose text the small one has under any id
     lines, same     lines of the probe, and how many of them are encoded to the same ids
-    covered         share of the strong tokenizer's probe tokens whose string the small one has
+    covered         share of the strong tokenizer's probe tokens whose text the small one has
     boundaries      share of the strong tokenizer's token boundaries on the probe that the small one has too
     unmapped        up to 20 token strings that the small one lacks
     special         differences of bos, eos, pad: "eos: '</s>' (2) | '<end>' (7)"
@@ -50,15 +54,13 @@ class Coverage:
     @property
     def accepted_by(self) -> str | None:
         """The strictest level that accepts, or None."""
-        if self.same < self.lines or self.special:
-            return None
-        if self.common == self.strong == self.small:
-            return "strict"
-        return "prefix" if self.common else None
+        if self.same == self.lines and not self.special and self.common:
+            return "strict" if self.common == self.strong == self.small else "prefix"
+        return "map" if self.covered >= ENOUGH else None
 
     def __str__(self) -> str:
         lines = [
-            f"ids: {self.mapped} of {self.strong} have their token in the small tokenizer ({self.small} ids); "
+            f"ids: {self.mapped} of {self.strong} have their text in the small tokenizer ({self.small} ids); "
             f"the first {self.common} ids are equal",
             f"probe: {self.same} of {self.lines} lines are encoded alike; {self.covered:.1%} of the tokens "
             f"are covered, {self.boundaries:.1%} of the boundaries agree",
@@ -73,30 +75,29 @@ class Coverage:
 
 def compare(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase) -> Coverage:
     """Compare two tokenizers on all ids and on the probe."""
-    strong_tokens, small_tokens = _tokens(strong), _tokens(small)
+    strong_tokens, small_tokens = tokens_of(strong), tokens_of(small)
     common = 0
     for left, right in zip(strong_tokens, small_tokens, strict=False):
         if left is None or left != right:
             break
         common += 1
-    known = {token for token in small_tokens if token is not None}
-    missing = [token for token in strong_tokens if token is not None and token not in known]
+    known = (Bridge(strong, small).small_id_V >= 0).tolist()
+    missing = [token for token, there in zip(strong_tokens, known, strict=True) if token is not None and not there]
     same = count = covered = edges = shared = 0
-    lines = probe_lines()
+    lines, sizes = probe_lines(), [[len(text or b"") for text in surfaces(side)] for side in (strong, small)]
     for line in lines:
         left = strong.encode(line, add_special_tokens=False)
         right = small.encode(line, add_special_tokens=False)
         same += left == right and strong.encode(line) == small.encode(line)
-        texts = [strong_tokens[i] for i in left]
-        count += len(texts)
-        covered += sum(text in known for text in texts)
-        ours, theirs = _edges(texts), _edges([small_tokens[i] for i in right])
+        count += len(left)
+        covered += sum(known[i] for i in left)
+        ours, theirs = ({*accumulate(size[i] for i in ids)} for size, ids in zip(sizes, (left, right), strict=True))
         edges, shared = edges + len(ours), shared + len(ours & theirs)
     return Coverage(
         strong=len(strong_tokens),
         small=len(small_tokens),
         common=common,
-        mapped=len(strong_tokens) - len(missing),
+        mapped=sum(known),
         lines=len(lines),
         same=same,
         covered=covered / max(count, 1),
@@ -106,26 +107,23 @@ def compare(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase) -> 
     )
 
 
-def agree(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase, level: str = "strict") -> tuple[int, int]:
-    """(V, M): ids of the strong model, and how many of the first ids the small models share. FusionError if refused."""
+def agree(
+    strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase, level: str = "strict"
+) -> tuple[int, int, Bridge | None]:
+    """(V, M, bridge): ids of the strong model; how many of the first ids the small models share, or, with a bridge
+    between different tokenizers, how many they have. FusionError if refused.
+    """
     choose(level, TOKENS, "tokens")
     coverage = compare(strong, small)
     accepted = coverage.accepted_by
-    if accepted == "strict" or (accepted == "prefix" and level == "prefix"):
-        return coverage.strong, coverage.common
+    if accepted == "strict" or (accepted == "prefix" and level != "strict"):
+        return coverage.strong, coverage.common, None
+    if accepted == "map" and level == "map":
+        return coverage.strong, coverage.small, Bridge(strong, small)
     raise FusionError(
         f"the strong and the small tokenizer differ (tokens: {level})\n         {coverage}",
         do=f"set tokens: {accepted}" if accepted else "take a small model of the strong model's family",
     )
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
-    """Token string of every id; None where an id has no token."""
-    vocabulary = tokenizer.get_vocab()
-    tokens: list[str | None] = [None] * (max(vocabulary.values()) + 1)
-    for token, index in vocabulary.items():
-        tokens[index] = token
-    return tokens
 
 
 def _special(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -135,12 +133,3 @@ def _special(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase) ->
         "pad": (strong.pad_token, strong.pad_token_id, small.pad_token, small.pad_token_id),
     }
     return tuple(f"{name}: {a!r} ({i}) | {b!r} ({j})" for name, (a, i, b, j) in pairs.items() if (a, i) != (b, j))
-
-
-def _edges(tokens: list[str | None]) -> set[int]:
-    """Ends of the tokens, in characters of the token strings."""
-    ends, at = set(), 0
-    for token in tokens:
-        at += len(token or "")
-        ends.add(at)
-    return ends

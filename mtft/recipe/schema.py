@@ -473,8 +473,9 @@ class FuseSection(Section):
     """After fusion drop tokens below this share of the strong model's best probability; 0 = off."""
     speculative: Literal["off", "auto"] | Annotated[int, Field(ge=0, le=16)] = "off"
     """Let the expert draft tokens that the strong model only judges: the same text in fewer passes. Drafts, or auto."""
-    tokens: Literal["strict", "prefix"] = "strict"
-    """How much the tokenizers must agree. prefix: extra ids at the end are allowed, and not steered."""
+    tokens: Literal["strict", "prefix", "map"] = "strict"
+    """How much the tokenizers must agree. prefix: extra ids at the end are allowed, and not steered. map: they may differ,
+    the small model reads the text anew, and tokens that it has too are steered (slower, and without speculation)."""
 
 
 class RunSection(Section):

@@ -474,8 +474,8 @@ class FuseSection(Section):
     speculative: Literal["off", "auto"] | Annotated[int, Field(ge=0, le=16)] = "off"
     """Let the expert draft tokens that the strong model only judges: the same text in fewer passes. Drafts, or auto."""
     tokens: Literal["strict", "prefix", "map"] = "strict"
-    """How much the tokenizers must agree. prefix: extra ids at the end are allowed, and not steered. map: they may differ,
-    the small model reads the text anew, and tokens that it has too are steered (slower, and without speculation)."""
+    """How much the tokenizers must agree. prefix: extra ids at the end are allowed, but not steered. map: the small
+    model reads the text anew in its own tokens, and steers those that it has too (slower, without speculation)."""
 
 
 class RunSection(Section):

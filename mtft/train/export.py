@@ -99,7 +99,11 @@ class Proof:
     """Reloads an export in a fresh process, at the same time as the caller goes on; `result` waits and compares.
 
     A context manager: the process and its files are gone at the end of the block.
+    After `result`, `unquantised` says how an adapter of a quantised base does on the base as it was: {"logits": largest
+    difference relative to the largest logit, "same_top_token": share of positions}; None: another base, or no memory.
     """
+
+    unquantised: dict[str, float] | None = None
 
     def __init__(self, model: nn.Module, logits: Tensor, folder: Path, recipe: Recipe, device: torch.device) -> None:
         """`logits`: of the trained model, from `probe_logits`."""
@@ -134,12 +138,15 @@ class Proof:
         if self._process.returncode != 0:
             raise RuntimeError(f"{self._folder} can't be loaded in a fresh process:\n{errors[-2000:]}")
         found = json.loads(out.strip().splitlines()[-1])
-        relative = found["difference"] / max(found["largest"], 1e-9)
+        largest = max(found["largest"], 1e-9)
+        relative = found["difference"] / largest
         if not relative <= self._tolerance:
             raise RuntimeError(
                 f"{self._folder}: logits of the reloaded export differ from the trained model's by {relative:.2g} "
                 f"of the largest logit ({self._tolerance:.0e} allowed)"
             )
+        if (plain := found.get("unquantised")) is not None:
+            self.unquantised = {"logits": plain["difference"] / largest, "same_top_token": plain["same_top"]}
         return relative
 
     def __enter__(self) -> Proof:
@@ -153,7 +160,13 @@ class Proof:
 
 
 def write_card(
-    folder: Path, recipe: Recipe, plan: Any, scores: Mapping[str, TaskScores], *, proof: float | None = None
+    folder: Path,
+    recipe: Recipe,
+    plan: Any,
+    scores: Mapping[str, TaskScores],
+    *,
+    proof: float | None = None,
+    unquantised: Mapping[str, float] | None = None,
 ) -> None:
     """README.md of an export: how to load it, what it was trained on, what it scored, with which versions."""
     lora = (folder / "adapter_config.json").is_file()
@@ -184,9 +197,22 @@ def write_card(
         lines.append("")
     if proof is not None:
         lines += [f"Reloaded in a fresh process: logits equal to {proof:.1e} of the largest logit.", ""]
+    if recipe.model.quantise != "none":
+        lines += [f"Trained on the base quantised to {recipe.model.quantise}. {_on_the_unquantised(unquantised)}", ""]
     versions = ", ".join(f"{name} {number}" for name, number in environment()["versions"].items())
     lines += ["## Versions", "", versions, "", "## Recipe", "", "```yaml", dump_recipe(recipe).rstrip(), "```", ""]
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _on_the_unquantised(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return (
+            "How it does on the unquantised base was not measured: evaluate it there before merging or serving it so."
+        )
+    return (
+        f"On the unquantised base its logits differ by up to {found['logits']:.1e} of the largest logit, and the most "
+        f"likely token is the same at {found['same_top_token']:.0%} of the positions of the probe."
+    )
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -47,12 +47,15 @@ def hand_over(
             for task, found in scores.items():
                 found.save(run_dir / SCORES / f"{task}.jsonl")
             equal = None if proof is None else proof.result()
-            write_card(export_dir, recipe, plan, scores, proof=equal)
+            unquantised = None if proof is None else proof.unquantised
+            write_card(export_dir, recipe, plan, scores, proof=equal, unquantised=unquantised)
             seconds = time.perf_counter() - begin
             summaries = {task: found.summary() for task, found in scores.items()}
             content = {"steps": steps, "seconds": seconds, "export": export_dir.name, "proof": equal}
             content |= {"tasks": summaries, "skipped_steps": trainer.bad_steps, "exported_step": chosen}
             content |= {"ended": trainer.stopping.ended, "dropped_tasks": trainer.stopping.dropped}
+            if recipe.model.quantise != "none":
+                content["unquantised_base"] = unquantised
             folder.write_json(run_dir / folder.RESULT, finite(content))
     if dist.is_initialized():
         dist.barrier()

@@ -2,14 +2,19 @@
 
     python proof.py FOLDER PROBE.safetensors DEVICE    ->    one JSON line: largest difference, largest logit
 
+An adapter of a quantised base is also loaded on that base as it was before, which people may serve it on or merge
+it into: how far its logits are from those it was trained to give.
+
 Run as a file, not as a module: nothing of mtft is imported, so what is proved is what a user's own script gets.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main(folder: str, probe_file: str, device: str) -> None:
@@ -24,22 +29,49 @@ def main(folder: str, probe_file: str, device: str) -> None:
     if settings["quantisation"]:
         options |= {"quantization_config": BitsAndBytesConfig(**settings["quantisation"]), "device_map": {"": device}}
     config = Path(folder) / "adapter_config.json"
-    if config.is_file():
-        from peft import PeftModel
 
-        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = AutoModelForCausalLM.from_pretrained(base, revision=settings["revision"], **options)
-        model = PeftModel.from_pretrained(model, folder)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    if not settings["quantisation"]:
-        model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  (its stub has no self)
-    model.eval()
-    with torch.inference_mode():
-        logits = model(input_ids=probe["input_ids"].to(device), use_cache=False).logits.float().cpu()
+    def load(device: str, **options: Any) -> Any:
+        if not config.is_file():
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        else:
+            from peft import PeftModel
+
+            base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            model = AutoModelForCausalLM.from_pretrained(base, revision=settings["revision"], **options)
+            model = PeftModel.from_pretrained(model, folder)
+        return (model if "quantization_config" in options else model.to(torch.device(device))).eval()
+
+    def logits_of(model: Any, device: str) -> Any:
+        with torch.inference_mode():
+            return model(input_ids=probe["input_ids"].to(device), use_cache=False).logits.float().cpu()
+
     expected = probe["logits"]
-    found = {"difference": float((logits - expected).abs().max()), "largest": float(expected.abs().max())}
+    model = load(device, **options)
+    found: dict[str, Any] = {"difference": float((logits_of(model, device) - expected).abs().max())}
+    found["largest"] = float(expected.abs().max())
+    if settings["quantisation"]:
+        needed = int(1.2 * model.num_parameters() * getattr(torch, settings["dtype"]).itemsize)
+        del model, options["quantization_config"], options["device_map"]
+        gc.collect()
+        place = device_with(needed, device)
+        found["unquantised"] = None
+        if place is not None:
+            logits = logits_of(load(place, **options), place)
+            same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
+            found["unquantised"] = {"difference": float((logits - expected).abs().max()), "same_top": float(same)}
     print(json.dumps(found))
+
+
+def device_with(needed: int, device: str) -> str | None:
+    """Where `needed` bytes are free: `device`, the CPU, or nowhere."""
+    import psutil
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info(device)[0] >= needed:
+            return device
+    return "cpu" if psutil.virtual_memory().available >= needed else None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """QLoRA on the CPU: right gradients also after an evaluation, exact resume, an export that is proved."""
 
 import json
+import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mtft.evaluate.mode import evaluation_mode
 from mtft.recipe.schema import LoraSection, ModelSection, Recipe
@@ -11,6 +13,7 @@ from mtft.train.model import add_lora, load_base
 from mtft.train.run import train
 
 from .conftest import write_model
+from .test_run import kill_at_step, run
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -55,11 +58,29 @@ def test_gradients_are_those_of_the_dequantised_base_also_after_an_evaluation(fo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantise", ["nf4", "int8"])
-def test_trains_and_is_proved(recipe, folder, tmp_path, quantise):
+def test_trains_resumes_bit_equal_and_is_proved_also_on_the_unquantised_base(recipe, folder, tmp_path, quantise):
     model = {"path": str(folder), "dtype": "fp32", "quantise": quantise}
-    whole = Recipe.model_validate({**recipe, "model": model, "output": {"dir": str(tmp_path / "run")}})
-    train(whole, quiet=True)
+
+    def asked(name):
+        output = {"dir": str(tmp_path / name), "save_every": 3}
+        return Recipe.model_validate({**recipe, "model": model, "output": output})
+
+    train(asked("run"), quiet=True)
     evals = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
     for task, found in evals[-1]["tasks"].items():
         assert found["loss"] < evals[0]["tasks"][task]["loss"]
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["proof"] < 3e-2
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["proof"] < 3e-2
+    other = result["unquantised_base"]
+    assert result["proof"] < other["logits"] < 0.5  # 4 or 8 bit against 32: seen, and not another model
+    assert 0 <= other["same_top_token"] <= 1
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"quantised to {quantise}" in card
+    assert f"differ by up to {other['logits']:.1e} of the largest logit" in card
+
+    broken = asked("broken")
+    assert run(broken, kill_at_step(5)) == -signal.SIGKILL
+    assert (tmp_path / "broken" / "checkpoint-3").is_dir()
+    assert run(broken) == 0
+    left, right = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "broken"))
+    assert all(torch.equal(right[name], value) for name, value in left.items())

@@ -21,6 +21,7 @@ from mtft.evaluate.scores import TaskScores
 from mtft.losses.balancers import make_balancer
 from mtft.losses.nll import resolve_path
 from mtft.losses.reweight import SampleWeights
+from mtft.losses.router import check_router_loss, router_warning
 from mtft.losses.valid import ValidStream
 from mtft.recipe.schema import Recipe
 from mtft.train import folder
@@ -107,6 +108,9 @@ def build_trainer(
     """The trainer of a recipe on `model`; this rank's part of every step is decided here."""
     asked, dtype = recipe.train, compute_dtype(recipe.model)
     check_vocabulary([*inputs.stores, *inputs.held_out], inputs.tokenizer, model.config)
+    check_router_loss(model.config)
+    if (warning := router_warning(model.config, trainable(model))) is not None:
+        log.say(f"warning: {warning}")
     attention = model.config._attn_implementation
     isolated = packing_refusal(model.config, attention) is None
     layout = Layout(

@@ -47,9 +47,33 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
+        """In the form of any optimizer: one `state` and one list of groups, parameters numbered throughout."""
+        state: dict[int, Any] = {}
+        groups: list[dict[str, Any]] = []
+        for first, part in self._numbered():
+            own = part.state_dict()
+            state |= {first + index: moments for index, moments in own["state"].items()}
+            groups += [{**group, "params": [first + i for i in group["params"]]} for group in own["param_groups"]]
+        return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
+        groups = list(state_dict["param_groups"])
+        for first, part in self._numbered():
+            mine, groups = groups[: len(part.param_groups)], groups[len(part.param_groups) :]
+            numbers = [number for group in mine for number in group["params"]]
+            state = state_dict["state"]
+            part.load_state_dict(
+                {
+                    "state": {number - first: state[number] for number in numbers if number in state},
+                    "param_groups": [{**group, "params": [i - first for i in group["params"]]} for group in mine],
+                }
+            )
         self._share_groups()  # loading replaces the groups
+
+    def _numbered(self) -> list[tuple[int, torch.optim.Optimizer]]:
+        """Each part, with the number of its first parameter."""
+        first, found = 0, []
+        for part in self.parts:
+            found.append((first, part))
+            first += sum(len(group["params"]) for group in part.param_groups)
+        return found

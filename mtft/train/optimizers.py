@@ -104,7 +104,7 @@ def _package(name: str) -> tuple[str, str] | None:
     if name in ("adamw_torch_4bit", "adamw_torch_8bit"):
         return "torchao", "pip install torchao"
     if name.startswith("schedule_free"):
-        return "schedulefree", "pip install schedulefree"
+        return "schedulefree", 'pip install "mtft[schedulefree]"'
     if name == "grokadamw":
         return "grokadamw", "pip install grokadamw"
     if name == "stable_adamw":

@@ -1,17 +1,21 @@
 """Optimizers and schedules by name: they train, they resume bit for bit, and a wrong name says what was meant."""
 
 import itertools
+import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mtft.errors import UserError
 from mtft.recipe.schema import TrainSection
 from mtft.train import optimizers
+from mtft.train.averaged import evaluation_weights
 from mtft.train.muon import MuonAdamW
 from mtft.train.optimizers import known_optimizers, optimizer_name, state_bytes
 from mtft.train.schedules import schedule_arguments
 
+from .test_run import kill_at_step, recipe_in, run
 from .test_trainer import trainer_for
 
 NAMES = ("adamw", "lion", "adafactor", "ademamix", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "sgd")
@@ -52,7 +56,7 @@ def test_unknown_names_and_missing_packages(monkeypatch):
     monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
         optimizer_name("schedule_free")
-    assert caught.value.do == "pip install schedulefree"
+    assert caught.value.do == 'pip install "mtft[schedulefree]"'
     with pytest.raises(UserError) as caught:
         optimizer_name("adamw_8bit")
     assert caught.value.do == 'pip install "mtft[qlora]"'
@@ -172,3 +176,49 @@ def test_warmup_is_given_in_steps():
     """transformers would hand a share as it is to schedule-free, which multiplies its first rate by the inverse."""
     assert schedule_arguments(TrainSection(steps=100, warmup=0.03), 100)["warmup_steps"] == 3
     assert schedule_arguments(TrainSection(steps=100, warmup=7), 100)["warmup_steps"] == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["schedule_free", "muon", "adamw_8bit", "lion", "adafactor", "ademamix"])
+def test_a_broken_run_ends_as_the_unbroken_one(recipe, tmp_path, name):
+    """Also with evaluations on the way, which schedule-free must not see."""
+    package = optimizers._package(optimizers.ALIASES.get(name, name))
+    if package:
+        pytest.importorskip(package[0])
+    settings = {"optimizer": name, "schedule": "constant" if name == "schedule_free" else "wsd"}
+    changes = {"lora": None} if name == "muon" else {"lora": {"r": 4, "dropout": 0.1}}
+
+    def asked(folder, **more):
+        return recipe_in(recipe, folder, train={**settings, **more}, **changes)
+
+    assert run(asked(tmp_path / "run")) == 0
+    assert run(asked(tmp_path / "broken", eval_every=2), kill_at_step(5)) == -signal.SIGKILL
+    assert run(asked(tmp_path / "broken", eval_every=2)) == 0
+    whole, broken = picture_of_weights(tmp_path / "run"), picture_of_weights(tmp_path / "broken")
+    assert whole == broken
+
+
+def picture_of_weights(folder):
+    place = folder / "adapter" if (folder / "adapter").is_dir() else folder / "model"
+    return {name: value.tolist() for path in place.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def test_what_is_evaluated_is_schedule_frees_average(recipe, tmp_path):
+    """The weights that are scored are x, and training goes on at y as if nothing had been looked at."""
+    pytest.importorskip("schedulefree")
+    settings = {**recipe["train"], "optimizer": "schedule_free", "schedule": "constant", "warmup": 2}
+    trainer, *_ = trainer_for(recipe, tmp_path, train=settings, lora={"r": 4})
+    trainer.train()
+    y = weights(trainer)
+    with evaluation_weights(trainer.optimizer):
+        x = weights(trainer)
+    assert all(torch.equal(value, y[name]) for name, value in weights(trainer).items())
+    groups = trainer.optimizer.optimizer.param_groups
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    for group in groups:
+        assert group["train_mode"]
+        for parameter in group["params"]:
+            name, z = names[id(parameter)], trainer.optimizer.optimizer.state[parameter]["z"]
+            # y = (1 - beta) z + beta x
+            expected = torch.lerp(z, x[name], group["betas"][0])
+            torch.testing.assert_close(y[name], expected, rtol=1e-5, atol=1e-6)

@@ -1,7 +1,7 @@
 """Is what a search has found better than equal weights, or has it only fitted the rows that it looked at?
 
 Candidates stand in a line from simple to free: all weights 1, the best common weight, a weight each. Each must beat
-the one that stands by more than two standard errors of the difference (paired bootstrap over examples), else that one stays.
+the one that stands by more than two standard errors of the difference (paired bootstrap over examples), else it stays.
 """
 
 from __future__ import annotations

@@ -132,7 +132,9 @@ class Renderer:
         for message, (upto, start) in zip(answers, turns):
             for call in message.get("tool_calls", ()):
                 if call.get("function", call)["name"] not in upto[start:] and start < len(upto):
-                    raise RowError("the chat template does not show the assistant's tool calls")
+                    raise RowError(
+                        "the chat template does not show the assistant's tool calls: take a model whose template does"
+                    )
             if any(message.get(key) and message[key] not in upto for key in REASONING):
                 self._said.add("reasoning_ignored")
 

@@ -192,12 +192,25 @@ def open_stores(
 ) -> list[TokenStore] | list[TokenStore | None]:
     """Stores of all tasks in the recipe's order; for which="eval" None stands where a task has no eval_data."""
     digest, train = tokenizer_digest(tokenizer), recipe.train
-    return [
-        None
-        if which == "eval" and task.eval_data is None
-        else _open(task, which, tokenizer, digest, train.max_length, train.too_long, train.bad_rows, limit, cache_dir)
-        for task in recipe.tasks
-    ]
+    stores: list[TokenStore | None] = []
+    refused: list[UserError] = []
+    for task in recipe.tasks:
+        if which == "eval" and task.eval_data is None:
+            stores.append(None)
+            continue
+        options = digest, train.max_length, train.too_long, train.bad_rows, limit, cache_dir
+        try:
+            stores.append(_open(task, which, tokenizer, *options))
+        except UserError as error:
+            if not (error.where or "").startswith("tasks."):
+                raise
+            refused.append(error)  # the other tasks may be wrong too: say it all at once
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        lines = [f"{error.where}: {error.what}" + (f"\n    do: {error.do}" if error.do else "") for error in refused]
+        raise UserError(f"the data of {len(refused)} tasks can't be used\n  " + "\n  ".join(lines))
+    return stores
 
 
 def _open(

@@ -74,7 +74,9 @@ def _as_error(problems: Sequence[Problem], source: Source) -> UserError:
 
     unique: dict[tuple, Problem] = {}
     for problem in sorted(problems, key=order):
-        unique.setdefault(problem.path, problem)
+        known = unique.setdefault(problem.path, problem)
+        if problem.do.startswith("did you mean") and not known.do:  # of two views of one key, the one that knows it
+            unique[problem.path] = problem
     found = list(unique.values())
 
     def sentence(problem: Problem) -> str:

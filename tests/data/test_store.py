@@ -19,9 +19,9 @@ from mtft.data.encode import encode
 from mtft.data.files import Row
 from mtft.data.messages import Conversation
 from mtft.data.sources import Part
-from mtft.data.store import open_store
+from mtft.data.store import open_store, open_stores
 from mtft.errors import UserError
-from mtft.recipe.schema import TaskSection
+from mtft.recipe.schema import Recipe, TaskSection
 from tests.data.toys import TEMPLATES, tokenizer, write_jsonl
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
@@ -272,13 +272,34 @@ def test_full_disk_is_one_clear_block(tmp_path, made):
     assert "MTFT_CACHE" in caught.value.do
 
 
+def test_bad_data_of_all_tasks_in_one_error(tmp_path, made):
+    write_jsonl(tmp_path / "good.jsonl", pairs(5))
+    write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "respnse": "b"}])
+    names = {"a": "bad", "b": "good", "c": "none"}
+    recipe = Recipe.model_validate(
+        {
+            "name": "toy",
+            "model": {"path": "nowhere"},
+            "tasks": [{"name": task, "data": str(tmp_path / f"{file}.jsonl")} for task, file in names.items()],
+            "train": {"steps": 1},
+            "output": {"dir": "out"},
+        }
+    )
+    with pytest.raises(UserError) as caught:
+        open_stores(recipe, made, "train", cache_dir=tmp_path / "cache")
+    assert "the data of 2 tasks can't be used" in caught.value.what
+    assert "'response' is near 'respnse'" in caught.value.what
+    assert "none.jsonl" in caught.value.what
+    assert "tasks.b" not in caught.value.what
+
+
 # --- one writer, never half a store (R20) -------------------------------------------------------------------------
 
 WRITE = """
 import sys
 from pathlib import Path
 from mtft.data.sources import Part
-from mtft.data.store import open_store
+from mtft.data.store import open_store, open_stores
 from mtft.recipe.schema import TaskSection
 from tests.data.toys import TEMPLATES, tokenizer
 import mtft.data.build as build

@@ -162,6 +162,13 @@ error: mixture.shares.schedule.0.shares.sun names a task that is not there: 'sun
 key mixture.shares.schedule.0.shares.sun
   do:    did you mean sum?""",
     ),
+    "misspelt schedule": (
+        ["mixture.shares={shedule: [{at: 0, shares: natural}]}"],
+        """\
+error: mixture.shares.shedule names a task that is not there: 'shedule'
+  where: command line, override 'mixture.shares={shedule: [{at: 0, shares: natural}]}', key mixture.shares.shedule
+  do:    did you mean schedule?""",
+    ),
     "stops out of order": (
         ["mixture.shares={schedule: [{at: 0.5, shares: natural}, {at: 0, shares: uniform}]}"],
         """\

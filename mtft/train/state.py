@@ -67,9 +67,10 @@ def whole_folder(
                 shutil.rmtree(target)
             folder.rename(target)
             _sync(target.parent)
-    except OSError as error:
+    except Exception as error:
+        full = _is_full(error, folder)  # before the folder is removed: it may be what fills the disk
         shutil.rmtree(folder, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if full:
             raise UserError(
                 f"the disk is full: {target.name} could not be written",
                 where=str(target.parent),
@@ -147,6 +148,16 @@ def prune_checkpoints(run_dir: Path, keep: int) -> None:
 
 def _checkpoints(run_dir: Path) -> list[Path]:
     return [path for path in run_dir.iterdir() if _NAME.match(path.name) and path.is_dir()]
+
+
+def _is_full(error: Exception, folder: Path) -> bool:
+    """True if a write failed for want of space. Not every library says so with an OSError: safetensors has an error of
+    its own with the system's text in it, and torch's writer one without."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+        return True
+    return isinstance(error, RuntimeError) and shutil.disk_usage(folder.parent).free < 2**16
 
 
 def _seal(folder: Path, *, manifest: bool) -> None:

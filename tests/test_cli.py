@@ -132,7 +132,7 @@ def test_wrong_usage(call, arguments):
         (["merge", "--method", "ties", "a", "b"], "error: no folder for the merged adapter"),
         (["merge", "--weights", "1,x", "--out", "m", "a", "b"], "error: --weights 1,x is no list of numbers"),
         (["merge", "--set", "density", "--out", "m", "a", "b"], "error: --set density is not KEY=VALUE"),
-        (["merge", "--base", "b", "--rank", "8", "--out", "m", "a"], "error: --base merges whole models"),
+        (["merge", "--base", "b", "--rank", "8", "--out", "m", "a", "c"], "error: with --base, --rank"),
         (["merge", "--experts", "arrow", "--method", "ties", "--out", "m", "a"], "error: --experts arrow keeps"),
         (["fuse", "serve", "recipe.yaml", 'fuse={strong: {path: "quickstart:strong"}}', "--host", "0.0.0.0"],
          "error: host 0.0.0.0 can be reached from outside, and no token protects it"),

@@ -20,7 +20,10 @@ def merge(
     weights: Annotated[str | None, typer.Option(help="w1,w2,...: one for each adapter.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the method.")] = None,
     base: Annotated[
-        Path | None, typer.Option(help="Folder of a base model: merge whole models fine-tuned from it.")
+        Path | None,
+        typer.Option(
+            help="Folder of a base model: merge whole models fine-tuned from it. With --rank, one model: its LoRA."
+        ),
     ] = None,
     experts: Annotated[
         Literal["twin", "arrow"] | None, typer.Option(help="Keep the adapters apart, for a server that routes.")
@@ -67,15 +70,12 @@ def _merge_folders(
             where="command line",
             do=f"mtft merge {recipes[0]} merge.method={method} merge.out={out}",
         )
-    if base is not None and (experts is not None or rank is not None):
-        what = "--base merges whole models: --rank and --experts are for adapters"
-        raise UserError(what, where="command line", do="leave them out")
     numbers, settings = _numbers(weights), _settings(options)
+    size = "auto" if rank is None else int(rank) if rank.isdecimal() else rank
     if base is not None:
-        from mtft.merge.checkpoints import merge_checkpoints
-
-        merge_checkpoints(base, folders, out, method, settings, numbers, overwrite=overwrite)
-        return f"merged {len(folders)} models by {method} into {out}"
+        return _merge_models(
+            base, folders, method, size, numbers, settings, experts=experts, out=out, overwrite=overwrite
+        )
     if experts == "arrow":
         from mtft.merge.experts import export_arrow
 
@@ -86,7 +86,6 @@ def _merge_folders(
             )
         export_arrow(folders, out, overwrite=overwrite)
         return f"wrote {len(folders)} experts and the router of their prototypes to {out}"
-    size = "auto" if rank is None else int(rank) if rank.isdecimal() else rank
     if experts == "twin":
         from mtft.merge.experts import twin
 
@@ -98,6 +97,41 @@ def _merge_folders(
     from mtft.merge.api import merge
 
     return merge(folders, out, method, settings, numbers, rank=size, overwrite=overwrite).text()
+
+
+def _merge_models(
+    base: Path,
+    models: list[str],
+    method: str,
+    rank: int | str,
+    weights: list[float] | None,
+    options: dict[str, object],
+    *,
+    experts: str | None,
+    out: Path,
+    overwrite: bool,
+) -> str:
+    """Whole models: merged, or merged with a LoRA each (twin), or the LoRA of one."""
+    from mtft.errors import UserError
+
+    if experts == "arrow" or (experts is None and rank != "auto" and len(models) > 1):
+        what = "with --base, --rank is for one model (its LoRA is written) or for --experts twin"
+        raise UserError(what, where="command line", do="leave --rank out, or extract the models one by one")
+    if experts == "twin":
+        from mtft.merge.extract import twin_models
+
+        width = rank if isinstance(rank, int) else 16
+        found = twin_models(base, models, out, method, width, options=options, weights=weights, overwrite=overwrite)
+        lines = [f"merged {len(models)} models by {method} into {out / 'shared'}"]
+        return "\n".join([*lines, *(f"{name}: {held.text()}" for name, held in found.items())])
+    if rank != "auto":
+        from mtft.merge.extract import extract
+
+        return extract(base, models[0], out, rank, overwrite=overwrite).text()  # type: ignore[arg-type]
+    from mtft.merge.checkpoints import merge_checkpoints
+
+    merge_checkpoints(base, models, out, method, options, weights, overwrite=overwrite)
+    return f"merged {len(models)} models by {method} into {out}"
 
 
 def _numbers(weights: str | None) -> list[float] | None:

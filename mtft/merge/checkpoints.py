@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class _Delta:
+class Delta:
     """W_k - W_0 of one tensor, read by rows when sliced."""
 
     model: Checkpoint
@@ -117,7 +117,7 @@ def merge_checkpoints(
     tuned = [read_checkpoint(path) for path in models]
     if not tuned:
         raise MergeError("no models given", where="models", do="give the folders of one or more fine-tuned models")
-    _check_same(root, tuned)
+    check_same(root, tuned)
     weights_K = check_weights(weights, tuned)  # type: ignore[arg-type]
     used = [(model, w) for model, w in zip(tuned, weights_K) if w != 0]
     shards = _shards(root, shard_bytes)
@@ -152,7 +152,7 @@ def merge_checkpoints(
     return facts
 
 
-def _check_same(root: Checkpoint, tuned: Sequence[Checkpoint]) -> None:
+def check_same(root: Checkpoint, tuned: Sequence[Checkpoint]) -> None:
     for model in tuned:
         if odd := sorted(model.files.keys() ^ root.files.keys()):
             do = "merge models of this base, saved the same way"
@@ -192,7 +192,7 @@ def _merged(
 ) -> Iterator[np.ndarray]:
     """Row blocks of the merged delta."""
     weights_K = np.array([w for _, w in used])
-    stream = DeltaStream.of_arrays([_Delta(model, root, key) for model, _ in used])  # type: ignore[misc]
+    stream = DeltaStream.of_arrays([Delta(model, root, key) for model, _ in used])  # type: ignore[misc]
     names = tuple(model.name for model, _ in used)
     if isinstance(rule, DenseMethod):
         compute: Rule = rule.rule(Task(stream, weights_K, names, key, seed))
@@ -201,7 +201,7 @@ def _merged(
         share = 1 / len(used) if spectral else 1.0
         return (np.sum([np.float32(share * w) * x for w, x in zip(weights_K, blocks)], axis=0) for _, blocks in stream)
     height, width = as_matrix(root.shape(key))
-    cores = [np.float32(w) * _Delta(model, root, key)[0:height] for model, w in used]
+    cores = [np.float32(w) * Delta(model, root, key)[0:height] for model, w in used]
     merged = rule.merge_core(Core(cores, Whole(height), Whole(width), weights_K, names, key, seed))
     W = merged.rows.apply(merged.cols.apply(merged.X.T).T)
     return (W[i : i + stream.rows] for i in range(0, height, stream.rows))

@@ -172,26 +172,40 @@ def peft_config(plan: Plan, rank: int, lora_bias: bool, saved: Sequence[str]) ->
         return values[0] if all(value == values[0] for value in values) else None
 
     modules = sorted({key[len(PREFIX) :].rsplit(".", 1)[0] for key in saved if not _is_base_bias(key, plan)})
+    config = plain_config(rank, [module.name for module in plan.modules], plan.adapters[0].settings.base)
     return {
-        "peft_type": "LORA",
+        **config,
         "task_type": common("task_type"),
         "auto_mapping": common("auto_mapping"),
-        "base_model_name_or_path": plan.adapters[0].settings.base,
         "revision": common("revision"),
+        "lora_bias": lora_bias,
+        "fan_in_fan_out": plan.adapters[0].settings.fan_in_fan_out,
+        "modules_to_save": modules or None,
+    }
+
+
+def plain_config(rank: int, modules: Sequence[str], base: str | None) -> dict[str, object]:
+    """A LoRA config that leaves nothing to guess: one rank, alpha = rank, modules by their full names."""
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "revision": None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "use_rslora": False,
         "use_dora": False,
-        "lora_bias": lora_bias,
+        "lora_bias": False,
         "bias": "none",
-        "fan_in_fan_out": plan.adapters[0].settings.fan_in_fan_out,
+        "fan_in_fan_out": False,
         "init_lora_weights": True,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "modules_to_save": modules or None,
-        "target_modules": [module.name for module in plan.modules],
+        "modules_to_save": None,
+        "target_modules": list(modules),
     }
 
 

@@ -187,6 +187,14 @@ def merge_models(recipe: Recipe, base: str, out: Path) -> Outcome:
 
     section = merge_section(recipe)
     models = [str(path) for path in chosen_adapters(section)]
+    if section.experts is not None:
+        from mtft.merge.extract import twin_models
+
+        how = {"options": dict(section.options), "weights": section.weights, "scale": section.scale}
+        rank = section.experts.rank
+        found = twin_models(base, models, out, section.method, rank, overwrite=section.overwrite, **how)
+        lines = [f"{name}: {held.text()}" for name, held in found.items()]
+        return Outcome(None, out, [f"merged {len(models)} models by {section.method} into {out / 'shared'}", *lines])
     merge_checkpoints(
         base,
         models,

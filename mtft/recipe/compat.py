@@ -306,8 +306,9 @@ TABLE: tuple[Row, ...] = (
         "give every task eval_data, or merge without looking at data"),
     Row("merge.base", MERGING,
         lambda r, e, n: r.merge is not None and r.merge.base is not None
-        and (r.merge.adapters is None or any(x is not None for x in (r.merge.search, r.merge.gates, r.merge.experts))),
-        "merge.base is for whole models: `adapters` names their folders, and search, gates and experts are for LoRAs",
+        and (r.merge.adapters is None or r.merge.search is not None or r.merge.gates is not None
+             or (r.merge.experts is not None and r.merge.experts.kind == "arrow")),
+        "merge.base is for whole models: `adapters` names their folders, and search, gates and arrow are for LoRAs",
         "name the models in merge.adapters and leave the others out"),
     Row("merge.base + mtft run", ("run",), lambda r, e, n: r.merge is not None and r.merge.base is not None,
         "`mtft run` compares adapters of one base; whole models are merged by `mtft merge` alone", "run `mtft merge`"),

@@ -205,6 +205,28 @@ def test_whole_models(trained, tmp_path):
         torch.testing.assert_close(weight.double(), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_twin_of_whole_models(trained, tmp_path):
+    """The shared model with expert_copy on it is the model that was merged."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    recipe, adapters = trained
+    folders = []
+    for task in ("copy", "twice"):
+        model = AutoModelForCausalLM.from_pretrained(recipe.model.path)
+        PeftModel.from_pretrained(model, str(adapters[task])).merge_and_unload().save_pretrained(tmp_path / task)
+        folders.append(str(tmp_path / task))
+    asked = {"base": recipe.model.path, "adapters": folders, "experts": {"kind": "twin", "rank": 8}, "scale": 0.5}
+    found = merge_recipe(with_merge(trained, tmp_path / "run", out=str(tmp_path / "out"), **asked))
+    assert "expert_copy" in found.text()
+    ids = torch.arange(3, 40).reshape(1, -1)
+    shared = AutoModelForCausalLM.from_pretrained(found.out / "shared")
+    expert = PeftModel.from_pretrained(shared, str(found.out / "expert_copy")).eval()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "copy").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(expert(ids).logits, whole(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_mistakes(trained, tmp_path):
     recipe, adapters = trained
     with pytest.raises(UserError, match="no task 'x'"):

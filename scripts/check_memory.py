@@ -33,6 +33,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "QLoRA nf4": ({}, {"model": {"quantise": "nf4"}}),
     "LoRA, checkpointing": ({}, {"train": {"gradient_checkpointing": True}}),
     "LoRA, vocabulary 64k": ({"vocabulary": 65_536}, {}),
+    "LoRA, MeZO": ({}, {"train": {"mezo": 1e-3, "optimizer": "sgd"}}),
     "LoRA, unpacked": ({}, {"train": {"packing": False}}),
 }
 

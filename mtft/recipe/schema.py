@@ -263,6 +263,9 @@ class TrainSection(Section):
     """Clip the gradient norm; 0 = off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    mezo: Annotated[float, Field(gt=0)] | None = None
+    """MeZO: estimate the gradient from two forward passes, this far up and down a random direction (1e-3 in the paper):
+    no activations are kept. For adapters, with optimizer: sgd, max_grad_norm: 0 and many more steps. null: backward."""
     neftune: Annotated[float, Field(ge=0)] = 0.0
     """NEFTune: noise on the embeddings while training, uniform in +-neftune/sqrt(length * width); 0 = off, usual 5."""
     eval_every: Annotated[int, Field(gt=0)] | None = None

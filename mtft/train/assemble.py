@@ -185,6 +185,7 @@ def build_trainer(
         surgery=surgery,
         stopping=Stopping(recipe.task_names, asked.watch, asked.patience, asked.task_patience, asked.min_delta),
         score=score,
+        mezo=None if asked.mezo is None else {"epsilon": asked.mezo, "seed": recipe.seed},
         stop=stop,
         identity=inputs.identity(plan),
         max_bad_steps=asked.max_bad_steps,

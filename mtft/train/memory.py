@@ -106,14 +106,16 @@ def estimate_memory(
         packed=train.packing and section.attention in ("auto", "sdpa", "eager"),
         autocast=None if dtype == torch.float32 else dtype,
         checkpointing=train.gradient_checkpointing,
-        accumulates=train.batch_tokens > rows * width * ranks,
+        accumulates=train.mezo is None and train.batch_tokens > rows * width * ranks,
         plain_loss=bool(recipe.loss.label_smoothing or recipe.loss.z_loss),
+        forward_only=train.mezo is not None,
     )
     if found is None:
         activations, logits = None, supervised * model.config.vocab_size * 4
     else:
         dequantised = 0 if section.quantise == "none" else largest * dtype.itemsize
-        above = max(0, found.peak + dequantised - gradients)  # what is there at the highest point beside the gradients
+        backward = gradients if train.mezo is None else 0  # MeZO's come after its passes
+        above = max(0, found.peak + dequantised - backward)  # what is there at the highest point beside the gradients
         logits = min(found.logits, above)
         activations = above - logits
     return MemoryEstimate(

@@ -74,6 +74,7 @@ def step_peak(
     checkpointing: bool = False,
     accumulates: bool = False,
     plain_loss: bool = False,
+    forward_only: bool = False,
 ) -> StepPeak | None:
     """Plays forward and backward of a micro-batch of [rows, width] tokens, of which `supervised` have a label.
 
@@ -82,6 +83,7 @@ def step_peak(
     autocast     precision of the forward where it is not that of the weights
     accumulates  gradients of an earlier micro-batch are there already (they count)
     plain_loss   label smoothing or z-loss, whose softmax is not computed in place
+    forward_only  no backward pass (MeZO)
     None for models whose code looks at values on the way (some rotary positions, some routers): there are none.
     """
     import torch.nn.functional as F
@@ -100,7 +102,7 @@ def step_peak(
         labels_N = place_N = torch.zeros(supervised, dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
         try:
-            with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+            with torch.set_grad_enabled(not forward_only), LiveBytes([*model.parameters(), *model.buffers()]) as live:
                 for parameter in model.parameters() if accumulates else ():
                     if parameter.requires_grad:
                         parameter.grad = torch.zeros_like(parameter)
@@ -111,13 +113,14 @@ def step_peak(
                     kept = live.now
                     logits_NV = body.get_output_embeddings()(hidden_BTD.flatten(0, 1)[place_N]).float()
                 del hidden_BTD, inputs
-                if plain_loss:
+                if plain_loss or forward_only:
                     nll_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
                 else:
                     nll_N = row_nll_in_place(logits_NV, labels_N)
                 del logits_NV
                 logits = live.now - kept
-                nll_N.sum().backward()
+                if not forward_only:
+                    nll_N.sum().backward()
         except (RuntimeError, NotImplementedError, TypeError):  # data-dependent code, or an operation without shapes
             return None
         return StepPeak(kept, max(0, logits), live.peak)

@@ -44,6 +44,7 @@ from mtft.train.averaged import evaluation_weights
 from mtft.train.flat_step import FlatStep
 from mtft.train.flow import BadSteps, Flow
 from mtft.train.log import RunLog, flat, step_line
+from mtft.train.mezo import two_passes
 from mtft.train.objective import Objective
 from mtft.train.observe import global_losses, valid_losses
 from mtft.train.ranks import check_ranks
@@ -62,6 +63,7 @@ class MultiTaskTrainer(Trainer):
     score       model -> scores of each task on its held-out examples, over all ranks; None: no evaluation
     log         where metrics go (silent on all ranks but one)
     stopping    what held-out losses decide: tasks that are dropped (weight 0), the end of the run
+    mezo        {epsilon, seed}: two forward passes in place of the backward pass (mtft.train.mezo)
     stop        SIGTERM/SIGINT seen by any rank ends the run after the step, with a checkpoint
     identity    what a checkpoint must agree on to be continued (fingerprints), kept with it
     """
@@ -86,6 +88,7 @@ class MultiTaskTrainer(Trainer):
         score: Callable[[nn.Module], dict[str, TaskScores]] | None = None,
         stop: StopSignal | None = None,
         identity: dict[str, Any] | None = None,
+        mezo: dict[str, Any] | None = None,
         max_bad_steps: int = 10,
         keep: int = 2,
         callbacks: list[TrainerCallback] | None = None,
@@ -105,6 +108,7 @@ class MultiTaskTrainer(Trainer):
         self._trouble: str | None = None
         self.surgery = surgery or Surgery(model, tasks)
         self.stopping = stopping or Stopping(tasks)
+        self.mezo = mezo
         if balancer.needs.gram_every != self.surgery.gram_every:
             raise ValueError(
                 f"balancer {balancer.NAME} needs the task gradients every {balancer.needs.gram_every} steps"
@@ -151,7 +155,10 @@ class MultiTaskTrainer(Trainer):
             used_K = self.surgery.weights(step, w_K, counts.tokens_K > 0)
             before = random_state() if self.surgery.flat is not None else None
             with self.surgery.watch(step, floored=used_K is not w_K) as taps:
-                parts = self._backwards(model, batches, counts, used_K, step, taps)
+                if self.mezo is None:
+                    parts = self._backwards(model, batches, counts, used_K, step, taps)
+                else:
+                    parts = two_passes(self, model, batches, counts, used_K, step, **self.mezo)
             passes = None if before is None else FlatStep(self, batches, counts, before, step)
             self.surgery.finish(step, task_coefficients(counts, used_K, normalise), share_K, passes)
         else:

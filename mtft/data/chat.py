@@ -7,12 +7,13 @@
 This is the prefix difference. It needs nothing from the template: `{% generation %}` blocks, which stock templates of
 Llama, Qwen and Gemma do not have, are never looked at. The end-of-turn token is in the difference, so it is learnt.
 
-Three kinds of template break the plain rule, and are handled here, aloud (`notes`):
+Four kinds of template break the plain rule, and are handled here, aloud (`notes`):
 - upto_i is no prefix of the whole conversation, because earlier turns are rendered in another way than the last one
   (Qwen3 drops old thinking, gpt-oss ends old turns otherwise): the conversation becomes several examples, each one
   with exactly the context that the model gets when it answers that turn.
 - before_i is no prefix of upto_i, because the generation prompt opens a thought that the turn does not have
   (DeepSeek-R1): what both have in common is the prompt.
+- a turn ends without a special token (GLM): each turn becomes an example of its own, with an end token appended.
 - the template refuses or drops the system message (Gemma): it moves into the first user turn.
 """
 
@@ -53,7 +54,7 @@ NOTES = {
     "special_in_text": "conversations hold special tokens in their own text (rendered by a template before?)",
     "split": "conversations became several examples: the template renders earlier assistant turns differently",
     "system_folded": "system messages moved into the first user turn: the chat template has no place for them",
-    "eos_appended": "examples got an end token: the chat template ends an assistant turn without a special token",
+    "eos_appended": "each turn became an example with an end token: the chat template ends turns without one",
     "opened": "answers lack what the template's generation prompt opens (a thought): at inference it will stand there",
     "reasoning_ignored": "conversations have reasoning that the chat template does not show, so it is not learnt",
     "tools_ignored": "conversations have tools that the chat template does not show",
@@ -119,7 +120,7 @@ class Renderer:
         self._check_shown(messages, turns)
         if messages[0]["role"] == "assistant":  # a greeting that answers nothing: context, not something to learn
             turns = turns[1:]
-        examples = _group(turns, self.special)
+        examples = _group(turns, self.special, can_end=bool(self.tokenizer.eos_token))
         if len(examples) > 1:
             self._said.add("split")
         examples = [self._finish(example) for example in examples]
@@ -232,12 +233,20 @@ def _with_text_calls(message: Message) -> Message:
     return message | {"tool_calls": calls} if calls else message
 
 
-def _group(turns: Sequence[tuple[str, int]], special: tuple[str, ...]) -> list[Rendered]:
-    """As few examples as possible: the longest text takes all turns that stand in it as they are, then the next."""
+def _group(turns: Sequence[tuple[str, int]], special: tuple[str, ...], *, can_end: bool) -> list[Rendered]:
+    """As few examples as possible: the longest text takes all turns that stand in it as they are, then the next.
+
+    can_end: an end token can be appended to an example. Then a turn that has none is no part of a longer one.
+    """
     left, examples = list(turns), []
     while left:
         text = left[-1][0]
         ends = [_end_in(text, upto, start, special) for upto, start in left]
+        if can_end:
+            ends[:-1] = [
+                end if end is not None and text[start:end].rstrip().endswith(special) else None
+                for (_, start), end in zip(left[:-1], ends)
+            ]
         spans = tuple((start, end) for (_, start), end in zip(left, ends) if end is not None)
         examples.append(Rendered(text, spans))
         left = [turn for turn, end in zip(left, ends) if end is None]

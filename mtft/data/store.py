@@ -33,7 +33,7 @@ from .chat import NOTES
 from .encode import Example
 from .sources import find_parts
 
-VERSION = 5  # of the files and of everything that decides what is in them
+VERSION = 6  # of the files and of everything that decides what is in them
 
 
 class RowIds(Sequence[str]):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtft.data.chat import DEFAULT_TEMPLATE, Renderer
-from mtft.data.encode import draw, encode, runs
+from mtft.data.encode import Example, draw, encode, runs
 from mtft.data.messages import Conversation, RowError, as_messages
 from tests.data.toys import TEMPLATES, tokenizer
 
@@ -138,6 +138,12 @@ def test_a_template_without_end_token_gets_one():
     renderer, _, drawn = learnt(tokenizer(bare), conversation("Q1", "A1"))
     assert drawn == ["user: Q1\nassistant: ⟦A1\n<eos>⟧"]
     assert renderer.notes["eos_appended"] == 1
+    # every turn is learnt to its end (R12), not only the last one of the conversation
+    _, _, drawn = learnt(tokenizer(bare), conversation("Q1", "A1", "Q2", "A2"))
+    assert drawn == [
+        "user: Q1\nassistant: ⟦A1\n<eos>⟧",
+        "user: Q1\nassistant: A1\nuser: Q2\nassistant: ⟦A2\n<eos>⟧",
+    ]
 
 
 def test_text_that_was_rendered_before_is_said_aloud():
@@ -251,18 +257,27 @@ STOCK = Path(_TRL.origin).parent / "chat_templates" if _TRL and _TRL.origin else
 # end of an assistant turn in each family; templates with pictures and the *_training variants are not among them
 ENDS = {
     "cohere": "<|END_OF_TURN_TOKEN|>",
+    "cohere2": "<|END_OF_TURN_TOKEN|>",
     "deepseek_r1_distill": "<｜end▁of▁sentence｜>",
     "deepseekv3": "<｜end▁of▁sentence｜>",
     "gemma": "<end_of_turn>",
     "gemma3": "<end_of_turn>",
+    "gemma4": "<turn|>",
+    "glm4moe": "<eos>",
     "gptoss": "<|return|>",
     "lfm2": "<|im_end|>",
+    "lfm2_v2": "<|im_end|>",
     "llama3": "<|eot_id|>",
     "llama3_1": "<|eot_id|>",
     "llama3_2": "<|eot_id|>",
+    "nemotron_3_nano": "<|im_end|>",
     "phi3": "<|end|>\n<eos>",
+    "phi3_5": "<|end|>\n<eos>",
     "qwen2_5": "<|im_end|>",
     "qwen3": "<|im_end|>",
+    "qwen3_5_nothink": "<|im_end|>",
+    "qwen3_5_think": "<|im_end|>",
+    "qwen3_8": "<|im_end|>",
     "qwen3_instruct_2507": "<|im_end|>",
 }
 
@@ -273,7 +288,7 @@ def stock(name):
     if not path.is_file():
         pytest.skip(f"no template {name} in an installed trl")
     made = tokenizer(path.read_text())
-    special = sorted({*re.findall(r"<\|[\w]+\|>|<｜[^｜]*｜>|<\w+_of_turn>", made.chat_template)})
+    special = sorted({*re.findall(r"<\|\w+\|?>|<\w+\|>|<｜[^｜]*｜>|<\w+_of_turn>", made.chat_template)})
     made.add_special_tokens({"extra_special_tokens": special})
     return made
 
@@ -282,12 +297,37 @@ def stock(name):
 def test_stock_templates(name):
     made = stock(name)
     assert not re.search(r"{%-?\s*generation", made.chat_template), "a stock template has no generation block (R11)"
-    _, examples, drawn = learnt(made, conversation("Q1", "A1", "Q2", "A2", system="S"))
+    _, examples, drawn = learnt(made, conversation("Q1", "A1", "Q2", "A2", system="Sys9"))
     parts = [part for example in examples for part, learn in runs(made, example) if learn]
     assert len(parts) == 2, drawn  # each turn once, whatever the template does to earlier ones
-    assert parts[0].split("</think>\n\n")[-1].split("<|message|>")[-1].startswith("A1")
-    assert parts[1].endswith("A2" + ENDS[name])
-    assert not any(word in part for part in parts for word in ("Q1", "Q2", "S"))
+    assert parts[0].split("</think>")[-1].split("<|message|>")[-1].strip().startswith("A1")
+    assert parts[0].endswith(ENDS[name].split("\n")[0])  # the end of every turn is learnt (R12)
+    assert parts[1].split("A2")[1].endswith(ENDS[name])
+    assert not any(word in part for part in parts for word in ("Q1", "Q2", "Sys9"))
+
+
+# templates that TRL has marked by hand with `{% generation %}` blocks; gptoss differs on purpose: TRL teaches <|end|>
+# where the model has to say <|return|>
+MARKED = [name for name in ENDS if name not in ("gptoss", "gemma", "glm4moe", "gemma4", "llama3_1", "llama3_2")]
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_the_same_tokens_as_in_the_templates_that_trl_marks_by_hand(name):
+    """Ours from the stock template, theirs from the marked copy: the same answers and ends of turn. Theirs may begin
+    inside the generation prompt, and may end with the line break behind the end token.
+    """
+    made, marked = stock(name), stock(f"{name}_training")
+    talk = conversation("Q1", "A1", "Q2", "A2", system="S")
+    _, examples, _ = learnt(made, talk)
+    ours = [part for example in examples for part, learn in runs(made, example) if learn]
+    asked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    found = marked.apply_chat_template(list(talk.messages), **asked)
+    mask = np.array(found["assistant_masks"], dtype=bool)
+    theirs = [part for part, learn in runs(marked, Example(np.array(found["input_ids"]), mask)) if learn]
+    assert len(theirs) == len(ours) == 2
+    for their, our in zip(theirs, ours):
+        assert their.strip().endswith(our.strip())
+        assert "A" in our
 
 
 CALLS = {

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .errors import MixError
+from .hopeless import completed
 from .ledger import Arrays, Record, TrialLedger
 from .mixture import SUM_TOLERANCE, Floats, Mixture, check_names
 from .surrogates import Prediction, Stack, candidates_of
@@ -215,14 +216,18 @@ def fit(
 
 
 def _last_points(ledger: TrialLedger, target: str, arrays: Arrays) -> Arrays:
-    """Only each trial's last checkpoint."""
+    """Only each trial's last checkpoint; the end of a trial that was given up is predicted (hopeless.completed)."""
     trial_of = [record.trial for record in ledger.records if record.scores.get(target) is not None]
     last: dict[str, int] = {}
+    course: dict[str, dict[float, float]] = {}
     for row, trial in enumerate(trial_of):
+        course.setdefault(trial, {})[float(arrays.progress[row])] = float(arrays.y[row])
         if trial not in last or arrays.progress[row] >= arrays.progress[last[trial]]:
             last[trial] = row
+    ends = completed({trial: (arrays.progress[row], arrays.y[row]) for trial, row in last.items()}, course)
     keep = np.array(sorted(last.values()), dtype=np.int64)
-    return Arrays(*(column[keep] for column in arrays))
+    found = Arrays(*(column[keep] for column in arrays))
+    return found._replace(y=np.array([ends[trial_of[row]] for row in keep]))
 
 
 def fit_csv(

@@ -12,15 +12,17 @@ from __future__ import annotations
 import fcntl
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from .errors import MixError
+from .hopeless import Stopping, StopRule, learn
 from .ledger import Trial, TrialLedger, done_records, failed_record
 from .mixture import Mixture
 
@@ -35,6 +37,7 @@ class SweepResult:
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    stopped: list[str] = field(default_factory=list)  # of those done: given up as hopeless
     seconds: float = 0.0
 
     @property
@@ -44,8 +47,8 @@ class SweepResult:
     def text(self) -> str:
         """A line of counts, and one line per failure."""
         lines = [
-            f"{len(self.done)} trials run, {len(self.skipped)} were there already, {len(self.failed)} failed "
-            f"({self.seconds:.0f} s)"
+            f"{len(self.done)} trials run{f' ({len(self.stopped)} given up early)' if self.stopped else ''}, "
+            f"{len(self.skipped)} were there already, {len(self.failed)} failed ({self.seconds:.0f} s)"
         ]
         lines += [f"  {trial}  {error.splitlines()[0] if error else ''}" for trial, error in self.failed.items()]
         return "\n".join(lines)
@@ -82,14 +85,17 @@ def run_sweep(
     timeout: float | None = None,
     seed: int = 0,
     on_done: Callable[[Trial, Outcome], None] | None = None,
+    stopping: Stopping | None = None,
 ) -> SweepResult:
     """Run what the ledger does not have yet.
 
     workers: trials at the same time, one process (or Ray task) each; a worker process is kept for its next trial.
     backend: "process" (spawned), "ray" (extra `ray`; joins RAY_ADDRESS or starts a local one), "inline" (in this
     process: no timeout, and a crash takes the driver with it).
-    retries: further attempts within this call. timeout: seconds for
-    one attempt. on_done: called after each trial, for progress bars.
+    retries: further attempts within this call. timeout: seconds for one attempt. on_done: called after each trial, for
+    progress bars. stopping: give up hopeless trials (hopeless.py): the first `reference` trials of the order run to the
+    end, the others get what those say as `run_trial(trial, stop=StopRule)` and may return early, with a last progress
+    below 1.
     """
     if workers < 1 or retries < 0:
         raise MixError(f"workers {workers}, retries {retries}", do="workers >= 1, retries >= 0")
@@ -100,8 +106,9 @@ def run_sweep(
             ledger._read()
         done = ledger.done
         result = SweepResult(skipped=[trial_id for trial_id in unique if trial_id in done])
-        todo = [trial for trial_id, trial in unique.items() if trial_id not in done]
-        random.Random(seed).shuffle(todo)
+        order = list(unique.values())
+        random.Random(seed).shuffle(order)  # all of them, so that a restart has the same order
+        todo = [trial for trial in order if trial.id not in done]
         attempts = dict.fromkeys(unique, 0)
 
         def finish(trial: Trial, outcome: Outcome) -> bool:
@@ -115,13 +122,31 @@ def run_sweep(
             else:
                 ledger.append(done_records(trial, outcome.points, outcome.seconds))
                 result.done.append(trial.id)
+                if outcome.points[-1][0] < 1 - 1e-9:
+                    result.stopped.append(trial.id)
             if on_done is not None:
                 on_done(trial, outcome)
             return False
 
-        _backend(backend)(todo, run_trial, finish, workers, timeout)
+        run = _backend(backend)
+        if stopping is None:
+            run(todo, run_trial, finish, workers, timeout)
+        else:
+            first = {trial.id for trial in order[: stopping.reference]}
+            run([trial for trial in todo if trial.id in first], run_trial, finish, workers, timeout)
+            later = [trial for trial in todo if trial.id not in first]
+            run(later, partial(run_trial, stop=_rule(ledger, order, first, stopping)), finish, workers, timeout)
     result.seconds = time.monotonic() - started
     return result
+
+
+def _rule(ledger: TrialLedger, order: Sequence[Trial], first: set[str], stopping: Stopping) -> StopRule | None:
+    """What the reference trials in the ledger say; the goals are those of the first trial."""
+    points: dict[str, list[tuple[float, Mapping[str, float | None]]]] = {}
+    for record in ledger.records:
+        if record.trial in first:
+            points.setdefault(record.trial, []).append((record.progress, record.scores))
+    return learn([points[trial.id] for trial in order if trial.id in points], order[0].goal, stopping.certainty)
 
 
 def _backend(name: str) -> Callable[..., None]:

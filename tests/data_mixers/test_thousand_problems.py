@@ -107,7 +107,8 @@ def test_a_convex_solver_agrees_on_a_thousand_problems():
         assert bounds.violations(p) == []  # to 1e-9
         f = cvxpy.sum(cvxpy.exp(c + t @ x)) / len(c) + 0.05 * (cvxpy.sum(-cvxpy.entr(x)) - np.log(prior_K) @ x)
         cvxpy.Problem(cvxpy.Minimize(f), limits).solve(solver=cvxpy.CLARABEL)
-        oracle = objective(np.maximum(x.value, 0.0), c, t, prior_K)
+        # The oracle's point misses its limits by up to 1e-7, which buys more than 1e-6 where the law is steep.
+        oracle = objective(bounds.project(np.maximum(x.value, 0.0), "l2"), c, t, prior_K)
         assert reached == pytest.approx(objective(p, c, t, prior_K), abs=1e-9)
         worst = max(worst, reached - oracle)
         solved += 1

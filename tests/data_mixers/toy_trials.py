@@ -60,3 +60,21 @@ def count_runs(folder, trial):
     """Leaves one file per started run."""
     (Path(folder) / f"{trial.id}-{time.time_ns()}").touch()
     return slow(trial)
+
+
+def checked(trial, stop=None):
+    """Scored at a third, two thirds and the end; ends early where the rule says so."""
+    points = []
+    for progress in (1 / 3, 2 / 3, 1.0):
+        loss = (trial.mixture["a"] - 0.3) ** 2 + 1 - 0.5 * progress + 1e-3 * (trial.seed % 3)
+        points.append((progress, {"a/loss": loss}))
+        if stop is not None and stop.hopeless(*points[-1]):
+            break
+    return points
+
+
+def checked_slow(folder, trial, stop=None):
+    """`checked`, leaving one file per started run."""
+    (Path(folder) / f"{trial.id}-{time.time_ns()}").touch()
+    time.sleep(0.05)
+    return checked(trial, stop)

@@ -1,12 +1,12 @@
 """Core space: K deltas of one weight as K small matrices in shared orthonormal bases.
 
-    [A_1^T .. A_K^T] = Qa Ra,  [B_1 .. B_K] = Qb Rb   (Householder QR)
+    [A_1^T .. A_K^T] = Qa Ra,  [B_1 .. B_K] = Qb Rb
     M_k = w_k s_k Rb_k Ra_k^T  [R, R],   w_k D_k = Qb M_k Qa^T,   R = sum of the ranks
 
 A rule f with f(U M_1 V^T, ..) = U f(M_1, ..) V^T for orthonormal U, V gives the same on cores as on the full matrices:
 sums, products, SVDs, norms, pseudo-inverses, not anything elementwise. (Panariello et al., "Accurate and Efficient
-Low-Rank Model Merging in Core Space", arXiv 2509.17786.) Q is never formed: reflectors are applied to R x r blocks,
-which is cheaper, and orthonormal whatever the rank.
+Low-Rank Model Merging in Core Space", arXiv 2509.17786.) Q is never formed: reflectors (float64, and stacks close to
+rank deficiency), or R^-1 (well-conditioned float32 stacks), are applied to R x r blocks, which is cheaper.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from scipy.linalg import get_lapack_funcs
+from scipy.linalg import get_lapack_funcs, solve_triangular
 from threadpoolctl import ThreadpoolController
 
 from .errors import MergeError
@@ -108,6 +108,31 @@ class Columns:
         return self.Q @ C
 
 
+class Triangular:
+    """Q = X R^-1 for a float32 stack X [size, columns] of full rank: half the work of reflectors.
+
+    R comes from the Gram matrix in float64, so Q is orthonormal to cond(X)^2 * 1e-16; above a condition of 1e4, and
+    for duplicates, LinAlgError: then Householder is the way.
+    """
+
+    def __init__(self, stack: np.ndarray) -> None:
+        self.size, self.dim = stack.shape
+        gram = np.zeros((self.dim, self.dim))
+        for start in range(0, self.size, ROWS):
+            rows = stack[start : start + ROWS].astype(np.float64)
+            gram += rows.T @ rows
+        self._R = np.linalg.cholesky(gram).T
+        (trcon,) = get_lapack_funcs(("trcon",), (self._R,))
+        reciprocal, info = trcon(self._R)
+        if info != 0 or not reciprocal > 1e-4:
+            raise np.linalg.LinAlgError("the stack is close to rank-deficient")
+        self._stack = stack
+        self.R = self._R.astype(stack.dtype)
+
+    def apply(self, C: np.ndarray) -> np.ndarray:
+        return self._stack @ solve_triangular(self._R, C.astype(np.float64)).astype(self._stack.dtype)
+
+
 class Whole:
     """All coordinates: Q = I."""
 
@@ -118,8 +143,13 @@ class Whole:
         return C
 
 
-def orthonormal_basis(stack: np.ndarray) -> Householder | Chunked:
-    """QR of a stack [size, columns]; the triangle is in `.R`."""
+def orthonormal_basis(stack: np.ndarray) -> Householder | Chunked | Triangular:
+    """QR of a stack [size, columns]; the triangle is in `.R`. Safe under rank deficiency."""
+    if stack.dtype == np.float32 and stack.shape[0] >= 4 * stack.shape[1]:
+        try:
+            return Triangular(stack)
+        except np.linalg.LinAlgError:
+            pass
     if stack.shape[0] > 4 * ROWS and stack.shape[1] < ROWS:
         return Chunked(np.array_split(stack, -(-stack.shape[0] // ROWS)))
     return Householder(stack)
@@ -144,10 +174,20 @@ class Core:
     names: tuple[str, ...] = ()
     module: str = ""
     seed: int = 0
+    pairs: tuple[tuple[np.ndarray, np.ndarray], ...] | None = None
+    """cores[k] = L R^T, where they came from factors."""
 
     @property
     def dtype(self) -> np.dtype:
         return self.cores[0].dtype
+
+    def spectrum(self, k: int) -> Spectrum:
+        """SVD of cores[k], through its factors if they are known: r_k x r_k instead of R x R."""
+        if self.pairs is None:
+            return svd(self.cores[k])
+        left, right = (np.linalg.qr(x) for x in self.pairs[k])
+        U, S, Vt = svd(left.R @ right.R.T)
+        return Spectrum(left.Q @ U, S, Vt @ right.Q.T)
 
     def sum(self) -> np.ndarray:
         return np.sum(self.cores, axis=0)
@@ -186,15 +226,16 @@ def to_core(
         raise ValueError("no adapter has this module")
     cols = orthonormal_basis(np.concatenate([f.A_RN for f, _ in present]).astype(dtype, copy=False).T)
     rows = orthonormal_basis(np.concatenate([f.B_MR for f, _ in present], axis=1).astype(dtype, copy=False))
-    cores, start = [], 0
+    pairs, start = [], 0
     for f, weight in present:
         stop = start + f.rank
-        cores.append((weight * f.scale) * (rows.R[:, start:stop] @ cols.R[:, start:stop].T))
+        left = np.asarray((weight * f.scale) * rows.R[:, start:stop], dtype)
+        pairs.append((left, cols.R[:, start:stop]))
         start = stop
-    cores = [core.astype(dtype, copy=False) for core in cores]
+    cores = [left @ right.T for left, right in pairs]
     if not all(np.isfinite(core).all() for core in cores):
         raise too_large(str(labels.get("module", "")))
-    return Core(cores, rows, cols, np.array([w for _, w in present]), **labels)
+    return Core(cores, rows, cols, np.array([w for _, w in present]), pairs=tuple(pairs), **labels)
 
 
 def too_large(where: str) -> MergeError:

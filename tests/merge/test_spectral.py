@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mtft.merge import Factors, MergeError, merge, read_adapter
-from mtft.merge.core import Chunked, Householder, orthonormal_basis, to_core
+from mtft.merge.core import Chunked, Householder, Triangular, orthonormal_basis, to_core
 from mtft.merge.methods import METHODS, make_method
 from mtft.merge.methods.lines import layer_factor, layer_of
 from mtft.merge.methods.regmean import regmean_factors
@@ -132,6 +132,35 @@ def test_householder_is_an_orthonormal_factorisation(shape):
     Q = basis.apply(np.eye(basis.dim))
     np.testing.assert_allclose(Q.T @ Q, np.eye(basis.dim), atol=1e-12)
     np.testing.assert_allclose(Q @ basis.R, X, atol=1e-12)
+
+
+def test_float32_stacks_go_by_their_gram_matrix_unless_they_are_close_to_deficient():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(400, 24)).astype(np.float32)
+    basis = orthonormal_basis(X)
+    assert isinstance(basis, Triangular)
+    Q = basis.apply(np.eye(24, dtype=np.float32))
+    np.testing.assert_allclose(Q.T @ Q, np.eye(24), atol=5e-6)
+    np.testing.assert_allclose(Q @ basis.R, X, atol=5e-6)
+    near, duplicate, zero = X.copy(), X.copy(), X.copy()
+    near[:, 1] = X[:, 0] + 1e-6 * X[:, 1]
+    duplicate[:, 1] = X[:, 0]
+    zero[:, 1] = 0
+    for bad in (near, duplicate, zero):
+        basis = orthonormal_basis(bad)
+        assert isinstance(basis, Householder)
+        Q = basis.apply(np.eye(24, dtype=np.float32))
+        np.testing.assert_allclose(Q.T @ Q, np.eye(24), atol=5e-6)
+    assert isinstance(orthonormal_basis(X.astype(np.float64)), Householder)
+
+
+def test_spectra_of_the_adapters_through_their_factors():
+    core = g.core(g.W)
+    for k, M in enumerate(core.cores):
+        U, S, Vt = core.spectrum(k)
+        np.testing.assert_allclose((U * S) @ Vt, M, atol=1e-13)
+        np.testing.assert_allclose(S, np.linalg.svd(M, compute_uv=False)[: len(S)], rtol=1e-12)
+        np.testing.assert_allclose(U.T @ U, np.eye(len(S)), atol=1e-12)
 
 
 def test_tall_stacks_are_factored_in_chunks():

@@ -25,7 +25,7 @@ from .ties import Ties
 
 def on_cores(core: Core, inner: DenseMethod) -> np.ndarray:
     """The merged core of an elementwise rule in the stacks' singular bases."""
-    spectra = [svd(M) for M in core.cores]
+    spectra = [core.spectrum(k) for k in range(len(core.cores))]
     P = _directions([s.U * np.sqrt(s.S) for s in spectra], core.rows)
     Q = _directions([s.Vt.T * np.sqrt(s.S) for s in spectra], core.cols)
     small = [P.T @ M @ Q for M in core.cores]

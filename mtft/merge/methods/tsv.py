@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Core, polar, svd
+from ..core import Core, polar
 from .base import CoreMethod
 
 
@@ -22,7 +22,7 @@ class Tsv(CoreMethod):
     """No options: every task keeps all of its triples."""
 
     def rule(self, core: Core) -> np.ndarray:
-        spectra = [svd(M) for M in core.cores]
+        spectra = [core.spectrum(k) for k in range(len(core.cores))]
         U = polar(np.hstack([s.U for s in spectra]))
         V = polar(np.hstack([s.Vt.T for s in spectra]))
         return (U * np.concatenate([s.S for s in spectra])) @ V.T

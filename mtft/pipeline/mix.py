@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_mixers.bounds import Bounds
 from data_mixers.design import regmix_dirichlet, space_filling
+from data_mixers.hopeless import Stopping
 from data_mixers.ledger import Trial, TrialLedger
 from data_mixers.mixture import Mixture, natural
 from data_mixers.sweep import SweepResult, make_trials, run_sweep
@@ -131,8 +132,15 @@ def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
     threads = max(1, (os.cpu_count() or 1) // sweep.workers) if sweep.workers > 1 else None
     return run_sweep(
         trials,
-        partial(run_trial, recipe=derive.proxy(recipe, sweep), eval_limit=sweep.eval_limit, threads=threads),
+        partial(
+            run_trial,
+            recipe=derive.proxy(recipe, sweep),
+            eval_limit=sweep.eval_limit,
+            threads=threads,
+            checks=sweep.checks,
+        ),
         TrialLedger(mix_dir(recipe) / LEDGER),
+        stopping=Stopping(sweep.full_trials) if sweep.checks else None,
         workers=sweep.workers,
         backend=sweep.backend,
         seed=recipe.seed,
@@ -144,6 +152,7 @@ def mix_propose(recipe: Recipe) -> Proposal:
     """Fits the ledger and writes fit.json, proposal.json and mixture.yaml."""
     from data_mixers.fit import fit
     from data_mixers.propose import propose
+    from data_mixers.scale import for_other_scale
 
     sweep, folder = _sweep(recipe), mix_dir(recipe)
     if not (folder / LEDGER).is_file():
@@ -151,6 +160,8 @@ def mix_propose(recipe: Recipe) -> Proposal:
     where = space(recipe, _stores(recipe))
     targets = list(_goals(recipe))
     fits = fit(TrialLedger(folder / LEDGER), targets, surrogate=sweep.surrogate, seed=recipe.seed)
+    if sweep.model is not None and sweep.model != recipe.model:  # the trials are of another model than the run
+        fits = for_other_scale(fits)
     objective = sweep.objective
     if isinstance(objective, dict):
         objective = {f"{task}/loss": weight for task, weight in objective.items()}

@@ -330,6 +330,10 @@ class SweepSection(Section):
     """What the proposal minimises over the tasks' held-out losses, each standardised over the trials."""
     kl: Annotated[float, Field(ge=0)] = 0.05
     """Pull towards the prior (the natural shares)."""
+    checks: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = ()
+    """Shares of a trial's steps, such as [0.3, 0.6], at which it is scored and given up if hopeless; empty: never."""
+    full_trials: Annotated[int, Field(ge=6)] = 8
+    """With `checks`: the first trials, which run to the end and say what is hopeless."""
     workers: Annotated[int, Field(gt=0)] = 1
     """Trials at the same time, one process each."""
     backend: Literal["process", "ray"] = "process"

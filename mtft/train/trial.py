@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,12 @@ from typing import TYPE_CHECKING, Any
 from mtft.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from data_mixers.hopeless import StopRule
     from data_mixers.ledger import Trial
     from mtft.train.assemble import Inputs
+    from mtft.train.trainer import MultiTaskTrainer
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,15 @@ _kept: _Kept | None = None
 
 
 def run_trial(
-    trial: Trial, recipe: Recipe, eval_limit: int | None = None, threads: int | None = None
+    trial: Trial,
+    recipe: Recipe,
+    eval_limit: int | None = None,
+    threads: int | None = None,
+    checks: Sequence[float] = (),
+    stop: StopRule | None = None,
 ) -> list[tuple[float, dict[str, float]]]:
-    """Trains `recipe` with the trial's mixture and seed; returns [(1.0, scores)].
+    """Trains `recipe` with the trial's mixture and seed; returns [(1.0, scores)], with the scores at `checks` (shares
+    of the run) before it. The run ends at a check where `stop` calls it hopeless: its last share is then below 1.
 
     scores: {"task/loss": nats per supervised token, "task/token_accuracy": ...} on the held-out rows of every task
     that has some (the first `eval_limit` of them). A trial that diverges gives NaN losses, which a sweep records as
@@ -60,6 +71,8 @@ def run_trial(
         model = load_for_training(recipe, base=copy.deepcopy(kept.base))
         log = RunLog(None, steps=plan.steps, quiet=True)
         trainer = build_trainer(recipe, kept.inputs, plan, model, args, log=log)
+        course = _Course(plan.steps, checks, stop)
+        trainer.add_callback(course.callback(trainer))
         try:
             trainer.train()
         except UserError:
@@ -67,12 +80,45 @@ def run_trial(
                 raise
             names = [store.task for store in kept.inputs.held_out if store is not None]
             return [(1.0, {f"{task}/loss": float("nan") for task in names})]
-        trainer.evaluate()
-    scores = trainer.evaluations[trainer.state.global_step]
-    summaries = {task: found.summary() for task, found in scores.items()}
-    return [
-        (1.0, {f"{task}/{key}": found[key] for task, found in summaries.items() for key in ("loss", "token_accuracy")})
-    ]
+        if not course.hopeless:
+            trainer.evaluate()
+            course.points.append((1.0, _scores(trainer)))
+    return course.points
+
+
+def _scores(trainer: MultiTaskTrainer) -> dict[str, float]:
+    """{"task/loss": ..., "task/token_accuracy": ...} of the evaluation at the present step."""
+    summaries = {task: found.summary() for task, found in trainer.evaluations[trainer.state.global_step].items()}
+    return {f"{task}/{key}": found[key] for task, found in summaries.items() for key in ("loss", "token_accuracy")}
+
+
+class _Course:
+    """The scores on the way through a trial, and whether it was given up."""
+
+    def __init__(self, steps: int, checks: Sequence[float], stop: StopRule | None) -> None:
+        self.points: list[tuple[float, dict[str, float]]] = []
+        self.hopeless = False
+        # Several shares may fall on one step of a short run; the last step is scored anyway.
+        self._at = {max(1, round(share * steps)): share for share in sorted(checks) if round(share * steps) < steps}
+        self._stop = stop
+
+    def callback(self, trainer: MultiTaskTrainer) -> TrainerCallback:
+        from transformers import TrainerCallback
+
+        course = self
+
+        class Check(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                share = course._at.get(state.global_step)
+                if share is None:
+                    return
+                trainer.evaluate()
+                scores = _scores(trainer)
+                course.points.append((share, scores))
+                if course._stop is not None and course._stop.hopeless(share, scores):
+                    course.hopeless = control.should_training_stop = True
+
+        return Check()
 
 
 def _keep(recipe: Recipe, eval_limit: int | None) -> _Kept:

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 
+from data_mixers.hopeless import learn
 from data_mixers.ledger import Trial
 from data_mixers.mixture import Mixture
 from mtft.recipe.schema import Recipe
@@ -54,3 +55,21 @@ def test_diverged_trial_is_a_result_with_nan(short):
     wild = short.train.model_copy(update={"learning_rate": 1e30, "max_bad_steps": 2, "max_grad_norm": 0.0, "steps": 8})
     ((_, scores),) = run_trial(trial(0.4), short.model_copy(update={"train": wild, "lora": None}))
     assert all(value != value for value in scores.values())
+
+
+def test_checks_on_the_way_change_nothing_and_a_hopeless_trial_ends_there(short):
+    longer = short.model_copy(update={"train": short.train.model_copy(update={"steps": 4})})
+    ((_, plain),) = run_trial(trial(0.4), longer, eval_limit=4)
+    points = run_trial(trial(0.4), longer, eval_limit=4, checks=(0.25, 0.5))
+    assert [progress for progress, _ in points] == [0.25, 0.5, 1.0]
+    assert points[-1][1] == plain
+    assert points[0][1] != points[1][1]
+
+    def course(loss_in_the_middle, loss_at_the_end):
+        losses = ((0.5, loss_in_the_middle), (1.0, loss_at_the_end))
+        return [(progress, {"copy/loss": loss}) for progress, loss in losses]
+
+    rule = learn([course(0.01 * i, 0.01 * i) for i in range(8)], {"copy/loss": "min"})  # all far better than this trial
+    stopped = run_trial(trial(0.4), longer, eval_limit=4, checks=(0.25, 0.5), stop=rule)
+    assert [progress for progress, _ in stopped] == [0.25, 0.5]
+    assert stopped == points[:2]

@@ -72,11 +72,12 @@ def _used_by_their_layer(model: nn.Module) -> dict[str, str]:
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
+        inside: list[str] = [inner for inner, _ in nn.Module.named_modules(layer)]  # type: ignore[arg-type]
         reason = None
         if isinstance(layer, ParamWrapper | MultiheadAttention):
             reason = f"LoRA of a {type(layer).__name__}, which multiplies A and B instead of tokens with them"
         variants = {adapter: type(variant).__name__ for adapter, variant in layer.lora_variant.items()}
-        for inner, _ in layer.named_modules():
+        for inner in inside:
             parts = inner.split(".")
             if parts[0] not in layer.adapter_layer_names:
                 continue

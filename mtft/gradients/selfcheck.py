@@ -42,7 +42,8 @@ class SelfCheck:
             self._hooks.append(weight.register_hook(partial(self._note, name)))
         kind = weight.device.type
         low = torch.is_autocast_enabled(kind) or weight.dtype in (torch.bfloat16, torch.float16)
-        self._rough |= low or (kind == "cuda" and torch.backends.cuda.matmul.allow_tf32)
+        tf32 = kind == "cuda" and bool(torch.backends.cuda.matmul.allow_tf32)
+        self._rough = self._rough or low or tf32
 
     def _note(self, name: str, gradient: Tensor) -> None:
         gradient = gradient.detach().float()

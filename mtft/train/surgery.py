@@ -149,9 +149,9 @@ class Surgery:
 
     def _write(self, direction: dict[str, Tensor]) -> None:
         assert self.taps is not None
-        parameters, factor = dict(self.model.named_parameters()), self.taps.factor
+        factor = self.taps.factor
         for name, value in direction.items():
-            parameter = parameters[name]
+            parameter = self.model.get_parameter(name)
             if parameter.grad is None:
                 parameter.grad = (factor * value).to(parameter.dtype)
             else:

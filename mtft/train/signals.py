@@ -1,9 +1,14 @@
-"""SIGTERM and SIGINT: finish the optimizer step, save, then stop. A second one stops at once."""
+"""SIGTERM and SIGINT: finish the optimizer step, save, then stop.
+
+Schedulers send a signal to a launcher and to its processes, and the launcher passes it on: so a second one is no more
+than the first. Only Ctrl-C, again after a while, stops at once; kill -9 always does.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+SAME = 2.0  # seconds in which a second SIGINT counts as the first
 
 
 class StopSignal:
@@ -22,6 +28,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.seen: signal.Signals | None = None
         self._here = 0
+        self._first = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -36,8 +43,11 @@ class StopSignal:
         self._before.clear()
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self._here = number
-        signal.signal(number, self._before[signal.Signals(number)])  # the next one is not held back
+        if not self._here:
+            self._here, self._first = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._first > SAME:
+            signal.signal(number, self._before[signal.SIGINT])
+            signal.raise_signal(number)
 
     def agreed(self, device: torch.device) -> bool:
         """True on all ranks in the same step as soon as one of them has caught a signal. A collective call."""

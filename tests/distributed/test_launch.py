@@ -1,22 +1,26 @@
-"""`mtft train` under each launcher is one program: killed on two machines, it goes on under torchrun."""
+"""`mtft train` under each launcher is one program: killed on two machines, stopped under torchrun, it goes on."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from mtft.train.run import train
+from mtft.train.state import checkpoint_step, newest_checkpoint
 
 from .conftest import ROOT
 from .test_engines import distance, lines, weights, write_recipes
 
 pytestmark = pytest.mark.slow
 
-STEPS = 40
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -48,33 +52,56 @@ def machine(rank, port, recipe_file, environment):
     command += ["--config_file", str(ROOT / "recipes" / "accelerate" / "multi-node.yaml")]
     command += ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
     command += ["-m", "mtft", "train", str(recipe_file)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def test_killed_on_two_machines_and_continued_under_torchrun(runs, environment):
+def send(launcher, number):
+    """To a launcher and all that it has started (which it puts into sessions of their own)."""
+    family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+    if number == signal.SIGKILL:
+        psutil.wait_procs(family, timeout=60)
+
+
+def wait_for(folder, processes):
+    """Until the folder is there; the processes must live."""
+    limit = time.monotonic() + 240
+    while not folder.is_dir():
+        assert time.monotonic() < limit, f"no {folder.name} after 4 minutes"
+        assert all(process.poll() is None for process in processes), "a launcher ended early"
+        time.sleep(0.02)
+
+
+def test_killed_on_two_machines_stopped_under_torchrun_and_finished(runs, environment):
     (alone, _), (together, _) = runs
     run_dir, recipe_file, port = together / "sgd", together / "sgd.yaml", free_port()
     machines = [machine(rank, port, recipe_file, environment) for rank in (0, 1)]
     try:
-        limit = time.monotonic() + 240
-        while not (run_dir / "checkpoint-3").is_dir():
-            assert time.monotonic() < limit, "no checkpoint after 4 minutes"
-            assert all(process.poll() is None for process in machines), "a launcher ended early"
-            time.sleep(0.02)
+        wait_for(run_dir / "checkpoint-3", machines)
     finally:
         for process in machines:
-            os.killpg(process.pid, signal.SIGKILL)
+            send(process, signal.SIGKILL)
             process.wait()
     assert not (run_dir / "result.json").exists(), "too late to be killed: the test needs more steps"
+
+    killed = newest_checkpoint(run_dir)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", str(free_port()), "-m", "mtft", "train", str(recipe_file)]
+    launcher = subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE)
+    wait_for(run_dir / f"checkpoint-{checkpoint_step(killed) + 3}", [launcher])
+    send(launcher, signal.SIGTERM)  # as a scheduler does: the launcher, which passes it on, and both processes
+    _, said = launcher.communicate(timeout=120)
+    assert "2 processes on cpu" in " ".join(said.split())
+    assert f"goes on from {killed.name}" in said
+    saved = re.search(r"stopped by SIGTERM after step (\d+), which is saved", said)
+    assert saved, said[-3000:]
+    assert newest_checkpoint(run_dir) == run_dir / f"checkpoint-{saved[1]}"
+    assert not (run_dir / "result.json").exists()
+
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
-    said = " ".join(done.stderr.split())
-    assert "2 processes on cpu" in said
-    assert "goes on from checkpoint-" in said
     expected, found = lines(alone / "sgd"), lines(run_dir)
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-6)

@@ -1,0 +1,43 @@
+"""A signal that comes twice, as launchers send it, still lets the run save; Ctrl-C after a while does not wait."""
+
+import signal
+
+import pytest
+import torch
+
+from mtft.train import signals
+from mtft.train.signals import StopSignal
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_twice_is_once(number):
+    with StopSignal() as stop:
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert stop.agreed(CPU)
+        assert stop.seen == number
+
+
+def test_the_first_counts():
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed(CPU)
+        assert stop.seen == signal.SIGINT
+
+
+def test_ctrl_c_again_stops_at_once(monkeypatch):
+    monkeypatch.setattr(signals, "SAME", -1.0)
+    with StopSignal():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before

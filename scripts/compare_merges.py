@@ -23,6 +23,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -369,12 +370,12 @@ def main() -> None:
         parser.error(f"no row {unknown[0]!r}: {', '.join(ENTRIES)}")
     if not asked.table:
         torch.set_num_threads(1)
-        seeds = [prepare(asked.recipe, n, asked.out, asked.rows, asked.limit, overrides) for n in asked.seeds]
+        open_seed = cache(lambda n: prepare(asked.recipe, n, asked.out, asked.rows, asked.limit, overrides))
         names = list(asked.only or ENTRIES)
-        for phase in (("plain", "method"), ("experts",), ("search", "gates")):  # cheap rows of all seeds first
-            for seed in seeds:
+        for phase in (("plain", "method", "experts"), ("search", "gates")):  # what costs little first
+            for number in asked.seeds:
                 for name in (name for name in names if ENTRIES[name].kind in phase):
-                    one_row(name, seed)
+                    one_row(name, open_seed(number))
     found = collect(asked.out, asked.seeds)
     (asked.out / "merges.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = table(found)

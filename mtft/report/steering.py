@@ -15,7 +15,7 @@ def merging(run: RunData) -> Section | None:
         return None
     parts: list = [
         Words(
-            f"Method: {run.retention['method']}, rank {run.retention['rank']}. "
+            f"Method: {run.retention['method']}{_rank(run.retention)}. "
             "Retained share = (base − merged) / (base − single) of the held-out loss, the same of the accuracy: "
             "1 keeps all that the single-task adapter had learnt, 0 is the base model. "
             "With 95 % paired-bootstrap intervals over the examples."
@@ -39,6 +39,10 @@ def merging(run: RunData) -> Section | None:
         text = f"The merged adapter's rank keeps {kept_energy} of the exact merge's squared singular values."
         parts.append(Words(text, "note"))
     return Section("merge", "Merge: what one adapter keeps", parts)
+
+
+def _rank(retention: dict) -> str:
+    return "" if retention.get("rank") is None else f", rank {retention['rank']}"  # arrow merges nothing
 
 
 def fusion(run: RunData) -> Section | None:

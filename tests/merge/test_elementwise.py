@@ -197,3 +197,39 @@ def test_equal_to_mergekit_and_peft(shape):
 
     uniform = sce.sce_weight(1e-5 * torch.stack(tensors))
     assert torch.allclose(uniform, torch.full((3,), 1 / 3))  # the defect that ours does not share
+
+
+@pytest.mark.parametrize("name", ["dare", "della"])
+def test_equal_to_mergekit_and_peft_on_the_same_draws(name, monkeypatch):
+    """Random drops where the definitions agree: the peers' torch.bernoulli is fed from our masks."""
+    torch = pytest.importorskip("torch")
+    sparsify = pytest.importorskip("mergekit.sparsify")
+    from peft.utils.merge_utils import dare_linear, dare_ties
+
+    from mtft.merge.dense import Mask
+
+    rng = np.random.default_rng(0)
+    D = [(s * rng.normal(size=(40, 30))).astype(np.float32) for s in (1.0, 0.5, 2.0)]
+    weights = np.array([0.5, 0.3, 0.9])
+    tensors, w = [torch.tensor(x) for x in D], torch.tensor(weights, dtype=torch.float32)
+    labels = {"names": g.NAMES, "module": "m", "seed": 5}
+
+    def feed():
+        uniforms = iter([torch.tensor(Mask(5, name, "m", 30).uniform(0, 40)) for name in g.NAMES])
+        monkeypatch.setattr(torch, "bernoulli", lambda p: (next(uniforms) < p).to(p.dtype))
+
+    feed()
+    l1 = sparsify.RescaleNorm.l1
+    if name == "dare":
+        theirs = sum(c * sparsify.bernoulli(x, 0.4, l1) for x, c in zip(tensors, w))
+        ours = make_method("dare", {"density": 0.4, "rescale": "l1"}).merge_arrays(D, weights, **labels)
+    else:
+        theirs = sum(c * sparsify.della_magprune(x, 0.4, 0.2, l1) for x, c in zip(tensors, w))
+        options = {"density": 0.4, "epsilon": 0.2, "rescale": "l1", "then": "linear"}
+        ours = make_method("della", options).merge_arrays(D, weights, **labels)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=2e-5, atol=1e-6)
+    if name == "dare":
+        for theirs, options in ((dare_linear, {}), (dare_ties, {"then": "ties", "variant": "peft"})):
+            feed()
+            ours = make_method("dare", {"density": 0.4, **options}).merge_arrays(D, weights, **labels)
+            np.testing.assert_allclose(ours, theirs(tensors, w, 0.4).numpy(), rtol=2e-5, atol=1e-6)

@@ -13,7 +13,7 @@ from collections import deque
 from statistics import median
 
 WINDOW = 32  # rounds that the times are taken from
-PATIENCE = 16  # rounds between two changes
+PATIENCE = 16  # rounds between two changes; the first three come after 4, 4 and 8
 MEMORY = 0.9  # of beta, per round
 PER_POSITION = 0.05  # guess: each further position of a pass costs this share, until it has been measured
 
@@ -21,7 +21,7 @@ PER_POSITION = 0.05  # guess: each further position of a pass costs this share, 
 class Gamma:
     """A fixed gamma, or `auto`: 0 ... maximum, starting with plain decoding to learn beta without drafting."""
 
-    def __init__(self, fixed: int | None = None, maximum: int = 4, draft_share: float = 0.2) -> None:
+    def __init__(self, fixed: int | None = None, maximum: int = 6, draft_share: float = 0.2) -> None:
         """draft_share: guess of e as a share of a plain step, until it has been measured."""
         self.fixed, self.maximum, self.draft_share = fixed, maximum, draft_share
         self.current = 0 if fixed is None else fixed
@@ -31,7 +31,17 @@ class Gamma:
         self.draft: deque[float] = deque(maxlen=WINDOW)
         self.verify: dict[int, deque[float]] = {}
         self.rounds = self.drafted = self.accepted = 0
-        self._since = PATIENCE - 4  # the first choice comes after four plain steps
+        self._since, self._patience = 0, 4  # the first choice comes after four plain steps
+        self._changes = 0
+
+    def learn(self, other: Gamma) -> None:
+        """Begin with the times and the acceptance of an earlier call with as many rows."""
+        if other.beta is None or not other.plain:
+            return
+        self._tests, self._stood, self.beta = other._tests / 2, other._stood / 2, other.beta
+        self.plain, self.draft, self.verify = other.plain.copy(), other.draft.copy(), dict(other.verify)
+        self._changes, self._patience = 1, 4
+        self.current = self._best()
 
     def saw(self, tests: float, accepted: float) -> None:
         """Acceptance of one round: how many drafts were judged (or would have been), and how many stood."""
@@ -52,11 +62,15 @@ class Gamma:
 
     def next(self) -> int:
         """gamma of the next round."""
-        if self.fixed is not None or self.beta is None or not self.plain or self._since < PATIENCE:
+        if self.fixed is not None or self.beta is None or not self.plain or self._since < self._patience:
             return self.current
-        self._since = 0
-        self.current = min(range(self.maximum + 1), key=self.time_per_token)
+        self._since, self._changes = 0, self._changes + 1
+        self._patience = min(PATIENCE, 2 << self._changes)
+        self.current = self._best()
         return self.current
+
+    def _best(self) -> int:
+        return min(range(self.maximum + 1), key=self.time_per_token)
 
     def time_per_token(self, gamma: int) -> float:
         """Expected seconds per token."""

@@ -71,6 +71,7 @@ class FusedCausalLM:
         self.bridge = bridge  # the small models have another tokenizer; then `shared` counts its ids
         self.name_or_path, self.max_logit_bytes = name, max_logit_bytes
         self.last_gamma: Gamma | None = None  # of the last speculative call: acceptance and times
+        self.gammas: dict[int, Gamma] = {}  # the last `auto` one by number of rows: what it has learnt serves the next
         self._space = Workspace()
         self.experts = len(weak.order)
         spec.check_experts(self.experts)
@@ -179,7 +180,8 @@ class FusedCausalLM:
     def sides(self) -> Sides:
         """Fresh caches for one decode."""
         rows = [group for index, group in self.weak.order if index < 0]
-        cut: dict[str, Any] = {"width": self.shared, "known": self.known, "substitute": self._substitute()}
+        known = self.known if self.known < self.vocab_size else None  # None: no id is strange to the small models
+        cut: dict[str, Any] = {"width": self.shared, "known": known, "substitute": self._substitute()}
         strong = Side(self.strong, (0,), width=self.vocab_size)
         weak = Side(self.weak.model, (*rows, BASE), layout=self.weak.layout, **cut)
         own = [Side(model, (0,), **cut) for model in self.weak.own]

@@ -89,9 +89,12 @@ class RowsLinear(nn.Module):
         A_TNR, B_TRM = self.A_TNR, self.B_TRM
         if not layout.whole:
             A_TNR, B_TRM = A_TNR[layout.pick], B_TRM[layout.pick]
-        rows = count * (rows // len(layout.groups))
-        low_TLR = torch.bmm(x[:rows].reshape(count, -1, x.shape[-1]).to(A_TNR.dtype), A_TNR)
-        part = y[:rows].view(count, -1, y.shape[-1])
+        mine, part = x, y
+        if count < len(layout.groups):
+            rows = count * (rows // len(layout.groups))
+            mine, part = x[:rows], y[:rows]
+        mine, part = mine.reshape(count, -1, x.shape[-1]), part.view(count, -1, y.shape[-1])
+        low_TLR = torch.bmm(mine if mine.dtype == A_TNR.dtype else mine.to(A_TNR.dtype), A_TNR)
         if part.dtype == low_TLR.dtype:
             part.baddbmm_(low_TLR, B_TRM)
         else:  # a quantised base may answer in another precision than its factors have

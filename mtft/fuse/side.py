@@ -54,18 +54,21 @@ class Side:
         if self.known is not None:
             ids_BL = ids_BL.masked_fill(ids_BL >= self.known, self.substitute)
         new_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL.to(ids_BL)
-        before_B1 = 0 if self.mask_BC is None else self.mask_BC.sum(-1, keepdim=True)
-        self.mask_BC = new_BL if self.mask_BC is None else torch.cat([self.mask_BC, new_BL], -1)
         if mask_BL is not None:
             self.holes = self.holes or not bool(new_BL.all())
-        positions_BL = (before_B1 + new_BL.cumsum(-1) - 1).clamp(min=0)
+        if self.holes:
+            before_B1 = 0 if self.mask_BC is None else self.mask_BC.sum(-1, keepdim=True)
+            positions_BL = (before_B1 + new_BL.cumsum(-1) - 1).clamp(min=0)
+        else:
+            positions_BL = torch.arange(self.length, self.length + ids_BL.shape[1], device=device).expand(rows, -1)
+        self.mask_BC = new_BL if self.mask_BC is None else torch.cat([self.mask_BC, new_BL], -1)
         count = len(self.groups)
         if self.layout is not None:
             self.layout.set(self.groups, rows)
         logits = self.model(
-            input_ids=ids_BL.repeat(count, 1),
+            input_ids=ids_BL if count == 1 else ids_BL.repeat(count, 1),
             attention_mask=self.mask_BC.repeat(count, 1) if self.holes else None,
-            position_ids=positions_BL.repeat(count, 1),
+            position_ids=positions_BL if count == 1 else positions_BL.repeat(count, 1),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,

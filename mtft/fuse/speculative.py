@@ -58,8 +58,13 @@ def draft_and_judge(fused: FusedCausalLM, request: Request, wish: int | str) -> 
         warnings.warn(f"decoding without speculation: {reason}", stacklevel=2)
         return direct(fused, request)
     small, large = (sum(p.numel() for p in model.parameters()) for model in (fused.weak.model, fused.strong))
-    fused.last_gamma = Gamma(None if wish == "auto" else int(wish), draft_share=small / (2 * small + large))
-    return speculate(fused, request, fused.last_gamma)
+    gamma = Gamma(None if wish == "auto" else int(wish), draft_share=small / (2 * small + large))
+    fused.last_gamma, rows = gamma, len(request.ids_BL)
+    if wish == "auto":
+        if rows in fused.gammas:
+            gamma.learn(fused.gammas[rows])
+        fused.gammas[rows] = gamma
+    return speculate(fused, request, gamma)
 
 
 @torch.no_grad()

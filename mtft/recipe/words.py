@@ -6,7 +6,6 @@ pydantic judges; its messages are for programmers, so only the place and the kin
 from __future__ import annotations
 
 import types
-from collections import defaultdict
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -84,36 +83,39 @@ def explain(error: ValidationError, source: Source) -> list[Problem]:
 
 
 def _located(error: ValidationError, source: Source) -> list[tuple[KeyPath, str]]:
-    """(path in the recipe, kind) of each error. pydantic's locations also hold the tried branch of each union."""
-    plain: list[tuple[KeyPath, str]] = []
-    unions: dict[KeyPath, dict[str, list[tuple[KeyPath, str]]]] = defaultdict(lambda: defaultdict(list))
+    """(path in the recipe, kind) of each error. pydantic's locations also hold the tried branch of each union.
+
+    Of a union only the errors of the branch that the user meant count; if it has none, one error stands for all.
+    """
+    kept: list[tuple[KeyPath, str]] = []
+    unions: dict[KeyPath, bool] = {}  # those in meant branches of other unions: whether any error of theirs is kept
     for entry in error.errors(include_url=False, include_context=False, include_input=False):
         value: Any = source.values
         path: KeyPath = ()
-        union: tuple[KeyPath, str] | None = None
+        tried: dict[KeyPath, str] = {}
         for position, key in enumerate(entry["loc"]):
             last = position == len(entry["loc"]) - 1
             real = child(value, key) is not None or (isinstance(value, dict) and key in value)
             real = real or (isinstance(value, list) and isinstance(key, int))
             if real or (last and entry["type"] == "missing"):
                 value, path = child(value, key), (*path, key)
-            elif union is None:
-                union = (path, str(key))
-        if union is None:
-            plain.append((path, entry["type"]))
+            else:
+                tried.setdefault(path, str(key))
+        for prefix, branch in tried.items():
+            unions.setdefault(prefix, False)
+            if not _is_meant(prefix, branch, source):
+                break
         else:
-            unions[union[0]][union[1]].append((path, entry["type"]))
-    for prefix, branches in unions.items():
-        plain += _meant_branch(prefix, branches, source)
-    return plain
+            kept.append((path, entry["type"]))
+            unions |= dict.fromkeys(tried, True)
+    return kept + [(prefix, "value") for prefix, told in unions.items() if not told]
 
 
-def _meant_branch(prefix: KeyPath, branches: dict[str, list], source: Source) -> list[tuple[KeyPath, str]]:
-    """The errors of the branch that the user meant, by the shape of what was written; else one error for all."""
+def _is_meant(prefix: KeyPath, branch: str, source: Source) -> bool:
+    """Whether pydantic's name of a union's branch is the one that the shape of what was written speaks for."""
     meant = _branch(_annotation(prefix, source), source.value(prefix))
     name = getattr(get_origin(meant) or meant, "__name__", "")
-    errors = [found for tag, found in branches.items() if tag == name or tag.startswith(f"{name}[")] if name else []
-    return errors[0] if errors else [(prefix, "value")]
+    return bool(name) and (branch == name or branch.startswith(f"{name}["))
 
 
 def _unknown(path: KeyPath, source: Source) -> Problem:

@@ -36,6 +36,18 @@ ODD_VALUES = [
     "../..",
     ":",
 ]
+CURRICULUM = {
+    "shares": {
+        "schedule": [
+            {"at": 0, "shares": "uniform"},
+            {"at": 0.5, "shares": {"temperature": 0.5}},
+            {"at": 1.0, "shares": {"sum": 0.25, "sql.v1": 0.75}},
+        ]
+    },
+    "groups": {"both": {"tasks": ["sum", "sql.v1"], "floor": 0.1, "cap": 1.0}},
+    "floors": {"sum": 0.1},
+    "unit": "tokens",
+}
 ODD_CHARACTERS = ":{}[],#&*!|>'\"%@`\t\n -?~\u2028é\x00"
 # What would show that another tool's message leaked through.
 FOREIGN = re.compile(
@@ -87,7 +99,7 @@ def break_one(rng: random.Random, tree: dict) -> tuple[str, bool]:
         wrong = misspell(rng, key)
         known = wrong in parent
         parent[wrong] = parent.pop(key)
-        return kind, not known and path[:-1] not in OPEN
+        return kind, not known and path[:-1] not in (*OPEN, ("mixture", "groups"))
     if kind == "retype":
         parent[key] = rng.choice(ODD_VALUES)
         return kind, path in {("tasks",), ("model",), ("train",), ("output",)}
@@ -144,6 +156,10 @@ def verdict(file: Path, overrides: list[str]) -> str:
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_broken_recipes(folder, seed, capsys):
     rng = random.Random(seed)
+    if seed % 2:  # half of them break a curriculum
+        values = read_source(folder.recipe).values
+        del values["sweep"]
+        folder.write(json.dumps(values | {"mixture": CURRICULUM}, indent=1))
     good = folder.recipe.read_text(encoding="utf-8")
     tree = read_source(folder.recipe).values
     counts: Counter[tuple[str, str]] = Counter()

@@ -53,8 +53,13 @@ def judge(
     worst: bool = False,
     seed: int = 0,
 ) -> Verdict:
-    """Verdict over the allowed `candidates` [m, K] against `current_K`, for the weighted mean of the targets (or the
-    worst of them: its gain is then as uncertain as the most uncertain target's)."""
+    """Verdict over the allowed `candidates` [m, K], the first of which is the proposal, against `current_K`, for the
+    weighted mean of the targets (or the worst of them: its gain is then as uncertain as the most uncertain target's).
+
+    Two questions, and "better" needs a yes to both: would mixtures that one half of the trials chooses be better by the
+    other half (cross-fitting), and is the proposal itself better by the GPs on all trials? The second one catches an
+    optimum far from all trials, where the surrogate that leads there is alone with its opinion.
+    """
     usable = [(w, f) for w, f in zip(weight_J, fits.targets.values(), strict=True) if w > 0 and f.sd > 0]
     if not any(f.signal for _, f in usable):
         return Verdict(
@@ -91,7 +96,7 @@ def judge(
             deviations.append(math.sqrt(variance))
     gain, sd = np.array(means), np.maximum(np.array(deviations), 1e-12)
     draws = (gain + sd * rng.standard_normal((DRAWS // len(gain), len(gain)))).ravel()
-    above = float(np.mean(norm.sf(min_gain, gain, sd)))
+    above = min(float(np.mean(norm.sf(min_gain, gain, sd))), _itself(usable, weights, rows, min_gain, worst))
     below = float(np.mean(norm.cdf(0.0, gain, sd)))
     lower, upper = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     spread = float(draws.std())
@@ -109,6 +114,24 @@ def judge(
             more = max(1, math.ceil(n * (detectable / (average - min_gain)) ** 2) - n)
     text = _words(word, average, (float(lower), float(upper)), above, detectable, more, level)
     return Verdict(word, (average, float(lower), float(upper)), above, detectable, more, text)
+
+
+def _itself(
+    usable: list[tuple[float, TargetFit]], weights: Floats, rows: Floats, min_gain: float, worst: bool
+) -> float:
+    """Probability that the proposal (first row) beats the current mixture (last row) by the GPs on all trials."""
+    surfaces, variances = [], []
+    for _, fitted in usable:
+        if not fitted.signal:
+            surfaces.append(np.zeros(2))
+            variances.append(0.0)
+            continue
+        process, sign = fitted.model.carrier(), 1.0 if fitted.goal == "min" else -1.0
+        surfaces.append(sign * (process.mean(rows[[0, -1]]) - fitted.arrays.y.mean()) / fitted.sd)
+        variances.append(_difference_variance(process, fitted, rows[0], rows[-1]))
+    best, now = np.max(surfaces, axis=0) if worst else weights @ np.array(surfaces)
+    variance = max(variances) if worst else float(weights**2 @ np.array(variances))
+    return float(norm.sf(min_gain, now - best, max(math.sqrt(variance), 1e-12)))
 
 
 def _words(

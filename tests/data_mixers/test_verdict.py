@@ -7,7 +7,7 @@ from data_mixers import Mixture
 from data_mixers.fit import fit
 from data_mixers.ledger import Record, TrialLedger
 from data_mixers.propose import propose
-from data_mixers.verdict import AFFORDABLE, _words
+from data_mixers.verdict import AFFORDABLE, _words, judge
 
 NAMES = ("a", "b", "c", "d")
 CURRENT = Mixture(NAMES, np.full(4, 0.25))
@@ -38,6 +38,26 @@ def test_says_how_many_more_trials_only_where_somebody_could_run_them(more, expe
     text = _words("not distinguishable from your current mixture", 0.1, (-1.0, 1.0), 0.5, 1.0, more, 0.9)
     assert expected in text
     assert str(AFFORDABLE + 1) not in text
+
+
+def test_a_proposal_that_the_judge_does_not_believe_in_is_not_better():
+    """Halves of the trials agree that there are better mixtures than a poor one, but the proposal is not one of them."""
+    rng = np.random.default_rng(4)
+    rows = rng.dirichlet(np.ones(4), 60)
+    records = [
+        Record(trial=str(i), status="done", mixture=dict(zip(NAMES, row, strict=True)), scores={"loss": float(score)})
+        for i, (row, score) in enumerate(zip(rows, surface(rows) + 0.005 * rng.standard_normal(60), strict=True))
+    ]
+    fits = fit(TrialLedger(None, records), surrogate="gp")
+    poor, bad = np.array([0.25, 0.25, 0.1, 0.4]), np.array([0.02, 0.03, 0.05, 0.9])
+    words = [
+        judge(
+            fits, np.ones(1), np.vstack([first, BEST, rows]), poor, kl=0.0, prior_K=np.full(4, 0.25), min_gain=0.0,
+            level=0.9,
+        ).word
+        for first in (BEST, bad)
+    ]  # fmt: skip
+    assert words == ["better", "not distinguishable from your current mixture"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ which resumes bit for bit. Nothing here branches on what a single rank holds aro
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,22 +24,20 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 
-from mtft.data.batch import IGNORE, Batch
+from mtft.data.batch import Batch
 from mtft.evaluate.scores import TaskScores
-from mtft.gradients.capture import TaskGradients
 from mtft.losses.balancers import Balancer, Observation
 from mtft.losses.reduce import (
-    Counts,
     TaskSums,
     reduce_sums,
     step_counts,
     task_coefficients,
     task_losses,
     task_probs,
-    task_sums,
 )
 from mtft.train import checkpoint
 from mtft.train.averaged import evaluation_weights
+from mtft.train.backward import backwards
 from mtft.train.flat_step import FlatStep
 from mtft.train.flow import BadSteps, Flow
 from mtft.train.log import RunLog, flat, step_line
@@ -156,7 +153,7 @@ class MultiTaskTrainer(Trainer):
             before = random_state() if self.surgery.flat is not None else None
             with self.surgery.watch(step, floored=used_K is not w_K) as taps:
                 if self.mezo is None:
-                    parts = self._backwards(model, batches, counts, used_K, step, taps)
+                    parts = backwards(self, model, batches, counts, used_K, step, taps)
                 else:
                     parts = two_passes(self, model, batches, counts, used_K, step, **self.mezo)
             passes = None if before is None else FlatStep(self, batches, counts, before, step)
@@ -172,36 +169,6 @@ class MultiTaskTrainer(Trainer):
         held, rate = self.steps.content(step - 1), self._get_learning_rate()
         self._line = step_line(step, self.tasks, held, rate, loss, loss_K, w_K, share_K, counts.tokens_K)
         return torch.tensor(loss, device=device)
-
-    def _backwards(
-        self,
-        model: nn.Module,
-        batches: Sequence[Batch],
-        counts: Counts,
-        w_K: Tensor,
-        step: int,
-        taps: TaskGradients | None,
-    ) -> list[TaskSums]:
-        """Forward and backward of every micro-batch of a step; their task sums."""
-        parts: list[TaskSums] = []
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                if taps is not None:
-                    taps.begin(batch.task_ids_BT, batch.labels_BT != IGNORE, last=last)
-                nll_BT = self.token_losses(model, batch)
-                # Gradients are averaged over ranks but the coefficients are those of the global step: times R.
-                loss = self.objective.loss(nll_BT, batch, counts, w_K, step) * self.accelerator.num_processes
-                penalty = self.objective.penalty(model)
-                if penalty is not None:  # the same on every rank, so the average over ranks is right
-                    loss = loss + penalty / len(batches)
-                if taps is not None:
-                    taps.watch(loss)
-                engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-                self.accelerator.backward(loss, **engine)
-            parts.append(task_sums(nll_BT, batch, len(self.tasks)))
-        return parts
 
     def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """fp32 [B, T], in the precision of the run."""
@@ -235,6 +202,8 @@ class MultiTaskTrainer(Trainer):
             gram_KK = self.surgery.gram_for_balancer(step)
             after_K = global_losses(self, self.model_wrapped, batches, self._random) if needs.after_step else None
             self.balancer.update(Observation(step, loss_K, valid_K, gram_KK, after_K, probs_K, even_K))
+            if figures := self.balancer.figures():
+                self._line["balancer"] = figures
         else:
             self._line["skipped"] = self._trouble
         self._bad.note(self._trouble)

@@ -1,7 +1,7 @@
 """What the multi-task objective costs, each figure against a peer in the same run.
 
-    python scripts/bench_losses.py                          everything (about ten minutes on 2 CPU cores)
-    python scripts/bench_losses.py --only mftcoder --steps 5 --json out.json
+    python scripts/bench_losses.py                          everything (below three minutes), bars last
+    python scripts/bench_losses.py --only mftcoder --steps 50 --seconds 120 --json out.json
 
 bookkeeping  counts, coefficients and task sums as a share of a plain token-mean step, at 5 and 30 million parameters
 balancers    each balancer's own time and its extra forwards as a share of a step; CoBa as a real loop beside it
@@ -10,7 +10,7 @@ mftcoder     a whole step (forward, backward, AdamW) beside a loss written as MF
              tasks; the same padded batch, half of its positions supervised, vocabulary 16k
 
 Steps of the two sides alternate, so a busy machine slows both; reported are medians, and the 10 and 90 % quantiles of
-the paired ratios.
+the paired ratios. The last lines say PASS or MISS for each bar.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def optimizer_step(model, optimizer, loss: Tensor) -> None:
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-clock = "wall"  # set once by main
+clock, seconds_each = "wall", 16.0  # set once by main
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -114,15 +114,16 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def alternate(sides: dict[str, Callable[[], object]], steps: int) -> dict[str, np.ndarray]:
-    """Seconds of each side, one after the other within every round, after one round to warm up."""
+    """Seconds of each side, one after the other within every round, after one round to warm up.
+
+    At the most `steps` rounds; fewer, but at least 3, when `seconds_each` is over.
+    """
     for run in sides.values():
         run()
-    return {
-        name: np.array(column)
-        for name, column in zip(
-            sides, zip(*[[timed(run) for run in sides.values()] for _ in range(steps)], strict=True)
-        )
-    }
+    rows, end = [], time.monotonic() + seconds_each
+    while len(rows) < steps and (len(rows) < 3 or time.monotonic() < end):
+        rows.append([timed(run) for run in sides.values()])
+    return dict(zip(sides, np.array(rows).T, strict=True))
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> dict[str, float]:
@@ -303,11 +304,37 @@ def mftcoder(steps: int) -> dict:
 
 PARTS = {"bookkeeping": bookkeeping, "balancers": balancers, "paths": paths, "mftcoder": mftcoder}
 
+# (what, part, where in its figures, bar, whether larger is better)
+BARS: tuple[tuple[str, str, tuple[str, ...], float, bool], ...] = (
+    ("bookkeeping, share of a step at 5 M parameters", "bookkeeping", ("5M", "share_of_step", "median"), 0.02, False),
+    ("bookkeeping, share of a step at 30 M parameters", "bookkeeping", ("30M", "share_of_step", "median"), 0.01, False),
+    ("CoBa with valid_every 10, times a plain step", "balancers", ("coba, real loop", "median"), 1.15, False),
+    ("gather path, time of full fp32 logits", "paths", ("gather / full", "time", "median"), 0.9, False),
+    ("gather path, memory of full fp32 logits", "paths", ("gather / full", "memory"), 0.6, False),
+    ("whole step, times faster than an MFTCoder-style loss", "mftcoder", ("times_faster", "median"), 1.7, True),
+)
+
+
+def judge(figures: dict) -> list[str]:
+    """A line for each bar whose part was measured."""
+    lines = []
+    for what, part, path, bar, least in BARS:
+        if part in figures:
+            value = figures[part]
+            for key in path:
+                value = value[key]
+            good = value >= bar if least else value <= bar
+            lines.append(
+                f"{'PASS' if good else 'MISS'}  {what:55s} {value:.4g} (bar: {'>=' if least else '<='} {bar:g})"
+            )
+    return lines
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; may be repeated (default: all)")
-    parser.add_argument("--steps", type=int, default=20, help="measured rounds of each comparison")
+    parser.add_argument("--steps", type=int, default=20, help="measured rounds of each comparison, at the most")
+    parser.add_argument("--seconds", type=float, default=16, help="of each of the six comparisons, at the most")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--peak-of", choices=("full", "gather"), help=argparse.SUPPRESS)
@@ -315,12 +342,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.peak_of:
         print(peak_of(asked.peak_of))
         return
-    global clock
-    clock = asked.clock
+    global clock, seconds_each
+    clock, seconds_each = asked.clock, asked.seconds
     figures = {"clock": clock, "threads": torch.get_num_threads(), "torch": torch.__version__}
     for name in asked.only or PARTS:
         figures[name] = PARTS[name](asked.steps)
         print(json.dumps({name: figures[name]}, indent=1), flush=True)
+    print("\n".join(judge(figures)))
     if asked.json:
         asked.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

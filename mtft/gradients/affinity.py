@@ -6,7 +6,8 @@
 
 Transfer is TAG's inter-task affinity (Fifty et al., "Efficiently Identifying Task Groupings", 2109.04617) to first
 order: no look-ahead step is taken. eta is the learning rate, so it speaks of a plain gradient step; Adam's differs.
-All means run over the measures in which both tasks were there, old ones fading. Pairs never seen together are NaN.
+All means run over the measures in which both tasks were there: plain ones over the first 1 / (1 - keep), then old ones
+fade. Pairs never seen together are NaN.
 
 Clusters: average linkage on 1 - C. Tasks of one cluster pull together; those of different ones may do better apart.
 """
@@ -74,7 +75,9 @@ class Affinity:
         self.transfer_KK = self._mean(self.transfer_KK, learning_rate * G / L[None, :], moved)
 
     def _mean(self, old: Tensor, new: Tensor, seen: Tensor) -> Tensor:
-        moved = torch.where(old.isnan(), new, self.keep * old + (1 - self.keep) * new)
+        """The mean after one more measure; together_KK has it counted already."""
+        keep_KK = (1 - 1 / self.together_KK.clamp(min=1).double()).clamp(max=self.keep)
+        moved = torch.where(old.isnan(), new, keep_KK * old + (1 - keep_KK) * new)
         return torch.where(seen, moved, old)
 
     def cosine(self) -> Tensor:

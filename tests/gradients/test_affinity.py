@@ -88,7 +88,7 @@ def test_means_run_over_measures_with_both():
     first, second = random_gram(1), random_gram(2, absent=[3])
     affinity.update(10, first, losses(), 0.1)
     affinity.update(20, second, losses([3]), 0.1)
-    assert affinity.gram_KK[0, 1] == 0.9 * first[0, 1] + 0.1 * second[0, 1]
+    assert float(affinity.gram_KK[0, 1]) == pytest.approx(float(first[0, 1] + second[0, 1]) / 2)
     assert affinity.gram_KK[0, 3] == first[0, 3]
     assert affinity.together_KK[3].tolist() == [1, 1, 1, 1]
     assert affinity.together_KK[0].tolist() == [2, 2, 2, 1]
@@ -98,6 +98,14 @@ def test_means_run_over_measures_with_both():
     expected = (first[0, 1] < 0).double() + (second[0, 1] < 0).double()
     assert affinity.conflict_rate()[0, 1] == expected / 2
     assert affinity.conflict_rate()[0, 3] == float(first[0, 3] < 0)
+
+
+def test_a_plain_mean_first_then_old_measures_fade():
+    affinity, values = Affinity(("a", "b"), keep=0.75), [8.0, 4.0, 0.0, 4.0, 2.0, 10.0]
+    expected = [8.0, 6.0, 4.0, 4.0, 3.5, 5.125]  # keep 0, 1/2, 2/3, 3/4, 3/4, 3/4
+    for step, (value, mean) in enumerate(zip(values, expected, strict=True)):
+        affinity.update(step, torch.tensor([[9.0, value], [value, 9.0]]), torch.tensor([1.0, 1.0]), 0.1)
+        assert float(affinity.gram_KK[0, 1]) == pytest.approx(mean)
 
 
 def test_pairs_never_seen_together():

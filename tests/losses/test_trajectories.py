@@ -17,6 +17,7 @@ from mtft.losses.reduce import (
     coefficients,
     reduce_sums,
     step_counts,
+    task_coefficients,
     task_losses,
     task_probs,
     task_sums,
@@ -33,10 +34,11 @@ OPTIONS = {
     "self_paced": {"window": 2, "valid_every": 1},
     "dwa": {"window": 1},
     "gradnorm": {"gram_every": 1},
+    "lagged": {"gram_every": 1, "aggregator": "nash_mtl"},
     "famo": {"after": "exact", "step_loss": "exact"},
 }
 CASES = [(name, "task_token") for name in BALANCERS] + [("famo", mode) for mode in NORMALISATIONS[:2]]
-CASES += [("coba", "task_sample")]
+CASES += [("coba", "task_sample"), ("lagged", "token")]
 
 
 def packed(samples):
@@ -97,7 +99,9 @@ def train(name, mode, split):
         optimizer.step()
         after_K = losses(model, batches, mode)[0] if needs.after_step else None
         valid_K = losses(model, held_out, mode)[0] if needs.valid_every else None
-        balancer.update(Observation(step, loss_K, valid_K, gram_KK, after_K, prob_K if needs.token_probs else None))
+        share_K = task_coefficients(counts, torch.ones_like(w_K), mode) if needs.gram_every else None
+        seen_prob_K = prob_K if needs.token_probs else None
+        balancer.update(Observation(step, loss_K, valid_K, gram_KK, after_K, seen_prob_K, share_K))
     return torch.stack(weights), torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -110,5 +114,5 @@ def test_split_does_not_change_the_run(name, mode):
     tolerance = 2e-5 if name in ("coba", "self_paced") else 1e-6
     torch.testing.assert_close(split_SK, weights_SK, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(split_parameters, parameters, rtol=1e-6, atol=2e-6)
-    if name in ("coba", "famo", "dwa", "uw", "gradnorm", "gls"):
+    if name in ("coba", "famo", "dwa", "uw", "gradnorm", "gls", "lagged"):
         assert (weights_SK[-1] - weights_SK[0]).abs().max() > 1e-3  # the weights did move

@@ -509,6 +509,7 @@ def main() -> int:
     if asked.only != "small":
         if torch.cuda.is_available():
             print(torch.cuda.get_device_name())
+            torch.set_num_threads(os.cpu_count() or 1)
             out["large"] = large(LARGE, "cuda", steps=12, budget=16_384)
         else:
             print("skipped: the large shape in bf16, LoRA and QLoRA (no GPU here)")

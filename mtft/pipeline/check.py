@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mtft.recipe.compat import check_compat
+from mtft.recipe.compat import Engine, check_compat
 from mtft.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -81,7 +81,12 @@ def examine(recipe: Recipe) -> Examination:
     if refusal is not None:
         warnings.append(f"{refusal}: one example a row, so train.packing has no effect")
     learnt = sum(task.tokens_per_step * task.supervised_tokens / task.tokens for task in data.tasks if task.tokens)
-    memory = estimate_memory(recipe, learnt_share=min(1.0, learnt / data.tokens_per_step))
+    memory = estimate_memory(
+        recipe,
+        learnt_share=min(1.0, learnt / data.tokens_per_step),
+        longest=max((task.longest for task in data.tasks), default=None),
+        ranks=Engine.from_environment().ranks,
+    )
     return Examination(data, memory, tuple(warnings))
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers.trainer_callback import TrainerCallback
 
+from mtft.errors import UserError
 from mtft.evaluate.scores import TaskScores
 from mtft.train.averaged import evaluation_weights, settle
 from mtft.train.engines import trainable
@@ -81,6 +82,12 @@ def choose_weights(trainer: MultiTaskTrainer, export: str) -> int:
     if best == last:
         return last
     folder = trainer.run_dir / BEST
+    if not folder.is_dir():
+        raise UserError(
+            f"the weights of step {best}, which was the best, were not kept: output.export was another then",
+            where=str(trainer.run_dir),
+            do="set output.export: last, or start over with --fresh",
+        )
     kept = json.loads((folder / "best.json").read_text(encoding="utf-8"))
     if kept["step"] != best:
         raise RuntimeError(f"{folder} holds step {kept['step']}, but step {best} was the best")

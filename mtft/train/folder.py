@@ -127,8 +127,10 @@ def _leaves(recipe: Recipe) -> dict[str, Any]:
     """{dotted key: value} of everything that training depends on; tasks by name."""
     out: dict[str, Any] = {}
 
+    decides = recipe.train.patience is not None or recipe.train.task_patience is not None
+
     def visit(node: Any, key: str) -> None:
-        if key in _FREE:
+        if key in _FREE and not (decides and key == "train.eval_every"):  # patience counts evaluations
             return
         if isinstance(node, dict) and node:
             for name, value in node.items():

@@ -152,7 +152,7 @@ def own_optimizer(recipe: Recipe, args: TrainingArguments) -> tuple[Any, dict[st
 
 
 def _lora_plus(model: nn.Module, *, args: TrainingArguments, ratio: float) -> Optimizer:
-    """The recipe's optimizer with B (and the magnitudes of DoRA) in a group whose rate is `ratio` times as high."""
+    """The recipe's optimizer, with all B in a group of their own whose rate is `ratio` times as high."""
     from transformers import Trainer
 
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # pyright: ignore[reportArgumentType]

@@ -2,11 +2,15 @@
 
 import json
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mtft.errors import UserError
+from mtft.recipe.load import dump_recipe
+from mtft.train.folder import check_recipe
 from mtft.train.run import train
 from mtft.train.stopping import Stopping
 
@@ -127,3 +131,14 @@ def test_a_dropped_task_stays_dropped_when_a_run_goes_on(few_rows, tmp_path):
     assert run(recipe(tmp_path / "broken"), kill_at_step(middle)) == -signal.SIGKILL
     assert run(recipe(tmp_path / "broken")) == 0
     assert picture(tmp_path / "broken") == picture(tmp_path / "run")
+
+
+def test_with_patience_the_evaluations_are_part_of_the_run(few_rows, tmp_path):
+    """Without it they may be taken more or less often when a run goes on; with it they decide."""
+    for patience, refused in ((None, False), (2, True)):
+        before = overfitting(few_rows, tmp_path / str(refused), train={"patience": patience})
+        now = overfitting(few_rows, tmp_path / str(refused), train={"patience": patience, "eval_every": 2})
+        (tmp_path / str(refused)).mkdir()
+        (tmp_path / str(refused) / "recipe.yaml").write_text(dump_recipe(before))
+        with pytest.raises(UserError, match="eval_every was 1, is 2") if refused else nullcontext():
+            check_recipe(tmp_path / str(refused), now)

@@ -80,6 +80,7 @@ class Retention:
             found["cosines"] = {"names": names, "values": diagnostics["cosines"]}
             found["interference"] = dict(zip(names, diagnostics["interference"], strict=True))
             found["norms"] = dict(zip(names, diagnostics["norms"], strict=True))
+            found["overlap"] = {side: diagnostics[f"overlap_{side}"] for side in ("left", "right")}
         return found
 
 

@@ -238,7 +238,7 @@ def merge_stage(
         from mtft.pipeline.adapted import Adapted
 
         if not opened:
-            opened.append(Adapted(recipe, rows))
+            opened.append(Adapted(recipe, rows or 2))  # arrow looks at no rows, and is scored on all
         return opened[0]
 
     def scores() -> Scores:

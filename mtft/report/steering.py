@@ -31,6 +31,13 @@ def merging(run: RunData) -> Section | None:
         caption = "Cosine between the adapters' updates, over all modules"
         drawn.append(Plot(caption, plots.heat(cosines["values"], cosines["names"])))
     parts.append(Plots(drawn))
+    if run.retention.get("interference"):
+        rows = [[name, run.retention["norms"][name], value] for name, value in run.retention["interference"].items()]
+        text = (
+            "Norm of each adapter's update, and its interference: how wrong the merged update is on the inputs that "
+            "this adapter reacts to, as a share of its norm. 0 is the adapter alone; 1 and more is as if it were gone."
+        )
+        parts += [Words(text), table(["adapter", "norm", "interference"], rows)]
     if run.front:
         caption = f"Trade-offs between the tasks: held-out loss of {front_caption(run.front)}"
         parts += [Plots([Plot(caption, front_svg(run.front))]), Words(f"Search: {run.front['verdict']}.", "note")]

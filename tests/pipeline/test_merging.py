@@ -177,8 +177,23 @@ def test_what_a_merge_keeps_is_reported_on_rows_it_has_not_seen(trained, tmp_pat
     found = merge_stage(whole, whole.merge, adapters, adapted.scores(None), singles, **arguments)
     kept = json.loads((tmp_path / "run" / "merge" / "retention.json").read_text())
     assert kept["rows"]["copy"] == {"seen": 6, "reported": 6}
+    assert np.shape(kept["overlap"]["right"]) == (3, 3)
     rest = only(found, adapted.ids("rest"))["copy"].summary()["loss"]
     assert kept["tasks"]["copy"]["loss"]["merged"] == pytest.approx(rest, rel=1e-6)
+
+
+def test_the_stage_scores_experts_behind_their_router(trained, tmp_path):
+    """Arrow: nothing is merged and no row is looked at, so all rows are reported."""
+    _, adapters = trained
+    whole = with_merge(trained, tmp_path / "run", experts={"kind": "arrow"})
+    adapted = Adapted(whole, 2)
+    singles = {task: adapted.scores(path, None, [task])[task] for task, path in adapters.items()}
+    arguments = {"fresh": False, "score": adapted.scores, "beside": {}}
+    found = merge_stage(whole, whole.merge, adapters, adapted.scores(None), singles, **arguments)
+    folder = tmp_path / "run" / "merge"
+    assert mean_loss(found) == pytest.approx(mean_loss(adapted.routed_scores(folder / "adapter")), rel=1e-6)
+    kept = json.loads((folder / "retention.json").read_text())
+    assert (kept["method"], kept["rank"], kept["rows"]) == ("arrow", None, {})
 
 
 def test_whole_models(trained, tmp_path):

@@ -3,7 +3,8 @@
 The model is made on torch's meta device, where tensors have shapes and no data:
 
     weights      bytes of every parameter as it is held (4-bit and 8-bit bases: their linears)
-    training     gradients of the trained parameters (fp32), and what the optimizer keeps for each of them
+    training     gradients of the trained parameters (fp32), what the optimizer keeps for each of them, and the
+                 gradients of the single tasks where they are measured (mtft.gradients.capture)
     activations  what a micro-batch adds at the highest point of a step, but for
     logits       the buffers of the loss over its supervised tokens
 
@@ -122,10 +123,19 @@ def estimate_memory(
         parameters=parameters,
         trainable=trainable,
         weights=weights,
-        training=gradients + states,
+        training=gradients + states + _captured(recipe, trainable),
         activations=activations,
         logits=logits,
     )
+
+
+def _captured(recipe: Recipe, trainable: int) -> int:
+    """Bytes of the task gradients, fp32, at a measured step."""
+    from mtft.losses.balancers import balancer_class
+    from mtft.recipe.options import options_of
+
+    measures = "gram_every" in options_of(balancer_class(recipe.loss.balancer))
+    return 4 * len(recipe.tasks) * trainable if measures or recipe.loss.gradients is not None else 0
 
 
 def _on_meta(recipe: Recipe, held: torch.dtype) -> tuple[Any, int, int, int]:

@@ -303,6 +303,14 @@ def test_refusals(recipe, monkeypatch):
     assert "lagged" in refused(recipe, loss={"gradients": {"aggregator": "upgrad"}}).do
 
 
+@pytest.mark.parametrize("loss", [{"gradients": MEASURED}, {"balancer": {"name": "lagged"}}])
+def test_memory_estimate_holds_k_gradients(recipe, loss):
+    from mtft.train.memory import estimate_memory
+
+    plain, measured = (estimate_memory(Recipe.model_validate({**recipe, "loss": asked})) for asked in ({}, loss))
+    assert measured.training - plain.training == 4 * 3 * plain.trainable
+
+
 def test_partial_says_what_is_left_out(recipe, tmp_path):
     said = []
     whole = Recipe.model_validate({**recipe, "lora": None, "loss": {"gradients": {"every": 1, "partial": True}}})

@@ -41,7 +41,7 @@ def test_says_how_many_more_trials_only_where_somebody_could_run_them(more, expe
 
 
 def test_a_proposal_that_the_judge_does_not_believe_in_is_not_better():
-    """Halves of the trials agree that there are better mixtures than a poor one, but the proposal is not one of them."""
+    """Halves of the trials agree that some mixtures are better than a poor one; the proposal is not one of them."""
     rng = np.random.default_rng(4)
     rows = rng.dirichlet(np.ones(4), 60)
     records = [

@@ -46,9 +46,12 @@ def check(
 
     Everything that can be found before any weight is loaded: asked and realised shares, epochs, tokens, steps, memory.
     """
+    from mtft.__main__ import is_first_rank
     from mtft.pipeline.check import examine
     from mtft.recipe.load import load_recipe
 
+    if not is_first_rank():  # under a launcher, whose engine is a part of what is checked
+        return
     found = examine(load_recipe(recipe, overrides or []))
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))

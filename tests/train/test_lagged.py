@@ -1,11 +1,11 @@
-"""Lagged surgery follows the direction of direct surgery where nothing moves: frozen weights, every row in each step."""
+"""Lagged surgery follows the direction of direct surgery where nothing moves: frozen weights, all rows in each step."""
 
 import pytest
 import torch
 
 from mtft.recipe.schema import Recipe
 from mtft.train.assemble import read_inputs
-from tests.train.test_surgery import LORA, Gradients, trainer_for
+from tests.train.test_surgery import LORA, Gradients, lines, trainer_for
 
 FROZEN = {"learning_rate": 1e-30, "max_grad_norm": 0, "weight_decay": 0.0}
 
@@ -38,6 +38,7 @@ def test_lagged_equals_direct_when_frozen(recipe, tmp_path, aggregator, normalis
     lagged = {"normalise": normalise, "balancer": {"name": "lagged", "aggregator": aggregator, "gram_every": 2}}
     found, trainer = steps_of(recipe, tmp_path / "lagged", lagged, 5)
     assert trainer.balancer.figures() == {"measures": 2, "clamped": 0}
+    assert [line["balancer"]["measures"] for line in lines(tmp_path / "lagged")] == [0, 1, 1, 2, 2]
     for gradient in found[2:]:  # measured at steps 2 and 4, so the weights are there from step 3 on
         assert torch.cosine_similarity(gradient, expected, dim=0) > 1 - 1e-6
     if aggregator == "nash_mtl":

@@ -172,6 +172,36 @@ def mix_fit(
             say(f"{rows} predictions in {out}")
 
 
+@mix.command("relevance")
+def mix_relevance(
+    sketches: Annotated[Path, typer.Option(help="CSV: one column a task (its head, or a sketch of its gradient).")],
+    target: Annotated[str, typer.Option(help="Column of the task that the others are to help.")],
+    index: Annotated[str | None, typer.Option(help="Column that numbers the rows. Default: the first.")] = None,
+    method: Annotated[Literal["l1", "l2"], typer.Option(help="l1: few tasks (A-MTRL); l2: the earlier rule.")] = "l1",
+    noise: Annotated[bool, typer.Option("--noise", help="Lasso by cross-validation, for sketches with noise.")] = False,
+    rows: Annotated[int | None, typer.Option(help="Rows to draw in all: says how many from each task.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the folds of --noise.")] = 0,
+) -> None:
+    """Which tasks matter for a target: the Lasso of its sketch on the others' (advice beside the trials' answer)."""
+    from data_mixers.mixture import check_names
+    from data_mixers.relevance import relevance
+    from data_mixers.tables import read_table
+
+    table = read_table(sketches, index)
+    if target not in table.columns:
+        check_names([*table.columns, target], table.columns, where=f"{sketches}, --target")
+    sources = [name for name in table.columns if name != target]
+    columns = dict(zip(table.columns, table.values.T, strict=True))
+    W = table.values[:, [table.columns.index(name) for name in sources]]
+    found = relevance(W, columns[target], method, noise=noise, seed=seed)
+    counts = None if rows is None else found.rows(rows)
+    typer.echo(f"{'task':<24}{'weight':>10}{'share':>8}" + ("" if counts is None else f"{'rows':>10}"))
+    for number, name in enumerate(sources):
+        tail = "" if counts is None else f"{int(counts[number]):10d}"
+        typer.echo(f"{name:<24}{found.nu[number]:10.4f}{found.shares[number]:8.4f}{tail}")
+    typer.echo(f"residual {found.residual:.3g} of the target's size")
+
+
 def _weights(entries: list[str] | None) -> dict[str, float]:
     """{target: weight} of TARGET=W entries."""
     from mtft.errors import UserError

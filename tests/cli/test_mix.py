@@ -165,3 +165,21 @@ def test_mistakes_on_the_command_line_say_what_was_meant(trials, capsys, argumen
     assert code == 2
     assert says in err
     assert "Traceback" not in err
+
+
+def test_relevance_of_the_spec_s_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write("w.csv", ["row", "a", "b", "both", "target"], [[0, 1, 0, 1, 1], [1, 0, 1, 1, 1]])
+    code, out, _ = mix(capsys, "relevance", "--sketches", "w.csv", "--target", "target", "--rows", "600")
+    assert code == 0
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1:4]}
+    assert table == {
+        "a": ["0.0000", "0.0000", "0"],
+        "b": ["0.0000", "0.0000", "0"],
+        "both": ["1.0000", "1.0000", "600"],
+    }
+    code, out, _ = mix(capsys, "relevance", "--sketches", "w.csv", "--target", "target", "--method", "l2")
+    assert [line.split()[2] for line in out.splitlines()[1:4]] == ["0.1667", "0.1667", "0.6667"]
+    code, _, err = mix(capsys, "relevance", "--sketches", "w.csv", "--target", "targte")
+    assert code == 2
+    assert "did you mean 'target'?" in err

@@ -107,6 +107,7 @@ class TaskGradients:
         if supervised_BT is not None:
             orders.append(task_order(task_ids_BT[supervised_BT], self.num_tasks))
         self._orders = {order.rows: order for order in reversed(orders)}
+        self._sides = list(task_ids_BT.shape)
         one_process = ranks_of() == 1
         self._drops = self.gram_only and last and one_process and self._checks is None and bool(self._uses)
 
@@ -171,10 +172,11 @@ class TaskGradients:
             raise ValueError("TaskGradients.begin() comes before the forward of a micro-batch")
         x = args[0].detach()
         order = self._orders.get(x.numel() // x.shape[-1])
-        if order is None:
+        sides = [side for side in x.shape[:-1] if side != 1]
+        if order is None or (len(sides) > 1 and sides != self._sides):  # [T, B] would be tokens in another order
             raise UserError(
-                f"{name}: its layer sees {x.numel() // x.shape[-1]} rows, the micro-batch has {max(self._orders)} "
-                "tokens: their tasks are not known",
+                f"{name}: its layer sees rows of shape {list(x.shape[:-1])}, the micro-batch has {self._sides} tokens: "
+                "their tasks are not known",
                 do="take the layer out of lora.targets",
             )
         if self._checks is not None:
@@ -199,7 +201,8 @@ class TaskGradients:
 
     def _forget(self) -> None:
         self._blocks.clear()
-        self._orders: dict[int, Order] = {}
+        self._orders: dict[int, Order] = {}  # by the number of rows
+        self._sides: list[int] = []  # [B, T]
         self._calls: dict[str, int] = {}
         self._factor: Tensor | None = None
         self._drops = False

@@ -298,13 +298,16 @@ def test_experts_in_a_list_are_refused():
     assert all("routed" in reason for reason in taps.left_out.values())
 
 
-def test_layer_whose_rows_are_not_the_tokens_is_named():
+@pytest.mark.parametrize("shape", [(3, 4), (4, 2, 4), (2, 2, 2, 4)], ids=["too few", "T before B", "heads"])
+def test_layer_whose_rows_are_not_the_tokens_is_named(shape):
     layer = nn.Linear(4, 4, bias=False)
     taps = TaskGradients(nn.Sequential(layer), K, isolated=True)
     with taps:
         taps.begin(torch.zeros(2, 4, dtype=torch.long))
-        with pytest.raises(UserError, match=r"0\.weight: its layer sees 3 rows"):
-            layer(torch.randn(3, 4))
+        with pytest.raises(UserError, match=r"0\.weight: its layer sees rows of shape"):
+            layer(torch.randn(shape))
+        for fine in ((2, 4, 4), (8, 4), (1, 8, 4)):
+            layer(torch.randn(fine))
 
 
 def test_rows_of_several_tasks_need_proven_isolation():

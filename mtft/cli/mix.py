@@ -183,6 +183,8 @@ def mix_relevance(
     seed: Annotated[int, typer.Option(help="Of the folds of --noise.")] = 0,
 ) -> None:
     """Which tasks matter for a target: the Lasso of its sketch on the others' (advice beside the trials' answer)."""
+    import numpy as np
+
     from data_mixers.mixture import check_names
     from data_mixers.relevance import relevance
     from data_mixers.tables import read_table
@@ -196,9 +198,10 @@ def mix_relevance(
     found = relevance(W, columns[target], method, noise=noise, seed=seed)
     counts = None if rows is None else found.rows(rows)
     typer.echo(f"{'task':<24}{'weight':>10}{'share':>8}" + ("" if counts is None else f"{'rows':>10}"))
+    weights = np.round(found.nu, 4) + 0.0  # no -0.0000
     for number, name in enumerate(sources):
         tail = "" if counts is None else f"{int(counts[number]):10d}"
-        typer.echo(f"{name:<24}{found.nu[number]:10.4f}{found.shares[number]:8.4f}{tail}")
+        typer.echo(f"{name:<24}{weights[number]:10.4f}{found.shares[number]:8.4f}{tail}")
     typer.echo(f"residual {found.residual:.3g} of the target's size")
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data_mixers.bounds import Bounds, Group
+from data_mixers.bounds import Bounds, Group, Infeasible
 from data_mixers.mixture import Mixture, natural, tempered, uniform
 from data_mixers.plan import MixturePlan
 from data_mixers.schedule import MixtureSchedule
@@ -51,7 +51,10 @@ def _rule(recipe: Recipe, asked: object, sizes: dict[str, int]) -> Mixture:
     else:
         mixture = natural(sizes) if asked == "natural" else uniform(recipe.task_names)
     bounds = share_bounds(recipe)
-    return Mixture(mixture.names, bounds.project(mixture)) if bounds.violations(mixture) else mixture
+    try:
+        return Mixture(mixture.names, bounds.project(mixture)) if bounds.violations(mixture) else mixture
+    except Infeasible as error:
+        raise Infeasible(error.what, where="mixture.floors, caps, groups", do=error.do) from None
 
 
 def share_bounds(recipe: Recipe) -> Bounds:

@@ -78,6 +78,10 @@ def test_shares(mixture, shares):
 def test_bounds_that_no_mixture_keeps():
     with pytest.raises(Infeasible, match=r"floors add up to 1\.2"):
         asked(floors={"big": 0.6, "mid": 0.6})
+    groups = {"few": {"tasks": ["mid", "small"], "floor": 0.8}, "most": {"tasks": ["big", "mid"], "floor": 0.9}}
+    with pytest.raises(Infeasible, match="group few") as caught:
+        asked(groups=groups, caps={"mid": 0.5})
+    assert caught.value.where == "mixture.floors, caps, groups"
 
 
 def test_a_file_is_a_mixture(tmp_path):

@@ -24,7 +24,7 @@ def collect_grams(modules: Mapping[str, nn.Module], passes: Iterable[tuple[Calla
 
     passes: (forward, real_BT) for each batch: `forward()` runs the model, real_BT [B, T] tells tokens from padding.
     """
-    sums = dict.fromkeys(modules, 0.0)
+    sums: dict[str, Tensor | float] = dict.fromkeys(modules, 0.0)
     real: list[Tensor] = []
     tokens = 0
 

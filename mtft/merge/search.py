@@ -123,7 +123,7 @@ def front_weights(K: int, count: int, scale: float, seed: int = 0) -> list[tuple
     alone = [tuple(float(i == k) for i in range(K)) for k in range(K)]
     rest = max(0, count - K)
     points = -(-rest // 2)  # both kinds of each preference: every other point of a Sobol sequence lies to one side
-    uniform = qmc.Sobol(K, seed=seed).random(1 << max(1, points - 1).bit_length())[:points]
+    uniform = qmc.Sobol(K, rng=np.random.default_rng(seed)).random(1 << max(1, points - 1).bit_length())[:points]
     spread = -np.log1p(-np.clip(uniform, 0, 1 - 1e-9))  # exponentials over their sum: even over the simplex
     mixed = []
     for row in spread:

@@ -242,6 +242,11 @@ TABLE: tuple[Row, ...] = (
         lambda r, e, n: r.train.batch_style == "alternating" and _compares_gradients(r),
         "a step holds one task only, so there are no gradients of several tasks to compare or mix",
         "set train.batch_style: mixed (or unmixed)"),
+    Row("train.batch_style: alternating + weight 0", TRAINING,
+        lambda r, e, n: r.train.batch_style == "alternating"
+        and (r.train.task_patience is not None or any(task.weight == 0 for task in r.tasks)),
+        "a step of a task that does not count (tasks.*.weight: 0, or dropped by train.task_patience) learns nothing",
+        "give the task a share of 0 instead of a weight of 0, remove train.task_patience, or take another batch_style"),
     Row("train.max_length + train.micro_batch_tokens", TRAINING,
         lambda r, e, n: r.train.max_length > r.train.rows_at_once,
         "a row of max_length tokens does not fit into micro_batch_tokens",

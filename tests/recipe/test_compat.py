@@ -48,6 +48,7 @@ CASES = {
         "mix",
         ["mixture.shares={schedule: [{at: 0, shares: uniform}, {at: 1, shares: natural}]}"],
     ),
+    "train.batch_style: alternating + weight 0": ("train", ["train.batch_style=alternating", "tasks.sum.weight=0"]),
     "train.batch_style: alternating + task gradients": (
         "train",
         ["train.batch_style=alternating", "loss.gradients={aggregator: upgrad}"],

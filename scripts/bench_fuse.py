@@ -1,13 +1,13 @@
-"""How much fusion costs, against strong alone, naive fusion and PEFT's adapter_names, in one process.
+"""What fusion costs against strong alone, naive fusion and PEFT's adapter_names, in one process, bar by bar: PASS or MISS.
 
-    python scripts/bench_fuse.py                                       # T1 step, T2 solver, T3 four experts, T5 memory
-    python scripts/bench_fuse.py --only speculation --strong quickstart:strong --base quickstart:weak --adapter DIR \\
-        --prompts rows.jsonl                                           # T4, on a trained pair
+    python scripts/bench_fuse.py                        # T1 step, T2 solver, T3 four experts, T4 speculation, T5 memory
+    python scripts/bench_fuse.py --only speculation --adapter DIR       # an adapter trained on quickstart:weak
 
-Models are made from a config with random weights (Llama 768 x 12, small 256 x 4, V = 32000, LoRA r = 16 on all
-linears), fp32, prompt of 32 tokens. A time is the wall time of one decoding step, runs are interleaved, and
-x = time / strong alone.
-Results also go to --out as JSON, with the load of the machine: figures taken beside other work mean nothing.
+T1, T3: models from a config with random weights (Llama 768 x 12, small 256 x 4, V = 32000, LoRA r = 16 on all linears),
+fp32, prompt of 32 tokens. T4: the quickstart's pair with its joint adapter (of runs/quickstart, or trained here first,
+about a minute) on held-out prompts, 48 tokens each. A time is that of one decoding step; the prefill is not counted.
+Rounds are interleaved; x is the median over the rounds of time / strong alone, both of the same round. Wall time is
+judged where the machine is quiet, else CPU time, which means little with two threads. --out: all figures as JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,21 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from mtft.data.store import open_stores
 from mtft.fuse.alpha import fuse_logits
-from mtft.fuse.load import freeze, load_weak
+from mtft.fuse.load import freeze, load_weak, location
 from mtft.fuse.model import FusedCausalLM
-from mtft.fuse.prompt import encode_prompt
 from mtft.fuse.rows import BASE
+from mtft.fuse.space import Workspace
 from mtft.fuse.spec import FusionSpec
+from mtft.recipe.load import load_recipe
 
 VOCABULARY, PROMPT = 32000, 32
 GRID = torch.arange(0, 2.01, 0.1)
-PARTS = ("step", "solver", "experts", "memory", "speculation")
+PARTS = ("step", "solver", "experts", "speculation", "memory")
+QUIET = 0.5  # load below which wall time is judged
+Steps = list[tuple[float, float]]  # (wall, CPU) seconds of each step
+Rows = dict[str, dict[str, Any]]
 
 
 def llama(width: int, layers: int, seed: int) -> LlamaForCausalLM:
@@ -57,35 +62,42 @@ def llama(width: int, layers: int, seed: int) -> LlamaForCausalLM:
     return freeze(LlamaForCausalLM(config))
 
 
-def make_adapter(folder: Path, base: Path, seed: int) -> Path:
+def make_adapter(folder: Path, base: Path, seed: int, std: float = 0.02) -> Path:
     torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(base)
     tuned = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
+            torch.nn.init.normal_(parameter, std=std)
     tuned.save_pretrained(folder)
     return folder
 
 
 class Clock(BaseStreamer):
-    """Wall time of every step: generate hands each new column to it."""
+    """Wall and CPU time of every step: generate hands each new column to it."""
 
     def __init__(self) -> None:
-        self.at: list[float] = []
+        self.at: Steps = []
 
     def put(self, value: Tensor) -> None:
-        self.at.append(time.perf_counter())
+        self.at.append((time.perf_counter(), time.process_time()))
 
     def end(self) -> None:
         pass
 
     @property
-    def steps(self) -> list[float]:
-        return [b - a for a, b in zip(self.at[2:], self.at[3:])]  # [0] is the prompt, [1] holds the prefill
+    def steps(self) -> Steps:
+        later = self.at[2:]  # [0] is the prompt, [1] holds the prefill
+        return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(self.at[1:], later, strict=False)]
 
 
-def generated(generate: Callable[..., Any], ids: Tensor, tokens: int, **options: Any) -> list[float]:
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def generated(generate: Callable[..., Any], ids: Tensor, tokens: int, **options: Any) -> Steps:
     clock = Clock()
     call = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=clock, **call, **options)
@@ -108,49 +120,79 @@ def naive_grid(strong: Tensor, expert: Tensor, base: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def three_models(models: list[Any], ids: Tensor, tokens: int, fuse: Callable[..., Tensor]) -> list[float]:
-    """The plain loop: three models, three caches, one forward each per token."""
+def plain_loop(models: list[Any], ids: Tensor, tokens: int, choose: Callable[..., Tensor]) -> Steps:
+    """The plain loop: every model with a cache of its own, one forward each per token. `choose`: logits -> scores."""
     caches = [DynamicCache(config=model.config) for model in models]
     times, block = [], ids
-    for _ in range(tokens):
-        start = time.perf_counter()
+
+    def step() -> None:
+        nonlocal block
         pairs = zip(models, caches, strict=True)
         logits = [m(block, past_key_values=c, use_cache=True, logits_to_keep=1).logits[:, -1] for m, c in pairs]
-        block = fuse(*logits).argmax(-1, keepdim=True)
-        times.append(time.perf_counter() - start)
+        block = choose(*logits).argmax(-1, keepdim=True)
+
+    for _ in range(tokens):
+        times.append(timed(step))
     return times[1:]
 
 
 @torch.no_grad()
-def adapter_names(strong: Any, tuned: PeftModel, ids: Tensor, tokens: int) -> list[float]:
+def adapter_names(strong: Any, tuned: PeftModel, ids: Tensor, tokens: int) -> Steps:
     """Base and expert rows in one pass by PEFT, solved by us: what the rows engine saves shows alone."""
     caches = [DynamicCache(config=model.config) for model in (strong, tuned)]
     names = ["default"] * len(ids) + ["__base__"] * len(ids)
-    times, block = [], ids
-    for _ in range(tokens):
-        start = time.perf_counter()
+    times, block, space = [], ids, Workspace()
+
+    def step() -> None:
+        nonlocal block
         large = strong(block, past_key_values=caches[0], use_cache=True, logits_to_keep=1).logits[:, -1]
         rows = {"past_key_values": caches[1], "use_cache": True, "logits_to_keep": 1, "adapter_names": names}
         expert, base = tuned(block.repeat(2, 1), **rows).logits[:, -1].chunk(2)
-        block = fuse_logits(large, expert[None], base, FusionSpec()).logprobs_NV.argmax(-1, keepdim=True)
-        times.append(time.perf_counter() - start)
+        fused = fuse_logits(large, expert[None], base, FusionSpec(), space=space)
+        block = fused.logprobs_NV.argmax(-1, keepdim=True)
+
+    for _ in range(tokens):
+        times.append(timed(step))
     return times[1:]
 
 
-def compare(ways: dict[str, Callable[[], list[float]]], against: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Interleaved repetitions; min and median of the steps in ms, and their ratio to `against`."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+def compare(ways: dict[str, Callable[[], Steps]], against: str, repeats: int) -> Rows:
+    """Interleaved rounds; ms per step (median of all), and x, the median over rounds of a round's own ratio."""
+    rounds: list[dict[str, list[float]]] = []
     for _ in range(repeats):
-        for name, way in ways.items():
-            times[name] += way()
-    rows = {n: {"min_ms": 1e3 * min(t), "median_ms": 1e3 * statistics.median(t)} for n, t in times.items()}
-    for row in rows.values():
-        row["x_min"] = row["min_ms"] / rows[against]["min_ms"]
-        row["x_median"] = row["median_ms"] / rows[against]["median_ms"]
+        steps = {name: way() for name, way in ways.items()}
+        rounds.append({n: [statistics.median(part) for part in zip(*each, strict=True)] for n, each in steps.items()})
+    rows: Rows = {}
+    for name in ways:
+        row = rows[name] = {}
+        for at, kind in enumerate(("wall", "cpu")):
+            row[f"{kind}_ms"] = 1e3 * statistics.median(each[name][at] for each in rounds)
+            row[f"x_{kind}"] = statistics.median(each[name][at] / each[against][at] for each in rounds)
     return rows
 
 
-def bench_step(places: dict[str, Path], args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+class Judge:
+    """Prints what is found, keeps it, and says which bars hold."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.kind = "wall" if quiet else "cpu"
+        self.found: dict[str, Any] = {}
+        self.bars: dict[str, bool] = {}
+
+    def show(self, title: str, rows: Rows) -> None:
+        self.found[title] = rows
+        print(f"\n{title}")
+        for name, row in rows.items():
+            print(f"  {name:28s} " + "  ".join(f"{k} {_show(v)}" for k, v in row.items()))
+
+    def bar(self, name: str, value: float, limit: float, *, least: bool = False) -> None:
+        """value <= limit, or with `least` value >= limit."""
+        holds = value >= limit if least else value <= limit
+        self.bars[f"{name}: {value:.3g} (bar {'>=' if least else '<='} {limit:.3g})"] = holds
+        print(f"  {'PASS' if holds else 'MISS'}  {name}: {value:.3f}, bar {'>=' if least else '<='} {limit:.3f}")
+
+
+def bench_step(places: dict[str, Any], args: argparse.Namespace, judge: Judge) -> None:
     strong = llama(768, 12, 1)
     one, four = (
         FusedCausalLM(strong, load_weak(places["base"], places["adapters"][:t], dtype="fp32", device="cpu"), None,
@@ -159,57 +201,78 @@ def bench_step(places: dict[str, Path], args: argparse.Namespace) -> Iterator[tu
     )  # fmt: skip
     base = freeze(LlamaForCausalLM.from_pretrained(places["base"]))
     tuned = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(places["base"]), places["adapters"][0]).eval()
+    x = f"x_{judge.kind}"
     for rows in (1, 8):
         ids = torch.randint(3, VOCABULARY, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
+        alone = partial(generated, strong.generate, ids, args.tokens)
         if "step" in args.only:
-            naive = partial(three_models, [strong, tuned, base], ids, args.tokens)
-            ways: dict[str, Callable[[], list[float]]] = {
-                "strong alone": lambda ids=ids: generated(strong.generate, ids, args.tokens),
-                "fused": lambda ids=ids: generated(one.generate, ids, args.tokens),
-                "naive: 3 forwards, alpha 1": lambda naive=naive: naive(lambda s, e, b: s + e - b),
-                "naive: 3 forwards, 21 grid": lambda naive=naive: naive(naive_grid),
-                "PEFT adapter_names": lambda ids=ids: adapter_names(strong, tuned, ids, args.tokens),
-            }  # fmt: skip
-            yield f"T1 step, B={rows}", compare(ways, "strong alone", args.repeats)
-        if "experts" in args.only and rows == 1:
-            ways = {
-                "strong alone": lambda ids=ids: generated(strong.generate, ids, args.tokens),
-                "fused, 4 experts": lambda ids=ids: generated(four.generate, ids, args.tokens),
+            three = partial(plain_loop, [strong, tuned, base], ids, args.tokens)
+            ways: dict[str, Callable[[], Steps]] = {
+                "strong alone": alone,
+                "fused": partial(generated, one.generate, ids, args.tokens),
+                "strong alone, bare loop": partial(plain_loop, [strong], ids, args.tokens, lambda s: s),
+                "naive: 3 forwards, alpha 1": partial(three, lambda s, e, b: s + e - b),
+                "naive: 3 forwards, 21 grid": partial(three, naive_grid),
+                "PEFT adapter_names": partial(adapter_names, strong, tuned, ids, args.tokens),
             }
-            yield "T3 four experts, B=1", compare(ways, "strong alone", args.repeats)
+            found = compare(ways, "strong alone", args.repeats)
+            judge.show(f"T1 step, B={rows}", found | {"cost per pass": passes(one, ids)})
+            judge.bar(f"T1 fused / strong alone, B={rows}", found["fused"][x], 1.25 if rows == 1 else 1.22)
+            rivals = min(found[name][x] for name in ("naive: 3 forwards, 21 grid", "PEFT adapter_names"))
+            judge.bar(f"T1 fused / the faster rival, B={rows}", found["fused"][x] / rivals, 1.0)
+        if "experts" in args.only and rows == 1:
+            ways = {"strong alone": alone, "fused, 4 experts": partial(generated, four.generate, ids, args.tokens)}
+            found = compare(ways, "strong alone", args.repeats)
+            judge.show("T3 four experts, B=1", found)
+            judge.bar("T3 four experts / strong alone", found["fused, 4 experts"][x], 1.5)
 
 
-def bench_solver(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+@torch.no_grad()
+def passes(fused: FusedCausalLM, ids: Tensor) -> dict[str, float]:
+    """CPU ms of each part of a step."""
+    sides, last = fused.sides(), ids[:, -1:]
+    logits = [x[:, -1] for x in flat(sides.read(ids))]
+    specs = [fused.spec] * len(ids)
+    parts = {
+        "strong": lambda: sides.strong.read(last),
+        "weak": lambda: sides.weak.read(last),
+        "solve": lambda: fused.fuse(logits[0], logits[1:-1], logits[-1], specs),
+    }
+    return {f"{n}_cpu_ms": 1e3 * statistics.median(timed(part)[1] for _ in range(7)) for n, part in parts.items()}
+
+
+def flat(logits: tuple[Tensor, list[Tensor], Tensor]) -> list[Tensor]:
+    return [logits[0], *logits[1], logits[2]]
+
+
+def bench_solver(args: argparse.Namespace, judge: Judge) -> None:
     for vocabulary in (32000, 128000):
         for rows in (1, 8):
             generator = torch.Generator().manual_seed(vocabulary + rows)
             strong, base, noise = (torch.randn(rows, vocabulary, generator=generator) for _ in range(3))
-            strong, expert = 2 * strong, base + 0.8 * noise
+            strong, expert, space = 2 * strong, base + 0.8 * noise, Workspace()
 
-            def timed(work: Callable[[], Any], count: int = 5) -> list[float]:
-                times = []
-                for _ in range(count):
-                    start = time.perf_counter()
-                    work()
-                    times.append(time.perf_counter() - start)
-                return times
+            def ours(rule: str, s: Tensor = strong, e: Tensor = expert, b: Tensor = base, w: Any = space) -> Any:
+                return fuse_logits(s, e[None], b, FusionSpec(alpha_rule=rule), space=w)  # as FusedCausalLM does
 
-            def ours(rule: str, s: Tensor = strong, e: Tensor = expert, b: Tensor = base) -> Any:
-                return fuse_logits(s, e[None], b, FusionSpec(alpha_rule=rule))
-
-            ways = {"21 grid": lambda s=strong, e=expert, b=base: timed(lambda: naive_grid(s, e, b))}
+            ways: dict[str, Callable[[], Steps]] = {
+                "21 grid": lambda s=strong, e=expert, b=base: [timed(lambda: naive_grid(s, e, b)) for _ in range(5)]
+            }
             for rule in ("jeffreys", "forward", "paper", "paper_grid"):
-                ways[rule] = lambda rule=rule, ours=ours: timed(lambda: ours(rule))
-            found = compare(ways, "21 grid", args.repeats)
+                ways[rule] = lambda rule=rule, ours=ours: [timed(lambda: ours(rule)) for _ in range(5)]
+            found = compare(ways, "21 grid", 2 * args.repeats)
             forward = ours("forward")
             miss = (forward.kl_forward_N - forward.target_NT[:, 0]).abs() / forward.target_NT[:, 0]
-            found["forward"]["worst_relative_miss"] = float(miss[~forward.clipped_N].max())
+            found["forward"]["worst_relative_miss"] = worst = float(miss[~forward.clipped_N].max())
             found["jeffreys"]["evaluations"] = ours("jeffreys").evaluations
-            yield f"T2 solver, V={vocabulary}, B={rows}", found
+            judge.show(f"T2 solver, V={vocabulary}, B={rows}", found)
+            for rule in ("jeffreys", "forward"):
+                judge.bar(f"T2 {rule} / grid, V={vocabulary}, B={rows}", found[rule][f"x_{judge.kind}"], 1 / 3)
+            judge.bar(f"T2 |g - c| / c, V={vocabulary}, B={rows}", worst, 1e-4)
 
 
-def bench_memory(places: dict[str, Path]) -> Iterator[tuple[str, Any]]:
-    """Resident memory of the weak side after a pass over all its rows: one base, and the adapters."""
+def bench_memory(places: dict[str, Any], judge: Judge) -> None:
+    """The weak side after a pass over all its rows: storages by address, and resident memory."""
     page, rows = os.sysconf("SC_PAGE_SIZE"), {}
 
     def resident() -> float:
@@ -222,99 +285,139 @@ def bench_memory(places: dict[str, Path]) -> Iterator[tuple[str, Any]]:
         weak.layout.set((*range(count), BASE), 1)
         with torch.no_grad():  # touches every weight: files are mapped, and pages that were never read don't count
             weak.model(torch.full((count + 1, 1), 5), logits_to_keep=1)
-        buffers = [b for n, b in weak.model.named_buffers() if n.endswith(("A_TNR", "B_TRM"))]
+        tensors = [*weak.model.parameters(), *weak.model.buffers()]
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        factors = [b for n, b in weak.model.named_buffers() if n.endswith(("A_TNR", "B_TRM"))]
         rows[f"T={count}"] = {
             "base_MB": sum(p.numel() * p.element_size() for p in weak.model.parameters()) / 2**20,
-            "adapters_MB": sum(b.numel() * b.element_size() for b in buffers) / 2**20,
+            "adapters_MB": sum(b.numel() * b.element_size() for b in factors) / 2**20,
+            "storages_MB": sum(held.values()) / 2**20,
             "resident_MB": resident() - before,
         }
-        del weak, buffers
-    yield "T5 one copy of the base", rows
+        del weak, factors, tensors
+    judge.show("T5 one copy of the base", rows)
+    last = rows["T=8"]
+    judge.bar(
+        "T5 storages / (base + adapters), T=8", last["storages_MB"] / (last["base_MB"] + last["adapters_MB"]), 1.01
+    )
+    more = rows["T=8"]["resident_MB"] - rows["T=1"]["resident_MB"]
+    judge.bar("T5 resident memory from T=1 to 8, MB", more, last["adapters_MB"] + 0.25 * last["base_MB"])
 
 
-def bench_speculation(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """On a trained pair: tokens identical, time per token against plain fusion, acceptance, time of each pass."""
-    fused = FusedCausalLM.load(args.strong, args.base, args.adapter, dtype="fp32")
-    rows = [json.loads(line) for line in Path(args.prompts).read_text("utf-8").splitlines()[: args.limit]]
-    prompts = [encode_prompt(fused.tokenizer, row.get("prompt"), row.get("messages")) for row in rows]
-    call = {"max_new_tokens": args.tokens, "do_sample": False, "pad_token_id": 0}
+def quickstart_adapter() -> Path:
+    """The joint adapter of runs/quickstart, or one that is trained here and kept."""
+    root = Path(__file__).resolve().parents[1]
+    finished = root / "runs" / "quickstart" / "train" / "joint" / "adapter"
+    if (finished / "adapter_model.safetensors").is_file():
+        return finished
+    from mtft.pipeline.derive import joint
+    from mtft.train.run import train
+
+    folder = root / "runs" / "bench-fuse"
+    return train(joint(load_recipe(root / "recipes" / "quickstart.yaml"), None, folder)).adapter_dir
+
+
+def held_out_prompts(tokenizer: Any, count: int) -> list[Tensor]:
+    """Prompts of the quickstart's held-out rows, the tasks in turn."""
+    recipe = load_recipe(Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml")
+    stores = [store for store in open_stores(recipe, tokenizer, "eval") if store is not None]
+    rows = [store.example(row) for row in range(-(-count // len(stores))) for store in stores][:count]
+    return [torch.tensor(ids[: int(supervised.argmax())].astype("int64"))[None] for ids, supervised in rows]
+
+
+def bench_speculation(args: argparse.Namespace, judge: Judge) -> None:
+    """On a trained pair, and with an expert of random weights, which is a bad drafter."""
+    good = args.adapter or quickstart_adapter()
+    with tempfile.TemporaryDirectory() as scratch:
+        bad = make_adapter(Path(scratch) / "bad", Path(location("quickstart:weak")), 3, std=0.2)
+        for name, adapter in (("trained pair", good), ("random expert", bad)):
+            speculation(name, adapter, args, judge)
+
+
+def speculation(name: str, adapter: Path, args: argparse.Namespace, judge: Judge) -> None:
+    fused = FusedCausalLM.load("quickstart:strong", "quickstart:weak", [adapter], dtype="fp32")
+    prompts = held_out_prompts(fused.tokenizer, args.limit)
     kinds: dict[str, Any] = {"plain": None, "gamma 2": 2, "gamma 4": 4, "auto": "auto"}
-    spent, made = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0)
+    steps: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     same, counts = dict.fromkeys(kinds, 0), {kind: [0, 0] for kind in kinds}
-    passes: dict[str, float] = {}
+    costs: dict[str, Any] = {}
     for prompt in prompts:
-        ids = torch.tensor([prompt])
         outputs = {}
         for kind, gamma in kinds.items():
-            start = time.perf_counter()
+            clock = Clock()
+            call = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
             outputs[kind] = fused.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), speculative=gamma, **call
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), speculative=gamma, streamer=clock, **call
             )
-            spent[kind] += time.perf_counter() - start
-            made[kind] += outputs[kind].shape[1] - len(prompt)
             same[kind] += torch.equal(outputs[kind], outputs["plain"])
+            steps[kind].append([sum(part) / len(clock.steps) for part in zip(*clock.steps, strict=True)])
             last = fused.last_gamma
             if gamma is not None and last is not None:
                 counts[kind][0] += last.accepted
                 counts[kind][1] += last.drafted
-                if last.draft:
-                    passes[f"{kind}: draft_ms"] = 1e3 * statistics.median(last.draft)
-                for length, times in last.verify.items():
-                    passes[f"{kind}: verify {length} positions_ms"] = 1e3 * statistics.median(times)
-    table = {
+                costs |= {f"verify_{n}_ms": 1e3 * statistics.median(t) for n, t in sorted(last.verify.items())}
+                costs |= {"draft_ms": 1e3 * statistics.median(last.draft)} if last.draft else {}
+                costs |= {"plain_ms": 1e3 * statistics.median(last.plain)} if last.plain else {}
+    at = ("wall", "cpu").index(judge.kind)
+    table: Rows = {
         kind: {
-            "ms_per_token": 1e3 * spent[kind] / made[kind],
-            "speedup": (spent["plain"] / made["plain"]) / (spent[kind] / made[kind]),
+            "ms_per_token": 1e3 * statistics.fmean(each[at] for each in steps[kind]),
+            "speedup": statistics.median(p[at] / k[at] for p, k in zip(steps["plain"], steps[kind], strict=True)),
             "acceptance": counts[kind][0] / counts[kind][1] if counts[kind][1] else None,
             "identical": f"{same[kind]} of {len(prompts)}",
         }
         for kind in kinds
     }
-    yield "T4 speculation", table | {"passes of the last prompt": passes}
+    judge.show(f"T4 speculation, {name}", table | {"cost per pass (wall)": costs})
+    if name == "trained pair":
+        judge.bar("T4 acceptance, auto", table["auto"]["acceptance"] or 0.0, 0.7, least=True)
+        judge.bar("T4 auto against plain, trained pair", table["auto"]["speedup"], 1.3, least=True)
+    else:
+        judge.bar(f"T4 auto against plain, {name}", table["auto"]["speedup"], 0.95, least=True)
+    judge.bar(f"T4 identical texts, {name}", min(same.values()) / len(prompts), 1.0, least=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="step,solver,experts,memory", help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=6, help="interleaved rounds")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
-    for name in ("strong", "base"):
-        parser.add_argument(f"--{name}", default=f"quickstart:{'strong' if name == 'strong' else 'weak'}")
-    parser.add_argument("--adapter", action="append", help="of a trained pair; may be given several times")
-    parser.add_argument("--prompts", help="JSONL with prompt or messages")
-    parser.add_argument("--limit", type=int, default=32, help="prompts of the speculation part")
+    parser.add_argument("--adapter", type=Path, help="trained on quickstart:weak")
+    parser.add_argument("--limit", type=int, default=12, help="prompts of the speculation part")
     args = parser.parse_args()
     args.only = set(args.only.split(","))
     if unknown := args.only - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    if "speculation" in args.only and not (args.adapter and args.prompts):
-        parser.error("the speculation part needs a trained pair: --adapter DIR --prompts FILE")
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)
     load = os.getloadavg()[0]
-    results: dict[str, Any] = {"load_before": load, "quiet": load < 0.5, "threads": args.threads}
-    print(f"load {load:.2f}" + ("" if load < 0.5 else ": NOT QUIET, these figures mean little"))
+    judge = Judge(load < QUIET)
+    state = "quiet: wall time is judged" if load < QUIET else "NOT QUIET: CPU time is judged, and means little"
+    print(f"load {load:.2f}, {args.threads} threads, {state}")
+    if "speculation" in args.only and args.adapter is None:
+        args.adapter = quickstart_adapter()  # training comes before any clock runs
     with tempfile.TemporaryDirectory() as scratch:
         places: dict[str, Any] = {"base": Path(scratch) / "base"}
         if args.only & {"step", "experts", "memory"}:
             llama(256, 4, 2).save_pretrained(places["base"])
             count = 8 if "memory" in args.only else 4
             places["adapters"] = [make_adapter(Path(scratch) / f"e{i}", places["base"], i) for i in range(count)]
-        parts: list[Iterator[tuple[str, Any]]] = []
-        parts += [bench_step(places, args)] if args.only & {"step", "experts"} else []
-        parts += [bench_solver(args)] if "solver" in args.only else []
-        parts += [bench_memory(places)] if "memory" in args.only else []
-        parts += [bench_speculation(args)] if "speculation" in args.only else []
-        for part in parts:
-            for title, rows in part:
-                results[title] = rows
-                print(f"\n{title}")
-                for name, row in rows.items():
-                    print(f"  {name:28s} " + "  ".join(f"{k} {_show(v)}" for k, v in row.items()))
+        if "memory" in args.only:  # first: later parts leave free memory behind, which would hide what is taken
+            bench_memory(places, judge)
+        if args.only & {"step", "experts"}:
+            bench_step(places, args, judge)
+        if "solver" in args.only:
+            bench_solver(args, judge)
+        if "speculation" in args.only:
+            bench_speculation(args, judge)
+    print()
+    for name, holds in judge.bars.items():
+        print(f"{'PASS' if holds else 'MISS'}  {name}")
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        head = {"load_before": load, "judged": judge.kind, "threads": args.threads, "bars": judge.bars}
+        args.out.write_text(json.dumps(head | judge.found, indent=1) + "\n")
 
 
 def _show(value: Any) -> str:

@@ -214,8 +214,6 @@ def test_r22_ten_million_rows_are_planned_at_once():
         return MixturePlan(MIXTURE, sizes, steps=rows // 64, batch=64, seed=1).step(at)
 
     usual = seconds(lambda: interleaved("all_exhausted", (50_000, 30_000, 15_000, 5_000)))  # a hundredth of the rows
-    first, middle = (
-        seconds(lambda at=at: plan(10_000_000, at)) for at in (0, 78_125)
-    )  # the start; and resumed in the middle
+    start, middle = (seconds(lambda at=at: plan(10_000_000, at)) for at in (0, 78_125))
+    assert start < min(usual, 0.5)  # 0.015 when measured; a list of the rows alone takes seconds
     assert middle < 5
-    assert first < usual

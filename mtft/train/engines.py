@@ -85,7 +85,7 @@ def resting(model: nn.Module) -> nn.Module:
 def gathered(tree: Any, *, keep: bool) -> Any:
     """A nested state with DTensors made whole on the CPU, one at a time. A collective call; only ranks that `keep` do.
 
-    Everything else stays as it is.
+    Everything else stays as it is. The result may share memory with the tree, where nothing had to be moved.
     """
     from torch.distributed.tensor import DTensor
 

@@ -96,6 +96,10 @@ class Store:
     def fingerprint(self) -> str:
         return self.task
 
+    @property
+    def stats(self) -> dict[str, int]:
+        return {"largest_id": max(int(ids.max()) for ids, _ in self.examples)}
+
     def example(self, i: int):
         from mtft.data.encode import Example
 

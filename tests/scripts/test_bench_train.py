@@ -22,6 +22,13 @@ def bench():
     del sys.modules["bench_train"]
 
 
+def test_our_side_trains_on_stores_in_memory(bench):
+    stores = bench.make_stores(bench.TINY, 48)
+    clock = bench.run_mtft(bench.TINY, stores, 2)
+    assert len(clock.marks) == 2
+    assert sum(clock.tokens) <= sum(store.lengths.sum() for store in stores)
+
+
 @pytest.mark.slow
 def test_all_sides_count_real_tokens(bench):
     stores = bench.make_stores(bench.TINY, 96)

@@ -1,4 +1,4 @@
-"""What fusion costs against strong alone, naive fusion and PEFT's adapter_names, in one process, bar by bar: PASS or MISS.
+"""What fusion costs against strong alone, naive fusion and PEFT's adapter_names, bar by bar: PASS or MISS.
 
     python scripts/bench_fuse.py                        # T1 step, T2 solver, T3 four experts, T4 speculation, T5 memory
     python scripts/bench_fuse.py --only speculation --adapter DIR       # an adapter trained on quickstart:weak

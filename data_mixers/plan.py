@@ -118,7 +118,7 @@ class MixturePlan:
         )
         owed_K = None if self.carry is None else np.array(self.carry) / self._seat
         free_K = limit_K if owed_K is None else limit_K - np.maximum(owed_K, 0)
-        return VaryingQuota(capped_over_time(share_SK, free_K, total, **options), seats, limit_K, owed_K)
+        return VaryingQuota(capped_over_time(share_SK, free_K, total, **options), seats, owed_K)
 
     def _caps(self, max_epochs: Mapping[str, float] | float | None) -> NDArray[np.float64]:
         if max_epochs is None:

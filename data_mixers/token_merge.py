@@ -96,7 +96,7 @@ class TokenMerge:
         if plan.schedule is None:
             quota = StepQuota(largest_remainder(capped_shares(plan.mixture.shares, turns_K, S, **options) * S, S), S)
         else:
-            quota = VaryingQuota(capped_over_time(plan.schedule.shares(S), turns_K, S, **options), 1, turns_K)
+            quota = VaryingQuota(capped_over_time(plan.schedule.shares(S), turns_K, S, **options), 1)
         turn_SK = quota.rows(0, S).astype(bool)
         rows_S, own_of = np.zeros(S, dtype=np.int64), []
         for k in range(K):

@@ -79,8 +79,8 @@ def capped_over_time(
 class VaryingQuota:
     """Rows of each task in each of S steps of G rows, for shares [S, K]. The same interface as quota.StepQuota.
 
-    limit_K: rows that no task may pass over all steps (inf = none). carry_K: rows each task is owed at the start
-    (of a plan that this one follows; sum 0). Kept: the ideal counts [S + 1, K], and the real ones once a block.
+    carry_K: rows each task is owed at the start (of a plan that this one follows; sum 0). Kept: the ideal counts
+    [S + 1, K], and the real ones once a block. A limit that the shares keep in sum is kept to the row.
     """
 
     BLOCK = 1024  # steps
@@ -89,7 +89,6 @@ class VaryingQuota:
         self,
         share_SK: NDArray[np.float64],
         batch: int,
-        limit_K: NDArray[np.float64],
         carry_K: NDArray[np.float64] | None = None,
     ) -> None:
         self.steps, self.tasks = share_SK.shape
@@ -99,8 +98,6 @@ class VaryingQuota:
         if carry_K is not None:
             exact_SK += carry_K
         self.ideal = _whole(exact_SK, self.unit, batch)  # [S + 1, K], in units
-        # a limit beyond the run limits nothing
-        self._limit_K = np.minimum(limit_K, self.steps * batch + 1).astype(np.int64)
         self._marks: list[Ints] = [np.zeros(self.tasks, dtype=np.int64)]
         self._cache: tuple[int, Ints] | None = None
 
@@ -148,7 +145,7 @@ class VaryingQuota:
             next_K = np.maximum(floor_K, count_K)
             extra = int(count_K.sum()) + self.batch - int(next_K.sum())
             if extra > 0:
-                ready_K = (next_K == floor_K) & (rest_K > 0) & (next_K < self._limit_K)
+                ready_K = (next_K == floor_K) & (rest_K > 0)
                 next_K[np.argsort(np.where(ready_K, due_K, np.iinfo(np.int64).max), kind="stable")[:extra]] += 1
             elif extra < 0:  # only behind a start that nobody could foresee (`carry`): what is least late waits
                 late_K = np.where(next_K > count_K, rest_K, np.iinfo(np.int64).max)

@@ -32,7 +32,7 @@ def test_golden_ramp():
 
 def test_no_step_rounds_alone():
     """A share of 0.25 of one row a step: every fourth step, not never (which rounding each step would give)."""
-    quota = VaryingQuota(np.tile([0.75, 0.25], (400, 1)), 1, np.array([np.inf, np.inf]))
+    quota = VaryingQuota(np.tile([0.75, 0.25], (400, 1)), 1)
     taken = np.flatnonzero(quota.rows(0, 400)[:, 1])
     assert len(taken) == 100
     assert np.all(np.diff(taken) <= 7)
@@ -43,7 +43,7 @@ def test_the_row_that_is_due_first_comes_first():
     three after step 1, and the fast ones, which are due in step 2, would be late.
     """
     share_SK = np.tile([0.1 / 3] * 10 + [0.5 / 3] * 4, (60, 1))
-    counts = np.cumsum(VaryingQuota(share_SK, 3, np.full(14, np.inf)).rows(0, 60), axis=0)
+    counts = np.cumsum(VaryingQuota(share_SK, 3).rows(0, 60), axis=0)
     assert np.abs(counts - 3 * np.cumsum(share_SK, axis=0)).max() < 1
 
 

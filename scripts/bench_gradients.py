@@ -47,7 +47,7 @@ from mtft.gradients.gram import gram
 from mtft.losses.nll import token_nll
 from mtft.losses.reduce import coefficients, step_counts, task_coefficients
 
-WIDTH, LAYERS, MLP, VOCABULARY, RANK = 256, 4, 688, 8192, 8
+WIDTH, LAYERS, MLP, VOCABULARY, RANK = 256, 4, 688, 8192, 8  # --smoke makes them small
 ROWS, LENGTH = 16, 128
 
 
@@ -239,10 +239,10 @@ def peak_of(side: str, K: int) -> float:
     return (memory_kib("VmHWM") - before) / 1024
 
 
-def memory(K: int) -> dict[str, float]:
+def memory(K: int, *more: str) -> dict[str, float]:
     out = {}
     for side in ("plain", "ours", "K backwards"):
-        command = [sys.executable, __file__, "--peak-of", side, str(K)]
+        command = [sys.executable, __file__, "--peak-of", side, str(K), *more]
         out[side] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     out["K x P"] = K * sum(p.numel() for p in Step(K).parameters.values()) * 4 / 2**20
     return out
@@ -287,9 +287,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds of each comparison")
     parser.add_argument("--figure", type=Path, help="draw the curve over K here")
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: whether it runs; the figures mean nothing")
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if asked.smoke:
+        global WIDTH, LAYERS, MLP, VOCABULARY
+        WIDTH, LAYERS, MLP, VOCABULARY = 64, 1, 96, 97
     if asked.peak_of:
         print(peak_of(asked.peak_of[0], int(asked.peak_of[1])))
         return
@@ -299,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         curves[K] = compare(K, asked.rounds)
         shown = "  ".join(f"{name} {value:.2f}" for name, value in curves[K].items())
         print(f"K = {K}: {shown}", flush=True)
-    held = memory(8)
+    held = memory(8, *["--smoke"] * asked.smoke)
     print("peak memory at K = 8, MiB: " + "  ".join(f"{name} {value:.1f}" for name, value in held.items()))
     at_8 = curves.get(8) or compare(8, asked.rounds)
     bars = {

@@ -18,7 +18,8 @@ DIRECT = {"gradients": {"aggregator": "mgda", "every": 1}}
 PLAIN = {}
 # Plain descent: AdamW would magnify the rounding of sums in another order.
 SGD = {"optimizer": "sgd", "learning_rate": 0.5, "warmup": 0, "steps": 6, "batch_tokens": 150}
-RUNS = {"lagged": LAGGED, "direct": DIRECT, "plain": PLAIN}
+FLAT = {"gradients": {"flat": {"name": "f_mtl", "rho": 0.3}, "every": 1}}
+RUNS = {"lagged": LAGGED, "direct": DIRECT, "flat": FLAT, "plain": PLAIN}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_equals_one_process(recipes, alone, launch, tmp_path, engine):
             assert (
                 ("gradients" in left)
                 == ("gradients" in right)
-                == (name == "direct" or (name == "lagged" and left["step"] % 2 == 0))
+                == (name in ("direct", "flat") or (name == "lagged" and left["step"] % 2 == 0))
             )
             for task, values in left["tasks"].items():
                 assert right["tasks"][task]["weight"] == pytest.approx(values["weight"], rel=1e-3)
@@ -88,6 +89,6 @@ def test_equals_one_process(recipes, alone, launch, tmp_path, engine):
 def test_runs_that_are_compared_differ(alone):
     """Or the test above would show nothing."""
     last = {name: lines(alone / name, "metrics.jsonl")[-1]["loss"] for name in RUNS}
-    assert len(set(last.values())) == 3
+    assert len(set(last.values())) == 4
     weights = [list(line["tasks"].values()) for line in lines(alone / "lagged", "metrics.jsonl")]
     assert weights[5][0]["weight"] != weights[0][0]["weight"]

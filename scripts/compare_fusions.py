@@ -159,7 +159,7 @@ def main() -> None:
     if not done:
         raise SystemExit(f"nothing stands in {args.out}")
     found: Any = read(args.out, done, args.rules)
-    text = f"Seeds {', '.join(map(str, done))}.\n\n{table(found)}"
+    text = f"{'Seeds' if len(done) > 1 else 'Seed'} {', '.join(map(str, done))}.\n\n{table(found)}"
     print(text)
     if args.docs:
         before, _, rest = args.docs.read_text("utf-8").partition(BEGIN)

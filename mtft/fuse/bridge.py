@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
 
 def surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """The bytes that each id stands for in a text; None for special tokens and ids without one."""
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") if tokenizer.is_fast else None
+    backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+    decoder = None if backend is None else json.loads(backend.to_str()).get("decoder")
     kinds = json.dumps(decoder, ensure_ascii=False)
     table = _byte_table() if '"ByteLevel"' in kinds else None
     spaced = "\u2581" in kinds
@@ -110,7 +111,8 @@ class Bridge:
         begin, whole = 0, True
         for end in [*(at for at, index in enumerate(ids) if index in self._special), len(ids)]:
             if begin < end:
-                text = self.strong.decode(ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                part = list(ids[begin:end])
+                text = str(self.strong.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
                 if end == len(ids) and text.endswith(TORN):
                     text, whole = text.rstrip(TORN), False
                 out += self.small.encode(text, add_special_tokens=False)

@@ -61,8 +61,8 @@ class Request:
 
     ids_BL: Tensor
     mask_BL: Tensor | None
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
+    processors: Any  # LogitsProcessorList and StoppingCriteriaList, whose types know LongTensor and 1-tuples only
+    criteria: Any
     config: GenerationConfig
     pad: int
     specs: list[FusionSpec]
@@ -79,7 +79,7 @@ def row_specs(spec: FusionSpec, rows: int, experts: int, alpha: Any, rule: Any, 
     """The spec of every row: `alpha`, `rule` and `weights` for all rows, or a list, one entry per row (or prompt)."""
     nested = weights is not None and len(weights) and not isinstance(weights[0], (int, float))
     alphas, rules = per_row("alpha", alpha, rows), per_row("alpha_rule", rule, rows)
-    all_weights = per_row("expert_weights", list(weights) if nested else None, rows)
+    all_weights = per_row("expert_weights", list(weights or ()) if nested else None, rows)
     specs = []
     for row in range(rows):
         change: dict[str, Any] = {}
@@ -126,7 +126,8 @@ def prepare(
     mask_BL = model_kwargs.get("attention_mask")
     _check_prompt(fused, ids_BL, mask_BL, config, "prompt")
     if small_ids is not None:
-        small_ids, small_mask = (None if x is None else _expand(x, rows) for x in (small_ids, small_mask))
+        small_ids = _expand(small_ids, rows)
+        small_mask = None if small_mask is None else _expand(small_mask, rows)
         _check_prompt(fused, small_ids, small_mask, config, "expert prompt")
     eos = [i for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.flatten().tolist()]
     pad = config.pad_token_id if config.pad_token_id is not None else (eos or [0])[0]
@@ -288,8 +289,8 @@ class Kept:
         config = request.config
         self.request, self.width = request, width
         wanted = bool(config.return_dict_in_generate)
-        self.scores = () if wanted and config.output_scores else None
-        self.logits = () if wanted and config.output_logits else None
+        self.scores: Any = () if wanted and config.output_scores else None
+        self.logits: Any = () if wanted and config.output_logits else None
 
     def add(self, rows_A: Tensor, scores_AV: Tensor, logprobs_AV: Tensor) -> None:
         if self.scores is not None:
@@ -306,7 +307,7 @@ class Kept:
         full_BV[rows_A] = values_AV.to(full_BV)
         return full_BV
 
-    def output(self, tokens_BL: Tensor) -> Tensor | GenerateDecoderOnlyOutput:
+    def output(self, tokens_BL: Any) -> Tensor | GenerateDecoderOnlyOutput:
         if not self.request.config.return_dict_in_generate:
             return tokens_BL
         return GenerateDecoderOnlyOutput(sequences=tokens_BL, scores=self.scores, logits=self.logits)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -240,7 +241,10 @@ class Engine:
     @torch.no_grad()
     def _step(self) -> None:
         """One token for every row."""
-        strong_BV, experts, base_BM = self._logits
+        sides, logits = self._sides, self._logits
+        if sides is None or logits is None:
+            raise RuntimeError("a step without a batch")
+        strong_BV, experts, base_BM = logits
         fused = self.fused.fuse(strong_BV, experts, base_BM, [job.spec for job, _ in self._running])
         self._count(fused)
         tokens = []
@@ -260,13 +264,13 @@ class Engine:
             self._sides = self._logits = None
             return
         if len(keep) < len(tokens):
-            self._sides.select(torch.tensor(keep))
-        if self._sides.movable:
-            for side in self._sides.all:
+            sides.select(torch.tensor(keep))
+        if sides.movable:
+            for side in sides.all:
                 if side.holes and float(side.mask_BC.sum()) < SQUEEZE * side.mask_BC.numel():
                     side.squeeze()
         next_B1 = torch.tensor([[tokens[row]] for row in keep], device=self.fused.device)
-        strong, experts, base = self._sides.read(next_B1)
+        strong, experts, base = sides.read(next_B1)
         self._logits = strong[:, -1], [expert[:, -1] for expert in experts], base[:, -1]
 
     def _tell(self, job: Job, stream: TextStream, score: TokenScore) -> None:
@@ -298,13 +302,14 @@ class Engine:
         """As generate does: temperature, top-k, top-p, then the row's own draw."""
         if job.temperature == 0:
             return int(logp_V.argmax())
-        scores_1V = logp_V[None]
+        scores_1V: Any = logp_V[None]
+        ids: Any = None  # these three look at the scores only
         if job.temperature != 1:
-            scores_1V = TemperatureLogitsWarper(float(job.temperature))(None, scores_1V)
+            scores_1V = TemperatureLogitsWarper(float(job.temperature))(ids, scores_1V)
         if job.top_k:
-            scores_1V = TopKLogitsWarper(job.top_k)(None, scores_1V)
+            scores_1V = TopKLogitsWarper(job.top_k)(ids, scores_1V)
         if job.top_p < 1:
-            scores_1V = TopPLogitsWarper(job.top_p)(None, scores_1V)
+            scores_1V = TopPLogitsWarper(job.top_p)(ids, scores_1V)
         noise_1V = sampling.gumbel([sampling.key(job.seed, job.sample, position)], len(logp_V), logp_V.device)
         return int(sampling.sample(scores_1V, noise_1V))
 

@@ -78,7 +78,7 @@ def load_model(
     if quantise != "none":
         options["device_map"] = {"": torch.device(device)}  # quantised while it is read: it can't be moved afterwards
     try:
-        model = AutoModelForCausalLM.from_pretrained(location(path), **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(location(path), **options)
     except (OSError, ValueError) as error:
         raise FusionError(
             f"the model can't be loaded: {str(error).splitlines()[0]}",
@@ -200,7 +200,7 @@ def _own_expert(model: PreTrainedModel, expert: Path, quantised: bool) -> nn.Mod
     """`model` with the adapter: merged, but beside it where that would round quantised weights or is impossible."""
     from peft import PeftModel
 
-    tuned = PeftModel.from_pretrained(model, str(expert))
+    tuned: Any = PeftModel.from_pretrained(model, str(expert))
     if quantised or tuned.peft_config["default"].lora_bias:
         return tuned.get_base_model()
     return tuned.merge_and_unload()

@@ -77,12 +77,14 @@ class FusedCausalLM:
         spec.check_experts(self.experts)
         smalls = [weak.model, *weak.own]
         for model, needed in ((strong, self.vocab_size), *((small, self.shared) for small in smalls)):
-            width = model.get_output_embeddings().weight.shape[0]
+            head: Any = model.get_output_embeddings()
+            width = head.weight.shape[0]
             if width < needed:
                 raise FusionError(
                     f"{model.name_or_path} has {width} logits for {needed} ids", do="check the tokenizers"
                 )
-        self.known = min(small.get_input_embeddings().weight.shape[0] for small in smalls)
+        tables: list[Any] = [small.get_input_embeddings() for small in smalls]
+        self.known = min(table.weight.shape[0] for table in tables)
         self.config = copy.deepcopy(strong.config)
         self.config.vocab_size = self.vocab_size
         limits = [m.config.get_text_config().max_position_embeddings for m in (strong, *smalls)]
@@ -265,7 +267,8 @@ class FusedCausalLM:
             criteria = StopStringCriteria(tokenizer=tokenizer or self.tokenizer, stop_strings=stops)
             kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criteria])
         loop = self.decode if streamer is None else partial(self.decode, streamer=streamer)
-        return self.strong.generate(*args, custom_generate=loop, streamer=streamer, **kwargs)
+        strong: Any = self.strong  # transformers' stubs do not know generate
+        return strong.generate(*args, custom_generate=loop, streamer=streamer, **kwargs)
 
     def decode(
         self,

@@ -43,14 +43,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Any) -> str:
         raise FusionError("messages is no list of {role, content}", do='give [{"role": "user", "content": "..."}]')
     default = tokenizer.chat_template is None
     try:
-        text = tokenizer.apply_chat_template(
+        text: Any = tokenizer.apply_chat_template(
             messages, chat_template=DEFAULT_TEMPLATE if default else None, add_generation_prompt=True, tokenize=False
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise FusionError(
             f"the chat template refuses the messages: {error}", do="check roles and their order"
         ) from error
-    return tokenizer.bos_token + text if default and adds_bos(tokenizer) else text
+    return f"{tokenizer.bos_token}{text}" if default and adds_bos(tokenizer) else text
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

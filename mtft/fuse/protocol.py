@@ -195,7 +195,7 @@ def _prompts(body: dict[str, Any], fused: FusedCausalLM, chat: bool) -> tuple[li
     if chat:
         ids = [encode_prompt(fused.tokenizer, messages=body.get("messages") or [])]
     else:
-        prompt = body.get("prompt")
+        prompt: Any = body.get("prompt")
         several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
         ids = [encode_prompt(fused.tokenizer, one) for one in (prompt if several else [prompt])]
     for row in ids:

@@ -150,7 +150,8 @@ class Side:
         length = max(self.length, other.length)
         both = [F.pad(side.mask_BC, (length - side.length, 0)) for side in (self, other)]
         cache = DynamicCache(config=self.model.config)
-        for index, (mine, theirs) in enumerate(zip(self.cache.layers, other.cache.layers, strict=True)):
+        layers: list[Any] = list(zip(self.cache.layers, other.cache.layers, strict=True))
+        for index, (mine, theirs) in enumerate(layers):
             grown = []
             for x, y in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
                 parts = [F.pad(z, (0, 0, length - z.shape[2], 0)).unflatten(0, (len(self.groups), -1)) for z in (x, y)]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -188,21 +189,23 @@ class _Speculation:
     # --- models -----------------------------------------------------------------------------------------------------
 
     def _drafter_reads(self, ids_A: Tensor) -> Tensor:
+        if self.drafter is None:
+            raise RuntimeError("no drafter has been split off")
         return self.drafter.read(ids_A[:, None])[0][:, -1].to(ids_A.device)
 
-    def _others_read(self, ids_AL: Tensor) -> tuple[Tensor, list[Tensor | None], Tensor]:
-        """Logits at all L positions of the strong model, the other experts (None: the drafter) and the base."""
+    def _others_read(self, ids_AL: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Logits at all L positions of the strong model, the experts that do not draft, and the base."""
         strong_ALV = self.sides.strong.read(ids_AL, keep=0)[0]
         weak_GALM = self.sides.weak.read(ids_AL, keep=0).to(strong_ALV.device)
-        experts: list[Tensor | None] = []
+        experts: list[Tensor] = []
         for index, (own, group) in enumerate(self.sides.order):
             if index == self.expert:
-                experts.append(None)
-            elif own < 0:
+                continue
+            if own < 0:
                 experts.append(weak_GALM[self.sides.weak.groups.index(self._joined[group])])
             else:
                 experts.append(self.sides.own[own].read(ids_AL, keep=0)[0].to(strong_ALV.device))
-        return strong_ALV, [x for x in experts if x is not None], weak_GALM[-1]
+        return strong_ALV, experts, weak_GALM[-1]
 
     def _with_draft(self, others: list[Tensor], drafted: Tensor) -> list[Tensor]:
         return [*others[: self.expert], drafted, *others[self.expert :]]
@@ -296,12 +299,15 @@ class _Speculation:
     ) -> bool:
         """Hand on one token of the active row number `at`, which stands at row n of the solve."""
         kept = (scores_NV[n].clone(), step.logprobs_NV[n].clone()) if self.keep_scores else (None, None)
-        tell, observer = None, self.request.observer
+        tell: Callable[[int], None] | None = None
+        observer = self.request.observer
         if observer is not None:
             one = select_fused(step, torch.tensor([n]))
             parts = logits[0][n : n + 1], [x[n : n + 1] for x in logits[1]], logits[2][n : n + 1]
 
-            def tell(row: int) -> None:
+            def report(row: int) -> None:
                 observer.step([row], one, torch.tensor([token]), *parts)
+
+            tell = report
 
         return self.lock.add(self.active[at], Token(token, *kept, tell))

@@ -40,7 +40,7 @@ def bargain(cosine: np.ndarray, q: np.ndarray, most: int = 200) -> np.ndarray:
     y = np.sqrt(q)
 
     def value(at: np.ndarray) -> float:
-        return at @ cosine @ at / 2 - q @ np.log(at)
+        return float(at @ cosine @ at / 2 - q @ np.log(at))
 
     for _ in range(most):
         slope = cosine @ y - q / y

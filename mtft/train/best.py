@@ -99,11 +99,11 @@ def choose_weights(trainer: MultiTaskTrainer, export: str) -> int:
     return best
 
 
-def ended_before(checkpoint: Path | None) -> bool:
+def ended_before(checkpoint: Path) -> bool:
     """True if the run had ended by its held-out losses when this checkpoint was written: only the end is missing."""
     from mtft.train.state import load_tree
 
-    return checkpoint is not None and load_tree(checkpoint)["stopping"]["ended"] is not None
+    return load_tree(checkpoint)["stopping"]["ended"] is not None
 
 
 def _barrier() -> None:

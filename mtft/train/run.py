@@ -82,7 +82,8 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
             sized = with_size(recipe, model, inputs, before=size, say=log.say)
         trainer = build_trainer(sized, inputs, plan, model, args, log=log, stop=stop)
         trainer.add_callback(Watch(trainer, keep_best=recipe.output.export == "best"))
-        if (recipe.train.patience or recipe.train.task_patience) and ended_before(checkpoint):
+        decides = recipe.train.patience or recipe.train.task_patience
+        if checkpoint is not None and decides and ended_before(checkpoint):
             trainer.steps.until = args.max_steps = checkpoint_step(checkpoint)
         introduce(recipe, plan, trainer, checkpoint)
         try:

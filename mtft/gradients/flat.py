@@ -129,10 +129,12 @@ def masked_gram(jacobian: Mapping[str, Tensor], present_K: Tensor) -> Tensor:
 
 def _ascent(parameters: Mapping[str, Tensor], g: Mapping[str, Tensor], rho: float, adaptive: bool) -> Named:
     """The change of length rho along g (adaptive: measured in units of each weight); 0 where g is 0."""
-    size = {name: parameters[name].detach().abs() if adaptive else None for name in g}
-    scaled = {name: value if size[name] is None else size[name] * value for name, value in g.items()}
+
+    def in_weights(value: Tensor, name: str) -> Tensor:
+        return parameters[name].detach().abs() * value if adaptive else value
+
+    scaled = {name: in_weights(value, name) for name, value in g.items()}
     length = torch.stack([value.double().norm() for value in scaled.values()]).norm()
     if not length > 0:
         return {name: torch.zeros_like(value) for name, value in g.items()}
-    steps = {name: value if size[name] is None else size[name] * value for name, value in scaled.items()}
-    return {name: (rho / length).to(value.dtype) * value for name, value in steps.items()}
+    return {name: (rho / length).to(value.dtype) * in_weights(value, name) for name, value in scaled.items()}

@@ -1,6 +1,7 @@
 """MixturePlan: which row of which task comes i-th. A pure function of an index.
 
-No state but one integer (the step); the same for any number of ranks, workers and restarts. Per step every task has
+No state but one integer (the step); the same for any number of ranks, workers and restarts, and for any order in which
+the tasks are named (ties go by name). Per step every task has
 exactly floor or ceil of its even share (quota.py), spread evenly inside the step, so that any contiguous micro-batch is
 near the mixture too; each epoch of a task has a fresh order (feistel.py). With unit="tokens" the streams of the tasks
 are merged by tokens instead (token_merge.py). The shares may change over the run (schedule.py, varying.py), and a step
@@ -107,18 +108,30 @@ class MixturePlan:
         self._seat = self.batch if self.style == "alternating" else 1
         seats = self.batch // self._seat
         limit_K = np.where(np.isinf(self._max_rows_K), np.inf, np.floor((self._max_rows_K - self.start_K) / self._seat))
-        total, options = self.steps * seats, {"on_cap": on_cap, "names": self.names, "describe": "rows"}
-        if self._seat > 1:
-            options["describe"] = f"steps of {self._seat} rows"
+        # In the order of the names: ties then do not depend on the order in which the tasks were given.
+        self._order = np.argsort(np.array(self.names))
+        limit_K = limit_K[self._order]
+        total = self.steps * seats
+        options = {
+            "on_cap": on_cap,
+            "names": [self.names[k] for k in self._order],
+            "describe": "rows" if self._seat == 1 else f"steps of {self._seat} rows",
+        }
         if self.schedule is None and self.carry is None:
-            share_K = capped_shares(self.mixture.shares, limit_K, total, **options)
+            share_K = capped_shares(self.mixture.shares[self._order], limit_K, total, **options)
             return StepQuota(largest_remainder(share_K * total, total), self.steps)
         share_SK = (
             np.tile(self.mixture.shares, (self.steps, 1)) if self.schedule is None else self.schedule.shares(self.steps)
-        )
-        owed_K = None if self.carry is None else np.array(self.carry) / self._seat
+        )[:, self._order]
+        owed_K = None if self.carry is None else np.array(self.carry)[self._order] / self._seat
         free_K = limit_K if owed_K is None else limit_K - np.maximum(owed_K, 0)
         return VaryingQuota(capped_over_time(share_SK, free_K, total, **options), seats, owed_K)
+
+    def _as_given(self, of_K: NDArray[Any]) -> NDArray[Any]:
+        """What the quota says of the tasks in the order of their names, in the order in which they were given."""
+        out = np.empty_like(of_K)
+        out[self._order] = of_K
+        return out
 
     def _caps(self, max_epochs: Mapping[str, float] | float | None) -> NDArray[np.float64]:
         if max_epochs is None:
@@ -201,7 +214,8 @@ class MixturePlan:
             first = number * self._block_steps
             last = min(first + self._block_steps, self.steps)
             n_SK = self._seat * self._quota.rows(first, last)
-            block = self.rows_of(*interleave(n_SK, self.start_K + self.counts(first)))
+            task, visit = interleave(n_SK, (self.start_K + self.counts(first))[self._order])
+            block = self.rows_of(self._order[task], visit)
         self._blocks[number] = block
         if len(self._blocks) > 8:
             self._blocks.popitem(last=False)
@@ -211,7 +225,7 @@ class MixturePlan:
 
     def counts(self, s: int) -> Ints:
         """Rows of each task [K] in the steps before s (without `start`)."""
-        return self._merge.counts(s) if self._merge is not None else self._seat * self._quota.counts(s)
+        return self._merge.counts(s) if self._merge is not None else self._seat * self._as_given(self._quota.counts(s))
 
     def amounts(self, s: int) -> Ints:
         """Rows, or with unit="tokens" tokens, of each task [K] in the steps before s."""
@@ -221,7 +235,7 @@ class MixturePlan:
         """Rows [K] that each task is behind (or ahead: < 0) of its exact share after s steps; unit="examples"."""
         if self._merge is not None:
             raise ValueError("a plan by tokens keeps no account of rows")
-        return self._seat * (self._quota.exact(s) - self._quota.counts(s))
+        return self._seat * self._as_given(self._quota.exact(s) - self._quota.counts(s))
 
     def table(self) -> list[dict[str, Any]]:
         """One dict per task: asked and realised share (in `unit`), rows, tokens (unit tokens only), size, epochs."""

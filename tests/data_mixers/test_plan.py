@@ -190,8 +190,8 @@ def test_start_goes_on_in_the_epoch():
 
 def test_table_and_empty_tasks():
     table = {row["task"]: row for row in small_plan().table()}
-    assert table["sql"]["rows"] == 293
-    assert table["sql"]["epochs"] == pytest.approx(293 / 40)
+    assert table["sql"]["rows"] == 292  # of 292.5, as `rare` has 33 of 32.5: ties go by name
+    assert table["sql"]["epochs"] == pytest.approx(292 / 40)
     assert sum(row["realised"] for row in table.values()) == pytest.approx(1)
     assert table["never"]["rows"] == 0
     MixturePlan(Mixture.of({"a": 1.0, "b": 0.0}), {"a": 5, "b": 0}, steps=2, batch=2, seed=0).step(1)

@@ -21,7 +21,7 @@ def launch():
         command += ["--config_file", str(ROOT / "recipes" / "accelerate" / config), "--main_process_port", "0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            [*command, *map(str, program)], env=environment, capture_output=True, text=True, timeout=600
+            [*command, *map(str, program)], env=environment, capture_output=True, text=True, timeout=1800
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout + done.stderr

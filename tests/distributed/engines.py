@@ -87,8 +87,8 @@ def main(folder):
     deepspeed_files = engine() == "deepspeed"
     for name in ("adamw", "sgd", "dropout"):
         train(recipes[name], prove=name == "adamw", quiet=True)
-    if "full" in recipes:
-        train(recipes["full"], quiet=True)
+    for name in sorted({"full", "bf16", "nf4"} & recipes.keys()):
+        train(recipes[name], quiet=True)
 
     stopped(recipes["broken"], 4)
     train(recipes["broken"], prove=False, quiet=True)

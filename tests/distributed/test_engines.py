@@ -23,6 +23,7 @@ from mtft.recipe.schema import Recipe
 from mtft.train.assemble import read_inputs
 from mtft.train.engines import trainable
 from mtft.train.run import train
+from tests.train.conftest import write_model
 
 from .engines import changed, poisoned, stopped
 
@@ -51,7 +52,10 @@ RUNS = {
     "loss": {},
     "gradient": {},
     "full": {"lora": None},
+    "bf16": {"train": {**ADAMW, "gradient_checkpointing": True}},
+    "nf4": {},
 }
+ONLY = {"full": CUT, "bf16": ("fsdp2",), "nf4": ("ddp",)}  # runs that not every engine is asked for
 
 
 def write_recipes(recipe, folder, names=tuple(RUNS), **settings):
@@ -59,6 +63,9 @@ def write_recipes(recipe, folder, names=tuple(RUNS), **settings):
     whole = {}
     for name in names:
         changes = {"lora": {"r": 4, "alpha": 8}, "train": ADAMW, **RUNS[name]}
+        changes["model"] = {**recipe["model"], "dtype": "bf16" if name == "bf16" else "fp32"}
+        if name == "nf4":  # blocks of 64 need wider layers
+            changes["model"] |= {"quantise": "nf4", "path": str(write_model(folder / "wide", hidden=128))}
         changes["train"] = {**recipe["train"], **changes["train"], **settings}
         output = {"dir": str(folder / name), "save_every": 3, "keep": 2}
         whole[name] = Recipe.model_validate({**recipe, "seed": 2, **changes, "output": output})
@@ -104,7 +111,7 @@ def alone(recipe, tmp_path_factory):
     """The runs of one process; `taken` is left after a stop in step 4."""
     folder = tmp_path_factory.mktemp("alone")
     whole = write_recipes(recipe, folder)
-    for name in ("adamw", "sgd", "full"):
+    for name in ("adamw", "sgd", *ONLY):
         train(whole[name], quiet=True, prove=False)
     for name in ("loss", "gradient"):
         with poisoned(name, 4):
@@ -117,7 +124,7 @@ def alone(recipe, tmp_path_factory):
 def launched(request, recipe, alone, launch, tmp_path_factory):
     """(engine, folder of its runs on two ranks)."""
     folder = tmp_path_factory.mktemp(request.param)
-    names = [name for name in RUNS if name != "full" or request.param in CUT]
+    names = [name for name in RUNS if request.param in ONLY.get(name, ENGINES)]
     write_recipes(recipe, folder, names)
     shutil.copytree(alone / "taken", folder / "taken")
     shutil.copy(folder / "taken.yaml", folder / "taken" / "recipe.yaml")
@@ -182,6 +189,24 @@ def test_full_fine_tuning_equals_one_process(alone, launched):
     engine, folder = launched
     if engine in CUT:
         assert distance(weights(alone / "full"), weights(folder / "full")) <= 1e-6
+
+
+def test_frozen_bf16_base_and_checkpointed_activations(alone, launched):
+    """FSDP2 gathers the base in bf16 and averages the adapter's gradients in fp32, as one process has them."""
+    engine, folder = launched
+    if engine == "fsdp2":
+        found = lines(folder / "bf16")
+        assert [line["loss"] for line in found] == pytest.approx([x["loss"] for x in lines(alone / "bf16")], rel=1e-5)
+        assert distance(weights(alone / "bf16"), weights(folder / "bf16")) <= 1e-5
+
+
+def test_quantised_base_under_ddp(alone, launched):
+    engine, folder = launched
+    if engine == "ddp":
+        assert distance(weights(alone / "nf4"), weights(folder / "nf4")) <= 1e-6
+        result = json.loads((folder / "nf4" / "result.json").read_text())
+        assert result["proof"] < 3e-2
+        assert result["unquantised_base"]["logits"] > result["proof"]
 
 
 def test_stopped_and_torn_runs_end_bit_equal(launched):

@@ -22,7 +22,7 @@ from transformers import StoppingCriteria
 from mtft.recipe.schema import Recipe
 
 from . import decode as decoding
-from .jsonl import Job, Summary, read_jobs, run
+from .jsonl import Job, Summary, check_places, read_jobs, run
 from .model import FusedCausalLM
 from .prompt import encode_prompt, left_pad
 from .recipe import fingerprint, fuse_section, open_fusion
@@ -47,6 +47,7 @@ def generate(
 ) -> Summary:
     """Answer every row of `source` into `target`. Bad rows become {"error"} lines and are counted in `failed`."""
     section = fuse_section(recipe)
+    check_places(source=Path(source), target=Path(target), overwrite=overwrite)
     print_ = fingerprint(recipe, adapters)
     model = open_fusion(recipe, adapters) if fused is None else fused
 
@@ -93,6 +94,7 @@ def score(
 ) -> Summary:
     """Log-probability of every row's response given its prompt, under the fused model."""
     section = fuse_section(recipe)
+    check_places(source=Path(source), target=Path(target), overwrite=overwrite)
     print_ = fingerprint(recipe, adapters)
     model = open_fusion(recipe, adapters) if fused is None else fused
 

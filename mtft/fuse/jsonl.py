@@ -39,6 +39,16 @@ class Summary:
     resumed: int
 
 
+def check_places(*, source: Path | None, target: Path, overwrite: bool) -> None:
+    """Can the input be read and the output be written? Asked before any weight is loaded."""
+    if source is not None and not source.is_file():
+        raise FusionError("there is no such input", where=str(source), do="give a UTF-8 JSONL file")
+    if target.exists() and not overwrite:
+        raise FusionError(
+            "the output is there already", where=str(target), do="remove it, give another --out, or --overwrite"
+        )
+
+
 def read_jobs(source: Path, prepare: Callable[[int, dict[str, Any]], int]) -> list[Job]:
     """All rows of `source`. `prepare(index, row)` checks a row and returns its cost; its FusionError marks the row."""
     try:
@@ -70,8 +80,7 @@ def run(
     jobs: Sequence[Job], target: Path, fingerprint: str, work: Work, *, bucket: int, overwrite: bool = False
 ) -> Summary:
     """Do all jobs and write `target`, sorted by index. `work` gets one bucket and returns one answer per job."""
-    if target.exists() and not overwrite:
-        raise FusionError("the output is there already", where=str(target), do="remove it, or give another --out")
+    check_places(source=None, target=target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     done = _resume(part, fingerprint, jobs)

@@ -109,24 +109,30 @@ def freeze(model: Any) -> Any:
     return model.eval()
 
 
+def check_experts(experts: Sequence[str | Path]) -> None:
+    """Are the folders there? Asked before any weight is loaded."""
+    if not experts:
+        raise FusionError("no expert", do="give at least one adapter")
+    for expert in map(Path, experts):
+        if not any((expert / name).is_file() for name in ("adapter_config.json", "config.json")):
+            raise FusionError(
+                f"no adapter at {str(expert)!r}", do="give a PEFT folder (adapter_config.json) or a model"
+            )
+
+
 def load_weak(base: str | Path, experts: Sequence[str | Path], *, allow_base_mismatch: bool = False, **options) -> Weak:
     """The small base with its experts: LoRA folders, or folders of whole fine-tuned models.
 
     LoRA experts become rows of the one base. What is no plain LoRA on linear layers (DoRA, modules_to_save, biases,
     embeddings, a whole model) is loaded as a model of its own, with one warning that says why.
     """
-    if not experts:
-        raise FusionError("no expert", do="give at least one adapter")
+    check_experts(experts)
     model = load_model(base, **options)
     rows: list[Adapter] = []
     own: list[PreTrainedModel] = []
     order: list[tuple[int, int]] = []
     for expert in map(Path, experts):
         if not (expert / "adapter_config.json").is_file():
-            if not (expert / "config.json").is_file():
-                raise FusionError(
-                    f"no adapter at {str(expert)!r}", do="give a PEFT folder (adapter_config.json) or a model"
-                )
             _tell(expert, "it is a whole model")
             order.append((len(own), 0))
             own.append(load_model(expert, **options))

@@ -33,7 +33,7 @@ from .alpha import fuse_rows
 from .bridge import Bridge
 from .bridged import BridgedSides
 from .gamma import Gamma
-from .load import Weak, agreement, load_model, load_tokenizer, load_weak
+from .load import Weak, agreement, check_experts, load_model, load_tokenizer, load_weak
 from .rows import BASE
 from .side import Side, Sides
 from .space import Workspace
@@ -118,6 +118,7 @@ class FusedCausalLM:
         strong model's, except that the base is not quantised. tokens: see tokens.py. Raises FusionError.
         """
         spec = FusionSpec() if spec is None else spec
+        check_experts(adapters)
         tokenizer, small = load_tokenizer(strong, revision), load_tokenizer(base, base_revision)
         vocab_size, shared, bridge = agree(tokenizer, small, tokens or spec.tokens)
         strong_model = load_model(

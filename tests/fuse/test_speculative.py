@@ -286,3 +286,29 @@ def test_gamma_has_patience():
     gamma.saw(1, 1)
     gamma.took(0, plain=1.0)
     assert gamma.next() == 0  # too early to change
+
+
+def test_gamma_begins_with_what_an_earlier_call_learnt():
+    """A good drafter: the first call starts plainly, the second drafts at once; a bad one is left alone at once."""
+    first, bad = Gamma(), Gamma()
+    for gamma, beta in ((first, 0.95), (bad, 0.05)):
+        for _ in range(4):
+            gamma.took(0, plain=1.0)
+        gamma.saw(100, 100 * beta)
+        gamma.draft.append(0.1)
+    again, still = Gamma(), Gamma()
+    again.learn(first)
+    still.learn(bad)
+    assert Gamma().next() == 0
+    assert again.next() == 6
+    assert still.next() == 0
+    untaught = Gamma()
+    untaught.learn(Gamma())
+    assert (untaught.beta, untaught.next()) == (None, 0)
+
+
+def test_a_second_auto_call_gives_the_same_tokens(single):
+    expected = single.generate(**CALL)
+    for _ in range(3):
+        assert torch.equal(single.generate(**CALL, speculative="auto"), expected)
+    assert single.gammas[len(IDS)] is single.last_gamma

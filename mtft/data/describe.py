@@ -205,9 +205,8 @@ def _warnings(stores: Sequence[TokenStore], found: Description) -> list[str]:
         if task.asked_share == 0:
             said.append(f"{task.name}: its share is 0, so it is never trained")
         elif abs(task.asked_share - task.realised_share) > 0.01:
-            said.append(
-                f"{task.name}: share {task.asked_share:.3f} asked, {task.realised_share:.3f} played (epoch caps)"
-            )
+            why = "a task gets whole steps only" if found.batch_style == "alternating" else "epoch caps"
+            said.append(f"{task.name}: share {task.asked_share:.3f} asked, {task.realised_share:.3f} played ({why})")
         if 0 < task.examples_per_step < 1 and found.batch_style != "alternating":
             said.append(
                 f"{task.name}: absent from {1 - task.examples_per_step:.0%} of the steps; raise train.batch_tokens"

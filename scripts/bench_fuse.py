@@ -326,16 +326,27 @@ def held_out_prompts(tokenizer: Any, count: int) -> list[Tensor]:
 
 
 def bench_speculation(args: argparse.Namespace, judge: Judge) -> None:
-    """On a trained pair, and with an expert of random weights, which is a bad drafter."""
+    """On a trained pair, with long texts and with its own short ones, and with a drafter whose drafts are refused."""
     good = args.adapter or quickstart_adapter()
     with tempfile.TemporaryDirectory() as scratch:
         bad = make_adapter(Path(scratch) / "bad", Path(location("quickstart:weak")), 3, std=0.2)
-        for name, adapter in (("trained pair", good), ("random expert", bad)):
-            speculation(name, adapter, args, judge)
+        speculation("trained pair", good, args, judge)
+        speculation("trained pair, own ends", good, args, judge, ends={})
+        never = FusionSpec(alpha_rule="fixed", alpha=0.0)  # the drafts of an expert that has no say are bad ones
+        speculation("bad drafter", bad, args, judge, spec=never)
 
 
-def speculation(name: str, adapter: Path, args: argparse.Namespace, judge: Judge) -> None:
-    fused = FusedCausalLM.load("quickstart:strong", "quickstart:weak", [adapter], dtype="fp32")
+def speculation(
+    name: str,
+    adapter: Path,
+    args: argparse.Namespace,
+    judge: Judge,
+    *,
+    ends: dict[str, Any] | None = None,
+    spec: FusionSpec | None = None,
+) -> None:
+    """`ends` {}: answers stop where the model ends them (after about ten tokens), else all have 48."""
+    fused = FusedCausalLM.load("quickstart:strong", "quickstart:weak", [adapter], spec, dtype="fp32")
     prompts = held_out_prompts(fused.tokenizer, args.limit)
     kinds: dict[str, Any] = {"plain": None, "gamma 2": 2, "gamma 4": 4, "auto": "auto"}
     steps: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
@@ -345,12 +356,14 @@ def speculation(name: str, adapter: Path, args: argparse.Namespace, judge: Judge
         outputs = {}
         for kind, gamma in kinds.items():
             clock = Clock()
-            call = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            call = {"max_new_tokens": 48, "do_sample": False, "pad_token_id": 0}
+            call |= {"eos_token_id": None} if ends is None else ends
             outputs[kind] = fused.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), speculative=gamma, streamer=clock, **call
             )
             same[kind] += torch.equal(outputs[kind], outputs["plain"])
-            steps[kind].append([sum(part) / len(clock.steps) for part in zip(*clock.steps, strict=True)])
+            if clock.steps:
+                steps[kind].append([sum(part) / len(clock.steps) for part in zip(*clock.steps, strict=True)])
             last = fused.last_gamma
             if gamma is not None and last is not None:
                 counts[kind][0] += last.accepted
@@ -372,7 +385,7 @@ def speculation(name: str, adapter: Path, args: argparse.Namespace, judge: Judge
     if name == "trained pair":
         judge.bar("T4 acceptance, auto", table["auto"]["acceptance"] or 0.0, 0.7, least=True)
         judge.bar("T4 auto against plain, trained pair", table["auto"]["speedup"], 1.3, least=True)
-    else:
+    else:  # where drafting does not pay it must not cost either
         judge.bar(f"T4 auto against plain, {name}", table["auto"]["speedup"], 0.95, least=True)
     judge.bar(f"T4 identical texts, {name}", min(same.values()) / len(prompts), 1.0, least=True)
 

@@ -39,7 +39,9 @@ def main(folder: str, probe_file: str, device: str) -> None:
             base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
             model = AutoModelForCausalLM.from_pretrained(base, revision=settings["revision"], **options)
             model = PeftModel.from_pretrained(model, folder)
-        return (model if "quantization_config" in options else model.to(torch.device(device))).eval()
+        if "quantization_config" not in options:
+            model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  (its stub has no self)
+        return model.eval()
 
     def logits_of(model: Any, device: str) -> Any:
         with torch.inference_mode():

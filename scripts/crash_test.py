@@ -24,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: OpenMP's threads don't survive a fork, and the runs would hang
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -137,6 +138,10 @@ def main() -> int:
                 process = start(recipe)
                 if kills >= asked.kills:
                     process.join(600)
+                    if process.is_alive():
+                        process.kill()
+                        print(f"run {runs}: hangs after {kills} kills")
+                        return 1
                 elif kills % 2:
                     wait_for_write(process, out, draw)
                 else:

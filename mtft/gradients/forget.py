@@ -1,6 +1,7 @@
 """Which modules forgot: the rise of a task's loss between two sets of weights, split over the modules.
 
-    L_k(after) - L_k(before)  ~  sum_m F_km,   F_km = 1/2 < g_km(before) + g_km(after), theta_m(after) - theta_m(before) >
+    L_k(after) - L_k(before)  ~  sum_m F_km
+    F_km = 1/2 < g_km(before) + g_km(after), theta_m(after) - theta_m(before) >
 
 g_km is the gradient of task k's loss in the weights of module m. The trapezoid is exact for a loss that is quadratic
 along the way, and its terms add up over modules, so each module's part of the forgetting can be read off. The modules

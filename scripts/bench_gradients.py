@@ -239,12 +239,12 @@ def peak_of(side: str, K: int) -> float:
     return (memory_kib("VmHWM") - before) / 1024
 
 
-def memory(K: int, *more: str) -> dict[str, float]:
-    """Medians of three processes each: a kernel that reclaims pages meanwhile makes single figures too small."""
+def memory(K: int, *more: str, repeats: int = 3) -> dict[str, float]:
+    """Medians over `repeats` processes each: a kernel that reclaims pages meanwhile makes single figures too small."""
     out = {}
     for side in ("plain", "ours", "K backwards"):
         command = [sys.executable, __file__, "--peak-of", side, str(K), *more]
-        runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
+        runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(repeats)]
         out[side] = float(np.median([float(found) for found in runs]))
     out["K x P"] = K * sum(p.numel() for p in Step(K).parameters.values()) * 4 / 2**20
     return out
@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         curves[K] = compare(K, asked.rounds)
         shown = "  ".join(f"{name} {value:.2f}" for name, value in curves[K].items())
         print(f"K = {K}: {shown}", flush=True)
-    held = memory(8, *["--smoke"] * asked.smoke)
+    held = memory(8, *["--smoke"] * asked.smoke, repeats=1 if asked.smoke else 3)
     print("peak memory at K = 8, MiB: " + "  ".join(f"{name} {value:.1f}" for name, value in held.items()))
     at_8 = curves.get(8) or compare(8, asked.rounds)
     bars = {

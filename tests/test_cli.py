@@ -227,7 +227,9 @@ def test_check_as_text_and_as_json(folder, call):
     [
         ("train.optimizer=adamw_tooch", "did you mean adamw_torch?"),
         ("loss.balancer.name=unifrom", "unknown balancer 'unifrom'"),
-        ("merge.method=teis", "unknown merge method 'teis'"),
+        ("loss.gradients.aggregator=upgard", "unknown aggregator 'upgard': did you mean 'upgrad'?"),
+        ("loss.gradients={aggregator: upgrad, options: {epsilom: 1}}", "has no option 'epsilom'"),
+        ("merge.method=teis", "unknown merge method 'teis'\n  where: merge.method"),
         ("merge.per_module=[{modules: q, method: teis}]", "unknown merge method 'teis'"),
         ("merge.per_module=[{modules: q, method: ties, options: {densty: 0.5}}]", "ties has no option 'densty'"),
         ("merge.per_module=[{modules: q, options: {density: 0.5}}]", "has no option 'density'"),
@@ -239,6 +241,13 @@ def test_check_finds_names_that_only_rooms_know(folder, call, override, message)
     code, _, err = call("check", "recipe.yaml", override)
     one_block(err, code)
     assert message in err
+
+
+def test_run_knows_wrong_names_before_it_starts(folder, call):
+    code, _, err = call("run", "recipe.yaml", "merge.method=teis")
+    one_block(err, code)
+    assert "where: merge.method" in err
+    assert not (folder / "out").exists()
 
 
 def test_mix_fit_writes_predictions(folder, call):

@@ -11,8 +11,9 @@ cat_gates          K x layers, free, from 1/K          labelled loss, few exampl
 scalearn           a vector [m] per adapter, module    labelled loss, dropout on the gates     Frohmann, 2310.01217
 concrete           every rank of the sum, per module   entropy, unlabelled                     Tang, 2312.06173
 
-concrete is a minimal form: the paper masks every weight; here a relaxed Bernoulli masks each rank component of the sum
-sum_k D_k, and is divided by its mean. gate_training.py folds the gates into the factors afterwards: a plain adapter.
+concrete is a minimal form of Concrete Task Arithmetic: the paper masks every weight; here a relaxed Bernoulli masks
+each rank component of .3 sum_k D_k (task arithmetic's coefficient: the whole sum of several adapters overshoots) and is
+divided by its mean. gate_training.py folds the gates into the factors afterwards: a plain adapter.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ KINDS = {
 """Learning rates and steps are the papers' where they state them (adamerging, concrete), else ours."""
 
 CONCRETE_TEMPERATURE = 0.5
+CONCRETE_COEFFICIENT = 0.3
 SCALEARN_DROPOUT = 0.3
 
 
@@ -161,7 +163,7 @@ class Gates(nn.Module):
         return value
 
     def _concrete(self, name: str, logits: Tensor) -> Tensor:
-        """Relaxed Bernoulli over its mean; without noise (evaluation, folding): the probability over its mean."""
+        """.3 times a relaxed Bernoulli over its mean; without noise (evaluation, folding) its probability."""
         if self.training:
             noise = self._drawn(name, logits, lambda u: torch.log(u.clamp(1e-9)) - torch.log1p(-u.clamp(max=1 - 1e-9)))
             mask = torch.sigmoid((logits + noise) / CONCRETE_TEMPERATURE)
@@ -170,7 +172,7 @@ class Gates(nn.Module):
         exists = torch.zeros_like(mask)  # adapters of lower rank have no component there
         for pair in self._pairs[name]:
             exists[pair.k, : pair.A_RN.shape[0]] = 1
-        return mask / ((mask * exists).sum() / exists.sum()).clamp(min=1e-6)
+        return CONCRETE_COEFFICIENT * mask / ((mask * exists).sum() / exists.sum()).clamp(min=1e-6)
 
     def _drawn(self, name: str, like: Tensor, make) -> Tensor:
         """One draw per training step and module, so that every use in a step sees the same."""

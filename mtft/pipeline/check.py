@@ -52,7 +52,7 @@ def examine(recipe: Recipe) -> Examination:
     Raises UserError or MixError for what `mtft train`, `mtft mix`, `mtft merge` and `mtft run` would refuse.
     """
     check_compat(recipe, stage="check")  # the cheapest first; again below, with the balancer's needs
-    _check_names(recipe)
+    check_names(recipe)
 
     from mtft.data.describe import describe
     from mtft.data.isolation import packing_refusal
@@ -90,16 +90,23 @@ def examine(recipe: Recipe) -> Examination:
     return Examination(data, memory, tuple(warnings))
 
 
-def _check_names(recipe: Recipe) -> None:
-    """Names that a room looks up in its own table."""
+def check_names(recipe: Recipe) -> None:
+    """Names and options that a room looks up in its own table, before anything is loaded or run.
+
+    Raises UserError (or MergeError) for the first that is unknown.
+    """
+    from mtft.gradients.aggregators import make_aggregator
     from mtft.losses.balancers import balancer_class
     from mtft.merge.methods import make_method
     from mtft.train.optimizers import optimizer_name
 
     balancer_class(recipe.loss.balancer)
-    if recipe.merge is not None:
-        make_method(recipe.merge.method, recipe.merge.options)
-        for rule in recipe.merge.per_module:
+    gradients, merge = recipe.loss.gradients, recipe.merge
+    if gradients is not None and gradients.aggregator is not None:
+        make_aggregator(gradients.aggregator, gradients.options)
+    if merge is not None:
+        make_method(merge.method, merge.options, key="merge.")
+        for rule in merge.per_module:
             if rule.method is not None or rule.options is not None:
-                make_method(rule.method or recipe.merge.method, rule.options)
+                make_method(rule.method or merge.method, rule.options, key="merge.per_module.")
     optimizer_name(recipe.train.optimizer)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_mixers.mixture import Mixture
 from mtft.errors import UserError
+from mtft.pipeline.check import check_names
 from mtft.pipeline.scoring import Scores, kept, table
 from mtft.pipeline.stages import once, read_json, write_json
 from mtft.recipe.load import dump_recipe
@@ -37,6 +38,7 @@ def run(recipe: Recipe, *, fresh: bool = False, launch: str | None = None) -> Pa
     fresh    stages whose inputs have changed run again (their old folders move aside); without it they are refused
     launch   command to start training runs with, for instance `accelerate launch --config_file ddp.yaml`
     """
+    check_names(recipe)  # not after hours of trials
     root = Path(recipe.output.dir)
     begin = time.perf_counter()
     held_out = tuple(task.name for task in recipe.tasks if task.eval_data is not None)

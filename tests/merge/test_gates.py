@@ -169,3 +169,15 @@ def test_mistakes(tmp_path, paths):
         Gates(Tiny(), [read_adapter(other)], "atlas")
     with pytest.raises(MergeError, match="no batches"):
         train_gates(Tiny(), paths, [], "atlas")
+
+
+@pytest.mark.parametrize(("kind", "weight"), [("adamerging_layer", 0.3), ("concrete", 0.3), ("cat_gates", 1 / 3)])
+def test_untrained_gates_are_a_scaled_sum(paths, kind, weight):
+    model, one = Tiny(), batch()
+    gates = Gates(model, [read_adapter(path) for path in paths], kind).eval()
+    found = model(**one.inputs).logits
+    gates.remove()
+    for adapter in map(read_adapter, paths):
+        for name in adapter.modules:
+            model.get_submodule(name).weight.data += weight * torch.tensor(g.delta(adapter.factors(name)))
+    torch.testing.assert_close(found, model(**one.inputs).logits, atol=1e-9, rtol=0)

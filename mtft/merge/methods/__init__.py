@@ -60,19 +60,22 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def make_method(name: str, options: Mapping[str, object] | None = None) -> Method:
-    """The method `name` with its options checked; MergeError names what is unknown and what was probably meant."""
+def make_method(name: str, options: Mapping[str, object] | None = None, *, key: str = "") -> Method:
+    """The method `name` with its options checked; MergeError names what is unknown and what was probably meant.
+
+    `key`: where both stand in a recipe ("merge."), for that message.
+    """
     if name not in METHODS:
-        raise MergeError(f"unknown merge method {name!r}", where="method", do=_suggest(name, list(METHODS)))
+        raise MergeError(f"unknown merge method {name!r}", where=f"{key}method", do=_suggest(name, list(METHODS)))
     kind = METHODS[name]
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
     typed = {}
-    for key, value in (options or {}).items():
-        where = f"options.{key} of method {name}"
-        if key not in fields:
-            do = _suggest(key, list(fields)) if fields else f"{name} has no options"
-            raise MergeError(f"{name} has no option {key!r}", where=where, do=do)
-        typed[key] = _typed(fields[key], value, where)
+    for option, value in (options or {}).items():
+        where = f"{key}options.{option} of method {name}"
+        if option not in fields:
+            do = _suggest(option, list(fields)) if fields else f"{name} has no options"
+            raise MergeError(f"{name} has no option {option!r}", where=where, do=do)
+        typed[option] = _typed(fields[option], value, where)
     return kind(**typed)
 
 

@@ -296,30 +296,25 @@ def table(found: dict[str, list[dict]]) -> str:
     def place(item) -> float:
         return -fmean(over(item[1], kept_mean("loss")) or [-9.0])
 
-    head = [
-        "method",
-        "seeds",
-        "retained loss",
-        "worst task",
-        "retained accuracy",
-        "retained exact match",
-        "scale",
-        "CPU s",
-        "MB",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    def scale(rows: list[dict]) -> str:
+        values = [f"{row['scale']:g}" for row in rows if "scale" in row]
+        return ", ".join(values if len(set(values)) > 1 else values[:1]) or "–"
+
+    columns = {
+        "seeds": lambda rows: str(len(rows)),
+        "retained loss": lambda rows: cell(over(rows, kept_mean("loss"))),
+        "worst task": lambda rows: cell(over(rows, lambda row: row["summary"]["loss"]["min"])),
+        "retained accuracy": lambda rows: cell(over(rows, kept_mean("accuracy"))),
+        "retained exact match": lambda rows: cell(over(rows, kept_mean("exact_match"))),
+        "scale": scale,
+        "CPU s": lambda rows: f"{fmean(row['cpu_s'] for row in rows):.1f}" if "cpu_s" in rows[0] else "–",
+        "MB": lambda rows: f"{fmean(row['memory_mb'] for row in rows):.0f}" if rows[0].get("memory_mb") else "–",
+    }
+    if not any(over(rows, kept_mean("exact_match")) for rows in found.values()):
+        del columns["retained exact match"]  # no expert beats the base in it
+    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, rows in sorted(found.items(), key=place):
-        cells = [
-            f"`{name}`" if name != "joint training" else name,
-            str(len(rows)),
-            cell(over(rows, kept_mean("loss"))),
-            cell(over(rows, lambda row: row["summary"]["loss"]["min"])),
-            cell(over(rows, kept_mean("accuracy"))),
-            cell(over(rows, kept_mean("exact_match"))),
-            ", ".join(f"{row['scale']:g}" for row in rows) if "scale" in rows[0] else "–",
-            f"{fmean(row['cpu_s'] for row in rows):.1f}" if "cpu_s" in rows[0] else "–",
-            f"{fmean(row['memory_mb'] for row in rows):.0f}" if rows[0].get("memory_mb") is not None else "–",
-        ]
+        cells = [f"`{name}`" if name != "joint training" else name, *(column(rows) for column in columns.values())]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -167,8 +167,12 @@ def write_card(
     *,
     proof: float | None = None,
     unquantised: Mapping[str, float] | None = None,
+    step: int | None = None,
 ) -> None:
-    """README.md of an export: how to load it, what it was trained on, what it scored, with which versions."""
+    """README.md of an export: how to load it, what it was trained on, what it scored, with which versions.
+
+    `step`: the optimizer step that the weights are of; None = the plan's last.
+    """
     lora = (folder / "adapter_config.json").is_file()
     base = recipe.model.path
     lines = ["---", f"base_model: {base}", f"library_name: {'peft' if lora else 'transformers'}"]
@@ -187,7 +191,8 @@ def write_card(
         lines.append(
             f"| {row['task']} | {row['asked']:.3f} | {row['realised']:.3f} | {row['rows']} | {row['epochs']:.2f} |"
         )
-    lines += ["", f"{plan.steps} steps of {plan.batch} {plan.unit}.", ""]
+    of_step = "" if step in (None, plan.steps) else f" The weights are those of step {step}."
+    lines += ["", f"{plan.steps} steps of {plan.batch} {plan.unit} were planned.{of_step}", ""]
     if scores:
         lines += ["## Held-out results", "", f"| task | {' | '.join(METRICS)} | examples |", "|---|---|---|---|---|"]
         for task, found in scores.items():

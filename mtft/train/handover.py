@@ -48,7 +48,7 @@ def hand_over(
                 found.save(run_dir / SCORES / f"{task}.jsonl")
             equal = None if proof is None else proof.result()
             unquantised = None if proof is None else proof.unquantised
-            write_card(export_dir, recipe, plan, scores, proof=equal, unquantised=unquantised)
+            write_card(export_dir, recipe, plan, scores, proof=equal, unquantised=unquantised, step=chosen)
             seconds = time.perf_counter() - begin
             summaries = {task: found.summary() for task, found in scores.items()}
             content = {"steps": steps, "seconds": seconds, "export": export_dir.name, "proof": equal}

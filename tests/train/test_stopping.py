@@ -91,6 +91,7 @@ def test_a_run_ends_early_and_hands_over_the_best(few_rows, tmp_path):
     best = min(means, key=means.get)
     content = json.loads((tmp_path / "run" / "result.json").read_text())
     assert content["exported_step"] == best
+    assert f"The weights are those of step {best}." in (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert content["steps"] == best + 2 < 16
     assert content["ended"].startswith("no better mean")
     found = sum(scores.summary()["loss"] for scores in result.scores.values()) / 3

@@ -5,7 +5,8 @@ boundary the plan of the following steps is made from the new shares, with the v
 Floors and caps apply through Bounds.project. Static mixtures are the default: DoReMi and ODM scored below good static
 mixtures in RegMix's table (45.0 to 46.8 against 47.3).
 
-DoReMi (arXiv 2305.10429), ODM (arXiv 2312.02406), Aioli (arXiv 2411.05735); early drop is in early_drop.py.
+DoReMi (arXiv 2305.10429), ODM (arXiv 2312.02406), Aioli (arXiv 2411.05735); early drop is in early_drop.py. When they
+are asked in a training run, and what becomes of their answer, is in deciding.py.
 """
 
 from __future__ import annotations
@@ -82,6 +83,10 @@ class OnlineBandit:
 
     R_k += (loss / 10) / p_k for the sampled k;   eps_t = min(1/K, sqrt(ln K / (K t))), eps_0 = 1/K
     p = (1 - K eps_t) softmax(eps_{t-1} R) + eps_t
+
+    The paper draws one task a step, with probability p_k. A step that holds rows of several tasks, of task k a part
+    n_k / G, is so many draws of weight 1/G: R_k += (loss / 10) (n_k / G) / p_k, where p is what the step was drawn by
+    (`drawn`). Both add loss / 10 to R_k on average.
     """
 
     rewards: tuple[float, ...]
@@ -103,11 +108,18 @@ class OnlineBandit:
         K = len(self.rewards)
         return 1 / K if t == 0 else min(1 / K, math.sqrt(math.log(K) / (K * t)))
 
-    def update(self, losses: Mapping[int, float], bounds: Bounds | None = None) -> OnlineBandit:
-        """losses: {task: mean training loss} of the tasks that were drawn in this step."""
-        reward, p = np.array(self.rewards), np.array(self.probabilities)
+    def update(
+        self, losses: Mapping[int, float], bounds: Bounds | None = None, *, drawn: Sequence[float] | None = None
+    ) -> OnlineBandit:
+        """losses: {task: mean training loss} of the tasks that were drawn in this step.
+
+        drawn: each task's part of the step's rows by the share that it was drawn with, [K]; None: one draw a task, with
+        the present probabilities.
+        """
+        reward = np.array(self.rewards)
+        weight = 1 / np.array(self.probabilities) if drawn is None else np.asarray(drawn)
         for task, loss in losses.items():
-            reward[task] += loss / self.scale / p[task]
+            reward[task] += loss / self.scale * weight[task]
         t, K = self.t + 1, len(reward)
         logits = self.epsilon(t - 1) * reward
         soft = np.exp(logits - logits.max())
@@ -132,11 +144,20 @@ class Aioli:
     average: tuple[float, ...] | None = None
 
     @classmethod
-    def start(cls, tasks: int, *, h: float = 0.75, eta: float = 0.5, ema: float | None = None) -> Aioli:
-        """Uniform."""
+    def start(
+        cls,
+        tasks: int,
+        *,
+        h: float = 0.75,
+        eta: float = 0.5,
+        ema: float | None = None,
+        shares: Sequence[float] | None = None,
+    ) -> Aioli:
+        """p = shares; None: uniform, as in the paper."""
         if not 1 / tasks < h <= 1:
             raise ValueError(f"h is {h}: the smoothed one-hot mixtures need 1/K < h <= 1")
-        return cls((1 / tasks,) * tasks, h=h, eta=eta, ema=ema)
+        p = (1 / tasks,) * tasks if shares is None else tuple(float(share) for share in shares)
+        return cls(p, h=h, eta=eta, ema=ema)
 
     @property
     def shares(self) -> Floats:
@@ -147,18 +168,22 @@ class Aioli:
         K = len(self.probabilities)
         return np.full((K, K), (1 - self.h) / max(1, K - 1)) + np.eye(K) * (self.h - (1 - self.h) / max(1, K - 1))
 
-    def law(self, D: Floats) -> Floats:
-        """A [K, K] from D [K, K]: A_i solves H A_i = D_i."""
-        return np.linalg.solve(self.probes(), np.asarray(D, dtype=np.float64).T).T
+    def law(self, D: Floats, H: Floats | None = None) -> Floats:
+        """A [K, K] from D [K, K]: A_i solves H A_i = D_i. H [K, K]: what the probes really held, row j probe j; of the
+        smallest norm where they can't be told apart. None: `probes()`."""
+        D = np.asarray(D, dtype=np.float64)
+        return np.linalg.solve(self.probes(), D.T).T if H is None else np.linalg.lstsq(H, D.T, rcond=1e-3)[0].T
 
-    def update(self, D: Floats, bounds: Bounds | None = None, *, normalise: bool = False) -> Aioli:
+    def update(
+        self, D: Floats, bounds: Bounds | None = None, *, normalise: bool = False, H: Floats | None = None
+    ) -> Aioli:
         """D_ij = fall of the validation loss of i over the probe of j. normalise: shift by a negative minimum and
-        divide by the sum, so that eta means the same early and late."""
+        divide by the sum, so that eta means the same early and late. H: as in `law`."""
         D = np.asarray(D, dtype=np.float64)
         if normalise:
             D = D - min(0.0, float(D.min()))
             D = D / max(float(D.sum()), 1e-300)
-        pull, start, average = self.law(D).sum(axis=0), self.shares, self.average
+        pull, start, average = self.law(D, H).sum(axis=0), self.shares, self.average
         if self.ema is not None:
             pull = pull if average is None else (1 - self.ema) * pull + self.ema * np.array(average)
             start, average = np.full(len(pull), 1 / len(pull)), tuple(pull.tolist())

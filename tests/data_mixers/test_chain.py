@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data_mixers import MixError, Mixture, MixturePlan
+from data_mixers import Bounds, Infeasible, MixError, Mixture, MixturePlan
 from data_mixers.chain import PlanChain
 from data_mixers.online import OnlineBandit
 from data_mixers.schedule import MixtureSchedule
@@ -69,14 +69,14 @@ def test_by_tokens():
     task, epoch, row = rows_of(chain, range(30))
     assert len({*zip(task.tolist(), epoch.tolist(), row.tolist(), strict=True)}) == len(task)
     with pytest.raises(ValueError, match="by tokens"):
-        chain.changes[0][1].owed(3)
+        chain._plan(0).owed(3)
 
 
 def test_resume_with_a_bandit_that_goes_on():
     def run(chain, bandit, start, stop):
         out = []
         for s in range(start, stop):
-            if s and s % 10 == 0 and all(first != s for first, _ in chain.changes):
+            if s and s % 10 == 0 and all(change.first != s for change in chain.changes):
                 chain.replan(s, Mixture(EVEN.names, bandit.shares))
             rows = np.stack(chain.step(s))
             out.append(rows)
@@ -105,3 +105,84 @@ def test_caps_count_over_the_whole_run():
     assert chain.counts(30)[1] <= 44
     with pytest.raises(MixError, match="after step 11"):
         chain.replan(5, EVEN)
+
+
+def test_what_it_amounts_to():
+    """Asked on average over the steps, realised by counting; in tokens with unit tokens."""
+    chain = changed((11, LATE), (20, EVEN))
+    task = rows_of(chain, range(30))[0]
+    table = {row["task"]: row for row in chain.table()}
+    assert [row["rows"] for row in chain.table()] == np.bincount(task).tolist()
+    assert table["b"]["asked"] == pytest.approx((11 * 0.3 + 9 * 0.8 + 10 * 0.3) / 30)
+    assert table["b"]["realised"] == pytest.approx(np.mean(task == 1))
+    assert chain.mixture["b"] == pytest.approx(table["b"]["asked"])
+    plain = MixturePlan(EVEN, SIZES, **OPTIONS)
+    assert changed().table() == plain.table()
+    assert changed().mixture == plain.mixture
+    assert chain.schedule is None
+    lengths = {name: np.arange(1, size + 1) for name, size in SIZES.items()}
+    chain = changed((12, LATE), unit="tokens", lengths=lengths, batch=60)
+    task, _, row = rows_of(chain, range(30))
+    tokens = [int((row[task == k] + 1).sum()) for k in range(3)]
+    assert [entry["tokens"] for entry in chain.table()] == tokens
+    assert chain.table()[1]["realised"] == pytest.approx(tokens[1] / sum(tokens))
+
+
+def test_older_plans_are_made_again():
+    """Only the last plans are kept; what was played before them is told all the same, and so is a restored chain."""
+    shares = [Mixture(EVEN.names, np.array([0.7 - 0.02 * at, 0.2, 0.1 + 0.02 * at])) for at in range(1, 30)]
+    chain = changed(*enumerate(shares, 1))
+    assert len(chain._plans) <= 2
+    rows = rows_of(chain, range(30))
+    again = PlanChain(EVEN, SIZES, **OPTIONS)
+    assert again.restore(json.loads(json.dumps(chain.state(29)))) == 29
+    assert again.fingerprint == chain.fingerprint
+    assert np.array_equal(rows_of(again, range(30)), rows)
+    assert len({*zip(*(part.tolist() for part in rows), strict=True)}) == 240
+
+
+def test_a_chain_that_was_begun_otherwise_is_refused():
+    state = changed((11, LATE)).state(12)
+    for other in (PlanChain(LATE.over(EVEN.names), SIZES, **OPTIONS), PlanChain(EVEN, {**SIZES, "c": 6}, **OPTIONS)):
+        with pytest.raises(MixError, match="another plan"):
+            other.restore(state)
+        assert len(other.changes) == 1
+    renamed = PlanChain(Mixture.of({"a": 0.5, "b": 0.3, "d": 0.2}), [37, 11, 5], **OPTIONS)
+    with pytest.raises(MixError, match="another plan"):
+        renamed.restore(state)
+
+
+@pytest.mark.parametrize("style", ["mixed", "alternating"])
+@pytest.mark.parametrize("seed", range(20))
+def test_shares_within_the_room_are_never_refused(style, seed):
+    """Random changes at random steps, each as far towards one task as its epoch cap lets it; caps hold to the row."""
+    rng = np.random.default_rng(seed)
+    chain = changed(
+        mixture=Mixture.of({"a": 0.5, "b": 0.15, "c": 0.35}), max_epochs={"a": 5, "b": 4, "c": 30}, style=style
+    )
+    limit = np.array([185, 44, 150])
+    for at in np.sort(rng.choice(np.arange(1, 30), 8, replace=False)).tolist():
+        bounds = Bounds(caps=dict(zip(chain.names, chain.room(at))), names=chain.names)
+        try:
+            shares = bounds.project(rng.dirichlet([0.3, 0.3, 0.3]) + 1e-9)
+        except Infeasible:
+            continue  # every row that is left is needed
+        chain.replan(at, Mixture(chain.names, shares))  # would raise beyond a cap
+    counts = np.bincount(rows_of(chain, range(30))[0], minlength=3)
+    assert np.all(counts <= limit)
+    assert len(chain.changes) > 4
+    with pytest.raises(MixError, match="more epochs"):
+        changed(max_epochs={"b": 7}).replan(5, Mixture.of({"a": 0.0, "b": 1.0, "c": 0.0}))
+
+
+def test_room():
+    assert changed().room(5).tolist() == [1, 1, 1]
+    chain = changed(max_epochs={"b": 8})
+    left = 88 - chain.counts(10)[1]
+    assert chain.room(10)[[0, 2]].tolist() == [1, 1]
+    assert chain.room(10)[1] == pytest.approx(left / 160, abs=1 / 160)
+    lengths = {name: np.arange(1, size + 1) for name, size in SIZES.items()}
+    by_tokens = {"unit": "tokens", "lengths": lengths, "batch": 60}
+    assert changed(**by_tokens).room(3).tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="by tokens"):
+        changed(**by_tokens, max_epochs={"a": 50}).room(3)

@@ -34,6 +34,15 @@ def test_odm_golden():
     np.testing.assert_allclose(state.shares, [0.32854177, 0.32607061, 0.34538762], atol=1e-8)
 
 
+def test_odm_with_rows_of_several_tasks_in_a_step():
+    """Draws of weight n_k / G: a step of one task alone is the paper's; one that holds the shares adds loss / 10
+    to every reward."""
+    one = OnlineBandit.start(3).update({1: 2.0})
+    assert OnlineBandit.start(3).update({1: 2.0}, drawn=[0.0, 3.0, 0.0]) == one
+    even = OnlineBandit.start(3).update({0: 3.0, 1: 2.0, 2: 4.0}, drawn=[1.0, 1.0, 1.0])
+    np.testing.assert_allclose(even.rewards, [0.3, 0.2, 0.4])
+
+
 def test_odm_does_not_overflow():
     state = OnlineBandit.start(2)
     for _ in range(50):
@@ -48,6 +57,16 @@ def test_aioli_golden():
     np.testing.assert_allclose(state.probes(), [[0.75, 0.25], [0.25, 0.75]])
     np.testing.assert_allclose(state.law(D), [[0.5, 0.1], [0.1, 0.1]], atol=1e-12)
     np.testing.assert_allclose(state.update(D).shares, [0.549834, 0.450166], atol=1e-6)
+
+
+def test_aioli_with_what_the_probes_really_held():
+    D = np.array([[0.4, 0.2], [0.1, 0.1]])
+    state = Aioli.start(2, h=0.75, eta=0.5, shares=[0.2, 0.8])
+    np.testing.assert_allclose(state.law(D, state.probes()), state.law(D), atol=1e-12)
+    H = np.array([[0.6, 0.4], [0.3, 0.7]])
+    np.testing.assert_allclose(state.law(D, H) @ H.T, D, atol=1e-12)
+    same = np.array([[0.5, 0.5], [0.5, 0.5]])  # probes that can't be told apart say nothing about one task or the other
+    np.testing.assert_allclose(state.update(D, H=same).shares, [0.2, 0.8])
 
 
 @pytest.mark.parametrize("state", [DoReMi.start([0.5, 0.5]), OnlineBandit.start(2), Aioli.start(2, ema=0.3)])

@@ -23,18 +23,24 @@ class Coverage(NamedTuple):
     left_out: dict[str, str]
 
 
-def coverage(model: nn.Module) -> Coverage:
-    """Sorts the trained parameters of `model` into those that can be captured and those that can't."""
+def coverage(model: nn.Module, *, fused_head: bool = False) -> Coverage:
+    """Sorts the trained parameters of `model` into those that can be captured and those that can't.
+
+    fused_head: the loss multiplies with the output head's weight itself (mtft.losses.nll, path `fused`).
+    """
     name_of = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     linears: dict[str, list[nn.Linear]] = {name: [] for name in name_of.values()}
     left_out: dict[str, str] = {}
     special = _used_by_their_layer(model)
+    head = model.get_output_embeddings() if fused_head else None  # pyright: ignore[reportCallIssue]
     for path, module in model.named_modules():
         for which, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = name_of.get(id(parameter))
             if name is None:
                 continue
             reason = special.get(path) or _refusal(path, module, which)
+            if head is not None and parameter is head.weight:
+                reason = reason or "the output head, whose layer is never called: loss.path is fused"
             if reason is not None:
                 left_out.setdefault(name, reason)
             elif isinstance(module, nn.Linear):

@@ -1,8 +1,8 @@
 """The start-up check of the capture: what was captured adds up to the gradients that autograd itself computed.
 
 On each rank by itself, before anything is averaged or sharded, so it needs to know nothing about the engine. It finds
-weights that are used outside of their layer's forward. It can't find attention that crosses examples: the sum is right
-then too.
+weights that are used outside of their layer's forward, and (where .grad is whole) beside a forward that never runs. It
+can't find attention that crosses examples: the sum is right then too.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ class SelfCheck:
         errors = {}
         for name, block in captured.items():
             gradient = self._sums.get(name)
+            if gradient is None and block is None:  # its layer never ran, so nothing watched it
+                gradient = _own(self.linears[name][0].weight)
+                sizes[name] = 0.0 if gradient is None else float(gradient.norm())
             if block is None and gradient is None:
                 continue
             total = 0 if block is None else block.float().sum(dim=0)
@@ -81,3 +84,9 @@ class SelfCheck:
                 do="take these layers out of lora.targets, or train without loss.gradients",
             )
         return True
+
+
+def _own(weight: Tensor) -> Tensor | None:
+    """This step's gradient of a weight, where it is kept whole; None if it has none."""
+    gradient = weight.grad
+    return gradient.detach().float() if type(gradient) is Tensor and bool(gradient.any()) else None

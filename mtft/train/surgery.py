@@ -29,6 +29,7 @@ from mtft.gradients.aggregators import Aggregator, make_aggregator
 from mtft.gradients.capture import TaskGradients
 from mtft.gradients.coverage import in_words
 from mtft.gradients.flat import Mix, Named, combine
+from mtft.losses.nll import resolve_path
 from mtft.recipe.schema import GradientSection, Recipe
 from mtft.train.ranks import engine
 
@@ -50,6 +51,7 @@ class Surgery:
     gram_every     of the balancer's needs
     isolated       attention is proven not to cross the examples of a row
     whole          each rank holds whole weights and gradients before the optimizer step (one process, DDP)
+    fused_head     loss.path is fused: the output head's weight is used outside of its layer
     run_dir        where affinity.json goes; None: nowhere (other ranks)
     """
 
@@ -62,6 +64,7 @@ class Surgery:
         gram_every: int | None = None,
         isolated: bool = False,
         whole: bool = True,
+        fused_head: bool = False,
         seed: int = 0,
         run_dir: Path | None = None,
         say: Callable[[str], None] = lambda text: None,
@@ -86,7 +89,9 @@ class Surgery:
                 do="launch one process or recipes/accelerate/ddp.yaml, or use loss.balancer: {name: lagged}",
             )
         if self.direct or gram_every is not None or self.every is not None:
-            self.taps = TaskGradients(model, len(tasks), isolated=isolated, partial=section.partial)
+            self.taps = TaskGradients(
+                model, len(tasks), isolated=isolated, partial=section.partial, fused_head=fused_head
+            )
             for line in in_words(self.taps.left_out):
                 say(f"task gradients leave out {line}")
 
@@ -214,6 +219,7 @@ def make_surgery(
         gram_every=gram_every,
         isolated=isolated,
         whole=engine() == "ddp",
+        fused_head=resolve_path(loss.path) == "fused",
         seed=recipe.seed,
         run_dir=run_dir,
         say=say,

@@ -46,7 +46,9 @@ def trained(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def captured(model, parts, *, w_K=WEIGHTS, normalise="task_token", dtype=None, seed=5, scale=1.0, **options):
+def captured(
+    model, parts, *, w_K=WEIGHTS, normalise="task_token", dtype=None, seed=5, scale=1.0, path="gather", **options
+):
     """(the taps after the step, coefficients of the tasks, gradients that the step itself left in .grad)."""
     counts = step_counts(parts, K)
     taps = options.pop("taps", None) or TaskGradients(model, K, **({"isolated": True} | options))
@@ -56,7 +58,7 @@ def captured(model, parts, *, w_K=WEIGHTS, normalise="task_token", dtype=None, s
         for index, batch in enumerate(parts):
             taps.begin(batch.task_ids_BT, batch.labels_BT != IGNORE, last=index == len(parts) - 1)
             with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-                nll_BT = token_nll(model, batch)
+                nll_BT = token_nll(model, batch, path=path)
             loss = taps.watch((coefficients(batch, counts, w_K, normalise) * nll_BT).sum())
             (scale * loss).backward()
     own = {name: parameter.grad.clone() for name, parameter in trained(model).items() if parameter.grad is not None}

@@ -9,7 +9,7 @@ import torch
 WORDS = ("red", "green", "blue", "cat", "dog", "bird", "sun", "moon", "star", "one", "two", "six")
 
 
-def write_model(folder, *, hidden=32, layers=2, seed=0):
+def write_model(folder, *, hidden=32, layers=2, seed=0, tied=True):
     """A Llama of about 20 k parameters with a byte-level tokenizer of 259 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -32,7 +32,7 @@ def write_model(folder, *, hidden=32, layers=2, seed=0):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

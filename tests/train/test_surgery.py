@@ -18,6 +18,7 @@ from mtft.train.log import RunLog
 from mtft.train.model import load_for_training
 from mtft.train.run import train
 from mtft.train.surgery import Surgery, make_surgery
+from tests.train.conftest import write_model
 
 TASKS = ("copy", "twice", "shout")
 LORA = {"r": 4, "alpha": 8, "init": "orthogonal"}  # both factors have a gradient from the first step on
@@ -320,14 +321,19 @@ def test_partial_says_what_is_left_out(recipe, tmp_path):
     assert "Embedding" in said[0]
 
 
-def test_partial_direct_leaves_the_rest_its_plain_gradient(recipe, tmp_path):
+@pytest.mark.parametrize("path", ["gather", "fused"])
+def test_partial_direct_leaves_the_rest_its_plain_gradient(recipe, tmp_path, path):
     seen, found = Gradients(), Gradients()
     asked = {"steps": 1, "lora": None, "train": {"max_grad_norm": 0}}
-    trainer_for(recipe, tmp_path / "plain", callback=seen, **asked).train()
-    loss = {"gradients": {"aggregator": "upgrad", "partial": True}}
+    if path == "fused":  # a head of its own, which that path multiplies with beside its layer
+        pytest.importorskip("trl")
+        asked["model"] = {**recipe["model"], "path": str(write_model(tmp_path / "untied", tied=False))}
+    trainer_for(recipe, tmp_path / "plain", callback=seen, loss={"path": path}, **asked).train()
+    loss = {"path": path, "gradients": {"aggregator": "upgrad", "partial": True}}
     trainer = trainer_for(recipe, tmp_path / "direct", callback=found, loss=loss, **asked)
     trainer.surgery.aggregator = Third()
     trainer.train()
     same = [name for name, gradient in seen.steps[0].items() if torch.equal(gradient, found.steps[0][name])]
     assert set(same) == set(trainer.surgery.taps.left_out)
     assert len(same) > 2
+    assert ("lm_head.weight" in same) == (path == "fused")

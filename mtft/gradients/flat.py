@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mtft.gradients.gram import gram
+from mtft.gradients.gram import combine, gram
 
 RHO = {"f_mtl": 0.05, "samo": 0.001}  # of the papers' code (f_mtl: 2 with ASAM) and paper (samo)
 
@@ -110,15 +110,6 @@ def samo(
             for name, value in gradient(k).items():
                 there[name][k] = value
     return combine(there, mix(masked_gram(there, present_K))), masked_gram(jacobian, present_K)
-
-
-def combine(jacobian: Mapping[str, Tensor], alpha_K: Tensor) -> Named:
-    """sum_k alpha_k J_k by name; a task with alpha 0 counts as 0 whatever its row holds."""
-    here = alpha_K.nonzero().flatten().tolist()
-    return {
-        name: sum((float(alpha_K[k]) * block[k] for k in here), start=torch.zeros_like(block[0]))
-        for name, block in jacobian.items()
-    }
 
 
 def masked_gram(jacobian: Mapping[str, Tensor], present_K: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Inner products of task gradients: G = J J^T, float64 [K, K].
+"""Inner products of task gradients, G = J J^T, float64 [K, K], and their combinations, J^T alpha.
 
 Under data parallelism the order matters: every rank holds a part of each task's gradient, so J is summed over ranks
 first and contracted then. The sum of the ranks' own Gram matrices lacks all products across ranks.
@@ -38,6 +38,15 @@ def block_gram(block: Tensor) -> Tensor:
         part_KC = part_KC.double()
         total_KK.addmm_(part_KC, part_KC.T)
     return total_KK
+
+
+def combine(jacobian: Mapping[str, Tensor], alpha_K: Tensor) -> dict[str, Tensor]:
+    """J^T alpha = sum_k alpha_k J_k by parameter; a task with alpha 0 counts as 0 whatever its row holds."""
+    here = alpha_K.nonzero().flatten().tolist()
+    return {
+        name: sum((float(alpha_K[k]) * block[k] for k in here), start=torch.zeros_like(block[0]))
+        for name, block in jacobian.items()
+    }
 
 
 def sum_over_ranks(blocks: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:

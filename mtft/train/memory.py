@@ -130,12 +130,18 @@ def estimate_memory(
 
 
 def _captured(recipe: Recipe, trainable: int) -> int:
-    """Bytes of the task gradients, fp32, at a measured step."""
+    """Bytes of the task gradients, fp32, at a measured step; twice that where the aggregator keeps as many."""
+    from mtft.gradients.aggregators import make_aggregator
     from mtft.losses.balancers import balancer_class
     from mtft.recipe.options import options_of
 
     measures = "gram_every" in options_of(balancer_class(recipe.loss.balancer))
-    return 4 * len(recipe.tasks) * trainable if measures or recipe.loss.gradients is not None else 0
+    gradients = recipe.loss.gradients
+    if gradients is None or gradients.aggregator is None:
+        copies = int(measures or gradients is not None)
+    else:
+        copies = 1 if make_aggregator(gradients.aggregator, gradients.options).from_gram else 2
+    return copies * 4 * len(recipe.tasks) * trainable
 
 
 def _on_meta(recipe: Recipe, held: torch.dtype) -> tuple[Any, int, int, int]:

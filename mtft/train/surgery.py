@@ -28,7 +28,8 @@ from mtft.gradients.affinity import Affinity
 from mtft.gradients.aggregators import Aggregator, make_aggregator
 from mtft.gradients.capture import TaskGradients
 from mtft.gradients.coverage import in_words
-from mtft.gradients.flat import Mix, Named, combine
+from mtft.gradients.flat import Mix, Named
+from mtft.gradients.gram import combine
 from mtft.losses.nll import resolve_path
 from mtft.recipe.schema import GradientSection, Recipe
 from mtft.train.ranks import engine
@@ -38,7 +39,7 @@ Passes = Callable[[Named, Mix, Tensor], tuple[Named, Tensor]]  # mtft.train.flat
 
 
 class Measured(NamedTuple):
-    """What one step showed: G float64 [K, K], NaN = absent; alpha [K] in direct mode."""
+    """What one step showed: G float64 [K, K], NaN = absent; alpha [K] in direct mode, NaN where d is not J^T alpha."""
 
     gram_KK: Tensor
     alpha_K: Tensor | None
@@ -75,6 +76,8 @@ class Surgery:
         self.aggregator: Aggregator | None = None
         if section.aggregator is not None:
             self.aggregator = make_aggregator(section.aggregator, section.options, seed=seed)
+            if section.flat is not None:
+                self.aggregator.check_from_gram("loss.gradients.flat mixes two sets of gradients a step")
         self.flat = section.flat
         self.direct = self.aggregator is not None or self.flat is not None  # writes the gradient of every step
         self.affinity = Affinity(tasks) if self.every is not None else None
@@ -138,11 +141,14 @@ class Surgery:
         gram_KK = self.taps.gram(used_K)
         alpha_K = None if self.taps.gram_only else asked_K
         if bool(gram_KK.diagonal()[used_K > 0].isfinite().all()):  # else the step is not finite, and is skipped
-            alpha_K = self._mix(gram_KK, asked_K, step) if self.direct else alpha_K
             if self.flat is not None:
                 if passes is None:
                     raise ValueError("a step towards a flat minimum needs its passes")
+                alpha_K = self._mix(gram_KK, asked_K, step)
                 self._write(passes(self.taps.jacobian(used_K), lambda G: self._mix(G, asked_K, step), asked_K)[0])
+            elif self.aggregator is not None:
+                direction, alpha_K = self.aggregator.direction(self.taps.jacobian(used_K), gram_KK, asked_K, step=step)
+                self._write(direction)
             elif alpha_K is not None:
                 self._write(combine(self.taps.jacobian(used_K), alpha_K))
         self.measured = Measured(gram_KK, alpha_K if self.direct else None)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mtft.gradients.aggregators import make_aggregator
-from mtft.gradients.flat import combine, f_mtl, moved, samo
+from mtft.gradients.flat import f_mtl, moved, samo
+from mtft.gradients.gram import combine
 
 H = torch.tensor([[[1, 0], [0, 4]], [[2, 1], [1, 2]]], dtype=torch.float64)
 CENTRE = torch.tensor([[1, 0], [-1, 1]], dtype=torch.float64)

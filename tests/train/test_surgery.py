@@ -241,7 +241,12 @@ def test_step_that_is_not_finite_is_skipped_in_direct_mode(recipe, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "loss", [{"gradients": {"every": 2, "aggregator": "pcgrad"}}, {"balancer": {"name": "lagged", "gram_every": 2}}]
+    "loss",
+    [
+        {"gradients": {"every": 2, "aggregator": "pcgrad"}},
+        {"gradients": {"every": 2, "aggregator": "sam_gs", "options": {"gamma": 0.3}}},  # with a momentum of each task
+        {"balancer": {"name": "lagged", "gram_every": 2}},
+    ],
 )
 def test_resume_is_bit_equal(recipe, tmp_path, loss):
     class Stop(TrainerCallback):
@@ -300,16 +305,24 @@ def test_refusals(recipe, monkeypatch):
     penalty = refused(recipe, loss={"gradients": MEASURED, "orthogonal": 0.1})
     assert "belongs to no task" in penalty.what
     assert "upgrad" in refused(recipe, loss={"gradients": {"aggregator": "upgrade"}}).what
+    momentum = {"aggregator": "sam_gs", "options": {"gamma": 0.7}, "flat": {"name": "f_mtl"}}
+    assert "mixes two sets" in refused(recipe, loss={"gradients": momentum}).what
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "lagged" in refused(recipe, loss={"gradients": {"aggregator": "upgrad"}}).do
 
 
-@pytest.mark.parametrize("loss", [{"gradients": MEASURED}, {"balancer": {"name": "lagged"}}])
-def test_memory_estimate_holds_k_gradients(recipe, loss):
+MODULATED = {"aggregator": "sam_gs", "options": {"gamma": 0.5}}  # keeps a momentum of each task
+
+
+@pytest.mark.parametrize(
+    ("loss", "copies"),
+    [({"gradients": MEASURED}, 1), ({"balancer": {"name": "lagged"}}, 1), ({"gradients": MODULATED}, 2)],
+)
+def test_memory_estimate_holds_k_gradients(recipe, loss, copies):
     from mtft.train.memory import estimate_memory
 
     plain, measured = (estimate_memory(Recipe.model_validate({**recipe, "loss": asked})) for asked in ({}, loss))
-    assert measured.training - plain.training == 4 * 3 * plain.trainable
+    assert measured.training - plain.training == copies * 4 * 3 * plain.trainable
 
 
 def test_partial_says_what_is_left_out(recipe, tmp_path):

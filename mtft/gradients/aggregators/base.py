@@ -2,7 +2,8 @@
 
     G_ij = <g_i, g_j>          d = sum_k alpha_k g_k = J^T alpha        the direction that is followed (downhill: -d)
 
-An aggregator sees inner products only, so it costs the same for any model. float64 on the CPU, the same on all ranks.
+An aggregator sees inner products only, so it costs the same for any model (sam_gs can ask for more). float64 on the
+CPU, the same on all ranks.
 p_k, the user's preference, adds up to 1; what it does to a method stands in the method's file.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mtft.errors import UserError
+from mtft.gradients.gram import combine
 from mtft.recipe.options import check_options
 
 
@@ -34,8 +36,22 @@ class Aggregator(ABC):
     NAME: ClassVar[str]
 
     def __post_init__(self, seed: int, where: str) -> None:
-        self.draw_seed = seed
+        self.draw_seed, self._where = seed, where
         check_options(self, where)
+
+    @property
+    def from_gram(self) -> bool:
+        """Whether inner products are all that the method needs, as for all but one of them."""
+        return True
+
+    def check_from_gram(self, why: str) -> None:
+        """UserError where this method, with these options, needs the gradients themselves. why: they can't be had."""
+        if not self.from_gram:
+            raise UserError(
+                f"{self.NAME} with these options needs the gradients of every step themselves: {why}",
+                where=self._where,
+                do=f"leave the options of {self.NAME} out, or set loss.gradients.aggregator without flat",
+            )
 
     @abstractmethod
     def solve(self, gram: np.ndarray, p: np.ndarray, step: int) -> np.ndarray:
@@ -64,8 +80,18 @@ class Aggregator(ABC):
             alpha[present] = self.solve(part, share, step) if np.diag(part).max() > 0 else share
         return torch.from_numpy(alpha)
 
+    def direction(
+        self, jacobian: Mapping[str, Tensor], gram_KK: Tensor, p_K: Tensor, *, step: int = 0
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """(d by parameter, alpha_K), of the gradients themselves: d = J^T alpha, or alpha is NaN.
+
+        jacobian: {parameter: [K, *shape]}, rows of absent tasks ignored; the rest as in `weights`.
+        """
+        alpha_K = self.weights(gram_KK, p_K, step=step)
+        return combine(jacobian, alpha_K), alpha_K
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: the name. Every method here gives the same alpha for the same (G, p, step)."""
+        """What a checkpoint needs. `weights` gives the same alpha for the same (G, p, step), so mostly the name."""
         return {"aggregator": self.NAME}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -43,6 +43,7 @@ class Lagged(Balancer):
 
     def reset(self) -> None:
         self.method = make_aggregator(self.aggregator, self.options, seed=self.run.seed, where="loss.balancer")
+        self.method.check_from_gram("a lagged balancer sees inner products, and these now and then")
         self.gram_KK = torch.full((self.K, self.K), torch.nan, dtype=torch.float64)
         self.share_K = torch.full((self.K,), torch.nan, dtype=torch.float64)
         self.current_K = torch.ones(self.K, dtype=torch.float64)  # w without the user's weights

@@ -18,6 +18,7 @@ from .errors import MixError
 from .mixture import Floats, Mixture
 
 if TYPE_CHECKING:
+    from .chain import PlanChain
     from .plan import MixturePlan
 
 SPANS = 5  # parts of a run in which asked and realised shares are compared
@@ -80,7 +81,7 @@ class MixtureSchedule:
         return np.stack([np.interp(progress_S, at, share_A) for share_A in share_AK.T], axis=1)
 
 
-def spans(plan: MixturePlan) -> list[dict[str, Any]]:
+def spans(plan: MixturePlan | PlanChain) -> list[dict[str, Any]]:
     """Asked and realised shares (in the plan's unit) in SPANS equal parts of a run with a schedule; [] without one."""
     if plan.schedule is None:
         return []

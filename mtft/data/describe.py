@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_mixers.chain import PlanChain
 from data_mixers.mixture import Mixture
 from data_mixers.plan import MixturePlan
 from data_mixers.schedule import spans
@@ -102,7 +103,7 @@ def describe(
     *,
     stores: Sequence[TokenStore] | None = None,
     held_out: Sequence[TokenStore | None] | None = None,
-    plan: MixturePlan | None = None,
+    plan: MixturePlan | PlanChain | None = None,
     cache_dir: Path | None = None,
 ) -> Description:
     """Describe the data of a recipe. Stores and plan are made where they are not given.
@@ -151,7 +152,7 @@ def describe(
     return Description(**{**vars(found), "warnings": tuple(warnings)})
 
 
-def _played(stores: Sequence[TokenStore], plan: MixturePlan) -> tuple[np.ndarray, np.ndarray]:
+def _played(stores: Sequence[TokenStore], plan: MixturePlan | PlanChain) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and supervised tokens [K] of the whole run: rows planned x the task's mean (exact over whole epochs)."""
     rows_K = np.array([entry["rows"] for entry in plan.table()], dtype=np.float64)
     return (
@@ -165,7 +166,7 @@ def _task(
     k: int,
     store: TokenStore,
     held_out: TokenStore | None,
-    plan: MixturePlan,
+    plan: MixturePlan | PlanChain,
     played_K: np.ndarray,
     learnt_K: np.ndarray,
     tokenizer: Any,

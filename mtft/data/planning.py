@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from data_mixers.bounds import Bounds, Group, Infeasible
+from data_mixers.chain import PlanChain
 from data_mixers.mixture import Mixture, natural, tempered, uniform
 from data_mixers.plan import MixturePlan
 from data_mixers.schedule import MixtureSchedule
@@ -82,8 +83,8 @@ def epoch_caps(recipe: Recipe) -> dict[str, float]:
     return {name: cap for name, cap in caps.items() if cap is not None}
 
 
-def make_plan(recipe: Recipe, stores: Sequence[Sized], mixture: Mixture | None = None) -> MixturePlan:
-    """The plan of a run over `stores` (one a task, in the recipe's order).
+def make_plan(recipe: Recipe, stores: Sequence[Sized], mixture: Mixture | None = None) -> MixturePlan | PlanChain:
+    """The plan of a run over `stores` (one a task, in the recipe's order); with mixture.online a chain that begins so.
 
     unit examples: a step holds G = batch_tokens // mean length under the mixture examples (at least 1; of a schedule:
     under its mean, so steps grow and shrink with the shares of long examples);
@@ -103,7 +104,7 @@ def make_plan(recipe: Recipe, stores: Sequence[Sized], mixture: Mixture | None =
             raise ValueError("train.steps or train.epochs must be given")
         total = sum(len(length) if by_examples else int(length.sum()) for length in lengths)
         steps = max(1, round(epochs * total / batch))
-    return MixturePlan(
+    return (MixturePlan if recipe.mixture.online is None else PlanChain)(
         asked,
         [len(length) for length in lengths],
         steps=steps,

@@ -26,11 +26,14 @@ class Examination:
     data: Description
     memory: MemoryEstimate
     warnings: tuple[str, ...]
+    online: str | None = None
+    """With mixture.online: when the shares will change, by what, and between which limits."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: the description's keys, with `memory` (bytes) and all warnings."""
         found = self.data.as_dict()
-        return {**found, "memory": self.memory.as_dict(), "warnings": [*found["warnings"], *self.warnings]}
+        found |= {"memory": self.memory.as_dict(), "warnings": [*found["warnings"], *self.warnings]}
+        return {**found, "online": self.online}
 
     def render(self) -> Group:
         """For a rich console."""
@@ -38,12 +41,15 @@ class Examination:
         from rich.text import Text
 
         said = [Text.assemble(("warning: ", "yellow"), warning) for warning in self.warnings]
-        return Group(self.data.render(), Text(self.memory.text()), *said)
+        return Group(self.data.render(), *map(Text, self._more()), *said)
 
     def text(self) -> str:
         """For files and pipes."""
         said = [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join([self.data.text().rstrip("\n"), self.memory.text(), *said])
+        return "\n".join([self.data.text().rstrip("\n"), *self._more(), *said])
+
+    def _more(self) -> list[str]:
+        return [*([self.online] if self.online else []), self.memory.text()]
 
 
 def examine(recipe: Recipe) -> Examination:
@@ -54,18 +60,22 @@ def examine(recipe: Recipe) -> Examination:
     check_compat(recipe, stage="check")  # the cheapest first; again below, with the balancer's needs
     check_names(recipe)
 
+    from data_mixers.chain import PlanChain
     from mtft.data.describe import describe
     from mtft.data.isolation import packing_refusal
+    from mtft.data.planning import make_plan
     from mtft.data.store import open_stores
     from mtft.data.vocabulary import check_vocabulary
     from mtft.losses.balancers import make_balancer
     from mtft.train.memory import estimate_memory, read_config
     from mtft.train.model import load_tokenizer
+    from mtft.train.online import in_words, make_decider
 
     tokenizer, config = load_tokenizer(recipe.model), read_config(recipe.model)
     stores, held_out = (open_stores(recipe, tokenizer, which) for which in ("train", "eval"))
     check_vocabulary([*stores, *held_out], tokenizer, config)
-    data = describe(recipe, tokenizer, stores=stores, held_out=held_out)
+    plan = make_plan(recipe, stores)
+    data = describe(recipe, tokenizer, stores=stores, held_out=held_out, plan=plan)
     balancer = make_balancer(
         recipe.loss.balancer,
         recipe.task_names,
@@ -87,7 +97,8 @@ def examine(recipe: Recipe) -> Examination:
         longest=max((task.longest for task in data.tasks), default=None),
         ranks=Engine.from_environment().ranks,
     )
-    return Examination(data, memory, tuple(warnings))
+    online = in_words(recipe, make_decider(recipe, plan)) if isinstance(plan, PlanChain) else None
+    return Examination(data, memory, tuple(warnings), online)
 
 
 def check_names(recipe: Recipe) -> None:

@@ -25,9 +25,9 @@ def changed(section: SectionT, **values: object) -> SectionT:
 
 
 def joint(recipe: Recipe, mixture: Mixture | None, folder: Path) -> Recipe:
-    """All tasks in the shares of `mixture`; None: as the recipe asks."""
-    shares = recipe.mixture.shares if mixture is None else mixture.as_dict()
-    return _plain(recipe, folder, mixture=changed(recipe.mixture, shares=shares))
+    """All tasks in the shares of `mixture`, which stay; None: as the recipe asks."""
+    asked = {} if mixture is None else {"shares": mixture.as_dict(), "online": None}
+    return _plain(recipe, folder, mixture=changed(recipe.mixture, **asked))
 
 
 def single(recipe: Recipe, task: str, share: float, folder: Path) -> Recipe:

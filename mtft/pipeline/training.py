@@ -23,7 +23,7 @@ from mtft.errors import UserError
 from mtft.pipeline import derive
 from mtft.pipeline.stages import move_aside
 from mtft.recipe.load import dump_recipe
-from mtft.recipe.schema import Recipe, ScheduleShares
+from mtft.recipe.schema import Recipe
 from mtft.train.folder import check_recipe, read_result
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def joint_mixtures(recipe: Recipe, choice: Choice, stores: Sequence[Any]) -> dic
         sizes = task_sizes(recipe, stores)
         mixtures["baseline"] = uniform(recipe.task_names) if recipe.run.baseline == "uniform" else natural(sizes)
     different: dict[str, Mixture] = {}
-    scheduled = isinstance(recipe.mixture.shares, ScheduleShares)  # `joint` is then only its mean, equal to none
+    moves = recipe.mixture.moves  # `joint` is then only its mean, or its start: equal to none
     for name, mixture in mixtures.items():
-        if scheduled or all(mixture != other for other in different.values()):
+        if moves or all(mixture != other for other in different.values()):
             different[name] = mixture
     return different
 
@@ -60,7 +60,7 @@ def joint_labels(recipe: Recipe, choice: Choice, stores: Sequence[Any]) -> dict[
     known = [(choice.proposed, "predicted"), (uniform(recipe.task_names), "uniform"), (natural(sizes), "natural")]
     labels = {}
     for name, mixture in joint_mixtures(recipe, choice, stores).items():
-        if name == "joint" and isinstance(recipe.mixture.shares, ScheduleShares):
+        if name == "joint" and recipe.mixture.moves:
             labels[name] = "joint as asked"
             continue
         labels[name] = "joint " + next((word for other, word in known if other == mixture), "as asked")
@@ -71,8 +71,8 @@ def planned_runs(recipe: Recipe, choice: Choice, stores: Sequence[Any]) -> dict[
     """The recipes of the train stage by name, in the order in which they run."""
     root, mixture = Path(recipe.output.dir) / "train", choice.chosen
     joints = joint_mixtures(recipe, choice, stores)
-    # a schedule is played as it is (a recipe with one has no sweep that could propose anything else)
-    as_asked = isinstance(recipe.mixture.shares, ScheduleShares)
+    # shares that move are played as asked (a recipe with them has no sweep that could propose anything else)
+    as_asked = recipe.mixture.moves
     runs = {
         name: derive.joint(recipe, None if as_asked and name == "joint" else played, root / name)
         for name, played in joints.items()

@@ -30,6 +30,7 @@ def check_source(source: Source) -> list[Problem]:
         *(problem for path in _share_paths(source) for problem in _shares(source, path, names)),
         *_stops(source),
         *_bounds(source, names),
+        *_reference(source, names),
         *_objective(source, names),
         *_length(source),
         *_merge_weights(source),
@@ -49,6 +50,10 @@ def check_files(source: Source, resolve: Callable[[str], str]) -> list[Problem]:
                 problems.append(Problem(path, f"matches no file: {place}", "check the pattern"))
         elif not Path(place).exists():
             problems.append(Problem(path, f"names a file that is not there: {place}", _near_file(Path(place))))
+    reference: KeyPath = ("mixture", "online", "reference")
+    if isinstance(run := source.value(reference), str) and not (Path(resolve(run)) / "scores").is_dir():
+        what = f"names no finished run: there is no {Path(resolve(run)) / 'scores'}"
+        problems.append(Problem(reference, what, "give the output.dir of a run with held-out rows, or {task: loss}"))
     for shares in _share_paths(source):
         file = source.value((*shares, "file"))
         if isinstance(file, str):
@@ -230,6 +235,17 @@ def _groups(source: Source, names: tuple[str, ...]) -> list[Problem]:
         if limits.get("floor", 0) > limits.get("cap", 1):
             what = f"is {limits['floor']:g}, above the cap {limits.get('cap', 1):g}"
             problems.append(Problem((*path, "floor"), what, "lower the floor or raise the cap"))
+    return problems
+
+
+def _reference(source: Source, names: tuple[str, ...]) -> list[Problem]:
+    path: KeyPath = ("mixture", "online", "reference")
+    given = source.value(path)
+    if not isinstance(given, dict):
+        return []
+    problems = _unknown_tasks(path, given, names)
+    if not problems and (lost := [name for name in names if name not in given]):
+        problems.append(Problem(path, f"has no loss for {', '.join(lost)}", "give every task one"))
     return problems
 
 

@@ -100,6 +100,41 @@ def _merge_sees_rows(recipe: Recipe) -> bool:
     return merge.search is not None or merge.gates is not None or routes
 
 
+# What belongs to one method of mixture.online, or to two
+ONLINE_OPTIONS = {
+    "bandit": ("scale",),
+    "group_dro": ("eta", "smoothing", "reference"),
+    "linear_law": ("eta", "probe_steps", "probe_share", "ema", "tokens"),
+}
+PROBE_STEPS, PROBE_SHARE = 5, 0.75
+
+
+def _online(recipe: Recipe, name: str) -> bool:
+    return recipe.mixture.online is not None and recipe.mixture.online.name == name
+
+
+def _strange_options(recipe: Recipe) -> bool:
+    """An option of mixture.online is set that its method does not have."""
+    online = recipe.mixture.online
+    if online is None:
+        return False
+    every = {option for options in ONLINE_OPTIONS.values() for option in options}
+    return any(getattr(online, option) is not None for option in every.difference(ONLINE_OPTIONS[online.name]))
+
+
+def _probes_fit(recipe: Recipe) -> bool:
+    """Whether the probes of a round leave steps to play what they say, and tell the tasks apart."""
+    online, tasks = recipe.mixture.online, len(recipe.tasks)
+    if online is None or online.name != "linear_law" or tasks < 2:
+        return True
+    steps, share = online.probe_steps or PROBE_STEPS, online.probe_share or PROBE_SHARE
+    return tasks * steps < online.every and share > 1 / tasks
+
+
+def _epoch_capped(recipe: Recipe) -> bool:
+    return recipe.mixture.max_epochs is not None or any(task.max_epochs is not None for task in recipe.tasks)
+
+
 def _schedule_free(recipe: Recipe) -> bool:
     return recipe.train.optimizer.startswith("schedule_free")
 
@@ -238,6 +273,48 @@ TABLE: tuple[Row, ...] = (
         lambda r, e, n: r.sweep is not None and isinstance(r.mixture.shares, ScheduleShares),
         "trials and proposals are constant mixtures, and the recipe's own mixture changes over the run",
         "give constant shares for the sweep, or remove the sweep section"),
+    # --- mixtures that change online
+    Row("mixture.online + mixture.shares.schedule", TRAINING,
+        lambda r, e, n: r.mixture.online is not None and isinstance(r.mixture.shares, ScheduleShares),
+        "a schedule says the shares of the whole run beforehand, and mixture.online decides them on the way",
+        "give constant shares to start with, or remove mixture.online"),
+    Row("mixture.online + sweep", ("check", "mix", "run"),
+        lambda r, e, n: r.sweep is not None and r.mixture.online is not None,
+        "trials and proposals are constant mixtures, and the recipe's own mixture changes while it trains",
+        "remove mixture.online for the sweep, or remove the sweep section"),
+    Row("mixture.online + one task", TRAINING, lambda r, e, n: r.mixture.online is not None and len(r.tasks) < 2,
+        "there is nothing to choose between", "remove mixture.online"),
+    Row("mixture.online + mixture.unit: tokens + max_epochs", TRAINING,
+        lambda r, e, n: r.mixture.online is not None and r.mixture.unit == "tokens" and _epoch_capped(r),
+        "with shares of tokens nobody knows at a change how many rows the steps to come will take, and so whether "
+        "max_epochs can be kept",
+        "set mixture.unit: examples, or leave out max_epochs"),
+    Row("mixture.online + train.task_patience, weight 0", TRAINING,
+        lambda r, e, n: r.mixture.online is not None
+        and (r.train.task_patience is not None or any(task.weight == 0 for task in r.tasks)),
+        "a task that does not count in the loss (tasks.*.weight: 0, or dropped by train.task_patience) learns nothing "
+        "from its share, and would be given more and more",
+        "give it a share of 0 instead, and remove train.task_patience"),
+    Row("mixture.online.* + mixture.online.name", TRAINING, lambda r, e, n: _strange_options(r),
+        "an option belongs to another method: bandit has scale; group_dro eta, smoothing, reference; linear_law eta, "
+        "probe_steps, probe_share, ema, tokens",
+        "remove it, or set the method it belongs to"),
+    Row("mixture.online: linear_law + tasks.*.eval_data", TRAINING,
+        lambda r, e, n: _online(r, "linear_law") and bool(_without_eval(r)),
+        "the law is about held-out losses, and not every task has eval_data",
+        "give every task eval_data, or take bandit or group_dro"),
+    Row("mixture.online: linear_law + every", TRAINING, lambda r, e, n: not _probes_fit(r),
+        "a round holds one probe a task (probe_steps each) and has to go on after them; and a probe is to hold more "
+        "than an even share of its task (probe_share)",
+        "raise mixture.online.every, or lower probe_steps; probe_share: 0.75"),
+    Row("mixture.online: linear_law + train.batch_style: alternating", TRAINING,
+        lambda r, e, n: _online(r, "linear_law") and r.train.batch_style == "alternating",
+        "a probe of a few steps can't be near its mixture when each step holds one task",
+        "set train.batch_style: mixed (or unmixed), or take bandit or group_dro"),
+    Row("mixture.online + run.tune_strong", ("check", "run"),
+        lambda r, e, n: r.mixture.online is not None and r.fuse is not None and r.run.tune_strong,
+        "the strong model would choose another mixture by its own losses, and be no yardstick of the joint run",
+        "set run.tune_strong: false, or remove mixture.online"),
     Row("train.batch_style: alternating + task gradients", TRAINING,
         lambda r, e, n: r.train.batch_style == "alternating" and _compares_gradients(r),
         "a step holds one task only, so there are no gradients of several tasks to compare or mix",
@@ -326,6 +403,22 @@ TABLE: tuple[Row, ...] = (
     Row("merge.base + mtft run", ("run",), lambda r, e, n: r.merge is not None and r.merge.base is not None,
         "`mtft run` compares adapters of one base; whole models are merged by `mtft merge` alone", "run `mtft merge`"),
     # --- allowed, but likely not what was meant
+    Row("mixture.online.every + train.steps", TRAINING,
+        lambda r, e, n: r.mixture.online is not None and r.train.steps is not None
+        and max(r.mixture.online.every, r.mixture.online.warmup) >= r.train.steps,
+        "no decision falls into the run: its shares stay as they are", "lower mixture.online.every or warmup",
+        fatal=False),
+    Row("mixture.online: group_dro + reference", TRAINING,
+        lambda r, e, n: r.mixture.online is not None and r.mixture.online.name == "group_dro"
+        and r.mixture.online.reference is None,
+        "without reference losses the task with the highest loss gets all that caps and floors leave, whether it can "
+        "get better or not",
+        "set mixture.online.reference (losses, or a finished run), or mixture.caps", fatal=False),
+    Row("mixture.online.reference + loss.label_smoothing, loss.z_loss", TRAINING,
+        lambda r, e, n: r.mixture.online is not None and r.mixture.online.reference is not None
+        and bool(r.loss.label_smoothing or r.loss.z_loss),
+        "training losses hold the smoothing and the z-loss, which reference losses usually don't",
+        "give a reference that was measured in the same way", fatal=False),
     Row("merge.weights + merge.search", MERGING,
         lambda r, e, n: r.merge is not None and r.merge.search is not None and r.merge.weights is not None,
         "the search chooses the weights; those given are not used", "remove merge.weights", fatal=False),

@@ -137,7 +137,10 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
     if isinstance(shares, ScheduleShares):
         stops = tuple(stop.model_copy(update={"shares": _shares(stop.shares, base)}) for stop in shares.schedule)
         shares = ScheduleShares(schedule=stops)
-    update["mixture"] = recipe.mixture.model_copy(update={"shares": _shares(shares, base)})
+    online = recipe.mixture.online
+    if online is not None and isinstance(online.reference, str):
+        online = online.model_copy(update={"reference": _place(online.reference, base, ())})
+    update["mixture"] = recipe.mixture.model_copy(update={"shares": _shares(shares, base), "online": online})
     if recipe.lora is not None and recipe.lora.start is not None:
         update["lora"] = recipe.lora.model_copy(update={"start": _place(recipe.lora.start, base, ())})
     balancer = recipe.loss.balancer

@@ -105,6 +105,36 @@ class GroupSection(Section):
     """Largest sum of their shares."""
 
 
+class OnlineSection(Section):
+    """Shares that follow what the run shows (docs/mixing.md). Floors, caps, groups and max_epochs hold all the way."""
+
+    name: Literal["bandit", "group_dro", "linear_law"]
+    """bandit: what still has a high training loss is drawn more (ODM's EXP3); group_dro: what is above its `reference`
+    loss (DoReMi's rule); linear_law: what lowers the held-out losses of all tasks most, by probes (Aioli)."""
+    every: Annotated[int, Field(gt=0)] = 20
+    """Optimizer steps between two decisions (linear_law: the length of a round). After step s the shares of step s + 1
+    on are decided."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps at the start whose losses don't count."""
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """bandit: what a loss is divided by; smaller = bolder. null: 10, as in the paper."""
+    eta: Annotated[float, Field(gt=0)] | None = None
+    """group_dro, linear_law: step size of a decision. null: 1 for group_dro, 0.5 for linear_law."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """group_dro: part of the shares that is spread evenly at each decision. null: 1e-4."""
+    reference: dict[str, Share] | str | None = None
+    """group_dro: the loss that each task can be expected to reach, {task: nats a token}, or the folder of a finished
+    run (its held-out losses; relative to the recipe). null: 0, so the loss itself counts."""
+    probe_steps: Annotated[int, Field(gt=0)] | None = None
+    """linear_law: steps of the probe of each task, at the start of each round. null: 5."""
+    probe_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """linear_law: share of the probed task in its probe. null: 0.75."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """linear_law: part of what earlier rounds found that is kept. null: each round starts from the shares before it."""
+    tokens: Annotated[int, Field(gt=0)] | None = None
+    """linear_law: held-out tokens of a measurement, over all ranks. null: as many as a step has, at most 16384."""
+
+
 class MixtureSection(Section):
     shares: Annotated[ScheduleShares | OneMixture, IN_ORDER] = "natural"
     """Asked share of each task: a rule, a file, {task: share} adding up to 1, or a schedule of these over the run."""
@@ -121,6 +151,14 @@ class MixtureSection(Section):
     """How often any row may be seen at the most; a task's own max_epochs wins."""
     on_cap: Literal["error", "redistribute"] = "error"
     """What happens when a share asks for more epochs than allowed."""
+    online: OnlineSection | None = None
+    """Change the shares while training, by what its losses show: they begin as `shares` says, and a task of share 0
+    stays out. null: `shares` are played as they are."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether the shares change over the run."""
+        return self.online is not None or isinstance(self.shares, ScheduleShares)
 
 
 class LoraSection(Section):

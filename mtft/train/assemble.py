@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from data_mixers.chain import PlanChain
 from mtft.data.batches import BatchSource
 from mtft.data.isolation import packing_refusal
 from mtft.data.store import open_stores
@@ -32,6 +33,7 @@ from mtft.train.log import RunLog
 from mtft.train.model import compute_dtype, load_tokenizer, pad_id
 from mtft.train.noise import EmbeddingNoise, NoiseStep
 from mtft.train.objective import Objective
+from mtft.train.online import Online, in_words, make_decider
 from mtft.train.optimizers import own_optimizer
 from mtft.train.ranks import is_writer
 from mtft.train.signals import StopSignal
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from data_mixers.plan import MixturePlan
 
 
-VALID_TOKENS = 16_384  # at the most, of one measurement for a balancer that watches held-out losses
+VALID_TOKENS = 16_384  # at the most, of one measurement for what watches held-out losses
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Inputs:
     stores: Sequence[Any]
     held_out: Sequence[Any | None]
 
-    def identity(self, plan: MixturePlan) -> dict[str, str]:
+    def identity(self, plan: MixturePlan | PlanChain) -> dict[str, str]:
         """What must be the same for a run to go on."""
         return {"plan": plan.fingerprint, **{f"data of {store.task}": store.fingerprint for store in self.stores}}
 
@@ -74,7 +76,7 @@ def read_inputs(recipe: Recipe, *, eval_limit: int | None = None) -> Inputs:
 
 
 def start_folder(
-    recipe: Recipe, run_dir: Path, plan: MixturePlan, identity: dict[str, str], log: RunLog, *, fresh: bool
+    recipe: Recipe, run_dir: Path, plan: MixturePlan | PlanChain, identity: dict[str, str], log: RunLog, *, fresh: bool
 ) -> Path | None:
     """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call."""
     found: list[Any] = [None]
@@ -98,7 +100,7 @@ def start_folder(
 def build_trainer(
     recipe: Recipe,
     inputs: Inputs,
-    plan: MixturePlan,
+    plan: MixturePlan | PlanChain,
     model: Any,
     args: TrainingArguments,
     *,
@@ -140,13 +142,12 @@ def build_trainer(
         tokens=[int(store.supervised.sum()) for store in inputs.stores],
     )
 
-    valid = None
-    if balancer.needs.valid_every is not None:
-        valid = ValidStream(
+    def held_out_stream(tokens: int | None = None) -> ValidStream:
+        return ValidStream(
             inputs.held_out,
             tasks=recipe.task_names,
             # Not of the micro-batch: what is measured must not depend on how a step is split.
-            tokens=max(min(asked.batch_tokens, VALID_TOKENS), layout.max_length),
+            tokens=max(tokens or min(asked.batch_tokens, VALID_TOKENS), layout.max_length),
             max_length=layout.max_length,
             packing=layout.packing,
             pad_id=layout.pad_id,
@@ -154,6 +155,13 @@ def build_trainer(
             rank=args.process_index,
             world=args.world_size,
         )
+
+    valid = None if balancer.needs.valid_every is None else held_out_stream()
+    online = None
+    if recipe.mixture.online is not None and isinstance(plan, PlanChain):
+        measures = recipe.mixture.online.name == "linear_law"
+        stream = held_out_stream(recipe.mixture.online.tokens) if measures else None
+        online = Online(make_decider(recipe, plan), stream)
     surgery = make_surgery(
         recipe, model, gram_every=balancer.needs.gram_every, isolated=isolated, run_dir=log.run_dir, say=log.say
     )
@@ -184,6 +192,7 @@ def build_trainer(
         log=log,
         surgery=surgery,
         stopping=Stopping(recipe.task_names, asked.watch, asked.patience, asked.task_patience, asked.min_delta),
+        online=online,
         score=score,
         mezo=None if asked.mezo is None else {"epsilon": asked.mezo, "seed": recipe.seed},
         stop=stop,
@@ -207,7 +216,9 @@ def may_pack(config: Any, attention: str, *, say: Callable[[str], None]) -> bool
     return refusal is None
 
 
-def introduce(recipe: Recipe, plan: MixturePlan, trainer: MultiTaskTrainer, checkpoint: Path | None) -> None:
+def introduce(
+    recipe: Recipe, plan: MixturePlan | PlanChain, trainer: MultiTaskTrainer, checkpoint: Path | None
+) -> None:
     """Says what is derived from the recipe before the first step."""
     say = trainer.run_log.say
     trained = sum(parameter.numel() for parameter in trainable(trainer.model).values())
@@ -222,5 +233,7 @@ def introduce(recipe: Recipe, plan: MixturePlan, trainer: MultiTaskTrainer, chec
             f"  {row['task']}: share {row['asked']:.3f} asked, {row['realised']:.3f} realised, "
             f"{row['rows']} of {row['size']} rows ({row['epochs']:.2f} epochs)"
         )
+    if trainer.online is not None:
+        say(in_words(recipe, trainer.online.decider))
     if checkpoint is not None:
         say(f"goes on from {checkpoint.name}")

@@ -3,7 +3,7 @@
 Saved: trainable weights and optimizer (whole, also where ranks hold parts of them; under DeepSpeed in its own files);
 schedule and gradient scaler; the balancer; the random state of every rank; counters of skipped steps; and the run's
 identity (fingerprints of plan and data), which must be the same to go on. The data need no state: step s of the plan
-is a pure function of s.
+is a pure function of s; with mixture.online, of s and the changes so far, which are saved.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def save(trainer: MultiTaskTrainer) -> Path:
         "balancer": trainer.balancer.state_dict(),
         "gradients": trainer.surgery.state_dict(),
         "stopping": trainer.stopping.state_dict(),
+        "online": None if trainer.online is None else trainer.online.state_dict(step),
         "bad_steps": trainer.bad_steps,
         "random": random_states,
     }
@@ -117,6 +118,8 @@ def load_state(trainer: MultiTaskTrainer, folder: Path) -> None:
         trainer.accelerator.scaler.load_state_dict(tree["scaler"])
     trainer.balancer.load_state_dict(tree["balancer"])
     trainer.stopping.load_state_dict(tree["stopping"])
+    if trainer.online is not None:
+        trainer.online.load_state_dict(tree["online"])
     trainer.surgery.load_state_dict(tree["gradients"])
     trainer.bad_steps.update(tree["bad_steps"])
 

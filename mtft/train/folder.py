@@ -2,7 +2,7 @@
 
 recipe.yaml   resolved: every key written out, every path absolute; `mtft train recipe.yaml` repeats the run
 env.json      versions, machine, git commit, seed, fingerprints of the data
-plan.json     steps, examples in a step, asked and realised share of each task
+plan.json     steps, examples in a step, asked and realised share of each task (again at the end, with mixture.online)
 result.json   written last: the run is finished
 scores/       held-out scores of each example after the last step, one file a task
 """
@@ -75,16 +75,26 @@ def move_aside(run_dir: Path) -> None:
 
 def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, Any]) -> None:
     """recipe.yaml, env.json and plan.json, before the first step."""
-    from data_mixers.schedule import spans
     from mtft.recipe.load import dump_recipe
 
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / RECIPE, dump_recipe(recipe))
     kept = {"micro_batch_tokens": size} if (size := chosen_size(run_dir)) is not None else {}
     write_json(run_dir / "env.json", {**environment(), "seed": recipe.seed, "fingerprints": identity, **kept})
+    write_plan(run_dir, recipe, plan)
+
+
+def write_plan(run_dir: Path, recipe: Recipe, plan: Any) -> None:
+    """plan.json. `changes`: the shares that mixture.online has decided, each with the first step that has them."""
+    from data_mixers.chain import PlanChain
+    from data_mixers.schedule import spans
+
     tasks = {row.pop("task"): row for row in plan.table()}
     about = {"steps": plan.steps, "batch": plan.batch, "unit": plan.unit, "style": recipe.train.batch_style}
-    write_json(run_dir / "plan.json", {**about, "tasks": tasks, "spans": spans(plan)})
+    about |= {"tasks": tasks, "spans": spans(plan)}
+    if isinstance(plan, PlanChain):
+        about["changes"] = [{"from": change.first + 1, "shares": change.shares.as_dict()} for change in plan.changes]
+    write_json(run_dir / "plan.json", about)
 
 
 def chosen_size(run_dir: Path) -> int | None:

@@ -19,13 +19,20 @@ from mtft.train.ranks import is_writer
 from mtft.train.run import SCORES
 
 if TYPE_CHECKING:
+    from data_mixers.chain import PlanChain
     from data_mixers.plan import MixturePlan
     from mtft.train.assemble import Inputs
     from mtft.train.trainer import MultiTaskTrainer
 
 
 def hand_over(
-    recipe: Recipe, inputs: Inputs, plan: MixturePlan, trainer: MultiTaskTrainer, *, begin: float, prove: bool
+    recipe: Recipe,
+    inputs: Inputs,
+    plan: MixturePlan | PlanChain,
+    trainer: MultiTaskTrainer,
+    *,
+    begin: float,
+    prove: bool,
 ) -> None:
     """Export, proof, final scores, card; result.json comes last. A collective call."""
     run_dir, steps = Path(recipe.output.dir), trainer.state.global_step
@@ -56,6 +63,7 @@ def hand_over(
             content |= {"ended": trainer.stopping.ended, "dropped_tasks": trainer.stopping.dropped}
             if recipe.model.quantise != "none":
                 content["unquantised_base"] = unquantised
+            folder.write_plan(run_dir, recipe, plan)  # a mixture that changed online: what came of it
             folder.write_json(run_dir / folder.RESULT, finite(content))
     if dist.is_initialized():
         dist.barrier()

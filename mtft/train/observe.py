@@ -16,6 +16,7 @@ from mtft.train.averaged import evaluation_weights
 from mtft.train.tree import random_state, restore_random_state
 
 if TYPE_CHECKING:
+    from mtft.losses.valid import ValidStream
     from mtft.train.trainer import MultiTaskTrainer
 
 
@@ -37,11 +38,12 @@ def global_losses(
     return task_losses(reduce_sums(parts, K, device=device), counts, trainer.objective.normalise)
 
 
-def valid_losses(trainer: MultiTaskTrainer, step: int) -> Tensor:
-    """Losses of the small held-out stream (`mtft.losses.valid`), in evaluation mode."""
-    if trainer.objective.valid is None:
+def valid_losses(trainer: MultiTaskTrainer, step: int, stream: ValidStream | None = None) -> Tensor:
+    """Losses of a small held-out stream (`mtft.losses.valid`; None: the balancer's), in evaluation mode."""
+    stream = stream or trainer.objective.valid
+    if stream is None:
         raise ValueError(f"balancer {trainer.balancer.NAME} needs a held-out stream")
-    batches = [batch.to(trainer.args.device) for batch in trainer.objective.valid.batches(step)]
+    batches = [batch.to(trainer.args.device) for batch in stream.batches(step)]
     with evaluation_weights(trainer.optimizer), evaluation_mode(trainer.model_wrapped):
         return global_losses(trainer, trainer.model_wrapped, batches)
 

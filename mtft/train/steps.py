@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from mtft.data.batch import Batch
 
 if TYPE_CHECKING:
+    from data_mixers.chain import PlanChain
     from data_mixers.plan import MixturePlan
     from mtft.data.batches import BatchSource
 
@@ -31,7 +32,7 @@ class Steps(Dataset):
     until  number of steps after which the run ends, where that is earlier than the plan does
     """
 
-    def __init__(self, source: BatchSource, plan: MixturePlan) -> None:
+    def __init__(self, source: BatchSource, plan: MixturePlan | PlanChain) -> None:
         self.source, self.plan = source, plan
         self.until: int | None = None
 

@@ -44,6 +44,7 @@ from mtft.train.log import RunLog, flat, step_line
 from mtft.train.mezo import two_passes
 from mtft.train.objective import Objective
 from mtft.train.observe import global_losses, valid_losses
+from mtft.train.online import Online
 from mtft.train.ranks import check_ranks
 from mtft.train.signals import StopSignal
 from mtft.train.steps import Steps
@@ -60,6 +61,7 @@ class MultiTaskTrainer(Trainer):
     score       model -> scores of each task on its held-out examples, over all ranks; None: no evaluation
     log         where metrics go (silent on all ranks but one)
     stopping    what held-out losses decide: tasks that are dropped (weight 0), the end of the run
+    online      changes the mixture of the steps to come; None: never
     mezo        {epsilon, seed}: two forward passes in place of the backward pass (mtft.train.mezo)
     stop        SIGTERM/SIGINT seen by any rank ends the run after the step, with a checkpoint
     identity    what a checkpoint must agree on to be continued (fingerprints), kept with it
@@ -82,6 +84,7 @@ class MultiTaskTrainer(Trainer):
         log: RunLog,
         surgery: Surgery | None = None,
         stopping: Stopping | None = None,
+        online: Online | None = None,
         score: Callable[[nn.Module], dict[str, TaskScores]] | None = None,
         stop: StopSignal | None = None,
         identity: dict[str, Any] | None = None,
@@ -105,7 +108,7 @@ class MultiTaskTrainer(Trainer):
         self._trouble: str | None = None
         self.surgery = surgery or Surgery(model, tasks)
         self.stopping = stopping or Stopping(tasks)
-        self.mezo = mezo
+        self.online, self.mezo = online, mezo
         if balancer.needs.gram_every != self.surgery.gram_every:
             raise ValueError(
                 f"balancer {balancer.NAME} needs the task gradients every {balancer.needs.gram_every} steps"
@@ -125,7 +128,8 @@ class MultiTaskTrainer(Trainer):
             batch_size=1,
             shuffle=False,
             collate_fn=_only,
-            num_workers=self.args.dataloader_num_workers,
+            # Workers fetch ahead, and a mixture that changes online would come too late.
+            num_workers=0 if self.online is not None else self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
 
@@ -206,6 +210,9 @@ class MultiTaskTrainer(Trainer):
                 self._line["balancer"] = figures
         else:
             self._line["skipped"] = self._trouble
+        if self.online is not None:
+            parts = [values["share"] for values in self._line["tasks"].values()]
+            self._line |= self.online.step(self, self.state.global_step, None if self._trouble else loss_K, parts)
         self._bad.note(self._trouble)
         seconds = time.perf_counter() - self._clock
         self._line |= {"seconds": seconds, "tokens_per_second": self._line["tokens"] / seconds}

@@ -48,6 +48,34 @@ CASES = {
         "mix",
         ["mixture.shares={schedule: [{at: 0, shares: uniform}, {at: 1, shares: natural}]}"],
     ),
+    "mixture.online + mixture.shares.schedule": (
+        "train",
+        ["mixture.online={name: bandit}", "mixture.shares={schedule: [{at: 0, shares: uniform}]}"],
+    ),
+    "mixture.online + sweep": ("run", ["mixture.online={name: bandit}", "run.tune_strong=false"]),
+    "mixture.online + one task": (
+        "train",
+        ["tasks=[{name: sum, data: data/sum.jsonl}]", "mixture={online: {name: bandit}}", "sweep=null"],
+    ),
+    "mixture.online + mixture.unit: tokens + max_epochs": (
+        "train",
+        ["mixture.online={name: bandit}", "mixture.unit=tokens"],
+    ),
+    "mixture.online + train.task_patience, weight 0": (
+        "train",
+        ["mixture.online={name: bandit}", "tasks.sum.weight=0"],
+    ),
+    "mixture.online.* + mixture.online.name": ("train", ["mixture.online={name: bandit, eta: 1}"]),
+    "mixture.online: linear_law + tasks.*.eval_data": (
+        "train",
+        ["mixture.online={name: linear_law}", "tasks.sum.eval_data="],
+    ),
+    "mixture.online: linear_law + every": ("train", ["mixture.online={name: linear_law, every: 10}"]),
+    "mixture.online: linear_law + train.batch_style: alternating": (
+        "train",
+        ["mixture.online={name: linear_law}", "train.batch_style=alternating"],
+    ),
+    "mixture.online + run.tune_strong": ("run", ["mixture.online={name: bandit}", "sweep=null"]),
     "train.batch_style: alternating + weight 0": ("train", ["train.batch_style=alternating", "tasks.sum.weight=0"]),
     "train.batch_style: alternating + task gradients": (
         "train",
@@ -104,6 +132,12 @@ CASES = {
     "merge.base + mtft run": ("run", ["merge.base=model", "merge.adapters=[a, b]"]),
 }
 WARNINGS = {
+    "mixture.online.every + train.steps": ("train", ["mixture.online={name: bandit, every: 100}"]),
+    "mixture.online: group_dro + reference": ("train", ["mixture.online={name: group_dro}"]),
+    "mixture.online.reference + loss.label_smoothing, loss.z_loss": (
+        "train",
+        ["mixture.online={name: group_dro, reference: {sum: 1.2, sql.v1: 0.8}}", "loss.label_smoothing=0.1"],
+    ),
     "tasks.*.eval_data": ("train", ["tasks.sum.eval_data="]),
     "train.micro_batch_tokens + train.batch_tokens": ("train", [], Engine(ranks=64)),
     "train.min_lr + train.schedule": ("train", ["train.min_lr=0.1", "train.schedule=constant"]),

@@ -20,6 +20,15 @@ def test_values_and_defaults(folder):
         recipe.seed = 3  # frozen
 
 
+def test_a_reference_run_is_relative_to_the_recipe_and_must_be_finished(folder):
+    online = "mixture.online={name: group_dro, reference: runs/before}"
+    error = folder.error(online)
+    place = folder.root / "runs" / "before" / "scores"
+    assert error.what == f"mixture.online.reference names no finished run: there is no {place}"
+    place.mkdir(parents=True)
+    assert folder.load(online).mixture.online.reference == str(place.parent)
+
+
 def test_inputs_are_relative_to_the_recipe_and_outputs_to_the_working_directory(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (folder.root / "local").mkdir()
@@ -168,6 +177,35 @@ key mixture.shares.schedule.0.shares.sun
 error: mixture.shares.shedule names a task that is not there: 'shedule'
   where: command line, override 'mixture.shares={shedule: [{at: 0, shares: natural}]}', key mixture.shares.shedule
   do:    did you mean schedule?""",
+    ),
+    "misspelt online method": (
+        ["mixture.online.name=group_dr"],
+        """\
+error: mixture.online.name is the text 'group_dr', and must be one of bandit, group_dro, linear_law
+  where: command line, override 'mixture.online.name=group_dr', key mixture.online.name
+  do:    did you mean group_dro?""",
+    ),
+    "misspelt online option": (
+        ["mixture.online={name: linear_law, probe_step: 4}"],
+        """\
+error: 'probe_step' is not a key of mixture.online
+  where: command line, override 'mixture.online={name: linear_law, probe_step: 4}', key mixture.online.probe_step
+  do:    did you mean probe_steps?""",
+    ),
+    "reference of a task that is not there": (
+        ["mixture.online={name: group_dro, reference: {sun: 1.2, sql.v1: 1}}"],
+        """\
+error: mixture.online.reference.sun names a task that is not there: 'sun'
+  where: command line, override 'mixture.online={name: group_dro, reference: {sun: 1.2, sq...', \
+key mixture.online.reference.sun
+  do:    did you mean sum?""",
+    ),
+    "reference without a task": (
+        ["mixture.online={name: group_dro, reference: {sum: 1.2}}"],
+        """\
+error: mixture.online.reference has no loss for sql.v1
+  where: command line, override 'mixture.online={name: group_dro, reference: {sum: 1.2}}', key mixture.online.reference
+  do:    give every task one""",
     ),
     "stops out of order": (
         ["mixture.shares={schedule: [{at: 0.5, shares: natural}, {at: 0, shares: uniform}]}"],

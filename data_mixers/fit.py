@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+from threadpoolctl import threadpool_limits
 
 from .errors import MixError
 from .hopeless import completed
@@ -173,6 +174,7 @@ class Fits:
         return "\n\n".join(fitted.text() for fitted in self.targets.values())
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # matrices this small: more threads spin, up to 20 x the CPU time
 def fit(
     trials: TrialLedger | Sequence[Record],
     targets: Sequence[str] | Literal["all"] = "all",
@@ -261,9 +263,18 @@ def fit_csv(
 
 
 def predict_csv(
-    fits: Fits, mixtures_csv: str | Path, out_csv: str | Path, *, index: str | None = None, level: float = 0.9
+    fits: Fits,
+    mixtures_csv: str | Path,
+    out_csv: str | Path,
+    *,
+    index: str | None = None,
+    level: float = 0.9,
+    scale: Literal["auto", "as_fitted"] = "as_fitted",
 ) -> int:
-    """Predict the rows of a mixtures CSV; write `index, <target>, <target>_lower, <target>_upper`. Returns the rows."""
+    """Predict the rows of a mixtures CSV; write `index, <target>, <target>_lower, <target>_upper`. Returns the rows.
+
+    scale: "auto" looks at how the mixtures are drawn (scale.for_mixtures); "as_fitted" takes the fits as they are.
+    """
     table = read_table(mixtures_csv, index)
     check_names(table.columns, fits.names, where=str(mixtures_csv))
     rows = table.values[:, [table.columns.index(name) for name in fits.names]]
@@ -272,7 +283,12 @@ def predict_csv(
             raise MixError(
                 f"row {key}: the shares add up to {row.sum():.6g}", where=str(mixtures_csv), do="shares >= 0, sum 1"
             )
-    predictions = fits.predict(shares(rows, renormalise=False), level=level)
+    rows = shares(rows, renormalise=False)
+    if scale == "auto":
+        from .scale import for_mixtures
+
+        fits = for_mixtures(fits, rows, where=str(mixtures_csv))
+    predictions = fits.predict(rows, level=level)
     with open(out_csv, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([table.index_name, *(name + end for name in fits.targets for end in ("", "_lower", "_upper"))])

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+from threadpoolctl import threadpool_limits
 
 from . import verdict as verdicts
 from .bounds import Bounds
@@ -127,6 +128,7 @@ def standardised(fits: Fits, rows: Floats) -> Floats:
     return np.stack(out)
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # as in fit
 def propose(
     fits: Fits,
     objective: Objective = "mean",

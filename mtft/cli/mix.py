@@ -136,8 +136,14 @@ def mix_fit(
     ] = None,
     large_scores: Annotated[Path | None, typer.Option(help="CSV: the large runs' scores.")] = None,
     other_scale: Annotated[
-        bool, typer.Option("--other-scale", help="Predictions rank runs of another scale, of which none is there.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--other-scale/--same-scale",
+            help="Predictions are for larger runs, or for runs like the trials. Default: larger, if the mixtures are "
+            "drawn unlike the trials.",
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first N trials.")] = None,
     seed: Annotated[int, typer.Option(help="Makes the whole fit reproducible.")] = 0,
     cv: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
@@ -161,14 +167,15 @@ def mix_fit(
         targets = "all" if target == ["all"] else target
         found = fit_csv(
             mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv,
-            other_scale=other_scale and large_mixtures is None,
+            other_scale=bool(other_scale) and large_mixtures is None,
         )  # fmt: skip
         say_few(found)
         if large_mixtures is not None and large_scores is not None:
             found = large_runs(found, large_mixtures, large_scores, index=index, goal=goal)
         typer.echo(found.text())
         if predict is not None and out is not None:
-            rows = predict_csv(found, predict, out, index=index)
+            unsaid = other_scale is None and large_mixtures is None
+            rows = predict_csv(found, predict, out, index=index, scale="auto" if unsaid else "as_fitted")
             say(f"{rows} predictions in {out}")
 
 

@@ -1,12 +1,14 @@
 """The slope's formula by hand; a planted scale change is undone; Pile-CC at 1B from 1M trials (bar C)."""
 
+import warnings
+
 import numpy as np
 import pytest
 
 from data_mixers import MixError
 from data_mixers.fit import fit
 from data_mixers.ledger import Record
-from data_mixers.scale import fit_scale, for_other_scale, predict_large
+from data_mixers.scale import fit_scale, for_mixtures, for_other_scale, predict_large
 from data_mixers.surrogates.stack import spearman
 from tests.data_mixers.published import columns, matrix, subset
 
@@ -67,6 +69,27 @@ def test_pile_cc_at_1b_from_128_trials_by_a_law():
         assert list(law.candidates) in (["exp"], ["power"])
         figures.append(spearman(law.mean(large_X), large))
     assert np.mean(figures) >= 98.5
+
+
+def test_mixtures_that_are_not_drawn_as_the_trials_are_ranked_by_a_law():
+    X, y = matrix("regmix/train_mixture_1m.csv"), columns("regmix/train_loss_1m.csv")["pile_cc"]
+    rows = [
+        Record(
+            trial=str(i), status="done", mixture=dict(zip(map(str, range(17)), X[i], strict=True)), scores={"y": y[i]}
+        )
+        for i in subset(0, 128)
+    ]
+    fits = fit(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert for_mixtures(fits, matrix("regmix/test_mixture_1m.csv")) is fits
+        assert for_mixtures(fits, matrix("regmix/test_mixture_1B_first32.csv")[:7]) is fits
+    large_X, large = matrix("regmix/test_mixture_1B_first32.csv"), columns("regmix/test_loss_1B_first32.csv")["pile_cc"]
+    with pytest.warns(UserWarning, match=r"new.csv: .* a law ranks them: y \(power\)"):
+        law = for_mixtures(fits, large_X, where="new.csv")
+    assert spearman(law.predict(large_X)["y"].mean, large) >= 98.5
+    chosen = fit(rows, surrogate="linear")
+    assert for_mixtures(chosen, large_X)["y"] is chosen["y"]  # what the user chose stays
 
 
 def test_a_law_is_taken_only_where_it_ranks_the_trials():

@@ -6,13 +6,15 @@ import difflib
 
 from ..errors import MixError
 from .base import PointSurrogate, Prediction, Surrogate
+from .bimix import BiMix
 from .gp import GaussianProcess
-from .laws import ExpLaw, PowerLaw
+from .laws import ExpLaw, Law, PowerLaw
 from .lightgbm import LightGBM, RegMix
 from .linear import Linear
 from .mlp import MLP
 from .ridge import Ridge
 from .stack import CandidateScore, Stack
+from .transfer import TransferLaw
 from .warped import WarpedGP
 
 SURROGATES: dict[str, type[PointSurrogate]] = {
@@ -23,6 +25,8 @@ SURROGATES: dict[str, type[PointSurrogate]] = {
     "mlp": MLP,
     "exp": ExpLaw,
     "power": PowerLaw,
+    "bimix": BiMix,
+    "transfer": TransferLaw,
     "gp": GaussianProcess,
     "warped": WarpedGP,
     "stack": Stack,
@@ -42,8 +46,7 @@ def candidates_of(surrogate: str, *, goal: str, n: int) -> dict[str, PointSurrog
     if surrogate in ("auto", "stack"):
         return {
             "ridge": Ridge(),
-            "exp": ExpLaw(goal=goal),
-            "power": PowerLaw(goal=goal),
+            "transfer": TransferLaw(goal=goal),
             "trees": LightGBM(trees=300, learning_rate=0.03),  # a third of RegMix's cost, the same curve
             "gp tied": GaussianProcess(transform="quarter", noise=None, tied=0.1),
             "gp loose": GaussianProcess(transform="quarter", noise=None, tied=0.4),
@@ -65,12 +68,13 @@ def candidates_of(surrogate: str, *, goal: str, n: int) -> dict[str, PointSurrog
             do=f"one of: auto, {', '.join(SURROGATES)}",
         )
     kind = SURROGATES[surrogate]
-    return {surrogate: kind(goal=goal) if issubclass(kind, ExpLaw | PowerLaw | WarpedGP) else kind()}
+    return {surrogate: kind(goal=goal) if issubclass(kind, Law | WarpedGP) else kind()}
 
 
 __all__ = [
     "MLP",
     "SURROGATES",
+    "BiMix",
     "CandidateScore",
     "ExpLaw",
     "GaussianProcess",
@@ -83,6 +87,7 @@ __all__ = [
     "Ridge",
     "Stack",
     "Surrogate",
+    "TransferLaw",
     "WarpedGP",
     "candidates_of",
 ]

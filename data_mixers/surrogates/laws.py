@@ -20,17 +20,22 @@ from scipy.optimize import minimize
 from .base import Floats, PointSurrogate
 
 Objective = Callable[[Floats], tuple[float, Floats]]
+BEYOND = 0.25  # of the range of the trials' scores
 
 
 @dataclass
-class _Law(PointSurrogate):
-    SHARED: ClassVar[int]  # entries of theta before those per task
-    UNUSED: ClassVar[float]  # entry of a task that no trial uses
+class Law(PointSurrogate):
+    """Base of the laws. theta = SHARED entries, then one block of K entries for each value of UNUSED."""
+
+    SHARED: ClassVar[int]
+    UNUSED: ClassVar[tuple[float, ...]]  # of each block: the entry of a task that no trial uses
     goal: Literal["min", "max"] = "min"
 
     _theta: Floats | None = field(init=False, repr=False, default=None)
     _map: tuple[float, float] = field(init=False, repr=False, default=(0.0, 1.0))  # y = shift + scale * y'
     _start: Floats | None = field(init=False, repr=False, default=None)
+    _worst: float = field(init=False, repr=False, default=0.0)  # of the trials, in units of y'
+    _range: float = field(init=False, repr=False, default=0.0)
 
     def refit(self, X: Floats, y: Floats, groups: NDArray[np.int64], tau: Floats | None, weights: Floats) -> Self:
         model = self.clone()
@@ -43,9 +48,12 @@ class _Law(PointSurrogate):
         unit = 1.0 if 0.02 <= spread <= 5 else spread  # the starts below are meant for losses; other units are scaled
         self._map = (0.0, unit) if self.goal == "min" else (float(y.max()) + spread, -unit)
         loss = (y - self._map[0]) / self._map[1]
+        self._worst, self._range = float(loss.max()), float(np.ptp(loss))
         weight = weights / weights.sum()
         used = np.flatnonzero(X.max(axis=0) > 0)  # a task that no trial uses has no part in the search
-        inner = np.r_[np.arange(self.SHARED), self.SHARED + used]
+        K = X.shape[1]
+        blocks = [self.SHARED + number * K + used for number in range(len(self.UNUSED))]
+        inner = np.r_[np.arange(self.SHARED), *blocks]
         X = X[:, used]
         objective = self._objective(X, loss, weight / float(loss.var()))
         starts = self._starts(X, loss) if self._start is None else [self._start[inner]]
@@ -56,12 +64,14 @@ class _Law(PointSurrogate):
             )
             if best is None or found.fun < best.fun:
                 best = found
-        self._theta = np.full(self.SHARED + len(self._data["X"][0]), self.UNUSED)
+        self._theta = np.r_[np.zeros(self.SHARED), np.repeat(self.UNUSED, K)]
         self._theta[inner] = best.x
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         X = X if tau is None else X * tau[:, None]
-        return self._map[0] + self._map[1] * self._law(self._theta, X)
+        # A power of an amount near 0 may grow without bound: no mixture is predicted far worse than the worst trial.
+        worst = self._worst + BEYOND * self._range
+        return self._map[0] + self._map[1] * np.minimum(self._law(self._theta, X), worst)
 
     def _law(self, theta: Floats, X: Floats) -> Floats:
         raise NotImplementedError
@@ -77,12 +87,12 @@ class _Law(PointSurrogate):
 
 
 @dataclass
-class ExpLaw(_Law):
+class ExpLaw(Law):
     """y = c + exp(b + t.x); minimises mean squared error / var(y) + 1e-4 |t|^2. theta = [c, b, t]."""
 
     name: ClassVar[str] = "exp"
     SHARED: ClassVar[int] = 2
-    UNUSED: ClassVar[float] = 0.0
+    UNUSED: ClassVar[tuple[float, ...]] = (0.0,)
 
     def _law(self, theta: Floats, X: Floats) -> Floats:
         return theta[0] + np.exp(np.clip(theta[1] + X @ theta[2:], -20, 5))
@@ -119,12 +129,12 @@ class ExpLaw(_Law):
 
 
 @dataclass
-class PowerLaw(_Law):
+class PowerLaw(Law):
     """y = c + A (e0 + s.x)^-a; penalty 1e-3 sum (log s + 3)^2. theta = [c, log A, log a, log e0, log s]."""
 
     name: ClassVar[str] = "power"
     SHARED: ClassVar[int] = 4
-    UNUSED: ClassVar[float] = -3.0
+    UNUSED: ClassVar[tuple[float, ...]] = (-3.0,)
 
     def _law(self, theta: Floats, X: Floats) -> Floats:
         base = np.exp(theta[3]) + X @ np.exp(theta[4:])

@@ -44,7 +44,7 @@ def test_fit_prints_every_surrogate_by_cross_validation(trials, capsys):
     code, out, _ = mix(capsys, "fit", *FILES, "--target", "loss", "--cv", "4")
     assert code == 0
     table = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
-    assert {"surrogate", "ridge", "exp", "power", "trees", "gp", "auto"} <= set(table)
+    assert {"surrogate", "ridge", "transfer", "trees", "gp", "auto"} <= set(table)
     assert table["surrogate"].split() == ["surrogate", "CV", "rho", "CV", "R2", "cover", "weight"]
     name, rho, r2, cover = table["auto"].split()
     assert float(rho) > 90

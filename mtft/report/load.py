@@ -37,6 +37,18 @@ class TrainRun:
         return _curve(self.evals, task, key)
 
     @property
+    def share_curves(self) -> dict[str, tuple[list[int], list[float]]]:
+        """Steps and asked share of each task, as a staircase, where mixture.online has changed it; else {}."""
+        changes = [*self.plan.get("changes", []), *(line["mixture"] for line in self.steps if "mixture" in line)]
+        found = {change["from"]: change["shares"] for change in changes if "shares" in change}
+        if len(found) < 2:
+            return {}
+        firsts = sorted(found)
+        ends = [*firsts[1:], max(firsts[-1], self.steps[-1]["step"] if self.steps else 0)]
+        x = [at for first, end in zip(firsts, ends, strict=True) for at in (first, end)]
+        return {task: (x, [found[first].get(task, 0.0) for first in firsts for _ in "ab"]) for task in found[firsts[0]]}
+
+    @property
     def tokens_per_second(self) -> float | None:
         """Tokens of all steps by their seconds; the first step, which warms up, is left out when there are more."""
         lines = [line for line in self.steps if line.get("tokens") and line.get("seconds")]

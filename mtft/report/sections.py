@@ -116,6 +116,8 @@ def _training_plots(train: TrainRun) -> list[Plot]:
     values = [value for _, y in weights.values() for value in y]
     if values and max(values) - min(values) > 1e-9:
         out.append(Plot("Weight of each task in the loss", plots.lines(weights, ylabel="weight")))
+    if shares := train.share_curves:
+        out.append(Plot("Share of each task, as mixture.online decided", plots.lines(shares, ylabel="share")))
     return out
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from mtft.errors import UserError
 from mtft.report.load import load_run
-from mtft.report.page import write_report
+from mtft.report.page import render, write_report
 
 TASKS = ("sql", "sum<b>")  # a name that would break a page that does not escape
 
@@ -173,3 +173,25 @@ def test_two_runs_on_one_page(run_dir, tmp_path):
     page = write_report([run_dir, run_dir / "train" / "joint"], tmp_path / "both.html")
     words = parse(page)
     assert words.count("Throughput") == 2
+
+
+def test_shares_that_changed_online_are_drawn(run_dir):
+    """A staircase from what the run began with, also of a run that was cut before plan.json said what came of it."""
+    assert load_run(run_dir).trains[0].share_curves == {}
+    assert "mixture.online" not in render([load_run(run_dir)])
+    folder = run_dir / "train" / "joint"
+    plan, steps = json.loads((folder / "plan.json").read_text()), (folder / "metrics.jsonl").read_text().splitlines()
+    decided = [(6, {TASKS[0]: 0.2, TASKS[1]: 0.8}), (11, {TASKS[0]: 0.1, TASKS[1]: 0.9})]
+    for at, shares in decided:
+        steps[at - 2] = json.dumps({**json.loads(steps[at - 2]), "mixture": {"from": at, "shares": shares}})
+    steps[14] = json.dumps({**json.loads(steps[14]), "mixture": {"from": 16, "notes": ["the shares stay as they are"]}})
+    start = {"from": 1, "shares": {TASKS[0]: 0.5, TASKS[1]: 0.5}}
+    whole = [start, *({"from": at, "shares": shares} for at, shares in decided)]
+    write(folder / "metrics.jsonl", "\n".join(steps) + "\n")
+    for changes in ([start], whole):
+        write(folder / "plan.json", {**plan, "changes": changes})
+        run = load_run(run_dir)
+        x, y = run.trains[0].share_curves[TASKS[1]]
+        assert x == [1, 6, 6, 11, 11, 20]
+        assert y == [0.5, 0.5, 0.8, 0.8, 0.9, 0.9]
+        assert render([run]).count("Share of each task, as mixture.online decided") == 1

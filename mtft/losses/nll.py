@@ -14,7 +14,7 @@ Labels are aligned (the token to predict *from* a position), so nothing is shift
 from __future__ import annotations
 
 import inspect
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -39,9 +39,22 @@ def resolve_path(path: str) -> Literal["gather", "fused"]:
         return "gather"
     if path not in ("gather", "fused"):
         raise UserError(f"unknown loss path {path!r}", where="loss.path", do="use auto, gather or fused")
-    if path == "fused" and find_spec("trl") is None:
-        raise UserError("the fused loss path needs trl", where="loss.path", do="pip install trl, or loss.path=gather")
+    if path == "fused" and not _has_fused_head():
+        raise UserError(
+            "the fused loss path needs trl 1.15 or newer",
+            where="loss.path",
+            do="pip install 'trl>=1.15', or set gather",
+        )
     return path
+
+
+def _has_fused_head() -> bool:
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        return False
+    major, minor, *_ = found.split(".")
+    return (int(major), int(minor)) >= (1, 15)
 
 
 def add_fused_head(model: PreTrainedModel) -> None:

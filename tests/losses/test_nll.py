@@ -148,6 +148,13 @@ def test_peft_is_seen_through():
     assert largest.elements < batch.labels_BT.numel() * 4001
 
 
+@pytest.mark.parametrize("found", ["1.14.2", "0.29.1"])
+def test_an_old_trl_has_no_fused_head(monkeypatch, found):
+    monkeypatch.setattr("mtft.losses.nll.version", lambda name: found)
+    with pytest.raises(UserError, match=r"needs trl 1\.15"):
+        resolve_path("fused")
+
+
 def test_resolve_path():
     assert resolve_path("auto") == "gather"
     assert resolve_path("gather") == "gather"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lm_eval.api.registry import register_model
@@ -30,8 +30,7 @@ AUTO_BATCH = 8
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # (cache key, context ids, continuation ids)
 
 
-@register_model("mtft_fused")
-class FusedLM(HFLM):
+class FusedLM(cast("type[Any]", HFLM)):  # the decorator that registers HFLM hides its type, as it would hide ours
     """A fused model for lm-eval. Options: FusionSpec's, strong, base, adapter (A+B for two), quantization."""
 
     def __init__(
@@ -95,9 +94,9 @@ class FusedLM(HFLM):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             for i, answer in zip(batch, self._score([requests[i] for i in batch]), strict=True):
-                answers[i] = answer
-                if requests[i][0] is not None:  # None: part of a rolling score, which is cached as a whole
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+                answers[i], key = answer, requests[i][0]
+                if key is not None:  # None: part of a rolling score, which is cached as a whole
+                    self.cache_hook.add_partial("loglikelihood", key, answer)
         return answers
 
     def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
@@ -113,6 +112,9 @@ class FusedLM(HFLM):
         wanted_BL = wanted_BL.bool().to(self.device)
         greedy_B = (score.greedy_BL | ~wanted_BL).all(-1)
         return list(zip(score.logprob_BL.sum(-1).tolist(), greedy_B.tolist(), strict=True))
+
+
+register_model("mtft_fused")(FusedLM)
 
 
 def run_lm_eval(

@@ -253,10 +253,10 @@ def direct(fused: FusedCausalLM, request: Request) -> Tensor | GenerateDecoderOn
 
 def process(request: Request, rows: list[int], ids_NL: Tensor, scores_NV: Tensor) -> Tensor:
     """The logits processors on some of the rows. They may write into scores_NV."""
-    processors = request.processors
-    if len(rows) != len(request.ids_BL) or rows != sorted(set(rows)):
-        processors = LogitsProcessorList(_for_rows(processor, rows) for processor in processors)
-    return processors(ids_NL, scores_NV)
+    if len(rows) == len(request.ids_BL) and rows == sorted(set(rows)):
+        return request.processors(ids_NL, scores_NV)
+    some: Any = LogitsProcessorList(_for_rows(processor, rows) for processor in request.processors)
+    return some(ids_NL, scores_NV)
 
 
 def _for_rows(processor: hf.LogitsProcessor, rows: list[int]) -> hf.LogitsProcessor:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .cache import new_cache
 from .rows import RowsLayout
 
 
@@ -36,7 +37,7 @@ class Side:
     ) -> None:
         self.model, self.groups, self.layout = model, tuple(groups), layout
         self.width, self.known, self.substitute = width, known, substitute
-        self.cache: Any = DynamicCache(config=model.config)  # its layers differ by model; we use keys and values
+        self.cache: Any = new_cache(model)  # its layers differ by model; we use keys and values
         self.mask_BC: Any = None  # a Tensor after the first read; 1 = a token, 0 = padding or a rejected draft
         self.holes = False  # any zero in mask_BC
 
@@ -138,7 +139,7 @@ class Side:
         rows = self.mask_BC.shape[0]
         self.groups = (*self.groups[:at], *other.groups, *self.groups[at:])
         pairs = iter([(layer.keys, layer.values) for layer in other.cache.layers])
-        cache = DynamicCache(config=self.model.config)
+        cache = new_cache(self.model)
         for index, layer in enumerate(self.cache.layers):
             both = zip((layer.keys, layer.values), next(pairs), strict=True)
             keys, values = (torch.cat([x[: at * rows], y, x[at * rows :]]) for x, y in both)
@@ -149,7 +150,7 @@ class Side:
         """Take in the prompts of another side of the same model and groups, behind left padding where needed."""
         length = max(self.length, other.length)
         both = [F.pad(side.mask_BC, (length - side.length, 0)) for side in (self, other)]
-        cache = DynamicCache(config=self.model.config)
+        cache = new_cache(self.model)
         layers: list[Any] = list(zip(self.cache.layers, other.cache.layers, strict=True))
         for index, (mine, theirs) in enumerate(layers):
             grown = []
@@ -166,9 +167,9 @@ class Side:
         twin.mask_BC, twin.holes = self.mask_BC, self.holes
         return twin
 
-    def _replace_cache(self, change: Callable[[Tensor], Tensor], source: DynamicCache | None = None) -> None:
+    def _replace_cache(self, change: Callable[[Tensor], Tensor], source: Any = None) -> None:
         """A new cache with `change` applied to all keys and values [rows, heads, columns, width]."""
-        cache = DynamicCache(config=self.model.config)
+        cache = new_cache(self.model)
         for index, layer in enumerate((source or self.cache).layers):
             cache.update(change(layer.keys), change(layer.values), index)
         self.cache = cache

@@ -7,20 +7,24 @@ taken for each target whose small trials it ranks.
 
 from __future__ import annotations
 
+import csv
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from .bounds import Bounds
 from .errors import MixError
-from .fit import Fits
+from .fit import Fits, Goal, fit
 from .ledger import TrialLedger
-from .mixture import Mixture, check_names, uniform
+from .mixture import SUM_TOLERANCE, Mixture, check_names, uniform
 from .propose import Objective, Proposal, propose
-from .scale import ScaledFits, calibrate
+from .scale import ScaledFits, calibrate, for_mixtures, for_other_scale
+from .surrogates.base import shares
+from .tables import Table, check_rows, read_shares_csv, read_shares_yaml, read_table
 
 FEW = 8  # trials; below it intervals and weights rest on next to nothing
 
@@ -46,6 +50,71 @@ def parse_limits(entries: Sequence[str], option: str) -> dict[str, float]:
             raise MixError(f"{option} {name} twice", where="command line", do="give each task one limit")
         limits[name] = value
     return limits
+
+
+def fit_csv(
+    mixtures_csv: str | Path,
+    scores_csv: str | Path,
+    targets: Sequence[str] | Literal["all"] = "all",
+    *,
+    index: str | None = None,
+    goal: Mapping[str, Goal] | Goal | None = "min",
+    surrogate: str = "auto",
+    cv: int = 5,
+    limit: int | None = None,
+    seed: int = 0,
+    level: float = 0.9,
+    other_scale: bool = False,
+) -> Fits:
+    """fit on trials from two CSV files joined on `index` (see TrialLedger.from_csv). other_scale: the fits are to rank
+    runs of another scale than the trials' (scale.for_other_scale: a law instead of the stack, where it may be taken).
+    """
+    ledger = TrialLedger.from_csv(mixtures_csv, scores_csv, index, goal)
+    if targets != "all":
+        for target in targets:
+            if target not in ledger.targets:
+                check_names([*ledger.targets, target], ledger.targets, where=str(scores_csv), kind="target")
+    fits = fit(ledger, targets, surrogate, goal=goal, cv=cv, limit=limit, seed=seed, level=level)
+    return for_other_scale(fits) if other_scale else fits
+
+
+def mixtures_to_predict(path: str | Path, names: Sequence[str], *, index: str | None = None) -> Table:
+    """The mixtures of a CSV over the tasks `names` (in the file's order), each row checked."""
+    table = read_table(path, index)
+    check_names(table.columns, names, where=str(path))
+    check_rows(table, SUM_TOLERANCE)
+    return table
+
+
+def predict_csv(
+    fits: Fits,
+    mixtures_csv: str | Path,
+    out_csv: str | Path,
+    *,
+    index: str | None = None,
+    level: float = 0.9,
+    scale: Literal["auto", "as_fitted"] = "as_fitted",
+) -> int:
+    """Predict the rows of a mixtures CSV; write `index, <target>, <target>_lower, <target>_upper`. Returns the rows.
+
+    scale: "auto" looks at how the mixtures are drawn (scale.for_mixtures); "as_fitted" takes the fits as they are.
+    """
+    table = mixtures_to_predict(mixtures_csv, fits.names, index=index)
+    rows = table.values[:, [table.columns.index(name) for name in fits.names]]
+    rows = shares(rows, renormalise=False)
+    if scale == "auto":
+        fits = for_mixtures(fits, rows, where=str(mixtures_csv))
+    predictions = fits.predict(rows, level=level)
+    Path(out_csv).parent.mkdir(parents=True, exist_ok=True)
+    with open(out_csv, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([table.index_name, *(name + end for name in fits.targets for end in ("", "_lower", "_upper"))])
+        for position, key in enumerate(table.index):
+            cells: list[Any] = [key]
+            for prediction in predictions.values():
+                cells += [repr(float(column[position])) for column in prediction]
+            writer.writerow(cells)
+    return len(rows)
 
 
 def large_runs(
@@ -116,8 +185,6 @@ def propose_from(
 
 def read_sizes(path: str | Path, names: Sequence[str]) -> dict[str, float]:
     """{task: rows (or tokens)} from a CSV or YAML file."""
-    from .tables import read_shares_csv, read_shares_yaml
-
     reader = read_shares_csv if Path(path).suffix.lower() in (".csv", ".tsv", ".txt") else read_shares_yaml
     pairs = reader(path)
     check_names([name for name, _ in pairs], names, where=str(path))

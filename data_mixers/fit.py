@@ -6,12 +6,10 @@ One model per target, always: aggregating the targets first loses (RegMix, mean 
 
 from __future__ import annotations
 
-import csv
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,11 +19,10 @@ from threadpoolctl import threadpool_limits
 from .errors import MixError
 from .hopeless import completed
 from .ledger import Arrays, Record, TrialLedger
-from .mixture import SUM_TOLERANCE, Floats, Mixture, check_names
+from .mixture import Floats, Mixture
 from .surrogates import Prediction, Stack, candidates_of
-from .surrogates.base import shares
+from .surrogates.base import MINIMUM_TRIALS
 from .surrogates.stack import repeat_variance, spearman
-from .tables import read_table
 
 Goal = Literal["min", "max"]
 
@@ -195,6 +192,8 @@ def fit(
     with progress as a feature. goal: min or max (per target), where the ledger does not say.
     """
     ledger = trials if isinstance(trials, TrialLedger) else TrialLedger(None, trials)
+    if limit is not None and limit < MINIMUM_TRIALS:
+        raise MixError(f"limit is {limit}", do=f"the number of trials to use, at least {MINIMUM_TRIALS}")
     if limit is not None:
         ledger = ledger.limited(limit)
     names, wanted = ledger.names, ledger.targets if targets == "all" else tuple(targets)
@@ -230,74 +229,6 @@ def _last_points(ledger: TrialLedger, target: str, arrays: Arrays) -> Arrays:
     keep = np.array(sorted(last.values()), dtype=np.int64)
     found = Arrays(*(column[keep] for column in arrays))
     return found._replace(y=np.array([ends[trial_of[row]] for row in keep]))
-
-
-def fit_csv(
-    mixtures_csv: str | Path,
-    scores_csv: str | Path,
-    targets: Sequence[str] | Literal["all"] = "all",
-    *,
-    index: str | None = None,
-    goal: Mapping[str, Goal] | Goal | None = "min",
-    surrogate: str = "auto",
-    cv: int = 5,
-    limit: int | None = None,
-    seed: int = 0,
-    level: float = 0.9,
-    other_scale: bool = False,
-) -> Fits:
-    """fit on trials from two CSV files joined on `index` (see TrialLedger.from_csv). other_scale: the fits are to rank
-    runs of another scale than the trials' (scale.for_other_scale: a law instead of the stack, where it may be taken).
-    """
-    ledger = TrialLedger.from_csv(mixtures_csv, scores_csv, index, goal)
-    if targets != "all":
-        for target in targets:
-            if target not in ledger.targets:
-                check_names([*ledger.targets, target], ledger.targets, where=str(scores_csv))
-    fits = fit(ledger, targets, surrogate, goal=goal, cv=cv, limit=limit, seed=seed, level=level)
-    if other_scale:
-        from .scale import for_other_scale
-
-        return for_other_scale(fits)
-    return fits
-
-
-def predict_csv(
-    fits: Fits,
-    mixtures_csv: str | Path,
-    out_csv: str | Path,
-    *,
-    index: str | None = None,
-    level: float = 0.9,
-    scale: Literal["auto", "as_fitted"] = "as_fitted",
-) -> int:
-    """Predict the rows of a mixtures CSV; write `index, <target>, <target>_lower, <target>_upper`. Returns the rows.
-
-    scale: "auto" looks at how the mixtures are drawn (scale.for_mixtures); "as_fitted" takes the fits as they are.
-    """
-    table = read_table(mixtures_csv, index)
-    check_names(table.columns, fits.names, where=str(mixtures_csv))
-    rows = table.values[:, [table.columns.index(name) for name in fits.names]]
-    for key, row in zip(table.index, rows, strict=True):
-        if np.any(row < 0) or abs(row.sum() - 1) > SUM_TOLERANCE:
-            raise MixError(
-                f"row {key}: the shares add up to {row.sum():.6g}", where=str(mixtures_csv), do="shares >= 0, sum 1"
-            )
-    rows = shares(rows, renormalise=False)
-    if scale == "auto":
-        from .scale import for_mixtures
-
-        fits = for_mixtures(fits, rows, where=str(mixtures_csv))
-    predictions = fits.predict(rows, level=level)
-    with open(out_csv, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([table.index_name, *(name + end for name in fits.targets for end in ("", "_lower", "_upper"))])
-        for position, key in enumerate(table.index):
-            cells: list[Any] = [key]
-            for prediction in predictions.values():
-                cells += [repr(float(column[position])) for column in prediction]
-            writer.writerow(cells)
-    return len(rows)
 
 
 def objective_sd(fits: Fits) -> Floats:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from .errors import MixError
 from .mixture import SUM_TOLERANCE, Floats
-from .tables import join, read_table
+from .tables import check_rows, join, read_table
 from .trial import VERSION, Record, Trial, done_records, failed_record, finite
 
 __all__ = ["Arrays", "Record", "Trial", "TrialLedger", "done_records", "failed_record", "group_rows"]
@@ -184,15 +184,7 @@ class TrialLedger:
         """
         left, right = read_table(mixtures, index), read_table(scores, index, blank=True)
         keys, X, Y = join(left, right)
-        for key, row in zip(keys, X, strict=True):
-            if np.any(row < 0) or abs(row.sum() - 1) > SUM_TOLERANCE:
-                raise MixError(
-                    f"row {key}: the shares add up to {row.sum():.6g}"
-                    if np.all(row >= 0)
-                    else f"row {key}: a negative share",
-                    where=str(mixtures),
-                    do="each row holds shares >= 0 that add up to 1 (columns that are no shares do not belong here)",
-                )
+        check_rows(left, SUM_TOLERANCE)
         targets = [name for name in right.columns if name != "progress"]
         if not targets:
             raise MixError("no score columns", where=str(scores))

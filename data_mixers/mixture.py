@@ -146,16 +146,17 @@ def check_shares(names: Sequence[str], shares: ArrayLike, *, where: str | None) 
     return share_K if abs(total - 1) < 1e-12 else share_K / total  # rounding errors are left: reading back is exact
 
 
-def check_names(got: Sequence[str], wanted: Sequence[str], *, where: str | None = None) -> None:
-    """MixError unless both hold the same names: says which is unknown (with the nearest known one) or missing."""
+def check_names(got: Sequence[str], wanted: Sequence[str], *, where: str | None = None, kind: str = "task") -> None:
+    """MixError unless both hold the same names: says which is unknown (with the nearest known one) or missing.
+    kind: what the names are of."""
     problems = []
     for name in got:
         if name not in wanted:
             near = difflib.get_close_matches(name, wanted, n=1)
-            problems.append(f"unknown task {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+            problems.append(f"unknown {kind} {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     problems += [f"no share for task {name!r}" for name in wanted if name not in got]
     if problems:
-        raise MixError("; ".join(problems), where=where, do=f"the tasks are: {', '.join(wanted)}")
+        raise MixError("; ".join(problems), where=where, do=f"the {kind}s are: {', '.join(wanted)}")
 
 
 def size_array(names: Sequence[str], sizes: Mapping[str, float] | ArrayLike) -> Floats:

@@ -58,6 +58,7 @@ class Proposal:
 
     def to_yaml(self, path: str | Path) -> None:
         """Write `kept` with the verdict as a comment."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.kept.to_yaml(
             path,
             comment="\n".join(
@@ -111,7 +112,7 @@ def target_weights(fits: Fits, objective: Objective) -> Floats:
         return np.full(len(names), 1 / len(names))
     unknown = [name for name in objective if name not in names]
     if unknown:
-        check_names([*names, *unknown], names, where="objective")
+        check_names([*names, *unknown], names, where="objective", kind="target")
     weight_J = np.array([float(objective.get(name, 0.0)) for name in names])
     if np.any(weight_J < 0) or weight_J.sum() <= 0:
         raise MixError(f"objective {dict(objective)}", where="objective", do="weights >= 0, not all 0")

@@ -68,13 +68,15 @@ MISSING = {"", "nan", "inf", "-inf", "na", "null", "none"}  # scores of runs tha
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV of numbers: `index` (strings) and `values` [n, C] under `columns`. A blank cell is NaN where allowed."""
+    """A CSV of numbers: `index` (strings) and `values` [n, C] under `columns`; `lines`: where each row stands in the
+    file. A blank cell is NaN where allowed."""
 
     path: str
     index_name: str
     index: tuple[str, ...]
     columns: tuple[str, ...]
     values: NDArray[np.float64]
+    lines: tuple[int, ...]
 
 
 def read_table(path: str | Path, index: str | None = None, *, blank: bool = False) -> Table:
@@ -120,7 +122,21 @@ def read_table(path: str | Path, index: str | None = None, *, blank: bool = Fals
         tuple(keys),
         tuple(columns),
         np.array(values, dtype=np.float64).reshape(len(keys), len(columns)),
+        tuple(keys.values()),
     )
+
+
+def check_rows(table: Table, tolerance: float) -> None:
+    """MixError for the first row that is no mixture: a negative share, or a sum further than `tolerance` from 1."""
+    for key, line, row in zip(table.index, table.lines, table.values, strict=True):
+        if np.any(row < 0) or abs(row.sum() - 1) > tolerance:
+            raise MixError(
+                f"row {key}: a negative share"
+                if np.any(row < 0)
+                else f"row {key}: the shares add up to {row.sum():.6g}",
+                where=f"{table.path}:{line}",
+                do="each row holds shares >= 0 that add up to 1 (columns that are no shares do not belong here)",
+            )
 
 
 def join(left: Table, right: Table) -> tuple[tuple[str, ...], NDArray[np.float64], NDArray[np.float64]]:

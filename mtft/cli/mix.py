@@ -91,8 +91,7 @@ def mix_propose(
             where="command line",
             do="mtft mix propose RECIPE, or: mtft mix propose --mixtures x.csv --scores y.csv --out mixture.yaml",
         )
-    from data_mixers.bring import Limits, parse_limits, propose_from, read_sizes, say_few
-    from data_mixers.fit import fit_csv
+    from data_mixers.bring import Limits, fit_csv, parse_limits, propose_from, read_sizes, say_few
 
     with _warnings_said():
         targets = "all" if not target or target == ["all"] else target
@@ -153,8 +152,8 @@ def mix_fit(
     Which mixture gives which score, how sure that is (Spearman, R2 and coverage of each surrogate by cross-validation),
     and predictions for other mixtures.
     """
-    from data_mixers.bring import large_runs, say_few
-    from data_mixers.fit import fit_csv, predict_csv
+    from data_mixers.bring import fit_csv, large_runs, mixtures_to_predict, predict_csv, say_few
+    from data_mixers.tables import read_table
     from mtft.errors import UserError
 
     if (predict is None) != (out is None):
@@ -163,6 +162,8 @@ def mix_fit(
         raise UserError(
             "--large-mixtures and --large-scores belong together", where="command line", do="give both, or neither"
         )
+    if predict is not None:  # before the fit, which takes a while
+        mixtures_to_predict(predict, read_table(mixtures, index).columns, index=index)
     with _warnings_said():
         targets = "all" if target == ["all"] else target
         found = fit_csv(

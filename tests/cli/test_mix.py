@@ -121,7 +121,8 @@ def spoil(name, line, column, text):
 @pytest.mark.parametrize(
     ("file", "line", "column", "text", "says"),
     [
-        ("x.csv", 4, 1, "0.9", "row 2: the shares add up to"),
+        ("x.csv", 4, 1, "0.9", "x.csv:4"),
+        ("x.csv", 4, 1, "-0.1", "row 2: a negative share"),
         ("x.csv", 4, 1, "", "x.csv:4, column news"),
         ("x.csv", 4, 1, "nan", "x.csv:4, column news"),
         ("x.csv", 5, 0, "2", "index 2 stands on lines 4 and 5"),
@@ -149,7 +150,9 @@ def test_a_score_that_is_missing_or_diverged_is_left_out_and_counted(trials, cap
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("fit", *FILES, "--target", "los"), "did you mean 'loss'?"),
+        (("fit", *FILES, "--target", "los"), "unknown target 'los' (did you mean 'loss'?)"),
+        (("fit", *FILES, "--target", "loss", "--limit", "0"), "limit is 0"),
+        (("fit", *FILES, "--target", "loss", "--predict", "gone.csv", "--out", "p.csv"), "gone.csv"),
         (("fit", *FILES, "--target", "loss", "--surrogate", "rigde"), "did you mean 'ridge'?"),
         (("propose", *FILES, "--cap", "cod=0.5"), "did you mean 'code'?"),
         (("propose", *FILES, "--cap", "code"), "--cap NAME=SHARE"),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data_mixers import MixError, Mixture
-from data_mixers.fit import fit, fit_csv, predict_csv
+from data_mixers.bring import fit_csv, predict_csv
+from data_mixers.fit import fit
 from data_mixers.ledger import Trial, TrialLedger, done_records
 from data_mixers.surrogates.stack import spearman
 from tests.data_mixers.published import path, regmix

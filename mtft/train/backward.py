@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from mtft.data.batch import IGNORE, Batch
+from mtft.data.batch import Batch
 from mtft.losses.reduce import Counts, TaskSums, task_sums
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def backwards(
         trainer.accelerator.gradient_state._set_sync_gradients(last)
         with contextlib.nullcontext() if last else trainer.accelerator.no_sync(model):
             if taps is not None:
-                taps.begin(batch.task_ids_BT, batch.labels_BT != IGNORE, last=last)
+                trainer.surgery.begin(batch, last=last)
             nll_BT = trainer.token_losses(model, batch)
             # Gradients are averaged over ranks but the coefficients are those of the global step: times R.
             loss = trainer.objective.loss(nll_BT, batch, counts, w_K, step) * trainer.accelerator.num_processes

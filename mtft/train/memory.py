@@ -130,7 +130,7 @@ def estimate_memory(
 
 
 def _captured(recipe: Recipe, trainable: int) -> int:
-    """Bytes of the task gradients, fp32, at a measured step; twice that where the aggregator keeps as many."""
+    """Bytes of the task gradients, fp32, at a measured step; twice that if split or if the aggregator keeps as many."""
     from mtft.gradients.aggregators import make_aggregator
     from mtft.losses.balancers import balancer_class
     from mtft.recipe.options import options_of
@@ -138,7 +138,7 @@ def _captured(recipe: Recipe, trainable: int) -> int:
     measures = "gram_every" in options_of(balancer_class(recipe.loss.balancer))
     gradients = recipe.loss.gradients
     if gradients is None or gradients.aggregator is None:
-        copies = int(measures or gradients is not None)
+        copies = int(measures or gradients is not None) * (2 if gradients is not None and gradients.split else 1)
     else:
         copies = 1 if make_aggregator(gradients.aggregator, gradients.options).from_gram else 2
     return copies * 4 * len(recipe.tasks) * trainable

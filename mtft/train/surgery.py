@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mtft.data.batch import IGNORE, Batch
 from mtft.errors import UserError
 from mtft.gradients.affinity import Affinity
 from mtft.gradients.aggregators import Aggregator, make_aggregator
@@ -30,6 +31,7 @@ from mtft.gradients.capture import TaskGradients
 from mtft.gradients.coverage import in_words
 from mtft.gradients.flat import Mix, Named
 from mtft.gradients.gram import combine
+from mtft.gradients.halves import Halves, joined
 from mtft.losses.nll import resolve_path
 from mtft.recipe.schema import GradientSection, Recipe
 from mtft.train.ranks import engine
@@ -49,7 +51,7 @@ class Surgery:
     """What `loss.gradients` and the balancer ask for. Without either it does nothing.
 
     model          the bare model (engines may wrap it later)
-    gram_every     of the balancer's needs
+    gram_every     of the balancer's needs;  normalise  of the loss
     isolated       attention is proven not to cross the examples of a row
     whole          each rank holds whole weights and gradients before the optimizer step (one process, DDP)
     fused_head     loss.path is fused: the output head's weight is used outside of its layer
@@ -63,6 +65,7 @@ class Surgery:
         section: GradientSection | None = None,
         *,
         gram_every: int | None = None,
+        normalise: str = "task_token",
         isolated: bool = False,
         whole: bool = True,
         fused_head: bool = False,
@@ -81,6 +84,7 @@ class Surgery:
         self.flat = section.flat
         self.direct = self.aggregator is not None or self.flat is not None  # writes the gradient of every step
         self.affinity = Affinity(tasks) if self.every is not None else None
+        self.halves = Halves(len(tasks), by_samples=normalise.endswith("sample")) if section.split else None
         self.measured: Measured | None = None  # of the present step
         self.taps: TaskGradients | None = None
         self._checked = self._told = False
@@ -91,9 +95,19 @@ class Surgery:
                 where="loss.gradients.aggregator" if self.flat is None else "loss.gradients.flat",
                 do="launch one process or recipes/accelerate/ddp.yaml, or use loss.balancer: {name: lagged}",
             )
+        if self.direct and self.halves is not None:
+            raise UserError(
+                "split measures inner products only; an aggregator (or flat) needs the very gradients that it mixes",
+                where="loss.gradients.split",
+                do="take split out, or loss.gradients.aggregator and flat",
+            )
         if self.direct or gram_every is not None or self.every is not None:
             self.taps = TaskGradients(
-                model, len(tasks), isolated=isolated, partial=section.partial, fused_head=fused_head
+                model,
+                len(tasks) * (1 if self.halves is None else 2),
+                isolated=isolated,
+                partial=section.partial,
+                fused_head=fused_head,
             )
             for line in in_words(self.taps.left_out):
                 say(f"task gradients leave out {line}")
@@ -107,7 +121,7 @@ class Surgery:
         nothing_K = present_K & (w_K <= 0)
         if not self.due(step) or not bool(nothing_K.any()) or not bool((present_K & (w_K > 0)).any()):
             return w_K
-        if self.whole and self.taps is not None and not self.taps.left_out:
+        if self.whole and self.taps is not None and not self.taps.left_out and self.halves is None:
             return torch.where(nothing_K, FLOOR * w_K[present_K].mean(), w_K)
         if not self._told:
             self._told = True
@@ -122,10 +136,18 @@ class Surgery:
             yield None
             return
         self.taps.gram_only = not self.direct and not floored
+        if self.halves is not None:
+            self.halves.start()
         if not self._checked:
             self.taps.self_check()
         with self.taps:
             yield self.taps
+
+    def begin(self, batch: Batch, *, last: bool) -> None:
+        """Before the forward of each micro-batch of a measured step."""
+        if self.taps is not None:
+            ids_BT = batch.task_ids_BT if self.halves is None else self.halves.deal(batch)
+            self.taps.begin(ids_BT, batch.labels_BT != IGNORE, last=last)
 
     def finish(self, step: int, used_K: Tensor, asked_K: Tensor, passes: Passes | None = None) -> None:
         """After the last backward, before clipping. A collective call in measured steps.
@@ -138,9 +160,9 @@ class Surgery:
             return
         if not self._checked:
             self._checked = self.taps.check()
-        gram_KK = self.taps.gram(used_K)
+        gram_KK, finite = self._gram(used_K)
         alpha_K = None if self.taps.gram_only else asked_K
-        if bool(gram_KK.diagonal()[used_K > 0].isfinite().all()):  # else the step is not finite, and is skipped
+        if finite:  # else the step is skipped
             if self.flat is not None:
                 if passes is None:
                     raise ValueError("a step towards a flat minimum needs its passes")
@@ -152,6 +174,17 @@ class Surgery:
             elif alpha_K is not None:
                 self._write(combine(self.taps.jacobian(used_K), alpha_K))
         self.measured = Measured(gram_KK, alpha_K if self.direct else None)
+
+    def _gram(self, used_K: Tensor) -> tuple[Tensor, bool]:
+        """(G, whether the step's gradients are finite). Collective."""
+        assert self.taps is not None
+        if self.halves is None:
+            gram_KK = self.taps.gram(used_K)
+            return gram_KK, bool(gram_KK.diagonal()[used_K > 0].isfinite().all())
+        part_H = self.halves.parts(next(self.model.parameters()).device)
+        used_H = used_K.repeat_interleave(2) * part_H
+        gram_HH = self.taps.gram(used_H)
+        return joined(gram_HH, part_H), bool(gram_HH.diagonal()[used_H > 0].isfinite().all())
 
     def _mix(self, gram_KK: Tensor, p_K: Tensor, step: int) -> Tensor:
         if self.aggregator is not None:
@@ -177,7 +210,7 @@ class Surgery:
             self.affinity.update(step, gram_KK, loss_K, learning_rate)
             if self.run_dir is not None:
                 self.affinity.save(self.run_dir)
-        norm_K = gram_KK.diagonal().clamp(min=0).sqrt()
+        norm_K = gram_KK.diagonal().sqrt()  # NaN: absent, or with `split` shorter than its own noise
         line: dict[str, Any] = {"norm": dict(zip(self.tasks, norm_K.tolist(), strict=True)), "gram": gram_KK.tolist()}
         if alpha_K is not None:
             line["alpha"] = dict(zip(self.tasks, alpha_K.tolist(), strict=True))
@@ -223,6 +256,7 @@ def make_surgery(
         recipe.task_names,
         loss.gradients,
         gram_every=gram_every,
+        normalise=loss.normalise,
         isolated=isolated,
         whole=engine() == "ddp",
         fused_head=resolve_path(loss.path) == "fused",

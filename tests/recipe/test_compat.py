@@ -43,6 +43,7 @@ CASES = {
     ),
     "loss.label_smoothing, loss.z_loss + loss.path: fused": ("train", ["loss.z_loss=1e-4", "loss.path=fused"]),
     "loss.orthogonal + lora: null": ("train", ["loss.orthogonal=0.1", "lora=null"]),
+    "loss.gradients.split + aggregator or flat": ("train", ["loss.gradients={split: true, aggregator: upgrad}"]),
     "lora.targets + loss.path: fused": ("train", ["lora.targets=[q_proj, lm_head]", "loss.path=fused"]),
     "mixture.shares.schedule + sweep": (
         "mix",

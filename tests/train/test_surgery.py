@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers.trainer_callback import TrainerCallback
@@ -60,7 +61,11 @@ MEASURED = {"every": 2}
 LAGGED = {"name": "gradnorm", "gram_every": 2, "learning_rate": 1e-30}  # asks for the Gram matrix, moves no weight
 
 
-@pytest.mark.parametrize("loss", [{"gradients": MEASURED}, {"balancer": LAGGED}], ids=["affinity", "balancer"])
+@pytest.mark.parametrize(
+    "loss",
+    [{"gradients": MEASURED}, {"gradients": {**MEASURED, "split": True}}, {"balancer": LAGGED}],
+    ids=["affinity", "halves", "balancer"],
+)
 def test_measuring_changes_no_bit_of_the_run(recipe, tmp_path, loss):
     lora = {**LORA, "dropout": 0.1}
     plain = trainer_for(recipe, tmp_path / "plain", lora=lora)
@@ -98,6 +103,19 @@ def test_metrics_of_a_measured_step(recipe, tmp_path):
     affinity = json.loads((tmp_path / "affinity.json").read_text())
     assert affinity["tasks"] == list(TASKS)
     assert affinity["measures"] == 1
+
+
+def test_halves_change_the_diagonal_alone(recipe, tmp_path):
+    for name, split in (("plain", False), ("halves", True)):
+        asked = {"steps": 2, "train": {"micro_batch_tokens": 64}}  # several micro-batches
+        trainer_for(recipe, tmp_path / name, loss={"gradients": {"every": 1, "split": split}}, **asked).train()
+    for left, right in zip(lines(tmp_path / "plain"), lines(tmp_path / "halves"), strict=True):
+        plain, halves = (np.array(line["gradients"]["gram"], dtype=float) for line in (left, right))
+        off = ~np.eye(3, dtype=bool)
+        assert halves[off] == pytest.approx(plain[off], rel=1e-4, abs=1e-7)
+        found = halves.diagonal()  # NaN: one example in the step
+        assert np.isfinite(found).sum() >= 2
+        assert not np.isclose(found, plain.diagonal(), rtol=1e-3).any()
 
 
 @pytest.mark.parametrize("split", [{"micro_batch_tokens": 64}, {"packing": False}, {"gradient_checkpointing": True}])

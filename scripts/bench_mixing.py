@@ -371,7 +371,7 @@ def main() -> None:
     parser.add_argument("--surrogates", nargs="+", default=[*FAST, "auto"], choices=["auto", *SURROGATES])
     parser.add_argument("--trials", nargs="+", type=int, default=[32, 64, 128, 256, 512])
     parser.add_argument("--targets", nargs="+", help="default: Pile-CC, and the six for auto")
-    parser.add_argument("--seeds", type=int, help="random subsets of the trials (default 5, --full 10; at most 5 at 256)")
+    parser.add_argument("--seeds", type=int, help="random subsets of the trials (default 5, --full 10)")
     parser.add_argument("--repeats", type=int, help="of 5-fold CV in admire (default 2)")
     parser.add_argument("--damo-seeds", type=int, help="fold seeds of auto in damo, 100 fits each (default 1)")
     options = parser.parse_args()

@@ -45,12 +45,15 @@ class Clusters(NamedTuple):
 
 
 class Affinity:
-    """`update` at every measurement; `keep`: share of the old mean that stays at each."""
+    """`update` at every measurement; `keep`: share of the old mean that stays at each.
 
-    def __init__(self, tasks: Sequence[str], keep: float = 0.9) -> None:
+    split: the measures are of halves (mtft.gradients.halves), so noise does not pull their cosines towards 0.
+    """
+
+    def __init__(self, tasks: Sequence[str], keep: float = 0.9, *, split: bool = False) -> None:
         if not 0 <= keep < 1:
             raise ValueError(f"keep must be in [0, 1), got {keep}")
-        self.tasks, self.keep = tuple(tasks), keep
+        self.tasks, self.keep, self.split = tuple(tasks), keep, split
         K = len(self.tasks)
         self.gram_KK = torch.full((K, K), torch.nan, dtype=torch.float64)
         self.transfer_KK = torch.full((K, K), torch.nan, dtype=torch.float64)
@@ -69,7 +72,7 @@ class Affinity:
         seen = G.isfinite() & (L.isfinite()[:, None] & L.isfinite()[None, :])
         self.measures, self.step = self.measures + 1, torch.tensor(step)
         self.together_KK = self.together_KK + seen
-        self.conflicts_KK = self.conflicts_KK + (seen & (G < 0))
+        self.conflicts_KK = self.conflicts_KK + (seen & (G < 0) & ~torch.eye(len(self.tasks), dtype=torch.bool))
         self.gram_KK = self._mean(self.gram_KK, G, seen)
         moved = seen & (L[None, :] > 0)  # a loss of 0 has no relative change
         self.transfer_KK = self._mean(self.transfer_KK, learning_rate * G / L[None, :], moved)
@@ -129,6 +132,7 @@ class Affinity:
             "tasks": list(self.tasks),
             "step": int(self.step),
             "measures": int(self.measures),
+            "split": self.split,
             "cosine": _rows(self.cosine()),
             "conflict_rate": _rows(self.conflict_rate()),
             "transfer": _rows(self.transfer()),

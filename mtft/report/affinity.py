@@ -8,6 +8,12 @@ from mtft.report import plots
 from mtft.report.load import RunData, TrainRun
 from mtft.report.parts import Plot, Plots, Section, Words, table
 
+NOISY = (
+    "The gradient of one step is noisy, which pulls cosines towards 0: compare pairs with each other rather than with "
+    "1, or measure with loss.gradients.split: true."
+)
+SPLIT = "Measured on halves of each task's examples: noise widens these cosines, and does not pull them towards 0."
+
 
 def affinity(run: RunData) -> Section | None:
     """One block for each training run that measured its tasks' gradients."""
@@ -47,10 +53,9 @@ def _parts(train: TrainRun) -> list:
     parts: list = [
         Words(_verdict(found, groups), "verdict"),
         Words(
-            f"Mean of {found['measures']} measurements, old ones fading (the last at step {found['step']:,}). The "
-            "gradient of one step is noisy, which pulls cosines towards 0: compare pairs with each other rather than "
-            "with 1. Transfer is first order, for a plain gradient step; Adam's steps differ. A dash: never measured "
-            "together.",
+            f"Mean of {found['measures']} measurements, old ones fading (the last at step {found['step']:,}). "
+            f"{SPLIT if found.get('split') else NOISY} Transfer is first order, for a plain gradient step; Adam's "
+            "steps differ. A dash: never measured together.",
             "note",
         ),
         Plots(maps),
@@ -69,6 +74,12 @@ def _verdict(found: dict, groups: dict[str, list[str]]) -> str:
     if not groups:
         return f"{found['measures']} measurements are too few to group the tasks (at least 5)."
     if len(groups) == 1:
+        opposed = _opposed(found)
+        if opposed:
+            return (
+                f"No group of tasks stands apart from the others, but these point against each other too often for "
+                f"chance: {'; '.join(opposed)}."
+            )
         return (
             "No group of tasks stands apart from the others: nothing here speaks for training tasks apart, "
             "or for gradient surgery."
@@ -82,6 +93,17 @@ def _verdict(found: dict, groups: dict[str, list[str]]) -> str:
         f"Groups whose gradients pull together: {named}{clear}.{unsure} Worth a try: one adapter a group, then "
         "`mtft merge`; or `loss.balancer.groups` with the path of this run's affinity.json."
     )
+
+
+def _opposed(found: dict) -> list[str]:
+    """Pairs whose conflict rate is three standard deviations or more above a coin's."""
+    tasks, out = found["tasks"], []
+    for i in range(len(tasks)):
+        for j in range(i + 1, len(tasks)):
+            rate, times = found["conflict_rate"][i][j], found["measured_together"][i][j]
+            if rate is not None and (rate - 0.5) * 2 * math.sqrt(times) >= 3:
+                out.append(f"{tasks[i]} and {tasks[j]} ({rate:.0%} of {times})")
+    return out
 
 
 def _norms(train: TrainRun, tasks: list[str]) -> dict[str, tuple[list[int], list[float]]]:

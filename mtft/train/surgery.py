@@ -83,7 +83,7 @@ class Surgery:
                 self.aggregator.check_from_gram("loss.gradients.flat mixes two sets of gradients a step")
         self.flat = section.flat
         self.direct = self.aggregator is not None or self.flat is not None  # writes the gradient of every step
-        self.affinity = Affinity(tasks) if self.every is not None else None
+        self.affinity = Affinity(tasks, split=section.split) if self.every is not None else None
         self.halves = Halves(len(tasks), by_samples=normalise.endswith("sample")) if section.split else None
         self.measured: Measured | None = None  # of the present step
         self.taps: TaskGradients | None = None

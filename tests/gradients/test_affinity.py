@@ -100,6 +100,16 @@ def test_means_run_over_measures_with_both():
     assert affinity.conflict_rate()[0, 3] == float(first[0, 3] < 0)
 
 
+def test_halves_that_disagree_are_no_conflict_of_a_task_with_itself():
+    """Measured in halves, <g_a, g_b> of one task can be negative: it counts in the mean and not as a conflict."""
+    affinity = Affinity(("a", "b"), split=True)
+    for step, own in enumerate((9.0, -1.0)):
+        affinity.update(step, torch.tensor([[own, -2.0], [-2.0, 4.0]]), torch.tensor([1.0, 1.0]), 0.1)
+    assert affinity.conflict_rate().tolist() == [[0, 1], [1, 0]]
+    assert float(affinity.cosine()[0, 1]) == pytest.approx(-0.5)
+    assert affinity.to_json()["split"] is True
+
+
 def test_a_plain_mean_first_then_old_measures_fade():
     affinity, values = Affinity(("a", "b"), keep=0.75), [8.0, 4.0, 0.0, 4.0, 2.0, 10.0]
     expected = [8.0, 6.0, 4.0, 4.0, 3.5, 5.125]  # keep 0, 1/2, 2/3, 3/4, 3/4, 3/4

@@ -81,6 +81,24 @@ def test_verdict_is_honest(tmp_path, clusters, says):
     assert says in section.parts[0].text
 
 
+def test_verdict_names_pairs_that_conflict_without_groups(tmp_path):
+    """9 of 10 is within three standard deviations of a coin, 22 of 25 is not."""
+    one = {"groups": {"group-1": TASKS}, "heights": [], "silhouette": None, "guessed": []}
+    for times, named in ((10, False), (25, True)):
+        together = [[times] * 4] * 4
+        rate = [[0, 0.88, 0, None], [0.88, 0, 0.7, 0], [0, 0.7, 0, 0.3], [None, 0, 0.3, 0]]
+        section = affinity(load_run(run(tmp_path, clusters=one, measured_together=together, conflict_rate=rate)))
+        text = section.parts[0].text
+        assert ("sql and sum<b> (88% of 25)" in text) == named
+        assert ("nothing here speaks for" in text) == (not named)
+
+
+def test_note_says_what_noise_does(tmp_path):
+    for split, says in ((False, "loss.gradients.split: true"), (True, "halves")):
+        section = affinity(load_run(run(tmp_path, split=split)))
+        assert says in section.parts[1].text
+
+
 def test_no_section_without_measurements(tmp_path):
     folder = run(tmp_path)
     (folder / "affinity.json").unlink()

@@ -41,7 +41,7 @@ class TargetFit:
     @property
     def signal(self) -> bool:
         """Whether the trials say anything about this target."""
-        return self.model._constant is None and self.model.signal
+        return self.model.constant is None and self.model.signal
 
     @property
     def sd(self) -> float:
@@ -54,12 +54,12 @@ class TargetFit:
         repeats = repeat_variance(self.arrays.y, self.arrays.groups, self.arrays.progress)
         if repeats is not None:
             return math.sqrt(repeats)
-        return None if self.model._constant is not None else math.sqrt(self.model.carrier().noise_variance)
+        return None if self.model.constant is not None else math.sqrt(self.model.carrier().noise_variance)
 
     @property
     def r2(self) -> float:
         """Share of the variance that the model explains on trials left out."""
-        if self.model._constant is not None:
+        if self.model.constant is not None:
             return 0.0
         y = self.arrays.y
         return float(1 - np.mean((y - self.model.held_mean) ** 2) / y.var())
@@ -67,29 +67,29 @@ class TargetFit:
     @property
     def rho(self) -> float:
         """Spearman x 100 on trials left out."""
-        return 0.0 if self.model._constant is not None else spearman(self.model.held_mean, self.arrays.y)
+        return 0.0 if self.model.constant is not None else spearman(self.model.held_mean, self.arrays.y)
 
     @property
     def coverage(self) -> float:
         """Share of left-out trials inside their interval, the interval's width taken from the other folds only."""
         model = self.model
-        return 1.0 if model._constant is not None else model.coverage_of(model._ratios, self.level)
+        return 1.0 if model.constant is not None else model.coverage_of(model.ratios, self.level)
 
     @property
     def nlpd(self) -> float:
         """Mean negative log density of the left-out scores under the Gaussian mean +- sigma (uncalibrated)."""
         model = self.model
-        if model._constant is not None:
+        if model.constant is not None:
             return -math.inf
         sigma = np.maximum(model.held_sigma, 1e-300)
-        return float(np.mean(0.5 * np.log(2 * np.pi) + np.log(sigma) + 0.5 * model._ratios**2))
+        return float(np.mean(0.5 * np.log(2 * np.pi) + np.log(sigma) + 0.5 * model.ratios**2))
 
     def report(self) -> dict[str, Any]:
         """JSON-serialisable; `trials`: measured against predicted by models that had not seen the trial."""
-        half = 0.0 if self.model._constant is not None else self.model.quantile(self.level) * self.model.held_sigma
+        half = 0.0 if self.model.constant is not None else self.model.quantile(self.level) * self.model.held_sigma
         held = (
-            np.full(len(self.arrays.y), self.model._constant)
-            if self.model._constant is not None
+            np.full(len(self.arrays.y), self.model.constant)
+            if self.model.constant is not None
             else self.model.held_mean
         )
         return {
@@ -103,7 +103,7 @@ class TargetFit:
             "r2": self.r2,
             "coverage": self.coverage,
             "level": self.level,
-            "nlpd": None if self.model._constant is not None else self.nlpd,
+            "nlpd": None if self.model.constant is not None else self.nlpd,
             "sd": self.sd,
             "noise_sd": self.noise_sd,
             "candidates": [

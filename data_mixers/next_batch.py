@@ -90,7 +90,7 @@ def _joint_covariance(fits: Fits, weight_J: Floats, pool: Floats) -> Floats:
     """Posterior covariance [m, m] of the standardised objective (targets taken as independent)."""
     total = np.zeros((len(pool), len(pool)))
     for weight, sd, fitted in zip(weight_J, objective_sd(fits), fits.targets.values(), strict=True):
-        if weight > 0 and fitted.model._constant is None:
+        if weight > 0 and fitted.model.constant is None:
             total += (weight / sd) ** 2 * fitted.model.carrier().covariance(pool)
     return total
 
@@ -131,7 +131,7 @@ def best_progress(
     rows = np.tile(mixture.over(fits.names).shares, (len(grid), 1))
     out = {}
     for name, fitted in fits.targets.items():
-        if fitted.model._data["tau"] is None:
+        if fitted.model.data["tau"] is None:
             raise MixError(
                 f"{name} was fitted without progress", do='fit(..., progress="all") on trials with several checkpoints'
             )

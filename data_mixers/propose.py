@@ -213,7 +213,7 @@ def _law_objective(fits: Fits, weight_J: Floats):
     terms = []
     for weight, sd, fitted in zip(weight_J, objective_sd(fits), fits.targets.values(), strict=True):
         models = list(fitted.model.models.values())
-        if weight == 0 or fitted.model._constant is not None:
+        if weight == 0 or fitted.model.constant is not None:
             continue
         if len(models) != 1 or not isinstance(models[0], ExpLaw) or fitted.goal == "max":
             return None

@@ -146,7 +146,7 @@ def _law_or_stack(fitted: TargetFit, threshold: float) -> TargetFit:
     """The fit with the better law in place of the stack. A surrogate that the user chose by name stays."""
     if len(fitted.model.candidates) < 2 or not fitted.signal:
         return fitted
-    data, laws = fitted.model._data, []
+    data, laws = fitted.model.data, []
     for name in LAWS:
         law = Stack(
             candidates=candidates_of(name, goal=fitted.goal, n=len(data["y"])),

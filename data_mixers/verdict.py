@@ -180,7 +180,7 @@ def _surface(fitted: TargetFit, half: set[bytes], rows: Floats) -> tuple[Floats,
     carrier = fitted.model.carrier()
     process = carrier.clone()
     process._start, process.iterations = carrier.theta, 0
-    data = carrier._data
+    data = carrier.data
     tau = None if data["tau"] is None else data["tau"][kept]
     process.fit(
         data["X"][kept], data["y"][kept], groups=data["groups"][kept], progress=tau, weights=data["weights"][kept]

@@ -84,13 +84,12 @@ class PointSurrogate:
 
     name: ClassVar[str]
     renormalise: ClassVar[bool] = True
-    takes_weights: ClassVar[bool] = True
 
-    _data: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
-    _constant: float | None = field(init=False, repr=False, default=None)
+    data: dict[str, Any] = field(init=False, repr=False, default_factory=dict)  # X, y, groups, tau, weights of the fit
+    constant: float | None = field(init=False, repr=False, default=None)  # the score, where all trials have the same
     _folds: list[PointSurrogate] | None = field(init=False, repr=False, default=None)
     _noise: float = field(init=False, repr=False, default=0.0)
-    _ratios: Floats | None = field(init=False, repr=False, default=None)
+    ratios: Floats | None = field(init=False, repr=False, default=None)  # |error| / sigma of trials left out [n]
 
     def clone(self) -> Self:
         """An unfitted copy with the same options."""
@@ -112,10 +111,10 @@ class PointSurrogate:
         """Fit on trials; MixError for fewer than 3, a NaN, or shapes that do not match. Constant y predicts itself."""
         rows, y_n, group_n, tau_n = checked(X, y, groups, progress, renormalise=self.renormalise)
         weight_n = np.ones(len(y_n)) if weights is None else np.asarray(weights, dtype=np.float64)
-        self._data = {"X": rows, "y": y_n, "groups": group_n, "tau": tau_n, "weights": weight_n}
-        self._folds = self._ratios = None
-        self._constant = float(y_n[0]) if np.ptp(y_n) == 0 else None
-        if self._constant is None:
+        self.data = {"X": rows, "y": y_n, "groups": group_n, "tau": tau_n, "weights": weight_n}
+        self._folds = self.ratios = None
+        self.constant = float(y_n[0]) if np.ptp(y_n) == 0 else None
+        if self.constant is None:
             self._fit(rows, y_n, tau_n, weight_n)
         return self
 
@@ -132,17 +131,17 @@ class PointSurrogate:
     def mean(self, X: ArrayLike, progress: ArrayLike | None = None) -> Floats:
         """Predicted score [m]."""
         rows = shares(X, renormalise=self.renormalise)
-        if not self._data:
+        if not self.data:
             raise ValueError(f"{type(self).__name__}: predict before fit")
-        if rows.shape[1] != self._data["X"].shape[1]:
-            raise MixError(f"mixtures of {rows.shape[1]} tasks; the trials have {self._data['X'].shape[1]}")
-        if self._constant is not None:
-            return np.full(len(rows), self._constant)
-        return self._mean(rows, tau_of(progress, len(rows), self._data["tau"]))
+        if rows.shape[1] != self.data["X"].shape[1]:
+            raise MixError(f"mixtures of {rows.shape[1]} tasks; the trials have {self.data['X'].shape[1]}")
+        if self.constant is not None:
+            return np.full(len(rows), self.constant)
+        return self._mean(rows, tau_of(progress, len(rows), self.data["tau"]))
 
     def _cross_validate(self) -> None:
         """The fold models, their errors and the noise; on first need."""
-        data = self._data
+        data = self.data
         n, error_n = len(data["y"]), np.zeros(len(data["y"]))
         self._folds = []
         folds = grouped_folds(data["groups"], 5, seed=0)
@@ -155,7 +154,7 @@ class PointSurrogate:
             self._folds.append(model)
         self._noise = float(np.sqrt(np.mean(error_n**2)))
         sigma_n = np.sqrt(self._spread(data["X"], data["tau"]) ** 2 + self._noise**2)
-        self._ratios = np.abs(error_n) / np.maximum(sigma_n, 1e-300)
+        self.ratios = np.abs(error_n) / np.maximum(sigma_n, 1e-300)
 
     def _deviations(self, X: Floats, tau: Floats | None) -> Floats:
         """[F, m]: sqrt((F - 1) / F) (f_f - mean): the jackknife's directions."""
@@ -170,23 +169,23 @@ class PointSurrogate:
     def predict(self, X: ArrayLike, *, progress: ArrayLike | None = None, level: float = 0.9) -> Prediction:
         """Mean and a `level` interval of a new observation."""
         mean = self.mean(X, progress)
-        if self._constant is not None:
+        if self.constant is not None:
             return Prediction(mean, mean.copy(), mean.copy())
         if self._folds is None:
             self._cross_validate()
         sigma = np.sqrt(
-            self._spread(shares(X, renormalise=False), tau_of(progress, len(mean), self._data["tau"])) ** 2
+            self._spread(shares(X, renormalise=False), tau_of(progress, len(mean), self.data["tau"])) ** 2
             + self._noise**2
         )
-        half = conformal_quantile(self._ratios, level) * sigma
+        half = conformal_quantile(self.ratios, level) * sigma
         return Prediction(mean, mean - half, mean + half)
 
     def sample(self, X: ArrayLike, size: int, seed: int) -> Floats:
         """[size, m] draws of the noise-free score: the mean plus Gaussian steps along the jackknife's directions."""
         mean = self.mean(X)
-        if self._constant is not None:
+        if self.constant is not None:
             return np.tile(mean, (size, 1))
-        directions = self._deviations(shares(X, renormalise=False), tau_of(None, len(mean), self._data["tau"]))
+        directions = self._deviations(shares(X, renormalise=False), tau_of(None, len(mean), self.data["tau"]))
         return mean + np.random.default_rng(seed).standard_normal((size, len(directions))) @ directions
 
 

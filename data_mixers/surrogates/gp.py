@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, lapack, solve_triangular
 from scipy.optimize import minimize
-from scipy.stats import norm
 
 from .base import Floats, PointSurrogate, Prediction, conformal_quantile, shares, tau_of
 
@@ -129,14 +128,14 @@ class GaussianProcess(PointSurrogate):
 
     def observation_variance(self, X: Floats, tau: Floats | None) -> Floats:
         """Variance [m] of a new observation, in units of y squared; X as it comes."""
-        if self._constant is not None:
+        if self.constant is not None:
             return np.zeros(len(X))
         return self.variance(shares(X, renormalise=True), tau) + self.noise_variance
 
     def covariance(self, X: Floats) -> Floats:
         """Joint posterior covariance [m, m] of the noise-free score, in units of y squared."""
         rows = shares(X, renormalise=True)
-        z, d = self.features(rows, tau_of(None, len(rows), self._data["tau"])), self._z.shape[1]
+        z, d = self.features(rows, tau_of(None, len(rows), self.data["tau"])), self._z.shape[1]
         half = solve_triangular(self._chol, self._cross(z).T, lower=True, check_finite=False)
         matern, _ = _matern(z / np.exp(self.theta[:d]))
         joint = np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
@@ -155,10 +154,10 @@ class GaussianProcess(PointSurrogate):
     def left_out(self, folds: list[NDArray[np.intp]]) -> tuple[Floats, Floats]:
         """Mean and sd [n] of each trial's (noisy) score from the trials of the other folds, hyper-parameters kept:
         mean_f = y_f - (K^-1_ff)^-1 (K^-1 y)_f, covariance (K^-1_ff)^-1."""
-        if self._constant is not None:
-            return np.full(len(self._data["y"]), self._constant), np.zeros(len(self._data["y"]))
+        if self.constant is not None:
+            return np.full(len(self.data["y"]), self.constant), np.zeros(len(self.data["y"]))
         inverse = _inverse(self._chol)
-        target = (self._data["y"] - self._standard[2]) / self._standard[3]
+        target = (self.data["y"] - self._standard[2]) / self._standard[3]
         mean, variance = np.empty(len(target)), np.empty(len(target))
         for held in folds:
             block = np.linalg.inv(inverse[np.ix_(held, held)])
@@ -169,36 +168,30 @@ class GaussianProcess(PointSurrogate):
     def _cross_validate(self) -> None:
         from .base import grouped_folds
 
-        mean, sigma = self.left_out(grouped_folds(self._data["groups"], 5, seed=0))
-        self._ratios = np.abs(self._data["y"] - mean) / np.maximum(sigma, 1e-300)
+        mean, sigma = self.left_out(grouped_folds(self.data["groups"], 5, seed=0))
+        self.ratios = np.abs(self.data["y"] - mean) / np.maximum(sigma, 1e-300)
         self._folds = []
 
     def predict(self, X: Floats, *, progress: Floats | None = None, level: float = 0.9) -> Prediction:
         """Mean and a `level` interval of a new observation: posterior plus noise, scaled to cover left-out trials."""
         mean = self.mean(X, progress)
-        if self._constant is not None:
+        if self.constant is not None:
             return Prediction(mean, mean.copy(), mean.copy())
         if self._folds is None:
             self._cross_validate()
         rows = shares(X, renormalise=self.renormalise)
-        sigma = np.sqrt(self.variance(rows, tau_of(progress, len(rows), self._data["tau"])) + self.noise_variance)
-        half = conformal_quantile(self._ratios, level) * sigma
+        sigma = np.sqrt(self.variance(rows, tau_of(progress, len(rows), self.data["tau"])) + self.noise_variance)
+        half = conformal_quantile(self.ratios, level) * sigma
         return Prediction(mean, mean - half, mean + half)
 
     def sample(self, X: Floats, size: int, seed: int) -> Floats:
         """[size, m] exact joint draws of the noise-free score."""
         rows = shares(X, renormalise=self.renormalise)
-        if self._constant is not None:
-            return np.full((size, len(rows)), self._constant)
+        if self.constant is not None:
+            return np.full((size, len(rows)), self.constant)
         values, vectors = np.linalg.eigh(self.covariance(rows))
         root = vectors * np.sqrt(np.maximum(values, 0.0))
         return self.mean(rows) + np.random.default_rng(seed).standard_normal((size, len(rows))) @ root.T
-
-    def log_score(self, X: Floats, y: Floats) -> float:
-        """Mean negative log predictive density of new scores (uncalibrated)."""
-        rows = shares(X, renormalise=self.renormalise)
-        sigma = np.sqrt(self.variance(rows) + self.noise_variance)
-        return float(-norm.logpdf(y, self.mean(X), sigma).mean())
 
 
 def _matern(a: Floats, b: Floats | None = None) -> tuple[Floats, Floats]:

@@ -75,7 +75,7 @@ class Stack(PointSurrogate):
         return bool(self.weights)
 
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
-        groups = self._data["groups"]
+        groups = self.data["groups"]
         if len(np.unique(groups)) < 2:
             raise MixError("all trials have the same mixture", do="vary the mixture: without it nothing can be learnt")
         n, folds = len(y), grouped_folds(groups, self.folds, self.seed)
@@ -111,7 +111,7 @@ class Stack(PointSurrogate):
             self.held_mean, self.held_sigma = mean_n, np.full(n, np.sqrt(baseline))
         else:
             self._predict_held(y, mean_n, held_out)
-        self._ratios = np.abs(y - self.held_mean) / np.maximum(self.held_sigma, 1e-300)
+        self.ratios = np.abs(y - self.held_mean) / np.maximum(self.held_sigma, 1e-300)
 
     def _predict_held(self, y: Floats, mean_n: Floats, held_out: Mapping[str, tuple[Floats, Floats]]) -> None:
         """The stack's prediction of each trial with models *and weights* that have not seen it: the weights of a fold
@@ -148,14 +148,14 @@ class Stack(PointSurrogate):
         undecided = [label for label, model in self.candidates.items() if getattr(model, "noise", 0.0) is None]
         if not undecided:
             return dict(self.candidates)
-        repeats = repeat_variance(y, self._data["groups"], tau)
+        repeats = repeat_variance(y, self.data["groups"], tau)
         if repeats is not None:
             noise = float(np.clip(np.log(max(repeats, 1e-300) / y.var()), -12.0, 1.0))
         else:
             errors = {}
             for centre in NOISE_PRIORS:
                 pilot = replace_noise(self.candidates[undecided[0]], centre)
-                pilot.fit(X, y, groups=self._data["groups"], progress=tau, weights=weights)
+                pilot.fit(X, y, groups=self.data["groups"], progress=tau, weights=weights)
                 errors[centre] = float(np.mean((y - self._hold_out(pilot, folds)[0]) ** 2))
             noise = min(errors, key=errors.__getitem__)
         return {
@@ -165,7 +165,7 @@ class Stack(PointSurrogate):
 
     def _hold_out(self, model: PointSurrogate, folds: Sequence[NDArray[np.intp]]) -> tuple[Floats, Floats]:
         """Out-of-fold mean and variance [n] of one candidate."""
-        data = self._data
+        data = self.data
         mean_n, variance_n = np.empty(len(data["y"])), np.empty(len(data["y"]))
         for held in folds:
             kept = np.setdiff1d(np.arange(len(mean_n)), held)
@@ -177,22 +177,22 @@ class Stack(PointSurrogate):
             part = model.refit(data["X"][kept], data["y"][kept], data["groups"][kept], tau, data["weights"][kept])
             tau = None if data["tau"] is None else data["tau"][held]
             mean_n[held] = part.mean(data["X"][held], tau)
-            known = None if part._constant is not None else part.observation_variance(data["X"][held], tau)
+            known = None if part.constant is not None else part.observation_variance(data["X"][held], tau)
             variance_n[held] = np.nan if known is None else known
         constant = float(np.mean((data["y"] - mean_n) ** 2))
         return mean_n, np.where(np.isnan(variance_n), constant, variance_n)
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         if not self.models:
-            return np.full(len(X), float(np.average(self._data["y"], weights=self._data["weights"])))
+            return np.full(len(X), float(np.average(self.data["y"], weights=self.data["weights"])))
         return sum(weight * self.models[label].mean(X, tau) for label, weight in self.weights.items())
 
     def moments(self, X: ArrayLike, progress: ArrayLike | None = None) -> tuple[Floats, Floats]:
         """Mean and uncalibrated sd [m] of a new observation."""
         rows = shares(X, renormalise=False)
-        tau = tau_of(progress, len(rows), self._data["tau"])
-        if self._constant is not None:
-            return np.full(len(rows), self._constant), np.zeros(len(rows))
+        tau = tau_of(progress, len(rows), self.data["tau"])
+        if self.constant is not None:
+            return np.full(len(rows), self.constant), np.zeros(len(rows))
         if not self.models:
             return self._mean(rows, tau), np.full(len(rows), float(self.held_sigma[0]))
         means = np.stack([self.models[label].mean(rows, tau) for label in self.weights])
@@ -206,7 +206,7 @@ class Stack(PointSurrogate):
 
     def quantile(self, level: float = 0.9) -> float:
         """q of the calibrated interval mean +- q sigma."""
-        return conformal_quantile(self._ratios, level) if self._ratios is not None else 0.0
+        return conformal_quantile(self.ratios, level) if self.ratios is not None else 0.0
 
     def predict(self, X: ArrayLike, *, progress: ArrayLike | None = None, level: float = 0.9) -> Prediction:
         """Mean and calibrated `level` interval of a new observation."""
@@ -218,7 +218,7 @@ class Stack(PointSurrogate):
         """The GP whose posterior carries joint uncertainty: the candidate with the smallest error on trials left out,
         or one fitted for the purpose."""
         if self._carrier is None:
-            data = self._data
+            data = self.data
             self._carrier = GaussianProcess().fit(
                 data["X"], data["y"], groups=data["groups"], progress=data["tau"], weights=data["weights"]
             )
@@ -229,7 +229,7 @@ class Stack(PointSurrogate):
         of the candidates (one Gaussian step per candidate, sqrt(w_j) (f_j - f))."""
         rows = shares(X, renormalise=False)
         mean = self.mean(rows)
-        if self._constant is not None:
+        if self.constant is not None:
             return np.tile(mean, (size, 1))
         carrier = self.carrier()
         draws = mean + (carrier.sample(rows, size, seed) - carrier.mean(rows))

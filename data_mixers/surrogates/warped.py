@@ -46,7 +46,7 @@ class WarpedGP(PointSurrogate):
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
         turned = self._sign * y
         self._bound = float(turned.min() - self.gap * turned.std())
-        logs, groups = np.log(turned - self._bound), self._data["groups"]
+        logs, groups = np.log(turned - self._bound), self.data["groups"]
         if self._start is not None and self._start.theta is not None:
             self._process = self._start.refit(X, logs, groups, tau, weights)
         else:

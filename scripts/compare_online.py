@@ -1,6 +1,6 @@
 """Do shares that change while training beat shares that stay? Runs of a recipe, static and with each online method.
 
-    python scripts/compare_online.py recipes/quickstart.yaml                  # about 10 CPU minutes
+    python scripts/compare_online.py recipes/quickstart.yaml                  # about 15 CPU minutes
     python scripts/compare_online.py recipes/quickstart.yaml --steps 60 --seeds 2 --only uniform bandit
 
 Every run starts from uniform shares (but `natural`), with the recipe's floors and epoch caps. group_dro's reference is
@@ -34,8 +34,8 @@ def variants(every: int, reference: Path) -> dict[str, list[str]]:
         "bandit, scale 1": f"{{name: bandit, every: {every}, scale: 1}}",
         "group_dro": f"{{name: group_dro, every: {every}, reference: {json.dumps(str(reference))}}}",
         "group_dro, eta 0.3": f"{{name: group_dro, every: {every}, eta: 0.3, reference: {json.dumps(str(reference))}}}",
-        "linear_law": f"{{name: linear_law, every: {4 * every}, probe_steps: {every // 2}}}",
-        "linear_law, eta 4": f"{{name: linear_law, every: {4 * every}, probe_steps: {every // 2}, eta: 4}}",
+        "linear_law": f"{{name: linear_law, every: {3 * every}, probe_steps: {max(1, 3 * every // 8)}}}",
+        "linear_law, eta 4": f"{{name: linear_law, every: {3 * every}, probe_steps: {max(1, 3 * every // 8)}, eta: 4}}",
     }
     static = {"uniform": ["mixture.shares=uniform"], "natural": ["mixture.shares=natural"]}
     return static | {name: ["mixture.shares=uniform", f"mixture.online={value}"] for name, value in online.items()}
@@ -45,8 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--every", type=int, default=10, help="steps between decisions; linear_law: four times that")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--every", type=int, default=8, help="steps between decisions; linear_law: three times that")
     parser.add_argument("--only", nargs="*", help="these variants, and uniform")
     parser.add_argument("--out", type=Path, default=Path("runs/compare-online"))
     options = parser.parse_args()
@@ -65,8 +66,9 @@ def main() -> None:
 
 def run(options: argparse.Namespace, out: Path, seed: int, changes: list[str]) -> dict:
     """One run: its held-out losses, what it played, its CPU seconds (nan: it stood already)."""
-    alone = ["sweep=null", "merge=null", "fuse=null", "output.save_every=null"]
-    length = [f"train.steps={options.steps}", f"seed={seed}", f"output.dir={out}"]
+    alone = ["sweep=null", "merge=null", "fuse=null", "output.save_every=null", "train.eval_on_start=false"]
+    length = [f"train.steps={options.steps}", f"train.batch_tokens={options.batch_tokens}", f"seed={seed}"]
+    length.append(f"output.dir={out}")
     started = time.process_time()
     stood = (out / "result.json").is_file()
     result = train(load_recipe(options.recipe, [*alone, *length, *changes]), quiet=True, prove=False)

@@ -138,6 +138,10 @@ def test_older_plans_are_made_again():
     assert again.restore(json.loads(json.dumps(chain.state(29)))) == 29
     assert again.fingerprint == chain.fingerprint
     assert np.array_equal(rows_of(again, range(30)), rows)
+    again = changed((15, LATE), (16, EVEN))  # it has gone another way from the same beginning
+    assert again.restore(chain.state(29)) == 29
+    assert all(np.array_equal(one, two) for one, two in zip(again.step(2), chain.step(2)))
+    assert np.array_equal(rows_of(again, range(30)), rows)
     assert len({*zip(*(part.tolist() for part in rows), strict=True)}) == 240
 
 

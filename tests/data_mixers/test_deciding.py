@@ -92,11 +92,14 @@ def test_the_bandit_can_not_tell_equal_tasks_apart():
     assert all(np.abs(np.array(decision.shares) - 1 / 3).max() < 0.01 for decision in decisions)
 
 
-def test_how_often_a_task_is_drawn_is_no_reward():
+@pytest.mark.parametrize("style, off", [("mixed", 0.001), ("alternating", 0.1)])
+def test_how_often_a_task_is_drawn_is_no_reward(style, off):
     """Equal losses, uneven shares at the start: without the importance weight the rich would get richer."""
-    decider = decider_of(Bandit(3, every=10, scale=1.0), mixture=Mixture.of({"a": 0.7, "b": 0.2, "c": 0.1}))
+    uneven = Mixture.of({"a": 0.7, "b": 0.2, "c": 0.1})
+    decider = decider_of(Bandit(3, every=60, scale=1.0), mixture=uneven, style=style)
     play(decider, World([1.0] * 3, [0.0] * 3, np.zeros((3, 3))))
-    np.testing.assert_allclose(decider.playing, 1 / 3, atol=0.02)
+    np.testing.assert_allclose(decider.playing, 1 / 3, atol=off)
+    np.testing.assert_allclose(decider.method.bandit.rewards, 120, rtol=0.2)  # one of 1 a step, to each
 
 
 def test_group_dro_raises_the_task_with_excess_loss():
@@ -137,11 +140,11 @@ def test_the_linear_law_finds_the_task_that_helps_all():
 
 
 def test_the_linear_law_solves_for_what_the_probes_held():
-    """In a linear world the law is the world's own, whatever the order and the rounding of the probes."""
+    """In a linear world the law is the world's own, whatever the order, the rounding and the caps of the probes."""
     A = np.array([[0.4, 0.0, 0.1], [0.1, 0.2, 0.0], [0.0, 0.1, 0.3]]) * 1e-3
     losses, at = np.array([3.0, 3.0, 3.0]), []
     method = LinearLaw([1 / 3] * 3, every=24, steps=STEPS, probe_steps=5, seed=3)
-    decider = decider_of(method)
+    decider = decider_of(method, bounds=Bounds(caps=dict.fromkeys(TASKS, 0.6), names=TASKS))
     for s in range(45):
         losses = losses - A @ np.bincount(decider.chain.step(s)[0], minlength=3)
         if decider.measures(s + 1) is not None:
@@ -151,7 +154,9 @@ def test_the_linear_law_solves_for_what_the_probes_held():
     D = np.array([method.falls[j] for j in range(3)]).T
     H = np.array([method.held[j] for j in range(3)])
     np.testing.assert_allclose(method.law.law(D, H), 5 * BATCH * A, atol=1e-9)
-    assert sorted(H.max(axis=1).round(2)) == pytest.approx([0.75] * 3, abs=0.02)
+    assert sorted(H.max(axis=1).round(2)) == pytest.approx([0.6] * 3, abs=0.02)
+    pull = 5 * BATCH * A.sum(axis=0) / D.sum()
+    np.testing.assert_allclose(decider.playing, np.exp(0.5 * pull) / np.exp(0.5 * pull).sum(), atol=1e-4)
 
 
 def test_a_loss_that_was_not_measured_has_no_say():
@@ -160,8 +165,8 @@ def test_a_loss_that_was_not_measured_has_no_say():
     for s in range(40):
         losses = losses - np.array([0.1, 0.0, 0.0]) * (np.bincount(decider.chain.step(s)[0], minlength=3)[0] / BATCH)
         decider.play(decider.propose(s + 1, losses if decider.measures(s + 1) is not None else None))
-    assert np.isfinite(decider.playing).all()
-    assert np.argmax(decider.playing) == 0
+    assert decider.playing[0] > 0.35
+    assert decider.playing[1] == pytest.approx(decider.playing[2])
 
 
 # ---- when
@@ -206,6 +211,14 @@ def test_decisions_are_played_from_the_next_step_on(name):
     assert [change.first for change in decider.chain.changes] == [0, *at]
 
 
+def test_a_round_is_whole_or_not_begun():
+    """A warm-up that ends inside a round's probes, and an end of the run before a round's end."""
+    method = LinearLaw([1 / 3] * 3, every=24, steps=87, warmup=26)
+    decider = decider_of(method, warmup=26, steps=87)
+    _, decisions = play(decider, world(), steps=87)
+    assert [decision.first for decision in decisions] == [48, 53, 58, 63]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_restart_anywhere_changes_nothing(name):
     whole, here = decider_of(METHODS[name](), warmup=7), world()
@@ -247,11 +260,10 @@ def test_the_last_bits_of_a_loss_do_not_count():
 # ---- bounds
 
 
-@pytest.mark.parametrize("style", ["mixed", "alternating"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name, style", [*((name, "mixed") for name in METHODS), ("bandit", "alternating"), ("group_dro", "alternating")]
+)
 def test_bounds_hold_at_every_step(name, style):
-    if name == "linear_law" and style == "alternating":
-        pytest.skip("refused: compat.py")
     bounds = Bounds(
         floors={"a": 0.2}, caps={"b": 0.45, "c": 0.3}, groups=(Group("bc", ("b", "c"), 0.0, 0.7),), names=TASKS
     )

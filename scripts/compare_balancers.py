@@ -7,7 +7,8 @@
 A method is a balancer, an aggregator of gradients at every step, "<aggregator> lagged", or f_mtl or samo.
 The runs lie in OUT/<method>-<seed> and are not repeated when they stand; OUT/compare.json holds all figures. For each
 method: the worst task's loss and the mean over tasks (both averaged over seeds), and the difference to uniform and to
-random weights of the same seed with a 95 % t interval over seeds. "no" = the interval holds 0.
+random weights of the same seed with a 95 % t interval over seeds. "no" = the interval holds 0. If the recipe has
+loss.gradients.every, also the pairs of tasks with their mean cosine and conflict rate in the runs of the first method.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mtft.gradients import affinity
 from mtft.gradients.aggregators import AGGREGATORS
 from mtft.losses.balancers import BALANCERS
 from mtft.recipe.load import load_recipe
@@ -47,9 +49,13 @@ def options_of(method: str) -> list[str]:
     raise SystemExit(f"unknown method {method!r}: a balancer, an aggregator, 'AGGREGATOR lagged', f_mtl or samo")
 
 
+def folder_of(out: Path, method: str, seed: int) -> Path:
+    return out / f"{method}-{seed}".replace(" ", "-")
+
+
 def losses(recipe_file: str, method: str, seed: int, out: Path, overrides: list[str]) -> np.ndarray:
     """Held-out loss of each task after one run, in the recipe's order."""
-    folder = out / f"{method}-{seed}".replace(" ", "-")
+    folder = folder_of(out, method, seed)
     fixed = [f"seed={seed}", f"output.dir={folder}"]
     recipe = load_recipe(recipe_file, [*overrides, *fixed, *options_of(method)])
     result = train(recipe, quiet=True, prove=False)
@@ -94,6 +100,21 @@ def show(table: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def pairs(folders: list[Path]) -> list[tuple[str, float, float]]:
+    """(tasks, cosine, conflict rate) of each pair, means over the runs in `folders`; [] if they were not measured."""
+    files = [folder / affinity.FILE for folder in folders]
+    if not all(file.exists() for file in files):
+        return []
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    tasks = found[0]["tasks"]
+    means = [np.array([run[key] for run in found], dtype=float).mean(axis=0) for key in ("cosine", "conflict_rate")]
+    return [
+        (f"{tasks[i]}, {tasks[j]}", float(means[0][i, j]), float(means[1][i, j]))
+        for i in range(len(tasks))
+        for j in range(i + 1, len(tasks))
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
@@ -111,9 +132,17 @@ def main() -> None:
         found[name] = np.array([losses(asked.recipe, name, seed, asked.out, asked.set) for seed in asked.seeds])
         print(f"{name}: {np.round(found[name].mean(axis=0), 4).tolist()}", file=sys.stderr, flush=True)
     table = compare(found)
-    figures = {"seeds": asked.seeds, "losses": {name: x.tolist() for name, x in found.items()}, "table": table}
+    together = pairs([folder_of(asked.out, asked.methods[0], seed) for seed in asked.seeds])
+    figures = {
+        "pairs": together,
+        "seeds": asked.seeds,
+        "losses": {name: x.tolist() for name, x in found.items()},
+        "table": table,
+    }
     (asked.out / "compare.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(show(table))
+    for names, cosine, rate in together:
+        print(f"{asked.methods[0]}: {names}: cosine {cosine:+.2f}, conflict rate {rate:.2f}")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,9 @@ def test_skipped_steps_are_not_told(recipe, tmp_path, monkeypatch):
     def poisoned(sums, counts, normalise):
         calls.append(0)
         loss_K = whole(sums, counts, normalise)
-        return torch.full_like(loss_K, torch.inf) if len(calls) in (1, 2) else loss_K
+        if len(calls) in (1, 2):
+            loss_K[1] = torch.inf  # the other tasks' losses are of weights that were not trained on
+        return loss_K
 
     monkeypatch.setattr(module, "task_losses", poisoned)
     found, _ = trained(recipe, tmp_path / "run", "group_dro")
@@ -154,6 +156,26 @@ def test_bounds_and_epochs_hold_and_what_gives_way_is_said(recipe, tmp_path):
         assert shares["copy"] <= 0.5 + 1e-9
     assert max(plan.counts(STEPS)) <= 50
     assert sum(line["tasks"]["copy"]["examples"] for line in found) <= 50
+
+
+def test_the_rows_that_are_measured_stay_in_a_round(recipe, tmp_path):
+    """Else what falls would be the rows, not the loss. Measured before, between and behind the probes, on all tasks."""
+    measured, chosen = [], []
+
+    def spy(trainer):
+        whole = trainer.online.stream.choose
+
+        def choose(number):
+            measured.append((trainer.state.global_step, number))
+            chosen.append(whole(number))
+            return chosen[-1]
+
+        trainer.online.stream.choose = choose
+
+    trained(recipe, tmp_path / "run", "linear_law", prepare=spy)
+    assert measured == [(step, step - step % 5) for step in (5, 6, 7, 8, 10, 11, 12, 13)]
+    assert chosen[0] == chosen[3] != chosen[4]
+    assert {task for task, _ in chosen[0]} == {0, 1, 2}
 
 
 # ---- splits and ranks

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mtft.data.batch import IGNORE
 from mtft.gradients.capture import TaskGradients
+from mtft.gradients.halves import Halves, joined
 from mtft.losses.nll import token_nll
 from mtft.losses.reduce import coefficients, step_counts, task_coefficients
 from tests.gradients.tiny import ROWS, WEIGHTS, K, batches, lora, trained
@@ -66,13 +67,14 @@ def zero(stage):
 ENGINES = {"ddp": ddp, "fsdp2": fsdp2, "zero1": zero(1), "zero2": zero(2), "zero3": zero(3)}
 
 
-def step(wrapped, backward, parts, taps):
+def step(wrapped, backward, parts, taps, halves=None):
     counts = step_counts(parts, K)
     with taps:
         for index, batch in enumerate(parts):
             last = index == len(parts) - 1
             if isinstance(taps, TaskGradients):
-                taps.begin(batch.task_ids_BT, batch.labels_BT != IGNORE, last=last)
+                ids_BT = batch.task_ids_BT if halves is None else halves.deal(batch)
+                taps.begin(ids_BT, batch.labels_BT != IGNORE, last=last)
             c_BT = coefficients(batch, counts, WEIGHTS, "task_token")
             loss = (c_BT * token_nll(wrapped, batch)).sum() * dist.get_world_size()
             if isinstance(taps, TaskGradients):
@@ -123,6 +125,13 @@ def main(folder):
         lean = TaskGradients(model, K, isolated=True, gram_only=True)
         step(wrapped, backward, parts, lean)
         assert torch.equal(lean.gram(coef_K).nan_to_num(), out[f"{name} gram"].nan_to_num())
+        halves, doubled = Halves(K, by_samples=False), TaskGradients(model, 2 * K, isolated=True, gram_only=True)
+        step(wrapped, backward, parts, doubled, halves)
+        part_H = halves.parts()
+        G = joined(doubled.gram(coef_K.repeat_interleave(2) * part_H), part_H)
+        assert same_everywhere([part_H, G]), f"{name}: ranks differ in halves"
+        off = ~torch.eye(K, dtype=torch.bool)
+        torch.testing.assert_close(G[off], out[f"{name} gram"][off], rtol=1e-5, atol=1e-8, equal_nan=True)
     if rank == 0:
         save_file(out, Path(folder) / "found.safetensors")
     dist.barrier()

@@ -85,13 +85,17 @@ class Decider:
         drawn_K = np.divide(part_K, self.playing, out=np.zeros(len(part_K)), where=self.playing > 0)
         self.method.see(np.asarray(loss_K, dtype=np.float64), drawn_K)
 
+    def due(self, step: int) -> bool:
+        """Whether something may be decided after this step."""
+        return self.warmup <= step < self.chain.steps and self.method.due(step)
+
     def measures(self, step: int) -> int | None:
         """Which rows to measure held-out losses on after this step; None: none."""
-        return self.method.measures(step) if self._in_time(step) else None
+        return self.method.measures(step) if self.due(step) else None
 
     def propose(self, step: int, valid_K: Losses | None = None) -> Decision | None:
         """What to play from step index `step` on; None: nothing is decided after this step."""
-        if not self._in_time(step) or not self.method.due(step):
+        if not self.due(step):
             return None
         bounds, notes = self.bounds(step)
         valid = None if valid_K is None else np.asarray(valid_K, dtype=np.float64)
@@ -129,9 +133,6 @@ class Decider:
             now = dict(zip(names, self.playing.tolist(), strict=True))
             return Bounds(now, now, names=names), [*notes, f"the shares stay as they are: {error.what}"]
         return bounds, notes
-
-    def _in_time(self, step: int) -> bool:
-        return self.warmup <= step < self.chain.steps
 
     # ---- resume
 

@@ -153,7 +153,7 @@ class LinearLaw:
         return self._turn(step) is not None
 
     def measures(self, step: int) -> int | None:
-        return step - step % self.every if self.due(step) else None
+        return step - step % self.every
 
     def choose(self, step: int, chain: PlanChain, bounds: Bounds, valid_K: Floats | None) -> Floats | None:
         turn = self._turn(step)

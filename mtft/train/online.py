@@ -53,6 +53,8 @@ class Online:
         decider = self.decider
         if loss_K is not None:
             decider.observe(step, loss_K.tolist(), part_K)
+        if not decider.due(step):
+            return {}
         number = decider.measures(step)
         valid_K = None if number is None else valid_losses(trainer, number, self.stream).tolist()
         decision = _of_the_first_rank(decider.propose(step, valid_K))
@@ -167,4 +169,4 @@ def decisions(recipe: Recipe, decider: Decider) -> list[int]:
     found = range(asked.every, steps, asked.every)
     if asked.name != "linear_law":
         return [step for step in found if step > asked.warmup]
-    return [step for step in found if step >= asked.warmup and decider.method.due(step)]
+    return [step for step in found if decider.due(step)]

@@ -35,3 +35,25 @@ def test_the_joint_run_plays_the_schedule(tmp_path):
     assert runs["baseline"].mixture.shares == {"a": 0.5, "b": 0.5}
     assert [runs[f"single-{name}"].train.steps for name in "ab"] == [25, 25]
     assert joint_labels(recipe, choice, stores) == {"joint": "joint as asked", "baseline": "joint uniform"}
+
+
+def test_the_joint_run_changes_online_and_the_others_do_not(tmp_path):
+    recipe = Recipe.model_validate(
+        {
+            "name": "toy",
+            "model": {"path": "nowhere"},
+            "tasks": [{"name": name, "data": "x"} for name in "ab"],
+            "mixture": {"shares": "uniform", "online": {"name": "bandit", "every": 5}},
+            "merge": {},
+            "train": {"steps": 50, "batch_tokens": 512},
+            "output": {"dir": str(tmp_path)},
+        }
+    )
+    stores = [Lengths("a", 60), Lengths("b", 20)]
+    choice = Choice(space(recipe, stores).current)
+    runs = planned_runs(recipe, choice, stores)
+    assert list(runs) == ["joint", "baseline", "single-a", "single-b"]
+    assert runs["joint"].mixture == recipe.mixture
+    assert runs["baseline"].mixture.shares == {"a": 0.5, "b": 0.5}
+    assert [name for name, found in runs.items() if found.mixture.online is not None] == ["joint"]
+    assert joint_labels(recipe, choice, stores) == {"joint": "joint as asked", "baseline": "joint uniform"}

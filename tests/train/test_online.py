@@ -140,7 +140,7 @@ def test_skipped_steps_are_not_told(recipe, tmp_path, monkeypatch):
 
 
 def test_bounds_and_epochs_hold_and_what_gives_way_is_said(recipe, tmp_path):
-    mixture = {"caps": {"copy": 0.5}, "floors": {"shout": 0.3}, "max_epochs": 5, "on_cap": "redistribute"}
+    mixture = {"caps": {"copy": 0.3}, "floors": {"shout": 0.66}, "max_epochs": 2, "on_cap": "redistribute"}
     said = []
     found, plan = trained(
         recipe,
@@ -148,14 +148,20 @@ def test_bounds_and_epochs_hold_and_what_gives_way_is_said(recipe, tmp_path):
         "group_dro",
         prepare=lambda trainer: setattr(trainer.run_log, "say", said.append),
         mixture=mixture,
+        online={"eta": 0.1},
         train={"batch_tokens": 160},
     )
     changes = shares_over_time(found)
     assert changes
     for shares in changes.values():
-        assert shares["copy"] <= 0.5 + 1e-9
-    assert max(plan.counts(STEPS)) <= 50
-    assert sum(line["tasks"]["copy"]["examples"] for line in found) <= 50
+        assert shares["copy"] <= 0.3 + 1e-9
+    rows = [sum(line["tasks"][task]["examples"] for line in found) for task in ("copy", "twice", "shout")]
+    assert rows == plan.counts(STEPS).tolist()
+    assert max(rows) == 20  # all that two epochs have
+    notes = [note for line in found for note in line.get("mixture", {}).get("notes", [])]
+    assert notes[0].startswith("shout gets 0.4")
+    assert notes[0].endswith("less than its floor of 0.6600: its max_epochs leave no more")
+    assert f"step 2: {notes[0]}" in said
 
 
 def test_the_rows_that_are_measured_stay_in_a_round(recipe, tmp_path):

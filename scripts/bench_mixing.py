@@ -223,6 +223,8 @@ def damo(options: argparse.Namespace) -> None:
         "auto": lambda: model_of("auto", 180, "max"),
     }
     for name, make in models.items():
+        if options.only_auto and name != "auto":
+            continue
         grouped, without, leaky = [], [], []
         for seed in range(options.damo_seeds if name == "auto" else min(options.damo_seeds, 2)):
             folds = list(GroupKFold(10, shuffle=True, random_state=seed).split(P, groups=mixture))
@@ -279,7 +281,7 @@ def admire(options: argparse.Namespace) -> None:
         these = [row for row in rows if row["model"] == size]
         X = np.array([[float(row[name]) for name in ratios] for row in these])
         X, y = X / X.sum(axis=1, keepdims=True), np.array([float(row["metric_avg_id+ood"]) for row in these])
-        for name in ("ridge", "lightgbm", "auto"):
+        for name in ("auto",) if options.only_auto else ("ridge", "lightgbm", "auto"):
             figures = []
             for seed in range(options.repeats):
                 mean, inside = np.empty(len(y)), np.empty(len(y))
@@ -374,6 +376,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="random subsets of the trials (default 5, --full 10)")
     parser.add_argument("--repeats", type=int, help="of 5-fold CV in admire (default 2)")
     parser.add_argument("--damo-seeds", type=int, help="fold seeds of auto in damo, 100 fits each (default 1)")
+    parser.add_argument("--only-auto", action="store_true", help="admire and damo without the other surrogates")
     options = parser.parse_args()
     options.seeds = options.seeds or (10 if options.full else 5)
     options.repeats = options.repeats or (10 if options.full else 2)

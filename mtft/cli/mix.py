@@ -15,6 +15,7 @@ from mtft.cli.common import Overrides, RecipeArgument, load, say
 mix = typer.Typer(help="Predict the best mixture from a few cheap trials.", no_args_is_help=True)
 
 Goal = Literal["min", "max"]
+INDEX_HELP = "Column that joins the files. Default: index, id or trial, else the first."
 SURROGATE_HELP = "auto (a stack), or one: linear, ridge, lightgbm, mlp, exp, power, bimix, transfer, gp, warped."
 
 
@@ -52,7 +53,7 @@ def mix_propose(
     target: Annotated[list[str] | None, typer.Option(help="Column of the scores; repeat it. Default: all.")] = None,
     weight: Annotated[list[str] | None, typer.Option(metavar="TARGET=W", help="Weight of a target.")] = None,
     objective: Annotated[Literal["mean", "worst"], typer.Option(help="Over the targets, each standardised.")] = "mean",
-    index: Annotated[str | None, typer.Option(help="Column that joins the files. Default: index, id or trial, else the first.")] = None,
+    index: Annotated[str | None, typer.Option(help=INDEX_HELP)] = None,
     surrogate: Annotated[str, typer.Option(help=SURROGATE_HELP)] = "auto",
     goal: Annotated[Goal, typer.Option(help="min (losses) or max (accuracies).")] = "min",
     prior: Annotated[Path | None, typer.Option(help="Shares to stay near (CSV, YAML). Default: uniform.")] = None,
@@ -126,7 +127,7 @@ def mix_fit(
     mixtures: Annotated[Path, typer.Option(help="CSV: one trial a row, one column a task with its share.")],
     scores: Annotated[Path, typer.Option(help="CSV: one trial a row, one column a target.")],
     target: Annotated[list[str], typer.Option(help="Column of the scores; repeat it, or `all`.")],
-    index: Annotated[str | None, typer.Option(help="Column that joins the files. Default: index, id or trial, else the first.")] = None,
+    index: Annotated[str | None, typer.Option(help=INDEX_HELP)] = None,
     surrogate: Annotated[str, typer.Option(help=SURROGATE_HELP)] = "auto",
     goal: Annotated[Goal, typer.Option(help="min (losses) or max (accuracies).")] = "min",
     predict: Annotated[Path | None, typer.Option(help="CSV of mixtures to predict.")] = None,

@@ -1,18 +1,22 @@
 """What fusion costs against strong alone, naive fusion and PEFT's adapter_names, bar by bar: PASS or MISS.
 
     python scripts/bench_fuse.py                        # T1 step, T2 solver, T3 four experts, T4 speculation, T5 memory
+    python scripts/bench_fuse.py --full                 # more rounds and prompts, a long prompt, all ways: ten minutes
     python scripts/bench_fuse.py --only speculation --adapter DIR       # an adapter trained on quickstart:weak
 
 T1, T3: models from a config with random weights (Llama 768 x 12, small 256 x 4, V = 32000, LoRA r = 16 on all linears),
-fp32, prompt of 32 tokens. T4: the quickstart's pair with its joint adapter (of runs/quickstart, or trained here first,
-about a minute) on held-out prompts, 48 tokens each. A time is that of one decoding step; the prefill is not counted.
-Rounds are interleaved; x is the median over the rounds of time / strong alone, both of the same round. Wall time is
-judged where the machine is quiet, else CPU time, which means little with two threads. --out: all figures as JSON.
+fp32, prompt of 32 tokens; strong alone is transformers' generate, fused is what `FusedCausalLM.load` gives. T4: the
+quickstart's pair with its joint adapter (of runs/quickstart, or trained here first, about a minute, and kept) on
+held-out prompts, 48 tokens each. A time is that of one decoding step; the prefill is not counted. Rounds are
+interleaved; x is the median over the rounds of time / strong alone, both of the same round. On a quiet machine
+two threads run and wall time is judged, elsewhere one thread and CPU time: two that wait for each other on busy cores
+measure the others' work. --out: all figures as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -36,14 +40,15 @@ from mtft.fuse.alpha import fuse_logits
 from mtft.fuse.load import freeze, load_weak, location
 from mtft.fuse.model import FusedCausalLM
 from mtft.fuse.rows import BASE
+from mtft.fuse.skinny import use_skinny_head
 from mtft.fuse.space import Workspace
 from mtft.fuse.spec import FusionSpec
 from mtft.recipe.load import load_recipe
 
-VOCABULARY, PROMPT = 32000, 32
+VOCABULARY, PROMPT, LONG = 32000, 32, 512
 GRID = torch.arange(0, 2.01, 0.1)
 PARTS = ("step", "solver", "experts", "speculation", "memory")
-QUIET = 0.5  # load below which wall time is judged
+QUIET = 0.5  # load below which two threads run and wall time is judged
 Steps = list[tuple[float, float]]  # (wall, CPU) seconds of each step
 Rows = dict[str, dict[str, Any]]
 
@@ -171,6 +176,11 @@ def compare(ways: dict[str, Callable[[], Steps]], against: str, repeats: int) ->
     return rows
 
 
+def say(line: str) -> None:
+    """At once: a run that is cut off has shown what it had."""
+    print(line, flush=True)
+
+
 class Judge:
     """Prints what is found, keeps it, and says which bars hold."""
 
@@ -181,21 +191,23 @@ class Judge:
 
     def show(self, title: str, rows: Rows) -> None:
         self.found[title] = rows
-        print(f"\n{title}")
+        say(f"\n{title}")
         for name, row in rows.items():
-            print(f"  {name:28s} " + "  ".join(f"{k} {_show(v)}" for k, v in row.items()))
+            say(f"  {name:28s} " + "  ".join(f"{k} {_show(v)}" for k, v in row.items()))
 
     def bar(self, name: str, value: float, limit: float, *, least: bool = False) -> None:
         """value <= limit, or with `least` value >= limit."""
         holds = value >= limit if least else value <= limit
         self.bars[f"{name}: {value:.3g} (bar {'>=' if least else '<='} {limit:.3g})"] = holds
-        print(f"  {'PASS' if holds else 'MISS'}  {name}: {value:.3f}, bar {'>=' if least else '<='} {limit:.3f}")
+        say(f"  {'PASS' if holds else 'MISS'}  {name}: {value:.3f}, bar {'>=' if least else '<='} {limit:.3f}")
 
 
 def bench_step(places: dict[str, Any], args: argparse.Namespace, judge: Judge) -> None:
     strong = llama(768, 12, 1)
+    ours = copy.deepcopy(strong, {id(p): p for p in strong.parameters()})  # the same weights
+    use_skinny_head(ours)  # as FusedCausalLM.load does
     one, four = (
-        FusedCausalLM(strong, load_weak(places["base"], places["adapters"][:t], dtype="fp32", device="cpu"), None,
+        FusedCausalLM(ours, load_weak(places["base"], places["adapters"][:t], dtype="fp32", device="cpu"), None,
                       FusionSpec(), vocab_size=VOCABULARY)
         for t in (1, 4)
     )  # fmt: skip
@@ -209,17 +221,26 @@ def bench_step(places: dict[str, Any], args: argparse.Namespace, judge: Judge) -
             three = partial(plain_loop, [strong, tuned, base], ids, args.tokens)
             ways: dict[str, Callable[[], Steps]] = {
                 "strong alone": alone,
+                "strong alone, head as fused": partial(generated, ours.generate, ids, args.tokens),
                 "fused": partial(generated, one.generate, ids, args.tokens),
-                "strong alone, bare loop": partial(plain_loop, [strong], ids, args.tokens, lambda s: s),
-                "naive: 3 forwards, alpha 1": partial(three, lambda s, e, b: s + e - b),
                 "naive: 3 forwards, 21 grid": partial(three, naive_grid),
                 "PEFT adapter_names": partial(adapter_names, strong, tuned, ids, args.tokens),
             }
+            if args.full:
+                ways["naive: 3 forwards, alpha 1"] = partial(three, lambda s, e, b: s + e - b)
+                ways["strong alone, bare loop"] = partial(plain_loop, [strong], ids, args.tokens, lambda s: s)
             found = compare(ways, "strong alone", args.repeats)
             judge.show(f"T1 step, B={rows}", found | {"cost per pass": passes(one, ids)})
             judge.bar(f"T1 fused / strong alone, B={rows}", found["fused"][x], 1.25 if rows == 1 else 1.22)
             rivals = min(found[name][x] for name in ("naive: 3 forwards, 21 grid", "PEFT adapter_names"))
             judge.bar(f"T1 fused / the faster rival, B={rows}", found["fused"][x] / rivals, 1.0)
+            if args.full:
+                long = torch.randint(3, VOCABULARY, (rows, LONG), generator=torch.Generator().manual_seed(rows))
+                ways = {
+                    n: partial(generated, m.generate, long, args.tokens)
+                    for n, m in (("strong alone", strong), ("fused", one))
+                }
+                judge.show(f"step after a prompt of {LONG}, B={rows}", compare(ways, "strong alone", args.repeats))
         if "experts" in args.only and rows == 1:
             ways = {"strong alone": alone, "fused, 4 experts": partial(generated, four.generate, ids, args.tokens)}
             found = compare(ways, "strong alone", args.repeats)
@@ -258,9 +279,9 @@ def bench_solver(args: argparse.Namespace, judge: Judge) -> None:
             ways: dict[str, Callable[[], Steps]] = {
                 "21 grid": lambda s=strong, e=expert, b=base: [timed(lambda: naive_grid(s, e, b)) for _ in range(5)]
             }
-            for rule in ("jeffreys", "forward", "paper", "paper_grid"):
+            for rule in ("jeffreys", "forward", "paper", "paper_grid") if args.full else ("jeffreys", "forward"):
                 ways[rule] = lambda rule=rule, ours=ours: [timed(lambda: ours(rule)) for _ in range(5)]
-            found = compare(ways, "21 grid", 2 * args.repeats)
+            found = compare(ways, "21 grid", args.repeats)
             forward = ours("forward")
             miss = (forward.kl_forward_N - forward.target_NT[:, 0]).abs() / forward.target_NT[:, 0]
             found["forward"]["worst_relative_miss"] = worst = float(miss[~forward.clipped_N].max())
@@ -314,6 +335,8 @@ def quickstart_adapter() -> Path:
     from mtft.train.run import train
 
     folder = root / "runs" / "bench-fuse"
+    if not (folder / "result.json").is_file():
+        say("training the quickstart's joint adapter, about a minute, kept in runs/bench-fuse")
     return train(joint(load_recipe(root / "recipes" / "quickstart.yaml"), None, folder)).adapter_dir
 
 
@@ -348,7 +371,7 @@ def speculation(
     """`ends` {}: answers stop where the model ends them (after about ten tokens), else all have 48."""
     fused = FusedCausalLM.load("quickstart:strong", "quickstart:weak", [adapter], spec, dtype="fp32")
     prompts = held_out_prompts(fused.tokenizer, args.limit)
-    kinds: dict[str, Any] = {"plain": None, "gamma 2": 2, "gamma 4": 4, "auto": "auto"}
+    kinds: dict[str, Any] = {"plain": None, "auto": "auto"} | ({"gamma 2": 2, "gamma 4": 4} if args.full else {})
     steps: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     same, counts = dict.fromkeys(kinds, 0), {kind: [0, 0] for kind in kinds}
     costs: dict[str, Any] = {}
@@ -393,22 +416,27 @@ def speculation(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=6, help="interleaved rounds")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--full", action="store_true", help="all ways, and more rounds, tokens and prompts")
+    parser.add_argument("--tokens", type=int, help="of a step's measurement; 10, or 16 with --full")
+    parser.add_argument("--repeats", type=int, help="interleaved rounds; 5, or 9 with --full")
+    parser.add_argument("--threads", type=int, help="2 on a quiet machine, else 1")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--adapter", type=Path, help="trained on quickstart:weak")
-    parser.add_argument("--limit", type=int, default=12, help="prompts of the speculation part")
+    parser.add_argument("--limit", type=int, help="prompts of the speculation part; 12, or 24 with --full")
     args = parser.parse_args()
+    for name, short, long in (("tokens", 10, 16), ("repeats", 5, 9), ("limit", 12, 24)):
+        if getattr(args, name) is None:
+            setattr(args, name, long if args.full else short)
     args.only = set(args.only.split(","))
     if unknown := args.only - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", category=FutureWarning)
     load = os.getloadavg()[0]
+    threads = args.threads or (2 if load < QUIET else 1)
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     judge = Judge(load < QUIET)
-    state = "quiet: wall time is judged" if load < QUIET else "NOT QUIET: CPU time is judged, and means little"
-    print(f"load {load:.2f}, {args.threads} threads, {state}")
+    state = "quiet: wall time is judged" if load < QUIET else "NOT QUIET: CPU time is judged"
+    say(f"load {load:.2f}, {threads} thread{'s' * (threads > 1)}, {state}")
     if "speculation" in args.only and args.adapter is None:
         args.adapter = quickstart_adapter()  # training comes before any clock runs
     with tempfile.TemporaryDirectory() as scratch:
@@ -425,11 +453,11 @@ def main() -> None:
             bench_solver(args, judge)
         if "speculation" in args.only:
             bench_speculation(args, judge)
-    print()
+    say("")
     for name, holds in judge.bars.items():
-        print(f"{'PASS' if holds else 'MISS'}  {name}")
+        say(f"{'PASS' if holds else 'MISS'}  {name}")
     if args.out:
-        head = {"load_before": load, "judged": judge.kind, "threads": args.threads, "bars": judge.bars}
+        head = {"load_before": load, "judged": judge.kind, "threads": threads, "bars": judge.bars}
         args.out.write_text(json.dumps(head | judge.found, indent=1) + "\n")
 
 

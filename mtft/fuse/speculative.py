@@ -128,6 +128,7 @@ class _Speculation:
         """Draft, judge, emit, and put the caches right."""
         start = time.perf_counter()
         count, pending_A = len(self.active), self._pending()
+        live = sum(not self.lock.over[row] for row in self.active)
         drafts, raw, q = [], [], []  # per position: [A], [A, M], [A, V]
         block = [pending_A]
         for i in range(gamma):
@@ -183,7 +184,8 @@ class _Speculation:
                 self._emit(at, token, step, scores_NV, n, logits)
         self._forget(gamma, standing, gamma + 1 if whole else gamma)
         if gamma:
-            self.gamma.took(gamma, draft=(middle - start) / gamma, verify=time.perf_counter() - middle - extra)
+            verify = time.perf_counter() - middle - extra
+            self.gamma.took(gamma, draft=(middle - start) / gamma, verify=verify, tokens=1 + sum(standing) / live)
         self.lock.release()
 
     # --- models -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Caches with room: as transformers' own, without its copies."""
 
+import pytest
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
+from mtft.fuse import cache as caches
 from mtft.fuse.cache import COLUMNS, SHARE, RoomyLayer, new_cache
 from tests.fuse import tiny
 
@@ -22,7 +24,9 @@ def pair():
     return new_cache(MODEL), DynamicCache(config=MODEL.config)
 
 
-def test_same_as_transformers_cache_through_growth_crops_and_selections():
+@pytest.mark.parametrize("short", [0, 12, 128])
+def test_same_as_transformers_cache_through_growth_crops_and_selections(monkeypatch, short):
+    monkeypatch.setattr(caches, "SHORT", short)
     roomy, plain = pair()
     for change in (
         lambda cache: None,
@@ -40,7 +44,8 @@ def test_same_as_transformers_cache_through_growth_crops_and_selections():
             assert torch.equal(mine.values, theirs.values)
 
 
-def test_a_token_is_written_in_place():
+def test_a_token_is_written_in_place(monkeypatch):
+    monkeypatch.setattr(caches, "SHORT", 3)
     cache = new_cache(MODEL)
     read(cache, [4])
     layer = cache.layers[0]
@@ -57,14 +62,16 @@ def test_a_token_is_written_in_place():
 def test_room_is_bounded():
     cache = new_cache(MODEL)
     for length in (4, 100, 10, 200):
-        read(cache, [length % 120], rows=1)
+        read(cache, [length], rows=1)
         layer = cache.layers[0]
         columns = layer.keys.untyped_storage().nbytes() // layer.keys[:, :, :1].nbytes
         assert columns <= layer.keys.shape[2] + max(COLUMNS, layer.keys.shape[2] // SHARE)
 
 
-def test_what_is_selected_does_not_share_memory():
+@pytest.mark.parametrize("short", [0, 128])
+def test_what_is_selected_does_not_share_memory(monkeypatch, short):
     """One row is taken out, and the rest reads on: neither writes into the other's columns."""
+    monkeypatch.setattr(caches, "SHORT", short)
     cache = new_cache(MODEL)
     read(cache, [6])
     before = [layer.keys for layer in cache.layers]

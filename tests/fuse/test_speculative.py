@@ -281,6 +281,23 @@ def test_gamma_takes_the_cheapest():
     assert slow.next() == 0
 
 
+def test_gamma_counts_what_rounds_give():
+    """Drafts that stand all or not at all: six of seven looks are good ones, but a round gives 4 tokens, not 4.6."""
+    believing, counting = Gamma(), Gamma()
+    for gamma in (believing, counting):
+        for _ in range(20):
+            gamma.took(0, plain=0.8)
+        gamma.saw(100, 85)
+        for at in range(64):
+            stand = 6 * (at % 2)
+            gamma.saw(min(stand + 1, 6), stand)
+            gamma.took(6, draft=0.35, verify=1.2, tokens=1 + stand if gamma is counting else None)
+    assert believing.time_per_token(6) == pytest.approx(3.44 / 4.6, rel=0.05)
+    assert counting.time_per_token(6) == pytest.approx(3.44 / 4, rel=0.05)
+    assert believing.next() > 0
+    assert counting.next() == 0
+
+
 def test_gamma_has_patience():
     gamma = Gamma()
     gamma.saw(1, 1)

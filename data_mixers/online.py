@@ -172,7 +172,9 @@ class Aioli:
         """A [K, K] from D [K, K]: A_i solves H A_i = D_i. H [K, K]: what the probes really held, row j probe j; of the
         smallest norm where they can't be told apart. None: `probes()`."""
         D = np.asarray(D, dtype=np.float64)
-        return np.linalg.solve(self.probes(), D.T).T if H is None else np.linalg.lstsq(H, D.T, rcond=1e-3)[0].T
+        if H is None:
+            return np.linalg.solve(self.probes(), D.T).T
+        return np.asarray(np.linalg.lstsq(H, D.T, rcond=1e-3)[0].T, dtype=np.float64)
 
     def update(
         self, D: Floats, bounds: Bounds | None = None, *, normalise: bool = False, H: Floats | None = None

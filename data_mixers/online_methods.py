@@ -91,7 +91,7 @@ class GroupDRO(_Periodic):
     def choose(self, step: int, chain: PlanChain, bounds: Bounds, valid_K: Floats | None) -> Floats | None:
         with np.errstate(invalid="ignore"):
             mean_K = self.sum_K / self.count_K  # 0/0: absent
-        self.dro = self.dro.update(mean_K - self.reference_K, bounds)
+        self.dro = self.dro.update((mean_K - self.reference_K).tolist(), bounds)
         self._clear()
         return np.array(self.dro.alpha)
 
@@ -174,8 +174,8 @@ class LinearLaw:
             return self._all(self.law.probes()[order[turn]])
         D = np.array([self.falls[j] for j in range(self.tasks)]).T
         H = np.array([self.held[j] for j in range(self.tasks)])
-        known = np.isfinite(D).all(axis=1)
-        self.law = self.law.update(np.where(known[:, None], D, 0.0), self._open(bounds), normalise=True, H=H)
+        known = np.isfinite(D).all(axis=1, keepdims=True)
+        self.law = self.law.update(np.where(known, D, 0.0), self._open(bounds), normalise=True, H=H)
         return self._all(self.law.shares)
 
     def _all(self, open_shares: Floats) -> Floats:

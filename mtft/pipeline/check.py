@@ -72,7 +72,7 @@ def examine(recipe: Recipe) -> Examination:
     from mtft.train.online import in_words, make_decider
 
     tokenizer, config = load_tokenizer(recipe.model), read_config(recipe.model)
-    stores, held_out = (open_stores(recipe, tokenizer, which) for which in ("train", "eval"))
+    stores, held_out = open_stores(recipe, tokenizer, "train"), open_stores(recipe, tokenizer, "eval")
     check_vocabulary([*stores, *held_out], tokenizer, config)
     plan = make_plan(recipe, stores)
     data = describe(recipe, tokenizer, stores=stores, held_out=held_out, plan=plan)

@@ -87,13 +87,15 @@ def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, An
 def write_plan(run_dir: Path, recipe: Recipe, plan: Any) -> None:
     """plan.json. `changes`: the shares that mixture.online has decided, each with the first step that has them."""
     from data_mixers.chain import PlanChain
+    from data_mixers.mixture import Mixture
     from data_mixers.schedule import spans
 
     tasks = {row.pop("task"): row for row in plan.table()}
     about = {"steps": plan.steps, "batch": plan.batch, "unit": plan.unit, "style": recipe.train.batch_style}
     about |= {"tasks": tasks, "spans": spans(plan)}
     if isinstance(plan, PlanChain):
-        about["changes"] = [{"from": change.first + 1, "shares": change.shares.as_dict()} for change in plan.changes]
+        constant = ((change.first, change.shares) for change in plan.changes if isinstance(change.shares, Mixture))
+        about["changes"] = [{"from": first + 1, "shares": shares.as_dict()} for first, shares in constant]
     write_json(run_dir / "plan.json", about)
 
 

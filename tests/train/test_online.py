@@ -238,7 +238,7 @@ def test_stopped_between_a_decision_and_its_effect(recipe, unbroken, tmp_path):
     assert (tmp_path / "stopped" / "plan.json").read_text() == plan
 
 
-def test_plan_and_card_say_what_was_played(recipe, unbroken, tmp_path):
+def test_the_plan_says_what_was_played(recipe, unbroken, tmp_path):
     name, whole, plan = unbroken
     content = json.loads(plan)
     said = shares_over_time(whole["metrics"])

@@ -112,7 +112,7 @@ def for_other_scale(fits: Fits, threshold: float = LAW_RHO) -> Fits:
     two laws if its grouped-CV rho on the small trials is at least `threshold`, else the stack as it is.
 
     Inside the trials' range the stack is better; a law keeps its shape where scales differ (Pile-CC, 128 1M trials: at
-    1M stack 99.2, power 96.7; at 1B stack 94, power 99). Not settled: the rule was made on the Pile.
+    1M stack 99.3, power 96.3; at 1B stack 96, power 99). Not settled: the rule was made on the Pile.
     """
     return replace(fits, targets={name: _law_or_stack(fitted, threshold) for name, fitted in fits.targets.items()})
 
@@ -122,7 +122,7 @@ def for_mixtures(fits: Fits, X: ArrayLike, *, where: str = "") -> Fits:
 
     Mixtures drawn like the trials ask about runs like the trials: the fits as they are. Others (drawn_alike, p < .001)
     are taken for candidates of the real run, which trials are made for: `for_other_scale`, with a warning that names
-    the targets. For RegMix's seven losses at 1B that gains 4.8, 1.1, .8, .3, .1, -.1 and -.7 points of rho; were such
+    the targets. For RegMix's seven losses at 1B that gains 3.4, 1.0, .6, -.4, -.5, -.5 and -.7 points of rho; were such
     mixtures run at the trials' scale after all, it would cost 0 to 5 points.
     """
     rows = np.atleast_2d(np.asarray(X, dtype=np.float64))

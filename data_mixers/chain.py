@@ -31,8 +31,8 @@ MARGIN = 1e-8  # by which `room` stays below what is left: shares are exact to 1
 
 
 class Change(NamedTuple):
-    """From step `first` on: `shares`, and where its plan starts: visits made, amounts (in the unit) played and rows
-    owed (None: nothing, or by tokens) of each task [K]."""
+    """From step `first` on: `shares`, and where its plan starts: visits made, amounts (in the unit) played and owed
+    (None: unknown) of each task [K]."""
 
     first: int
     shares: Mixture | MixtureSchedule
@@ -77,7 +77,9 @@ class PlanChain:
             mixture = MixtureSchedule(tuple((stop, shares.over(self.names)) for stop, shares in mixture.stops))
         start_K = plan.start_K + plan.counts(at - last)
         played_K = np.array(self.changes[-1].played) + plan.amounts(at - last)
-        carry = None if plan.unit == "tokens" else tuple(plan.owed(at - last).tolist())
+        by_tokens = isinstance(mixture, Mixture) and plan.schedule is None and plan.style == "mixed"
+        known = plan.unit == "examples" or by_tokens  # whether there is an account of what is owed, and a use for it
+        carry = tuple(plan.owed(at - last).tolist()) if known else None
         change = Change(at, mixture, tuple(start_K.tolist()), tuple(played_K.tolist()), carry)
         made = self._make(change)  # before anything is noted: it may refuse
         self.changes.append(change)

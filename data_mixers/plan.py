@@ -44,8 +44,8 @@ class MixturePlan:
     needs lengths: {name: tokens of each row [N_k]}).
     max_epochs: how often a row may be seen ({name: x} or one number); on_cap: "error" or "redistribute".
     style: "mixed", or "alternating": one task a step, as many steps of each as its share says.
-    start: visits already made of each task [K] (a plan that follows another one goes on in its epochs); carry: rows
-    that the other plan still owes each task [K], sum 0 (unit="examples").
+    start: visits already made of each task [K] (a plan that follows another one goes on in its epochs); carry: rows, or
+    tokens, that the other plan still owes each task [K], sum 0.
     """
 
     def __init__(
@@ -232,9 +232,10 @@ class MixturePlan:
         return self._merge.tokens(s) if self._merge is not None else self.counts(s)
 
     def owed(self, s: int) -> NDArray[np.float64]:
-        """Rows [K] that each task is behind (or ahead: < 0) of its exact share after s steps; unit="examples"."""
+        """Rows, or with unit="tokens" tokens, [K] that each task is behind (or ahead: < 0) of its exact share after s
+        steps. ValueError by tokens where the shares change or tasks alternate."""
         if self._merge is not None:
-            raise ValueError("a plan by tokens keeps no account of rows")
+            return self._merge.owed(s)
         return self._seat * self._as_given(self._quota.exact(s) - self._quota.counts(s))
 
     def table(self) -> list[dict[str, Any]]:

@@ -4,8 +4,9 @@ Row i of task k's stream has the tag (tokens before it + half its own) / p_k; al
 lower task. At every prefix |tokens_k - p_k tokens| <= L_k / 2 + p_k sum_j L_j / 2 with L the longest rows; with the tag
 at a row's start or end the error is about twice that. Step s takes rows until the cumulative tokens reach
 (s + 1) x batch tokens. Where the shares change over the run, a row's tag is the place at which the tokens that its task
-is asked for reach the row's middle. Where tasks alternate, a task's i-th step takes rows until its own tokens reach
-i x batch tokens. Kept: one small integer per row of the run, and counts every 4096 rows.
+is asked for reach the row's middle. A plan that follows another one (`carry`) begins with the tokens owed to each task:
+the tag is (tokens before + half its own - owed) / p_k. Where tasks alternate, a task's i-th step takes rows until its
+own tokens reach i x batch tokens. Kept: one small integer per row of the run, and counts every 4096 rows.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class TokenMerge:
     def __init__(self, plan: MixturePlan, lengths: list[Ints], on_cap: OnCap) -> None:
         self._check(plan, lengths)
         self._start_K = plan.start_K
+        self._owed_K = np.zeros(len(plan.names)) if plan.carry is None else np.array(plan.carry)
+        self._share_K: Floats | None = None  # where they are constant
         K = len(plan.names)
         self.digest = hashlib.sha256(
             b"".join(hashlib.sha256(length.tobytes()).digest() for length in lengths)
@@ -61,8 +64,9 @@ class TokenMerge:
         total, options = plan.steps * plan.batch, {"on_cap": on_cap, "names": plan.names, "describe": "tokens"}
         if plan.schedule is None:
             share_K = capped_shares(plan.mixture.shares, limit_K, total, **options)
-            asked_K, last_K = share_K * total, share_K
-            tag = [lambda x, share=share: x / share for share in share_K]
+            self._share_K, self._owed_K = share_K, np.where(share_K > 0, self._owed_K, 0.0)
+            asked_K, last_K = share_K * total + np.maximum(self._owed_K, 0), share_K
+            tag = [lambda x, share=share, owed=owed: (x - owed) / share for share, owed in zip(share_K, self._owed_K)]
         else:
             share_SK = capped_over_time(plan.schedule.shares(plan.steps), limit_K, total, **options)
             asked_SK = np.vstack([np.zeros(len(limit_K)), np.cumsum(share_SK, axis=0)]) * plan.batch
@@ -172,6 +176,13 @@ class TokenMerge:
         number, inside = divmod(int(self.bounds[s]), self.BLOCK)
         part = self._task[number * self.BLOCK : number * self.BLOCK + inside]
         return self._marks[number] + np.bincount(part, minlength=self._marks.shape[1])
+
+    def owed(self, s: int) -> Floats:
+        """Tokens [K] that each task is behind (or ahead: < 0) of its share of what the steps before s hold."""
+        if self._share_K is None:
+            raise ValueError("only a plan of constant, mixed shares keeps an account of tokens")
+        tokens_K = self.tokens(s)
+        return self._owed_K + self._share_K * tokens_K.sum() - tokens_K
 
     def tokens(self, s: int) -> Ints:
         """Tokens of each task [K] before step s."""

@@ -284,11 +284,12 @@ TABLE: tuple[Row, ...] = (
         "remove mixture.online for the sweep, or remove the sweep section"),
     Row("mixture.online + one task", TRAINING, lambda r, e, n: r.mixture.online is not None and len(r.tasks) < 2,
         "there is nothing to choose between", "remove mixture.online"),
-    Row("mixture.online + mixture.unit: tokens + max_epochs", TRAINING,
-        lambda r, e, n: r.mixture.online is not None and r.mixture.unit == "tokens" and _epoch_capped(r),
+    Row("mixture.online + mixture.unit: tokens + max_epochs, alternating", TRAINING,
+        lambda r, e, n: r.mixture.online is not None and r.mixture.unit == "tokens"
+        and (_epoch_capped(r) or r.train.batch_style == "alternating"),
         "with shares of tokens nobody knows at a change how many rows the steps to come will take, and so whether "
-        "max_epochs can be kept",
-        "set mixture.unit: examples, or leave out max_epochs"),
+        "max_epochs can be kept, or how many steps each task is owed",
+        "set mixture.unit: examples, or leave out max_epochs and train.batch_style: alternating"),
     Row("mixture.online + train.task_patience, weight 0", TRAINING,
         lambda r, e, n: r.mixture.online is not None
         and (r.train.task_patience is not None or any(task.weight == 0 for task in r.tasks)),

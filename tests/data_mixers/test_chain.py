@@ -55,6 +55,30 @@ def test_rounding_does_not_add_up_over_many_changes():
     assert np.abs(counts - np.arange(301)[:, None] * rare.shares).max() < 2
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_of_tokens_does_not_add_up_over_many_changes(seed):
+    """A change at every step, and a task whose rows are longer than its share of three steps: every prefix stays within
+    two rows of what was asked of it."""
+    rng = np.random.default_rng(seed)
+    lengths = {name: rng.integers(10, 60, size) for name, size in SIZES.items()}
+    rare = Mixture.of({"a": 0.7, "b": 0.2, "c": 0.1})
+    options = {"unit": "tokens", "lengths": lengths, "batch": 100, "steps": 60}
+    chain, asked = changed(mixture=rare, **options), [rare]
+    for at in range(1, 60):
+        p = np.array([0.7, 0.2, 0.1]) if seed == 0 else rng.dirichlet([7, 2, 1])
+        asked.append(Mixture(rare.names, p))
+        chain.replan(at, asked[-1])
+    gap = np.zeros(3)
+    for s, mixture in enumerate(asked):
+        task, _, row = chain.step(s)
+        own = np.array([lengths[chain.names[k]][i] for k, i in zip(task, row)])
+        gap += mixture.shares * own.sum() - np.bincount(task, weights=own, minlength=3)
+        assert np.abs(gap).max() < 120
+    assert np.bincount(np.concatenate([chain.step(s)[0] for s in range(60)]), minlength=3).min() > 3
+    again, _ = PlanChain.resume(json.loads(json.dumps(chain.state(59))), SIZES, **{**OPTIONS, **options})
+    assert np.array_equal(rows_of(again, range(60)), rows_of(chain, range(60)))
+
+
 def test_a_schedule_can_follow():
     ramp = MixtureSchedule(((0.0, EVEN), (1.0, LATE)))
     chain = changed((10, ramp))
@@ -68,8 +92,8 @@ def test_by_tokens():
     chain = changed((12, LATE), unit="tokens", lengths=lengths, batch=60)
     task, epoch, row = rows_of(chain, range(30))
     assert len({*zip(task.tolist(), epoch.tolist(), row.tolist(), strict=True)}) == len(task)
-    with pytest.raises(ValueError, match="by tokens"):
-        chain._plan(0).owed(3)
+    with pytest.raises(ValueError, match="constant, mixed shares"):
+        changed(unit="tokens", lengths=lengths, batch=60, style="alternating")._plan(0).owed(3)
 
 
 def test_resume_with_a_bandit_that_goes_on():

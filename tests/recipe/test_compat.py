@@ -58,7 +58,7 @@ CASES = {
         "train",
         ["tasks=[{name: sum, data: data/sum.jsonl}]", "mixture={online: {name: bandit}}", "sweep=null"],
     ),
-    "mixture.online + mixture.unit: tokens + max_epochs": (
+    "mixture.online + mixture.unit: tokens + max_epochs, alternating": (
         "train",
         ["mixture.online={name: bandit}", "mixture.unit=tokens"],
     ),

@@ -164,6 +164,25 @@ def test_bounds_and_epochs_hold_and_what_gives_way_is_said(recipe, tmp_path):
     assert f"step 2: {notes[0]}" in said
 
 
+@pytest.mark.parametrize("style", ["mixed", "unmixed"])
+def test_shares_of_tokens(recipe, tmp_path, style):
+    """Over the run, and in every stretch between two decisions."""
+    mixture, batch = {"unit": "tokens"}, {"batch_style": style, "batch_tokens": 600}
+    found, plan = trained(recipe, tmp_path / "run", "bandit", mixture=mixture, train=batch, online={"every": 4})
+    said = shares_over_time(found)
+    assert list(said) == [4, 8, 12]
+    total = sum(line["tokens"] for line in found)
+    for row in plan.table():
+        tokens = sum(line["tasks"][row["task"]]["share"] * line["tokens"] for line in found)
+        assert row["tokens"] == pytest.approx(tokens)
+        assert tokens / total == pytest.approx(row["asked"], abs=0.01)
+    for (first, shares), last in zip(said.items(), [8, 12, STEPS]):
+        part = found[first:last]
+        for task, share in shares.items():
+            tokens = sum(line["tasks"][task]["share"] * line["tokens"] for line in part)
+            assert tokens / sum(line["tokens"] for line in part) == pytest.approx(share, abs=0.06)
+
+
 def test_the_rows_that_are_measured_stay_in_a_round(recipe, tmp_path):
     """Else what falls would be the rows, not the loss. Measured before, between and behind the probes, on all tasks."""
     measured, chosen = [], []

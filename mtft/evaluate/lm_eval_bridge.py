@@ -49,6 +49,7 @@ class FusedLM(cast("type[Any]", HFLM)):  # the decorator that registers HFLM hid
         tokens: str = "strict",
         quantization: str | None = None,
         strong_adapter: str | None = None,
+        router: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 1,
@@ -78,6 +79,7 @@ class FusedLM(cast("type[Any]", HFLM)):  # the decorator that registers HFLM hid
                 device=device,
                 quantization=quantization,
                 strong_adapter=strong_adapter,
+                router=router,
             )
         size = AUTO_BATCH if str(batch_size).startswith("auto") else int(batch_size)
         tokenizer = tokenizer or fused.tokenizer

@@ -212,6 +212,8 @@ class Engine:
         self._running += new
         self.metrics.prompt_tokens += sum(len(job.ids) for job in jobs)
         ids_BL, mask_BL = left_pad([job.ids for job in jobs], 0, self.fused.device)
+        for job, spec in zip(jobs, self.fused.routed([job.spec for job in jobs], ids_BL, mask_BL), strict=True):
+            job.spec = spec
         sides = self.fused.sides()
         strong, experts, base = sides.read(ids_BL, mask_BL, 1)
         logits = strong[:, -1], [expert[:, -1] for expert in experts], base[:, -1]

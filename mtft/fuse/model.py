@@ -34,6 +34,7 @@ from .bridge import Bridge
 from .bridged import BridgedSides
 from .gamma import Gamma
 from .load import Weak, agreement, check_experts, load_model, load_tokenizer, load_weak
+from .route import PromptRouter
 from .rows import BASE
 from .side import Side, Sides
 from .space import Workspace
@@ -42,6 +43,7 @@ from .speculative import draft_and_judge
 from .tokens import agree
 
 MAX_LOGIT_BYTES = 256 << 20
+NO_ROUTER, MERGE_FIRST = "weights is 'router', and there is no router", "give the router.safetensors of an `mtft merge`"
 STRANGERS = 0.3  # share of equal favourites below which load warns; a guess, no study gives one
 
 
@@ -64,6 +66,7 @@ class FusedCausalLM:
         name: str = "fused",
         max_logit_bytes: int = MAX_LOGIT_BYTES,
         bridge: Bridge | None = None,
+        router: PromptRouter | None = None,
     ) -> None:
         self.strong, self.weak, self.spec = strong, weak, spec
         self.tokenizer: Any = tokenizer  # None only in code that never touches text
@@ -75,6 +78,9 @@ class FusedCausalLM:
         self._space = Workspace()
         self.experts = len(weak.order)
         spec.check_experts(self.experts)
+        if router is not None and bridge is not None:
+            raise FusionError("a router reads the small model's own tokens", do="use weights: active with tokens: map")
+        self.router = router
         smalls = [weak.model, *weak.own]
         for model, needed in ((strong, self.vocab_size), *((small, self.shared) for small in smalls)):
             head: Any = model.get_output_embeddings()
@@ -106,6 +112,7 @@ class FusedCausalLM:
         base_device: str | torch.device | None = None,
         base_quantization: str | None = None,
         strong_adapter: str | Path | None = None,
+        router: str | Path | None = None,
         attention: str = "auto",
         base_attention: str | None = None,
         allow_base_mismatch: bool = False,
@@ -115,10 +122,14 @@ class FusedCausalLM:
         """Load all models. adapters: PEFT LoRA folders on `base` (or folders of whole fine-tuned models).
 
         dtype auto | fp32 | bf16 | fp16; quantization none | nf4 | int8 of the strong model. base_* default to the
-        strong model's, except that the base is not quantised. tokens: see tokens.py. Raises FusionError.
+        strong model's, except that the base is not quantised. tokens: see tokens.py. router: a file of `mtft merge`
+        for weights: router (route.py). Raises FusionError.
         """
         spec = FusionSpec() if spec is None else spec
         check_experts(adapters)
+        guide = None if router is None else PromptRouter(router, adapters)
+        if guide is None and spec.weights == "router":
+            raise FusionError(NO_ROUTER, do=MERGE_FIRST)
         tokenizer, small = load_tokenizer(strong, revision), load_tokenizer(base, base_revision)
         vocab_size, shared, bridge = agree(tokenizer, small, tokens or spec.tokens)
         strong_model = load_model(
@@ -148,7 +159,8 @@ class FusedCausalLM:
                 stacklevel=2,
             )
         name = f"{strong} + {', '.join(map(str, adapters))}"
-        return cls(strong_model, weak, tokenizer, spec, vocab_size=vocab_size, shared=shared, name=name, bridge=bridge)
+        ids: dict[str, Any] = {"vocab_size": vocab_size, "shared": shared, "bridge": bridge}
+        return cls(strong_model, weak, tokenizer, spec, name=name, router=guide, **ids)
 
     @property
     def device(self) -> torch.device:
@@ -197,6 +209,16 @@ class FusedCausalLM:
             raise FusionError("tokens: map rolls caches back, which one of these models can't", do="take other models")
         return sides
 
+    def routed(self, specs: Sequence[FusionSpec], ids_BL: Tensor, mask_BL: Tensor | None) -> list[FusionSpec]:
+        """The specs of these prompts, with weights in the place of `weights: router`."""
+        if all(spec.weights != "router" for spec in specs):
+            return list(specs)
+        if self.router is None:
+            raise FusionError(NO_ROUTER, do=MERGE_FIRST)
+        if self.known < self.vocab_size:
+            ids_BL = ids_BL.masked_fill(ids_BL >= self.known, self._substitute())
+        return self.router.specs(self.weak, ids_BL, mask_BL, specs)
+
     def over_strong_ids(self, logits_NM: Tensor) -> Tensor:
         """Logits of a small model with another tokenizer, as log-probabilities at the strong ids that it can say."""
         if self.bridge is None:
@@ -227,6 +249,8 @@ class FusedCausalLM:
             raise FusionError(
                 f"forward does not take {', '.join(refused)}", do="use score() for losses, generate() to decode"
             )
+        if self.spec.weights == "router":
+            raise FusionError("a router needs to know where the prompt ends", do="use score() or generate()")
         strong_BLV, experts, base_BLM = self.sides().read(self._checked(input_ids), attention_mask, logits_to_keep)
         rows, length, width = strong_BLV.shape
         out_NV = torch.empty(rows * length, width, dtype=torch.promote_types(strong_BLV.dtype, torch.float32))
@@ -320,6 +344,10 @@ class FusedCausalLM:
             small_mask=expert_attention_mask,
             model_kwargs=model_kwargs,
         )
+        small = (request.ids_BL, request.mask_BL)
+        if request.small_ids_BL is not None:
+            small = (request.small_ids_BL, request.small_mask_BL)
+        request.specs = self.routed(request.specs, *small)
         if speculative is None or speculative is False:
             return decoding.direct(self, request)
         return draft_and_judge(self, request, speculative)

@@ -65,6 +65,7 @@ def open_fusion(recipe: Recipe, adapters: Sequence[str | Path] | None = None) ->
         quantization=strong.quantise,
         base_dtype=base.dtype,
         base_quantization=base.quantise,
+        router=section.router,
         attention=strong.attention,
         base_attention=base.attention,
         revision=strong.revision,
@@ -79,6 +80,8 @@ def fingerprint(recipe: Recipe, adapters: Sequence[str | Path] | None = None) ->
     parts: dict[str, Any] = {"fuse": wish, "spec": asdict(spec_of(section)), "seed": recipe.seed}
     base = section.base or recipe.model
     parts["weights"] = [_weights(section.strong), _weights(base)]
+    if section.router is not None:
+        parts["router"] = hashlib.sha256(Path(section.router).read_bytes()).hexdigest()
     parts["adapters"] = [_folder(Path(adapter)) for adapter in adapters_of(recipe, adapters)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

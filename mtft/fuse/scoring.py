@@ -151,7 +151,10 @@ def positions(
     longest = last + 1 if mask_BL is None else int(mask_BL[:, : last + 1].sum(-1).max())
     if longest > fused.context:
         raise FusionError(f"{longest} tokens, the smaller context holds {fused.context}", do="shorten the text")
-    specs = specs or [fused.spec] * rows
+    # the prompt: up to the first position that is judged
+    prompt_BL = torch.arange(predict_BL.shape[1], device=predict_BL.device) <= predict_BL.long().argmax(1, keepdim=True)
+    prompt_BL = prompt_BL if mask_BL is None else prompt_BL & mask_BL.bool()
+    specs = fused.routed(specs or [fused.spec] * rows, ids_BL, prompt_BL)
     element_size = 8 if fused.dtype == torch.float64 else 4
     if chunk is None:
         chunk = max(1, fused.positions_at_once(element_size) // rows)

@@ -513,10 +513,13 @@ class FuseSection(Section):
     """Nucleus sampling, after fusion."""
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Prompts decoded together."""
-    weights: Literal["active", "onehot", "uniform", "user"] = "active"
-    """How several experts share the step: by how much each has to say, the loudest alone, evenly, or `user_weights`."""
+    weights: Literal["active", "onehot", "uniform", "user", "router"] = "active"
+    """How several experts share the step: by how much each has to say, the loudest alone, evenly, `user_weights`, or as
+    `router` says for each prompt."""
     user_weights: Annotated[tuple[float, ...], Field(strict=False)] | None = None
     """One weight per expert for weights: user; they add up to 1."""
+    router: str | None = None
+    """File for weights: router; `mtft merge` with merge.experts.kind: twin writes one (router.safetensors)."""
     plausibility: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """After fusion drop tokens below this share of the strong model's best probability; 0 = off."""
     speculative: Literal["off", "auto"] | Annotated[int, Field(ge=0, le=16)] = "off"

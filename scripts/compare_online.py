@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--every", type=int, default=8, help="steps between decisions; linear_law: three times that")
     parser.add_argument("--only", nargs="*", help="these variants, and uniform")
+    parser.add_argument("--mean-of", metavar="VARIANT", help="also a static run with the shares that it played in all")
     parser.add_argument("--out", type=Path, default=Path("runs/compare-online"))
     options = parser.parse_args()
     found: dict[str, list[dict]] = {}
@@ -61,6 +62,10 @@ def main() -> None:
                 out = folder / name.replace(", ", "-").replace(" ", "")
                 found.setdefault(name, []).append(run(options, out, seed, changes))
                 print(f"seed {seed}, {name}: {found[name][-1]['mean']:.4f}", file=sys.stderr, flush=True)
+                if name == options.mean_of:  # is it the change that pays, or the mixture it comes to?
+                    shares = json.dumps(found[name][-1]["shares"])
+                    played = run(options, out.with_name(f"{out.name}-mean"), seed, [f"mixture.shares={shares}"])
+                    found.setdefault("its mean, static", []).append(played)
     print_table(found)
 
 

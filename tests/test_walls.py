@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "quickstart",
         "losses",
+        "gradients",  # an aggregator's name, before anything starts
         "data",
         "recipe",
         "data_mixers",

@@ -21,11 +21,11 @@ from transformers import StoppingCriteria
 
 from mtft.recipe.schema import Recipe
 
-from . import decode as decoding
 from .jsonl import Job, Summary, check_places, read_jobs, run
 from .model import FusedCausalLM
 from .prompt import encode_prompt, left_pad
 from .recipe import fingerprint, fuse_section, open_fusion
+from .request import row_specs
 from .sampling import key
 from .scoring import score as score_text
 from .spec import FusionError, FusionSpec
@@ -194,7 +194,7 @@ def row_spec(model: FusedCausalLM, row: dict[str, Any]) -> FusionSpec:
     if not numbers:
         raise FusionError(f"expert_weights is {weights!r}", do="give a list of numbers, one per expert")
     alpha = tuple(alpha) if isinstance(alpha, list) else alpha
-    return decoding.row_specs(model.spec, 1, model.experts, alpha, row.get("alpha_rule"), weights)[0]
+    return row_specs(model.spec, 1, model.experts, alpha, row.get("alpha_rule"), weights)[0]
 
 
 def _check_keys(row: dict[str, Any], known: Iterable[str]) -> None:

@@ -8,7 +8,8 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from .engine import Engine, Event, Job, TokenScore
+from .engine import Engine
+from .jobs import Event, Job, TokenScore
 from .protocol import RequestError, Wish, chat_logprobs, completion_logprobs
 from .trace import TokenTrace
 

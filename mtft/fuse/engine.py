@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,64 +19,15 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from . import sampling
+from .jobs import Busy, Event, Job, Leaving, TokenScore, token_score
 from .model import FusedCausalLM
 from .prompt import left_pad
 from .scoring import positions
 from .side import Sides
-from .spec import Fused, FusionError, FusionSpec
+from .spec import Fused, FusionError
 from .text import TextStream
-from .trace import TokenTrace
 
 SQUEEZE = 0.75  # share of the caches in use below which padding is dropped
-
-
-@dataclass(frozen=True)
-class TokenScore:
-    """A token and its log-probability under the served distribution before any processor; `top` holds the best k."""
-
-    id: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Event:
-    """News of a job: text that is certain now, the tokens of this step, and at the end why it ended, or what failed."""
-
-    text: str = ""
-    tokens: tuple[TokenScore, ...] = ()
-    finish_reason: str | None = None
-    error: str | None = None
-    status: int = 200
-
-
-@dataclass
-class Job:
-    """One answer to make. source: `fused`, `strong`, or the number of an expert that answers alone."""
-
-    ids: list[int]
-    max_tokens: int
-    spec: FusionSpec
-    tell: Callable[[Event], None]
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    sample: int = 0
-    stops: tuple[str, ...] = ()
-    top: int = 0  # best tokens to report at each step
-    source: str | int = "fused"
-    trace: TokenTrace | None = None
-    cancelled: bool = False
-    since: float = field(default_factory=time.monotonic)
-
-
-class Busy(Exception):
-    """The queue is full."""
-
-
-class Leaving(Exception):
-    """The server takes nothing new: it is about to end."""
 
 
 @dataclass
@@ -320,10 +271,3 @@ class Engine:
         self.metrics.tokens += len(self._running)
         self.metrics.alpha += float(fused.alpha_NT.sum())
         self.metrics.clipped += int(fused.clipped_N.sum())
-
-
-def token_score(logp_V: Tensor, token: int, top: int) -> TokenScore:
-    """The chosen token's number and its entry among the best are the same float."""
-    values, ids = logp_V.topk(min(top, len(logp_V)))
-    best = tuple((i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True) if v > -float("inf"))
-    return TokenScore(token, float(logp_V[token]), best)

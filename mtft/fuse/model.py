@@ -27,13 +27,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from . import decode as decoding
 from . import scoring
 from .alpha import fuse_rows
 from .bridge import Bridge
 from .bridged import BridgedSides
+from .decode import direct
 from .gamma import Gamma
 from .load import Weak, agreement, check_experts, load_model, load_tokenizer, load_weak
+from .request import Observer, per_row, prepare, row_specs
 from .route import PromptRouter
 from .rows import BASE
 from .side import Side, Sides
@@ -311,7 +312,7 @@ class FusedCausalLM:
         specs: Sequence[FusionSpec] | None = None,
         seed: int | Sequence[int] | None = None,
         speculative: int | str | None = None,
-        trace: decoding.Observer | None = None,
+        trace: Observer | None = None,
         expert_input_ids: Tensor | None = None,
         expert_attention_mask: Tensor | None = None,
         **model_kwargs: Any,
@@ -326,10 +327,10 @@ class FusedCausalLM:
         if model is not self.strong:
             raise FusionError("decode was given another model than the strong one", do="call fused.generate")
         if specs is None:
-            row_specs = decoding.row_specs(self.spec, len(input_ids), self.experts, alpha, alpha_rule, expert_weights)
+            wanted = row_specs(self.spec, len(input_ids), self.experts, alpha, alpha_rule, expert_weights)
         else:
-            row_specs = decoding.per_row("specs", list(specs), len(input_ids))
-        request = decoding.prepare(
+            wanted = per_row("specs", list(specs), len(input_ids))
+        request = prepare(
             self,
             input_ids,
             logits_processor,
@@ -337,19 +338,15 @@ class FusedCausalLM:
             generation_config,
             synced_gpus=synced_gpus,
             streamer=streamer,
-            specs=row_specs,
+            specs=wanted,
             seed=seed,
             observer=trace,
             small_ids=expert_input_ids,
             small_mask=expert_attention_mask,
             model_kwargs=model_kwargs,
         )
-        small = (request.ids_BL, request.mask_BL)
-        if request.small_ids_BL is not None:
-            small = (request.small_ids_BL, request.small_mask_BL)
-        request.specs = self.routed(request.specs, *small)
         if speculative is None or speculative is False:
-            return decoding.direct(self, request)
+            return direct(self, request)
         return draft_and_judge(self, request, speculative)
 
     def score(

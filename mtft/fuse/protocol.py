@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .decode import row_specs
-from .engine import TokenScore
+from .jobs import TokenScore
 from .model import FusedCausalLM
 from .prompt import encode_prompt
+from .request import row_specs
 from .spec import FusionError, FusionSpec
 
 SAMPLING = (

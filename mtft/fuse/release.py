@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria
 
-from .decode import Kept, Request
+from .decode import Kept
+from .request import Request
 
 
 @dataclass

@@ -27,7 +27,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from mtft.recipe.schema import Recipe
 
 from .call import Call
-from .engine import Busy, Engine, Leaving
+from .engine import Engine
+from .jobs import Busy, Leaving
 from .model import FusedCausalLM
 from .protocol import Limits, RequestError, read_wish
 from .recipe import open_fusion

@@ -25,9 +25,10 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .accept import Place, chance, draw, settle
 from .bridged import BridgedSides
-from .decode import COMPACT, Request, direct, process, select_fused
+from .decode import COMPACT, direct, process, select_fused
 from .gamma import Gamma
 from .release import Lockstep, Token
+from .request import Request
 from .side import Side, Sides
 from .spec import Fused, FusionError
 

@@ -16,7 +16,7 @@ from .spec import Fused
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .decode import Observer
+    from .request import Observer
 
 TOP = 5
 

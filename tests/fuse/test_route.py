@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mtft.fuse.engine import Engine, Job
+from mtft.fuse.engine import Engine
+from mtft.fuse.jobs import Job
 from mtft.fuse.model import FusedCausalLM
 from mtft.fuse.route import PromptRouter
 from mtft.fuse.rows import BASE

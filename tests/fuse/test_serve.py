@@ -14,7 +14,8 @@ openai = pytest.importorskip("openai")
 import httpx  # noqa: E402
 import uvicorn  # noqa: E402
 
-from mtft.fuse.engine import Busy, Engine, Job, Leaving  # noqa: E402
+from mtft.fuse.engine import Engine  # noqa: E402
+from mtft.fuse.jobs import Busy, Job, Leaving  # noqa: E402
 from mtft.fuse.model import FusedCausalLM  # noqa: E402
 from mtft.fuse.protocol import Limits  # noqa: E402
 from mtft.fuse.serve import check_binding, make_app  # noqa: E402

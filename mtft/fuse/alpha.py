@@ -131,34 +131,6 @@ def fuse_logits(
     )
 
 
-def fuse_rows(
-    strong_NV: Tensor,
-    experts_TNV: Sequence[Tensor],
-    base_NV: Tensor,
-    specs: Sequence[FusionSpec],
-    space: Workspace | None = None,
-    bridge: Bridge | None = None,
-) -> Fused:
-    """As `fuse_logits`, with a spec for each of the N positions; equal specs are solved together."""
-    if all(spec is specs[0] for spec in specs):
-        return fuse_logits(strong_NV, experts_TNV, base_NV, specs[0], space=space, bridge=bridge)
-    groups: dict[FusionSpec, list[int]] = {}
-    for row, spec in enumerate(specs):
-        groups.setdefault(spec, []).append(row)
-    if len(groups) == 1:
-        return fuse_logits(strong_NV, experts_TNV, base_NV, specs[0], space=space, bridge=bridge)
-    parts, order = [], []
-    for spec, rows in groups.items():
-        parts.append(
-            fuse_logits(strong_NV[rows], [expert[rows] for expert in experts_TNV], base_NV[rows], spec, bridge=bridge)
-        )
-        order += rows
-    back = torch.tensor(order, device=strong_NV.device).argsort()
-    names = [name for name in vars(parts[0]) if name != "evaluations"]
-    joined = {name: torch.cat([getattr(part, name) for part in parts])[back] for name in names}
-    return Fused(**joined, evaluations=sum(part.evaluations for part in parts))
-
-
 def _own_step(logp_NV: Tensor, p_NV: Tensor, shift: _Shift, spec: FusionSpec, space: Workspace) -> tuple[Tilt, Step]:
     """The step of one expert alone under the chosen rule."""
     a_max_N = torch.full_like(shift.c_N, spec.alpha_max)

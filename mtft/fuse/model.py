@@ -28,12 +28,12 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from . import scoring
-from .alpha import fuse_rows
 from .bridge import Bridge
 from .bridged import BridgedSides
 from .decode import direct
 from .gamma import Gamma
 from .load import Weak, agreement, check_experts, load_model, load_tokenizer, load_weak
+from .mixed import fuse_rows
 from .request import Observer, per_row, prepare, row_specs
 from .route import PromptRouter
 from .rows import BASE

@@ -7,8 +7,9 @@ independent:
     E <g_ka, g_kb> = |E g_k|^2          a, b: the task's examples in turns, g_ka the gradient of the mean over half a
     G_kk = <g_ka, g_kb>                 G_jk = <g_j, g_k> as ever: two tasks have no example in common
 
-One measure of G is no Gram matrix then (G_kk can be negative): it is for means over measures. To the capture, a half
-is a task of its own (mtft.gradients.capture with 2 K tasks), so twice as many numbers are held.
+One measure of that is no Gram matrix (G_kk can be negative): it is for the means over measures that show the affinity
+of tasks. Balancers get the plain G, which the halves give too. To the capture (mtft.gradients.capture) a half is a task
+of its own, so twice as many numbers are held.
 """
 
 from __future__ import annotations
@@ -62,14 +63,13 @@ class Halves:
         return (size_K2 / size_K2.sum(dim=1, keepdim=True).clamp(min=1)).flatten()
 
 
-def joined(gram_HH: Tensor, part_H: Tensor) -> Tensor:
-    """G [K, K] of the halves' inner products [2 K, 2 K] (NaN: not there) and their parts of the tasks' losses.
-
-    NaN: an absent task, and the diagonal of a task with one example, which has no second half.
+def joined(gram_HH: Tensor, part_H: Tensor) -> tuple[Tensor, Tensor]:
+    """(the tasks' G [K, K], its diagonal without noise [K]), of the halves' inner products [2 K, 2 K] (NaN: not there)
+    and their parts of the tasks' losses. NaN: an absent task; in the diagonal also one without a second example.
     """
     K = len(part_H) // 2
     whole_KH = torch.block_diag(*part_H.view(K, 1, 2))
     absent_K = part_H.view(K, 2).sum(dim=1) == 0
-    full_KK = whole_KH @ torch.where(gram_HH.isnan(), 0.0, gram_HH) @ whole_KH.T
-    full_KK = full_KK.masked_fill(absent_K[:, None] | absent_K[None, :], torch.nan)
-    return full_KK.diagonal_scatter(gram_HH[0::2, 1::2].diagonal())
+    gram_KK = whole_KH @ torch.where(gram_HH.isnan(), 0.0, gram_HH) @ whole_KH.T
+    gram_KK = gram_KK.masked_fill(absent_K[:, None] | absent_K[None, :], torch.nan)
+    return gram_KK, gram_HH[0::2, 1::2].diagonal()

@@ -233,8 +233,8 @@ class GradientSection(Section):
     every: Annotated[int, Field(gt=0)] | None = None
     """Steps between two measurements of how tasks get on with each other (metrics, affinity.json, the report)."""
     split: bool = False
-    """Measure with each task's examples in two halves, so that the noise of a step does not pull cosines towards 0
-    (mtft/gradients/halves.py); for `every` and for balancers that measure. Holds twice as many gradients."""
+    """Measure each task's examples in two halves, so that a step's noise does not pull the cosines of affinity.json
+    towards 0 (mtft/gradients/halves.py); balancers see what they always see. Holds twice as many gradients."""
     partial: bool = False
     """Measure the trained weights that can be measured, and say which are left out, instead of refusing."""
     flat: FlatSection | None = None

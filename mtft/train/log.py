@@ -9,7 +9,8 @@ One line of metrics.jsonl is one optimizer step:
 `share` is the task's part of the step's examples (of its tokens, with unit tokens); `loss_share` its part of the loss;
 a task's `tokens` are the supervised ones. A loss is null where the task has no supervised token in the step.
 A step whose task gradients were measured also has "gradients": {"norm": {"sql": 0.3, ...}, "gram": [[...], ...]} (rows
-and columns in the order of the tasks, null where absent), with "alpha": {"sql": 0.5, ...} if it followed a mix of them.
+and columns in the order of the tasks, null where absent), with "alpha": {"sql": 0.5, ...} if it followed a mix of them;
+with loss.gradients.split also "halves": {"sql": 0.05, ...}, the squared lengths without noise (one step's may be < 0).
 With mixture.online a step after which the shares change has "mixture": {"from": 21, "shares": {"sql": 0.4, ...},
 "wanted": {...}}: the first step that has them, and what the method asked for; "notes": [...]: what bounds gave way.
 One line of eval.jsonl: {"step": 12, "tasks": {"sql": {"loss": ..., "token_accuracy": ..., "exact_match": ..., ...}}}.

@@ -41,10 +41,12 @@ Passes = Callable[[Named, Mix, Tensor], tuple[Named, Tensor]]  # mtft.train.flat
 
 
 class Measured(NamedTuple):
-    """What one step showed: G float64 [K, K], NaN = absent; alpha [K] in direct mode, NaN where d is not J^T alpha."""
+    """What one step showed: G float64 [K, K], NaN = absent; alpha [K] in direct mode, NaN where d is not J^T alpha;
+    with `split` also the diagonal of G without noise [K]."""
 
     gram_KK: Tensor
     alpha_K: Tensor | None
+    halves_K: Tensor | None
 
 
 class Surgery:
@@ -160,7 +162,7 @@ class Surgery:
             return
         if not self._checked:
             self._checked = self.taps.check()
-        gram_KK, finite = self._gram(used_K)
+        gram_KK, halves_K, finite = self._gram(used_K)
         alpha_K = None if self.taps.gram_only else asked_K
         if finite:  # else the step is skipped
             if self.flat is not None:
@@ -173,18 +175,18 @@ class Surgery:
                 self._write(direction)
             elif alpha_K is not None:
                 self._write(combine(self.taps.jacobian(used_K), alpha_K))
-        self.measured = Measured(gram_KK, alpha_K if self.direct else None)
+        self.measured = Measured(gram_KK, alpha_K if self.direct else None, halves_K)
 
-    def _gram(self, used_K: Tensor) -> tuple[Tensor, bool]:
-        """(G, whether the step's gradients are finite). Collective."""
+    def _gram(self, used_K: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+        """(G, its diagonal of halves, whether the step's gradients are finite). Collective."""
         assert self.taps is not None
         if self.halves is None:
             gram_KK = self.taps.gram(used_K)
-            return gram_KK, bool(gram_KK.diagonal()[used_K > 0].isfinite().all())
+            return gram_KK, None, bool(gram_KK.diagonal()[used_K > 0].isfinite().all())
         part_H = self.halves.parts(next(self.model.parameters()).device)
         used_H = used_K.repeat_interleave(2) * part_H
         gram_HH = self.taps.gram(used_H)
-        return joined(gram_HH, part_H), bool(gram_HH.diagonal()[used_H > 0].isfinite().all())
+        return *joined(gram_HH, part_H), bool(gram_HH.diagonal()[used_H > 0].isfinite().all())
 
     def _mix(self, gram_KK: Tensor, p_K: Tensor, step: int) -> Tensor:
         if self.aggregator is not None:
@@ -205,13 +207,16 @@ class Surgery:
         """After a step that was taken: the affinity of the tasks. What goes into the step's line of metrics."""
         if self.measured is None:
             return None
-        gram_KK, alpha_K = self.measured
+        gram_KK, alpha_K, halves_K = self.measured
         if self.affinity is not None and _hits(step, self.every):
-            self.affinity.update(step, gram_KK, loss_K, learning_rate)
+            seen_KK = gram_KK if halves_K is None else gram_KK.diagonal_scatter(halves_K)
+            self.affinity.update(step, seen_KK, loss_K, learning_rate)
             if self.run_dir is not None:
                 self.affinity.save(self.run_dir)
-        norm_K = gram_KK.diagonal().sqrt()  # NaN: absent, or with `split` shorter than its own noise
+        norm_K = gram_KK.diagonal().clamp(min=0).sqrt()
         line: dict[str, Any] = {"norm": dict(zip(self.tasks, norm_K.tolist(), strict=True)), "gram": gram_KK.tolist()}
+        if halves_K is not None:
+            line["halves"] = dict(zip(self.tasks, halves_K.tolist(), strict=True))
         if alpha_K is not None:
             line["alpha"] = dict(zip(self.tasks, alpha_K.tolist(), strict=True))
         return line

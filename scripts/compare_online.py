@@ -94,12 +94,14 @@ def print_table(found: dict[str, list[dict]]) -> None:
         gap = np.array([entry["mean"] for entry in entries]) - base
         half = 0.0 if len(gap) < 2 else student.ppf(0.95, len(gap) - 1) * gap.std(ddof=1) / np.sqrt(len(gap))
         interval = "" if name == "uniform" else f"{gap.mean() - half:+.4f} to {gap.mean() + half:+.4f}"
-        mean, worst, seconds = (np.mean([entry[key] for entry in entries]) for key in ("mean", "worst", "seconds"))
+        mean, worst = (np.mean([entry[key] for entry in entries]) for key in ("mean", "worst"))
+        timed = [entry["seconds"] for entry in entries if np.isfinite(entry["seconds"])]
+        seconds = f"{np.mean(timed):.0f}" if timed else "-"
         played, last = (
             " ".join(f"{np.mean([entry[key][task] for entry in entries]):.2f}" for task in tasks)
             for key in ("shares", "last")
         )
-        print(f"{name:<20}{mean:10.4f}{worst:8.4f}{gap.mean():+15.4f}{interval:>21}{seconds:7.0f}   {played} | {last}")
+        print(f"{name:<20}{mean:10.4f}{worst:8.4f}{gap.mean():+15.4f}{interval:>21}{seconds:>7}   {played} | {last}")
 
 
 if __name__ == "__main__":

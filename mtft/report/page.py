@@ -58,7 +58,8 @@ def _sections(run: RunData) -> list[Section]:
 
 def _subtitle(runs: Sequence[RunData]) -> str:
     run = runs[0]
-    parts = [f"{len(run.tasks)} tasks", f"{len(run.trains)} training runs"]
+    counts = ((len(run.tasks), "task"), (len(run.trains), "training run"))
+    parts = [f"{count} {what}{'' if count == 1 else 's'}" for count, what in counts]
     trials = max((target["n"] for target in run.fit.get("targets", {}).values()), default=0)
     if trials:
         parts.append(f"{trials} mixture trials")

@@ -29,6 +29,7 @@ class Head:
 class Table:
     head: list[Head]
     rows: list[Row]
+    words: bool = False  # long text in the last column: wrapped
     kind: str = "table"
 
 
@@ -105,12 +106,13 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}%}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, total: bool = False) -> Table:
-    """A plain table; `total` sets off the last row."""
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, total: bool = False, words: bool = False) -> Table:
+    """A plain table; `total` sets off the last row, `words` wraps the last column."""
     return Table(
         [Head(text) for text in head],
         [
             Row([Cell(number(value)) for value in row], total=total and index == len(rows) - 1)
             for index, row in enumerate(rows)
         ],
+        words,
     )

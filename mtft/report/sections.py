@@ -178,7 +178,7 @@ def environment(run: RunData) -> Section | None:
     parts: list = []
     if envs:
         flat = [[key, value] for key, value in _flat(envs[0]) if not isinstance(value, float) or math.isfinite(value)]
-        parts.append(table(["what", "value"], flat[:40]))
+        parts.append(table(["what", "value"], flat[:40], words=True))
     if run.recipe:
         parts.append(Code("The recipe", run.recipe))
     return Section("environment", "Environment and recipe", parts) if parts else None
@@ -190,7 +190,7 @@ def _flat(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
         if isinstance(value, dict):
             out += _flat(value, f"{prefix}{key}.")
         elif isinstance(value, list):
-            out.append((f"{prefix}{key}", ", ".join(map(str, value))))
+            out.append((f"{prefix}{key}", (" " if key == "command" else ", ").join(map(str, value)) or "none"))
         else:
             out.append((f"{prefix}{key}", value))
     return out

@@ -81,6 +81,8 @@ def fingerprint(recipe: Recipe, adapters: Sequence[str | Path] | None = None) ->
     base = section.base or recipe.model
     parts["weights"] = [_weights(section.strong), _weights(base)]
     if section.router is not None:
+        if not Path(section.router).is_file():
+            raise FusionError("no router there", where=section.router, do="give a router.safetensors of `mtft merge`")
         parts["router"] = hashlib.sha256(Path(section.router).read_bytes()).hexdigest()
     parts["adapters"] = [_folder(Path(adapter)) for adapter in adapters_of(recipe, adapters)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -376,6 +376,10 @@ TABLE: tuple[Row, ...] = (
         lambda r, e, n: r.fuse is not None and r.fuse.adapters is None and r.lora is None,
         "fusion steers with LoRA experts, and full fine-tuning makes none",
         "train adapters (lora: {r: 16}), or name fuse.adapters"),
+    Row("fuse.weights: router + fuse.router", ("check", "fuse", "run"),
+        lambda r, e, n: r.fuse is not None and (r.fuse.weights == "router") != (r.fuse.router is not None),
+        "weights: router needs a router's file, and a file serves no other weights",
+        "set both fuse.weights: router and fuse.router (router.safetensors of a twin merge), or neither"),
     # --- merges that choose by data, keep experts apart, or take whole models
     Row("merge.search + merge.gates", MERGING,
         lambda r, e, n: r.merge is not None and r.merge.search is not None and r.merge.gates is not None,

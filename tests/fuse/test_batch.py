@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mtft.fuse import batch, jsonl
 from mtft.fuse.recipe import fingerprint, open_fusion
 from mtft.fuse.spec import FusionError
+from mtft.merge.router import Router
 from mtft.recipe.schema import Recipe
 from tests.fuse import tiny
 
@@ -189,3 +191,27 @@ def test_temperature_zero_is_greedy(ask, places, fused):
 def test_missing_adapter(places, tmp_path):
     with pytest.raises(FusionError, match="no expert"):
         open_fusion(recipe_of(places, tmp_path, adapters=None))
+
+
+def test_a_recipe_with_a_router(places, tmp_path):
+    """Each prompt gets the weights that the router gives it; another router makes another run."""
+    two, file = tiny.adapter(tmp_path / "two", places["small"], 12), tmp_path / "router.safetensors"
+    states = np.random.default_rng(0).normal(size=(2, 6, 16))
+    Router.fit({"two": states[0], "expert": states[1]}).save(file)
+    experts = {"adapters": [str(places["expert"]), str(two)], "temperature": 0.0}
+    recipe = recipe_of(places, tmp_path, weights="router", router=str(file), **experts)
+    fused, rows = open_fusion(recipe), [{"prompt": "the quick"}, {"prompt": "dog"}]
+    batch.generate(recipe, write(tmp_path / "x.jsonl", rows), tmp_path / "routed.jsonl", fused=fused)
+    for row in rows:
+        weights = fused.router.weights(fused.weak, torch.tensor(fused.tokenizer.encode(row["prompt"])))
+        assert 0.01 < weights[0] < 0.99
+        row["expert_weights"] = weights
+    given = write(tmp_path / "given.jsonl", rows)
+    batch.generate(recipe_of(places, tmp_path, **experts), given, tmp_path / "y.jsonl", fused=fused)
+    assert read(tmp_path / "routed.jsonl") == read(tmp_path / "y.jsonl")
+    before = fingerprint(recipe)
+    Router.fit({"two": states[1], "expert": states[0]}).save(file)
+    assert fingerprint(recipe) != before
+    file.unlink()
+    with pytest.raises(FusionError, match="no router there"):
+        fingerprint(recipe)

@@ -114,6 +114,7 @@ CASES = {
         ["train.task_patience=3", "train.eval_every=5", "loss.gradients={}"],
     ),
     "lora: null + fuse": ("run", ["lora=null", "merge=null"]),
+    "fuse.weights: router + fuse.router": ("fuse", ["fuse.weights=router"]),
     "merge.search + merge.gates": (
         "merge",
         ["merge.search={by: grid}", "merge.gates={kind: atlas}", "merge.method=linear"],

@@ -1,7 +1,7 @@
 """How well mixtures are predicted: surrogate x number of trials, on published tables, beside RegMix's own procedure.
 
-    python scripts/bench_mixing.py                          # under 3 minutes: Pile-CC, the six twice, scale, speed
-    python scripts/bench_mixing.py --full                   # every figure of docs/mixing.md, about 20 minutes
+    python scripts/bench_mixing.py                          # about 2 CPU minutes: table, scale, speed
+    python scripts/bench_mixing.py --full                   # every figure of docs/mixing.md, about 30 CPU minutes
     python scripts/bench_mixing.py --part admire --repeats 10
     python scripts/bench_mixing.py --part table --surrogates auto lightgbm --trials 64 128 --seeds 10 --targets pile_cc
 
@@ -145,7 +145,7 @@ def _cells(options: argparse.Namespace) -> list[tuple[str, int, str, int]]:
                 cells.append((surrogate, n, target, options.seeds if n < 256 else min(options.seeds, 5)))
     if options.targets is None and "auto" in options.surrogates:
         sizes = options.trials if options.full else [n for n in options.trials if n in (64, 128)]
-        few = min(options.seeds, 5) if options.full else 2
+        few = min(options.seeds, 5)
         cells += [("auto", n, target, few if n < 256 else min(few, 2)) for n in sizes for target in SIX[1:]]
     return cells
 

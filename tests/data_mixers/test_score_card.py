@@ -55,7 +55,7 @@ def test_pile_cc(tables, n, bar, seeds):
 
 @pytest.mark.parametrize(("n", "bar"), [(64, 97.0), (128, 98.2)])
 def test_six_targets_and_their_intervals(tables, n, bar):
-    rho, cover = figures(tables, n, SIX, 2)
+    rho, cover = figures(tables, n, SIX, 5)
     assert np.mean(list(rho.values())) >= bar
     assert 0.85 <= cover <= 0.95
 

@@ -23,8 +23,7 @@ from .mixture import Floats, Mixture
 from .surrogates import Prediction, Stack, candidates_of
 from .surrogates.base import MINIMUM_TRIALS
 from .surrogates.stack import repeat_variance, spearman
-
-Goal = Literal["min", "max"]
+from .trial import Goal
 
 
 @dataclass
@@ -227,7 +226,7 @@ def _last_points(ledger: TrialLedger, target: str, arrays: Arrays) -> Arrays:
             last[trial] = row
     ends = completed({trial: (arrays.progress[row], arrays.y[row]) for trial, row in last.items()}, course)
     keep = np.array(sorted(last.values()), dtype=np.int64)
-    found = Arrays(*(column[keep] for column in arrays))
+    found = Arrays._make(column[keep] for column in arrays)
     return found._replace(y=np.array([ends[trial_of[row]] for row in keep]))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from .mixture import Mixture
 
 VERSION = 1
+Goal = Literal["min", "max"]  # of a score: losses are minimised
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from ..errors import MixError
+from ..trial import Goal
 from .base import PointSurrogate, Prediction, Surrogate
 from .bimix import BiMix
 from .gp import GaussianProcess
@@ -33,7 +34,7 @@ SURROGATES: dict[str, type[PointSurrogate]] = {
 }
 
 
-def candidates_of(surrogate: str, *, goal: str, n: int) -> dict[str, PointSurrogate]:
+def candidates_of(surrogate: str, *, goal: Goal, n: int) -> dict[str, PointSurrogate]:
     """Unfitted candidates of a choice: "auto" and "stack" are the stack of all families, "gp" and "warped" such
     processes over several transforms (the weights of the stack choose), any other name itself.
 

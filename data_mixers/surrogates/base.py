@@ -87,9 +87,9 @@ class PointSurrogate:
 
     data: dict[str, Any] = field(init=False, repr=False, default_factory=dict)  # X, y, groups, tau, weights of the fit
     constant: float | None = field(init=False, repr=False, default=None)  # the score, where all trials have the same
-    _folds: list[PointSurrogate] | None = field(init=False, repr=False, default=None)
+    _folds: list[PointSurrogate] = field(init=False, repr=False, default_factory=list)  # empty: not fitted yet
     _noise: float = field(init=False, repr=False, default=0.0)
-    ratios: Floats | None = field(init=False, repr=False, default=None)  # |error| / sigma of trials left out [n]
+    _ratios: Floats | None = field(init=False, repr=False, default=None)
 
     def clone(self) -> Self:
         """An unfitted copy with the same options."""
@@ -112,7 +112,7 @@ class PointSurrogate:
         rows, y_n, group_n, tau_n = checked(X, y, groups, progress, renormalise=self.renormalise)
         weight_n = np.ones(len(y_n)) if weights is None else np.asarray(weights, dtype=np.float64)
         self.data = {"X": rows, "y": y_n, "groups": group_n, "tau": tau_n, "weights": weight_n}
-        self._folds = self.ratios = None
+        self._folds, self._ratios = [], None
         self.constant = float(y_n[0]) if np.ptp(y_n) == 0 else None
         if self.constant is None:
             self._fit(rows, y_n, tau_n, weight_n)
@@ -139,8 +139,13 @@ class PointSurrogate:
             return np.full(len(rows), self.constant)
         return self._mean(rows, tau_of(progress, len(rows), self.data["tau"]))
 
-    def _cross_validate(self) -> None:
-        """The fold models, their errors and the noise; on first need."""
+    @property
+    def ratios(self) -> Floats:
+        """|error| / sigma of trials left out [n]; cross-validated on first need."""
+        return self._cross_validate() if self._ratios is None else self._ratios
+
+    def _cross_validate(self) -> Floats:
+        """The fold models, their errors, the noise and the ratios."""
         data = self.data
         n, error_n = len(data["y"]), np.zeros(len(data["y"]))
         self._folds = []
@@ -154,11 +159,12 @@ class PointSurrogate:
             self._folds.append(model)
         self._noise = float(np.sqrt(np.mean(error_n**2)))
         sigma_n = np.sqrt(self._spread(data["X"], data["tau"]) ** 2 + self._noise**2)
-        self.ratios = np.abs(error_n) / np.maximum(sigma_n, 1e-300)
+        self._ratios = np.abs(error_n) / np.maximum(sigma_n, 1e-300)
+        return self._ratios
 
     def _deviations(self, X: Floats, tau: Floats | None) -> Floats:
         """[F, m]: sqrt((F - 1) / F) (f_f - mean): the jackknife's directions."""
-        if self._folds is None:
+        if not self._folds:
             self._cross_validate()
         each = np.stack([model.mean(X, tau) for model in self._folds])
         return np.sqrt((len(each) - 1) / len(each)) * (each - each.mean(axis=0))
@@ -171,8 +177,6 @@ class PointSurrogate:
         mean = self.mean(X, progress)
         if self.constant is not None:
             return Prediction(mean, mean.copy(), mean.copy())
-        if self._folds is None:
-            self._cross_validate()
         sigma = np.sqrt(
             self._spread(shares(X, renormalise=False), tau_of(progress, len(mean), self.data["tau"])) ** 2
             + self._noise**2

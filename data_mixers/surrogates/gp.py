@@ -16,7 +16,8 @@ from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, lapack, solve_triangular
+from scipy.linalg import cho_solve, solve_triangular
+from scipy.linalg.lapack import dpotrf, dpotri, dpotrs  # type: ignore[attr-defined]  # scipy makes these names at run time
 from scipy.optimize import minimize
 
 from .base import Floats, PointSurrogate, Prediction, conformal_quantile, shares, tau_of
@@ -65,9 +66,16 @@ class GaussianProcess(PointSurrogate):
         model._start, model.iterations = self.theta, min(self.iterations, 15)
         return model.fit(X, y, groups=groups, progress=tau, weights=weights)
 
+    @property
+    def _fitted(self) -> tuple[Floats, tuple[Floats, Floats, float, float]]:
+        """theta, and (mean, scale) of the features and of y."""
+        if self.theta is None or self._standard is None:
+            raise RuntimeError("GaussianProcess: no posterior before fit, nor where all trials have the same score")
+        return self.theta, self._standard
+
     def features(self, X: Floats, tau: Floats | None) -> Floats:
         """z [n, d], standardised as the trials are."""
-        mean, scale, _, _ = self._standard
+        mean, scale, _, _ = self._fitted[1]
         return (self._raw_features(X, tau) - mean) / scale
 
     def _raw_features(self, X: Floats, tau: Floats | None) -> Floats:
@@ -79,8 +87,9 @@ class GaussianProcess(PointSurrogate):
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
         raw = self._raw_features(X, tau)
         deviation = raw.std(axis=0)
-        self._standard = (raw.mean(axis=0), np.where(deviation < 1e-6, 1.0, deviation), float(y.mean()), float(y.std()))
-        self._z = self.features(X, tau)
+        mean, scale = raw.mean(axis=0), np.where(deviation < 1e-6, 1.0, deviation)
+        self._standard = (mean, scale, float(y.mean()), float(y.std()))
+        self._z = (raw - mean) / scale
         target = (y - self._standard[2]) / self._standard[3]
         noise_scale = weights.mean() / weights
         d = self._z.shape[1]
@@ -106,25 +115,26 @@ class GaussianProcess(PointSurrogate):
         matern, _ = _matern(self._z / np.exp(start[:d]))
         kernel = np.exp(start[d]) * matern + np.exp(start[d + 1]) * linear
         kernel[np.diag_indices_from(kernel)] += np.exp(start[d + 2]) * noise_scale + JITTER
-        self._chol = np.linalg.cholesky(kernel)
+        self._chol = np.asarray(np.linalg.cholesky(kernel), dtype=np.float64)
         self._alpha = cho_solve((self._chol, True), target)
 
     def _cross(self, z: Floats) -> Floats:
         """Covariance [m, n] of the noise-free score at z with the trials'."""
-        d = self._z.shape[1]
-        length = np.exp(self.theta[:d])
+        theta, d = self._fitted[0], self._z.shape[1]
+        length = np.exp(theta[:d])
         matern, _ = _matern(z / length, self._z / length)
-        return np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ self._z.T) / self._active
+        return np.exp(theta[d]) * matern + np.exp(theta[d + 1]) * (z @ self._z.T) / self._active
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
-        return self._standard[2] + self._standard[3] * (self._cross(self.features(X, tau)) @ self._alpha)
+        _, (_, _, centre, scale) = self._fitted
+        return centre + scale * (self._cross(self.features(X, tau)) @ self._alpha)
 
     def variance(self, X: Floats, tau: Floats | None = None) -> Floats:
         """Posterior variance [m] of the noise-free score, in units of y squared."""
-        z, d = self.features(X, tau), self._z.shape[1]
+        (theta, (_, _, _, scale)), z, d = self._fitted, self.features(X, tau), self._z.shape[1]
         half = solve_triangular(self._chol, self._cross(z).T, lower=True, check_finite=False)
-        prior = np.exp(self.theta[d]) + np.exp(self.theta[d + 1]) * np.sum(z**2, axis=1) / self._active
-        return self._standard[3] ** 2 * np.maximum(prior - np.sum(half**2, axis=0), 0.0)
+        prior = np.exp(theta[d]) + np.exp(theta[d + 1]) * np.sum(z**2, axis=1) / self._active
+        return scale**2 * np.maximum(prior - np.sum(half**2, axis=0), 0.0)
 
     def observation_variance(self, X: Floats, tau: Floats | None) -> Floats:
         """Variance [m] of a new observation, in units of y squared; X as it comes."""
@@ -134,12 +144,12 @@ class GaussianProcess(PointSurrogate):
 
     def covariance(self, X: Floats) -> Floats:
         """Joint posterior covariance [m, m] of the noise-free score, in units of y squared."""
-        rows = shares(X, renormalise=True)
+        (theta, (_, _, _, scale)), rows = self._fitted, shares(X, renormalise=True)
         z, d = self.features(rows, tau_of(None, len(rows), self.data["tau"])), self._z.shape[1]
         half = solve_triangular(self._chol, self._cross(z).T, lower=True, check_finite=False)
-        matern, _ = _matern(z / np.exp(self.theta[:d]))
-        joint = np.exp(self.theta[d]) * matern + np.exp(self.theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
-        return self._standard[3] ** 2 * 0.5 * (joint + joint.T)
+        matern, _ = _matern(z / np.exp(theta[:d]))
+        joint = np.exp(theta[d]) * matern + np.exp(theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
+        return scale**2 * 0.5 * (joint + joint.T)
 
     def difference_variance(self, a: Floats, b: Floats) -> float:
         """Posterior variance of score(a) - score(b), noise-free, in units of y squared."""
@@ -149,36 +159,37 @@ class GaussianProcess(PointSurrogate):
     @property
     def noise_variance(self) -> float:
         """Variance of the noise, in units of y squared."""
-        return float(np.exp(self.theta[-1])) * self._standard[3] ** 2
+        theta, (_, _, _, scale) = self._fitted
+        return float(np.exp(theta[-1])) * scale**2
 
     def left_out(self, folds: list[NDArray[np.intp]]) -> tuple[Floats, Floats]:
         """Mean and sd [n] of each trial's (noisy) score from the trials of the other folds, hyper-parameters kept:
         mean_f = y_f - (K^-1_ff)^-1 (K^-1 y)_f, covariance (K^-1_ff)^-1."""
         if self.constant is not None:
             return np.full(len(self.data["y"]), self.constant), np.zeros(len(self.data["y"]))
+        _, (_, _, centre, scale) = self._fitted
         inverse = _inverse(self._chol)
-        target = (self.data["y"] - self._standard[2]) / self._standard[3]
+        target = (self.data["y"] - centre) / scale
         mean, variance = np.empty(len(target)), np.empty(len(target))
         for held in folds:
             block = np.linalg.inv(inverse[np.ix_(held, held)])
             mean[held] = target[held] - block @ self._alpha[held]
             variance[held] = np.diag(block)
-        return self._standard[2] + self._standard[3] * mean, self._standard[3] * np.sqrt(np.maximum(variance, 0.0))
+        return centre + scale * mean, scale * np.sqrt(np.maximum(variance, 0.0))
 
-    def _cross_validate(self) -> None:
+    def _cross_validate(self) -> Floats:
         from .base import grouped_folds
 
         mean, sigma = self.left_out(grouped_folds(self.data["groups"], 5, seed=0))
-        self.ratios = np.abs(self.data["y"] - mean) / np.maximum(sigma, 1e-300)
-        self._folds = []
+        ratios: Floats = np.abs(self.data["y"] - mean) / np.maximum(sigma, 1e-300)
+        self._ratios = ratios
+        return ratios
 
     def predict(self, X: Floats, *, progress: Floats | None = None, level: float = 0.9) -> Prediction:
         """Mean and a `level` interval of a new observation: posterior plus noise, scaled to cover left-out trials."""
         mean = self.mean(X, progress)
         if self.constant is not None:
             return Prediction(mean, mean.copy(), mean.copy())
-        if self._folds is None:
-            self._cross_validate()
         rows = shares(X, renormalise=self.renormalise)
         sigma = np.sqrt(self.variance(rows, tau_of(progress, len(rows), self.data["tau"])) + self.noise_variance)
         half = conformal_quantile(self.ratios, level) * sigma
@@ -207,7 +218,7 @@ def _matern(a: Floats, b: Floats | None = None) -> tuple[Floats, Floats]:
 
 
 def _inverse(chol: Floats) -> Floats:
-    inverse, _ = lapack.dpotri(chol, lower=1)
+    inverse, _ = dpotri(chol, lower=1)
     lower = np.tril(inverse)
     return lower + np.tril(inverse, -1).T
 
@@ -236,10 +247,10 @@ def _negative_log_likelihood(
     matern, slope = _matern(w)
     kernel = s_f * matern + s_l * linear
     kernel[np.diag_indices(n)] += s_n * noise_scale + JITTER
-    chol, info = lapack.dpotrf(kernel, lower=1, clean=1)
+    chol, info = dpotrf(kernel, lower=1, clean=1)
     if info != 0:
         return 1e25, np.zeros_like(theta)
-    alpha, _ = lapack.dpotrs(chol, y, lower=1)
+    alpha, _ = dpotrs(chol, y, lower=1)
     inverse = _inverse(chol)
     value = 0.5 * y @ alpha + np.log(np.diag(chol)).sum()
     outer = inverse - np.outer(alpha, alpha)  # dNLL/dK * 2

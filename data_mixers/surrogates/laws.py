@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
+from ..trial import Goal
 from .base import Floats, PointSurrogate
 
 Objective = Callable[[Floats], tuple[float, Floats]]
@@ -29,13 +30,19 @@ class Law(PointSurrogate):
 
     SHARED: ClassVar[int]
     UNUSED: ClassVar[tuple[float, ...]]  # of each block: the entry of a task that no trial uses
-    goal: Literal["min", "max"] = "min"
+    goal: Goal = "min"
 
     _theta: Floats | None = field(init=False, repr=False, default=None)
     _map: tuple[float, float] = field(init=False, repr=False, default=(0.0, 1.0))  # y = shift + scale * y'
     _start: Floats | None = field(init=False, repr=False, default=None)
     _worst: float = field(init=False, repr=False, default=0.0)  # of the trials, in units of y'
     _range: float = field(init=False, repr=False, default=0.0)
+
+    @property
+    def _fitted(self) -> Floats:
+        if self._theta is None:
+            raise RuntimeError(f"{type(self).__name__}: no law before fit, nor where all trials have the same score")
+        return self._theta
 
     def refit(self, X: Floats, y: Floats, groups: NDArray[np.int64], tau: Floats | None, weights: Floats) -> Self:
         model = self.clone()
@@ -57,21 +64,20 @@ class Law(PointSurrogate):
         X = X[:, used]
         objective = self._objective(X, loss, weight / float(loss.var()))
         starts = self._starts(X, loss) if self._start is None else [self._start[inner]]
-        best = None
-        for start in starts:
-            found = minimize(
-                objective, start, jac=True, method="L-BFGS-B", bounds=self._limits(len(start)), options={"maxiter": 300}
-            )
-            if best is None or found.fun < best.fun:
-                best = found
-        self._theta = np.r_[np.zeros(self.SHARED), np.repeat(self.UNUSED, K)]
-        self._theta[inner] = best.x
+        found = [
+            minimize(objective, start, jac=True, method="L-BFGS-B", bounds=self._limits(len(start)),
+                     options={"maxiter": 300})
+            for start in starts
+        ]  # fmt: skip
+        theta = np.r_[np.zeros(self.SHARED), np.repeat(self.UNUSED, K)]
+        theta[inner] = min(found, key=lambda end: end.fun).x
+        self._theta = theta
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         X = X if tau is None else X * tau[:, None]
         # A power of an amount near 0 may grow without bound: no mixture is predicted far worse than the worst trial.
         worst = self._worst + BEYOND * self._range
-        return self._map[0] + self._map[1] * np.minimum(self._law(self._theta, X), worst)
+        return self._map[0] + self._map[1] * np.minimum(self._law(self._fitted, X), worst)
 
     def _law(self, theta: Floats, X: Floats) -> Floats:
         raise NotImplementedError
@@ -99,10 +105,11 @@ class ExpLaw(Law):
 
     def value_and_gradient(self, p: Floats) -> tuple[float, Floats]:
         """Prediction and its gradient at one mixture [K]; convex in p where the goal is min."""
-        raw = float(self._theta[1] + p @ self._theta[2:])
+        theta = self._fitted
+        raw = float(theta[1] + p @ theta[2:])
         power = np.exp(np.clip(raw, -20, 5))
-        mean = self._map[0] + self._map[1] * (self._theta[0] + power)
-        return float(mean), self._map[1] * power * self._theta[2:] * (-20 < raw < 5)
+        mean = self._map[0] + self._map[1] * (theta[0] + power)
+        return float(mean), self._map[1] * power * theta[2:] * (-20 < raw < 5)
 
     def _objective(self, X: Floats, y: Floats, weight: Floats) -> Objective:
         def value(theta: Floats) -> tuple[float, Floats]:

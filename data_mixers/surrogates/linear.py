@@ -28,7 +28,7 @@ class Linear(PointSurrogate):
         mean_K, mean = np.average(X, axis=0, weights=weights), np.average(y, weights=weights)
         root = np.sqrt(weights)[:, None]
         solved = np.linalg.lstsq((X - mean_K) * root, (y - mean) * root[:, 0], rcond=None)[0]
-        self._centre, self._coefficients = np.r_[mean_K, mean], solved
+        self._centre, self._coefficients = np.r_[mean_K, mean], np.asarray(solved, dtype=np.float64)
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         X = X if tau is None else X * tau[:, None]

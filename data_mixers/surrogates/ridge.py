@@ -27,7 +27,9 @@ class Ridge(PointSurrogate):
     features: Literal["linear", "quadratic"] = "linear"
 
     alpha: float = field(init=False, default=0.0)
-    _scale: tuple[Floats, Floats, Floats, Floats] | None = field(init=False, repr=False, default=None)
+    _scale: tuple[Floats, Floats, Floats, Floats] = field(
+        init=False, repr=False, default_factory=lambda: (np.zeros(0), np.ones(0), np.zeros(0), np.ones(0))
+    )
     _beta: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros(0))
     _offset: float = field(init=False, repr=False, default=0.0)
 

@@ -92,8 +92,8 @@ class Stack(PointSurrogate):
         held_out = {label: self._hold_out(model, folds) for label, model in fitted.items()}
         baseline = float(np.mean((y - mean_n) ** 2))
         self._error = {label: float(np.mean((y - mean) ** 2)) for label, (mean, _) in held_out.items()}
-        processes = [label for label, model in fitted.items() if isinstance(model, GaussianProcess)]
-        self._carrier = fitted[min(processes, key=self._error.__getitem__)] if processes else None
+        processes = {label: model for label, model in fitted.items() if isinstance(model, GaussianProcess)}
+        self._carrier = processes[min(processes, key=self._error.__getitem__)] if processes else None
         held_means = {label: mean for label, (mean, _) in held_out.items()}
         self.weights = _stacking_weights(held_means, y, baseline)
         self.models = {label: fitted[label] for label in self.weights}
@@ -111,7 +111,7 @@ class Stack(PointSurrogate):
             self.held_mean, self.held_sigma = mean_n, np.full(n, np.sqrt(baseline))
         else:
             self._predict_held(y, mean_n, held_out)
-        self.ratios = np.abs(y - self.held_mean) / np.maximum(self.held_sigma, 1e-300)
+        self._ratios = np.abs(y - self.held_mean) / np.maximum(self.held_sigma, 1e-300)
 
     def _predict_held(self, y: Floats, mean_n: Floats, held_out: Mapping[str, tuple[Floats, Floats]]) -> None:
         """The stack's prediction of each trial with models *and weights* that have not seen it: the weights of a fold
@@ -185,7 +185,8 @@ class Stack(PointSurrogate):
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         if not self.models:
             return np.full(len(X), float(np.average(self.data["y"], weights=self.data["weights"])))
-        return sum(weight * self.models[label].mean(X, tau) for label, weight in self.weights.items())
+        parts = (weight * self.models[label].mean(X, tau) for label, weight in self.weights.items())
+        return sum(parts, start=np.zeros(len(X)))
 
     def moments(self, X: ArrayLike, progress: ArrayLike | None = None) -> tuple[Floats, Floats]:
         """Mean and uncalibrated sd [m] of a new observation."""
@@ -206,7 +207,7 @@ class Stack(PointSurrogate):
 
     def quantile(self, level: float = 0.9) -> float:
         """q of the calibrated interval mean +- q sigma."""
-        return conformal_quantile(self.ratios, level) if self.ratios is not None else 0.0
+        return conformal_quantile(self._ratios, level) if self._ratios is not None else 0.0
 
     def predict(self, X: ArrayLike, *, progress: ArrayLike | None = None, level: float = 0.9) -> Prediction:
         """Mean and calibrated `level` interval of a new observation."""

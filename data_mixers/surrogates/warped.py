@@ -11,11 +11,12 @@ s (c + e^m). Chosen by cross-validation on training trials only (docs/mixing.md)
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..trial import Goal
 from .base import Floats, PointSurrogate
 from .gp import GaussianProcess
 
@@ -28,9 +29,9 @@ class WarpedGP(PointSurrogate):
     transform: str = "quarter+root"
     noise: float | None = -5.0
     gap: float = 2.0
-    goal: Literal["min", "max"] = "min"
+    goal: Goal = "min"
 
-    _process: GaussianProcess | None = field(init=False, repr=False, default=None)
+    _process: GaussianProcess = field(init=False, repr=False, default_factory=GaussianProcess)
     _bound: float = field(init=False, repr=False, default=0.0)
     _start: GaussianProcess | None = field(init=False, repr=False, default=None)
 

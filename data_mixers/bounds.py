@@ -75,12 +75,13 @@ class Bounds:
             self._check_known()
 
     def _check_known(self) -> None:
+        names = self._named()
         used = [*self.floors, *self.caps, *(name for group in self.groups for name in group.members)]
         if isinstance(self.max_epochs, Mapping):
             used += list(self.max_epochs)
-        unknown = [name for name in used if name not in self.names]
+        unknown = [name for name in used if name not in names]
         if unknown:  # check_names words it with the nearest name
-            check_names([*self.names, *unknown], self.names, where="bounds")
+            check_names([*names, *unknown], names, where="bounds")
 
     def over(self, names: tuple[str, ...]) -> Bounds:
         """These bounds for the tasks in the order of `names`."""
@@ -110,7 +111,7 @@ class Bounds:
             return np.ones(len(names))
         size_K = size_array(names, {name: self.sizes[name] for name in names})
         limit_K = np.ones(len(names))
-        if self.max_epochs != {}:
+        if self.max_epochs != {} and self.total is not None:
             per_task = (
                 self.max_epochs if isinstance(self.max_epochs, Mapping) else dict.fromkeys(names, self.max_epochs)
             )

@@ -18,13 +18,14 @@ import numpy as np
 
 from .bounds import Bounds
 from .errors import MixError
-from .fit import Fits, Goal, fit
+from .fit import Fits, fit
 from .ledger import TrialLedger
 from .mixture import SUM_TOLERANCE, Mixture, check_names, uniform
 from .propose import Objective, Proposal, propose
 from .scale import ScaledFits, calibrate, for_mixtures, for_other_scale
 from .surrogates.base import shares
 from .tables import Table, check_rows, read_shares_csv, read_shares_yaml, read_table
+from .trial import Goal
 
 FEW = 8  # trials; below it intervals and weights rest on next to nothing
 
@@ -87,7 +88,7 @@ def mixtures_to_predict(path: str | Path, names: Sequence[str], *, index: str | 
 
 
 def predict_csv(
-    fits: Fits,
+    fits: Fits | ScaledFits,
     mixtures_csv: str | Path,
     out_csv: str | Path,
     *,
@@ -97,12 +98,13 @@ def predict_csv(
 ) -> int:
     """Predict the rows of a mixtures CSV; write `index, <target>, <target>_lower, <target>_upper`. Returns the rows.
 
-    scale: "auto" looks at how the mixtures are drawn (scale.for_mixtures); "as_fitted" takes the fits as they are.
+    scale: "auto" looks at how the mixtures are drawn (scale.for_mixtures); "as_fitted" takes the fits as they are,
+    as do fits that are mapped to large runs.
     """
     table = mixtures_to_predict(mixtures_csv, fits.names, index=index)
     rows = table.values[:, [table.columns.index(name) for name in fits.names]]
     rows = shares(rows, renormalise=False)
-    if scale == "auto":
+    if scale == "auto" and isinstance(fits, Fits):
         fits = for_mixtures(fits, rows, where=str(mixtures_csv))
     predictions = fits.predict(rows, level=level)
     Path(out_csv).parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +120,7 @@ def predict_csv(
 
 
 def large_runs(
-    fits: Fits, mixtures_csv: str | Path, scores_csv: str | Path, *, index: str | None = None, goal: str = "min"
+    fits: Fits, mixtures_csv: str | Path, scores_csv: str | Path, *, index: str | None = None, goal: Goal = "min"
 ) -> ScaledFits:
     """The fits, mapped to the scale of the runs in two CSV files (same tasks; every target of the fits)."""
     ledger = TrialLedger.from_csv(mixtures_csv, scores_csv, index, goal)

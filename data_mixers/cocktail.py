@@ -18,6 +18,7 @@ import numpy as np
 from .errors import MixError
 from .ledger import Trial, TrialLedger
 from .mixture import Floats, Mixture
+from .trial import Goal
 
 
 def cocktail(
@@ -53,7 +54,7 @@ def cocktail(
     for chosen, with_general in itertools.product(sets, (False, True) if general else (False,)):
         share = (1 - general_share * with_general) / len(chosen)
         shares = {name: share if name in chosen else 0.0 for name in names}
-        if with_general:
+        if general and with_general:
             shares[general] = general_share
         length = None if rows is None else int(rows if budget == "total" else round(rows / share))
         for seed in range(seeds):
@@ -79,7 +80,7 @@ def synergy(
     tasks: Sequence[str],
     target: str = "{task}/loss",
     *,
-    goal: Literal["min", "max"] = "min",
+    goal: Goal = "min",
     level: float = 0.9,
     draws: int = 2000,
     seed: int = 0,

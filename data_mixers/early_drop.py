@@ -86,9 +86,10 @@ class EarlyDrop:
     def update(self) -> tuple[EarlyDrop, Decision]:
         """Apply `decide`: the new state and what was decided. The last task is never dropped: then training is over."""
         decision = self.decide()
-        if decision.drop is None or len(self.active) == 1:
+        drop = decision.drop
+        if drop is None or len(self.active) == 1:
             return self, Decision(None, None)
-        best = min(self.history, key=lambda point: point[1][decision.drop])[0]
-        active = tuple(name for name in self.active if name != decision.drop)
+        best = min(self.history, key=lambda point: point[1][drop])[0]
+        active = tuple(name for name in self.active if name != drop)
         kept = tuple(point for point in self.history if point[0] <= best)[-1:] if self.go_back else ()
-        return replace(self, active=active, history=kept, dropped=(*self.dropped, (decision.drop, best))), decision
+        return replace(self, active=active, history=kept, dropped=(*self.dropped, (drop, best))), decision

@@ -69,12 +69,12 @@ class StopRule:
         """True where the trial can be given up; never where a score is missing. A diverged trial (NaN) always can."""
         for check in self.checks:
             if abs(check.progress - progress) < 1e-6:
-                values = [scores.get(target) for target in self.sign]
-                if any(value is None for value in values):
+                known = {target: score for target in self.sign if (score := scores.get(target)) is not None}
+                if len(known) < len(self.sign):
                     return False
-                if not all(math.isfinite(value) for value in values):
+                if not all(math.isfinite(score) for score in known.values()):
                     return True
-                return check.bound(_objective(scores, self.sign, check.mean, check.sd), self.certainty) > self.median
+                return check.bound(_objective(known, self.sign, check.mean, check.sd), self.certainty) > self.median
         return False
 
 
@@ -88,16 +88,17 @@ def learn(trials: Sequence[Points], goal: Mapping[str, str], certainty: float = 
     if not whole or not sign:
         return None
     end = max(max(points) for points in whole)
-    whole = [points for points in whole if _complete(points.get(end), sign)]
-    if len(whole) < MINIMUM:
+    known = [{at: full for at, scores in points.items() if (full := _complete(scores, sign))} for points in whole]
+    known = [points for points in known if end in points]
+    if len(known) < MINIMUM:
         return None
-    _, _, final = _standard([points[end] for points in whole], sign)
+    _, _, final = _standard([points[end] for points in known], sign)
     checks = []
-    for progress in sorted({progress for points in whole for progress in points if progress < end}):
-        both = [row for row, points in enumerate(whole) if _complete(points.get(progress), sign)]
+    for progress in sorted({progress for points in known for progress in points if progress < end}):
+        both = [row for row, points in enumerate(known) if progress in points]
         if len(both) < MINIMUM:
             continue
-        mean, sd, now = _standard([whole[row][progress] for row in both], sign)
+        mean, sd, now = _standard([known[row][progress] for row in both], sign)
         square = float(np.sum((now - now.mean()) ** 2))
         if square <= 0:
             continue
@@ -109,10 +110,10 @@ def learn(trials: Sequence[Points], goal: Mapping[str, str], certainty: float = 
     return StopRule(sign, tuple(checks), float(np.median(final)), certainty) if checks else None
 
 
-def _complete(scores: Mapping[str, float | None] | None, sign: Mapping[str, float]) -> bool:
-    return scores is not None and all(
-        scores.get(target) is not None and math.isfinite(scores[target]) for target in sign
-    )
+def _complete(scores: Mapping[str, float | None], sign: Mapping[str, float]) -> dict[str, float]:
+    """The scores of the objective's targets; none where one is missing or not finite."""
+    known = {target: score for target in sign if (score := scores.get(target)) is not None and math.isfinite(score)}
+    return known if len(known) == len(sign) else {}
 
 
 def _standard(

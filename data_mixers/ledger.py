@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .errors import MixError
 from .mixture import SUM_TOLERANCE, Floats
 from .tables import check_rows, join, read_table
-from .trial import VERSION, Record, Trial, done_records, failed_record, finite
+from .trial import VERSION, Goal, Record, Trial, done_records, failed_record, finite
 
 __all__ = ["Arrays", "Record", "Trial", "TrialLedger", "done_records", "failed_record", "group_rows"]
 
@@ -46,10 +46,12 @@ class TrialLedger:
         self.path = None if path is None else Path(path)
         self._records = list(records)
         self._intact = 0  # bytes of the file that are whole lines
-        if self.path is not None and self.path.exists():
-            self._read()
+        self._read()
 
     def _read(self) -> None:
+        """Take in the file anew; nothing to do in memory, or before the first append."""
+        if self.path is None or not self.path.exists():
+            return
         data = self.path.read_bytes()
         lines = data.split(b"\n")
         whole, torn = lines[:-1], lines[-1]
@@ -127,7 +129,7 @@ class TrialLedger:
         """All scores that any trial has."""
         return tuple(dict.fromkeys(name for record in self.records for name in record.scores))
 
-    def goal(self, target: str) -> Literal["min", "max"]:
+    def goal(self, target: str) -> Goal:
         """min or max; min where no record says (a name that ends in accuracy, match, f1 or score counts as max)."""
         for record in self.records:
             if target in record.goal:
@@ -159,7 +161,7 @@ class TrialLedger:
         )
         return Arrays(
             X,
-            np.array([float(record.scores[target]) for record in used]),
+            np.array([float(score) for record in used if (score := record.scores[target]) is not None]),
             group_rows(X),
             np.array([float(record.progress) for record in used]),
             np.array([math.nan if record.scale is None else float(record.scale) for record in used]),
@@ -176,7 +178,7 @@ class TrialLedger:
         mixtures: str | Path,
         scores: str | Path,
         index: str | None = None,
-        goal: Mapping[str, str] | Literal["min", "max"] | None = None,
+        goal: Mapping[str, str] | Goal | None = None,
     ) -> TrialLedger:
         """Bring your own trials: two CSV files joined on `index`. Shares are kept as they stand in the file.
 

@@ -173,7 +173,7 @@ class Aioli:
         smallest norm where they can't be told apart. None: `probes()`."""
         D = np.asarray(D, dtype=np.float64)
         if H is None:
-            return np.linalg.solve(self.probes(), D.T).T
+            return np.asarray(np.linalg.solve(self.probes(), D.T).T, dtype=np.float64)
         return np.asarray(np.linalg.lstsq(H, D.T, rcond=1e-3)[0].T, dtype=np.float64)
 
     def update(

@@ -53,7 +53,7 @@ def capped_shares(
     if on_cap == "error":
         asked = "; ".join(
             f"{names[k]}: {share_K[k] * total:.0f} {describe} asked, {limit_K[k]:.0f} allowed"
-            for k in np.flatnonzero(over_K)
+            for k in np.flatnonzero(over_K).tolist()
         )
         raise MixError(
             f"the mixture asks for more epochs than max_epochs allows ({asked})",

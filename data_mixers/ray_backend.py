@@ -25,6 +25,7 @@ def run_on_ray(
     """As run_in_processes. Joins the cluster of RAY_ADDRESS (or one that is initialised), else starts a local one."""
     try:
         import ray
+        from ray.exceptions import RayError
     except ImportError as error:
         raise MixError("Ray is not installed", where="sweep.backend: ray", do="pip install 'mtft[ray]'") from error
 
@@ -53,8 +54,8 @@ def run_on_ray(
                 seconds = time.monotonic() - at
                 if ref in ready:
                     try:
-                        outcome = ray.get(ref)
-                    except ray.exceptions.RayError as error:
+                        [outcome] = ray.get([ref])
+                    except RayError as error:
                         outcome = Outcome(None, f"{type(error).__name__}: {str(error)[-500:]}", seconds)
                 else:
                     ray.cancel(ref, force=True)

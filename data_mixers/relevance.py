@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 
 from .errors import MixError
@@ -29,7 +29,7 @@ class Relevance:
     shares: Floats
     residual: float
 
-    def rows(self, total: int, floor: int = 0) -> Floats:
+    def rows(self, total: int, floor: int = 0) -> NDArray[np.int64]:
         """Rows to draw from each source [M]: max(floor, total * share); relevance 0 and floor 0 = none."""
         return np.maximum(floor, np.round(total * self.shares)).astype(np.int64)
 

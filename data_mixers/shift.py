@@ -24,7 +24,7 @@ def drawn_alike(trials: ArrayLike, asked: ArrayLike, *, seed: int = 0) -> float:
     rng = np.random.default_rng(seed)
     T, Z = (_at_most(np.atleast_2d(np.asarray(rows, dtype=np.float64)), rng) for rows in (trials, asked))
     both = np.sqrt(np.maximum(np.vstack([T, Z]), 0.0))
-    distance = cdist(both, both)
+    distance = np.asarray(cdist(both, both), dtype=np.float64)
     on_first = np.zeros((DEALS + 1, len(both)))
     on_first[0, : len(T)] = 1
     for deal in on_first[1:]:

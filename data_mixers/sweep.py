@@ -27,7 +27,7 @@ from .ledger import Trial, TrialLedger, done_records, failed_record
 from .mixture import Mixture
 
 Points = list[tuple[float, dict[str, float]]]
-RunTrial = Callable[[Trial], Points]
+RunTrial = Callable[..., Points]  # of a Trial, and with `stopping` also of stop=StopRule
 
 
 @dataclass
@@ -102,8 +102,7 @@ def run_sweep(
     unique = {trial.id: trial for trial in trials}
     started = time.monotonic()
     with _only_driver(ledger.path):
-        if ledger.path is not None and ledger.path.exists():
-            ledger._read()
+        ledger._read()
         done = ledger.done
         result = SweepResult(skipped=[trial_id for trial_id in unique if trial_id in done])
         order = list(unique.values())

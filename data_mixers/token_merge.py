@@ -198,7 +198,7 @@ class TokenMerge:
         )
 
 
-def _reached(x: Floats, asked_S: Floats, at_S: Floats, last: float) -> Floats:
+def _reached(x: NDArray[np.floating], asked_S: Floats, at_S: Floats, last: float) -> Floats:
     """Where the asked tokens (asked_S at the steps' borders at_S, `last` a token after them) reach x."""
     inside = np.interp(x, asked_S, at_S)
     with np.errstate(divide="ignore", invalid="ignore"):  # last = 0: what comes after the end comes never

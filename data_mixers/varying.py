@@ -45,7 +45,7 @@ def capped_over_time(
         asked_K = share_SK.mean(axis=0) * total
         asked = "; ".join(
             f"{names[k]}: {asked_K[k]:.0f} {describe} asked, {limit_K[k]:.0f} allowed"
-            for k in np.flatnonzero(over(share_SK))
+            for k in np.flatnonzero(over(share_SK)).tolist()
         )
         raise MixError(
             f"the mixture asks for more epochs than max_epochs allows ({asked})",
@@ -65,7 +65,7 @@ def capped_over_time(
         room_S, left_S = free_SK.sum(axis=1), 1 - held_SK.sum(axis=1)
         stuck_S = (room_S <= 0) & (left_S > 1e-9)
         if stuck_S.any():
-            capped = ", ".join(names[k] for k in np.flatnonzero(capped_K))
+            capped = ", ".join(names[k] for k in np.flatnonzero(capped_K).tolist())
             raise MixError(
                 f"at progress {np.argmax(stuck_S) / len(share_SK):.2f} only tasks at their epoch cap have a share "
                 f"({capped}), so what they can't give can't go to others",

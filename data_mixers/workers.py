@@ -16,6 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ def _end_with_parent() -> None:
 
 
 class _Worker:
-    def __init__(self, context: multiprocessing.context.SpawnContext, run_trial: RunTrial) -> None:
+    def __init__(self, context: SpawnContext, run_trial: RunTrial) -> None:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, run_trial), daemon=True)
         self.process.start()

@@ -5,22 +5,19 @@ import socket
 import threading
 import time
 
+import httpx
+import openai
 import pytest
 import torch
+import uvicorn
 
-pytest.importorskip("fastapi")
-openai = pytest.importorskip("openai")
-
-import httpx  # noqa: E402
-import uvicorn  # noqa: E402
-
-from mtft.fuse.engine import Engine  # noqa: E402
-from mtft.fuse.jobs import Busy, Job, Leaving  # noqa: E402
-from mtft.fuse.model import FusedCausalLM  # noqa: E402
-from mtft.fuse.protocol import Limits  # noqa: E402
-from mtft.fuse.serve import check_binding, make_app  # noqa: E402
-from mtft.fuse.spec import FusionError  # noqa: E402
-from tests.fuse import tiny  # noqa: E402
+from mtft.fuse.engine import Engine
+from mtft.fuse.jobs import Busy, Job, Leaving
+from mtft.fuse.model import FusedCausalLM
+from mtft.fuse.protocol import Limits
+from mtft.fuse.serve import check_binding, make_app
+from mtft.fuse.spec import FusionError
+from tests.fuse import tiny
 
 TOKEN = "not-a-secret"
 PROMPT = "the quick"

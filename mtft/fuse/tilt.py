@@ -51,6 +51,7 @@ class Tilt:
         s = self._scratch_NV = (space or Workspace()).like("scratch", d_NV)
         d_NV -= torch.mul(p_NV, d_NV, out=s).sum(-1, keepdim=True)
         self.variance_N = torch.mul(p_NV, d_NV, out=s).mul_(d_NV).sum(-1).double()
+        self.third_N = s.mul_(d_NV).sum(-1).double()  # E_P[d^3] = A'''(0)
         self._last: tuple[Tensor, Tensor] = self.variance_N, self.variance_N  # Z (or A) and m of the last call
         self._hot: tuple[Tensor, Tilt] | None = None
         if d_NV.dtype != torch.float64 and not reach <= HOT:
@@ -58,7 +59,7 @@ class Tilt:
             if len(hot):
                 logp = torch.log_softmax(logp_NV[hot].double(), -1)
                 self._hot = hot, Tilt(logp, logp.exp(), d_NV[hot].double(), a_max_N[hot])
-                self.variance_N[hot] = self._hot[1].variance_N
+                self.variance_N[hot], self.third_N[hot] = self._hot[1].variance_N, self._hot[1].third_N
 
     @cached_property
     def flat_N(self) -> Tensor:
@@ -68,7 +69,8 @@ class Tilt:
         """The same family for some of the rows (copies)."""
         part = object.__new__(Tilt)
         part.logp_NV, part.p_NV, part.d_NV = self.logp_NV, self.p_NV[rows], self.d_NV[rows]
-        part.variance_N, part._scratch_NV, part._hot = self.variance_N[rows], torch.empty_like(part.p_NV), None
+        part.variance_N, part.third_N = self.variance_N[rows], self.third_N[rows]
+        part._scratch_NV, part._hot = torch.empty_like(part.p_NV), None
         if part.d_NV.dtype == torch.float64:
             part.logp_NV = self.logp_NV[rows]
         if self._hot is not None:

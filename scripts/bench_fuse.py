@@ -133,7 +133,7 @@ def plain_loop(models: list[Any], ids: Tensor, tokens: int, choose: Callable[...
     def step() -> None:
         nonlocal block
         pairs = zip(models, caches, strict=True)
-        logits = [m(block, past_key_values=c, use_cache=True, logits_to_keep=1).logits[:, -1] for m, c in pairs]
+        logits = [m(block, cache=c, use_cache=True, logits_to_keep=1).logits[:, -1] for m, c in pairs]
         block = choose(*logits).argmax(-1, keepdim=True)
 
     for _ in range(tokens):
@@ -150,8 +150,8 @@ def adapter_names(strong: Any, tuned: PeftModel, ids: Tensor, tokens: int) -> St
 
     def step() -> None:
         nonlocal block
-        large = strong(block, past_key_values=caches[0], use_cache=True, logits_to_keep=1).logits[:, -1]
-        rows = {"past_key_values": caches[1], "use_cache": True, "logits_to_keep": 1, "adapter_names": names}
+        large = strong(block, cache=caches[0], use_cache=True, logits_to_keep=1).logits[:, -1]
+        rows = {"cache": caches[1], "use_cache": True, "logits_to_keep": 1, "adapter_names": names}
         expert, base = tuned(block.repeat(2, 1), **rows).logits[:, -1].chunk(2)
         fused = fuse_logits(large, expert[None], base, FusionSpec(), space=space)
         block = fused.logprobs_NV.argmax(-1, keepdim=True)

@@ -150,14 +150,14 @@ def prepare(
 
 
 def _refuse(config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:
-    past = model_kwargs.get("past_key_values")
+    past = model_kwargs.get("cache")
     wishes = {
         "num_beams > 1": ((config.num_beams or 1) > 1, "do_sample=True with num_return_sequences, or greedy"),
         "penalty_alpha": (bool(config.penalty_alpha), "plausibility in FusionSpec"),
         "prompt lookup": (config.prompt_lookup_num_tokens is not None, "fused.generate without it"),
         "guidance_scale": (config.guidance_scale not in (None, 1), "alpha, which steers the model here"),
         "synced_gpus": (synced_gpus, "one process per model copy"),
-        "past_key_values": (past is not None and past.get_seq_length() > 0, "the whole prompt as input_ids"),
+        "a filled cache": (past is not None and past.get_seq_length() > 0, "the whole prompt as input_ids"),
         "a static cache": (isinstance(past, StaticCache), "the default cache"),
         "output_attentions": (bool(config.output_attentions), "the strong model alone"),
         "output_hidden_states": (bool(config.output_hidden_states), "the strong model alone"),

@@ -70,7 +70,7 @@ class Side:
             input_ids=ids_BL if count == 1 else ids_BL.repeat(count, 1),
             attention_mask=self.mask_BC.repeat(count, 1) if self.holes else None,
             position_ids=positions_BL if count == 1 else positions_BL.repeat(count, 1),
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
             logits_to_keep=keep,
         ).logits

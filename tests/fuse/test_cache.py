@@ -16,7 +16,7 @@ def read(cache, lengths, rows=3, seed=0):
     torch.manual_seed(seed)
     with torch.no_grad():
         for length in lengths:
-            logits = MODEL(torch.randint(3, 61, (rows, length)), past_key_values=cache).logits
+            logits = MODEL(torch.randint(3, 61, (rows, length)), cache=cache).logits
     return logits
 
 

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextIteratorStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TextIteratorStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from mtft.fuse import decode as decoding
@@ -215,11 +222,18 @@ def test_expert_prompt_of_its_own(single):
     torch.testing.assert_close(out.logits[0][2], (strong + expert - base).log_softmax(-1), atol=1e-9, rtol=0)
 
 
+def filled_cache():
+    cache = DynamicCache()
+    cache.update(torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8), 0)
+    return cache
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"num_beams": 2}, "num_beams"),
         ({"cache_implementation": "static"}, "static cache"),
+        ({"cache": filled_cache()}, "filled cache"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"alpha": 11.0}, "alpha is 11"),
         ({"alpha_rule": "jeffrey"}, "did you mean 'jeffreys'"),

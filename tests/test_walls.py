@@ -154,6 +154,14 @@ print("\\nSTART " + json.dumps([usage.ru_utime + usage.ru_stime, heavy]))
 """
 
 
+def started(statement: str, *arguments: str) -> tuple[float, list[str]]:
+    """CPU seconds of a fresh process, and the heavy modules that it has imported."""
+    code = START.format(statement=statement, arguments=arguments, forbidden=FORBIDDEN)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return tuple(json.loads(done.stdout.rpartition("START ")[2]))
+
+
 @pytest.mark.parametrize(
     ("statement", "arguments"),
     [
@@ -165,15 +173,16 @@ print("\\nSTART " + json.dumps([usage.ru_utime + usage.ru_stime, heavy]))
     ],
 )
 def test_starts_at_once(statement, arguments):
-    """Under 0.5 s of CPU, whatever else the machine does, and nothing heavy imported."""
-    code = START.format(statement=statement, arguments=arguments, forbidden=FORBIDDEN)
-    best, heavy = 9.9, []
-    for _ in range(3):  # the best of three: the first may compile bytecode
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        seconds, heavy = json.loads(done.stdout.rpartition("START ")[2])
-        best = min(best, seconds)
-        if best < 0.4:
-            break
-    assert heavy == []
-    assert best < 0.5
+    """Nothing heavy imported, and no more than three times the CPU of what it needs anyhow: pydantic and typer.
+
+    The best of up to five pairs, side by side: the first may compile bytecode, and another process may be in the way.
+    """
+    ours, usual = [], []
+    for _ in range(5):
+        seconds, heavy = started(statement, *arguments)
+        assert heavy == []
+        ours.append(seconds)
+        usual.append(started("import pydantic, typer")[0])
+        if min(ours) < 3 * min(usual):
+            return
+    raise AssertionError(f"{min(ours):.2f} s of CPU, where `import pydantic, typer` takes {min(usual):.2f}")

@@ -1,19 +1,27 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository and installs mtft into it, editable. Safe to call again: it does nothing when the
-# environment is there and pyproject.toml has not changed, and it carries on after an interruption.
+# environment is there and neither pyproject.toml nor the constraints have changed, and it carries on after an interruption.
 #
 #   scripts/setup.sh          what the commands and the quickstart need
 #   scripts/setup.sh dev      also tests, linters, all extras but `gpu`
+#   scripts/setup.sh dev --newest          the newest releases that pyproject.toml allows, not the set that the tests
+#                                          passed with (scripts/constraints.txt); asks the index each time
 #   PYTHON=python3.12 scripts/setup.sh     with this interpreter
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-flavour="${1:-core}"
-case "$flavour" in
-  core) target="." ;;
-  dev) target=".[dev]" ;;
-  *) echo "error: scripts/setup.sh takes 'core' or 'dev', not '$flavour'" >&2; exit 2 ;;
-esac
+flavour=core
+newest=no
+for word in "$@"; do
+  case "$word" in
+    core | dev) flavour="$word" ;;
+    --newest) newest=yes ;;
+    *) echo "error: scripts/setup.sh takes 'core' or 'dev', and --newest, not '$word'" >&2; exit 2 ;;
+  esac
+done
+target="."
+if [ "$flavour" = dev ]; then target=".[dev]"; fi
+constraints=scripts/constraints.txt
 
 supported() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
@@ -31,10 +39,11 @@ find_python() {
 
 # The stamp says what was installed, from what, by which interpreter, and where (an editable install holds the path).
 python=.venv/bin/python
-stamp() { { cat pyproject.toml; "$python" -V; pwd; } | cksum; }
+versions() { if [ "$newest" = yes ]; then echo newest; else cat "$constraints"; fi; }
+stamp() { { cat pyproject.toml; versions; "$python" -V; pwd; } | cksum; }
 done_already() { [ -x "$python" ] && [ -f .venv/pyvenv.cfg ] && [ -f ".venv/mtft-$1.stamp" ] && [ "$(cat ".venv/mtft-$1.stamp")" = "$(stamp)" ]; }
 
-if done_already "$flavour" || { [ "$flavour" = core ] && done_already dev; }; then exit 0; fi
+if [ "$newest" = no ] && { done_already "$flavour" || { [ "$flavour" = core ] && done_already dev; }; }; then exit 0; fi
 
 # An interrupted `venv` can leave a bin/python that is the system's own interpreter (no pyvenv.cfg beside it): pip would
 # then install into the system. So .venv must be a virtual environment and have pip, and pip refuses anything else.
@@ -59,10 +68,23 @@ if ! supported "$python"; then
   exit 2
 fi
 
-echo "setup: installing mtft ($flavour) into .venv; the first time takes some minutes"
-if ! "$python" -m pip install --disable-pip-version-check --prefer-binary -e "$target"; then
-  echo "error: pip could not install mtft (its own message stands above)" >&2
-  echo "  do:    check the network or your package index, then run this again: what is installed already is kept" >&2
+if [ "$newest" = yes ]; then
+  which="the newest releases"
+  options=(--upgrade --upgrade-strategy eager)
+  advice="or leave --newest away: $constraints has a set that works"
+else
+  which="the versions of $constraints"
+  options=(--constraint "$constraints")
+  advice="or, where your index or Python lacks one of those versions, add --newest"
+fi
+echo "setup: installing mtft ($flavour, $which) into .venv; the first time takes some minutes"
+rm -f .venv/mtft-*.stamp  # what they say is no longer so
+if ! "$python" -m pip install --disable-pip-version-check --prefer-binary "${options[@]}" -e "$target"; then
+  {
+    echo "error: pip could not install mtft (its own message stands above)"
+    echo "  do:    check the network or your package index, then run this again: what is installed already is kept;"
+    echo "         $advice"
+  } >&2
   exit 1
 fi
 stamp > ".venv/mtft-$flavour.stamp"

@@ -4,17 +4,25 @@
 #   scripts/test.sh            lint + fast tests
 #   scripts/test.sh --all      lint + fast tests + slow tests (several processes, whole runs)
 #   scripts/test.sh --slow     only the slow tests
+#   scripts/test.sh --newest   with the newest releases of everything, not those of scripts/constraints.txt; goes with
+#                              --all and --slow, before or after them
 # Anything after that goes to pytest: scripts/test.sh -k merge
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 which=fast
-case "${1:-}" in
-  --all) which=all; shift ;;
-  --slow) which=slow; shift ;;
-esac
+versions=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --all) which=all ;;
+    --slow) which=slow ;;
+    --newest) versions=(--newest) ;;
+    *) break ;;
+  esac
+  shift
+done
 
-scripts/setup.sh dev
+scripts/setup.sh dev ${versions[@]+"${versions[@]}"}
 
 # One thread a worker: two workers with two threads each on two cores are slower than this. No hub: tests are offline.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

@@ -1,0 +1,54 @@
+"""For all tests: a deprecation that a library logs is a failure, and a failing run says which versions moved."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+
+from scripts.make_constraints import differences
+
+CONSTRAINTS = Path(__file__).parents[1] / "scripts" / "constraints.txt"
+LIBRARIES = ("transformers", "peft", "accelerate", "datasets", "trl")
+
+
+class Deprecations(logging.Handler):
+    """What the libraries log (not warn) about names that will go. pyproject.toml turns the warnings into errors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if re.search(r"deprecat|will be removed", text, re.IGNORECASE):
+            self.seen.append(f"{record.name} ({record.pathname}:{record.lineno}): {text}")
+
+
+LOGGED = Deprecations()
+
+
+def pytest_configure() -> None:
+    for name in LIBRARIES:  # they don't propagate
+        logging.getLogger(name).addHandler(LOGGED)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fails a test during which, or during whose fixtures, a library called something deprecated."""
+    result = yield
+    seen, LOGGED.seen = LOGGED.seen, []
+    if seen:
+        pytest.fail("a library logged that something is deprecated:\n" + "\n".join(seen), pytrace=False)
+    return result
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus) -> None:
+    """After failures: the libraries that are not those of the last passing run. A new release is the first suspect."""
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return
+    moved = differences(CONSTRAINTS.read_text(encoding="utf-8"))
+    if moved:
+        terminalreporter.section("installed versions that differ from scripts/constraints.txt")
+        for line in moved:
+            terminalreporter.write_line(line)

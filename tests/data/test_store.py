@@ -395,7 +395,7 @@ def test_two_writers_at_once(tmp_path):
     children = [context.Process(target=_open_in_child, args=(path, tmp_path / "cache", queue)) for _ in range(2)]
     for child in children:
         child.start()
-    found = {queue.get(timeout=60) for _ in children}
+    found = {queue.get(timeout=600) for _ in children}
     for child in children:
         child.join()
     assert len(found) == 1

@@ -50,8 +50,8 @@ def test_samgs_equalise():
 
 
 def torchjd_weights(name: str, J: torch.Tensor) -> torch.Tensor:
-    jd = pytest.importorskip("torchjd.aggregation")
-    pytest.importorskip("quadprog" if name in ("upgrad", "dualproj") else "ecos" if name == "nash_mtl" else "cvxpy")
+    from torchjd import aggregation as jd
+
     G, K = J @ J.T, len(J)
     if name == "nash_mtl":
         return jd.NashMTL(K, max_norm=0, optim_niter=100).weighting(J)
@@ -189,13 +189,21 @@ def test_aligned_makes_gradients_orthogonal():
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_fast_for_thirty_tasks(name):
-    """Below 50 ms of CPU (Nash-MTL 250), with and without linear dependence."""
+    """Below 300 eigenvalue decompositions of the Gram matrix (Nash-MTL 1,500), with and without linear dependence.
+
+    Measured: 60 (Nash-MTL 450) at the most.
+    """
+
+    def seconds(work):
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
     aggregator = make_aggregator(name)
     for D in (200, 12):
         J = jacobian(30, D, 1, -0.5)
-        G, taken = J @ J.T, []
+        G, taken, usual = J @ J.T, [], []
         for step in range(3):
-            start = time.process_time()
-            aggregator.weights(G, step=step)
-            taken.append(time.process_time() - start)
-        assert min(taken) < (0.25 if name == "nash_mtl" else 0.05)
+            taken.append(seconds(lambda G=G, step=step: aggregator.weights(G, step=step)))
+            usual.append(seconds(lambda G=G: [torch.linalg.eigh(G) for _ in range(100)]))
+        assert min(taken) < (15 if name == "nash_mtl" else 3) * min(usual)

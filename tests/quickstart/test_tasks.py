@@ -142,6 +142,7 @@ def _read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_sizes(built: dict) -> None:
     sizes = {name: len(train) for name, (train, _) in built.items()}
     assert len(set(sizes.values())) == len(TASKS), "unequal on purpose"
@@ -149,6 +150,7 @@ def test_sizes(built: dict) -> None:
     assert all(100 <= len(evaluation) <= 200 for _, evaluation in built.values())
 
 
+@pytest.mark.slow
 def test_rows_are_well_formed_and_short(built: dict) -> None:
     tokenizer = Tokenizer.from_file(str(tasks.TOKENIZER))
     for train, evaluation in built.values():
@@ -161,6 +163,7 @@ def test_rows_are_well_formed_and_short(built: dict) -> None:
             assert max(len(ids) for ids in tokenizer.encode_batch([row[field] for row in rows])) <= most
 
 
+@pytest.mark.slow
 def test_rows_keep_the_split(built: dict) -> None:
     for train, evaluation in built.values():
         assert not any(corpus.is_eval(corpus.group_of(row["id"].split(":")[0])) for row in train)

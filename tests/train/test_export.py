@@ -1,6 +1,7 @@
 """What is handed over loads in a process that knows nothing of mtft, and what is broken is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -28,9 +29,15 @@ def logits(model):
         return model.eval()(input_ids=torch.arange(3, 40)[None], use_cache=False).logits
 
 
-def test_adapter_is_proved_in_a_fresh_process(recipe, tmp_path):
-    _, result = finished(recipe, tmp_path / "run", prove=True)
-    written = json.loads((tmp_path / "run" / "result.json").read_text())
+@pytest.fixture(scope="module")
+def proved(recipe, tmp_path_factory):
+    """(recipe, result) of one run for the tests that only read what it left."""
+    return finished(recipe, tmp_path_factory.mktemp("proved") / "run", prove=True)
+
+
+def test_adapter_is_proved_in_a_fresh_process(proved):
+    _, result = proved
+    written = json.loads((result.adapter_dir.parent / "result.json").read_text())
     assert written["proof"] <= 1e-5
     assert sorted(path.name for path in result.adapter_dir.iterdir()) == [
         "README.md",
@@ -42,8 +49,8 @@ def test_adapter_is_proved_in_a_fresh_process(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_plain_script_without_mtft_loads_it(recipe, tmp_path):
-    whole, result = finished(recipe, tmp_path / "run")
+def test_plain_script_without_mtft_loads_it(proved, tmp_path):
+    whole, result = proved
     code = (
         "import sys; from transformers import AutoModelForCausalLM; from peft import PeftModel\n"
         "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])\n"
@@ -56,8 +63,8 @@ def test_plain_script_without_mtft_loads_it(recipe, tmp_path):
     assert int(found.stdout) == sum(value.numel() for value in saved.values())
 
 
-def test_evaluation_of_the_export_equals_the_run_s_own(recipe, tmp_path):
-    whole, result = finished(recipe, tmp_path / "run")
+def test_evaluation_of_the_export_equals_the_run_s_own(proved):
+    whole, result = proved
     again = evaluate(whole, result.adapter_dir)
     for task, scores in result.scores.items():
         assert again[task].summary() == pytest.approx(scores.summary(), rel=1e-6)
@@ -68,10 +75,10 @@ def test_evaluation_of_the_export_equals_the_run_s_own(recipe, tmp_path):
     assert found["interval"]["loss"][0] < found["loss"] < found["interval"]["loss"][1]
 
 
-def test_adapter_of_another_shape_is_refused(recipe, tmp_path):
+def test_adapter_of_another_shape_is_refused(proved, tmp_path):
     from .conftest import write_model
 
-    whole, result = finished(recipe, tmp_path / "run")
+    whole, result = proved
     other = write_model(tmp_path / "wide", hidden=64)
     with pytest.raises(UserError, match="does not fit"):
         evaluate(whole, result.adapter_dir, ModelSection(path=str(other), dtype="fp32"))
@@ -88,7 +95,7 @@ def test_full_fine_tuning_exports_a_whole_model(recipe, tmp_path):
     assert not torch.equal(logits(AutoModelForCausalLM.from_pretrained(result.adapter_dir)), logits(base))
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", pytest.param("olora", marks=pytest.mark.slow)])
 def test_adapter_that_changes_the_base_is_converted_for_the_unchanged_base(recipe, tmp_path, init):
     whole, result = finished(recipe, tmp_path / "run", lora={"r": 4, "alpha": 8, "init": init})
     config = json.loads((result.adapter_dir / "adapter_config.json").read_text())
@@ -112,14 +119,15 @@ def test_empty_or_missing_tensors_are_refused(tmp_path):
         check_tensors(tmp_path, must="lora_")
 
 
-def test_proof_fails_when_the_export_is_not_what_was_trained(recipe, tmp_path):
-    whole, result = finished(recipe, tmp_path / "run")
+def test_proof_fails_when_the_export_is_not_what_was_trained(recipe, proved, tmp_path):
+    whole, result = proved
+    adapter = shutil.copytree(result.adapter_dir, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(recipe["model"]["path"], dtype=torch.float32)
-    model, device = PeftModel.from_pretrained(base, result.adapter_dir), torch.device("cpu")
-    file = result.adapter_dir / "adapter_model.safetensors"
+    model, device = PeftModel.from_pretrained(base, adapter), torch.device("cpu")
+    file = adapter / "adapter_model.safetensors"
     save_file({name: value * 2 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
     with (
-        Proof(model, probe_logits(model, device), result.adapter_dir, whole, device) as proof,
+        Proof(model, probe_logits(model, device), adapter, whole, device) as proof,
         pytest.raises(RuntimeError, match="differ from the trained model's"),
     ):
         proof.result()

@@ -141,7 +141,6 @@ def test_a_second_driver_is_refused_and_no_trial_runs_twice(tmp_path):
 
 @pytest.mark.slow
 def test_ray_gives_what_inline_gives(tmp_path, inline, monkeypatch):
-    pytest.importorskip("ray", reason="ray is not installed (extra `ray`)")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     ledger = TrialLedger(tmp_path / "l.jsonl")

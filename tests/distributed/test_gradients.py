@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from tests.distributed.conftest import ROOT
 from tests.gradients.tiny import K, batches, captured, distance, k_backwards, lora
 
-pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
 
 

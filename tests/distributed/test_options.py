@@ -44,7 +44,6 @@ def write(recipe, folder, name):
 
 
 def test_two_ranks_are_one_process(recipe, tmp_path, launch):
-    pytest.importorskip("schedulefree")
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     for name in RUNS:

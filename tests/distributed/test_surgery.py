@@ -10,7 +10,6 @@ from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema import Recipe
 from mtft.train.run import train
 
-pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
 
 LAGGED = {"balancer": {"name": "lagged", "aggregator": "mgda", "gram_every": 2}, "gradients": {"every": 2}}

@@ -4,16 +4,13 @@ import json
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
-lm_eval = pytest.importorskip("lm_eval")
-
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-
-from mtft.evaluate.lm_eval_bridge import FusedLM, run_lm_eval  # noqa: E402
-from mtft.fuse.model import FusedCausalLM  # noqa: E402
-from mtft.fuse.spec import FusionError  # noqa: E402
-from tests.fuse import tiny  # noqa: E402
+from mtft.evaluate.lm_eval_bridge import FusedLM, run_lm_eval
+from mtft.fuse.model import FusedCausalLM
+from mtft.fuse.spec import FusionError
+from tests.fuse import tiny
 
 CHOICE = """
 task: toy_choice

@@ -77,7 +77,6 @@ def test_precision_of_each_side(places):
 
 def test_4_bit(tmp_path):
     """Both sides quantised (blocks of 64 weights, so wider models): rows of a 4-bit base get their adapter too."""
-    pytest.importorskip("bitsandbytes")
     for name, seed in (("strong", 7), ("small", 1)):
         tiny.model(seed, width=64, dtype=torch.float32, vocab_size=320).save_pretrained(tmp_path / name)
         tiny.tokenizer().save_pretrained(tmp_path / name)

@@ -7,12 +7,10 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 
-httpx = pytest.importorskip("httpx")
-pytest.importorskip("uvicorn")
-
-from tests.fuse import tiny  # noqa: E402
+from tests.fuse import tiny
 
 
 def recipe(folder, port=None):

@@ -31,7 +31,6 @@ def test_adapters_on_fused_experts_are_refused_and_attention_alone_is_not(family
 @pytest.mark.parametrize("quantise", ["nf4", "int8"])
 def test_quantised_base(quantise, tmp_path):
     """The adapter's layers are plain ones, and the base's own weights are never looked at."""
-    pytest.importorskip("bitsandbytes")
     from mtft.recipe.schema import ModelSection
     from mtft.train.model import load_base
     from tests.train.conftest import write_model

@@ -7,7 +7,6 @@ from mtft.gradients.capture import TaskGradients
 from mtft.losses.nll import add_fused_head
 from tests.gradients.tiny import K, base, batches, captured, distance, k_backwards, lora
 
-pytest.importorskip("trl")
 HEAD = "lm_head.weight"
 
 

@@ -51,7 +51,6 @@ def test_paths_agree(path):
     if path == "gather in chunks":
         options["chunk_rows"] = 3
     if path == "fused":
-        pytest.importorskip("trl")
         options["path"] = "fused"
         model = new_llama()  # another object with the same weights: the head stays with it
         add_fused_head(model)

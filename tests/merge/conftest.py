@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

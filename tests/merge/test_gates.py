@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from mtft.merge import Factors, MergeError, read_adapter
+from mtft.merge.gate_training import GateBatch, fold, objective, train_gates
+from mtft.merge.gates import KINDS, Gates
 from tests.merge import golden as g
-
-torch = pytest.importorskip("torch")
-
-from mtft.merge.gate_training import GateBatch, fold, objective, train_gates  # noqa: E402
-from mtft.merge.gates import KINDS, Gates  # noqa: E402
 
 VOCABULARY = 7
 

@@ -10,15 +10,13 @@ import subprocess
 import sys
 
 import numpy as np
+import peft
 import pytest
+import torch
 
 from mtft.merge import MergeError, merge, read_adapter
 from mtft.merge.experts import export_arrow
-
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-
-from tests.merge.with_peft import deltas, expert, peft_merge, relative  # noqa: E402
+from tests.merge.with_peft import deltas, expert, peft_merge, relative
 
 
 def test_peft_linear_multiplies_mixed_factors_ours_does_not(tmp_path, base):

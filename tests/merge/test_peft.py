@@ -4,15 +4,13 @@ import json
 import subprocess
 import sys
 
+import peft
 import pytest
+import torch
 
 from mtft.merge import MergeError, merge, read_adapter
 from mtft.merge.experts import export_arrow, twin
-
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-
-from tests.merge.with_peft import deltas, expert, peft_merge, relative  # noqa: E402
+from tests.merge.with_peft import deltas, expert, peft_merge, relative
 
 RELOAD = """
 import sys, warnings

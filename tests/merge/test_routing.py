@@ -2,15 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from mtft.merge import Factors, MergeError, read_adapter
 from mtft.merge.experts import export_arrow, twin
 from mtft.merge.router import Router, arrow
+from mtft.merge.routing import RoutedModel, load_routed
 from tests.merge import golden as g
-
-torch = pytest.importorskip("torch")
-
-from mtft.merge.routing import RoutedModel, load_routed  # noqa: E402
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 SHAPES = {MODULES[0]: (16, 16), MODULES[1]: (16, 24)}

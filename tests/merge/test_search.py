@@ -20,8 +20,6 @@ def bowl(weights):
 
 @pytest.mark.parametrize("by", ["cobyqa", "cma"])
 def test_quadratic_optimum(by):
-    if by == "cma":
-        pytest.importorskip("cma")
     found = search(NAMES, bowl, by, budget=80 if by == "cobyqa" else 400)
     np.testing.assert_allclose(found.weights, BEST, atol=0.03)
     assert found.improvement > 0

@@ -7,12 +7,12 @@ mixture's other checkpoints, with no model at all, has more than 0.5 by their sp
 
 import numpy as np
 import pytest
+from sklearn import model_selection as sklearn
 
 from data_mixers.surrogates import GaussianProcess
 from data_mixers.surrogates.mlp import fit_many
 from tests.data_mixers.published import columns
 
-sklearn = pytest.importorskip("sklearn.model_selection", reason="scikit-learn is not installed")
 pytestmark = pytest.mark.slow
 
 

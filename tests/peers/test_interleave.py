@@ -4,12 +4,11 @@ The peer draws at random, so its shares are right in the mean only; it stops at 
 small one 25 times, or ignores the shares; and a resumed shuffle buffer does not go on where it was.
 """
 
+import datasets
 import numpy as np
 import pytest
 
 from data_mixers import MixError, Mixture, MixturePlan
-
-datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 
 SIZES = {"a": 5000, "b": 1500, "c": 400, "d": 50}
 SHARES = Mixture(tuple(SIZES), np.array([0.4, 0.3, 0.2, 0.1]))

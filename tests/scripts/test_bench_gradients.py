@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torchjd")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_gradients.py"
 
 

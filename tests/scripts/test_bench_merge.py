@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mergekit")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_merge.py"
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("trl")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_train.py"
 
 

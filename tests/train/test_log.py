@@ -64,7 +64,6 @@ def test_ranks_that_do_not_write(tmp_path):
 
 def test_tracker_gets_every_step_by_task(recipe, tmp_path):
     """Through transformers' own tensorboard callback, read back with tensorboard."""
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     output = {"dir": str(tmp_path / "run"), "trackers": ["tensorboard"]}

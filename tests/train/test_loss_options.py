@@ -54,7 +54,6 @@ def test_equals_the_objective_by_hand(recipe, tmp_path, loss, token_options):
 
 
 def test_fused_path_trains_and_evaluates_as_gather(recipe, tmp_path):
-    pytest.importorskip("trl")
     losses, scores = {}, {}
     for path in ("gather", "fused"):
         (tmp_path / path).mkdir()

@@ -27,8 +27,6 @@ def weights(trainer):
 
 @pytest.mark.parametrize("name", [*NAMES, "schedule_free", "muon"])
 def test_trains(recipe, tmp_path, name):
-    if optimizers._package(optimizers.ALIASES.get(name, name)):
-        pytest.importorskip(optimizers._package(optimizers.ALIASES.get(name, name))[0])
     rate = {"lion": 1e-3, "lion_8bit": 1e-3, "sgd": 0.3}.get(name, 5e-3)
     settings = {**recipe["train"], "optimizer": name, "learning_rate": rate, "steps": 12, "warmup": 0}
     if name == "schedule_free":
@@ -125,9 +123,6 @@ def test_state_bytes():
 
 @pytest.mark.parametrize("name", [*(name for name in NAMES if "paged" not in name), "schedule_free"])
 def test_state_bytes_are_those_of_the_real_state(recipe, tmp_path, name):
-    package = optimizers._package(optimizers.ALIASES.get(name, name))
-    if package:
-        pytest.importorskip(package[0])
     settings = {**recipe["train"], "optimizer": name, "steps": 1, "schedule": "constant"}
     trainer, *_ = trainer_for(recipe, tmp_path, train=settings, lora={"r": 4})
     trainer.train()
@@ -182,9 +177,6 @@ def test_warmup_is_given_in_steps():
 @pytest.mark.parametrize("name", ["schedule_free", "muon", "adamw_8bit", "lion", "adafactor", "ademamix"])
 def test_a_broken_run_ends_as_the_unbroken_one(recipe, tmp_path, name):
     """Also with evaluations on the way, which schedule-free must not see."""
-    package = optimizers._package(optimizers.ALIASES.get(name, name))
-    if package:
-        pytest.importorskip(package[0])
     settings = {"optimizer": name, "schedule": "constant" if name == "schedule_free" else "wsd"}
     changes = {"lora": None} if name == "muon" else {"lora": {"r": 4, "dropout": 0.1}}
 
@@ -205,7 +197,6 @@ def picture_of_weights(folder):
 
 def test_what_is_evaluated_is_schedule_frees_average(recipe, tmp_path):
     """The weights that are scored are x, and training goes on at y as if nothing had been looked at."""
-    pytest.importorskip("schedulefree")
     settings = {**recipe["train"], "optimizer": "schedule_free", "schedule": "constant", "warmup": 2}
     trainer, *_ = trainer_for(recipe, tmp_path, train=settings, lora={"r": 4})
     trainer.train()

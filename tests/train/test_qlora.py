@@ -3,6 +3,7 @@
 import json
 import signal
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,8 +15,6 @@ from mtft.train.run import train
 
 from .conftest import write_model
 from .test_run import kill_at_step, run
-
-bnb = pytest.importorskip("bitsandbytes")
 
 
 @pytest.fixture(scope="module")

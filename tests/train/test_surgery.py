@@ -366,7 +366,6 @@ def test_partial_direct_leaves_the_rest_its_plain_gradient(recipe, tmp_path, pat
     seen, found = Gradients(), Gradients()
     asked = {"steps": 1, "lora": None, "train": {"max_grad_norm": 0}}
     if path == "fused":  # a head of its own, which that path multiplies with beside its layer
-        pytest.importorskip("trl")
         asked["model"] = {**recipe["model"], "path": str(write_model(tmp_path / "untied", tied=False))}
     trainer_for(recipe, tmp_path / "plain", callback=seen, loss={"path": path}, **asked).train()
     loss = {"path": path, "gradients": {"aggregator": "upgrad", "partial": True}}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torchjd import scalarization
 
 from mtft.errors import UserError
 from mtft.losses.balancers import BALANCERS, Context, Observation
 from mtft.losses.balancers.learned import imtl_l_gradient, uw_gradient
 
-scalarization = pytest.importorskip("torchjd.scalarization")
 L0, L1, L2 = (torch.tensor(x, dtype=torch.float64) for x in ([2, 1, 0.5], [1.8, 0.95, 0.3], [1.7, 0.97, 0.25]))
 INVERSE = (0.428571, 0.857143, 1.714286)  # 3 (1/L0) / sum 1/L0
 

@@ -23,7 +23,7 @@ MANY = [[[(k % 3, 3 + k % 4) for k in range(j, j + 9)] for j in range(4)]]
 def checkpointed(reentrant):
     model = lora().train()
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     return model
 
 

@@ -13,6 +13,7 @@ from data_mixers.fit import fit
 from data_mixers.ledger import Trial, TrialLedger, done_records
 from data_mixers.surrogates.stack import spearman
 from tests.data_mixers.published import path, regmix
+from tests.slow import slow
 
 NAMES = ("a", "b", "c")
 
@@ -85,7 +86,7 @@ def test_a_constant_target_warns():
     json.dumps(fits.report())
 
 
-@pytest.mark.parametrize("n", [4, 5, 6, 8])
+@pytest.mark.parametrize("n", [4, 8, *slow(5, 6)])
 def test_few_trials_are_fitted_without_noise_on_the_way(n, recwarn):
     report = fit(made_ledger(n=n)).report()
     json.dumps(report, allow_nan=False)

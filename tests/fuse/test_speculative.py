@@ -11,10 +11,11 @@ from mtft.fuse.gamma import Gamma
 from mtft.fuse.load import freeze
 from mtft.fuse.spec import FusionError
 from tests.fuse import tiny
+from tests.slow import slow
 
 IDS, MASK = tiny.prompts((7, 4, 9, 5))
 CALL = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 20, "pad_token_id": 0}
-GAMMAS = [0, 1, 3, 6, "auto"]
+GAMMAS = [3, "auto", *slow(0, 1, 6)]
 
 
 class Every(Gamma):
@@ -49,7 +50,7 @@ def test_greedy_is_token_identical_on_500_prompts_in_fp32(folders):
         assert torch.equal(fused.generate(**call, speculative=1 + part % 4), fused.generate(**call))
 
 
-@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("sample", [True, *slow(False)])
 def test_changing_gamma_on_the_way(double, monkeypatch, sample):
     monkeypatch.setattr("mtft.fuse.speculative.Gamma", Every)
     call = CALL | {"max_new_tokens": 40, "do_sample": sample, "seed": 1, "alpha_rule": ["jeffreys", "fixed"] * 2}
@@ -106,7 +107,7 @@ def test_criteria_see_what_they_see_in_direct_decoding(double):
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("sample", [True, *slow(False)])
 def test_processors_are_applied(single, sample):
     """They shape drafts and judgement alike: penalties, minimal lengths and forbidden n-grams give the same text."""
     options = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_new_tokens": 6, "temperature": 0.7}

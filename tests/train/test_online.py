@@ -17,6 +17,7 @@ from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema import Recipe
 from mtft.train.online import decisions, make_decider, reference_losses
 from mtft.train.run import train
+from tests.slow import slow
 from tests.train.test_run import kill_at_step, picture, run
 from tests.train.test_trainer import lines, trainer_for
 
@@ -62,6 +63,7 @@ def without_times(found):
 # ---- nothing changes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COSTLY)
 def test_with_no_decision_in_it_a_run_is_the_static_one(recipe, tmp_path, name):
     """Bit by bit: metrics and weights."""
@@ -78,7 +80,7 @@ def test_with_no_decision_in_it_a_run_is_the_static_one(recipe, tmp_path, name):
 # ---- what is decided is what is played
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("name", COSTLY)
 def test_the_next_steps_play_what_was_decided(recipe, tmp_path, name):
     found, plan = trained(recipe, tmp_path / "run", name)
     said = shares_over_time(found)
@@ -120,6 +122,7 @@ def test_group_dro_follows_the_excess(recipe, tmp_path):
     assert alpha[0] > 0.6
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_not_told(recipe, tmp_path, monkeypatch):
     from mtft.train import trainer as module
 
@@ -164,7 +167,7 @@ def test_bounds_and_epochs_hold_and_what_gives_way_is_said(recipe, tmp_path):
     assert f"step 2: {notes[0]}" in said
 
 
-@pytest.mark.parametrize("style", ["mixed", "unmixed"])
+@pytest.mark.parametrize("style", ["mixed", *slow("unmixed")])
 def test_shares_of_tokens(recipe, tmp_path, style):
     """Over the run, and in every stretch between two decisions."""
     mixture, batch = {"unit": "tokens"}, {"batch_style": style, "batch_tokens": 600}
@@ -183,6 +186,7 @@ def test_shares_of_tokens(recipe, tmp_path, style):
             assert tokens / sum(line["tokens"] for line in part) == pytest.approx(share, abs=0.06)
 
 
+@pytest.mark.slow
 def test_the_rows_that_are_measured_stay_in_a_round(recipe, tmp_path):
     """Else what falls would be the rows, not the loss. Measured before, between and behind the probes, on all tasks."""
     measured, chosen = [], []

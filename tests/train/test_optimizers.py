@@ -14,6 +14,7 @@ from mtft.train.averaged import evaluation_weights
 from mtft.train.muon import MuonAdamW
 from mtft.train.optimizers import known_optimizers, optimizer_name, state_bytes
 from mtft.train.schedules import schedule_arguments
+from tests.slow import slow
 
 from .test_run import kill_at_step, recipe_in, run
 from .test_trainer import trainer_for
@@ -25,7 +26,7 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", [*NAMES, "schedule_free", "muon"])
+@pytest.mark.parametrize("name", ["adamw_8bit", "schedule_free", "muon", *slow(*sorted({*NAMES} - {"adamw_8bit"}))])
 def test_trains(recipe, tmp_path, name):
     rate = {"lion": 1e-3, "lion_8bit": 1e-3, "sgd": 0.3}.get(name, 5e-3)
     settings = {**recipe["train"], "optimizer": name, "learning_rate": rate, "steps": 12, "warmup": 0}
@@ -121,7 +122,9 @@ def test_state_bytes():
     assert state_bytes("sgd", shapes) == 0
 
 
-@pytest.mark.parametrize("name", [*(name for name in NAMES if "paged" not in name), "schedule_free"])
+@pytest.mark.parametrize(
+    "name", ["adamw", "adamw_8bit", *slow("lion", "adafactor", "ademamix", "lion_8bit", "sgd", "schedule_free")]
+)
 def test_state_bytes_are_those_of_the_real_state(recipe, tmp_path, name):
     settings = {**recipe["train"], "optimizer": name, "steps": 1, "schedule": "constant"}
     trainer, *_ = trainer_for(recipe, tmp_path, train=settings, lora={"r": 4})

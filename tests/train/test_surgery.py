@@ -19,6 +19,7 @@ from mtft.train.log import RunLog
 from mtft.train.model import load_for_training
 from mtft.train.run import train
 from mtft.train.surgery import Surgery, make_surgery
+from tests.slow import slow
 from tests.train.conftest import write_model
 
 TASKS = ("copy", "twice", "shout")
@@ -63,7 +64,7 @@ LAGGED = {"name": "gradnorm", "gram_every": 2, "learning_rate": 1e-30}  # asks f
 
 @pytest.mark.parametrize(
     "loss",
-    [{"gradients": MEASURED}, {"gradients": {**MEASURED, "split": True}}, {"balancer": LAGGED}],
+    [{"gradients": MEASURED}, *slow({"gradients": {**MEASURED, "split": True}}, {"balancer": LAGGED})],
     ids=["affinity", "halves", "balancer"],
 )
 def test_measuring_changes_no_bit_of_the_run(recipe, tmp_path, loss):
@@ -105,6 +106,7 @@ def test_metrics_of_a_measured_step(recipe, tmp_path):
     assert affinity["measures"] == 1
 
 
+@pytest.mark.slow
 def test_halves_are_for_the_affinity_alone(recipe, tmp_path):
     found = {}
     for name, split in (("plain", False), ("halves", True)):
@@ -127,7 +129,9 @@ def test_halves_are_for_the_affinity_alone(recipe, tmp_path):
     assert np.isnan(found["halves"].diagonal()[~known]).all()
 
 
-@pytest.mark.parametrize("split", [{"micro_batch_tokens": 64}, {"packing": False}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "split", [{"micro_batch_tokens": 64}, *slow({"packing": False}, {"gradient_checkpointing": True})]
+)
 def test_gram_does_not_depend_on_the_split(recipe, tmp_path, split):
     for name, train_ in (("whole", {"micro_batch_tokens": 2048}), ("split", split)):
         trainer_for(recipe, tmp_path / name, steps=2, loss={"gradients": {"every": 1}}, train=train_).train()
@@ -162,7 +166,7 @@ def directed(recipe, tmp_path, aggregator, **changes):
     return trainer, seen
 
 
-@pytest.mark.parametrize("normalise", ["token", "task_sample"])
+@pytest.mark.parametrize("normalise", ["task_sample", *slow("token")])
 def test_direct_with_the_preference_itself_is_the_plain_step(recipe, tmp_path, normalise):
     tasks = [{**task, "weight": weight} for task, weight in zip(recipe["tasks"], (1.0, 3.0, 0.5), strict=True)]
     changes = {"tasks": tasks, "train": {"max_grad_norm": 0}}
@@ -197,6 +201,7 @@ def test_direct_step_is_clipped_after_it_is_made(recipe, tmp_path):
     assert lines(tmp_path)[0]["grad_norm"] > 1e-2
 
 
+@pytest.mark.slow
 def test_task_of_weight_0_is_measured_and_does_not_move_the_step(recipe, tmp_path):
     tasks = [{**task, "weight": float(k != 1)} for k, task in enumerate(recipe["tasks"])]
     asked = {"tasks": tasks, "train": {"max_grad_norm": 0}, "steps": 2}
@@ -233,6 +238,7 @@ def test_absent_task(recipe, tmp_path):
         assert line["gradients"]["norm"]["copy"] > 0
 
 
+@pytest.mark.slow
 def test_other_measurements_do_not_move_a_balancer(recipe, tmp_path):
     balancer = {"name": "gradnorm", "gram_every": 3}
     for name, loss in (("alone", {}), ("with", {"gradients": {"every": 1}})):
@@ -361,7 +367,7 @@ def test_partial_says_what_is_left_out(recipe, tmp_path):
     assert "Embedding" in said[0]
 
 
-@pytest.mark.parametrize("path", ["gather", "fused"])
+@pytest.mark.parametrize("path", ["gather", *slow("fused")])
 def test_partial_direct_leaves_the_rest_its_plain_gradient(recipe, tmp_path, path):
     seen, found = Gradients(), Gradients()
     asked = {"steps": 1, "lora": None, "train": {"max_grad_norm": 0}}

@@ -13,6 +13,7 @@ from mtft.train.arguments import training_arguments
 from mtft.train.assemble import build_trainer, read_inputs
 from mtft.train.log import RunLog
 from mtft.train.model import load_for_training
+from tests.slow import slow
 
 NORMALISATIONS = ("token", "sample", "task_token", "task_sample")
 
@@ -93,7 +94,7 @@ def by_hand(recipe, inputs, plan, weights, steps):
     return losses, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("normalise", NORMALISATIONS)
+@pytest.mark.parametrize("normalise", ["token", "task_sample", *slow("sample", "task_token")])
 def test_equals_a_loop_by_hand(recipe, tmp_path, normalise):
     weights = (1.0, 2.0, 0.5)
     tasks = [{**task, "weight": weight} for task, weight in zip(recipe["tasks"], weights, strict=True)]
@@ -182,7 +183,7 @@ class Poison(TrainerCallback):
                 self.hook.remove()
 
 
-@pytest.mark.parametrize("what", ["weights", "grad"])
+@pytest.mark.parametrize("what", ["grad", *slow("weights")])
 def test_step_that_is_not_finite_moves_nothing_but_the_schedule(recipe, tmp_path, what):
     trainer, *_ = trainer_for(recipe, tmp_path)
     before = {}
@@ -251,13 +252,15 @@ def test_unknown_optimizer_names_the_nearest(recipe, tmp_path):
 
 
 BALANCERS = (
-    {"name": "random"},
-    {"name": "temperature", "temperature": 2.0},
-    {"name": "focal"},
     {"name": "coba", "warmup": 2, "window": 4, "valid_every": 2},
-    {"name": "famo", "after": "exact"},
-    {"name": "dwa", "window": 2},
-    {"name": "gls", "step_loss": "exact"},
+    *slow(
+        {"name": "random"},
+        {"name": "temperature", "temperature": 2.0},
+        {"name": "focal"},
+        {"name": "famo", "after": "exact"},
+        {"name": "dwa", "window": 2},
+        {"name": "gls", "step_loss": "exact"},
+    ),
 )
 
 

@@ -12,6 +12,7 @@ from scipy.optimize import LinearConstraint, minimize
 from mtft.gradients.aggregators import AGGREGATORS, make_aggregator
 from mtft.gradients.aggregators.sam_gs import similarity
 from tests.properties.aggregators import jacobian
+from tests.slow import slow
 
 J2 = torch.tensor([[-4, 1, 1], [6, 1, 1]], dtype=torch.float64)
 J3 = torch.tensor([[1, 2, 0], [-2, 1, 1], [0.5, -1, 2]], dtype=torch.float64)
@@ -73,8 +74,8 @@ TOLERANCE = {"mgda": 2e-3, "nash_mtl": 2e-3, "cagrad": 1e-4}  # theirs: Frank-Wo
 
 
 @pytest.mark.parametrize(
-    "name", ["upgrad", "dualproj", "mgda", "imtl_g", "aligned_mtl", "aligned_mtl, median", "aligned_mtl, rmse",
-             "cagrad", "nash_mtl"],
+    "name", ["upgrad", "dualproj", "imtl_g", "aligned_mtl", "aligned_mtl, median", "aligned_mtl, rmse", "cagrad",
+             "nash_mtl", *slow("mgda")],
 )  # fmt: skip
 def test_equals_torchjd(name):
     method, _, scale = name.partition(", ")

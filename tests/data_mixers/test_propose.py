@@ -137,6 +137,7 @@ def test_noise_is_called_no_signal_or_undecided():
     assert proposal.kept == CURRENT
 
 
+@pytest.mark.slow
 def test_goals_mirror_and_units_do_not_matter(trials):
     rows, y = trials
     plain = propose(fit(ledger_of(rows, y), surrogate="gp"), prior=uniform(NAMES), current=CURRENT)

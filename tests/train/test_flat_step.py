@@ -36,7 +36,7 @@ def length(gradient):
     return torch.stack([value.double().norm() for value in gradient.values()]).norm()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 @pytest.mark.parametrize(
     "split", [{}, pytest.param({"packing": False, "micro_batch_tokens": 64}, marks=pytest.mark.slow)]
 )

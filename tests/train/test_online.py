@@ -210,6 +210,7 @@ def test_the_rows_that_are_measured_stay_in_a_round(recipe, tmp_path):
 # ---- splits and ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COSTLY)
 def test_the_split_of_a_step_and_loader_processes_do_not_matter(recipe, tmp_path, name):
     """Micro-batches of another size, and two loader processes that would have fetched ahead of every change."""
@@ -237,6 +238,7 @@ def unbroken(request, recipe, tmp_path_factory):
     return request.param, picture(folder), (folder / "plan.json").read_text()
 
 
+@pytest.mark.slow
 def test_kills_leave_no_trace(recipe, unbroken, tmp_path):
     """Killed before and after decisions, between a decision and its effect, and between two probes."""
     name, whole, plan = unbroken
@@ -248,6 +250,7 @@ def test_kills_leave_no_trace(recipe, unbroken, tmp_path):
     assert (tmp_path / "broken" / "plan.json").read_text() == plan
 
 
+@pytest.mark.slow
 def test_stopped_between_a_decision_and_its_effect(recipe, unbroken, tmp_path):
     """SIGTERM in step 6 (or 7, between two probes): the checkpoint of that step holds what was decided after it."""
     name, whole, plan = unbroken

@@ -3,16 +3,17 @@
 Needs numpy and scipy only; scikit-learn, lightgbm and ray are imported inside the functions that use them.
 """
 
-from .bounds import Bounds, Group, Infeasible
-from .design import batch_compositions, regmix_dirichlet, space_filling
-from .errors import MixError
-from .ledger import Trial, TrialLedger
-from .mixture import Mixture, natural, tempered, uniform
-from .plan import MixturePlan
-from .schedule import MixtureSchedule
-from .sweep import make_trials, run_sweep
+from data_mixers.common.errors import MixError
+from data_mixers.design.designs import batch_compositions, regmix_dirichlet, space_filling
+from data_mixers.mixture.bounds import Bounds, Group, Infeasible
+from data_mixers.mixture.mixture import Mixture, natural, tempered, uniform
+from data_mixers.plan.mixture_plan import MixturePlan
+from data_mixers.plan.schedule import MixtureSchedule
+from data_mixers.sweep.ledger import Trial, TrialLedger
+from data_mixers.sweep.runner import make_trials, run_sweep
 
-# The models are in data_mixers.fit, data_mixers.propose, ...: they import scipy's optimisers, which takes a moment.
+# The models are in data_mixers.fitting.surrogate_fits, data_mixers.propose.proposal, ...: they import scipy's
+# optimisers, which takes a moment.
 __all__ = [
     "Bounds",
     "Group",

@@ -23,7 +23,7 @@ def is_first_rank() -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     from mtft.cli import app
-    from mtft.errors import UserError
+    from mtft.common.errors import UserError
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments  # wherever it stands
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _report(error, str(error), 2, debug)
     except ValueError as error:
-        from data_mixers.errors import MixError
+        from data_mixers.common.errors import MixError
 
         if isinstance(error, MixError):
             return _report(error, f"error: {error}", 2, debug)

@@ -30,13 +30,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_mixers.mixture import Mixture
-from data_mixers.plan import MixturePlan
-from data_mixers.schedule import MixtureSchedule
-from mtft.data.batches import BatchSource
-from mtft.data.store import open_store
-from mtft.quickstart import corpus, model_path
-from mtft.recipe.schema import TaskSection
+from data_mixers.mixture.mixture import Mixture
+from data_mixers.plan.mixture_plan import MixturePlan
+from data_mixers.plan.schedule import MixtureSchedule
+from mtft.data.batching.batches import BatchSource
+from mtft.data.store.token_store import open_store
+from mtft.quickstart import model_path, stdlib_corpus
+from mtft.recipe.schema.recipe import TaskSection
 
 SHARES = (0.4, 0.3, 0.2, 0.1)
 
@@ -73,7 +73,7 @@ def bench_tokenise(repeats: int, megabytes: float) -> dict[str, object]:
     folder = Path(tempfile.mkdtemp())
     path, rows = folder / "rows.jsonl", 0
     with path.open("w", encoding="utf-8") as file:
-        for source in corpus.library_files():
+        for source in stdlib_corpus.library_files():
             text = source.text()
             for start in range(0, len(text) - 1500, 1500):
                 cut = start + 1200

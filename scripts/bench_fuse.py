@@ -35,14 +35,14 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from mtft.data.store import open_stores
-from mtft.fuse.alpha import fuse_logits
-from mtft.fuse.load import freeze, load_weak, location
-from mtft.fuse.model import FusedCausalLM
-from mtft.fuse.rows import BASE
-from mtft.fuse.skinny import use_skinny_head
-from mtft.fuse.space import Workspace
-from mtft.fuse.spec import FusionSpec
+from mtft.data.store.token_store import open_stores
+from mtft.fuse.alpha.buffers import FusionBuffers
+from mtft.fuse.alpha.fused_logits import fuse_logits
+from mtft.fuse.alpha.spec import FusionSpec
+from mtft.fuse.decoding.multi_lora import BASE
+from mtft.fuse.decoding.transposed_linear import transpose_lm_head
+from mtft.fuse.fused_model import FusedCausalLM
+from mtft.fuse.load_models import freeze, load_weak_model, location
 from mtft.recipe.load import load_recipe
 
 VOCABULARY, PROMPT, LONG = 32000, 32, 512
@@ -146,7 +146,7 @@ def adapter_names(strong: Any, tuned: PeftModel, ids: Tensor, tokens: int) -> St
     """Base and expert rows in one pass by PEFT, solved by us: what the rows engine saves shows alone."""
     caches = [DynamicCache(config=model.config) for model in (strong, tuned)]
     names = ["default"] * len(ids) + ["__base__"] * len(ids)
-    times, block, space = [], ids, Workspace()
+    times, block, space = [], ids, FusionBuffers()
 
     def step() -> None:
         nonlocal block
@@ -205,9 +205,9 @@ class Judge:
 def bench_step(places: dict[str, Any], args: argparse.Namespace, judge: Judge) -> None:
     strong = llama(768, 12, 1)
     ours = copy.deepcopy(strong, {id(p): p for p in strong.parameters()})  # the same weights
-    use_skinny_head(ours)  # as FusedCausalLM.load does
+    transpose_lm_head(ours)  # as FusedCausalLM.load does
     one, four = (
-        FusedCausalLM(ours, load_weak(places["base"], places["adapters"][:t], dtype="fp32", device="cpu"), None,
+        FusedCausalLM(ours, load_weak_model(places["base"], places["adapters"][:t], dtype="fp32", device="cpu"), None,
                       FusionSpec(), vocab_size=VOCABULARY)
         for t in (1, 4)
     )  # fmt: skip
@@ -271,7 +271,7 @@ def bench_solver(args: argparse.Namespace, judge: Judge) -> None:
         for rows in (1, 8):
             generator = torch.Generator().manual_seed(vocabulary + rows)
             strong, base, noise = (torch.randn(rows, vocabulary, generator=generator) for _ in range(3))
-            strong, expert, space = 2 * strong, base + 0.8 * noise, Workspace()
+            strong, expert, space = 2 * strong, base + 0.8 * noise, FusionBuffers()
 
             def ours(rule: str, s: Tensor = strong, e: Tensor = expert, b: Tensor = base, w: Any = space) -> Any:
                 return fuse_logits(s, e[None], b, FusionSpec(alpha_rule=rule), space=w)  # as FusedCausalLM does
@@ -302,7 +302,7 @@ def bench_memory(places: dict[str, Any], judge: Judge) -> None:
 
     for count in (1, 2, 4, 8):
         before = resident()
-        weak = load_weak(places["base"], places["adapters"][:count], dtype="fp32", device="cpu")
+        weak = load_weak_model(places["base"], places["adapters"][:count], dtype="fp32", device="cpu")
         weak.layout.set((*range(count), BASE), 1)
         with torch.no_grad():  # touches every weight: files are mapped, and pages that were never read don't count
             weak.model(torch.full((count + 1, 1), 5), logits_to_keep=1)
@@ -331,8 +331,8 @@ def quickstart_adapter() -> Path:
     finished = root / "runs" / "quickstart" / "train" / "joint" / "adapter"
     if (finished / "adapter_model.safetensors").is_file():
         return finished
-    from mtft.pipeline.derive import joint
-    from mtft.train.run import train
+    from mtft.pipeline.stages.derived_recipes import joint
+    from mtft.training.run_training import train
 
     folder = root / "runs" / "bench-fuse"
     if not (folder / "result.json").is_file():

@@ -39,13 +39,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mtft.data.batch import IGNORE, Batch
-from mtft.data.batches import assemble
-from mtft.data.encode import Example
-from mtft.gradients.capture import TaskGradients
-from mtft.gradients.gram import gram
-from mtft.losses.nll import token_nll
-from mtft.losses.reduce import coefficients, step_counts, task_coefficients
+from mtft.data.batching.batch import IGNORE, Batch
+from mtft.data.batching.batches import collate
+from mtft.data.tokenize.encode import Example
+from mtft.gradients.capture.task_gradients import TaskGradients
+from mtft.gradients.gramian import gram
+from mtft.losses.task_reduction import coefficients, step_counts, task_coefficients
+from mtft.losses.token_nll import token_nll
 
 WIDTH, LAYERS, MLP, VOCABULARY, RANK = 256, 4, 688, 8192, 8  # --smoke makes them small
 ROWS, LENGTH = 16, 128
@@ -78,7 +78,7 @@ def make_batch(K: int, examples_a_row: int = 1) -> Batch:
         return Example(ids, np.arange(length) >= length // 2), task
 
     tasks = iter(i % K for i in range(ROWS * examples_a_row))
-    return assemble([[example(next(tasks)) for _ in range(examples_a_row)] for _ in range(ROWS)], 0)
+    return collate([[example(next(tasks)) for _ in range(examples_a_row)] for _ in range(ROWS)], 0)
 
 
 class Step:

@@ -34,11 +34,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mtft.data.batch import IGNORE, Batch
-from mtft.data.isolation import model_inputs
-from mtft.losses.balancers import BALANCERS, Context, Observation
-from mtft.losses.nll import token_nll
-from mtft.losses.reduce import coefficients, reduce_sums, step_counts, task_losses, task_sums
+from mtft.data.batching.batch import IGNORE, Batch
+from mtft.data.batching.packed_attention import model_inputs
+from mtft.losses.balancers import BALANCERS, BalancerContext, Observation
+from mtft.losses.task_reduction import coefficients, reduce_sums, step_counts, task_losses, task_sums
+from mtft.losses.token_nll import token_nll
 
 TASKS = 5
 SIZES = {  # name: (width, layers, mlp width, vocabulary), tied embeddings
@@ -185,7 +185,7 @@ def balancers(steps: int) -> dict:
     for label, (name, options) in ({name: (name, {}) for name in BALANCERS} | variants).items():
         options = {**options, **{key: dict.fromkeys(names, 1.0) for key in given.get(name, ())}}
         sizes_K = torch.full((TASKS,), 100)
-        balancer = BALANCERS[name](Context(names, examples_K=sizes_K, tokens_K=sizes_K), **options)
+        balancer = BALANCERS[name](BalancerContext(names, examples_K=sizes_K, tokens_K=sizes_K), **options)
         needs = balancer.needs
         balancer.update(Observation(0, loss_K * torch.nan, valid_loss_K=loss_K))
         start, repeats = time.perf_counter(), 400
@@ -214,7 +214,7 @@ def balancers(steps: int) -> dict:
 
 def coba_loop(train: Callable, forward: Callable, steps: int) -> dict[str, float]:
     """Ten steps with CoBa's validation forward and weights beside ten plain steps."""
-    balancer = BALANCERS["coba"](Context(tuple("abcde")), warmup=2, window=200)
+    balancer = BALANCERS["coba"](BalancerContext(tuple("abcde")), warmup=2, window=200)
     loss_K, now = torch.linspace(1, 2, TASKS, dtype=torch.float64), itertools.count(1)
     balancer.update(Observation(0, loss_K * torch.nan, valid_loss_K=loss_K))
 

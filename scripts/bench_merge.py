@@ -95,11 +95,11 @@ class Meter:
 
 
 def run_ours(job: dict, out: Path) -> dict:
-    from mtft.merge import merge
+    from mtft.merge import merge_adapters
 
     options = {"density": 0.2} if job["method"] == "ties" else None
     with Meter() as meter:
-        report = merge(
+        report = merge_adapters(
             job["adapters"], out, job["method"], options, rank=RANK, min_energy=0, precision=job["precision"]
         )
     return meter.result | {"energy": report.energy}

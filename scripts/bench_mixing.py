@@ -32,16 +32,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 DATA = Path(os.environ.get("MTFT_SHARED_DATA") or ROOT.parent / "shared" / "data")
 
-from data_mixers.bring import fit_csv  # noqa: E402
-from data_mixers.fit import Fits, fit  # noqa: E402
-from data_mixers.ledger import Record  # noqa: E402
-from data_mixers.mixture import Mixture  # noqa: E402
-from data_mixers.next_batch import expected_improvement, thompson  # noqa: E402
-from data_mixers.propose import propose, regmix_optimum  # noqa: E402
-from data_mixers.scale import calibrate, fit_scale, for_mixtures, predict_large, small_scale_mean  # noqa: E402
+from data_mixers.common.csv_tables import read_table  # noqa: E402
+from data_mixers.fitting.scale_transfer import calibrate, fit_scale, for_mixtures, predict_large, small_scale_mean  # noqa: E402
+from data_mixers.fitting.surrogate_fits import SurrogateFits, fit_surrogates  # noqa: E402
+from data_mixers.mixture.mixture import Mixture  # noqa: E402
+from data_mixers.propose.from_csv import fit_csv  # noqa: E402
+from data_mixers.propose.next_trials import expected_improvement, thompson  # noqa: E402
+from data_mixers.propose.proposal import propose_mixture, regmix_optimum  # noqa: E402
 from data_mixers.surrogates import SURROGATES, GaussianProcess, LightGBM, Ridge, Stack, candidates_of  # noqa: E402
 from data_mixers.surrogates.stack import spearman  # noqa: E402
-from data_mixers.tables import read_table  # noqa: E402
+from data_mixers.sweep.ledger import TrialRecord  # noqa: E402
 
 SIX = ("pile_cc", "github", "ubuntu_irc", "pubmed_central", "wikipedia_en", "AVG13")
 FAST = ("linear", "lightgbm", "ridge", "exp", "power", "bimix", "transfer")
@@ -83,11 +83,11 @@ def model_of(surrogate: str, n: int, goal: str = "min") -> Stack:
     return Stack(candidates=candidates_of(surrogate, goal=goal, n=n))
 
 
-def fits_of(X: np.ndarray, Y: dict[str, np.ndarray], rows: np.ndarray, surrogate: str = "auto") -> Fits:
+def fits_of(X: np.ndarray, Y: dict[str, np.ndarray], rows: np.ndarray, surrogate: str = "auto") -> SurrogateFits:
     """Fits on some rows of a table, as from a ledger."""
     names = [f"t{k}" for k in range(X.shape[1])]
     records = [
-        Record(
+        TrialRecord(
             trial=str(row),
             status="done",
             mixture=dict(zip(names, X[row].tolist(), strict=True)),
@@ -95,7 +95,7 @@ def fits_of(X: np.ndarray, Y: dict[str, np.ndarray], rows: np.ndarray, surrogate
         )
         for row in rows
     ]
-    return fit(records, surrogate=surrogate)
+    return fit_surrogates(records, surrogate=surrogate)
 
 
 def subset(s: int, n: int) -> np.ndarray:
@@ -312,7 +312,7 @@ def speed(options: argparse.Namespace) -> None:
         started = time.process_time()
         fits = fit_csv(*files, targets, limit=128)
         fits.predict(X[:256])
-        propose(fits, prior=uniform)
+        propose_mixture(fits, prior=uniform)
         return time.process_time() - started
 
     def notebook() -> float:

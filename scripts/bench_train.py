@@ -101,7 +101,7 @@ class Store:
         return {"largest_id": max(int(ids.max()) for ids, _ in self.examples)}
 
     def example(self, i: int):
-        from mtft.data.encode import Example
+        from mtft.data.tokenize.encode import Example
 
         return Example(*self.examples[i])
 
@@ -336,11 +336,11 @@ def run_mtft(
     from transformers.trainer_callback import TrainerCallback
 
     from mtft.data.planning import make_plan
-    from mtft.recipe.schema import Recipe
-    from mtft.train.arguments import training_arguments
-    from mtft.train.assemble import Inputs, build_trainer
-    from mtft.train.log import RunLog
-    from mtft.train.model import add_lora
+    from mtft.models.loading import add_lora
+    from mtft.recipe.schema.recipe import Recipe
+    from mtft.training.build_trainer import TrainingInputs, build_trainer
+    from mtft.training.run_files.metrics_log import MetricsLog
+    from mtft.training.training_arguments import training_arguments
 
     with tempfile.TemporaryDirectory() as folder:
         mean = float(np.concatenate([store.lengths for store in stores]).mean())
@@ -365,13 +365,13 @@ def run_mtft(
         )
         model = make_model(shape, device, quantise)
         if path == "fused":
-            from mtft.losses.nll import add_fused_head
+            from mtft.losses.token_nll import add_fused_head
 
             add_fused_head(model)
-        inputs = Inputs(make_tokenizer(shape), stores, [None] * len(stores))
+        inputs = TrainingInputs(make_tokenizer(shape), stores, [None] * len(stores))
         plan = make_plan(recipe, stores)
         args = training_arguments(recipe, Path(folder), steps=steps, evaluates=False, saves=False)
-        log = RunLog(Path(folder), steps=steps, quiet=True)  # metrics are written, as in every run
+        log = MetricsLog(Path(folder), steps=steps, quiet=True)  # metrics are written, as in every run
         trainer = build_trainer(recipe, inputs, plan, add_lora(model, recipe.lora, seed=1), args, log=log)
         clock = Clock(device)
 

@@ -11,7 +11,8 @@ model of the last checkpoint as it stands.
 
 Model: Llama, tied embeddings. Optimizer: Muon for the matrices, AdamW for embeddings and norms. Schedule: warm-up,
 constant, and a linear decay to zero over the last `--decay` of the time. Text: library modules and tests of the
-training split (`mtft.quickstart.corpus`), separated by the end-of-text token; the decay sees library modules only.
+training split (`mtft.quickstart.stdlib_corpus`), separated by the end-of-text token; the decay sees library modules
+only.
 The held-out modules are measured at the end, never trained on.
 """
 
@@ -35,7 +36,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mtft.quickstart import corpus
+from mtft.quickstart import stdlib_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "mtft" / "quickstart" / "models"
@@ -90,8 +91,8 @@ def main() -> None:
 
 def documents() -> tuple[list[str], list[str], list[str]]:
     """(library and prose, tests, held out) as texts."""
-    library, tests, held_out = corpus.pretraining_files()
-    return corpus.prose() + [f.text() for f in library], [f.text() for f in tests], [f.text() for f in held_out]
+    library, tests, held_out = stdlib_corpus.pretraining_files()
+    return stdlib_corpus.prose() + [f.text() for f in library], [f.text() for f in tests], [f.text() for f in held_out]
 
 
 def build_tokenizer(args: argparse.Namespace) -> None:
@@ -325,7 +326,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def write_card(args: argparse.Namespace) -> None:
     """Write models/README.md from what the other commands have measured."""
-    library, tests, held_out = corpus.pretraining_files()
+    library, tests, held_out = stdlib_corpus.pretraining_files()
     text = "".join(documents()[2]).encode()
     unigram = -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
     zipped = 8 * len(gzip.compress(text, 9)) / len(text)
@@ -336,7 +337,8 @@ def write_card(args: argparse.Namespace) -> None:
     )
     (MODELS / "README.md").write_text(CARD.format(
         table=table, unigram=unigram, gzip=zipped, bytes=len(text), python=platform.python_version(), seed=SEED,
-        fingerprint=corpus.fingerprint([*library, *tests, corpus.prose_file()]), held_out=corpus.fingerprint(held_out),
+        fingerprint=stdlib_corpus.fingerprint([*library, *tests, stdlib_corpus.prose_file()]),
+        held_out=stdlib_corpus.fingerprint(held_out),
         commands=textwrap.indent("".join((args.work / f"{size}.commands").read_text() for size in SHAPES), " " * 6),
         files=len(library), tests=len(tests), vocabulary=VOCABULARY, window=WINDOW,
     ))  # fmt: skip
@@ -356,7 +358,8 @@ For comparison, on the same {bytes:,} held-out bytes: unigram bytes {unigram:.3f
 - **Training text**: the standard library of CPython {python} (no packages from elsewhere): {files} library files,
   {tests} files of its test suite, and `pydoc_data/topics.py`. SHA-256 over (name, SHA-256 of the content) of the files:
   `{fingerprint}`.
-- **Held out**: the modules that `mtft.quickstart.corpus.is_eval` names, with their tests; files that share six lines of
+- **Held out**: the modules that `mtft.quickstart.stdlib_corpus.is_eval` names, with their tests; files that share six
+lines of
   code with them are not trained on either. They are measured, never trained on. Fingerprint:
   `{held_out}`.
 - **Tokenizer**: byte-level BPE, {vocabulary:,} entries, trained on the library files and the topics. `<|endoftext|>`

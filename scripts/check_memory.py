@@ -65,12 +65,12 @@ def train(shape: dict[str, Any], sections: dict[str, Any], **settings: Any) -> A
     import torch
 
     from mtft.data.planning import make_plan
-    from mtft.recipe.schema import Recipe
-    from mtft.train.arguments import training_arguments
-    from mtft.train.assemble import Inputs, build_trainer
-    from mtft.train.log import RunLog
-    from mtft.train.memory import estimate_memory
-    from mtft.train.model import load_for_training
+    from mtft.models.loading import load_for_training
+    from mtft.recipe.schema.recipe import Recipe
+    from mtft.training.build_trainer import TrainingInputs, build_trainer
+    from mtft.training.memory.estimate import estimate_memory
+    from mtft.training.run_files.metrics_log import MetricsLog
+    from mtft.training.training_arguments import training_arguments
 
     whole = bench.Shape(**shape, heads=4, median=96)
     stores = bench.make_stores(whole, 300)
@@ -91,8 +91,8 @@ def train(shape: dict[str, Any], sections: dict[str, Any], **settings: Any) -> A
         recipe = Recipe.model_validate(given)
         plan = make_plan(recipe, stores)
         args = training_arguments(recipe, Path(folder), steps=plan.steps, evaluates=False, saves=False)
-        inputs = Inputs(bench.make_tokenizer(whole), stores, [None] * len(stores))
-        log = RunLog(None, steps=plan.steps, quiet=True)
+        inputs = TrainingInputs(bench.make_tokenizer(whole), stores, [None] * len(stores))
+        log = MetricsLog(None, steps=plan.steps, quiet=True)
         trainer = build_trainer(recipe, inputs, plan, load_for_training(recipe), args, log=log)
         trainer.train()
         learnt = sum(int(store.supervised.sum()) for store in stores) / sum(int(s.lengths.sum()) for s in stores)

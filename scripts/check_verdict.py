@@ -26,10 +26,10 @@ import numpy as np  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_mixers.fit import fit  # noqa: E402
-from data_mixers.ledger import Record  # noqa: E402
-from data_mixers.mixture import Mixture  # noqa: E402
-from data_mixers.propose import propose  # noqa: E402
+from data_mixers.fitting.surrogate_fits import fit_surrogates  # noqa: E402
+from data_mixers.mixture.mixture import Mixture  # noqa: E402
+from data_mixers.propose.proposal import propose_mixture  # noqa: E402
+from data_mixers.sweep.ledger import TrialRecord  # noqa: E402
 
 NOISE = 0.03
 
@@ -63,12 +63,14 @@ def one_case(seed: int, gain: float | None, trials: int, tasks: int, surrogate: 
     current_K = current_with((3.0 if gain is None else gain) * NOISE, best_K, rng)
     names = tuple(f"t{k}" for k in range(tasks))
     records = [
-        Record(trial=str(i), status="done", mixture=dict(zip(names, row, strict=True)), scores={"loss": float(score)})
+        TrialRecord(
+            trial=str(i), status="done", mixture=dict(zip(names, row, strict=True)), scores={"loss": float(score)}
+        )
         for i, (row, score) in enumerate(zip(rows, scores, strict=True))
     ]
-    fits = fit(records, surrogate=surrogate, seed=seed)
+    fits = fit_surrogates(records, surrogate=surrogate, seed=seed)
     even = Mixture(names, np.full(tasks, 1 / tasks))
-    found = propose(fits, prior=even, current=Mixture(names, current_K), kl=0.0, seed=seed)
+    found = propose_mixture(fits, prior=even, current=Mixture(names, current_K), kl=0.0, seed=seed)
     true = 0.0 if gain is None else float(bowl(current_K, best_K) - bowl(found.mixture.shares, best_K))
     kept = 0.0 if gain is None else float(bowl(current_K, best_K) - bowl(found.kept.shares, best_K))
     sd = fits["loss"].sd

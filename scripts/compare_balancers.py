@@ -27,7 +27,7 @@ from mtft.gradients import affinity
 from mtft.gradients.aggregators import AGGREGATORS
 from mtft.losses.balancers import BALANCERS
 from mtft.recipe.load import load_recipe
-from mtft.train.run import train
+from mtft.training.run_training import train
 
 DEFAULT = ("uniform", "random", "dwa", "famo", "uw", "gls", "stch", "focal", "coba")
 # A quick run has few steps: windows that fit into it. Others keep their defaults.

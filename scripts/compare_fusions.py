@@ -25,20 +25,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch  # after the number of threads is set
 
-from mtft.data.store import open_stores
-from mtft.evaluate.gap import gap_closed
-from mtft.evaluate.loss import Layout, score_tasks
-from mtft.evaluate.run import evaluate
-from mtft.evaluate.scores import TaskScores
-from mtft.fuse.recipe import open_fusion
-from mtft.fuse.scoring import AlphaStats, fused_scores
-from mtft.fuse.spec import RULES
-from mtft.pipeline.derive import changed, joint, strong
-from mtft.pipeline.scoring import Scores, kept
-from mtft.pipeline.stages import write_json
+from mtft.data.store.token_store import open_stores
+from mtft.evaluation.evaluate_recipe import evaluate
+from mtft.evaluation.gap_closed import gap_closed
+from mtft.evaluation.heldout_loss import BatchLayout, score_tasks
+from mtft.evaluation.score_cache import Scores, load_or_score
+from mtft.evaluation.task_scores import TaskScores
+from mtft.fuse.alpha.spec import RULES
+from mtft.fuse.decoding.score_text import AlphaStats, fused_scores
+from mtft.fuse.from_recipe import open_fusion
+from mtft.pipeline.stages.derived_recipes import changed, joint, strong
+from mtft.pipeline.stages.stage_cache import write_json
 from mtft.recipe.load import load_recipe
-from mtft.recipe.schema import Recipe
-from mtft.train.run import train
+from mtft.recipe.schema.recipe import Recipe
+from mtft.training.run_training import train
 
 BEGIN, END = "<!-- table of scripts/compare_fusions.py -->", "<!-- end of the table -->"
 ALONE = ("strong base", "weak base", "weak expert", "strong tuned")
@@ -63,7 +63,7 @@ def one_seed(recipe: Recipe, rules: list[str], root: Path, finished: Path | None
     } | {rule: partial(fused, recipe, rule, expert, root) for rule in rules}
     for name, score in ways.items():
         print(f"{root.name}: {name}", flush=True)
-        kept(root / "scores" / name.replace(" ", "-"), held_out, score)
+        load_or_score(root / "scores" / name.replace(" ", "-"), held_out, score)
 
 
 def fused(recipe: Recipe, rule: str, expert: Path, root: Path) -> Scores:
@@ -72,7 +72,7 @@ def fused(recipe: Recipe, rule: str, expert: Path, root: Path) -> Scores:
     model = open_fusion(changed(recipe, fuse=section), [expert])
     on_strong, stats = changed(recipe, model=recipe.fuse.strong), AlphaStats()
     stores = open_stores(on_strong, model.tokenizer, "eval")
-    layout = Layout(recipe.train.micro_batch_tokens, recipe.train.max_length, 0, packing=False)
+    layout = BatchLayout(recipe.train.micro_batch_tokens, recipe.train.max_length, 0, packing=False)
     found = score_tasks(partial(fused_scores, model, stats=stats), stores, layout, device=model.device)
     write_json(root / "alpha" / f"{rule}.json", stats.summary())
     return found

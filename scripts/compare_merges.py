@@ -23,7 +23,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -116,21 +116,21 @@ class Seed:
 
 
 def prepare(recipe_file: str, seed: int, out: Path, rows: int, limit: int, overrides: list[str]) -> Seed:
-    from data_mixers.mixture import uniform
-    from mtft.data.store import open_stores
-    from mtft.pipeline.adapted import Adapted
-    from mtft.pipeline.training import Choice, planned_runs, train_runs
+    from data_mixers.mixture.mixture import uniform
+    from mtft.data.store.token_store import open_stores
+    from mtft.models.loading import load_tokenizer
+    from mtft.pipeline.stages.adapter_evaluator import AdapterEvaluator
+    from mtft.pipeline.stages.train import RunChoice, planned_runs, train_runs
     from mtft.recipe.load import load_recipe
-    from mtft.train.model import load_tokenizer
 
     folder = out.absolute() / f"seed-{seed}"
     fixed = [f"seed={seed}", f"output.dir={folder}", "sweep=null", "fuse=null", "run.baseline=none"]
     recipe = load_recipe(recipe_file, [*overrides, *fixed, "merge={method: linear}", "output.save_every=null"])
     tokenizer = load_tokenizer(recipe.model)
-    runs = planned_runs(recipe, Choice(uniform(recipe.task_names)), open_stores(recipe, tokenizer, "train"))
+    runs = planned_runs(recipe, RunChoice(uniform(recipe.task_names)), open_stores(recipe, tokenizer, "train"))
     results = train_runs(runs, fresh=False, launch=None, say=lambda text: say(f"seed {seed}: {text}"))
     adapters = {task: Path(results[f"single-{task}"].adapter_dir) for task in recipe.task_names}
-    adapted = Adapted(recipe, rows, open_stores(recipe, tokenizer, "eval", limit=limit))
+    adapted = AdapterEvaluator(recipe, rows, open_stores(recipe, tokenizer, "eval", limit=limit))
 
     def scored(name: str, adapter: Path | None, tasks=None) -> dict:
         return kept(
@@ -147,8 +147,8 @@ def prepare(recipe_file: str, seed: int, out: Path, rows: int, limit: int, overr
 
 def norm_of_sum(adapters: dict[str, Path]) -> float:
     """||sum_k D_k|| over all modules."""
-    from mtft.merge.core import to_core
-    from mtft.merge.factors import read_adapter
+    from mtft.adapters.lora_factors import read_adapter
+    from mtft.merge.linalg.core_space import to_core
 
     opened = [read_adapter(path) for path in adapters.values()]
     names = {name for adapter in opened for name in adapter.modules}
@@ -157,7 +157,7 @@ def norm_of_sum(adapters: dict[str, Path]) -> float:
 
 
 def kept(folder: Path, tasks, score) -> dict:
-    from mtft.pipeline.scoring import kept as kept_scores
+    from mtft.evaluation.score_cache import load_or_score as kept_scores
 
     return kept_scores(folder, tuple(tasks), score)
 
@@ -166,7 +166,7 @@ class InPlace:
     """A merged adapter added to the model's own weights, at any scale: no factors to multiply in the forward pass."""
 
     def __init__(self, model: Any, folder: Path) -> None:
-        from mtft.merge.factors import read_adapter
+        from mtft.adapters.lora_factors import read_adapter
 
         adapter = read_adapter(folder, "merged")
         self._deltas = []
@@ -211,8 +211,8 @@ def best_scale(start: float, objective: Callable[[float], float]) -> tuple[float
 
 def measure(entry: Entry, seed: Seed, out: Path) -> dict[str, Any]:
     """Merge, choose the scale, score. Returns the row of one seed."""
-    from mtft.evaluate.mode import evaluation_mode
-    from mtft.merge.retention import retention
+    from mtft.evaluation.evaluation_mode import evaluation_mode
+    from mtft.merge.search.retention import retention
 
     row: dict[str, Any] = merge_once(entry, seed, out)
     adapted = seed.adapted
@@ -243,14 +243,16 @@ def mean_loss(found: dict) -> float:
 
 def merge_once(entry: Entry, seed: Seed, out: Path) -> dict[str, Any]:
     """Merge into `out`; CPU seconds, and for methods without a model the peak of numpy's memory (in a second pass)."""
-    from mtft.merge.api import merge
-    from mtft.merge.factors import read_adapter
-    from mtft.pipeline import derive
-    from mtft.pipeline.merging import merge_recipe
+    from mtft.adapters.lora_factors import read_adapter
+    from mtft.merge.engine.merge import merge_adapters
+    from mtft.pipeline.stages import derived_recipes
+    from mtft.pipeline.stages.merge import merge_recipe
 
     named = [read_adapter(path, task) for task, path in seed.adapters.items()]
     if entry.kind == "plain":
-        run = lambda: merge(named, out, entry.method, entry.options, rank=entry.rank, min_energy=0, overwrite=True)  # noqa: E731
+        run = partial(
+            merge_adapters, named, out, entry.method, entry.options, rank=entry.rank, min_energy=0, overwrite=True
+        )
         begin = time.process_time()
         report = run()
         cpu = time.process_time() - begin
@@ -270,7 +272,7 @@ def merge_once(entry: Entry, seed: Seed, out: Path) -> dict[str, Any]:
     more = {entry.kind: {**rows, **entry.section}} if entry.kind != "method" else {}
     if entry.kind == "experts":
         section["average"] = entry.section["kind"] == "twin"
-    recipe = derive.changed(seed.recipe, merge={**section, **more})
+    recipe = derived_recipes.changed(seed.recipe, merge={**section, **more})
     begin = time.process_time()
     outcome = merge_recipe(recipe, named, out, adapted=seed.adapted)
     cpu = time.process_time() - begin

@@ -24,17 +24,17 @@ from scipy.stats import t as student
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_mixers.fit import fit  # noqa: E402
-from data_mixers.ledger import Trial, TrialLedger  # noqa: E402
-from data_mixers.mixture import Mixture, natural, tempered, uniform  # noqa: E402
-from data_mixers.propose import Proposal, propose, regmix_optimum  # noqa: E402
+from data_mixers.fitting.surrogate_fits import fit_surrogates  # noqa: E402
+from data_mixers.mixture.mixture import Mixture, natural, tempered, uniform  # noqa: E402
+from data_mixers.propose.proposal import Proposal, propose_mixture, regmix_optimum  # noqa: E402
 from data_mixers.surrogates import LightGBM  # noqa: E402
-from data_mixers.sweep import run_sweep  # noqa: E402
+from data_mixers.sweep.ledger import Trial, TrialLedger  # noqa: E402
+from data_mixers.sweep.runner import run_sweep  # noqa: E402
 from mtft.data.planning import task_sizes  # noqa: E402
-from mtft.pipeline import derive  # noqa: E402
-from mtft.pipeline import mix as stage  # noqa: E402
+from mtft.pipeline.stages import derived_recipes  # noqa: E402
+from mtft.pipeline.stages import mix as stage  # noqa: E402
 from mtft.recipe.load import load_recipe  # noqa: E402
-from mtft.train.trial import run_trial  # noqa: E402
+from mtft.training.sweep_trial import run_trial  # noqa: E402
 
 
 def main() -> None:
@@ -77,12 +77,12 @@ def mixtures_of(recipe) -> tuple[dict[str, Mixture], Proposal]:
 
     def run(trial: Trial) -> list[tuple[float, dict[str, float]]]:
         return run_trial(
-            trial, recipe=derive.proxy(recipe, recipe.sweep), eval_limit=recipe.sweep.eval_limit, threads=1
+            trial, recipe=derived_recipes.proxy(recipe, recipe.sweep), eval_limit=recipe.sweep.eval_limit, threads=1
         )
 
     run_sweep(stage.design(recipe, stores), run, ledger, backend="inline", seed=recipe.seed)
-    fits = fit(ledger, list(stage._goals(recipe)), seed=recipe.seed)
-    proposal = propose(fits, "mean", where.bounds, prior=where.prior, current=where.current, kl=recipe.sweep.kl)
+    fits = fit_surrogates(ledger, list(stage._goals(recipe)), seed=recipe.seed)
+    proposal = propose_mixture(fits, "mean", where.bounds, prior=where.prior, current=where.current, kl=recipe.sweep.kl)
     arrays = [fitted.arrays for fitted in fits.targets.values()]
     mean = np.mean([column.y for column in arrays], axis=0)
     trees = LightGBM().fit(arrays[0].X, mean)
@@ -99,8 +99,8 @@ def mixtures_of(recipe) -> tuple[dict[str, Mixture], Proposal]:
 
 def run_all(recipe, mixtures: dict[str, Mixture], steps: int | None, seed: int) -> dict[str, float]:
     """{mixture: mean of the tasks' held-out losses}, all held-out rows; runs already made are read back."""
-    sweep = recipe.sweep if steps is None else derive.changed(recipe.sweep, steps=steps)
-    proxy = derive.proxy(recipe, sweep)
+    sweep = recipe.sweep if steps is None else derived_recipes.changed(recipe.sweep, steps=steps)
+    proxy = derived_recipes.proxy(recipe, sweep)
     path = Path(recipe.output.dir) / f"runs-{sweep.steps}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     for name, mixture in mixtures.items():

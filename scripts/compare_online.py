@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mtft.recipe.load import load_recipe  # noqa: E402
-from mtft.train.run import train  # noqa: E402
+from mtft.training.run_training import train  # noqa: E402
 
 
 def variants(every: int, reference: Path) -> dict[str, list[str]]:

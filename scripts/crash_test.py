@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 
 def small_recipe(folder: Path, out: Path):
     """A recipe with dropout, a balancer with state, and a checkpoint every other step."""
-    from mtft.recipe.schema import Recipe
-    from tests.train.conftest import write_model, write_tasks
+    from mtft.recipe.schema.recipe import Recipe
+    from tests.training.conftest import write_model, write_tasks
 
     if not (folder / "model").exists():
         write_model(folder / "model")
@@ -63,7 +63,7 @@ def small_recipe(folder: Path, out: Path):
 
 def start(recipe) -> multiprocessing.Process:
     """A forked process that trains the recipe, silently."""
-    from mtft.train.run import train
+    from mtft.training.run_training import train
 
     def work() -> None:
         null = os.open(os.devnull, os.O_WRONLY)
@@ -118,9 +118,9 @@ def main() -> int:
         folder = Path(scratch)
         os.environ["MTFT_CACHE"] = str(folder / "cache")
         unbroken = small_recipe(folder, folder / "unbroken")
-        import mtft.train.assemble
-        import mtft.train.handover  # noqa: F401  (the forks have it imported)
-        from mtft.train.run import train
+        import mtft.training.build_trainer
+        import mtft.training.finalize  # noqa: F401  (the forks have it imported)
+        from mtft.training.run_training import train
 
         begin = time.perf_counter()
         train(unbroken, quiet=True, prove=False)

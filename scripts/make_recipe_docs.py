@@ -13,11 +13,12 @@ from typing import Annotated, Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mtft.recipe.compat import TABLE
-from mtft.recipe.schema import (
+from mtft.recipe.compatibility import TABLE
+from mtft.recipe.error_messages import describe
+from mtft.recipe.schema.recipe import (
     BalancerSection,
     Experts,
-    FlatSection,
+    FlatMinimaSection,
     FuseSection,
     GateTraining,
     GradientSection,
@@ -31,20 +32,19 @@ from mtft.recipe.schema import (
     OnlineSection,
     OutputSection,
     Recipe,
+    RecipeSection,
     RunSection,
     SampleWeightsSection,
     ScheduleStop,
-    Section,
     SweepSection,
     TaskSection,
     TrainSection,
     WeightSearch,
 )
-from mtft.recipe.words import describe
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
 
-SECTIONS: dict[str, tuple[type[Section], str]] = {
+SECTIONS: dict[str, tuple[type[RecipeSection], str]] = {
     "top level": (Recipe, "A recipe is one YAML file. `name`, `model`, `tasks`, `train` and `output` must be there."),
     "model": (ModelSection, "The base model. Also the form of `sweep.model`, `fuse.strong` and `fuse.base`."),
     "tasks": (TaskSection, "A list; one item per task."),
@@ -56,7 +56,7 @@ SECTIONS: dict[str, tuple[type[Section], str]] = {
     "loss": (LossSection, "What is minimised."),
     "loss.balancer": (BalancerSection, "Beside `name`, the options of that balancer."),
     "loss.gradients": (GradientSection, ""),
-    "loss.gradients.flat": (FlatSection, ""),
+    "loss.gradients.flat": (FlatMinimaSection, ""),
     "loss.sample_weights": (SampleWeightsSection, ""),
     "train": (TrainSection, "Length, batches, optimizer."),
     "output": (OutputSection, "What is written where."),
@@ -73,7 +73,8 @@ SECTIONS: dict[str, tuple[type[Section], str]] = {
 HEAD = """\
 # The recipe
 
-<!-- Made by scripts/make_recipe_docs.py from mtft/recipe/schema.py: change the docstrings there, then run it. -->
+<!-- Made by scripts/make_recipe_docs.py from mtft/recipe/schema/recipe.py: change the docstrings there, then run it.
+-->
 
 One YAML file says what a run does. Read as YAML 1.2: `1e-4` is a number, `no` is a text.
 `mtft check RECIPE` says what a recipe would do and everything that is wrong with it; `mtft schema` prints the JSON
@@ -91,7 +92,7 @@ schema, from which editors complete.
 def default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "required"
-    if isinstance(field.default, Section):
+    if isinstance(field.default, RecipeSection):
         return "its defaults"
     if field.default is None:
         return "null"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mtft.losses.balancers import BALANCERS, Context, Observation
+from mtft.losses.balancers import BALANCERS, BalancerContext, Observation
 
 LOWER_BOUNDS = {"first": -2.1, "second": -21.0}
 STARTS = ((9.0, -1.0), (0.0, 0.0), (-7.5, -0.5), (-8.5, 7.5), (9.0, 9.0))
@@ -53,7 +53,7 @@ def descend(starts, balancer: str, steps: int, *, every: int = 100, **options) -
     """
     x_S2 = torch.tensor(starts, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([x_S2], lr=1e-3)
-    sides = [BALANCERS[balancer](Context(("first", "second")), **options) for _ in starts]
+    sides = [BALANCERS[balancer](BalancerContext(("first", "second")), **options) for _ in starts]
     path, before = [x_S2.detach().clone()], None
     for step in range(1, steps + 1):
         loss_S2 = toy_losses(x_S2)

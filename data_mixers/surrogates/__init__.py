@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import difflib
 
-from ..errors import MixError
-from ..trial import Goal
-from .base import PointSurrogate, Prediction, Surrogate
-from .bimix import BiMix
-from .gp import GaussianProcess
-from .laws import ExpLaw, Law, PowerLaw
-from .lightgbm import LightGBM, RegMix
-from .linear import Linear
-from .mlp import MLP
-from .ridge import Ridge
-from .stack import CandidateScore, Stack
-from .transfer import TransferLaw
-from .warped import WarpedGP
+from data_mixers.common.errors import MixError
+from data_mixers.surrogates.base import PointSurrogate, Prediction, Surrogate
+from data_mixers.surrogates.bimix import BiMix
+from data_mixers.surrogates.gaussian_process import GaussianProcess
+from data_mixers.surrogates.lightgbm import LightGBM, RegMix
+from data_mixers.surrogates.linear import LinearSurrogate
+from data_mixers.surrogates.mlp import MLP
+from data_mixers.surrogates.parametric_laws import ExpLaw, Law, PowerLaw
+from data_mixers.surrogates.ridge import Ridge
+from data_mixers.surrogates.stack import CandidateScore, Stack
+from data_mixers.surrogates.transfer_law import TransferLaw
+from data_mixers.surrogates.warped_gp import WarpedGP
+from data_mixers.sweep.trial import Goal
 
 SURROGATES: dict[str, type[PointSurrogate]] = {
-    "linear": Linear,
+    "linear": LinearSurrogate,
     "ridge": Ridge,
     "lightgbm": LightGBM,
     "regmix": RegMix,
@@ -80,7 +80,7 @@ __all__ = [
     "ExpLaw",
     "GaussianProcess",
     "LightGBM",
-    "Linear",
+    "LinearSurrogate",
     "PointSurrogate",
     "PowerLaw",
     "Prediction",

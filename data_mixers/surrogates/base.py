@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import MixError
+from data_mixers.common.errors import MixError
 
 Floats = NDArray[np.float64]
 MINIMUM_TRIALS = 3
@@ -197,7 +197,7 @@ def checked(
     X: ArrayLike, y: ArrayLike, groups: ArrayLike | None, progress: ArrayLike | None, *, renormalise: bool
 ) -> tuple[Floats, Floats, NDArray[np.int64], Floats | None]:
     """Arrays of a fit, checked. Without `groups`, equal mixtures are one group: else CV would measure memory."""
-    from ..ledger import group_rows
+    from data_mixers.sweep.ledger import group_rows
 
     rows, y_n = shares(X, renormalise=renormalise), np.array(y, dtype=np.float64)
     if y_n.shape != (len(rows),):

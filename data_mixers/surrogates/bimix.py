@@ -17,8 +17,8 @@ from typing import ClassVar
 import numpy as np
 from scipy.optimize import nnls
 
-from .base import Floats
-from .laws import Law, Objective
+from data_mixers.surrogates.base import Floats
+from data_mixers.surrogates.parametric_laws import Law, Objective
 
 USUAL = float(np.log(0.2))  # log of the exponent that the penalty pulls to
 EXPONENT, AMOUNT = 0.1, 0.01  # strengths of the two penalties, times n

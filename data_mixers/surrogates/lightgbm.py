@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..errors import MixError
-from .base import Floats, PointSurrogate, shares
+from data_mixers.common.errors import MixError
+from data_mixers.surrogates.base import Floats, PointSurrogate, shares
 
 SETTINGS = {
     "boosting_type": "gbdt",

@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import Floats, PointSurrogate
+from data_mixers.surrogates.base import Floats, PointSurrogate
 
 
 @dataclass
-class Linear(PointSurrogate):
+class LinearSurrogate(PointSurrogate):
     """Shares are taken as they stand in the table (rounded ones do not add up to 1), as the published baseline does."""
 
     name: ClassVar[str] = "linear"

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..errors import MixError
-from .base import Floats, PointSurrogate
+from data_mixers.common.errors import MixError
+from data_mixers.surrogates.base import Floats, PointSurrogate
 
 
 @dataclass

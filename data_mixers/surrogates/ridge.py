@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from .base import Floats, PointSurrogate
+from data_mixers.surrogates.base import Floats, PointSurrogate
 
 OFFSET = 3e-3  # one step of a share that matters; between the smallest share tried and the mean share
 

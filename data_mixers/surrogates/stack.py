@@ -29,10 +29,18 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 from scipy.stats import rankdata
 
-from ..errors import MixError
-from .base import Floats, PointSurrogate, Prediction, conformal_quantile, grouped_folds, shares, tau_of
-from .gp import GaussianProcess
-from .warped import WarpedGP
+from data_mixers.common.errors import MixError
+from data_mixers.surrogates.base import (
+    Floats,
+    PointSurrogate,
+    Prediction,
+    conformal_quantile,
+    grouped_folds,
+    shares,
+    tau_of,
+)
+from data_mixers.surrogates.gaussian_process import GaussianProcess
+from data_mixers.surrogates.warped_gp import WarpedGP
 
 PULL = 1.0  # of the stacking weights towards w0, in units of n var(y)
 NOISE_PRIORS = (-5.0, -2.0, -0.5)  # centres of log s_n^2: losses are quiet, benchmark scores are not

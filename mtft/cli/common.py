@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mtft.recipe.compat import Stage
-    from mtft.recipe.schema import Recipe
+    from mtft.recipe.compatibility import Stage
+    from mtft.recipe.schema.recipe import Recipe
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -21,11 +21,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 
 def load(path: Path, overrides: list[str] | None, stage: Stage, *, files: bool = True) -> Recipe:
     """The recipe, checked for this stage; warnings go to stderr."""
-    from mtft.recipe.compat import check_compat
+    from mtft.recipe.compatibility import check_compatibility
     from mtft.recipe.load import load_recipe
 
     recipe = load_recipe(path, overrides or [], files=files)
-    for warning in check_compat(recipe, stage=stage):
+    for warning in check_compatibility(recipe, stage=stage):
         say(f"warning: {warning}")
     return recipe
 

@@ -10,7 +10,7 @@ import typer
 from mtft.cli.common import Overrides, Overwrite, RecipeArgument, load, say
 
 if TYPE_CHECKING:
-    from mtft.fuse.jsonl import Summary
+    from mtft.fuse.batch.resumable_jsonl import BatchSummary
 
 fuse = typer.Typer(help="Steer a large model with a small tuned one.", no_args_is_help=True)
 
@@ -26,7 +26,7 @@ def fuse_generate(
 
     A row is {"prompt": TEXT} or {"messages": [...]}, and may have id, max_tokens, alpha, alpha_rule, seed, trace.
     """
-    from mtft.fuse.batch import generate
+    from mtft.fuse.batch.jsonl_commands import generate
 
     _summarise(generate(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite), out)
 
@@ -39,7 +39,7 @@ def fuse_score(
 
     A row is {"prompt": TEXT, "response": TEXT} or {"messages": [...], "response": TEXT}.
     """
-    from mtft.fuse.batch import score
+    from mtft.fuse.batch.jsonl_commands import score
 
     _summarise(score(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite), out)
 
@@ -61,19 +61,19 @@ def fuse_serve(
     """Serve the fused model (OpenAI-compatible). Ctrl-C or SIGTERM: what runs is finished, then it ends."""
     from importlib.util import find_spec
 
-    from mtft.errors import UserError
+    from mtft.common.errors import UserError
 
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise UserError("the server needs fastapi and uvicorn", where="command line", do='pip install "mtft[serve]"')
-    from mtft.fuse.protocol import Limits
-    from mtft.fuse.serve import serve
+    from mtft.fuse.server.app import serve
+    from mtft.fuse.server.openai_protocol import ServerLimits
 
-    limits = Limits(rows=rows, queue=queue, wait_seconds=wait, body_bytes=body_bytes)
+    limits = ServerLimits(rows=rows, queue=queue, wait_seconds=wait, body_bytes=body_bytes)
     asked = load(recipe, overrides, "fuse", files=False)
     serve(asked, host=host, port=port, api_key_env=api_key_env, limits=limits, announce=say)
 
 
-def _summarise(done: Summary, out: Path) -> None:
+def _summarise(done: BatchSummary, out: Path) -> None:
     """Rows that failed stand in the output as {"error": ...}; the exit code says that there are some."""
     say(f"{done.rows} rows in {out}, {done.failed} failed, {done.resumed} were there already")
     if done.failed:

@@ -47,12 +47,12 @@ def check(
     Everything that can be found before any weight is loaded: asked and realised shares, epochs, tokens, steps, memory.
     """
     from mtft.__main__ import is_first_rank
-    from mtft.pipeline.check import examine
+    from mtft.pipeline.check import check_recipe
     from mtft.recipe.load import load_recipe
 
     if not is_first_rank():  # under a launcher, whose engine is a part of what is checked
         return
-    found = examine(load_recipe(recipe, overrides or []))
+    found = check_recipe(load_recipe(recipe, overrides or []))
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     elif sys.stdout.isatty():
@@ -69,7 +69,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = Fa
 
     On several GPUs: accelerate launch --config_file recipes/accelerate/ddp.yaml -m mtft train RECIPE
     """
-    from mtft.train.run import train as run_training
+    from mtft.training.run_training import train as run_training
 
     result = run_training(load(recipe, overrides, "train"), fresh=fresh)
     say(f"adapter: {result.adapter_dir}")
@@ -86,8 +86,8 @@ def evaluate(
 
     Loss, token accuracy and exact match, each with its confidence interval.
     """
-    from mtft.evaluate.run import as_json
-    from mtft.evaluate.run import evaluate as run_evaluation
+    from mtft.evaluation.evaluate_recipe import as_json
+    from mtft.evaluation.evaluate_recipe import evaluate as run_evaluation
 
     loaded = load(recipe, overrides, "eval")
     text = json.dumps(as_json(run_evaluation(loaded, adapter), loaded), indent=2)
@@ -116,7 +116,7 @@ def refresh(
     Finds the modules of the adapter that forgot most and trains only those, for a few short rounds on a few rows of
     every task of the recipe.
     """
-    from mtft.train.refresh import refresh as run_refresh
+    from mtft.experimental.refresh_adapter import refresh as run_refresh
 
     loaded = load(recipe, overrides, "train")
     found = run_refresh(
@@ -152,7 +152,7 @@ def run(
 
     Finished stages are skipped, interrupted ones continue.
     """
-    from mtft.pipeline.run import run as run_pipeline
+    from mtft.pipeline.run_recipe import run_recipe as run_pipeline
 
     run_pipeline(load(recipe, overrides, "run"), fresh=fresh, launch=launch)
 
@@ -160,6 +160,6 @@ def run(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
-    from mtft.recipe.schema import Recipe
+    from mtft.recipe.schema.recipe import Recipe
 
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))

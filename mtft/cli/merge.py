@@ -40,7 +40,7 @@ def merge(
         settings = (method or "linear", rank, weights, set_ or [])
         text = _merge_folders(arguments, *settings, base=base, experts=experts, out=out, overwrite=overwrite)
     else:
-        from mtft.pipeline.merging import merge_recipe
+        from mtft.pipeline.stages.merge import merge_recipe
 
         more = ["merge.overwrite=true"] if overwrite else []
         text = merge_recipe(load(Path(arguments[0]), [*arguments[1:], *more], "merge", files=False)).text()
@@ -60,7 +60,7 @@ def _merge_folders(
     overwrite: bool,
 ) -> str:
     """`mtft merge` without a recipe; returns what to print."""
-    from mtft.errors import UserError
+    from mtft.common.errors import UserError
 
     if out is None:
         raise UserError("no folder for the merged adapter", where="command line", do="add --out DIR")
@@ -77,7 +77,7 @@ def _merge_folders(
             base, folders, method, size, numbers, settings, experts=experts, out=out, overwrite=overwrite
         )
     if experts == "arrow":
-        from mtft.merge.experts import export_arrow
+        from mtft.merge.experts.build_experts import export_arrow
 
         if method != "linear" or numbers or settings:
             what = "--experts arrow keeps the adapters as they are: nothing is merged"
@@ -87,16 +87,16 @@ def _merge_folders(
         export_arrow(folders, out, overwrite=overwrite)
         return f"wrote {len(folders)} experts and the router of their prototypes to {out}"
     if experts == "twin":
-        from mtft.merge.experts import twin
+        from mtft.merge.experts.build_experts import twin
 
         report = twin(
             folders, out, method, options=settings, weights=numbers, average=False, rank=size, overwrite=overwrite
         )
         hint = "without a router, which needs rows: a recipe with merge.experts fits one"
         return f"{report.text()}\n{len(folders)} experts beside it, {hint}"
-    from mtft.merge.api import merge
+    from mtft.merge.engine.merge import merge_adapters
 
-    return merge(folders, out, method, settings, numbers, rank=size, overwrite=overwrite).text()
+    return merge_adapters(folders, out, method, settings, numbers, rank=size, overwrite=overwrite).text()
 
 
 def _merge_models(
@@ -112,30 +112,30 @@ def _merge_models(
     overwrite: bool,
 ) -> str:
     """Whole models: merged, or merged with a LoRA each (twin), or the LoRA of one."""
-    from mtft.errors import UserError
+    from mtft.common.errors import UserError
 
     if experts == "arrow" or (experts is None and rank != "auto" and len(models) > 1):
         what = "with --base, --rank is for one model (its LoRA is written) or for --experts twin"
         raise UserError(what, where="command line", do="leave --rank out, or extract the models one by one")
     if experts == "twin":
-        from mtft.merge.extract import twin_models
+        from mtft.merge.full_models.extract_lora import twin_models
 
         width = rank if isinstance(rank, int) else 16
         found = twin_models(base, models, out, method, width, options=options, weights=weights, overwrite=overwrite)
         lines = [f"merged {len(models)} models by {method} into {out / 'shared'}"]
         return "\n".join([*lines, *(f"{name}: {held.text()}" for name, held in found.items())])
     if rank != "auto":
-        from mtft.merge.extract import extract
+        from mtft.merge.full_models.extract_lora import extract
 
         return extract(base, models[0], out, rank, overwrite=overwrite).text()  # type: ignore[arg-type]
-    from mtft.merge.checkpoints import merge_checkpoints
+    from mtft.merge.full_models.merge_checkpoints import merge_checkpoints
 
     merge_checkpoints(base, models, out, method, options, weights, overwrite=overwrite)
     return f"merged {len(models)} models by {method} into {out}"
 
 
 def _numbers(weights: str | None) -> list[float] | None:
-    from mtft.errors import UserError
+    from mtft.common.errors import UserError
 
     try:
         return None if weights is None else [float(weight) for weight in weights.split(",")]
@@ -146,8 +146,8 @@ def _numbers(weights: str | None) -> list[float] | None:
 
 
 def _settings(options: list[str]) -> dict[str, object]:
-    from mtft.errors import UserError
-    from mtft.recipe.source import plain_value
+    from mtft.common.errors import UserError
+    from mtft.recipe.yaml_source import plain_value
 
     settings = {}
     for option in options:

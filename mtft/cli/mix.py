@@ -25,7 +25,7 @@ def mix_design(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     Also written to <output.dir>/mix/design.csv.
     """
-    from mtft.pipeline.mix import mix_design
+    from mtft.pipeline.stages.mix import mix_design
 
     typer.echo(mix_design(load(recipe, overrides, "mix")), nl=False)
 
@@ -33,7 +33,7 @@ def mix_design(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 @mix.command("sweep")
 def mix_sweep(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Run the trials that the ledger does not hold yet."""
-    from mtft.pipeline.mix import mix_dir, mix_sweep
+    from mtft.pipeline.stages.mix import mix_dir, mix_sweep
 
     loaded = load(recipe, overrides, "mix")
     done = mix_sweep(loaded, on_done=lambda trial, outcome: say(f"trial {trial.id}: {outcome.error or 'done'}"))
@@ -78,10 +78,10 @@ def mix_propose(
     mtft mix propose RECIPE reads the recipe's ledger and writes mixture.yaml beside it; with trials of your own:
     mtft mix propose --mixtures x.csv --scores y.csv --prior natural.csv --cap news=0.05 --out mixture.yaml
     """
-    from mtft.errors import UserError
+    from mtft.common.errors import UserError
 
     if arguments and mixtures is None and scores is None:
-        from mtft.pipeline.mix import mix_dir, mix_propose
+        from mtft.pipeline.stages.mix import mix_dir, mix_propose
 
         loaded = load(Path(arguments[0]), arguments[1:], "mix")
         typer.echo(mix_propose(loaded).text)
@@ -93,7 +93,7 @@ def mix_propose(
             where="command line",
             do="mtft mix propose RECIPE, or: mtft mix propose --mixtures x.csv --scores y.csv --out mixture.yaml",
         )
-    from data_mixers.bring import Limits, fit_csv, parse_limits, propose_from, read_sizes, say_few
+    from data_mixers.propose.from_csv import ShareLimits, fit_csv, parse_limits, propose_from, read_sizes, say_few
 
     with _warnings_said():
         targets = "all" if not target or target == ["all"] else target
@@ -102,7 +102,7 @@ def mix_propose(
             other_scale=other_scale,
         )  # fmt: skip
         say_few(found)
-        limits = Limits(
+        limits = ShareLimits(
             parse_limits(cap or [], "--cap"),
             parse_limits(floor or [], "--floor"),
             max_epochs,
@@ -154,9 +154,9 @@ def mix_fit(
     Which mixture gives which score, how sure that is (Spearman, R2 and coverage of each surrogate by cross-validation),
     and predictions for other mixtures.
     """
-    from data_mixers.bring import fit_csv, large_runs, mixtures_to_predict, predict_csv, say_few
-    from data_mixers.tables import read_table
-    from mtft.errors import UserError
+    from data_mixers.common.csv_tables import read_table
+    from data_mixers.propose.from_csv import fit_csv, large_runs, mixtures_to_predict, predict_csv, say_few
+    from mtft.common.errors import UserError
 
     if (predict is None) != (out is None):
         raise UserError("--predict and --out belong together", where="command line", do="give both files, or neither")
@@ -195,9 +195,9 @@ def mix_relevance(
     """Which tasks matter for a target: the Lasso of its sketch on the others' (advice beside the trials' answer)."""
     import numpy as np
 
-    from data_mixers.mixture import check_names
-    from data_mixers.relevance import relevance
-    from data_mixers.tables import read_table
+    from data_mixers.common.csv_tables import read_table
+    from data_mixers.design.task_relevance import relevance
+    from data_mixers.mixture.mixture import check_names
 
     table = read_table(sketches, index)
     if target not in table.columns:
@@ -217,7 +217,7 @@ def mix_relevance(
 
 def _weights(entries: list[str] | None) -> dict[str, float]:
     """{target: weight} of TARGET=W entries."""
-    from mtft.errors import UserError
+    from mtft.common.errors import UserError
 
     weights = {}
     for entry in entries or []:

@@ -10,15 +10,15 @@ from typing import Protocol
 
 import numpy as np
 
-from data_mixers.bounds import Bounds, Group, Infeasible
-from data_mixers.chain import PlanChain
-from data_mixers.mixture import Mixture, natural, tempered, uniform
-from data_mixers.plan import MixturePlan
-from data_mixers.schedule import MixtureSchedule
-from mtft.recipe.schema import FileShares, Recipe, ScheduleShares, TemperatureShares
+from data_mixers.mixture.bounds import Bounds, Group, Infeasible
+from data_mixers.mixture.mixture import Mixture, natural, tempered, uniform
+from data_mixers.plan.mixture_plan import MixturePlan
+from data_mixers.plan.replanned import ReplannedPlan
+from data_mixers.plan.schedule import MixtureSchedule
+from mtft.recipe.schema.recipe import FileShares, Recipe, ScheduleShares, TemperatureShares
 
 
-class Sized(Protocol):
+class SizedTask(Protocol):
     """What planning needs of a token store."""
 
     task: str
@@ -70,7 +70,7 @@ def groups(recipe: Recipe) -> tuple[Group, ...]:
     return tuple(Group(name, group.tasks, group.floor, group.cap) for name, group in named.items())
 
 
-def task_sizes(recipe: Recipe, stores: Sequence[Sized]) -> dict[str, int]:
+def task_sizes(recipe: Recipe, stores: Sequence[SizedTask]) -> dict[str, int]:
     """Size of each task in the unit of the recipe's shares: examples, or tokens."""
     if recipe.mixture.unit == "tokens":
         return {store.task: int(store.lengths.sum()) for store in stores}
@@ -83,7 +83,9 @@ def epoch_caps(recipe: Recipe) -> dict[str, float]:
     return {name: cap for name, cap in caps.items() if cap is not None}
 
 
-def make_plan(recipe: Recipe, stores: Sequence[Sized], mixture: Mixture | None = None) -> MixturePlan | PlanChain:
+def make_plan(
+    recipe: Recipe, stores: Sequence[SizedTask], mixture: Mixture | None = None
+) -> MixturePlan | ReplannedPlan:
     """The plan of a run over `stores` (one a task, in the recipe's order); with mixture.online a chain that begins so.
 
     unit examples: a step holds G = batch_tokens // mean length under the mixture examples (at least 1; of a schedule:
@@ -104,7 +106,7 @@ def make_plan(recipe: Recipe, stores: Sequence[Sized], mixture: Mixture | None =
             raise ValueError("train.steps or train.epochs must be given")
         total = sum(len(length) if by_examples else int(length.sum()) for length in lengths)
         steps = max(1, round(epochs * total / batch))
-    return (MixturePlan if recipe.mixture.online is None else PlanChain)(
+    return (MixturePlan if recipe.mixture.online is None else ReplannedPlan)(
         asked,
         [len(length) for length in lengths],
         steps=steps,

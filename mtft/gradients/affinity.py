@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtft.errors import UserError
+from mtft.common.errors import UserError
 
 FILE = "affinity.json"
 FEWEST = 5  # measures, below which clusters would be noise
@@ -47,7 +47,8 @@ class Clusters(NamedTuple):
 class Affinity:
     """`update` at every measurement; `keep`: share of the old mean that stays at each.
 
-    split: the measures are of halves (mtft.gradients.halves), so noise does not pull their cosines towards 0.
+    split: the measures are of halves (mtft.gradients.capture.split_halves), so noise does not pull their cosines
+    towards 0.
     """
 
     def __init__(self, tasks: Sequence[str], keep: float = 0.9, *, split: bool = False) -> None:

@@ -4,21 +4,21 @@ factors.py reads adapters as D_k = s_k B_k A_k; core.py turns one module of all 
 (methods/, one a file) merges those; export.py writes what PEFT and vLLM load. retention.py says what each task kept.
 """
 
-from .api import merge, merge_delta
-from .core import Core, to_core
-from .errors import MergeError
-from .factors import Adapter, Factors, read_adapter
-from .methods import METHODS
-from .report import MergeReport
+from mtft.adapters.lora_factors import LoraAdapter, LoraFactors, read_adapter
+from mtft.common.errors import MergeError
+from mtft.merge.engine.merge import merge_adapters, merge_delta
+from mtft.merge.engine.report import MergeReport
+from mtft.merge.linalg.core_space import CoreSpace, to_core
+from mtft.merge.methods import METHODS
 
 __all__ = [
     "METHODS",
-    "Adapter",
-    "Core",
-    "Factors",
+    "CoreSpace",
+    "LoraAdapter",
+    "LoraFactors",
     "MergeError",
     "MergeReport",
-    "merge",
+    "merge_adapters",
     "merge_delta",
     "read_adapter",
     "to_core",

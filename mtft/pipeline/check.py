@@ -9,21 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mtft.recipe.compat import Engine, check_compat
-from mtft.recipe.schema import Recipe
+from mtft.recipe.compatibility import ShardingLimits, check_compatibility
+from mtft.recipe.schema.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from mtft.data.describe import Description
-    from mtft.train.memory import MemoryEstimate
+    from mtft.data.summary.summary import DataSummary
+    from mtft.training.memory.estimate import MemoryEstimate
 
 
 @dataclass(frozen=True)
-class Examination:
+class CheckReport:
     """What `mtft check` prints."""
 
-    data: Description
+    data: DataSummary
     memory: MemoryEstimate
     warnings: tuple[str, ...]
     online: str | None = None
@@ -52,30 +52,30 @@ class Examination:
         return [*([self.online] if self.online else []), self.memory.text()]
 
 
-def examine(recipe: Recipe) -> Examination:
+def check_recipe(recipe: Recipe) -> CheckReport:
     """Check a recipe as far as that goes without its weights.
 
     Raises UserError or MixError for what `mtft train`, `mtft mix`, `mtft merge` and `mtft run` would refuse.
     """
-    check_compat(recipe, stage="check")  # the cheapest first; again below, with the balancer's needs
+    check_compatibility(recipe, stage="check")  # the cheapest first; again below, with the balancer's needs
     check_names(recipe)
 
-    from data_mixers.chain import PlanChain
-    from mtft.data.describe import describe
-    from mtft.data.isolation import packing_refusal
+    from data_mixers.plan.replanned import ReplannedPlan
+    from mtft.data.batching.packed_attention import packing_refusal
     from mtft.data.planning import make_plan
-    from mtft.data.store import open_stores
-    from mtft.data.vocabulary import check_vocabulary
+    from mtft.data.store.token_store import open_stores
+    from mtft.data.summary.summary import summarize_data
+    from mtft.data.tokenize.vocabulary_check import check_vocabulary
     from mtft.losses.balancers import make_balancer
-    from mtft.train.memory import estimate_memory, read_config
-    from mtft.train.model import load_tokenizer
-    from mtft.train.online import in_words, make_decider
+    from mtft.models.loading import load_tokenizer
+    from mtft.training.memory.estimate import estimate_memory, read_config
+    from mtft.training.online_mixture import in_words, make_controller
 
     tokenizer, config = load_tokenizer(recipe.model), read_config(recipe.model)
     stores, held_out = open_stores(recipe, tokenizer, "train"), open_stores(recipe, tokenizer, "eval")
     check_vocabulary([*stores, *held_out], tokenizer, config)
     plan = make_plan(recipe, stores)
-    data = describe(recipe, tokenizer, stores=stores, held_out=held_out, plan=plan)
+    data = summarize_data(recipe, tokenizer, stores=stores, held_out=held_out, plan=plan)
     balancer = make_balancer(
         recipe.loss.balancer,
         recipe.task_names,
@@ -85,7 +85,7 @@ def examine(recipe: Recipe) -> Examination:
         examples=[task.examples for task in data.tasks],
         tokens=[task.supervised_tokens for task in data.tasks],
     )
-    warnings = check_compat(recipe, stage="check", needs=balancer.needs)
+    warnings = check_compatibility(recipe, stage="check", needs=balancer.needs)
     attention = "sdpa" if recipe.model.attention == "auto" else recipe.model.attention
     refusal = packing_refusal(config, attention) if recipe.train.packing else None
     if refusal is not None:
@@ -95,10 +95,10 @@ def examine(recipe: Recipe) -> Examination:
         recipe,
         learnt_share=min(1.0, learnt / data.tokens_per_step),
         longest=max((task.longest for task in data.tasks), default=None),
-        ranks=Engine.from_environment().ranks,
+        ranks=ShardingLimits.from_environment().ranks,
     )
-    online = in_words(recipe, make_decider(recipe, plan)) if isinstance(plan, PlanChain) else None
-    return Examination(data, memory, tuple(warnings), online)
+    online = in_words(recipe, make_controller(recipe, plan)) if isinstance(plan, ReplannedPlan) else None
+    return CheckReport(data, memory, tuple(warnings), online)
 
 
 def check_names(recipe: Recipe) -> None:
@@ -109,7 +109,7 @@ def check_names(recipe: Recipe) -> None:
     from mtft.gradients.aggregators import make_aggregator
     from mtft.losses.balancers import balancer_class
     from mtft.merge.methods import make_method
-    from mtft.train.optimizers import optimizer_name
+    from mtft.training.optim.optimizers import optimizer_name
 
     balancer_class(recipe.loss.balancer)
     gradients, merge = recipe.loss.gradients, recipe.merge

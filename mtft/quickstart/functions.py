@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mtft.quickstart.corpus import SourceFile
+from mtft.quickstart.stdlib_corpus import SourceFile
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@
 | next_line | a function up to some line | the next line |
 | code | signature and docstring | the body |
 
-Training rows come from the training modules, evaluation rows from the held-out modules (`mtft.quickstart.corpus`), and
+Training rows come from the training modules, evaluation rows from the held-out modules
+(`mtft.quickstart.stdlib_corpus`), and
 a held-out function whose code occurs in a training module as well is left out. Which rows there are depends on nothing
 but the library: the same Python gives the same rows.
 """
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mtft.quickstart import corpus
+from mtft.quickstart import stdlib_corpus
 from mtft.quickstart.functions import Function, functions_of
 
 PROMPT_TOKENS = 320  # room for the chat template within 384
@@ -43,29 +44,29 @@ class TaskFiles:
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskRow:
     prompt: str
     response: str
     id: str
 
 
-def naming(function: Function) -> Row | None:
+def naming(function: Function) -> TaskRow | None:
     """Mask the name everywhere in the code, recursion and calls of super() included. Special methods count too."""
     if len(function.name) < 3:
         return None
     masked = re.sub(rf"\b{re.escape(function.name)}\b", "____", function.code)
-    return Row(f"Name the function.\n\n{masked}", function.name, function.id)
+    return TaskRow(f"Name the function.\n\n{masked}", function.name, function.id)
 
 
-def docstring(function: Function) -> Row | None:
+def docstring(function: Function) -> TaskRow | None:
     """The first line of the docstring, if it is a phrase."""
     line = (function.docstring or "").strip().split("\n")[0].strip()
     if len(line) < 12 or line.count(" ") < 2 or not line[0].isalpha():
         return None
-    return Row(f"Describe the function.\n\n{function.code}", line, function.id)
+    return TaskRow(f"Describe the function.\n\n{function.code}", line, function.id)
 
 
-def next_line(function: Function) -> Row | None:
+def next_line(function: Function) -> TaskRow | None:
     """Cut before a statement, which one decided by the hash of the id; the prompt shows the 12 lines before the cut."""
     starts = [i for i in function.starts if i >= 2 and len(function.body[i].strip()) >= 8]
     if not starts:
@@ -73,10 +74,10 @@ def next_line(function: Function) -> Row | None:
     cut = starts[_hash(function.id) % len(starts)]
     before = [line for line in (*function.header, *function.body[:cut]) if line.strip()][-12:]
     row_id = f"{function.id}+{cut}"
-    return Row("Write the next line.\n\n" + "\n".join(before), function.body[cut].strip(), row_id)
+    return TaskRow("Write the next line.\n\n" + "\n".join(before), function.body[cut].strip(), row_id)
 
 
-def code(function: Function) -> Row | None:
+def code(function: Function) -> TaskRow | None:
     """Short bodies of documented functions; the response is dedented."""
     lines = [line for line in function.body if line.strip()]
     indent = len(lines[0]) - len(lines[0].lstrip())
@@ -85,11 +86,11 @@ def code(function: Function) -> Row | None:
     if any(line[:indent].strip() for line in lines):
         return None
     signature = "\n".join((*function.header, *function.docstring_lines))
-    return Row(f"Write the body.\n\n{signature}", "\n".join(line[indent:] for line in lines), function.id)
+    return TaskRow(f"Write the body.\n\n{signature}", "\n".join(line[indent:] for line in lines), function.id)
 
 
 # The largest number of training rows. Unequal on purpose: what to do about sizes is the question that mixtures answer.
-TASKS: dict[str, tuple[Callable[[Function], Row | None], int]] = {
+TASKS: dict[str, tuple[Callable[[Function], TaskRow | None], int]] = {
     "naming": (naming, 2400),
     "docstring": (docstring, 1600),
     "next_line": (next_line, 4800),
@@ -104,7 +105,7 @@ def build(out_dir: str | Path, library: Path | None = None) -> dict[str, TaskFil
     `library` is another folder of modules than the standard library of the running interpreter.
     """
     out = Path(out_dir)
-    files = corpus.library_files(library)
+    files = stdlib_corpus.library_files(library)
     fingerprint = _fingerprint(files)
     standing = _standing(out, fingerprint)
     if standing is not None:
@@ -122,7 +123,7 @@ def build(out_dir: str | Path, library: Path | None = None) -> dict[str, TaskFil
     return result
 
 
-def build_rows(files: Iterable[corpus.SourceFile]) -> dict[str, tuple[list[Row], list[Row]]]:
+def build_rows(files: Iterable[stdlib_corpus.SourceFile]) -> dict[str, tuple[list[TaskRow], list[TaskRow]]]:
     """(training rows, evaluation rows) of every task; the order is a fixed shuffle."""
     training: list[Function] = []
     held_out: list[Function] = []
@@ -139,18 +140,18 @@ def build_rows(files: Iterable[corpus.SourceFile]) -> dict[str, tuple[list[Row],
     return result
 
 
-def _shuffled(task: str, rows: Iterable[Row]) -> list[Row]:
+def _shuffled(task: str, rows: Iterable[TaskRow]) -> list[TaskRow]:
     """Without repetitions of prompt and response, ordered by the hash of the id."""
     unique = {_body(row): row for row in sorted(rows, key=lambda row: row.id, reverse=True)}
     return sorted(unique.values(), key=lambda row: _hash(f"{task} {row.id}"))
 
 
-def _short(rows: list[Row], most: int) -> list[Row]:
+def _short(rows: list[TaskRow], most: int) -> list[TaskRow]:
     """The first `most` rows within the limits of length."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
-    kept: list[Row] = []
+    kept: list[TaskRow] = []
     for start in range(0, len(rows), 1000):
         chunk = rows[start : start + 1000]
         prompts = tokenizer.encode_batch_fast([row.prompt for row in chunk])
@@ -165,7 +166,7 @@ def _short(rows: list[Row], most: int) -> list[Row]:
     return kept[:most]
 
 
-def _body(row: Row) -> tuple[str, str]:
+def _body(row: TaskRow) -> tuple[str, str]:
     """What two rows must not share: prompt and response up to white space."""
     return " ".join(row.prompt.split()), " ".join(row.response.split())
 
@@ -174,9 +175,9 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _fingerprint(files: list[corpus.SourceFile]) -> str:
+def _fingerprint(files: list[stdlib_corpus.SourceFile]) -> str:
     # The parser's version matters too: the same file may parse with one Python and not with another.
-    digest = hashlib.sha256(f"{platform.python_version()} {corpus.fingerprint(files)}\n".encode())
+    digest = hashlib.sha256(f"{platform.python_version()} {stdlib_corpus.fingerprint(files)}\n".encode())
     for path in (TOKENIZER, *sorted(Path(__file__).parent.glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -18,9 +18,10 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from mtft.errors import UserError
-from mtft.recipe.checks import check_files, check_source
-from mtft.recipe.schema import (
+from mtft.common.errors import UserError
+from mtft.recipe.cross_checks import check_files, check_source
+from mtft.recipe.error_messages import explain
+from mtft.recipe.schema.recipe import (
     FileShares,
     FuseSection,
     MergeSection,
@@ -30,8 +31,7 @@ from mtft.recipe.schema import (
     SweepSection,
     TaskSection,
 )
-from mtft.recipe.source import Problem, Source, apply_override, read_source
-from mtft.recipe.words import explain
+from mtft.recipe.yaml_source import YamlProblem, YamlSource, apply_override, read_yaml
 
 DATA_SCHEMES = ("hub:", "quickstart:")
 MODEL_SCHEMES = ("quickstart:",)
@@ -47,7 +47,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     Raises UserError with all problems, each with its line, key and a way out.
     """
     file = Path(path)
-    source = read_source(file)
+    source = read_yaml(file)
     for override in overrides:
         apply_override(source, override)
     problems = list(source.problems)
@@ -65,21 +65,21 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     return _absolute(recipe, base)
 
 
-def _as_error(problems: Sequence[Problem], source: Source) -> UserError:
+def _as_error(problems: Sequence[YamlProblem], source: YamlSource) -> UserError:
     """One error for all problems, in the order of the file."""
 
-    def order(problem: Problem) -> tuple[int, int]:
+    def order(problem: YamlProblem) -> tuple[int, int]:
         kind, _, number = source.origin(problem.path).partition(" ")
         return (0, int(number)) if kind == "line" else (1, 0)
 
-    unique: dict[tuple, Problem] = {}
+    unique: dict[tuple, YamlProblem] = {}
     for problem in sorted(problems, key=order):
         known = unique.setdefault(problem.path, problem)
         if problem.do.startswith("did you mean") and not known.do:  # of two views of one key, the one that knows it
             unique[problem.path] = problem
     found = list(unique.values())
 
-    def sentence(problem: Problem) -> str:
+    def sentence(problem: YamlProblem) -> str:
         shown = source.show(problem.path)
         return problem.what if problem.what.startswith("'") else f"{shown or 'the recipe'} {problem.what}"
 

@@ -8,19 +8,19 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mtft.report import affinity, sections, steering
-from mtft.report.load import RunData, load_run
-from mtft.report.parts import Section
+from mtft.report.components.elements import PageSection
+from mtft.report.components.run_data import RunData, load_run
+from mtft.report.sections import affinity, merge_and_fuse, results
 
 MAKERS = (
-    sections.results,
-    sections.mixture,
-    sections.training,
+    results.results,
+    results.mixture,
+    results.training,
     affinity.affinity,
-    sections.trials,
-    steering.merging,
-    steering.fusion,
-    sections.environment,
+    results.trials,
+    merge_and_fuse.merging,
+    merge_and_fuse.fusion,
+    results.environment,
 )
 
 
@@ -52,7 +52,7 @@ def render(runs: Sequence[RunData]) -> str:
     return template.render(title=" · ".join(run.name for run in runs), subtitle=_subtitle(runs), runs=blocks)
 
 
-def _sections(run: RunData) -> list[Section]:
+def _sections(run: RunData) -> list[PageSection]:
     return [section for maker in MAKERS if (section := maker(run)) is not None]
 
 

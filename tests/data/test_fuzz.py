@@ -7,15 +7,15 @@ import re
 
 import pytest
 
-from mtft.data.chat import Renderer
-from mtft.data.columns import make_reader
-from mtft.data.encode import encode, runs
-from mtft.data.files import Problem, read_file
-from mtft.data.messages import RowError
-from mtft.data.store import open_store
-from mtft.errors import UserError
-from mtft.recipe.schema import TaskSection
-from tests.data.toys import TEMPLATES, tokenizer
+from mtft.common.errors import UserError
+from mtft.data.formats.columns import make_reader
+from mtft.data.formats.messages import RowError
+from mtft.data.readers.row_files import RowProblem, read_file
+from mtft.data.store.token_store import open_store
+from mtft.data.tokenize.chat_template import ChatRenderer
+from mtft.data.tokenize.encode import encode, runs
+from mtft.recipe.schema.recipe import TaskSection
+from tests.data.toy_examples import TEMPLATES, tokenizer
 
 ANSWER = "forest"
 GOOD = {
@@ -79,7 +79,7 @@ def as_bytes(row, rng):
 def test_rows(tmp_path, template, capsys):
     rng = random.Random(template)
     made = tokenizer(TEMPLATES[template])
-    renderer = Renderer(made)
+    renderer = ChatRenderer(made)
     happened, refusals, reasons = collections.Counter(), [], collections.Counter()
     for name, good in GOOD.items():
         path = tmp_path / f"{name}.jsonl"
@@ -87,7 +87,7 @@ def test_rows(tmp_path, template, capsys):
         reader = make_reader(TaskSection(name="t", data=str(path), format=name), [good], lambda column: None)
         for row in read_file(str(path), path.name):
             assert row.line >= 1
-            if isinstance(row, Problem):
+            if isinstance(row, RowProblem):
                 happened["unreadable"] += 1
                 assert path.name in str(row)
                 assert len(str(row)) < 400
@@ -97,7 +97,7 @@ def test_rows(tmp_path, template, capsys):
             except RowError as error:
                 happened["refused"] += 1
                 reasons[" ".join(re.split("[;,:]", error.what)[0].split()[:6])] += 1
-                refusals.append(str(Problem(row.file, row.line, error.what, error.column, error.value)))
+                refusals.append(str(RowProblem(row.file, row.line, error.what, error.column, error.value)))
                 continue
             happened["used"] += 1
             for example in encode(made, rendered):

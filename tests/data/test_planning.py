@@ -6,13 +6,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_mixers.bounds import Infeasible
-from data_mixers.errors import MixError
-from data_mixers.mixture import Mixture
-from mtft.data.describe import describe
+from data_mixers.common.errors import MixError
+from data_mixers.mixture.bounds import Infeasible
+from data_mixers.mixture.mixture import Mixture
 from mtft.data.planning import asked_mixture, make_plan, task_sizes
-from mtft.recipe.schema import Recipe
-from tests.data.toys import TEMPLATES, tokenizer, write_jsonl
+from mtft.data.summary.summary import summarize_data
+from mtft.recipe.schema.recipe import Recipe
+from tests.data.toy_examples import TEMPLATES, tokenizer, write_jsonl
 
 
 class Lengths:
@@ -135,7 +135,7 @@ def test_check_shows_how_the_shares_move(tmp_path):
             "output": {"dir": str(tmp_path / "run")},
         }
     )
-    found = describe(wanted, tokenizer(TEMPLATES["chatml"]), cache_dir=tmp_path)
+    found = summarize_data(wanted, tokenizer(TEMPLATES["chatml"]), cache_dir=tmp_path)
     assert [span["steps"] for span in found.spans] == [[0, 10], [10, 20], [20, 30], [30, 40], [40, 50]]
     assert [span["asked"]["b"] for span in found.spans] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
     assert all(abs(span["asked"]["b"] - span["realised"]["b"]) <= 0.1 for span in found.spans)
@@ -159,5 +159,5 @@ def test_written_shares_outside_the_bounds_are_a_warning(tmp_path):
             "output": {"dir": str(tmp_path / "run")},
         }
     )
-    found = describe(wanted, tokenizer(TEMPLATES["chatml"]), cache_dir=tmp_path)
+    found = summarize_data(wanted, tokenizer(TEMPLATES["chatml"]), cache_dir=tmp_path)
     assert any("a has 0.9, its cap is 0.5" in warning for warning in found.warnings)

@@ -11,9 +11,9 @@ import pytest
 BUILD = """
 import resource, sys
 from pathlib import Path
-from mtft.data.store import open_store
-from mtft.recipe.schema import TaskSection
-from tests.data.toys import TEMPLATES, tokenizer
+from mtft.data.store.token_store import open_store
+from mtft.recipe.schema.recipe import TaskSection
+from tests.data.toy_examples import TEMPLATES, tokenizer
 path, cache = Path(sys.argv[1]), Path(sys.argv[2])
 store = open_store(TaskSection(name="big", data=str(path)), "train", tokenizer(TEMPLATES["chatml"]),
                    max_length=2048, cache_dir=cache)

@@ -17,7 +17,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from data_mixers import MixError, Mixture, MixturePlan
-from data_mixers.schedule import MixtureSchedule
+from data_mixers.plan.schedule import MixtureSchedule
 
 SIZES = st.floats(0, 7).map(lambda exponent: max(1, round(10**exponent)))  # 1 ... 10^7, small ones as often as large
 

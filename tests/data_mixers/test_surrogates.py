@@ -11,7 +11,7 @@ from data_mixers.surrogates import (
     ExpLaw,
     GaussianProcess,
     LightGBM,
-    Linear,
+    LinearSurrogate,
     PowerLaw,
     RegMix,
     Ridge,
@@ -20,10 +20,10 @@ from data_mixers.surrogates import (
     WarpedGP,
 )
 from data_mixers.surrogates.base import conformal_quantile, grouped_folds
-from data_mixers.surrogates.gp import _negative_log_likelihood, _negative_log_prior
+from data_mixers.surrogates.gaussian_process import _negative_log_likelihood, _negative_log_prior
 
 FACTORIES = {
-    "linear": Linear,
+    "linear": LinearSurrogate,
     "ridge": Ridge,
     "ridge quadratic": lambda: Ridge("quadratic"),
     "lightgbm": lambda: LightGBM(trees=200),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_mixers import Bounds, Group, Infeasible
-from data_mixers.optimise import minimise_convex
+from data_mixers.propose.optimizer import minimize_convex
 
 pytestmark = pytest.mark.slow
 PROBLEMS = 1000
@@ -98,7 +98,7 @@ def test_a_convex_solver_agrees_on_a_thousand_problems():
         x = cvxpy.Variable(len(prior_K))
         limits = limits_of(cvxpy, x, bounds)
         try:
-            p, reached = minimise_convex(law(c, t), bounds, kl=0.05, prior_K=prior_K)
+            p, reached = minimize_convex(law(c, t), bounds, kl=0.05, prior_K=prior_K)
         except Infeasible as error:
             text = str(error)
             assert cvxpy.Problem(cvxpy.Minimize(0), limits).solve(solver=cvxpy.CLARABEL) == np.inf

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.conftest import model_folder, recipe, task_files  # noqa: F401  (fixtures)
+from tests.training.conftest import model_folder, recipe, task_files  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mtft.errors import UserError
+from mtft.common.errors import UserError
+from mtft.distributed.launch import check_ranks, engine
+from mtft.distributed.stop_signal import StopSignal
 from mtft.recipe.load import load_recipe
-from mtft.train.ranks import check_ranks, engine
-from mtft.train.run import train
-from mtft.train.signals import StopSignal
-from mtft.train.trainer import MultiTaskTrainer
+from mtft.training.run_training import train
+from mtft.training.trainer import MultiTaskTrainer
 
 
 @contextmanager

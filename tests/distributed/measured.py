@@ -5,7 +5,7 @@ import sys
 import deepspeed
 
 from mtft.recipe.load import load_recipe
-from mtft.train.run import train
+from mtft.training.run_training import train
 
 # Its first use would compile it, for 90 CPU-seconds.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

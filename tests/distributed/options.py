@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from mtft.recipe.load import load_recipe
-from mtft.train.run import train
+from mtft.training.run_training import train
 
 if __name__ == "__main__":
     for path in sorted(Path(sys.argv[1]).glob("*.yaml")):

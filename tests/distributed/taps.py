@@ -12,11 +12,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mtft.data.batch import IGNORE
-from mtft.gradients.capture import TaskGradients
-from mtft.gradients.halves import Halves, joined
-from mtft.losses.nll import token_nll
-from mtft.losses.reduce import coefficients, step_counts, task_coefficients
+from mtft.data.batching.batch import IGNORE
+from mtft.gradients.capture.split_halves import SplitHalves, joined
+from mtft.gradients.capture.task_gradients import TaskGradients
+from mtft.losses.task_reduction import coefficients, step_counts, task_coefficients
+from mtft.losses.token_nll import token_nll
 from tests.gradients.tiny import ROWS, WEIGHTS, K, batches, lora, trained
 
 # Its first use would compile it, for 90 CPU-seconds.
@@ -125,7 +125,7 @@ def main(folder):
         lean = TaskGradients(model, K, isolated=True, gram_only=True)
         step(wrapped, backward, parts, lean)
         assert torch.equal(lean.gram(coef_K).nan_to_num(), out[f"{name} gram"].nan_to_num())
-        halves, doubled = Halves(K, by_samples=False), TaskGradients(model, 2 * K, isolated=True, gram_only=True)
+        halves, doubled = SplitHalves(K, by_samples=False), TaskGradients(model, 2 * K, isolated=True, gram_only=True)
         step(wrapped, backward, parts, doubled, halves)
         part_H = halves.parts()
         G, own_K = joined(doubled.gram(coef_K.repeat_interleave(2) * part_H), part_H)

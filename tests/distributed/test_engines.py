@@ -15,17 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mtft.data.batches import BatchSource
+from mtft.common.errors import UserError
+from mtft.data.batching.batches import BatchSource
 from mtft.data.planning import make_plan
-from mtft.errors import UserError
+from mtft.distributed.sharding import trainable
 from mtft.recipe.load import dump_recipe
-from mtft.recipe.schema import Recipe
-from mtft.train.assemble import read_inputs
-from mtft.train.engines import trainable
-from mtft.train.run import train
-from tests.train.conftest import write_model
-
-from .engines import changed, poisoned, stopped
+from mtft.recipe.schema.recipe import Recipe
+from mtft.training.build_trainer import read_training_inputs
+from mtft.training.run_training import train
+from tests.distributed.engines import changed, poisoned, stopped
+from tests.training.conftest import write_model
 
 pytestmark = pytest.mark.slow
 
@@ -137,7 +136,7 @@ def test_steps_are_as_uneven_as_they_get(recipe, tmp_path):
     whole = write_recipes(recipe, tmp_path)
 
     def ranks(asked):
-        inputs = read_inputs(asked)
+        inputs = read_training_inputs(asked)
         plan = make_plan(asked, inputs.stores)
         tokens = asked.train.micro_batch_tokens
         options = {"micro_batch_tokens": tokens, "max_length": asked.train.max_length, "packing": True, "pad_id": 0}

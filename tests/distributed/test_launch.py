@@ -12,11 +12,10 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from mtft.train.run import train
-from mtft.train.state import checkpoint_step, newest_checkpoint
-
-from .conftest import ROOT
-from .test_engines import distance, lines, weights, write_recipes
+from mtft.training.checkpoint.checkpoint_files import checkpoint_step, latest_checkpoint
+from mtft.training.run_training import train
+from tests.distributed.conftest import ROOT
+from tests.distributed.test_engines import distance, lines, weights, write_recipes
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +85,7 @@ def test_killed_on_two_machines_stopped_under_torchrun_and_finished(runs, enviro
             process.wait()
     assert not (run_dir / "result.json").exists(), "too late to be killed: the test needs more steps"
 
-    killed = newest_checkpoint(run_dir)
+    killed = latest_checkpoint(run_dir)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", str(free_port()), "-m", "mtft", "train", str(recipe_file)]
     launcher = subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE)
@@ -97,7 +96,7 @@ def test_killed_on_two_machines_stopped_under_torchrun_and_finished(runs, enviro
     assert f"goes on from {killed.name}" in said
     saved = re.search(r"stopped by SIGTERM after step (\d+), which is saved", said)
     assert saved, said[-3000:]
-    assert newest_checkpoint(run_dir) == run_dir / f"checkpoint-{saved[1]}"
+    assert latest_checkpoint(run_dir) == run_dir / f"checkpoint-{saved[1]}"
     assert not (run_dir / "result.json").exists()
 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

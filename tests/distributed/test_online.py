@@ -5,8 +5,8 @@ import json
 import pytest
 
 from mtft.recipe.load import dump_recipe
-from mtft.recipe.schema import Recipe
-from mtft.train.run import train
+from mtft.recipe.schema.recipe import Recipe
+from mtft.training.run_training import train
 
 pytestmark = pytest.mark.slow
 ONLINE = {

@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from mtft.recipe.load import dump_recipe
-from mtft.recipe.schema import Recipe
-from mtft.train.run import train
-
-from .conftest import ROOT
+from mtft.recipe.schema.recipe import Recipe
+from mtft.training.run_training import train
+from tests.distributed.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 

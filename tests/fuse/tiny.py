@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mtft.fuse.load import Weak, freeze, load_weak
-from mtft.fuse.model import FusedCausalLM
-from mtft.fuse.spec import FusionSpec
+from mtft.fuse.alpha.spec import FusionSpec
+from mtft.fuse.fused_model import FusedCausalLM
+from mtft.fuse.load_models import WeakModel, freeze, load_weak_model
 
 VOCABULARY = 61  # the logits are 64 wide: padding must never matter
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -58,11 +58,11 @@ def base(folder: Path, **options) -> Path:
     return folder
 
 
-def weak(base: Path, adapters: list[Path], dtype: torch.dtype = torch.float64) -> Weak:
-    return load_weak(base, adapters, dtype=dtype, device="cpu", attention="sdpa")
+def weak(base: Path, adapters: list[Path], dtype: torch.dtype = torch.float64) -> WeakModel:
+    return load_weak_model(base, adapters, dtype=dtype, device="cpu", attention="sdpa")
 
 
-def fused(small: Weak, spec: FusionSpec | None = None, strong=None, **options) -> FusedCausalLM:
+def fused(small: WeakModel, spec: FusionSpec | None = None, strong=None, **options) -> FusedCausalLM:
     dtype = small.model.dtype
     strong = model(7, dtype=dtype) if strong is None else strong
     return FusedCausalLM(strong, small, None, spec or FusionSpec(), vocab_size=VOCABULARY, **options)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtft.errors import UserError
+from mtft.common.errors import UserError
 from mtft.gradients.affinity import Affinity, clusters, read_groups, silhouette
 
 NAN = torch.nan

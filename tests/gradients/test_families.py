@@ -2,10 +2,10 @@
 
 import pytest
 
-from mtft.data.isolation import PROVEN
-from mtft.errors import UserError
-from mtft.gradients.capture import TaskGradients
-from tests.data.test_isolation import attentions, tiny
+from mtft.common.errors import UserError
+from mtft.data.batching.packed_attention import PROVEN
+from mtft.gradients.capture.task_gradients import TaskGradients
+from tests.data.batching.test_packed_attention import attentions, tiny
 from tests.gradients.tiny import K, batches, captured, distance, k_backwards, lora
 
 FUSED_EXPERTS = {"mixtral", "olmoe", "qwen3_moe"}  # PEFT's all-linear puts LoRA on their expert parameters too
@@ -31,9 +31,9 @@ def test_adapters_on_fused_experts_are_refused_and_attention_alone_is_not(family
 @pytest.mark.parametrize("quantise", ["nf4", "int8"])
 def test_quantised_base(quantise, tmp_path):
     """The adapter's layers are plain ones, and the base's own weights are never looked at."""
-    from mtft.recipe.schema import ModelSection
-    from mtft.train.model import load_base
-    from tests.train.conftest import write_model
+    from mtft.models.loading import load_base
+    from mtft.recipe.schema.recipe import ModelSection
+    from tests.training.conftest import write_model
 
     section = ModelSection(path=str(write_model(tmp_path, hidden=128)), dtype="fp32", quantise=quantise)
     model = lora(load_base(section))

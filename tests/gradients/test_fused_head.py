@@ -2,9 +2,9 @@
 
 import pytest
 
-from mtft.errors import UserError
-from mtft.gradients.capture import TaskGradients
-from mtft.losses.nll import add_fused_head
+from mtft.common.errors import UserError
+from mtft.gradients.capture.task_gradients import TaskGradients
+from mtft.losses.token_nll import add_fused_head
 from tests.gradients.tiny import K, base, batches, captured, distance, k_backwards, lora
 
 HEAD = "lm_head.weight"

@@ -5,12 +5,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtft.data.batch import IGNORE
-from mtft.data.batches import assemble
-from mtft.data.encode import Example
-from mtft.gradients.capture import TaskGradients
-from mtft.losses.nll import token_nll
-from mtft.losses.reduce import coefficients, step_counts, task_coefficients
+from mtft.data.batching.batch import IGNORE
+from mtft.data.batching.batches import collate
+from mtft.data.tokenize.encode import Example
+from mtft.gradients.capture.task_gradients import TaskGradients
+from mtft.losses.task_reduction import coefficients, step_counts, task_coefficients
+from mtft.losses.token_nll import token_nll
 
 VOCABULARY, K = 61, 4
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 1.0], dtype=torch.float64)
@@ -39,7 +39,7 @@ def batches(rows=ROWS, seed=0):
     def example(task, length):
         return Example(rng.integers(3, VOCABULARY, length).astype(np.int32), np.arange(length) > 1), task
 
-    return [assemble([[example(*of) for of in row] for row in part], 0) for part in rows]
+    return [collate([[example(*of) for of in row] for row in part], 0) for part in rows]
 
 
 def trained(model):

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mtft.data.batch import IGNORE, PADDING, Batch
+from mtft.data.batching.batch import IGNORE, PADDING, Batch
 
 
 @dataclass(frozen=True)

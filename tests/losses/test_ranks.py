@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mtft.losses.reduce import count, reduce_sums, step_counts, task_sums
-from mtft.losses.reweight import SampleWeights
-from tests.losses.test_reduce import GOLDEN, golden_batch
+from mtft.losses.sample_weights import SampleWeights
+from mtft.losses.task_reduction import count, reduce_sums, step_counts, task_sums
+from tests.losses.test_task_reduction import GOLDEN, golden_batch
 
 WHOLE = [*GOLDEN, (0, [0.3]), (2, [1.0, 0.2])]
 PARTS = (WHOLE[:5], WHOLE[5:])  # the second rank lacks task 1

@@ -18,11 +18,11 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtft.data.batch import IGNORE, Batch
+from mtft.data.batching.batch import IGNORE, Batch
 from mtft.losses.balancers import BALANCERS, Observation, make_balancer
-from mtft.losses.reduce import (
+from mtft.losses.task_reduction import (
     NORMALISATIONS,
-    Counts,
+    TaskCounts,
     coefficients,
     reduce_sums,
     step_counts,
@@ -31,7 +31,7 @@ from mtft.losses.reduce import (
     task_probs,
     task_sums,
 )
-from mtft.recipe.schema import BalancerSection
+from mtft.recipe.schema.recipe import BalancerSection
 from tests.losses.builders import Sample, isolated_inputs, lay_out, random_samples
 
 K, STEPS = 3, 5
@@ -94,7 +94,7 @@ def over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def losses(model: torch.nn.Module, batches: list[Batch], mode: str) -> tuple[Tensor, Tensor, Counts]:
+def losses(model: torch.nn.Module, batches: list[Batch], mode: str) -> tuple[Tensor, Tensor, TaskCounts]:
     """(loss of each task, probability of each task, counts), all of the whole step."""
     counts = step_counts(batches, K)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def losses(model: torch.nn.Module, batches: list[Batch], mode: str) -> tuple[Ten
     return task_losses(total, counts, mode), task_probs(total, counts), counts
 
 
-def gradient(model: torch.nn.Module, batches: list[Batch], counts: Counts, w_K: Tensor, mode: str) -> Tensor:
+def gradient(model: torch.nn.Module, batches: list[Batch], counts: TaskCounts, w_K: Tensor, mode: str) -> Tensor:
     """[P], of the whole step: the ranks' gradients added up."""
     parameters = list(model.parameters())
     flat_P = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from mtft.merge import Core, Factors, to_core
+from mtft.merge import CoreSpace, LoraFactors, to_core
 from mtft.merge.methods.base import Parts
 
 M, N, RANKS, SCALES = 12, 10, (2, 3, 1), (1.0, 2.0, 0.5)
@@ -20,20 +20,20 @@ def draw(bits: np.random.Philox, *shape: int) -> np.ndarray:
     return ((bits.random_raw(int(np.prod(shape))) >> 11) * 2.0**-53 - 0.5).reshape(shape)
 
 
-def factors() -> list[Factors]:
+def factors() -> list[LoraFactors]:
     bits = np.random.Philox(key=7)
     made = []
     for r, s in zip(RANKS, SCALES, strict=True):
         A = draw(bits, r, N)
-        made.append(Factors(A, draw(bits, M, r), s))
+        made.append(LoraFactors(A, draw(bits, M, r), s))
     return made
 
 
-def delta(f: Factors) -> np.ndarray:
+def delta(f: LoraFactors) -> np.ndarray:
     return f.scale * f.B_MR @ f.A_RN
 
 
-def core(weights=(1.0, 1.0, 1.0), of=None) -> Core:
+def core(weights=(1.0, 1.0, 1.0), of=None) -> CoreSpace:
     return to_core(of or factors(), weights, names=NAMES)
 
 
@@ -46,7 +46,7 @@ def full(merged) -> np.ndarray:
     return merged.rows.apply(merged.cols.apply(merged.X.T).T)
 
 
-def write(folder: Path, modules: dict[str, Factors], extra: dict[str, np.ndarray] | None = None, **config) -> Path:
+def write(folder: Path, modules: dict[str, LoraFactors], extra: dict[str, np.ndarray] | None = None, **config) -> Path:
     """A PEFT adapter folder from factors; ranks and alphas that differ go into the patterns."""
     folder.mkdir(parents=True)
     first = next(iter(modules.values()))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtft.merge import Factors
+from mtft.merge import LoraFactors
 from mtft.merge.methods import make_method
 from tests.merge import golden as g
 
@@ -14,7 +14,7 @@ def test_on_one_common_basis_it_is_ties_of_the_coordinates():
     P, _ = np.linalg.qr(rng.normal(size=(g.M, 4)))
     Q, _ = np.linalg.qr(rng.normal(size=(g.N, 4)))
     C = np.array([[9.0, 4.0, -1.0, 0.3], [6.0, -3.0, -2.0, 0.1]])
-    made = [Factors((np.sqrt(np.abs(c)) * Q).T, P * (np.sign(c) * np.sqrt(np.abs(c))), 1.0) for c in C]
+    made = [LoraFactors((np.sqrt(np.abs(c)) * Q).T, P * (np.sign(c) * np.sqrt(np.abs(c))), 1.0) for c in C]
     # By hand, 3 of 16 entries kept: 9, 4, -1 and 6, -3, -2; elected +, +, -: means 7.5, 4, -1.5.
     X = g.full(make_method("core_ties", {"density": 0.2}).merge(g.parts([1, 1], made, names="ab")))
     np.testing.assert_allclose(X, P @ np.diag([7.5, 4.0, -1.5, 0.0]) @ Q.T, atol=1e-12)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtft.merge import Factors, MergeError, merge, read_adapter
+from mtft.merge import LoraFactors, MergeError, merge_adapters, read_adapter
 from mtft.merge.methods import METHODS, make_method
 from tests.merge import golden as g
 
@@ -85,11 +85,11 @@ def test_sce_weights_survive_small_deltas():
 
 def test_global_scope_trims_over_all_modules(tmp_path):
     one, two, _ = g.factors()
-    quiet = Factors(two.A_RN, 0.01 * two.B_MR, two.scale)
+    quiet = LoraFactors(two.A_RN, 0.01 * two.B_MR, two.scale)
     path = g.write(tmp_path / "a", {"q": one, "k": quiet})
     options = {"density": 0.5, "scope": "global"}
-    merge([path], tmp_path / "global", "ties", options, rank=10, min_energy=0)
-    merge([path], tmp_path / "module", "ties", {"density": 0.5}, rank=10, min_energy=0)
+    merge_adapters([path], tmp_path / "global", "ties", options, rank=10, min_energy=0)
+    merge_adapters([path], tmp_path / "module", "ties", {"density": 0.5}, rank=10, min_energy=0)
 
     def count(folder):
         out = read_adapter(folder)
@@ -122,7 +122,7 @@ def test_pcb_over_the_whole_model_is_the_authors_rule():
     one, two, three = g.factors()
     modules = {
         "q": [one, two, three],
-        "k": [Factors(f.A_RN, 0.3 * f.B_MR, f.scale) for f in (two, three, one)],
+        "k": [LoraFactors(f.A_RN, 0.3 * f.B_MR, f.scale) for f in (two, three, one)],
     }
     parts = [g.parts(g.W, of=factors, module=name) for name, factors in modules.items()]
     flat = np.stack([np.concatenate([w * g.delta(p.factors[k]).ravel() for p in parts]) for k, w in enumerate(g.W)])
@@ -138,18 +138,18 @@ def test_pcb_over_the_whole_model_is_the_authors_rule():
 def test_truncation_of_a_full_rank_result_is_reported(tmp_path):
     rng = np.random.default_rng(0)
     paths = [
-        g.write(tmp_path / n, {"q": Factors(rng.normal(size=(2, 40)), rng.normal(size=(50, 2)), 1.0)}) for n in "ab"
+        g.write(tmp_path / n, {"q": LoraFactors(rng.normal(size=(2, 40)), rng.normal(size=(50, 2)), 1.0)}) for n in "ab"
     ]
-    report = merge(paths, tmp_path / "out", "ties", rank=8, min_energy=0.1)
+    report = merge_adapters(paths, tmp_path / "out", "ties", rank=8, min_energy=0.1)
     assert 0.3 < report.energy < 0.95
     with pytest.raises(MergeError, match="keeps only"):
-        merge(paths, tmp_path / "out2", "ties", rank=1, min_energy=0.9)
+        merge_adapters(paths, tmp_path / "out2", "ties", rank=1, min_energy=0.9)
 
 
 def test_robustmerge(tmp_path):
     """By hand on rank 2, everything kept: A = 2 sum A_k, B = sum of the two B_k, as all c are 1."""
     one = g.factors()[0]
-    other = Factors(one.A_RN[::-1] + 1, one.B_MR - 1, 2.0)
+    other = LoraFactors(one.A_RN[::-1] + 1, one.B_MR - 1, 2.0)
     X = g.full(make_method("robustmerge", {"density": 1.0}).merge(g.parts([1.0, 1.0], [one, other], names="ab")))
     np.testing.assert_allclose(X, (one.B_MR + 2 * other.B_MR) @ (2 * (one.A_RN + other.A_RN)), atol=1e-12)
     with pytest.raises(MergeError, match="equal ranks"):
@@ -206,7 +206,7 @@ def test_equal_to_mergekit_and_peft_on_the_same_draws(name, monkeypatch):
     from mergekit import sparsify
     from peft.utils.merge_utils import dare_linear, dare_ties
 
-    from mtft.merge.dense import Mask
+    from mtft.merge.linalg.streamed_delta import Mask
 
     rng = np.random.default_rng(0)
     D = [(s * rng.normal(size=(40, 30))).astype(np.float32) for s in (1.0, 0.5, 2.0)]

@@ -8,9 +8,9 @@ import struct
 import numpy as np
 import pytest
 
-from mtft.merge import Factors, MergeError, merge, read_adapter
-from mtft.merge.config import CONFIG
-from mtft.merge.factors import WEIGHTS
+from mtft.adapters.lora_config import CONFIG
+from mtft.adapters.lora_factors import WEIGHTS
+from mtft.merge import LoraFactors, MergeError, merge_adapters, read_adapter
 from tests.merge import golden as g
 
 MODULES = {"layers.0.q": 0, "layers.1.q": 1}
@@ -134,7 +134,7 @@ def test_fifty_mutants(tmp_path, batch):
         before = sorted(path for path in tmp_path.rglob("*"))
         error = None
         try:
-            merge([good, bad], tmp_path / "out", rank=4, min_energy=0)
+            merge_adapters([good, bad], tmp_path / "out", rank=4, min_energy=0)
         except MergeError as caught:
             error = caught
         if error is not None:
@@ -155,7 +155,7 @@ def test_names_from_folders_cannot_break_the_card(tmp_path):
     one = g.factors()[0]
     evil = "x|y\n---\nlicense: mit <script>"
     paths = [g.write(tmp_path / "a", {"q": one}, base_model_name_or_path='b"\n---\nevil: yes')]
-    merge([read_adapter(paths[0], name=evil)], tmp_path / "out")
+    merge_adapters([read_adapter(paths[0], name=evil)], tmp_path / "out")
     head = (tmp_path / "out" / "README.md").read_text().split("---\n")[1]
     assert head.count("\n") == 3
     body = (tmp_path / "out" / "README.md").read_text()
@@ -164,9 +164,9 @@ def test_names_from_folders_cannot_break_the_card(tmp_path):
 
 def test_values_too_large_for_the_output_are_refused(tmp_path):
     one = g.factors()[0]
-    big = g.write(tmp_path / "a", {"q": Factors(1e5 * one.A_RN, 1e10 * one.B_MR, 1.0)})
+    big = g.write(tmp_path / "a", {"q": LoraFactors(1e5 * one.A_RN, 1e10 * one.B_MR, 1.0)})
     with pytest.raises(MergeError, match="do not fit F16"):
-        merge([big], tmp_path / "out", dtype="fp16")
+        merge_adapters([big], tmp_path / "out", dtype="fp16")
     assert not (tmp_path / "out").exists()
 
 
@@ -174,10 +174,10 @@ def test_values_too_large_for_the_output_are_refused(tmp_path):
 def test_products_that_overflow_are_refused(tmp_path, method):
     one = g.factors()[0]
     paths = [
-        g.write(tmp_path / n, {"q": Factors(1e30 * one.A_RN, 1e30 * one.B_MR, 1.0)}, lora_alpha=1e300) for n in "ab"
+        g.write(tmp_path / n, {"q": LoraFactors(1e30 * one.A_RN, 1e30 * one.B_MR, 1.0)}, lora_alpha=1e300) for n in "ab"
     ]
     with np.errstate(all="ignore"), pytest.raises(MergeError, match="overflow"):
-        merge(paths, tmp_path / "out", method)
+        merge_adapters(paths, tmp_path / "out", method)
 
 
 def test_links_are_not_followed_out(tmp_path):
@@ -185,5 +185,5 @@ def test_links_are_not_followed_out(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(MergeError, match="link"):
-        merge([good], tmp_path / "out", overwrite=True)
+        merge_adapters([good], tmp_path / "out", overwrite=True)
     assert not list((tmp_path / "elsewhere").iterdir())

@@ -6,7 +6,7 @@ The oracles below build D_k and nothing else of ours: no core, no factors. Bar: 
 import numpy as np
 import pytest
 
-from mtft.merge import Factors, merge, read_adapter
+from mtft.merge import LoraFactors, merge_adapters, read_adapter
 from mtft.merge.methods import make_method
 from mtft.merge.methods.regmean import regmean_factors
 from tests.merge import golden as g
@@ -15,7 +15,7 @@ from tests.merge.test_spectral import cut_svd, full_iso_c, full_iso_cts, full_sv
 
 def gaussian(K=4, m=96, n=80, r=6, seed=0):
     rng = np.random.default_rng(seed)
-    return [Factors(rng.normal(size=(r, n)), rng.normal(size=(m, r)), 1.0) for _ in range(K)]
+    return [LoraFactors(rng.normal(size=(r, n)), rng.normal(size=(m, r)), 1.0) for _ in range(K)]
 
 
 SETS = {
@@ -115,7 +115,7 @@ def test_core_equals_full_space(name, case):
 def test_svd_is_the_best_of_its_rank(case):
     factors = SETS[case]()
     core = g.core([1.0] * len(factors), factors)
-    from mtft.merge.core import svd
+    from mtft.merge.linalg.core_space import svd
 
     spectrum = svd(core.sum())
     U, S, Vt = np.linalg.svd(sum(g.delta(f) for f in factors), full_matrices=False)
@@ -158,7 +158,7 @@ def test_gauge_and_permutation_in_fp32(name):
     turned = []
     for f in g.factors():
         Q, _ = np.linalg.qr(rng.normal(size=(f.rank, f.rank)))
-        turned.append(Factors(Q.T @ f.A_RN, f.B_MR @ Q, f.scale))
+        turned.append(LoraFactors(Q.T @ f.A_RN, f.B_MR @ Q, f.scale))
     for other in (merged(turned), merged(g.factors()[::-1], g.NAMES[::-1])):
         assert np.linalg.norm(other - plain) <= 1e-6 * np.linalg.norm(plain)
 
@@ -167,7 +167,7 @@ def test_gauge_and_permutation_in_fp32(name):
 def test_single_adapter_at_weight_one_is_itself(tmp_path, config):
     """<= 1e-6 through the files, for each way in which a LoRA says its scale."""
     rng = np.random.default_rng(0)
-    make = lambda r, bias: Factors(rng.normal(size=(r, 9)), rng.normal(size=(7, r)), 1.0, bias)  # noqa: E731
+    make = lambda r, bias: LoraFactors(rng.normal(size=(r, 9)), rng.normal(size=(7, r)), 1.0, bias)  # noqa: E731
     ranks = (4, 2) if config == "patterns" else (4, 4)
     bias = rng.normal(size=7) if config == "bias" else None
     modules = {f"layers.{i}.q": make(r, bias) for i, r in enumerate(ranks)}
@@ -178,7 +178,7 @@ def test_single_adapter_at_weight_one_is_itself(tmp_path, config):
         "bias": {"lora_bias": True, "lora_alpha": 3},
     }
     source = g.write(tmp_path / "in", modules, **more[config])
-    merge([source], tmp_path / "out", rank="lossless")
+    merge_adapters([source], tmp_path / "out", rank="lossless")
     before, after = read_adapter(source), read_adapter(tmp_path / "out")
     for name in modules:
         a, b = before.factors(name), after.factors(name)
@@ -191,7 +191,7 @@ def test_orthoreg_golden():
     """The training penalty on 2 B_2 A_2 from the small products: ||D^T D - I||^2, and its off-diagonal part."""
     import torch
 
-    from mtft.losses.regular import orthogonality
+    from mtft.losses.orthogonality_penalty import orthogonality
 
     A, B = (torch.tensor(x) for x in (g.factors()[1].A_RN, g.factors()[1].B_MR))
     assert g.near(float(orthogonality(A, B, 2.0, "full")), 24.549895367)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtft.merge import Factors, merge_delta
+from mtft.merge import LoraFactors, merge_delta
 from mtft.merge.methods import METHODS, make_method
 from tests.merge import golden as g
 
@@ -76,7 +76,7 @@ def test_gauge(name):
     turned = []
     for f in g.factors():
         G = rng.normal(size=(f.rank, f.rank)) + 3 * np.eye(f.rank)
-        turned.append(Factors(np.linalg.solve(G, f.A_RN), f.B_MR @ G, f.scale))
+        turned.append(LoraFactors(np.linalg.solve(G, f.A_RN), f.B_MR @ G, f.scale))
     close(result(name, turned), result(name, g.factors()))
 
 
@@ -93,14 +93,14 @@ def test_padding(name):
     padded = []
     for f in g.factors():
         A = np.vstack([f.A_RN, np.zeros((1, g.N)), np.full((1, g.N), 7.0)])
-        padded.append(Factors(A, np.hstack([f.B_MR, np.zeros((g.M, 2))]), f.scale))
+        padded.append(LoraFactors(A, np.hstack([f.B_MR, np.zeros((g.M, 2))]), f.scale))
     close(result(name, padded), result(name, g.factors()))
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("pcb", "doge")])
 def test_scaling(name):
     for c in (1e-4, 1e4):
-        scaled = [Factors(f.A_RN, f.B_MR, c * f.scale) for f in g.factors()]
+        scaled = [LoraFactors(f.A_RN, f.B_MR, c * f.scale) for f in g.factors()]
         close(result(name, scaled), c * result(name, g.factors()))
 
 
@@ -126,7 +126,7 @@ def test_a_duplicate_changes_no_basis(name):
     """Rank-deficient stacks: core space still gives what a rotated copy of the problem gives."""
     Q, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(g.M, g.M)))
     one, two, _ = g.factors()
-    turned = [Factors(f.A_RN, Q @ f.B_MR, f.scale) for f in (one, two, one)]
+    turned = [LoraFactors(f.A_RN, Q @ f.B_MR, f.scale) for f in (one, two, one)]
     close(result(name, turned), Q @ result(name, [one, two, one]), 1e-8)
 
 

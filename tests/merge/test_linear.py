@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtft.merge import MergeError, merge, merge_delta, read_adapter
+from mtft.merge import MergeError, merge_adapters, merge_delta, read_adapter
 from mtft.merge.methods import METHODS, make_method
 from tests.merge import golden as g
 
@@ -31,7 +31,7 @@ def test_golden(weights, norm, entry):
 
 
 def test_energy_and_spectrum_at_rank_2(tmp_path):
-    report = merge(g.write_golden(tmp_path), tmp_path / "out", weights=g.W, rank=2)
+    report = merge_adapters(g.write_golden(tmp_path), tmp_path / "out", weights=g.W, rank=2)
     assert g.near(report.energy, 0.829946902, 1e-7)  # factors went through float32
     B, A, energy = merge_delta([tmp_path / name for name in g.NAMES], "layers.0.q", weights=g.W, rank=2)
     np.testing.assert_allclose(np.linalg.svd(B @ A)[1][:2], [0.811691175, 0.603534181], atol=1e-7)
@@ -41,14 +41,14 @@ def test_energy_and_spectrum_at_rank_2(tmp_path):
 def test_average_scale_and_negation(tmp_path):
     paths = g.write_golden(tmp_path)
     D = sum(w * g.delta(f) for w, f in zip(g.W, g.factors(), strict=True))
-    merge(paths, tmp_path / "mean", weights=[5, 3, 2], average=True, scale=-2.0, rank="lossless")
+    merge_adapters(paths, tmp_path / "mean", weights=[5, 3, 2], average=True, scale=-2.0, rank="lossless")
     out = read_adapter(tmp_path / "mean").factors("layers.0.q")
     np.testing.assert_allclose(g.delta(out), -2 * D, atol=1e-6)
 
 
 def test_plus_and_minus_one_cancel(tmp_path):
     one = g.write(tmp_path / "one", {"q": g.factors()[0]})
-    report = merge([one, one], tmp_path / "out", weights=[1, -1])
+    report = merge_adapters([one, one], tmp_path / "out", weights=[1, -1])
     assert not read_adapter(tmp_path / "out").factors("q").B_MR.any()
     assert any("zero in all modules" in text for text in report.warnings)
     assert any("same weights" in text for text in report.warnings)
@@ -56,13 +56,13 @@ def test_plus_and_minus_one_cancel(tmp_path):
 
 def test_cat_is_lossless_and_auto_rounds_to_a_usual_rank(tmp_path):
     paths = g.write_golden(tmp_path)
-    assert merge(paths, tmp_path / "cat", method="cat").rank == 6
-    assert merge(paths, tmp_path / "auto", rank="auto").rank == 8
+    assert merge_adapters(paths, tmp_path / "cat", method="cat").rank == 6
+    assert merge_adapters(paths, tmp_path / "auto", rank="auto").rank == 8
 
 
 def test_ranks_and_modules_may_differ(tmp_path):
     one, two, three = g.factors()
-    merge(
+    merge_adapters(
         [g.write(tmp_path / "a", {"q": one, "k": two}), g.write(tmp_path / "b", {"q": three})],
         tmp_path / "out",
         method="cat",

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mtft.merge import Factors, MergeError, merge, read_adapter
-from mtft.merge import api as merge_api
+from mtft.merge import LoraFactors, MergeError, merge_adapters, read_adapter
+from mtft.merge.engine import merge as merge_api
 from tests.merge import golden as g
 
 
@@ -25,13 +25,13 @@ def test_one_adapter_at_weight_one_is_itself(tmp_path, rslora):
     """PEFT 0.21.2 changes it under rsLoRA, patterns and lora_bias (https://github.com/huggingface/peft/issues/3761)."""
     rng = np.random.default_rng(0)
     modules = {
-        f"layers.{i}.q": Factors(rng.normal(size=(r, 8)), rng.normal(size=(6, r)), 1.0, rng.normal(size=6))
+        f"layers.{i}.q": LoraFactors(rng.normal(size=(r, 8)), rng.normal(size=(6, r)), 1.0, rng.normal(size=6))
         for i, r in enumerate((4, 2))
     }
     source = g.write(
         tmp_path / "in", modules, use_rslora=rslora, lora_bias=True, alpha_pattern={"layers.1.q": 9}, lora_alpha=7
     )
-    merge([source], tmp_path / "out", rank="lossless")
+    merge_adapters([source], tmp_path / "out", rank="lossless")
     before, after = read_adapter(source), read_adapter(tmp_path / "out")
     for name in modules:
         a, b = before.factors(name), after.factors(name)
@@ -41,10 +41,10 @@ def test_one_adapter_at_weight_one_is_itself(tmp_path, rslora):
 
 def test_biases_add_up(tmp_path):
     one, two, _ = g.factors()
-    with_bias = Factors(two.A_RN, two.B_MR, two.scale, np.arange(12.0))
+    with_bias = LoraFactors(two.A_RN, two.B_MR, two.scale, np.arange(12.0))
     a = g.write(tmp_path / "a", {"q": one, "k": one})
     b = g.write(tmp_path / "b", {"q": with_bias, "k": with_bias}, lora_bias=True)
-    merge([a, b], tmp_path / "out", weights=[1, 0.5], scale=3)
+    merge_adapters([a, b], tmp_path / "out", weights=[1, 0.5], scale=3)
     np.testing.assert_allclose(
         read_adapter(tmp_path / "out").factors("q").bias_M, 3 * 0.5 * 2 * np.arange(12.0), rtol=1e-6
     )
@@ -52,16 +52,16 @@ def test_biases_add_up(tmp_path):
 
 def test_embeddings(tmp_path):
     rng = np.random.default_rng(0)
-    f = Factors(rng.normal(size=(2, 50)), rng.normal(size=(6, 2)), 0.5, kind="embedding")
+    f = LoraFactors(rng.normal(size=(2, 50)), rng.normal(size=(6, 2)), 0.5, kind="embedding")
     copy = {"base_model.model.embed.base_layer.weight": np.ones((50, 6), np.float32)}
     paths = [g.write(tmp_path / name, {"embed": f}, copy) for name in "ab"]
-    merge(paths, tmp_path / "out")
+    merge_adapters(paths, tmp_path / "out")
     keys = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
     assert set(keys) == {"base_model.model.embed.lora_embedding_A", "base_model.model.embed.lora_embedding_B"}
     np.testing.assert_allclose(g.delta(read_adapter(tmp_path / "out").factors("embed")), 2 * g.delta(f), atol=1e-6)
     other = g.write(tmp_path / "c", {"embed": f}, {key: 2 * value for key, value in copy.items()})
     with pytest.raises(MergeError, match="different weights"):
-        merge([paths[0], other], tmp_path / "out2")
+        merge_adapters([paths[0], other], tmp_path / "out2")
 
 
 def test_saved_tensors_follow_the_policy(tmp_path):
@@ -72,37 +72,39 @@ def test_saved_tensors_follow_the_policy(tmp_path):
         g.write(tmp_path / n, {"q": one}, {key: h}, modules_to_save=["score"]) for n, h in zip("ab", heads, strict=True)
     )
     with pytest.raises(MergeError, match="full tensors"):
-        merge([a, b], tmp_path / "out")
-    merge([a, b], tmp_path / "mean", weights=[2, 1], scale=5, saved="average")
+        merge_adapters([a, b], tmp_path / "out")
+    merge_adapters([a, b], tmp_path / "mean", weights=[2, 1], scale=5, saved="average")
     np.testing.assert_allclose(load_file(tmp_path / "mean" / "adapter_model.safetensors")[key], 2.0)
-    merge([a, b], tmp_path / "take", saved="take: b")
+    merge_adapters([a, b], tmp_path / "take", saved="take: b")
     np.testing.assert_allclose(load_file(tmp_path / "take" / "adapter_model.safetensors")[key], 4.0)
     assert json.loads((tmp_path / "take" / "adapter_config.json").read_text())["modules_to_save"] == ["score"]
     for policy in ("take: nobody", "sum"):
         with pytest.raises(MergeError, match=r"saved|nobody"):
-            merge([a, b], tmp_path / "out", saved=policy)
+            merge_adapters([a, b], tmp_path / "out", saved=policy)
 
 
 def test_bases_must_agree(tmp_path):
     one = g.factors()[0]
     a, b = (g.write(tmp_path / n, {"q": one}, base_model_name_or_path=n) for n in "ab")
     with pytest.raises(MergeError, match="bases differ"):
-        merge([a, b], tmp_path / "out")
-    assert any("bases differ" in text for text in merge([a, b], tmp_path / "out", allow_base_mismatch=True).warnings)
+        merge_adapters([a, b], tmp_path / "out")
+    assert any(
+        "bases differ" in text for text in merge_adapters([a, b], tmp_path / "out", allow_base_mismatch=True).warnings
+    )
     c, d = (
         g.write(tmp_path / n[-4:], {"q": one}, base_model_name_or_path=n) for n in ("org/m-7b", "org/m-7b-bnb-4bit")
     )
-    assert any("precision" in text for text in merge([c, d], tmp_path / "out2").warnings)
-    wide = g.write(tmp_path / "wide", {"q": Factors(np.ones((2, 11)), one.B_MR, 1.0)}, base_model_name_or_path="a")
+    assert any("precision" in text for text in merge_adapters([c, d], tmp_path / "out2").warnings)
+    wide = g.write(tmp_path / "wide", {"q": LoraFactors(np.ones((2, 11)), one.B_MR, 1.0)}, base_model_name_or_path="a")
     with pytest.raises(MergeError, match=r"12 x 10 .* 12 x 11"):
-        merge([a, wide], tmp_path / "out3")
+        merge_adapters([a, wide], tmp_path / "out3")
 
 
 def test_untrained_adapter_warns_once(tmp_path):
     one = g.factors()[0]
-    zero = Factors(one.A_RN, np.zeros_like(one.B_MR), 1.0)
+    zero = LoraFactors(one.A_RN, np.zeros_like(one.B_MR), 1.0)
     a, b = g.write(tmp_path / "a", {"q": one, "k": one}), g.write(tmp_path / "b", {"q": zero, "k": zero})
-    report = merge([a, b], tmp_path / "out")
+    report = merge_adapters([a, b], tmp_path / "out")
     assert [text for text in report.warnings if "untrained" in text] == [
         "b: k is all zero (untrained?), and 1 more modules"
     ]
@@ -131,14 +133,14 @@ MISTAKES = [
 @pytest.mark.parametrize(("mistake", "text"), MISTAKES)
 def test_mistakes_are_named_and_leave_nothing(tmp_path, paths, mistake, text):
     with pytest.raises(MergeError, match=text) as caught:
-        merge(paths, tmp_path / "out", **mistake)
+        merge_adapters(paths, tmp_path / "out", **mistake)
     assert caught.value.do
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
 def test_too_low_energy_names_the_rank_that_would_do(tmp_path, paths):
     with pytest.raises(MergeError) as caught:
-        merge(paths, tmp_path / "out", rank=1, min_energy=0.9, weights=g.W)
+        merge_adapters(paths, tmp_path / "out", rank=1, min_energy=0.9, weights=g.W)
     assert caught.value.do == "rank 3 would keep 90%"
 
 
@@ -146,7 +148,7 @@ def test_per_module_rules(tmp_path):
     one, two, three = g.factors()
     a, b = (g.write(tmp_path / n, {"layers.0.q": one, "layers.1.q": x}) for n, x in (("a", two), ("b", three)))
     rules = [(r"layers\.1\.", {"weights": [0, 2], "rank": 1}), (r".", {"method": "tsv"})]
-    report = merge([a, b], tmp_path / "out", per_module=rules)
+    report = merge_adapters([a, b], tmp_path / "out", per_module=rules)
     out = read_adapter(tmp_path / "out")
     np.testing.assert_allclose(g.delta(out.factors("layers.1.q")), 2 * g.delta(three), atol=1e-6)
     np.testing.assert_allclose(g.delta(out.factors("layers.0.q")), g.delta(one), atol=1e-6)  # tsv of equal ones
@@ -155,7 +157,7 @@ def test_per_module_rules(tmp_path):
 
 def test_same_inputs_same_bytes_and_workers_do_not_matter(tmp_path, paths):
     for name, workers in (("x", 1), ("y", 1), ("z", 2)):
-        merge(paths, tmp_path / name, rank=4, workers=workers, diagnostics=True)
+        merge_adapters(paths, tmp_path / name, rank=4, workers=workers, diagnostics=True)
     for file in ("adapter_model.safetensors", "adapter_config.json", "README.md", "merge.json"):
         assert (
             (tmp_path / "x" / file).read_bytes()
@@ -165,29 +167,29 @@ def test_same_inputs_same_bytes_and_workers_do_not_matter(tmp_path, paths):
 
 
 def test_two_passes_give_what_one_pass_gives(tmp_path, paths, monkeypatch):
-    merge(paths, tmp_path / "held")
+    merge_adapters(paths, tmp_path / "held")
     monkeypatch.setattr(merge_api, "KEEP_BYTES", 0)
-    merge(paths, tmp_path / "again")
+    merge_adapters(paths, tmp_path / "again")
     file = "adapter_model.safetensors"
     assert (tmp_path / "held" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
 def test_the_output_folder_is_guarded(tmp_path, paths):
     out = tmp_path / "out"
-    merge(paths, out)
+    merge_adapters(paths, out)
     before = (out / "adapter_model.safetensors").read_bytes()
     with pytest.raises(MergeError, match="something already"):
-        merge(paths, out, method="tsv")
+        merge_adapters(paths, out, method="tsv")
     assert (out / "adapter_model.safetensors").read_bytes() == before
-    merge(paths, out, method="tsv", overwrite=True)
+    merge_adapters(paths, out, method="tsv", overwrite=True)
     assert json.loads((out / "merge.json").read_text())["method"] == "tsv"
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(MergeError, match="thesis"):
-        merge(paths, out, overwrite=True)
+        merge_adapters(paths, out, overwrite=True)
     with pytest.raises(MergeError, match="one of the inputs"):
-        merge(paths, paths[0], overwrite=True)
+        merge_adapters(paths, paths[0], overwrite=True)
     with pytest.raises(MergeError, match="file or link"):
-        merge(paths, paths[0] / "adapter_config.json")
+        merge_adapters(paths, paths[0] / "adapter_config.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -198,11 +200,11 @@ def test_a_killed_merge_leaves_no_half_adapter(tmp_path, paths, monkeypatch):
     child = os.fork()
     if child == 0:
         monkeypatch.setattr(merge_api, "write_card", die)
-        merge(paths, tmp_path / "out")
+        merge_adapters(paths, tmp_path / "out")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir() if ".part-" in path.name]  # what it had left
-    merge(paths, tmp_path / "out")
+    merge_adapters(paths, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]  # is cleared by the next
 
 
@@ -214,12 +216,12 @@ def test_killed_at_any_moment_the_folder_is_whole_or_not_there(tmp_path, overwri
     sources = [
         g.write(
             tmp_path / "in" / str(k),
-            {name: Factors(rng.normal(size=(8, 200)), rng.normal(size=(200, 8)), 1.0) for name in names},
+            {name: LoraFactors(rng.normal(size=(8, 200)), rng.normal(size=(200, 8)), 1.0) for name in names},
         )
         for k in range(2)
     ]
     begin = time.perf_counter()
-    merge(sources, tmp_path / "out", "tsv")
+    merge_adapters(sources, tmp_path / "out", "tsv")
     lasts = time.perf_counter() - begin
     files = {path.name for path in (tmp_path / "out").iterdir()}
     wanted = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
@@ -228,7 +230,7 @@ def test_killed_at_any_moment_the_folder_is_whole_or_not_there(tmp_path, overwri
     for number in range(12):
         child = os.fork()
         if child == 0:
-            merge(sources, tmp_path / "out", "tsv", overwrite=True)
+            merge_adapters(sources, tmp_path / "out", "tsv", overwrite=True)
             os._exit(0)
         time.sleep(lasts * (number + 0.5) / 12)
         os.kill(child, signal.SIGKILL)
@@ -249,7 +251,7 @@ def test_dtype_is_the_inputs(tmp_path, paths):
     for path in paths:
         file = path / "adapter_model.safetensors"
         save({key: value.bfloat16() for key, value in load(file).items()}, file)
-    merge(paths, tmp_path / "out")
+    merge_adapters(paths, tmp_path / "out")
     assert {x.dtype for x in load(tmp_path / "out" / "adapter_model.safetensors").values()} == {torch.bfloat16}
-    merge(paths, tmp_path / "out32", dtype="fp32")
+    merge_adapters(paths, tmp_path / "out32", dtype="fp32")
     assert {x.dtype for x in load(tmp_path / "out32" / "adapter_model.safetensors").values()} == {torch.float32}

@@ -14,8 +14,8 @@ import peft
 import pytest
 import torch
 
-from mtft.merge import MergeError, merge, read_adapter
-from mtft.merge.experts import export_arrow
+from mtft.merge import MergeError, merge_adapters, read_adapter
+from mtft.merge.experts.build_experts import export_arrow
 from tests.merge.with_peft import deltas, expert, peft_merge, relative
 
 
@@ -24,7 +24,7 @@ def test_peft_linear_multiplies_mixed_factors_ours_does_not(tmp_path, base):
     paths = [expert(base, tmp_path / str(i), i, r=4, target_modules=["q_proj"]) for i in range(3)]
     total = {name: sum(deltas(path)[name] for path in paths) for name in deltas(paths[0])}
     assert relative(peft_merge(base, paths, "linear"), total) > 0.5
-    merge(paths, tmp_path / "out", rank="lossless")
+    merge_adapters(paths, tmp_path / "out", rank="lossless")
     assert relative(deltas(tmp_path / "out"), total) < 1e-6
 
 
@@ -33,14 +33,14 @@ def test_peft_refuses_unequal_ranks_ours_does_not(tmp_path, base, kind):
     paths = [expert(base, tmp_path / str(i), i, r=r, target_modules=["q_proj"]) for i, r in enumerate((2, 3, 1))]
     with pytest.raises(ValueError, match="same r"):
         peft_merge(base, paths, kind, **({} if kind == "linear" else {"density": 0.5}))
-    merge(paths, tmp_path / "out", kind.partition("_")[0], rank=8, min_energy=0)
+    merge_adapters(paths, tmp_path / "out", kind.partition("_")[0], rank=8, min_energy=0)
 
 
 def test_peft_changes_a_single_rslora_adapter_ours_does_not(tmp_path, base):
     """https://github.com/huggingface/peft/issues/3761: one adapter at weight 1 should be itself."""
     path = expert(base, tmp_path / "a", 0, r=16, lora_alpha=16, use_rslora=True, target_modules=["q_proj"])
     assert relative(peft_merge(base, [path], "linear"), deltas(path)) > 0.5
-    merge([path], tmp_path / "out")
+    merge_adapters([path], tmp_path / "out")
     assert relative(deltas(tmp_path / "out"), deltas(path)) < 1e-6
 
 
@@ -56,7 +56,7 @@ def test_peft_writes_what_it_cannot_load_after_rank_patterns_ours_loads(tmp_path
     model.save_pretrained(tmp_path / "theirs", selected_adapters=["merged"])
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "theirs" / "merged")
-    merge(paths, tmp_path / "ours")
+    merge_adapters(paths, tmp_path / "ours")
     peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "ours")
 
 
@@ -66,7 +66,7 @@ def test_peft_linear_moves_with_the_gauge_ours_does_not(tmp_path, base):
 
     paths = [expert(base, tmp_path / str(i), i, r=4, target_modules=["q_proj"]) for i in range(2)]
     before = peft_merge(base, paths, "linear")
-    merge(paths, tmp_path / "before", rank="lossless")
+    merge_adapters(paths, tmp_path / "before", rank="lossless")
     file = paths[0] / "adapter_model.safetensors"
     tensors = load_file(file)
     G = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32) + 3 * np.eye(4, dtype=np.float32)
@@ -74,7 +74,7 @@ def test_peft_linear_moves_with_the_gauge_ours_does_not(tmp_path, base):
         tensors[key] = np.linalg.solve(G, tensors[key]) if "lora_A" in key else tensors[key] @ G
     save_file(tensors, file, {"format": "pt"})
     assert relative(peft_merge(base, paths, "linear"), before) > 0.3
-    merge(paths, tmp_path / "after", rank="lossless")
+    merge_adapters(paths, tmp_path / "after", rank="lossless")
     assert relative(deltas(tmp_path / "after"), deltas(tmp_path / "before")) < 1e-5
 
 
@@ -107,7 +107,7 @@ def test_peft_drops_the_bias_of_a_single_adapter_ours_keeps_it(tmp_path, base, k
     """https://github.com/huggingface/peft/issues/3761, lora_bias: B's bias is not merged, and nothing is said."""
     path = expert(base, tmp_path / "a", 0, r=4, lora_alpha=4, lora_bias=True, target_modules=["q_proj", "o_proj"])
     assert moved(base, *add_weighted(base, path, kind)) > 0.3
-    merge([path], tmp_path / "out")
+    merge_adapters([path], tmp_path / "out")
     before, after = read_adapter(path), read_adapter(tmp_path / "out")
     for name in before.modules:
         a, b = before.factors(name), after.factors(name)
@@ -129,7 +129,7 @@ def test_peft_changes_a_single_dora_adapter_ours_refuses_it(tmp_path, base):
     save_file(tensors, file, {"format": "pt"})
     assert moved(base, *add_weighted(base, path)) > 0.3
     with pytest.raises(MergeError, match="use_dora"):
-        merge([path], tmp_path / "out")
+        merge_adapters([path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -174,7 +174,7 @@ def test_masks_of_the_peers_hang_on_the_global_seed_ours_on_their_own(tmp_path, 
     before, state = torch.get_rng_state(), np.random.get_state()[1].copy()
     files = []
     for name in ("a", "b"):
-        merge(paths, tmp_path / name, "dare", rank=8, min_energy=0)
+        merge_adapters(paths, tmp_path / name, "dare", rank=8, min_energy=0)
         files.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
     assert files[0] == files[1]
     assert torch.equal(torch.get_rng_state(), before)
@@ -207,7 +207,7 @@ def test_mergekit_wants_the_base_and_writes_whole_models_ours_neither(tmp_path, 
     assert len(on_disk) == 2  # one whole model an adapter, and then the result
     assert min(on_disk) > 0.9 * whole
     assert sum(file.stat().st_size for file in (tmp_path / "whole").glob("*.safetensors")) > 0.9 * whole
-    merge(paths, tmp_path / "ours", rank=8)
+    merge_adapters(paths, tmp_path / "ours", rank=8)
     weights = tmp_path / "ours" / "adapter_model.safetensors"
     assert weights.stat().st_size < 1.2 * sum((path / weights.name).stat().st_size for path in paths)
     assert sorted(path.name for path in tmp_path.iterdir() if "ours" in path.name) == ["ours"]

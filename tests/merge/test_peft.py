@@ -8,8 +8,8 @@ import peft
 import pytest
 import torch
 
-from mtft.merge import MergeError, merge, read_adapter
-from mtft.merge.experts import export_arrow, twin
+from mtft.merge import MergeError, merge_adapters, read_adapter
+from mtft.merge.experts.build_experts import export_arrow, twin
 from tests.merge.with_peft import deltas, expert, peft_merge, relative
 
 RELOAD = """
@@ -50,7 +50,7 @@ def test_reload_in_peft_is_the_sum_of_the_experts(tmp_path, base):
     weights_K, expected = (1.0, -0.5), {}
     for case, configs in CASES.items():
         paths = [expert(base, tmp_path / f"{case}-{i}", i, **config) for i, config in enumerate(configs)]
-        merge(paths, tmp_path / case, weights=weights_K, rank="lossless")
+        merge_adapters(paths, tmp_path / case, weights=weights_K, rank="lossless")
         expected[case] = by_hand(base, paths, weights_K)
     command = [sys.executable, "-c", RELOAD, base, *(tmp_path / case for case in CASES)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -99,9 +99,9 @@ def check_vllm(folder) -> None:
 def test_vllm_rules(tmp_path, base):
     a = expert(base, tmp_path / "a", 1, r=4, target_modules=["q_proj", "v_proj"])
     b = expert(base, tmp_path / "b", 2, r=3, use_rslora=True, target_modules=["q_proj", "up_proj"])
-    merge([a, b], tmp_path / "out", vllm=True)
+    merge_adapters([a, b], tmp_path / "out", vllm=True)
     check_vllm(tmp_path / "out")
-    merge([a, b], tmp_path / "ties", "ties", rank=16, min_energy=0, vllm=True)
+    merge_adapters([a, b], tmp_path / "ties", "ties", rank=16, min_energy=0, vllm=True)
     check_vllm(tmp_path / "ties")
     twin([a, b], tmp_path / "twin", expert_rank=5, rank=8, with_shared=True)
     export_arrow([a, b], tmp_path / "arrow")
@@ -112,24 +112,26 @@ def test_vllm_rules(tmp_path, base):
     assert len(list(tmp_path.glob("*/expert_*"))) == 4
     biased = expert(base, tmp_path / "c", 3, r=4, lora_bias=True, target_modules=["q_proj"])
     with pytest.raises(MergeError, match="vLLM"):
-        merge([a, biased], tmp_path / "out2", vllm=True)
+        merge_adapters([a, biased], tmp_path / "out2", vllm=True)
 
 
 def test_linear_is_peft_cat_and_svd_is_peft_svd(tmp_path, base):
     targets = ["q_proj", "up_proj"]
     paths = [expert(base, tmp_path / str(i), i, r=r, target_modules=targets) for i, r in enumerate((2, 3, 1))]
-    merge(paths, tmp_path / "cat", method="cat")
+    merge_adapters(paths, tmp_path / "cat", method="cat")
     assert relative(deltas(tmp_path / "cat"), peft_merge(base, paths, "cat")) < 1e-6
-    merge(paths, tmp_path / "svd", method="svd", rank=4)
+    merge_adapters(paths, tmp_path / "svd", method="svd", rank=4)
     assert relative(deltas(tmp_path / "svd"), peft_merge(base, paths, "svd", svd_rank=4)) < 1e-5
 
 
 def test_dora_is_refused(tmp_path, base):
     with pytest.raises(MergeError, match="use_dora"):
-        merge([expert(base, tmp_path / "a", 0, r=2, use_dora=True, target_modules=["q_proj"])], tmp_path / "out")
+        merge_adapters(
+            [expert(base, tmp_path / "a", 0, r=2, use_dora=True, target_modules=["q_proj"])], tmp_path / "out"
+        )
 
 
 def test_pissa_is_refused(tmp_path, base):
     folder = expert(base, tmp_path / "a", 0, r=2, init_lora_weights="pissa", target_modules=["q_proj"])
     with pytest.raises(MergeError, match="pissa"):
-        merge([folder], tmp_path / "out")
+        merge_adapters([folder], tmp_path / "out")

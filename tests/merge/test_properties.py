@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtft.merge import Factors, merge, read_adapter
+from mtft.merge import LoraFactors, merge_adapters, read_adapter
 from tests.merge import golden as g
 
 SIZES = st.integers(1, 12)
@@ -25,7 +25,7 @@ def experts(draw):
         for name in names:
             (m, n), r = shapes[name], draw(st.integers(1, 5))
             size = 10.0 ** draw(st.integers(-4, 2))
-            modules[name] = Factors(
+            modules[name] = LoraFactors(
                 rng.normal(size=(r, n)), size * rng.normal(size=(m, r)), draw(st.sampled_from([0.5, 2.0]))
             )
         made.append(modules)
@@ -39,7 +39,9 @@ def sum_of(made, weights, name, shape):
     for modules, weight in zip(made, weights):
         if name in modules:
             f = modules[name]
-            stored = Factors(f.A_RN.astype(np.float32).astype(float), f.B_MR.astype(np.float32).astype(float), f.scale)
+            stored = LoraFactors(
+                f.A_RN.astype(np.float32).astype(float), f.B_MR.astype(np.float32).astype(float), f.scale
+            )
             D += weight * g.delta(stored)
     return D
 
@@ -53,7 +55,9 @@ def test_linear_is_the_best_of_its_rank(case):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         paths = [g.write(root / str(k), modules) for k, modules in enumerate(made)]
-        report = merge(paths, root / "out", weights=weights, rank=rank, min_energy=0, precision=precision, dtype="fp64")
+        report = merge_adapters(
+            paths, root / "out", weights=weights, rank=rank, min_energy=0, precision=precision, dtype="fp64"
+        )
         out = read_adapter(root / "out")
         assert set(out.modules) == {name for modules in made for name in modules}
         for name in out.modules:
@@ -75,8 +79,8 @@ def test_a_lossless_merge_of_a_merge_is_the_same(case):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         paths = [g.write(root / str(k), modules) for k, modules in enumerate(made)]
-        merge(paths, root / "once", "cat", weights=weights, dtype="fp64")
-        merge([root / "once"], root / "twice", "cat", dtype="fp64")
+        merge_adapters(paths, root / "once", "cat", weights=weights, dtype="fp64")
+        merge_adapters([root / "once"], root / "twice", "cat", dtype="fp64")
         once, twice = read_adapter(root / "once"), read_adapter(root / "twice")
         for name in once.modules:
             a, b = g.delta(once.factors(name)), g.delta(twice.factors(name))

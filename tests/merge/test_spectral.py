@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mtft.merge import Factors, MergeError, merge, read_adapter
-from mtft.merge.core import Chunked, Householder, Triangular, orthonormal_basis, to_core
+from mtft.merge import LoraFactors, MergeError, merge_adapters, read_adapter
+from mtft.merge.linalg.core_space import Chunked, Householder, Triangular, orthonormal_basis, to_core
 from mtft.merge.methods import METHODS, make_method
 from mtft.merge.methods.lines import layer_factor, layer_of
 from mtft.merge.methods.regmean import regmean_factors
@@ -82,7 +82,7 @@ def test_core_equals_full_space(oracle, case):
     factors = g.factors()
     if case == "random":
         rng = np.random.default_rng(0)
-        factors = [Factors(rng.normal(size=(6, 80)), rng.normal(size=(96, 6)), 1.0) for _ in range(4)]
+        factors = [LoraFactors(rng.normal(size=(6, 80)), rng.normal(size=(96, 6)), 1.0) for _ in range(4)]
     X = g.full(
         METHODS[oracle.__name__[5:]]().merge(g.parts([1.0] * len(factors), factors, names="abcd"[: len(factors)]))
     )
@@ -91,17 +91,17 @@ def test_core_equals_full_space(oracle, case):
 
 
 def test_wudi_without_ridge_has_no_interference():
-    from mtft.merge.diagnostics import interference
+    from mtft.merge.engine.interference import interference
 
     rng = np.random.default_rng(0)
-    factors = [Factors(rng.normal(size=(6, 80)), rng.normal(size=(96, 6)), 1.0) for _ in range(4)]
+    factors = [LoraFactors(rng.normal(size=(6, 80)), rng.normal(size=(96, 6)), 1.0) for _ in range(4)]
     core = to_core(factors, np.ones(4))
     assert interference(core, make_method("wudi", {"ridge": 0.0}).rule(core)).max() < 1e-12
 
 
 def test_orthogonal_tasks_give_the_sum():
     eye = np.eye(10)
-    tasks = [Factors(eye[2 * k : 2 * k + 2], np.eye(12)[:, 2 * k : 2 * k + 2] * [3, 1], 1.0) for k in range(3)]
+    tasks = [LoraFactors(eye[2 * k : 2 * k + 2], np.eye(12)[:, 2 * k : 2 * k + 2] * [3, 1], 1.0) for k in range(3)]
     for name in ("tsv", "wudi"):
         X = g.full(METHODS[name]().merge(g.parts(of=tasks)))
         np.testing.assert_allclose(X, sum(g.delta(f) for f in tasks), atol=1e-12)
@@ -109,7 +109,7 @@ def test_orthogonal_tasks_give_the_sum():
 
 def test_small_and_large_inputs_cut_the_same_triples():
     """The authors' KnOTS cuts singular values at an absolute 1e-5: LoRA deltas of 1e-5 would vanish."""
-    small = [Factors(f.A_RN, f.B_MR, 1e-7 * f.scale) for f in g.factors()]
+    small = [LoraFactors(f.A_RN, f.B_MR, 1e-7 * f.scale) for f in g.factors()]
     X = g.full(make_method("knots_ties", {"density": 0.5}).merge(g.parts(of=small)))
     assert g.near(1e7 * np.linalg.norm(X), 2.659386975, 1e-8)
 
@@ -117,7 +117,7 @@ def test_small_and_large_inputs_cut_the_same_triples():
 def test_more_rank_than_the_matrix_has():
     """R > min(m, n): the cores shrink."""
     rng = np.random.default_rng(0)
-    factors = [Factors(rng.normal(size=(6, 5)), rng.normal(size=(7, 6)), 1.0) for _ in range(3)]
+    factors = [LoraFactors(rng.normal(size=(6, 5)), rng.normal(size=(7, 6)), 1.0) for _ in range(3)]
     core = to_core(factors, np.ones(3))
     assert core.cores[0].shape == (7, 5)
     X = g.full(METHODS["linear"]().merge(g.parts(of=factors)))
@@ -186,11 +186,11 @@ def test_lines_on_files(tmp_path, norm):
     names = [f"layers.{i}.q" for i in range(3)] + ["lm_head"]
     paths = [g.write(tmp_path / n, dict.fromkeys(names, f)) for n, f in zip(g.NAMES, (one, two, three))]
     total = sum(g.delta(f) for f in (one, two, three))
-    merge(paths, tmp_path / "linear", method="lines")
+    merge_adapters(paths, tmp_path / "linear", method="lines")
     out = read_adapter(tmp_path / "linear")
     for name, factor in zip(names, (1 / 3, 2 / 3, 1, 1 / 3)):
         np.testing.assert_allclose(g.delta(out.factors(name)), factor * total, atol=1e-6)
-    merge(paths, tmp_path / "tsv", method="lines", options={"of": "tsv", "norm": norm, "beta": 0.0})
+    merge_adapters(paths, tmp_path / "tsv", method="lines", options={"of": "tsv", "norm": norm, "beta": 0.0})
     tsv = g.full(METHODS["tsv"]().merge(g.parts()))
     size = np.linalg.norm if norm == "frobenius" else lambda x: np.abs(x).sum()
     got = g.delta(read_adapter(tmp_path / "tsv").factors("lm_head"))
@@ -232,11 +232,11 @@ def test_regmean_from_files(tmp_path):
     for name, G in zip(g.NAMES, grams()):
         save_file({"layers.0.q": G}, tmp_path / f"{name}.safetensors")
     options = {"grams": str(tmp_path), "rho": 0.6, "ridge": 0.0}
-    report = merge(paths, tmp_path / "out", method="regmean", options=options)
+    report = merge_adapters(paths, tmp_path / "out", method="regmean", options=options)
     assert g.near(report.modules["layers.0.q"]["norm"], 1.104290252, 1e-6)
     for mistake, text in (({}, "Gram"), ({"grams": str(tmp_path / "in")}, "no Gram matrices")):
         with pytest.raises(MergeError, match=text):
-            merge(paths, tmp_path / "out2", method="regmean", options=mistake)
+            merge_adapters(paths, tmp_path / "out2", method="regmean", options=mistake)
 
 
 def test_mistakes_in_options():

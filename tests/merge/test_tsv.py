@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mtft.merge import Factors
+from mtft.merge import LoraFactors
 from mtft.merge.methods import METHODS
 from tests.merge import golden as g
 
@@ -30,6 +30,6 @@ def test_equals_full_space():
 
 def test_orthogonal_tasks_give_the_sum():
     eye = np.eye(10)
-    tasks = [Factors(eye[2 * k : 2 * k + 2], np.eye(12)[:, 2 * k : 2 * k + 2] * [3, 1], 1.0) for k in range(3)]
+    tasks = [LoraFactors(eye[2 * k : 2 * k + 2], np.eye(12)[:, 2 * k : 2 * k + 2] * [3, 1], 1.0) for k in range(3)]
     X = g.full(METHODS["tsv"]().merge(g.parts(of=tasks)))
     np.testing.assert_allclose(X, sum(g.delta(f) for f in tasks), atol=1e-12)

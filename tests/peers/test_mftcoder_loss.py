@@ -1,7 +1,8 @@
 """MFTCoder's four losses, from its own code run once on the same logits; ours are equal when the batch is not split.
 
 Numbers: `loss_utils.py` of MFTCoder 0.4 (case1 to case4, and case3 with task weights) on the logits built below,
-one micro-batch, one process. When the batch is split its numbers move, ours don't (tests/losses/test_reduce.py).
+one micro-batch, one process. When the batch is split its numbers move, ours don't
+(tests/losses/test_task_reduction.py).
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtft.data.batch import IGNORE, Batch
-from mtft.losses.reduce import coefficients, count, step_counts, task_losses, task_sums
+from mtft.data.batching.batch import IGNORE, Batch
+from mtft.losses.task_reduction import coefficients, count, step_counts, task_losses, task_sums
 
 TASKS, SUPERVISED = [0, 0, 1, 1, 2, 2], [8, 6, 5, 3, 2, 1]
 CASES = [

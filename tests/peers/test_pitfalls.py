@@ -14,18 +14,18 @@ from pydantic import BaseModel
 from yaml import safe_load
 
 from data_mixers import MixError, Mixture, MixturePlan
-from mtft.data.batches import BatchSource, assemble
-from mtft.data.chat import Renderer
-from mtft.data.encode import draw, encode
-from mtft.data.messages import Conversation
-from mtft.data.packing import pack
-from mtft.data.store import open_store
-from mtft.errors import UserError
+from mtft.common.errors import UserError
+from mtft.data.batching.batches import BatchSource, collate
+from mtft.data.batching.packing import pack
+from mtft.data.formats.messages import Conversation
+from mtft.data.store.token_store import open_store
+from mtft.data.tokenize.chat_template import ChatRenderer
+from mtft.data.tokenize.encode import draw, encode
 from mtft.recipe.load import load_recipe
-from mtft.recipe.schema import Recipe, TaskSection
-from tests.data.test_batches import Toy
-from tests.data.test_isolation import examples, losses, tiny
-from tests.data.toys import TEMPLATES, tokenizer, write_jsonl
+from mtft.recipe.schema.recipe import Recipe, TaskSection
+from tests.data.batching.test_batches import Toy
+from tests.data.batching.test_packed_attention import examples, losses, tiny
+from tests.data.toy_examples import TEMPLATES, tokenizer, write_jsonl
 
 datasets.disable_progress_bars()
 NAMES, SHARES, SIZES = ("a", "b", "c", "d"), (0.4, 0.3, 0.2, 0.1), (5000, 1500, 400, 50)
@@ -89,10 +89,12 @@ def test_r3_a_new_order_each_epoch():
 
 
 def test_r9_neighbours_in_a_row():
-    """The usual way: concatenate, one attention mask of ones. tests/data/test_isolation.py goes through the models."""
+    """The usual way: concatenate, one attention mask of ones. tests/data/batching/test_packed_attention.py goes
+    through the models.
+    """
     model = tiny("llama")
     one, two = examples([9, 7])
-    rows = [assemble([[first, two]], 0) for first in (one, examples([9], seed=1)[0])]
+    rows = [collate([[first, two]], 0) for first in (one, examples([9], seed=1)[0])]
     ones = torch.ones_like(rows[0].input_ids_BT)
     with torch.no_grad():
         usual = [losses(model, row, attention_mask=ones)[0, 9:] for row in rows]
@@ -133,7 +135,7 @@ def test_r11_r12_the_mask_of_stock_templates(family):
     made = tokenizer(TEMPLATES[family])
     asked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     assert sum(made.apply_chat_template(list(TALK.messages), **asked)["assistant_masks"]) == 0
-    (example,) = encode(made, Renderer(made).render(TALK))
+    (example,) = encode(made, ChatRenderer(made).render(TALK))
     learnt = draw(made, example).split("⟦")[1].split("⟧")[0]
     assert learnt.split("A1")[1] == ENDS[family]
 

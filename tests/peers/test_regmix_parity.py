@@ -7,8 +7,8 @@ notebook's settings give on the published tables (1B: the 32 mixtures that are h
 import numpy as np
 import pytest
 
-from data_mixers.propose import regmix_optimum
-from data_mixers.surrogates import LightGBM, Linear, RegMix
+from data_mixers.propose.proposal import regmix_optimum
+from data_mixers.surrogates import LightGBM, LinearSurrogate, RegMix
 from data_mixers.surrogates.stack import spearman
 from tests.data_mixers.published import PRIOR, regmix
 
@@ -23,7 +23,7 @@ def rhos(model):
 
 
 def test_linear():
-    model = Linear().fit(*regmix("train"))
+    model = LinearSurrogate().fit(*regmix("train"))
     assert rhos(model) == [90.21, 89.33, 91.53]
     np.testing.assert_allclose(model.mean([PRIOR, np.full(17, 1 / 17)]), [5.646333666, 5.303377292], atol=1e-8)
 

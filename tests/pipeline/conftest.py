@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.train.conftest import write_model, write_tasks
+from tests.training.conftest import write_model, write_tasks
 
 
 @pytest.fixture(scope="session")

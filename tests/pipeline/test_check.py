@@ -7,8 +7,8 @@ import json
 import pytest
 from transformers import AutoConfig
 
-from mtft.errors import UserError
-from mtft.pipeline.check import examine
+from mtft.common.errors import UserError
+from mtft.pipeline.check import check_recipe
 from mtft.quickstart import model_path
 from mtft.recipe.load import load_recipe
 
@@ -36,7 +36,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_a_good_recipe_has_no_warnings_beyond_its_data(recipe):
-    found = examine(recipe())
+    found = check_recipe(recipe())
     assert found.warnings == ()
     assert found.as_dict()["memory"]["total"] == found.memory.total > 0
     assert found.memory.text() in found.text()
@@ -53,13 +53,13 @@ def test_a_model_that_may_not_be_packed_is_said(recipe, tmp_path):
     config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
-    found = examine(recipe(model="./model"))
+    found = check_recipe(recipe(model="./model"))
     assert len(found.warnings) == 1
     assert "rotary positions depend on the whole batch" in found.warnings[0]
     # Nor can its activations be counted on shapes alone: its code looks at the positions.
     assert found.memory.activations is None
     assert "activations unknown, not in the sum" in found.text()
-    assert examine(recipe("train.packing=false", model="./model")).warnings == ()
+    assert check_recipe(recipe("train.packing=false", model="./model")).warnings == ()
 
 
 def test_an_unknown_model_type(recipe, tmp_path):
@@ -70,10 +70,10 @@ def test_an_unknown_model_type(recipe, tmp_path):
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps({"model_type": "from_the_future"}))
     with pytest.raises(UserError, match=r"can't be (used|loaded)"):
-        examine(recipe(model="./model"))
+        check_recipe(recipe(model="./model"))
 
 
 def test_a_balancer_that_reads_validation_losses_needs_them(recipe):
-    assert examine(recipe("loss.balancer.name=coba")).warnings == ()
+    assert check_recipe(recipe("loss.balancer.name=coba")).warnings == ()
     with pytest.raises(UserError, match="validation losses"):
-        examine(recipe("loss.balancer.name=coba", "tasks.a.eval_data="))
+        check_recipe(recipe("loss.balancer.name=coba", "tasks.a.eval_data="))

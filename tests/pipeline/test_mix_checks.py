@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_mixers.hopeless import Stopping
-from mtft.pipeline import mix
-from mtft.recipe.schema import Recipe
+from data_mixers.sweep.early_termination import EarlyTermination
+from mtft.pipeline.stages import mix
+from mtft.recipe.schema.recipe import Recipe
 
 
-@pytest.mark.parametrize(("checks", "stopping"), [((0.5,), Stopping(6)), ((), None)])
+@pytest.mark.parametrize(("checks", "stopping"), [((0.5,), EarlyTermination(6)), ((), None)])
 def test_checks_reach_the_sweep(whole_recipe, monkeypatch, tmp_path, checks, stopping):
     seen = {}
 

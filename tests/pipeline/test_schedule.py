@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from mtft.pipeline.mix import space
-from mtft.pipeline.training import Choice, joint_labels, planned_runs
-from mtft.recipe.schema import Recipe, ScheduleShares
+from mtft.pipeline.stages.mix import space
+from mtft.pipeline.stages.train import RunChoice, joint_labels, planned_runs
+from mtft.recipe.schema.recipe import Recipe, ScheduleShares
 
 
 class Lengths:
@@ -27,7 +27,7 @@ def test_the_joint_run_plays_the_schedule(tmp_path):
         }
     )
     stores = [Lengths("a", 60), Lengths("b", 20)]
-    choice = Choice(space(recipe, stores).current)
+    choice = RunChoice(space(recipe, stores).current)
     runs = planned_runs(recipe, choice, stores)
     assert list(runs) == ["joint", "baseline", "single-a", "single-b", "strong"]
     assert isinstance(runs["joint"].mixture.shares, ScheduleShares)
@@ -50,7 +50,7 @@ def test_the_joint_run_changes_online_and_the_others_do_not(tmp_path):
         }
     )
     stores = [Lengths("a", 60), Lengths("b", 20)]
-    choice = Choice(space(recipe, stores).current)
+    choice = RunChoice(space(recipe, stores).current)
     runs = planned_runs(recipe, choice, stores)
     assert list(runs) == ["joint", "baseline", "single-a", "single-b"]
     assert runs["joint"].mixture == recipe.mixture

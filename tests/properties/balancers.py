@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtft.errors import UserError
-from mtft.losses.balancers import Balancer, Context, Observation
+from mtft.common.errors import UserError
+from mtft.losses.balancers import Balancer, BalancerContext, Observation
 
-Make = Callable[[Context], Balancer]
+Make = Callable[[BalancerContext], Balancer]
 NAMES = ("code", "maths", "sql", "prose")
 STEPS = 40
 
 
-def context(names: Collection[str], **more) -> Context:
+def context(names: Collection[str], **more) -> BalancerContext:
     sizes = torch.tensor([10 ** (1 + NAMES.index(name.split("-")[0])) for name in names])
-    return Context(tuple(names), examples_K=sizes, tokens_K=7 * sizes, **more)
+    return BalancerContext(tuple(names), examples_K=sizes, tokens_K=7 * sizes, **more)
 
 
 def curve(name: str, step: int, noise: float) -> float:

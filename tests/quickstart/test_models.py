@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from mtft.quickstart import MODELS, corpus, model_path
+from mtft.quickstart import MODELS, model_path, stdlib_corpus
 
 # Measured on the slice of 12,000 characters below, in Python 3.11; other versions have other text, hence the margin.
 BITS_PER_BYTE = {"weak": 1.30, "strong": 1.28}
@@ -41,7 +41,7 @@ def test_model_predicts_held_out_code(size: str, tokenizer: PreTrainedTokenizerB
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.eos_token_id == tokenizer.eos_token_id
 
-    files = {file.name: file for file in corpus.library_files()}
+    files = {file.name: file for file in stdlib_corpus.library_files()}
     nats = bytes_ = 0.0
     for name in ("argparse.py", "heapq.py", "urllib/parse.py", "zoneinfo/_zoneinfo.py"):
         text = files[name].text()[5000:8000]

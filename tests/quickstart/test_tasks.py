@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from mtft.quickstart import TASKS, build_tasks, corpus, tasks
+from mtft.quickstart import TASKS, build_tasks, stdlib_corpus, tasks
 from mtft.quickstart.functions import Function, functions_of
 
 SOURCE = '''\
@@ -39,7 +39,7 @@ left of the code"""
 def functions(tmp_path: Path) -> dict[str, Function]:
     path = tmp_path / "json.py"
     path.write_text(SOURCE)
-    return {function.name: function for function in functions_of(corpus.SourceFile("json.py", path))}
+    return {function.name: function for function in functions_of(stdlib_corpus.SourceFile("json.py", path))}
 
 
 def test_function_is_taken_apart(functions: dict[str, Function]) -> None:
@@ -87,7 +87,7 @@ def test_copies_have_one_key(tmp_path: Path) -> None:
     path.write_text(
         'def f(x):\n    """Doc."""\n    return (x)\n\ndef g(x):\n    # note\n    return x\n\ndef h(x):\n    return -x\n'
     )
-    f, g, h = functions_of(corpus.SourceFile("a.py", path))
+    f, g, h = functions_of(stdlib_corpus.SourceFile("a.py", path))
     assert f.key == g.key != h.key
 
 
@@ -102,7 +102,7 @@ def make_library(root: Path) -> Path:
 
 
 def test_a_copied_function_is_not_evaluated(tmp_path: Path) -> None:
-    rows = tasks.build_rows(corpus.library_files(make_library(tmp_path)))
+    rows = tasks.build_rows(stdlib_corpus.library_files(make_library(tmp_path)))
     train, evaluation = rows["naming"]
     assert {row.response for row in train} == {"total_of", "sum_of"}
     assert {row.response for row in evaluation} == {"best_of"}
@@ -166,7 +166,7 @@ def test_rows_are_well_formed_and_short(built: dict) -> None:
 @pytest.mark.slow
 def test_rows_keep_the_split(built: dict) -> None:
     for train, evaluation in built.values():
-        assert not any(corpus.is_eval(corpus.group_of(row["id"].split(":")[0])) for row in train)
-        assert all(corpus.is_eval(corpus.group_of(row["id"].split(":")[0])) for row in evaluation)
+        assert not any(stdlib_corpus.is_eval(stdlib_corpus.group_of(row["id"].split(":")[0])) for row in train)
+        assert all(stdlib_corpus.is_eval(stdlib_corpus.group_of(row["id"].split(":")[0])) for row in evaluation)
         known = {(" ".join(row["prompt"].split()), " ".join(row["response"].split())) for row in train}
         assert not any((" ".join(r["prompt"].split()), " ".join(r["response"].split())) in known for r in evaluation)

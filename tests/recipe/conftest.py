@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtft.errors import UserError
+from mtft.common.errors import UserError
 from mtft.recipe.load import load_recipe
 
 GOOD = """\

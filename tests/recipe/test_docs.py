@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mtft.recipe.compat import Engine, check_compat
+from mtft.recipe.compatibility import ShardingLimits, check_compatibility
 from mtft.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -23,5 +23,5 @@ def test_the_reference_is_up_to_date():
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid(recipe):
     loaded = load_recipe(recipe, files=False)
-    check_compat(loaded, stage="check", engine=Engine())
-    check_compat(loaded, stage="run", engine=Engine())
+    check_compatibility(loaded, stage="check", engine=ShardingLimits())
+    check_compatibility(loaded, stage="run", engine=ShardingLimits())

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from mtft.errors import UserError
+from mtft.common.errors import UserError
 from mtft.recipe.load import dump_recipe, load_recipe
-from mtft.recipe.source import read_source
+from mtft.recipe.yaml_source import read_yaml
 
 CASES = 2000
 ODD_VALUES = [
@@ -157,11 +157,11 @@ def verdict(file: Path, overrides: list[str]) -> str:
 def test_broken_recipes(folder, seed, capsys):
     rng = random.Random(seed)
     if seed % 2:  # half of them break a curriculum
-        values = read_source(folder.recipe).values
+        values = read_yaml(folder.recipe).values
         del values["sweep"]
         folder.write(json.dumps(values | {"mixture": CURRICULUM}, indent=1))
     good = folder.recipe.read_text(encoding="utf-8")
-    tree = read_source(folder.recipe).values
+    tree = read_yaml(folder.recipe).values
     counts: Counter[tuple[str, str]] = Counter()
     for _ in range(CASES // 4):
         how, overrides, refused = rng.choice(["value", "value", "text", "override"]), [], False

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from mtft.recipe.load import dump_recipe, fingerprint, load_recipe
-from mtft.recipe.schema import Recipe
+from mtft.recipe.schema.recipe import Recipe
 
 
 def test_values_and_defaults(folder):

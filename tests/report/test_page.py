@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mtft.errors import UserError
-from mtft.report.load import load_run
+from mtft.common.errors import UserError
+from mtft.report.components.run_data import load_run
 from mtft.report.page import render, write_report
 
 TASKS = ("sql", "sum<b>")  # a name that would break a page that does not escape

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mtft.merge.gates import KINDS
+from mtft.merge.learned.gates import KINDS
 from mtft.merge.methods import METHODS
 
 ROOT = Path(__file__).parents[2]

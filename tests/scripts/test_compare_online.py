@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mtft.recipe.compat import Engine, check_compat
+from mtft.recipe.compatibility import ShardingLimits, check_compatibility
 from mtft.recipe.load import load_recipe
 from scripts import compare_online
 
@@ -17,7 +17,7 @@ def test_variants_are_recipes(tmp_path, every):
     found = compare_online.variants(every, tmp_path)
     for name, changes in found.items():
         recipe = load_recipe(QUICKSTART, ["sweep=null", "merge=null", "fuse=null", "train.steps=80", *changes])
-        assert check_compat(recipe, stage="train", engine=Engine()) == []
+        assert check_compatibility(recipe, stage="train", engine=ShardingLimits()) == []
         online = recipe.mixture.online
         assert name.split(",")[0] == (online.name if online else recipe.mixture.shares)
 

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mtft.errors import UserError
-from mtft.recipe.options import did_you_mean, options_of
-
-from .aligned_mtl import AlignedMtl
-from .base import Aggregator
-from .cagrad import CAGrad
-from .dualproj import DualProj
-from .imtl_g import ImtlG
-from .mgda import Mgda
-from .nash_mtl import NashMtl
-from .pcgrad import PCGrad
-from .sam_gs import SamGs
-from .upgrad import UPGrad
+from mtft.common.errors import UserError
+from mtft.gradients.aggregators.aligned_mtl import AlignedMtl
+from mtft.gradients.aggregators.base import Aggregator
+from mtft.gradients.aggregators.cagrad import CAGrad
+from mtft.gradients.aggregators.dualproj import DualProj
+from mtft.gradients.aggregators.imtl_g import ImtlG
+from mtft.gradients.aggregators.mgda import Mgda
+from mtft.gradients.aggregators.nash_mtl import NashMtl
+from mtft.gradients.aggregators.pcgrad import PCGrad
+from mtft.gradients.aggregators.sam_gs import SamGs
+from mtft.gradients.aggregators.upgrad import UPGrad
+from mtft.recipe.method_options import did_you_mean, options_of
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
     kind.NAME: kind for kind in (UPGrad, DualProj, Mgda, PCGrad, CAGrad, ImtlG, NashMtl, AlignedMtl, SamGs)

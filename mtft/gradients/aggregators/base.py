@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtft.errors import UserError
-from mtft.gradients.gram import combine
-from mtft.recipe.options import check_options
+from mtft.common.errors import UserError
+from mtft.gradients.gramian import combine
+from mtft.recipe.method_options import check_options
 
 
 @dataclass(eq=False)

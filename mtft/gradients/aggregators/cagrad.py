@@ -16,8 +16,8 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from .base import Aggregator, even_out, lengths, root
-from .cone import shortest
+from mtft.gradients.aggregators.base import Aggregator, even_out, lengths, root
+from mtft.gradients.aggregators.dual_cone import shortest
 
 HALVINGS = 60  # of the interval of m: down to its rounding
 

@@ -15,9 +15,9 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from .base import Aggregator
-from .cone import at_least
-from .upgrad import regularised
+from mtft.gradients.aggregators.base import Aggregator
+from mtft.gradients.aggregators.dual_cone import at_least
+from mtft.gradients.aggregators.upgrad import regularised
 
 
 @dataclass(eq=False)

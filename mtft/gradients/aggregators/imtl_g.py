@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import Aggregator, cosines
+from mtft.gradients.aggregators.base import Aggregator, cosines
 
 
 @dataclass(eq=False)

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import Aggregator, even_out, root
-from .cone import shortest
+from mtft.gradients.aggregators.base import Aggregator, even_out, root
+from mtft.gradients.aggregators.dual_cone import shortest
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import Aggregator, cosines
+from mtft.gradients.aggregators.base import Aggregator, cosines
 
 EPSILON = 1e-9  # on the diagonal of the cosines: without it alpha is infinite where no direction improves all tasks
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import Aggregator
+from mtft.gradients.aggregators.base import Aggregator
 
 
 @dataclass(eq=False)

@@ -24,9 +24,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mtft.gradients.gram import combine
-
-from .base import Aggregator, lengths
+from mtft.gradients.aggregators.base import Aggregator, lengths
+from mtft.gradients.gramian import combine
 
 MOMENTUM, SPREAD, FLOOR = 0.9, 0.99, 1e-6  # of m; of h; below h
 

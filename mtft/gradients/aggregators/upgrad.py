@@ -16,8 +16,8 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from .base import Aggregator
-from .cone import at_least
+from mtft.gradients.aggregators.base import Aggregator
+from mtft.gradients.aggregators.dual_cone import at_least
 
 
 @dataclass(eq=False)

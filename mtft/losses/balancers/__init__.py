@@ -6,23 +6,22 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from mtft.errors import UserError
-from mtft.recipe.options import did_you_mean, options_of
-from mtft.recipe.schema import BalancerSection
-
-from .base import Balancer, Context, Needs, Observation
-from .coba import CoBa
-from .dwa import DynamicWeightAverage
-from .famo import Famo
-from .focal import Focal
-from .gradnorm import GradNorm
-from .groups import Grouped, read_groups
-from .lagged import Lagged
-from .learned import ImpartialLoss, UncertaintyWeighting
-from .scalar import GeometricMean, SmoothTchebycheff
-from .selfpaced import SelfPaced
-from .simple import Fixed, Random, Temperature, Uniform
-from .visatb import VisAtb
+from mtft.common.errors import UserError
+from mtft.losses.balancers.base import Balancer, BalancerContext, BalancerNeeds, Observation
+from mtft.losses.balancers.coba import CoBa
+from mtft.losses.balancers.dwa import DynamicWeightAverage
+from mtft.losses.balancers.famo import Famo
+from mtft.losses.balancers.focal import Focal
+from mtft.losses.balancers.gradnorm import GradNorm
+from mtft.losses.balancers.lagged_gradients import Lagged
+from mtft.losses.balancers.scalarization import GeometricMean, SmoothTchebycheff
+from mtft.losses.balancers.self_paced import SelfPaced
+from mtft.losses.balancers.static import Fixed, Random, Temperature, Uniform
+from mtft.losses.balancers.task_groups import TaskGroupBalancer, read_groups
+from mtft.losses.balancers.uncertainty import ImpartialLoss, UncertaintyWeighting
+from mtft.losses.balancers.visatb import VisAtb
+from mtft.recipe.method_options import did_you_mean, options_of
+from mtft.recipe.schema.recipe import BalancerSection
 
 BALANCERS: dict[str, type[Balancer]] = {
     kind.NAME: kind
@@ -63,7 +62,7 @@ def make_balancer(
     `examples`, `tokens`: size of each task's training data in examples and supervised tokens (temperature needs them).
     Raises UserError for an unknown name or option, or an option out of its range.
     """
-    context = Context(
+    context = BalancerContext(
         tasks=tuple(tasks),
         user_K=torch.tensor(list(user_weights), dtype=torch.float64),
         seed=seed,
@@ -84,7 +83,7 @@ def make_balancer(
     of_groups = context._replace(
         tasks=tuple(members), user_K=None, examples_K=total(context.examples_K), tokens_K=total(context.tokens_K)
     )
-    return Grouped(context, kind(of_groups, **options), list(members.values()))
+    return TaskGroupBalancer(context, kind(of_groups, **options), list(members.values()))
 
 
 def balancer_class(section: BalancerSection) -> type[Balancer]:
@@ -108,4 +107,12 @@ def balancer_class(section: BalancerSection) -> type[Balancer]:
     return kind
 
 
-__all__ = ["BALANCERS", "Balancer", "Context", "Needs", "Observation", "balancer_class", "make_balancer"]
+__all__ = [
+    "BALANCERS",
+    "Balancer",
+    "BalancerContext",
+    "BalancerNeeds",
+    "Observation",
+    "balancer_class",
+    "make_balancer",
+]

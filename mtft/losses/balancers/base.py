@@ -22,11 +22,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mtft.errors import UserError
-from mtft.recipe.options import check_options, did_you_mean
+from mtft.common.errors import UserError
+from mtft.recipe.method_options import check_options, did_you_mean
 
 
-class Needs(NamedTuple):
+class BalancerNeeds(NamedTuple):
     """What a balancer asks of the trainer besides the training losses, which are free.
 
     step_loss    the global losses of the current step before its first backward: free with one micro-batch,
@@ -65,7 +65,7 @@ class Observation(NamedTuple):
     share_K: Tensor | None = None
 
 
-class Context(NamedTuple):
+class BalancerContext(NamedTuple):
     """What a balancer may know about the run. Only `tasks` is always there.
 
     user_K       the user's weight of each task (None = 1)
@@ -89,11 +89,11 @@ class Balancer(ABC):
     names the state's attributes (all tensors) in STATE, and gives weights of any positive scale in `balance`.
     """
 
-    context: InitVar[Context]
+    context: InitVar[BalancerContext]
     NAME: ClassVar[str]
     STATE: ClassVar[tuple[str, ...]] = ()
 
-    def __post_init__(self, context: Context) -> None:
+    def __post_init__(self, context: BalancerContext) -> None:
         self.run = context
         self.K = len(context.tasks)
         user_K = torch.ones(self.K) if context.user_K is None else torch.as_tensor(context.user_K)
@@ -103,9 +103,9 @@ class Balancer(ABC):
         self.needs = self.declare()
         self.reset()
 
-    def declare(self) -> Needs:
+    def declare(self) -> BalancerNeeds:
         """What this balancer costs, from its options."""
-        return Needs()
+        return BalancerNeeds()
 
     def reset(self) -> None:  # noqa: B027 - many have no state
         """Build the state, as it is before the first step."""
@@ -214,8 +214,8 @@ class LossDriven(Balancer):
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
     STATE = ("mean_K",)
 
-    def declare(self) -> Needs:
-        return Needs(step_loss=self.step_loss == "exact")
+    def declare(self) -> BalancerNeeds:
+        return BalancerNeeds(step_loss=self.step_loss == "exact")
 
     def reset(self) -> None:
         self.mean_K = torch.full((self.K,), torch.nan, dtype=torch.float64)

@@ -26,10 +26,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mtft.errors import UserError
-
-from .base import Balancer, Needs, Observation
-from .slope import slopes
+from mtft.common.errors import UserError
+from mtft.losses.balancers.base import Balancer, BalancerNeeds, Observation
+from mtft.losses.balancers.ols_slope import slopes
 
 
 @dataclass(eq=False)
@@ -46,8 +45,8 @@ class CoBa(Balancer):
         "start_K", "steps_N", "ratio_NK", "updates_U", "slope_UK", "worst_slope_U", "factor", "current_K"
     )  # fmt: skip
 
-    def declare(self) -> Needs:
-        return Needs(valid_every=self.valid_every)
+    def declare(self) -> BalancerNeeds:
+        return BalancerNeeds(valid_every=self.valid_every)
 
     def reset(self) -> None:
         if self.variant == "mftcoder" and self.window < self.warmup:

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Balancer, Observation
+from mtft.losses.balancers.base import Balancer, Observation
 
 
 @dataclass(eq=False)

@@ -18,15 +18,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Needs, Observation, fill_absent, running_mean
-from .learned import Learned
+from mtft.losses.balancers.base import BalancerNeeds, Observation, fill_absent, running_mean
+from mtft.losses.balancers.uncertainty import LearnedBalancer
 
 EPSILON = 1e-8
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Famo(Learned):
+class Famo(LearnedBalancer):
     """Options.
 
     after         where the losses after the step come from. reuse: the next step's training losses, averaged by
@@ -43,10 +43,10 @@ class Famo(Learned):
     lower_bounds: Mapping[str, float] = field(default_factory=dict)
     valid_every: Annotated[int, Field(ge=1)] = 10
     NAME: ClassVar[str] = "famo"
-    STATE: ClassVar[tuple[str, ...]] = (*Learned.STATE, "mean_K", "valid_K", "clamped")
+    STATE: ClassVar[tuple[str, ...]] = (*LearnedBalancer.STATE, "mean_K", "valid_K", "clamped")
 
-    def declare(self) -> Needs:
-        return Needs(
+    def declare(self) -> BalancerNeeds:
+        return BalancerNeeds(
             step_loss=self.step_loss == "exact",
             valid_every=self.valid_every if self.after == "valid" else None,
             after_step=self.after == "exact",

@@ -4,7 +4,8 @@
 
 The task level of the focal loss that the MFTCoder paper describes (arXiv 2311.02303; its code has no working one; after
 Lin et al., RetinaNet, arXiv 1708.02002). Open in the paper: averaging p before or after the power (here: before), and
-whether gradient flows through the factor (here: no). The sample level is in losses/reweight.py: it changes the loss of
+whether gradient flows through the factor (here: no). The sample level is in losses/sample_weights.py: it changes the
+loss of
 single samples and goes with any balancer.
 """
 
@@ -17,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Balancer, Needs, Observation, fill_absent, running_mean
+from mtft.losses.balancers.base import Balancer, BalancerNeeds, Observation, fill_absent, running_mean
 
 
 @dataclass(eq=False)
@@ -29,8 +30,8 @@ class Focal(Balancer):
     NAME: ClassVar[str] = "focal"
     STATE: ClassVar[tuple[str, ...]] = ("prob_K",)
 
-    def declare(self) -> Needs:
-        return Needs(token_probs=True)
+    def declare(self) -> BalancerNeeds:
+        return BalancerNeeds(token_probs=True)
 
     def reset(self) -> None:
         self.prob_K = torch.full((self.K,), torch.nan, dtype=torch.float64)

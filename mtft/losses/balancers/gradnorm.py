@@ -17,21 +17,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Needs, Observation
-from .learned import Learned
+from mtft.losses.balancers.base import BalancerNeeds, Observation
+from mtft.losses.balancers.uncertainty import LearnedBalancer
 
 
 @dataclass(eq=False)
-class GradNorm(Learned):
+class GradNorm(LearnedBalancer):
     """`alpha`: how hard lagging tasks are pulled (0 = equal norms). L(0) is the first training loss seen of a task."""
 
     alpha: Annotated[float, Field(ge=0)] = 1.5
     gram_every: Annotated[int, Field(ge=1)] = 20
     NAME: ClassVar[str] = "gradnorm"
-    STATE: ClassVar[tuple[str, ...]] = (*Learned.STATE, "start_K")
+    STATE: ClassVar[tuple[str, ...]] = (*LearnedBalancer.STATE, "start_K")
 
-    def declare(self) -> Needs:
-        return Needs(gram_every=self.gram_every)
+    def declare(self) -> BalancerNeeds:
+        return BalancerNeeds(gram_every=self.gram_every)
 
     def reset(self) -> None:
         super().reset()

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Balancer
+from mtft.losses.balancers.base import Balancer
 
 
 @dataclass(eq=False)

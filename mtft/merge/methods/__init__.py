@@ -8,31 +8,31 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import MergeError
-from .base import Method
-from .breadcrumbs import Breadcrumbs
-from .consensus import Consensus
-from .core_elementwise import CoreDare, CoreTies
-from .ctm import Ctm
-from .dare import Dare
-from .della import Della
-from .delta_norm import DeltaNorm
-from .doge import Doge
-from .iso import IsoC, IsoCts
-from .knots import KnotsDare, KnotsTies
-from .linear import Cat, Linear, Svd
-from .lines import Lines
-from .pcb import Pcb
-from .regmean import RegMean
-from .robustmerge import RobustMerge
-from .sce import Sce
-from .svc import Svc
-from .ties import Ties
-from .tsv import Tsv
-from .wudi import Wudi
+from mtft.common.errors import MergeError
+from mtft.experimental.core_elementwise import CoreDare, CoreTies
+from mtft.merge.methods.base import MergeMethod
+from mtft.merge.methods.breadcrumbs import Breadcrumbs
+from mtft.merge.methods.consensus import Consensus
+from mtft.merge.methods.ctm import Ctm
+from mtft.merge.methods.dare import Dare
+from mtft.merge.methods.della import Della
+from mtft.merge.methods.delta_norm import DeltaNorm
+from mtft.merge.methods.doge import Doge
+from mtft.merge.methods.iso import IsoC, IsoCts
+from mtft.merge.methods.knots import KnotsDare, KnotsTies
+from mtft.merge.methods.linear import Cat, LinearMerge, Svd
+from mtft.merge.methods.lines import Lines
+from mtft.merge.methods.pcb import Pcb
+from mtft.merge.methods.regmean import RegMean
+from mtft.merge.methods.robustmerge import RobustMerge
+from mtft.merge.methods.sce import Sce
+from mtft.merge.methods.svc import Svc
+from mtft.merge.methods.ties import Ties
+from mtft.merge.methods.tsv import Tsv
+from mtft.merge.methods.wudi import Wudi
 
-METHODS: dict[str, type[Method]] = {
-    "linear": Linear,
+METHODS: dict[str, type[MergeMethod]] = {
+    "linear": LinearMerge,
     "cat": Cat,
     "svd": Svd,
     "tsv": Tsv,
@@ -60,7 +60,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def make_method(name: str, options: Mapping[str, object] | None = None, *, key: str = "") -> Method:
+def make_method(name: str, options: Mapping[str, object] | None = None, *, key: str = "") -> MergeMethod:
     """The method `name` with its options checked; MergeError names what is unknown and what was probably meant.
 
     `key`: where both stand in a recipe ("merge."), for that message.

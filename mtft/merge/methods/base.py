@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..core import Core, Merged, to_core
-from ..factors import Factors
+from mtft.adapters.lora_factors import LoraFactors
+from mtft.merge.linalg.core_space import CoreSpace, MergedCore, to_core
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Parts:
     module: str
     names: tuple[str, ...]
     weights_K: np.ndarray
-    factors: tuple[Factors, ...]
+    factors: tuple[LoraFactors, ...]
     dtype: np.dtype
     seed: int = 0
     rank_cap: int = 0
@@ -31,7 +31,7 @@ class Parts:
         return self.factors[0].B_MR.shape[0], self.factors[0].A_RN.shape[1]
 
     @cached_property
-    def core(self) -> Core:
+    def core(self) -> CoreSpace:
         """The weighted deltas w_k D_k in core space."""
         labels = {"names": self.names, "module": self.module, "seed": self.seed}
         return to_core(self.factors, self.weights_K, self.dtype, **labels)
@@ -41,7 +41,7 @@ Survey = Callable[[], Iterator[Parts]]
 """A fresh pass over all modules that this method merges."""
 
 
-class Method:
+class MergeMethod:
     """A rule that merges one module. Subclasses are frozen dataclasses whose fields are the method's options.
 
     `space`: `core` (exact on cores), `dense` (elementwise, streamed), `factors` (needs A and B themselves).
@@ -59,21 +59,21 @@ class Method:
         """Facts about all modules together that `merge` needs (picklable). Most methods need none."""
         return None
 
-    def merge(self, parts: Parts, seen: object = None) -> Merged:
+    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
         raise NotImplementedError
 
 
-class CoreMethod(Method):
+class CoreSpaceMethod(MergeMethod):
     """A method that sees only cores."""
 
     space = "core"
 
-    def merge(self, parts: Parts, seen: object = None) -> Merged:
+    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
         return self.merge_core(parts.core, seen)
 
-    def merge_core(self, core: Core, seen: object = None) -> Merged:
-        return Merged(self.rule(core), core.rows, core.cols)
+    def merge_core(self, core: CoreSpace, seen: object = None) -> MergedCore:
+        return MergedCore(self.rule(core), core.rows, core.cols)
 
-    def rule(self, core: Core) -> np.ndarray:
+    def rule(self, core: CoreSpace) -> np.ndarray:
         """The merged core from core.cores."""
         raise NotImplementedError

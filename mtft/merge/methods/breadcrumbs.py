@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dense import Rule, select
-from ..errors import MergeError
-from .elementwise import DenseMethod, Task, check_density, kept_count
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.streamed_delta import Rule, select
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, kept_count
 
 
 @dataclass(frozen=True)
-class Breadcrumbs(DenseMethod):
+class Breadcrumbs(ElementwiseMethod):
     """density: share of entries kept. gamma: share of largest entries dropped first."""
 
     density: float = 0.9
@@ -28,7 +28,7 @@ class Breadcrumbs(DenseMethod):
         if not 0 <= self.gamma < 1:
             raise MergeError(f"gamma is {self.gamma}", where="options.gamma", do="a share in [0, 1), as 0.01")
 
-    def rule(self, task: Task, seen: object = None) -> Rule:
+    def rule(self, task: TaskDelta, seen: object = None) -> Rule:
         stream = task.stream
         kept = kept_count(self.density, stream.size, task.module)
         low = max(0, stream.size - kept - int(self.gamma * stream.size))

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dense import Rule
-from ..errors import MergeError
-from .elementwise import DenseMethod, Task
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.streamed_delta import Rule
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta
 
 
 @dataclass(frozen=True)
-class Consensus(DenseMethod):
+class Consensus(ElementwiseMethod):
     """lam: how much a task must stand out. min_tasks: masks needed. tall: an adapter's name, for its mask alone."""
 
     lam: float = 0.4
@@ -31,7 +31,7 @@ class Consensus(DenseMethod):
                 f"lam {self.lam}, min_tasks {self.min_tasks}", where="options", do="lam > 0, min_tasks >= 1"
             )
 
-    def rule(self, task: Task, seen: object = None) -> Rule:
+    def rule(self, task: TaskDelta, seen: object = None) -> Rule:
         weights_K = task.weights_K.astype(task.stream.dtype)
 
         def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:

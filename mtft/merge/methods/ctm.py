@@ -14,16 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Columns, Core
-from ..errors import MergeError
-from .base import CoreMethod
-from .inner import core_method
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.core_space import ColumnBasis, CoreSpace
+from mtft.merge.methods.base import CoreSpaceMethod
+from mtft.merge.methods.inner_method import core_method
 
 SWEEPS = 50
 
 
 @dataclass(frozen=True)
-class Ctm(CoreMethod):
+class Ctm(CoreSpaceMethod):
     """rank: of the common subspace. of: the rule inside it: linear, tsv, iso_c, iso_cts or wudi."""
 
     rank: int = 16
@@ -34,9 +34,9 @@ class Ctm(CoreMethod):
             raise MergeError(f"rank is {self.rank}", where="options.rank", do="a whole number > 0")
         core_method(self.of)
 
-    def rule(self, core: Core) -> np.ndarray:
+    def rule(self, core: CoreSpace) -> np.ndarray:
         U, V = common_subspace(core.cores, self.rank)
-        small = Core([U.T @ M @ V for M in core.cores], Columns(U), Columns(V), core.weights_K, core.names)
+        small = CoreSpace([U.T @ M @ V for M in core.cores], ColumnBasis(U), ColumnBasis(V), core.weights_K, core.names)
         return U @ core_method(self.of).rule(small) @ V.T
 
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dense import Mask, Rule
-from ..errors import MergeError
-from .elementwise import DenseMethod, Task, check_density, lazily
-from .ties import Cut, check_election, elected, sign_balance
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.streamed_delta import Mask, Rule
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, lazily
+from mtft.merge.methods.ties import Cut, check_election, elected, sign_balance
 
 
 @dataclass(frozen=True)
-class Dare(DenseMethod):
+class Dare(ElementwiseMethod):
     """density: d. then: `linear` or `ties` (with its variant and value). rescale: `inverse` (1/d) or `l1`."""
 
     density: float = 0.5
@@ -33,7 +33,7 @@ class Dare(DenseMethod):
         check_drop(self.then, self.rescale)
         check_election(self.variant, self.value)
 
-    def rule(self, task: Task, seen: object = None) -> Rule:
+    def rule(self, task: TaskDelta, seen: object = None) -> Rule:
         masks = [Mask(task.seed, name, task.module, task.stream.n) for name in task.names]
 
         def drop(start: int, blocks: list[np.ndarray]) -> list[np.ndarray]:
@@ -51,7 +51,7 @@ def check_drop(then: str, rescale: str) -> None:
         raise MergeError(f"rescale is {rescale!r}", where="options.rescale", do="inverse or l1")
 
 
-def keep_l1(task: Task, drop: Cut) -> Cut:
+def keep_l1(task: TaskDelta, drop: Cut) -> Cut:
     """`drop`, then each task scaled to its own L1 norm (one more pass)."""
     before, after = np.zeros(task.stream.K), np.zeros(task.stream.K)
     for start, blocks in task.stream:
@@ -61,7 +61,7 @@ def keep_l1(task: Task, drop: Cut) -> Cut:
     return lambda start, blocks: [x.dtype.type(c) * x for c, x in zip(factors, drop(start, blocks))]
 
 
-def after_drop(task: Task, cut: Cut, options) -> Rule:
+def after_drop(task: TaskDelta, cut: Cut, options) -> Rule:
     """Weighted sum or election of what `cut` leaves; options: then, variant, value."""
     if options.then == "linear":
         weights_K = task.weights_K.astype(task.stream.dtype)

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dense import Mask, Rule
-from ..errors import MergeError
-from .dare import after_drop, check_drop, keep_l1
-from .elementwise import DenseMethod, Task, check_density
-from .ties import check_election
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.streamed_delta import Mask, Rule
+from mtft.merge.methods.dare import after_drop, check_drop, keep_l1
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density
+from mtft.merge.methods.ties import check_election
 
 
 @dataclass(frozen=True)
-class Della(DenseMethod):
+class Della(ElementwiseMethod):
     """density: d, the mean probability. epsilon: half the spread. then, variant, value, rescale: as in `dare`."""
 
     density: float = 0.5
@@ -37,7 +37,7 @@ class Della(DenseMethod):
             where = "options.density, options.epsilon"
             raise MergeError("density +- epsilon must lie inside (0, 1)", where=where, do="as 0.5 and 0.15")
 
-    def rule(self, task: Task, seen: object = None) -> Rule:
+    def rule(self, task: TaskDelta, seen: object = None) -> Rule:
         masks = [Mask(task.seed, name, task.module, task.stream.n) for name in task.names]
         divide = self.rescale == "inverse"
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Core
-from ..errors import MergeError
-from .base import CoreMethod
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.core_space import CoreSpace
+from mtft.merge.methods.base import CoreSpaceMethod
 
 
 @dataclass(frozen=True)
-class DeltaNorm(CoreMethod):
+class DeltaNorm(CoreSpaceMethod):
     """power: p; 0 = plain average."""
 
     power: float = 1.0
@@ -27,10 +27,10 @@ class DeltaNorm(CoreMethod):
         if self.power < 0:
             raise MergeError(f"power is {self.power}", where="options.power", do="0 or more, as 1.0")
 
-    def rule(self, core: Core) -> np.ndarray:
+    def rule(self, core: CoreSpace) -> np.ndarray:
         return np.sum([w * M for w, M in zip(self.weights(core), core.cores)], axis=0)
 
-    def weights(self, core: Core) -> np.ndarray:
+    def weights(self, core: CoreSpace) -> np.ndarray:
         """w_K, adding up to 1."""
         norms = np.array([np.linalg.norm(M) for M in core.cores], dtype=np.float64)
         shares = (norms / norms.max()) ** self.power

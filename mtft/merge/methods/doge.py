@@ -17,15 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Core, Merged, svd
-from ..dense import DeltaStream, Rule, compress
-from ..errors import MergeError
-from .base import Method, Parts, Survey
-from .elementwise import check_density, global_thresholds, magnitude_thresholds
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.core_space import CoreSpace, MergedCore, svd
+from mtft.merge.linalg.streamed_delta import DeltaStream, Rule, compress
+from mtft.merge.methods.base import MergeMethod, Parts, Survey
+from mtft.merge.methods.elementwise_base import check_density, global_thresholds, magnitude_thresholds
 
 
 @dataclass(frozen=True)
-class Doge(Method):
+class Doge(MergeMethod):
     """eta: size of a task. steps, learning_rate: of Adam. shared: protected part of the rank. density: the mask's."""
 
     eta: float = 0.07
@@ -49,7 +49,7 @@ class Doge(Method):
         """For `global`: each adapter's threshold over all of its modules."""
         return global_thresholds(modules, self.density) if self.scope == "global" else None
 
-    def merge(self, parts: Parts, seen: object = None) -> Merged:
+    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
         core = parts.core
         lam_K = self.eta / np.array([np.linalg.norm(M) for M in core.cores])
         Y, _ = self.descend(core, lam_K)
@@ -69,7 +69,7 @@ class Doge(Method):
         checked: Rule = rule
         return compress(stream, checked, parts.rank_cap, parts.module)
 
-    def descend(self, core: Core, lam_K: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    def descend(self, core: CoreSpace, lam_K: np.ndarray) -> tuple[np.ndarray, list[float]]:
         """Y [m, R] and the loss before each step."""
         W = _directions(core)
         left = [core.rows.apply(M @ W) for M in core.cores]  # D_k = left_k W^T
@@ -89,12 +89,12 @@ class Doge(Method):
             Y -= self.learning_rate * (first / (1 - 0.9**step)) / size
         return Y, losses
 
-    def protected(self, core: Core) -> np.ndarray:
+    def protected(self, core: CoreSpace) -> np.ndarray:
         """Orthonormal columns [m, int(shared * rank)] of the directions that X must not touch in the gradient."""
         U = svd(np.hstack([svd(M).U for M in core.cores])).U
         return core.rows.apply(U[:, : int(self.shared * U.shape[1])])
 
 
-def _directions(core: Core) -> np.ndarray:
+def _directions(core: CoreSpace) -> np.ndarray:
     """W [dim, rank] in core coordinates: right singular vectors of the stacked deltas."""
     return svd(np.vstack(core.cores)).Vt.T

@@ -17,22 +17,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Core, polar, svd
-from ..errors import MergeError
-from .base import CoreMethod
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.core_space import CoreSpace, polar, svd
+from mtft.merge.methods.base import CoreSpaceMethod
 
 
 @dataclass(frozen=True)
-class IsoC(CoreMethod):
+class IsoC(CoreSpaceMethod):
     """No options."""
 
-    def rule(self, core: Core) -> np.ndarray:
+    def rule(self, core: CoreSpace) -> np.ndarray:
         U, S, Vt = svd(core.sum())
         return (S.mean() if S.size else 0.0) * (U @ Vt)
 
 
 @dataclass(frozen=True)
-class IsoCts(CoreMethod):
+class IsoCts(CoreSpaceMethod):
     """common: share of the sum's rank that is kept as common directions."""
 
     common: float = 0.8
@@ -41,7 +41,7 @@ class IsoCts(CoreMethod):
         if not 0 <= self.common <= 1:
             raise MergeError(f"common is {self.common}", where="options.common", do="a share between 0 and 1, as 0.8")
 
-    def rule(self, core: Core) -> np.ndarray:
+    def rule(self, core: CoreSpace) -> np.ndarray:
         U, S, Vt = svd(core.sum())
         rho, K = len(S), len(core.cores)
         t = round((rho - int(self.common * rho)) / K)

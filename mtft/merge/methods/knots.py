@@ -13,16 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Core, Merged, Whole, svd
-from .base import CoreMethod
-from .dare import Dare
-from .elementwise import DenseMethod
-from .ties import Ties
+from mtft.merge.linalg.core_space import CoreSpace, MergedCore, Whole, svd
+from mtft.merge.methods.base import CoreSpaceMethod
+from mtft.merge.methods.dare import Dare
+from mtft.merge.methods.elementwise_base import ElementwiseMethod
+from mtft.merge.methods.ties import Ties
 
 CUT = 1e-5
 
 
-def knots(core: Core, inner: DenseMethod, pre_scale: bool) -> Merged:
+def knots(core: CoreSpace, inner: ElementwiseMethod, pre_scale: bool) -> MergedCore:
     """The alignment around an elementwise rule."""
     U, S, Vt = svd(np.hstack(core.cores), CUT)
     width = core.cols.dim
@@ -35,11 +35,11 @@ def knots(core: Core, inner: DenseMethod, pre_scale: bool) -> Merged:
     labels = {"names": core.names, "module": core.module, "seed": core.seed}
     merged = inner.merge_arrays(rows, ones, **labels)
     left = U if pre_scale else U * S
-    return Merged(left @ merged, core.rows, Whole(core.cols.size))
+    return MergedCore(left @ merged, core.rows, Whole(core.cols.size))
 
 
 @dataclass(frozen=True)
-class KnotsTies(CoreMethod):
+class KnotsTies(CoreSpaceMethod):
     """density, variant, value: of TIES. pre_scale: merge S V_k (the authors' code) or V_k."""
 
     density: float = 0.2
@@ -53,12 +53,12 @@ class KnotsTies(CoreMethod):
     def _inner(self) -> Ties:
         return Ties(self.density, self.variant, self.value)
 
-    def merge_core(self, core: Core, seen: object = None) -> Merged:
+    def merge_core(self, core: CoreSpace, seen: object = None) -> MergedCore:
         return knots(core, self._inner(), self.pre_scale)
 
 
 @dataclass(frozen=True)
-class KnotsDare(CoreMethod):
+class KnotsDare(CoreSpaceMethod):
     """density: of DARE. then: linear or ties. pre_scale: as above."""
 
     density: float = 0.5
@@ -71,5 +71,5 @@ class KnotsDare(CoreMethod):
     def _inner(self) -> Dare:
         return Dare(self.density, self.then)
 
-    def merge_core(self, core: Core, seen: object = None) -> Merged:
+    def merge_core(self, core: CoreSpace, seen: object = None) -> MergedCore:
         return knots(core, self._inner(), self.pre_scale)

@@ -14,25 +14,25 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..core import Core
-from .base import CoreMethod
+from mtft.merge.linalg.core_space import CoreSpace
+from mtft.merge.methods.base import CoreSpaceMethod
 
 
 @dataclass(frozen=True)
-class Linear(CoreMethod):
+class LinearMerge(CoreSpaceMethod):
     """sum w_k D_k, cut to the rank asked for."""
 
-    def rule(self, core: Core) -> np.ndarray:
+    def rule(self, core: CoreSpace) -> np.ndarray:
         return core.sum()
 
 
 @dataclass(frozen=True)
-class Cat(Linear):
+class Cat(LinearMerge):
     """sum w_k D_k, nothing cut: the rank is what the sum has."""
 
     default_rank: ClassVar[str] = "lossless"
 
 
 @dataclass(frozen=True)
-class Svd(Linear):
+class Svd(LinearMerge):
     """sum w_k D_k, best approximation of the rank asked for (Eckart & Young)."""

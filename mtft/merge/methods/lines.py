@@ -16,16 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Merged, Spectrum, balanced, svd
-from ..errors import MergeError
-from .base import Method, Parts, Survey
-from .inner import core_method
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.core_space import MergedCore, Spectrum, balanced, svd
+from mtft.merge.methods.base import MergeMethod, Parts, Survey
+from mtft.merge.methods.inner_method import core_method
 
 ROWS = 256
 
 
 @dataclass(frozen=True)
-class Lines(Method):
+class Lines(MergeMethod):
     """of: linear, tsv, iso_c, iso_cts or wudi. alpha, beta: see above. norm: frobenius or l1."""
 
     of: str = "linear"
@@ -50,7 +50,7 @@ class Lines(Method):
             largest_K = max(largest_K, len(parts.names))
             if needs_norms:
                 core = parts.core
-                of_sum += self._size(Merged(core.sum(), core.rows, core.cols))
+                of_sum += self._size(MergedCore(core.sum(), core.rows, core.cols))
                 of_merged += self._size(core_method(self.of).merge_core(core))
         ratio = of_sum / of_merged if needs_norms and of_merged else 1.0
         if self.norm == "frobenius":
@@ -60,12 +60,12 @@ class Lines(Method):
         depth = max((layer for layer in layers.values() if layer is not None), default=0) + 1
         return {module: layer_factor(layer, depth, alpha, beta) for module, layer in layers.items()}
 
-    def merge(self, parts: Parts, seen: object = None) -> Merged:
+    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
         factors: dict[str, float] = seen  # type: ignore[assignment]
         merged = core_method(self.of).merge_core(parts.core)
-        return Merged(factors[parts.module] * merged.X, merged.rows, merged.cols)
+        return MergedCore(factors[parts.module] * merged.X, merged.rows, merged.cols)
 
-    def _size(self, merged: Merged) -> float:
+    def _size(self, merged: MergedCore) -> float:
         """Squared Frobenius norm, or L1 norm in row blocks."""
         if self.norm == "frobenius":
             return merged.square

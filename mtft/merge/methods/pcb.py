@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dense import Rule, select
-from ..errors import MergeError
-from .base import Survey
-from .elementwise import DenseMethod, Task, check_density, task_of
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.streamed_delta import Rule, select
+from mtft.merge.methods.base import Survey
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, task_of
 
 Ends = tuple[float, float]
 """Least and largest value of a clamp."""
@@ -35,7 +35,7 @@ class _Facts:
 
 
 @dataclass(frozen=True)
-class Pcb(DenseMethod):
+class Pcb(ElementwiseMethod):
     """ratio: share of entries that survive (the authors: 0.05 together with a search of scale and weights).
 
     scope: order statistics per `module`, or `global`.
@@ -53,7 +53,7 @@ class Pcb(DenseMethod):
         """For `global`: the order statistics over all modules."""
         return None if self.scope == "module" else self._facts(lambda: (task_of(parts) for parts in modules()))
 
-    def rule(self, task: Task, seen: _Facts | None = None) -> Rule:
+    def rule(self, task: TaskDelta, seen: _Facts | None = None) -> Rule:
         facts = seen or self._facts(lambda: iter([task]))
         spans, limits = ([table[name] for name in task.names] for table in (facts.spans, facts.limits))
         weights_K = task.weights_K.astype(task.stream.dtype)
@@ -94,7 +94,7 @@ class Pcb(DenseMethod):
         spans = ends(edges, lambda task, blocks: [np.abs(x) for x in blocks])
         tops = [[min(n - 1, int((1 - self.ratio) * n)), n - 1] for n in sizes.values()]
 
-        def balanced(task: Task, blocks: list[np.ndarray]) -> list[np.ndarray]:
+        def balanced(task: TaskDelta, blocks: list[np.ndarray]) -> list[np.ndarray]:
             return balance(blocks, [spans[name] for name in task.names], len(sizes))
 
         return _Facts(spans, ends(tops, balanced), len(sizes))

@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from ..core import Merged, to_core
-from ..errors import MergeError
-from ..factors import Factors
-from ..tensors import TensorFile
-from .base import Method, Parts
+from mtft.adapters.lora_factors import LoraFactors
+from mtft.adapters.safetensors_io import TensorFile
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.core_space import MergedCore, to_core
+from mtft.merge.methods.base import MergeMethod, Parts
 
 
 @dataclass(frozen=True)
-class RegMean(Method):
+class RegMean(MergeMethod):
     """grams: folder of the G_k. rho: shrinks off-diagonals (in use: 0.1 to 1). ridge: share of the mean diagonal."""
 
     grams: str = ""
@@ -40,13 +40,13 @@ class RegMean(Method):
     def describe(self) -> dict[str, object]:
         return {**super().describe(), "grams": Path(self.grams).name}  # a folder's place is no property of the merge
 
-    def merge(self, parts: Parts, seen: object = None) -> Merged:
+    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
         if not self.grams:
             raise MergeError("regmean needs the inputs' Gram matrices", where="options.grams", do="give their folder")
         grams = [self._read(name, parts.module, parts.shape[1]) for name in parts.names]
         changed = regmean_factors(parts.factors, grams, self.rho, self.ridge)
         core = to_core(changed, parts.weights_K, parts.dtype)
-        return Merged(core.sum(), core.rows, core.cols)
+        return MergedCore(core.sum(), core.rows, core.cols)
 
     def _read(self, name: str, module: str, n: int) -> np.ndarray:
         path = Path(self.grams) / f"{name}.safetensors"
@@ -58,7 +58,9 @@ class RegMean(Method):
         return file.read(module)
 
 
-def regmean_factors(factors: Sequence[Factors], grams: Sequence[np.ndarray], rho: float, ridge: float) -> list[Factors]:
+def regmean_factors(
+    factors: Sequence[LoraFactors], grams: Sequence[np.ndarray], rho: float, ridge: float
+) -> list[LoraFactors]:
     """The factors with A_k G_k (sum G)^-1 in place of A_k."""
     shrunk = [rho * G + (1 - rho) * np.diag(np.diag(G)) for G in grams]
     total = np.sum(shrunk, axis=0)

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Merged, to_core
-from ..errors import MergeError
-from ..factors import Factors
-from .base import Method, Parts
-from .elementwise import check_density, kept_count
+from mtft.adapters.lora_factors import LoraFactors
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.core_space import MergedCore, to_core
+from mtft.merge.methods.base import MergeMethod, Parts
+from mtft.merge.methods.elementwise_base import check_density, kept_count
 
 
 @dataclass(frozen=True)
-class RobustMerge(Method):
+class RobustMerge(MergeMethod):
     """density: share of each factor's entries kept. level: position of the floor of c among its sorted values."""
 
     density: float = 0.2
@@ -33,7 +33,7 @@ class RobustMerge(Method):
         check_density(self.density)
         check_density(self.level, "level")
 
-    def merge(self, parts: Parts, seen: object = None) -> Merged:
+    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
         ranks = {f.rank for f in parts.factors}
         if len(ranks) > 1:
             do = "choose a method that sees deltas, as ties or tsv"
@@ -48,8 +48,8 @@ class RobustMerge(Method):
             A = A + trimmed
             B = B + c * self._trim(weight * f.scale * f.B_MR, parts.module)
             total += c
-        core = to_core([Factors(2 * A, 2 * B / total, 1.0)], [1.0], parts.dtype)
-        return Merged(core.sum(), core.rows, core.cols)
+        core = to_core([LoraFactors(2 * A, 2 * B / total, 1.0)], [1.0], parts.dtype)
+        return MergedCore(core.sum(), core.rows, core.cols)
 
     def _trim(self, X: np.ndarray, what: str) -> np.ndarray:
         size = np.abs(X)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dense import Rule, select
-from .elementwise import DenseMethod, Task, check_density, kept_count
+from mtft.merge.linalg.streamed_delta import Rule, select
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, kept_count
 
 
 @dataclass(frozen=True)
-class Sce(DenseMethod):
+class Sce(ElementwiseMethod):
     """density: f, share of the entries with variance that are kept."""
 
     density: float = 1.0
@@ -26,7 +26,7 @@ class Sce(DenseMethod):
     def __post_init__(self) -> None:
         check_density(self.density)
 
-    def rule(self, task: Task, seen: object = None) -> Rule:
+    def rule(self, task: TaskDelta, seen: object = None) -> Rule:
         least = self._threshold(task)
         energy = np.zeros(task.stream.K)
         for blocks in task.weighted():
@@ -50,7 +50,7 @@ class Sce(DenseMethod):
 
         return rule
 
-    def _threshold(self, task: Task) -> float | None:
+    def _threshold(self, task: TaskDelta) -> float | None:
         """Variance of the last entry kept, None = all."""
         if self.density == 1:
             return None

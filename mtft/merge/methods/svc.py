@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Core, svd
-from ..errors import MergeError
-from .base import CoreMethod
-from .inner import core_method
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.core_space import CoreSpace, svd
+from mtft.merge.methods.base import CoreSpaceMethod
+from mtft.merge.methods.inner_method import core_method
 
 
 @dataclass(frozen=True)
-class Svc(CoreMethod):
+class Svc(CoreSpaceMethod):
     """alpha: floor of p (the authors' configs 0.1, their docstring 1.0). of: linear, tsv, iso_c, iso_cts or wudi."""
 
     alpha: float = 0.1
@@ -31,7 +31,7 @@ class Svc(CoreMethod):
             raise MergeError(f"alpha is {self.alpha}", where="options.alpha", do="a number > 0, as 0.1")
         core_method(self.of)
 
-    def rule(self, core: Core) -> np.ndarray:
+    def rule(self, core: CoreSpace) -> np.ndarray:
         U, S, Vt = svd(core_method(self.of).rule(core))
         total = np.zeros(len(S))
         for M in core.cores:

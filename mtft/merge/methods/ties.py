@@ -20,16 +20,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dense import Rule
-from ..errors import MergeError
-from .base import Survey
-from .elementwise import DenseMethod, Task, check_density, global_thresholds, lazily, magnitude_thresholds, task_of
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.streamed_delta import Rule
+from mtft.merge.methods.base import Survey
+from mtft.merge.methods.elementwise_base import (
+    ElementwiseMethod,
+    TaskDelta,
+    check_density,
+    global_thresholds,
+    lazily,
+    magnitude_thresholds,
+    task_of,
+)
 
 VARIANTS = ("paper", "mergekit", "peft")
 
 
 @dataclass(frozen=True)
-class Ties(DenseMethod):
+class Ties(ElementwiseMethod):
     """density: share of entries kept. variant, value: above. scope: trim per `module` (peers) or `global` (paper)."""
 
     density: float = 0.2
@@ -54,7 +62,7 @@ class Ties(DenseMethod):
             majority += sign_balance(task, trim([thresholds[name] for name in parts.names]), task.weights_K)
         return thresholds, float(np.sign(majority))
 
-    def rule(self, task: Task, seen: tuple[dict[str, float], float] | None = None) -> Rule:
+    def rule(self, task: TaskDelta, seen: tuple[dict[str, float], float] | None = None) -> Rule:
         if seen is None:
             cut = trim(magnitude_thresholds(task.stream, self.density, task.module))
             majority = lazily(lambda: float(np.sign(sign_balance(task, cut, task.weights_K))))
@@ -80,7 +88,7 @@ def check_election(variant: str, value: str) -> None:
         raise MergeError(f"value is {value!r}", where="options.value", do="mean or sum")
 
 
-def sign_balance(task: Task, cut: Cut, weights_K: np.ndarray) -> float:
+def sign_balance(task: TaskDelta, cut: Cut, weights_K: np.ndarray) -> float:
     """Sum of the elected signs over all entries: which sign is the more common one."""
     total = 0.0
     for start, blocks in task.stream:
@@ -92,7 +100,7 @@ def _weighted_sum(blocks: list[np.ndarray], weights_K: np.ndarray) -> np.ndarray
     return np.sum([x.dtype.type(w) * x for w, x in zip(weights_K, blocks)], axis=0)
 
 
-def elected(task: Task, cut: Cut, variant: str, value: str, majority: Callable[[], float]) -> Rule:
+def elected(task: TaskDelta, cut: Cut, variant: str, value: str, majority: Callable[[], float]) -> Rule:
     """The election among the blocks that `cut` leaves. majority: the sign that breaks ties in variant `paper`."""
     weights_K = task.weights_K.astype(task.stream.dtype)
     by_own = variant == "peft"

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Core, polar
-from .base import CoreMethod
+from mtft.merge.linalg.core_space import CoreSpace, polar
+from mtft.merge.methods.base import CoreSpaceMethod
 
 
 @dataclass(frozen=True)
-class Tsv(CoreMethod):
+class Tsv(CoreSpaceMethod):
     """No options: every task keeps all of its triples."""
 
-    def rule(self, core: Core) -> np.ndarray:
+    def rule(self, core: CoreSpace) -> np.ndarray:
         spectra = [core.spectrum(k) for k in range(len(core.cores))]
         U = polar(np.hstack([s.U for s in spectra]))
         V = polar(np.hstack([s.Vt.T for s in spectra]))

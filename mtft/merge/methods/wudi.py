@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Core, svd
-from ..errors import MergeError
-from .base import CoreMethod
+from mtft.common.errors import MergeError
+from mtft.merge.linalg.core_space import CoreSpace, svd
+from mtft.merge.methods.base import CoreSpaceMethod
 
 
 @dataclass(frozen=True)
-class Wudi(CoreMethod):
+class Wudi(CoreSpaceMethod):
     """ridge: pull towards the plain sum, as a share of the mean eigenvalue of G."""
 
     ridge: float = 0.1
@@ -30,7 +30,7 @@ class Wudi(CoreMethod):
         if self.ridge < 0:
             raise MergeError(f"ridge is {self.ridge}", where="options.ridge", do="0 or more, as 0.1")
 
-    def rule(self, core: Core) -> np.ndarray:
+    def rule(self, core: CoreSpace) -> np.ndarray:
         norms = [np.linalg.norm(M) for M in core.cores]
         cores = [(M, norm) for M, norm in zip(core.cores, norms) if norm > 0]
         # With T = [D_k / ||D_k||] stacked, G = T^T T: its SVD gives G's without squaring the condition number.

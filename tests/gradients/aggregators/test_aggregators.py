@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from mtft.errors import UserError
+from mtft.common.errors import UserError
 from mtft.gradients.aggregators import AGGREGATORS, make_aggregator
 from tests.properties import aggregators as properties
 from tests.properties.aggregators import direction, jacobian, jacobians

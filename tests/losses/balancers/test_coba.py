@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from mtft.errors import UserError
-from mtft.losses.balancers import Context, Observation
+from mtft.common.errors import UserError
+from mtft.losses.balancers import BalancerContext, Observation
 from mtft.losses.balancers.coba import CoBa
-from mtft.losses.balancers.slope import slopes
+from mtft.losses.balancers.ols_slope import slopes
 
 NOTHING = torch.full((9,), torch.nan, dtype=torch.float64)
 
@@ -21,7 +21,9 @@ def observed(step, ratios):
 
 
 def coba(num_tasks, variant="paper", valid_every=1, **options):
-    balancer = CoBa(Context(tuple("abcdefghi"[:num_tasks])), variant=variant, valid_every=valid_every, **options)
+    balancer = CoBa(
+        BalancerContext(tuple("abcdefghi"[:num_tasks])), variant=variant, valid_every=valid_every, **options
+    )
     balancer.update(observed(0, [1.0] * num_tasks))
     return balancer
 
@@ -135,7 +137,7 @@ def test_weights_renew_every_valid_every_steps():
 
 @pytest.mark.parametrize("loss", [0.0, torch.nan, -1.0])
 def test_the_first_losses_must_be_there(loss):
-    balancer = CoBa(Context(("code", "sql")))
+    balancer = CoBa(BalancerContext(("code", "sql")))
     with pytest.raises(UserError, match=r"task sql has validation loss .* before training"):
         balancer.update(observed(0, (1.0, loss)))
 

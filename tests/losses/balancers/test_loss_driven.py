@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torchjd import scalarization
 
-from mtft.errors import UserError
-from mtft.losses.balancers import BALANCERS, Context, Observation
-from mtft.losses.balancers.learned import imtl_l_gradient, uw_gradient
+from mtft.common.errors import UserError
+from mtft.losses.balancers import BALANCERS, BalancerContext, Observation
+from mtft.losses.balancers.uncertainty import imtl_l_gradient, uw_gradient
 
 L0, L1, L2 = (torch.tensor(x, dtype=torch.float64) for x in ([2, 1, 0.5], [1.8, 0.95, 0.3], [1.7, 0.97, 0.25]))
 INVERSE = (0.428571, 0.857143, 1.714286)  # 3 (1/L0) / sum 1/L0
 
 
 def make(name, **options):
-    return BALANCERS[name](Context(("a", "b", "c")), **options)
+    return BALANCERS[name](BalancerContext(("a", "b", "c")), **options)
 
 
 def close(got: Tensor, expected, atol=1e-6) -> None:

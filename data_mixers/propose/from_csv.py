@@ -1,0 +1,208 @@
+"""Bring your own trials: CSV files in, a mixture out (`mtft mix fit` and `mtft mix propose` without a recipe).
+
+Trials of one scale are fitted as they are. Is the mixture meant for runs of another scale (a larger model, a longer
+run), say so: with a few large runs the small-scale predictions are mapped to theirs (scale.py), without any a law is
+taken for each target whose small trials it ranks.
+"""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data_mixers.common.csv_tables import CsvTable, check_rows, read_shares_csv, read_shares_yaml, read_table
+from data_mixers.common.errors import MixError
+from data_mixers.fitting.scale_transfer import ScaledFits, calibrate, for_mixtures, for_other_scale
+from data_mixers.fitting.surrogate_fits import SurrogateFits, fit_surrogates
+from data_mixers.mixture.bounds import Bounds
+from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture, check_names, uniform
+from data_mixers.propose.proposal import Objective, Proposal, propose_mixture
+from data_mixers.surrogates.base import shares
+from data_mixers.sweep.ledger import TrialLedger
+from data_mixers.sweep.trial import Goal
+
+FEW = 8  # trials; below it intervals and weights rest on next to nothing
+
+
+def read_mixture(path: str | Path, names: Sequence[str]) -> Mixture:
+    """A mixture of the tasks `names` from a CSV, YAML or JSON file."""
+    suffix = Path(path).suffix.lower()
+    return Mixture.from_csv(path, names) if suffix in (".csv", ".tsv", ".txt") else Mixture.from_yaml(path, names)
+
+
+def parse_limits(entries: Sequence[str], option: str) -> dict[str, float]:
+    """{"sql": 0.05} of ["sql=0.05"]; MixError names the entry."""
+    limits: dict[str, float] = {}
+    for entry in entries:
+        name, equals, text = entry.rpartition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not equals or not name or not 0 <= value <= 1:
+            raise MixError(f"{option} {entry}", where="command line", do=f"{option} NAME=SHARE with 0 <= SHARE <= 1")
+        if name in limits:
+            raise MixError(f"{option} {name} twice", where="command line", do="give each task one limit")
+        limits[name] = value
+    return limits
+
+
+def fit_csv(
+    mixtures_csv: str | Path,
+    scores_csv: str | Path,
+    targets: Sequence[str] | Literal["all"] = "all",
+    *,
+    index: str | None = None,
+    goal: Mapping[str, Goal] | Goal | None = "min",
+    surrogate: str = "auto",
+    cv: int = 5,
+    limit: int | None = None,
+    seed: int = 0,
+    level: float = 0.9,
+    other_scale: bool = False,
+) -> SurrogateFits:
+    """fit on trials from two CSV files joined on `index` (see TrialLedger.from_csv). other_scale: the fits are to rank
+    runs of another scale than the trials' (scale.for_other_scale: a law instead of the stack, where it may be taken).
+    """
+    ledger = TrialLedger.from_csv(mixtures_csv, scores_csv, index, goal)
+    if targets != "all":
+        for target in targets:
+            if target not in ledger.targets:
+                check_names([*ledger.targets, target], ledger.targets, where=str(scores_csv), kind="target")
+    fits = fit_surrogates(ledger, targets, surrogate, goal=goal, cv=cv, limit=limit, seed=seed, level=level)
+    return for_other_scale(fits) if other_scale else fits
+
+
+def mixtures_to_predict(path: str | Path, names: Sequence[str], *, index: str | None = None) -> CsvTable:
+    """The mixtures of a CSV over the tasks `names` (in the file's order), each row checked."""
+    table = read_table(path, index)
+    check_names(table.columns, names, where=str(path))
+    check_rows(table, SUM_TOLERANCE)
+    return table
+
+
+def predict_csv(
+    fits: SurrogateFits | ScaledFits,
+    mixtures_csv: str | Path,
+    out_csv: str | Path,
+    *,
+    index: str | None = None,
+    level: float = 0.9,
+    scale: Literal["auto", "as_fitted"] = "as_fitted",
+) -> int:
+    """Predict the rows of a mixtures CSV; write `index, <target>, <target>_lower, <target>_upper`. Returns the rows.
+
+    scale: "auto" looks at how the mixtures are drawn (scale.for_mixtures); "as_fitted" takes the fits as they are,
+    as do fits that are mapped to large runs.
+    """
+    table = mixtures_to_predict(mixtures_csv, fits.names, index=index)
+    rows = table.values[:, [table.columns.index(name) for name in fits.names]]
+    rows = shares(rows, renormalise=False)
+    if scale == "auto" and isinstance(fits, SurrogateFits):
+        fits = for_mixtures(fits, rows, where=str(mixtures_csv))
+    predictions = fits.predict(rows, level=level)
+    Path(out_csv).parent.mkdir(parents=True, exist_ok=True)
+    with open(out_csv, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([table.index_name, *(name + end for name in fits.targets for end in ("", "_lower", "_upper"))])
+        for position, key in enumerate(table.index):
+            cells: list[Any] = [key]
+            for prediction in predictions.values():
+                cells += [repr(float(column[position])) for column in prediction]
+            writer.writerow(cells)
+    return len(rows)
+
+
+def large_runs(
+    fits: SurrogateFits,
+    mixtures_csv: str | Path,
+    scores_csv: str | Path,
+    *,
+    index: str | None = None,
+    goal: Goal = "min",
+) -> ScaledFits:
+    """The fits, mapped to the scale of the runs in two CSV files (same tasks; every target of the fits)."""
+    ledger = TrialLedger.from_csv(mixtures_csv, scores_csv, index, goal)
+    check_names(ledger.names, fits.names, where=str(mixtures_csv))
+    missing = [target for target in fits.targets if target not in ledger.targets]
+    if missing:
+        raise MixError(f"no column {', '.join(missing)}", where=str(scores_csv), do="the large runs need every target")
+    columns = [ledger.to_arrays(target) for target in fits.targets]
+    if len({len(column.y) for column in columns}) > 1:
+        raise MixError("blank scores among the large runs", where=str(scores_csv), do="leave such runs out")
+    order = [ledger.names.index(name) for name in fits.names]
+    return calibrate(fits, columns[0].X[:, order], np.stack([column.y for column in columns]))
+
+
+@dataclass(frozen=True)
+class ShareLimits:
+    """What `mtft mix propose` takes beside the trials: shares by task name, and epoch caps."""
+
+    caps: Mapping[str, float]
+    floors: Mapping[str, float]
+    max_epochs: float | None = None
+    sizes: Mapping[str, float] | None = None
+    total: float | None = None
+
+    def bounds(self, names: tuple[str, ...]) -> Bounds:
+        """Bounds over the tasks of the trials; MixError names an unknown task or what is missing for epoch caps."""
+        for option, limits in (("--cap", self.caps), ("--floor", self.floors)):
+            unknown = [name for name in limits if name not in names]
+            if unknown:
+                check_names([*names, *unknown], names, where=f"command line, {option}")
+        if self.max_epochs is not None and (self.sizes is None or self.total is None):
+            raise MixError("--max-epochs needs --sizes and --total", where="command line", do="give both")
+        return Bounds(
+            floors=self.floors,
+            caps=self.caps,
+            max_epochs={} if self.max_epochs is None else self.max_epochs,
+            sizes=self.sizes,
+            total=self.total,
+            names=names,
+        )
+
+
+def propose_from(
+    fits: SurrogateFits,
+    *,
+    objective: Objective = "mean",
+    limits: ShareLimits,
+    prior: str | Path | None = None,
+    current: str | Path | None = None,
+    kl: float = 0.05,
+    min_gain: float = 0.0,
+    level: float = 0.9,
+    seed: int = 0,
+) -> Proposal:
+    """The proposal for fitted trials. prior: file of shares (default: uniform); current: file of shares, what the
+    proposal has to beat (default: the prior)."""
+    start = uniform(fits.names) if prior is None else read_mixture(prior, fits.names)
+    playing = start if current is None else read_mixture(current, fits.names)
+    bounds = limits.bounds(fits.names)
+    return propose_mixture(
+        fits, objective, bounds, prior=start, current=playing, kl=kl, level=level, min_gain=min_gain, seed=seed
+    )
+
+
+def read_sizes(path: str | Path, names: Sequence[str]) -> dict[str, float]:
+    """{task: rows (or tokens)} from a CSV or YAML file."""
+    reader = read_shares_csv if Path(path).suffix.lower() in (".csv", ".tsv", ".txt") else read_shares_yaml
+    pairs = reader(path)
+    check_names([name for name, _ in pairs], names, where=str(path))
+    return dict(pairs)
+
+
+def say_few(fits: SurrogateFits) -> None:
+    """A warning where the trials are too few for what is said about them."""
+    n, K = min(len(fitted.arrays.y) for fitted in fits.targets.values()), len(fits.names)
+    if n < FEW:
+        warnings.warn(
+            f"{n} trials of {K} tasks: intervals rest on very little; a useful fit needs about {3 * (K + 1)}",
+            stacklevel=2,
+        )

@@ -1,0 +1,214 @@
+"""TrialLedger: what has been tried. JSON lines, append-only; survives kill -9 at any moment.
+
+One line per (trial, progress). All lines of a trial are appended under a file lock with one write and one fsync; each
+says how many belong to the trial (`points`), so that a half-written trial is not taken for a whole one. A torn last
+line is ignored with a warning and cut off at the next append; a torn line in the middle is an error with its number.
+Same (trial, progress) twice: the later one counts. A non-finite score is kept as null, counted, and never fitted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_mixers.common.csv_tables import check_rows, join, read_table
+from data_mixers.common.errors import MixError
+from data_mixers.mixture.mixture import SUM_TOLERANCE, Floats
+from data_mixers.sweep.trial import VERSION, Goal, Trial, TrialRecord, done_records, failed_record, finite
+
+__all__ = ["Arrays", "Trial", "TrialLedger", "TrialRecord", "done_records", "failed_record", "group_rows"]
+
+
+class Arrays(NamedTuple):
+    """Trials as arrays: shares X [n, K], score y [n], group [n] (equal: same mixture), progress [n], scale [n]."""
+
+    X: Floats
+    y: Floats
+    groups: NDArray[np.int64]
+    progress: Floats
+    scale: Floats
+
+
+class TrialLedger:
+    """The ledger at `path` (created at the first append), or one in memory (`path` None)."""
+
+    def __init__(self, path: str | Path | None = None, records: Iterable[TrialRecord] = ()) -> None:
+        self.path = None if path is None else Path(path)
+        self._records = list(records)
+        self._intact = 0  # bytes of the file that are whole lines
+        self._read()
+
+    def _read(self) -> None:
+        """Take in the file anew; nothing to do in memory, or before the first append."""
+        if self.path is None or not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        lines = data.split(b"\n")
+        whole, torn = lines[:-1], lines[-1]
+        records = []
+        for number, line in enumerate(whole, 1):
+            if line.strip():
+                records.append(self._parse(line, number))
+        if torn:
+            warnings.warn(f"{self.path}: the last line is torn (a writer was killed); it is ignored", stacklevel=3)
+        self._records, self._intact = records, len(data) - len(torn)
+
+    def _parse(self, line: bytes, number: int) -> TrialRecord:
+        try:
+            content = json.loads(line)
+            known = {item.name for item in fields(TrialRecord)}
+            if content["v"] > VERSION:
+                raise MixError(f"written by a newer version (v {content['v']})", where=f"{self.path}:{number}")
+            return TrialRecord(**{key: value for key, value in content.items() if key in known})
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise MixError(
+                f"not a line of a trial ledger: {error}", where=f"{self.path}:{number}", do="mend or delete it"
+            ) from error
+
+    def append(self, records: Sequence[TrialRecord]) -> None:
+        """Add the lines of one trial: one write, one fsync, under a lock. Cuts a torn tail first."""
+        if self.path is None:
+            self._records += records
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            data = file.read()
+            file.truncate(data.rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
+            file.write("".join(record.line() + "\n" for record in records).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._read()
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        """Done lines of whole trials, the later of two for the same (trial, progress), in order of first appearance."""
+        latest: dict[tuple[str, float], TrialRecord] = {}
+        for record in self._records:
+            if record.status == "done":
+                latest[record.trial, record.progress] = record
+        whole = self.done
+        return [record for record in latest.values() if record.trial in whole]
+
+    @property
+    def done(self) -> set[str]:
+        """Ids of trials with all their points."""
+        points: dict[str, set[float]] = {}
+        wanted: dict[str, int] = {}
+        for record in self._records:
+            if record.status == "done":
+                points.setdefault(record.trial, set()).add(record.progress)
+                wanted[record.trial] = record.points
+        return {trial for trial, seen in points.items() if len(seen) >= wanted[trial]}
+
+    @property
+    def failed(self) -> dict[str, TrialRecord]:
+        """Last failure of each trial that has not been finished since."""
+        whole = self.done
+        return {r.trial: r for r in self._records if r.status == "failed" and r.trial not in whole}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tasks, in the first record's order; a task that only later records know comes last."""
+        return tuple(dict.fromkeys(name for record in self.records for name in record.mixture))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All scores that any trial has."""
+        return tuple(dict.fromkeys(name for record in self.records for name in record.scores))
+
+    def goal(self, target: str) -> Goal:
+        """min or max; min where no record says (a name that ends in accuracy, match, f1 or score counts as max)."""
+        for record in self.records:
+            if target in record.goal:
+                return "max" if record.goal[target] == "max" else "min"
+        return "max" if target.lower().endswith(("accuracy", "match", "f1", "score")) else "min"
+
+    def nulls(self, target: str) -> int:
+        """Trials whose score is null (diverged runs)."""
+        return sum(1 for record in self.records if target in record.scores and record.scores[target] is None)
+
+    def to_arrays(self, target: str, *, mixed_config: bool = False) -> Arrays:
+        """The trials that have a finite `target`. Error: unknown target; several configs, unless allowed."""
+        if target not in self.targets:
+            raise MixError(
+                f"no trial has a score {target!r}",
+                where=str(self.path or "ledger"),
+                do=f"scores: {', '.join(self.targets)}",
+            )
+        used = [record for record in self.records if record.scores.get(target) is not None]
+        if len({record.config for record in used}) > 1 and not mixed_config:
+            raise MixError(
+                f"the trials come from {len({record.config for record in used})} different recipes",
+                where=str(self.path or "ledger"),
+                do="start another ledger, or allow it (mixed_config=True)",
+            )
+        names = self.names
+        X = np.array([[float(record.mixture.get(name, 0.0)) for name in names] for record in used]).reshape(
+            -1, len(names)
+        )
+        return Arrays(
+            X,
+            np.array([float(score) for record in used if (score := record.scores[target]) is not None]),
+            group_rows(X),
+            np.array([float(record.progress) for record in used]),
+            np.array([math.nan if record.scale is None else float(record.scale) for record in used]),
+        )
+
+    def limited(self, n: int) -> TrialLedger:
+        """The first n trials, in memory."""
+        keep = set(list(dict.fromkeys(record.trial for record in self.records))[:n])
+        return TrialLedger(None, [record for record in self.records if record.trial in keep])
+
+    @classmethod
+    def from_csv(
+        cls,
+        mixtures: str | Path,
+        scores: str | Path,
+        index: str | None = None,
+        goal: Mapping[str, str] | Goal | None = None,
+    ) -> TrialLedger:
+        """Bring your own trials: two CSV files joined on `index`. Shares are kept as they stand in the file.
+
+        A column `progress` in the scores is taken as such; a blank score is null. Errors say file, row and column.
+        """
+        left, right = read_table(mixtures, index), read_table(scores, index, blank=True)
+        keys, X, Y = join(left, right)
+        check_rows(left, SUM_TOLERANCE)
+        targets = [name for name in right.columns if name != "progress"]
+        if not targets:
+            raise MixError("no score columns", where=str(scores))
+        if isinstance(goal, str):
+            goal = dict.fromkeys(targets, goal)
+        records = []
+        for key, shares, values in zip(keys, X, Y, strict=True):
+            row = dict(zip(right.columns, values, strict=True))
+            records.append(
+                TrialRecord(
+                    trial=key,
+                    status="done",
+                    mixture=dict(zip(left.columns, shares.tolist(), strict=True)),
+                    progress=float(row.get("progress", 1.0)),
+                    scores={name: finite(row[name]) for name in targets},
+                    goal=dict(goal or {}),
+                )
+            )
+        return cls(None, records)
+
+
+def group_rows(X: Floats) -> NDArray[np.int64]:
+    """Group number [n] of each row: equal rows (to 1e-9) share one."""
+    _, groups = np.unique(np.round(X, 9), axis=0, return_inverse=True)
+    return groups.reshape(-1).astype(np.int64)

@@ -1,0 +1,119 @@
+"""A trial to be made, and the line that the ledger keeps of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from data_mixers.mixture.mixture import Mixture
+
+VERSION = 1
+Goal = Literal["min", "max"]  # of a score: losses are minimised
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run to be made: a mixture and a seed. `config` = SHA-256 of the recipe without its mixture."""
+
+    mixture: Mixture
+    seed: int = 0
+    config: str = ""
+    scale: float | None = None
+    model: str | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    sizes: Mapping[str, int] | None = None
+    goal: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """12 hex digits of SHA-256 of mixture, seed, config and scale."""
+        key = [
+            list(self.mixture.names),
+            [repr(float(p)) for p in self.mixture.shares],
+            self.seed,
+            self.config,
+            self.scale,
+        ]
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One line of the ledger."""
+
+    trial: str
+    status: Literal["done", "failed"]
+    mixture: Mapping[str, float]
+    progress: float = 1.0
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    goal: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None
+    scale: float | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    seed: int = 0
+    sizes: Mapping[str, int] | None = None
+    cost: Mapping[str, float | None] = field(default_factory=dict)
+    config: str = ""
+    error: str | None = None
+    time: str = ""
+    points: int = 1
+    v: int = VERSION
+
+    def line(self) -> str:
+        """JSON of this record; a non-finite score becomes null."""
+        out = {item.name: getattr(self, item.name) for item in fields(self)}
+        out["scores"] = {name: finite(score) for name, score in self.scores.items()}
+        for key in ("mixture", "goal", "cost", "sizes"):
+            out[key] = None if out[key] is None else dict(out[key])
+        return json.dumps(out, allow_nan=False)
+
+
+def done_records(
+    trial: Trial, points: Sequence[tuple[float, Mapping[str, float]]], seconds: float
+) -> list[TrialRecord]:
+    """The lines of a finished trial from its [(progress, {target: score})]."""
+    return [
+        TrialRecord(
+            progress=float(progress),
+            scores={name: finite(score) for name, score in scores.items()},
+            status="done",
+            cost={"seconds": round(seconds, 3), "flops": None},
+            points=len(points),
+            **_common(trial),
+        )
+        for progress, scores in points
+    ]
+
+
+def failed_record(trial: Trial, error: str, seconds: float) -> TrialRecord:
+    """The line of a trial that broke."""
+    return TrialRecord(
+        status="failed", error=error, cost={"seconds": round(seconds, 3), "flops": None}, **_common(trial)
+    )
+
+
+def _common(trial: Trial) -> dict[str, Any]:
+    return {
+        "trial": trial.id,
+        "mixture": trial.mixture.as_dict(),
+        "goal": dict(trial.goal),
+        "model": trial.model,
+        "scale": trial.scale,
+        "steps": trial.steps,
+        "tokens": trial.tokens,
+        "seed": trial.seed,
+        "sizes": trial.sizes,
+        "config": trial.config,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def finite(score: float | None) -> float | None:
+    return float(score) if score is not None and math.isfinite(score) else None

@@ -1,0 +1,216 @@
+"""The merged adapter on disk: a folder that PEFT and vLLM load, there as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from mtft.adapters.lora_config import CONFIG
+from mtft.adapters.lora_factors import PREFIX, WEIGHTS, LoraAdapter, factor_keys
+from mtft.adapters.safetensors_io import TensorWriter
+from mtft.common.errors import MergeError
+from mtft.merge.engine.merge_plan import MergePlan
+
+OWN_FILES = frozenset({WEIGHTS, CONFIG, "README.md", "merge.json"})
+DTYPES = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+
+
+def disk_dtype(adapters: Sequence[LoraAdapter], dtype: str | None) -> str:
+    """The type to write: the one asked for, else the inputs'; mixed half precisions become float32."""
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise MergeError(f"dtype is {dtype!r}", where="dtype", do=f"one of {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    found = set().union(*(adapter.dtypes for adapter in adapters))
+    if len(found) == 1:
+        return found.pop()
+    return "F64" if "F64" in found else "F32"
+
+
+def usual_rank(rank: int) -> int:
+    """The next rank that servers take: 8, or a power of two."""
+    return max(8, 1 << (rank - 1).bit_length())
+
+
+@contextmanager
+def replacing(
+    out: Path, *, overwrite: bool, inputs: Sequence[Path] = (), own: frozenset[str] = OWN_FILES
+) -> Iterator[Path]:
+    """A scratch folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
+
+    Refuses to replace an input, anything there without `overwrite`, or a folder that holds other files than ours.
+    """
+    target = out.resolve()
+    if any(target == path.resolve() or target in path.resolve().parents for path in inputs):
+        raise MergeError(
+            "the output folder is, or holds, one of the inputs", where=str(out), do="choose another folder"
+        )
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise MergeError("there is a file or link of this name", where=str(out), do="choose another folder")
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if there and not overwrite:
+        raise MergeError("there is something already", where=str(out), do="choose another folder, or overwrite")
+    if there - own:
+        other = sorted(there - own)[0]
+        raise MergeError(
+            f"the folder also holds {other!r}; it is not replaced", where=str(out), do="choose another folder"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_left_over(target)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{_aside(target, 'part')}{os.getpid()}-", dir=target.parent))
+    except OSError as error:
+        raise MergeError(
+            f"can't write there: {error.strerror}", where=str(out.parent), do="choose another folder"
+        ) from None
+    try:
+        yield scratch
+        scratch.chmod(0o755 & ~_umask())
+        if there:
+            old = Path(tempfile.mkdtemp(prefix=f"{_aside(target, 'old')}{os.getpid()}-", dir=target.parent))
+            os.replace(target, old / "adapter")
+            os.replace(scratch, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _aside(target: Path, what: str) -> str:
+    return f".{target.name}.{what}-{socket.gethostname()}-"
+
+
+def _clear_left_over(target: Path) -> None:
+    """Remove the folders that killed merges into `target` left aside: those of this machine's dead processes.
+
+    What was there before an overwrite is kept until something stands in its place.
+    """
+    kinds = ("part", "old") if target.exists() else ("part",)
+    names = "|".join(re.escape(_aside(target, kind)) for kind in kinds)
+    for path in target.parent.iterdir():
+        found = re.fullmatch(rf"(?:{names})(\d+)-[^-]+", path.name)
+        if found is not None and path.is_dir() and not path.is_symlink() and not _alive(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class AdapterWriter:
+    """Streams merged modules, in the plan's order, into `folder`/adapter_model.safetensors at a uniform rank."""
+
+    def __init__(self, folder: Path, plan: MergePlan, rank: int, dtype: str, saved: dict[str, np.ndarray]) -> None:
+        self.folder, self.plan, self.rank, self.saved = folder, plan, rank, saved
+        self.with_bias = any(module.layout.has_bias for module in plan.modules)
+        entries = []
+        for module in plan.modules:
+            layout = module.layout
+            key_A, key_B, key_bias = factor_keys(module.name, layout.kind)
+            entries += [(key_A, dtype, (rank, layout.n)), (key_B, dtype, (layout.m, rank))]
+            if self.with_bias and layout.kind == "linear":
+                entries.append((key_bias, dtype, (layout.m,)))
+        entries += [(key, dtype, values.shape) for key, values in saved.items()]
+        self._writer = TensorWriter(folder / WEIGHTS, entries)
+        self._kinds = {module.name: module.layout.kind for module in plan.modules}
+
+    def add(self, name: str, B_MR: np.ndarray, A_RN: np.ndarray, bias_M: np.ndarray | None) -> None:
+        """Write one module; factors of lower rank get zero rows and columns."""
+        kind = self._kinds[name]
+        key_A, key_B, key_bias = factor_keys(name, kind)
+        short = self.rank - A_RN.shape[0]
+        try:
+            self._writer.write(key_A, np.pad(A_RN, ((0, short), (0, 0))))
+            self._writer.write(key_B, np.pad(B_MR, ((0, 0), (0, short))))
+            if self.with_bias and kind == "linear":
+                self._writer.write(key_bias, np.zeros(B_MR.shape[0]) if bias_M is None else bias_M)
+        except OverflowError as error:
+            raise MergeError(str(error), where=name, do="write bf16 or fp32 (dtype)") from None
+
+    def finish(self) -> None:
+        """Write the saved tensors and close the file."""
+        for key, values in self.saved.items():
+            self._writer.write(key, values)
+        self._writer.close()
+
+    def abort(self) -> None:
+        self._writer.abort()
+
+    def write_config(self) -> None:
+        """Comes last: a folder without its config is no adapter."""
+        text = json.dumps(peft_config(self.plan, self.rank, self.with_bias, list(self.saved)), indent=2)
+        (self.folder / CONFIG).write_text(text + "\n", "utf-8")
+
+
+def peft_config(plan: MergePlan, rank: int, lora_bias: bool, saved: Sequence[str]) -> dict[str, object]:
+    """The adapter_config.json: no patterns, alpha = r, every module by its full name so nothing else matches."""
+
+    def common(name: str) -> object:
+        values = [getattr(adapter.settings, name) for adapter in plan.adapters]
+        return values[0] if all(value == values[0] for value in values) else None
+
+    modules = sorted({key[len(PREFIX) :].rsplit(".", 1)[0] for key in saved if not _is_base_bias(key, plan)})
+    config = plain_config(rank, [module.name for module in plan.modules], plan.adapters[0].settings.base)
+    return {
+        **config,
+        "task_type": common("task_type"),
+        "auto_mapping": common("auto_mapping"),
+        "revision": common("revision"),
+        "lora_bias": lora_bias,
+        "fan_in_fan_out": plan.adapters[0].settings.fan_in_fan_out,
+        "modules_to_save": modules or None,
+    }
+
+
+def plain_config(rank: int, modules: Sequence[str], base: str | None) -> dict[str, object]:
+    """A LoRA config that leaves nothing to guess: one rank, alpha = rank, modules by their full names."""
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "revision": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_bias": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "target_modules": list(modules),
+    }
+
+
+def _is_base_bias(key: str, plan: MergePlan) -> bool:
+    """A trained bias of the base (bias != none), not part of a module in modules_to_save."""
+    stem = key[len(PREFIX) :].rsplit(".", 1)[0]
+    names = {name for adapter in plan.adapters for name in adapter.settings.modules_to_save}
+    return key.endswith(".bias") and not any(stem == name or stem.endswith("." + name) for name in names)

@@ -1,0 +1,241 @@
+"""From the plan to the micro-batches of one rank.
+
+The examples of an optimizer step come from the plan, for all ranks together. They are packed once, by lengths alone,
+so every world size and every micro-batch size sees the same rows; only then are the rows dealt out. Every rank gets the
+same number of micro-batches, which is what keeps ranks from waiting for each other forever; where there are too few
+rows, some micro-batches hold padding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from mtft.common.errors import UserError
+from mtft.data.batching.batch import IGNORE, PADDING, Batch
+from mtft.data.batching.packed_attention import model_inputs, packing_refusal
+from mtft.data.batching.packing import pack_evenly
+from mtft.data.tokenize.encode import Example
+
+__all__ = [
+    "BatchSource",
+    "EvalBatch",
+    "collate",
+    "deal_micro_batches",
+    "eval_batches",
+    "model_inputs",
+    "packing_refusal",
+]
+
+EMPTY_ROW = 8  # positions of a row that holds padding only
+EVAL_WINDOW = 4096  # examples that are packed together in evaluation
+
+
+class RowPlan(Protocol):
+    """What is needed of data_mixers.MixturePlan."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def step(self, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+
+class ExampleStore(Protocol):
+    """What is needed of a TokenStore."""
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    def example(self, i: int) -> Example: ...
+
+
+class BatchSource:
+    """`source[s]`: the micro-batches of optimizer step s for one rank. A map-style dataset of plan.steps items.
+
+    micro_batch_tokens  bound on B x T of a micro-batch, padding included
+    max_length          longest packed row
+    packing             several examples in a row; else one, with rows of similar length together
+    unmixed             one task a row and a micro-batch (the step holds the mixture as ever)
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[ExampleStore],
+        plan: RowPlan,
+        *,
+        micro_batch_tokens: int,
+        max_length: int,
+        packing: bool,
+        pad_id: int,
+        unmixed: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+        for store in stores:
+            _check_fits(store, micro_batch_tokens)
+        self.stores, self.plan = list(stores), plan
+        self.micro_batch_tokens, self.capacity = micro_batch_tokens, min(max_length, micro_batch_tokens)
+        self.packing, self.pad_id, self.unmixed, self.rank, self.world = packing, pad_id, unmixed, rank, world
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def examples(self, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(task, epoch, row) int64 [n] of all examples of step s, over all ranks, in the plan's order."""
+        return self.plan.step(s)
+
+    def layout(self, s: int) -> list[list[list[list[int]]]]:
+        """[rank][micro-batch][row] -> indices into `examples(s)`. The same on every rank."""
+        lengths, task = self._lengths(s), self.examples(s)[0]
+        if not self.unmixed:
+            return deal_micro_batches(
+                lengths, _rows(lengths, self.capacity, self.packing), self.micro_batch_tokens, self.world
+            )
+        rows: list[list[int]] = []
+        for k in np.unique(task):
+            own = np.flatnonzero(task == k)
+            rows += [own[row].tolist() for row in _rows(lengths[own], self.capacity, self.packing)]
+        return deal_micro_batches(
+            lengths, rows, self.micro_batch_tokens, self.world, kinds=[int(task[row[0]]) for row in rows]
+        )
+
+    def padding(self, s: int) -> tuple[int, int]:
+        """(real tokens, positions) of step s over all ranks."""
+        lengths = self._lengths(s)
+        positions = 0
+        for micro_batches in self.layout(s):
+            for rows in micro_batches:
+                positions += len(rows) * max((int(lengths[row].sum()) for row in rows), default=EMPTY_ROW)
+        return int(lengths.sum()), positions
+
+    def __getitem__(self, s: int) -> list[Batch]:
+        if not 0 <= s < len(self):
+            raise IndexError(f"step {s} of {len(self)}")
+        task, _, row = self.examples(s)
+
+        def example(i: int) -> tuple[Example, int]:
+            return self.stores[task[i]].example(int(row[i])), int(task[i])
+
+        return [
+            collate([[example(i) for i in indices] for indices in rows], self.pad_id)
+            for rows in self.layout(s)[self.rank]
+        ]
+
+    def _lengths(self, s: int) -> np.ndarray:
+        task, _, row = self.examples(s)
+        lengths = np.empty(len(task), dtype=np.int64)
+        for k in np.unique(task):
+            lengths[task == k] = self.stores[k].lengths[row[task == k]]
+        return lengths
+
+
+class EvalBatch(NamedTuple):
+    """A batch, and which examples of the store are in it, in (row, segment) order: int64 [n]."""
+
+    batch: Batch
+    examples: np.ndarray
+
+
+def eval_batches(
+    store: ExampleStore,
+    task_index: int,
+    *,
+    micro_batch_tokens: int,
+    max_length: int,
+    packing: bool,
+    pad_id: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[EvalBatch]:
+    """Every example of a store exactly once over all ranks; the same number of batches on every rank."""
+    _check_fits(store, micro_batch_tokens)
+    capacity = min(max_length, micro_batch_tokens)
+    for start in range(0, len(store.lengths), EVAL_WINDOW):
+        lengths = np.asarray(store.lengths[start : start + EVAL_WINDOW])
+        dealt = deal_micro_batches(lengths, _rows(lengths, capacity, packing), micro_batch_tokens, world)
+        for rows in dealt[rank]:
+            held = np.asarray([start + i for row in rows for i in row], dtype=np.int64)
+            batch = collate([[(store.example(start + i), task_index) for i in row] for row in rows], pad_id)
+            yield EvalBatch(batch, held)
+
+
+def deal_micro_batches(
+    lengths: np.ndarray, rows: list[list[int]], budget: int, world: int, kinds: Sequence[int] | None = None
+) -> list[list[list[list[int]]]]:
+    """Rows to micro-batches to ranks: [rank][micro-batch][row]. Rows of different `kinds` share no micro-batch.
+
+    Rows of similar length share a micro-batch, which is as large as `budget` positions allow. If the micro-batches do
+    not divide by the ranks, the largest are cut in two until they do; with fewer rows than that, empty ones fill up.
+    Largest first, back and forth over the ranks, so that all ranks have about the same to do.
+    """
+    used = [int(lengths[row].sum()) for row in rows]
+    kind = kinds if kinds is not None else [0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda r: (kind[r], -used[r], rows[r][0]))
+    groups: list[list[int]] = []
+    for r in order:
+        fits = groups and kind[groups[-1][0]] == kind[r] and (len(groups[-1]) + 1) * used[groups[-1][0]] <= budget
+        if fits:
+            groups[-1].append(r)
+        else:
+            groups.append([r])
+    while len(groups) % world or not groups:
+        widest = max(range(len(groups)), key=lambda g: (len(groups[g]), -g), default=None)
+        if widest is None or len(groups[widest]) < 2:
+            groups.append([])
+            continue
+        group = groups[widest]
+        groups[widest : widest + 1] = [group[: (len(group) + 1) // 2], group[(len(group) + 1) // 2 :]]
+    groups.sort(key=lambda group: -len(group) * used[group[0]] if group else 0)
+    ranks: list[list[list[list[int]]]] = [[] for _ in range(world)]
+    for position, group in enumerate(groups):
+        turn, place = divmod(position, world)
+        ranks[place if turn % 2 == 0 else world - 1 - place].append([rows[r] for r in group])
+    return ranks
+
+
+def collate(rows: Sequence[Sequence[tuple[Example, int]]], pad_id: int) -> Batch:
+    """A Batch of rows of (example, task). Rows are as long as the longest needs; no row at all gives padding only.
+
+    Padding behind the last example of a row goes on counting its positions: it then belongs to that example for the
+    attention mask, which no real token can see, since attention is causal.
+    """
+    height = max(len(rows), 1)
+    width = max((sum(len(example.input_ids) for example, _ in row) for row in rows), default=EMPTY_ROW)
+    input_ids = np.full((height, width), pad_id, dtype=np.int64)
+    positions = np.broadcast_to(np.arange(width, dtype=np.int64), (height, width)).copy()
+    segments = np.full((height, width), PADDING, dtype=np.int32)
+    tasks = np.full((height, width), PADDING, dtype=np.int32)
+    labels = np.full((height, width), IGNORE, dtype=np.int64)
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, ((ids, supervised), task) in enumerate(row):
+            end = start + len(ids)
+            input_ids[b, start:end] = ids
+            positions[b, start:] = np.arange(width - start)
+            segments[b, start:end] = segment
+            tasks[b, start:end] = task
+            labels[b, start : end - 1] = np.where(supervised[1:], ids[1:], IGNORE)
+            start = end
+    return Batch(*(torch.from_numpy(array) for array in (input_ids, positions, segments, tasks, labels)))
+
+
+def _rows(lengths: np.ndarray, capacity: int, packing: bool) -> list[list[int]]:
+    return pack_evenly(lengths, capacity) if packing else [[i] for i in range(len(lengths))]
+
+
+def _check_fits(store: ExampleStore, micro_batch_tokens: int) -> None:
+    longest = int(np.max(store.lengths, initial=0))
+    if longest > micro_batch_tokens:
+        raise UserError(
+            f"the longest example of task {store.task} has {longest} tokens, more than one micro-batch may hold",
+            where="train.micro_batch_tokens",
+            do=f"raise it to {longest} or more, or lower train.max_length to {micro_batch_tokens}",
+        )

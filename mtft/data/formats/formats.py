@@ -1,0 +1,145 @@
+"""Rows to conversations: one function a format, over roles (prompt, response, ...) that columns.py has looked up.
+
+All formats end in the same thing, a `Conversation`. Two tasks may read the same rows in two ways: rationale and label
+of Distilling Step-by-Step (Hsieh et al. 2023, arXiv 2305.02301) are {prompt: input, response: rationale} and
+{prompt: input, response: label}.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mtft.data.formats.messages import Conversation, RowError, as_messages, as_text, as_tools, from_sharegpt
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One way to read a row: the roles it needs, the roles it may have, and the function over them."""
+
+    needs: tuple[str, ...]
+    may: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], Conversation]
+
+
+def _messages(get: Mapping[str, Any]) -> Conversation:
+    return Conversation(as_messages(get["messages"], "messages"), as_tools(get.get("tools")))
+
+
+def _sharegpt(get: Mapping[str, Any]) -> Conversation:
+    turns = from_sharegpt(get["conversations"], "conversations", role="from", content="value")
+    return Conversation(_with_system(get, turns), as_tools(get.get("tools")))
+
+
+def _chat_rounds(get: Mapping[str, Any]) -> Conversation:
+    return Conversation(from_sharegpt(get["chat_rounds"], "chat_rounds", role="role", content="content"))
+
+
+def _pair(get: Mapping[str, Any]) -> Conversation:
+    prompt, response = get["prompt"], get["response"]
+    if isinstance(prompt, list):  # conversational pairs: two lists of messages
+        tail = response if isinstance(response, list) else [{"role": "assistant", "content": response}]
+        return Conversation(as_messages([*prompt, *tail], "prompt + response"), as_tools(get.get("tools")))
+    turns = [_user(as_text(prompt, "prompt")), _assistant(as_text(response, "response", empty=False))]
+    return Conversation(_with_system(get, turns))
+
+
+def _alpaca(get: Mapping[str, Any]) -> Conversation:
+    prompt = as_text(get["instruction"], "instruction")
+    if get.get("input") is not None and (more := as_text(get["input"], "input")).strip():
+        prompt = f"{prompt}\n\n{more}"
+    turns = [_user(prompt), _assistant(as_text(get["output"], "output", empty=False))]
+    return Conversation(_with_system(get, turns))
+
+
+def _plain(get: Mapping[str, Any]) -> Conversation:
+    return Conversation((), text=as_text(get["text"], "text", empty=False))
+
+
+def _classification(get: Mapping[str, Any]) -> Conversation:
+    names = _names(get.get("label_names"))
+    prompt = as_text(get["text"], "text")
+    if names:
+        prompt = f"{prompt}\n\nOptions: {', '.join(names)}"
+    return Conversation((_user(prompt), _assistant(_label(get["label"], names))))
+
+
+def _multiple_choice(get: Mapping[str, Any]) -> Conversation:
+    """Options get letters; the response is the letter of the right one."""
+    choices, answer = get["choices"], get["answer"]
+    marks: Sequence[Any] = string.ascii_uppercase
+    if isinstance(choices, dict):  # ARC: {"text": [...], "label": ["A", ...]}
+        choices, marks = choices.get("text"), choices.get("label") or marks
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(marks):
+        raise RowError("expected a list of 2 to 26 choices", "choices", choices)
+    texts = [as_text(choice, "choices") for choice in choices]
+    if isinstance(answer, str) and answer in texts:
+        right = texts.index(answer)
+    elif isinstance(answer, str) and answer in list(marks)[: len(texts)]:
+        right = list(marks).index(answer)
+    else:
+        right = _index(answer, len(texts), "answer")
+    lines = [f"{mark}. {text}" for mark, text in zip(marks, texts, strict=False)]
+    prompt = "\n".join([as_text(get["question"], "question"), *lines])
+    return Conversation((_user(prompt), _assistant(str(marks[right]))))
+
+
+FORMATS: dict[str, RowFormat] = {
+    "messages": RowFormat(("messages",), ("tools",), _messages),
+    "sharegpt": RowFormat(("conversations",), ("system", "tools"), _sharegpt),
+    "chat_rounds": RowFormat(("chat_rounds",), (), _chat_rounds),
+    "multiple_choice": RowFormat(("question", "choices", "answer"), (), _multiple_choice),
+    "alpaca": RowFormat(("instruction", "output"), ("input", "system"), _alpaca),
+    "prompt_response": RowFormat(("prompt", "response"), ("system", "tools"), _pair),
+    "classification": RowFormat(("text", "label"), ("label_names",), _classification),
+    "text": RowFormat(("text",), (), _plain),
+}
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def _with_system(get: Mapping[str, Any], turns: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    system = get.get("system")
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return tuple(turns)
+    return ({"role": "system", "content": as_text(system, "system")}, *turns)
+
+
+def _names(value: object) -> list[str] | None:
+    if value is None or isinstance(value, list):
+        return [as_text(name, "label_names") for name in value] if value else None
+    if isinstance(value, str):
+        parsed = json.loads(value) if value.lstrip().startswith("[") else value.split(",")
+        return [str(name).strip() for name in parsed]
+    raise RowError("expected a list of names", "label_names", value)
+
+
+def _label(value: object, names: list[str] | None) -> str:
+    if isinstance(value, str) and (not names or value in names):
+        return as_text(value, "label", empty=False)
+    if names:
+        return names[_index(value, len(names), "label")]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RowError("expected a name or an integer", "label", value)
+    return str(value)
+
+
+def _index(value: object, size: int, column: str) -> int:
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RowError(f"expected an index below {size}, or a name", column, value)
+    if not 0 <= value < size:
+        raise RowError(f"index out of range: there are {size}", column, value)
+    return value

@@ -1,0 +1,239 @@
+"""Building a token store: rows -> conversations -> text with spans -> tokens -> flat files, some thousand rows at once.
+
+Memory does not grow with the data: what is in flight are a few blocks of rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+
+from mtft.common.errors import UserError
+from mtft.data.readers.bad_rows import BadRows
+from mtft.data.readers.row_files import FileRow
+from mtft.data.readers.sources import SourcePart
+from mtft.data.store.progress import progress
+from mtft.data.tokenize.encode import Example, draw
+from mtft.data.tokenize.parallel_encode import RowEncoder, blocks_of, parallel_encode, processes_for
+from mtft.recipe.schema.recipe import TaskSection
+
+PEEK = 50  # rows that decide how columns are read
+LONGEST_NAME = 200  # characters of a row id that are kept
+
+
+def build_store(
+    folder: Path,
+    task: TaskSection,
+    which: str,
+    parts: Sequence[SourcePart],
+    tokenizer: Any,
+    fingerprint: str,
+    *,
+    max_length: int,
+    too_long: str,
+    bad_rows: str,
+    limit: int | None,
+    total: int | None,
+    processes: int | None = None,
+) -> None:
+    """Write the store's files into `folder`.
+
+    total: rows that are expected, if known; processes: how many encode (None: as many as pay for `total`).
+    """
+    expected = limit if total is None else min(total, limit or total)
+    encoder = _encoder(task, parts, tokenizer)
+    bad = BadRows(f"tasks.{task.name}.{'data' if which == 'train' else 'eval_data'}", bad_rows)
+    cut = ExampleCutter(max_length, too_long, tokenizer.bos_token_id)
+    notes: Counter[str] = Counter()
+    first: Example | None = None
+    taken = 0
+    with (
+        StoreWriter(folder, len(tokenizer)) as writer,
+        progress(f"tokenising {task.name} ({which})", expected) as advance,
+        parallel_encode(encoder, processes or processes_for(expected)) as run,
+    ):
+        for part in parts:
+            writer.start_file(part.name)
+            rows = 0
+            blocks = blocks_of(part.rows(), None if limit is None else limit - taken)
+            # once the build is bound to fail, rows are still read for the sake of the other bad ones
+            for block, encoded in run(blocks, lambda: not bad.fatal):
+                for index, problem in encoded.problems:
+                    row = block[index]
+                    bad.add(problem, row if isinstance(row, FileRow) else None)
+                for index, example in () if bad.fatal else encoded.examples:
+                    row = block[index]
+                    first = first or example
+                    kept = cut(example, f"{row.file}:{row.line}")
+                    if kept is not None and isinstance(row, FileRow):
+                        writer.add(kept, row)
+                rows, taken = rows + len(block), taken + len(block) - len(encoded.problems)
+                notes.update(encoded.notes)
+                advance(len(block))
+            if bad.empty is not None and not taken:
+                bad.example = encoder.draw_empty(bad.empty)
+            bad.end_of_file(part.name, rows)
+        bad.finish()
+        cut.finish(bad.where)
+        if not writer.examples:
+            _nothing_learnt(task, bad.where, cut, first, tokenizer, taken)
+        stats = {
+            "rows": taken,
+            "examples": writer.examples,
+            "tokens": writer.tokens,
+            "supervised": writer.learnt,
+            "longest": writer.longest,
+            "largest_id": writer.largest_id,
+            "truncated": cut.truncated,
+            "dropped": cut.dropped + cut.unsupervised,
+            "unsupervised": cut.unsupervised,
+            "skipped": bad.count,
+            "notes": dict(notes),
+        }
+        about = {"task": task.name, "which": which, "max_length": max_length}
+        writer.finish({"fingerprint": fingerprint, **about, "stats": stats})
+
+
+class ExampleCutter:
+    """What happens to examples longer than max_length: drop, truncate_left, truncate_right or error. Counted.
+
+    truncate_left keeps the end, and the BOS in front of it: models look at that token whatever follows.
+    """
+
+    def __init__(self, max_length: int, policy: str, bos: int | None) -> None:
+        self.max_length, self.policy, self.bos = max_length, policy, bos
+        self.truncated = self.dropped = self.unsupervised = self.refused = 0
+        self._longest: list[str] = []
+
+    def __call__(self, example: Example, where: str) -> Example | None:
+        ids, supervised = example
+        if len(ids) > self.max_length:
+            if self.policy == "drop":
+                self.dropped += 1
+                return None
+            if self.policy == "error":
+                self.refused += 1
+                if len(self._longest) < 10:
+                    self._longest.append(f"{where}: {len(ids)} tokens")
+                return None
+            self.truncated += 1
+            keep = np.arange(len(ids))
+            if self.policy == "truncate_right":
+                keep = keep[: self.max_length]
+            elif self.bos is not None and ids[0] == self.bos and self.max_length > 1:
+                keep = np.concatenate([keep[:1], keep[1 - self.max_length :]])
+            else:
+                keep = keep[-self.max_length :]
+            ids, supervised = ids[keep], supervised[keep].copy()
+            supervised[:1] = False
+        if not supervised.any():
+            self.unsupervised += 1
+            return None
+        return Example(ids, supervised)
+
+    def finish(self, where: str) -> None:
+        if self.refused:
+            listed = "\n    ".join(self._longest)
+            raise UserError(
+                f"{self.refused} examples are longer than max_length {self.max_length}:\n    {listed}",
+                where=where,
+                do="raise train.max_length, or set train.too_long to drop, truncate_left or truncate_right",
+            )
+
+
+class StoreWriter:
+    """Appends examples to the flat files of a store."""
+
+    def __init__(self, folder: Path, vocabulary: int) -> None:
+        self.folder = folder
+        self.dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.int32)
+        self.examples = self.tokens = self.learnt = self.longest = self.largest_id = 0
+        self._files: dict[str, BinaryIO] = {}
+        self._starts: list[list[Any]] = []
+        self._carry = np.zeros(0, dtype=bool)  # bits that do not fill a byte yet
+
+    def __enter__(self) -> StoreWriter:
+        for name in ("ids", "supervised", "offsets", "learnt", "lines", "names", "name_lengths"):
+            self._files[name] = (self.folder / f"{name}.bin").open("wb")
+        self._files["offsets"].write(np.int64(0).tobytes())
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def start_file(self, name: str) -> None:
+        self._starts.append([name, self.examples])
+
+    def add(self, example: Example, row: FileRow) -> None:
+        ids, supervised = example
+        self.largest_id = max(self.largest_id, int(ids.max(initial=0)))
+        if self.largest_id > np.iinfo(self.dtype).max:
+            raise ValueError(f"token id {self.largest_id} is beyond the tokenizer's size")
+        self.examples += 1
+        self.tokens += len(ids)
+        self.learnt += int(supervised.sum())
+        self.longest = max(self.longest, len(ids))
+        write = {name: file.write for name, file in self._files.items()}
+        write["ids"](ids.astype(self.dtype).tobytes())
+        write["offsets"](np.int64(self.tokens).tobytes())
+        write["learnt"](np.int32(supervised.sum()).tobytes())
+        write["lines"](np.uint32(row.line).tobytes())
+        bits = np.concatenate([self._carry, supervised])
+        whole = len(bits) // 8 * 8
+        write["supervised"](np.packbits(bits[:whole]).tobytes())
+        self._carry = bits[whole:]
+        name = _name(row)
+        write["names"](name)
+        write["name_lengths"](np.uint16(len(name)).tobytes())
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        """Write the rest; meta.json comes last."""
+        self._files["supervised"].write(np.packbits(self._carry).tobytes())
+        no_names = not self._files["names"].tell()
+        self.__exit__()
+        if no_names:
+            (self.folder / "names.bin").unlink()
+            (self.folder / "name_lengths.bin").unlink()
+        whole = meta | {"dtype": self.dtype.name, "files": self._starts}
+        (self.folder / "meta.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+
+
+def _name(row: FileRow) -> bytes:
+    name = row.data.get("id")
+    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+        return b""
+    return str(name)[:LONGEST_NAME].encode("utf-8", "replace")
+
+
+def _encoder(task: TaskSection, parts: Sequence[SourcePart], tokenizer: Any) -> RowEncoder:
+    rows = (row.data for part in parts for row in part.rows() if isinstance(row, FileRow))
+    peeked = list(itertools.islice(rows, PEEK))
+    columns = {column for row in peeked for column in row}
+    names = {column: found for column in columns for part in parts if (found := part.label_names(column))}
+    return RowEncoder(tokenizer, task, peeked, names)
+
+
+def _nothing_learnt(
+    task: TaskSection, where: str, cut: ExampleCutter, first: Example | None, tokenizer: Any, taken: int
+) -> NoReturn:
+    """Refuse a task that would train on nothing (elsewhere: loss 0.0 and "success")."""
+    if first is None:
+        raise UserError(f"task {task.name} has no rows", where=where, do="check the files, or leave the task out")
+    what = (
+        f"all {cut.dropped} examples are longer than max_length {cut.max_length}"
+        if cut.dropped >= taken
+        else f"no supervised token is left within max_length {cut.max_length} (too_long: {cut.policy})"
+    )
+    raise UserError(
+        f"task {task.name} has nothing to learn: {what}. The first example, learnt parts between ⟦ and ⟧, "
+        f"{len(first.input_ids)} tokens:\n{draw(tokenizer, first)}",
+        where=where,
+        do="raise train.max_length, or choose train.too_long: truncate_left",
+    )

@@ -1,0 +1,304 @@
+"""The token store: every task is tokenised once, written to flat files, and memory-mapped by whoever trains.
+
+    ids.bin         uint16 or int32 [tokens]     one example after the other
+    supervised.bin  bits [tokens]                1 = learnt
+    offsets.bin     int64 [N + 1]                where each example starts
+    learnt.bin      int32 [N]                    supervised tokens of each example
+    lines.bin       uint32 [N]                   line of the row it came from
+    names.bin, name_lengths.bin                  ids of the rows, if they have any
+    meta.json                                    version, fingerprint, stats, files
+
+Ranks and workers share one copy through the page cache. A store is found by its fingerprint (content of the rows,
+format, template, tokenizer, length policy): the same again is reused, anything else is built anew. One process writes,
+under a lock that dies with it, into a temporary folder that is renamed when all is on disk: there is no half store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from mtft.common.errors import UserError
+from mtft.data.readers.sources import find_source_parts
+from mtft.data.tokenize.chat_template import NOTES
+from mtft.data.tokenize.encode import Example
+from mtft.recipe.schema.recipe import Recipe, TaskSection
+
+VERSION = 6  # of the files and of everything that decides what is in them
+
+
+class RowIds(Sequence[str]):
+    """Ids of the examples: the row's own `id`, else file:line; #2, #3, ... where a row gave several examples."""
+
+    def __init__(self, store: TokenStore) -> None:
+        self._store = store
+
+    def __len__(self) -> int:
+        return self._store.num_examples
+
+    def __getitem__(self, index):  # type: ignore[override]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        names = self._store._names
+        if names is not None and names[0][i + 1] > names[0][i]:
+            return names[1][names[0][i] : names[0][i + 1]].tobytes().decode("utf-8")
+        lines, files = self._store._lines, self._store.meta["files"]
+        file = int(np.searchsorted([start for _, start in files], i, side="right")) - 1
+        first = files[file][1]
+        part = 1
+        while i - part >= first and lines[i - part] == lines[i]:
+            part += 1
+        return f"{files[file][0]}:{lines[i]}" + (f"#{part}" if part > 1 else "")
+
+
+class TokenStore:
+    """Examples of one task, read-only. Cheap to open and to pickle: it holds memory maps, not data."""
+
+    def __init__(self, path: str | Path, task: str) -> None:
+        self.path, self.task = Path(path), task
+        self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+        self._ids = self._map("ids.bin", np.dtype(self.meta["dtype"]))
+        self._bits = self._map("supervised.bin", np.uint8)
+        self._offsets = self._map("offsets.bin", np.int64)
+        self._lines = self._map("lines.bin", np.uint32)
+
+    def __reduce__(self):
+        return TokenStore, (self.path, self.task)
+
+    def _map(self, name: str, dtype: Any) -> np.ndarray:
+        if not (self.path / name).stat().st_size:
+            return np.empty(0, dtype)
+        return np.memmap(self.path / name, dtype=dtype, mode="r")
+
+    @property
+    def num_examples(self) -> int:
+        return len(self._offsets) - 1
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 [N]."""
+        return self._lengths
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Supervised tokens of each example, int64 [N]."""
+        return self._supervised
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.diff(self._offsets)
+
+    @cached_property
+    def _supervised(self) -> np.ndarray:
+        return self._map("learnt.bin", np.int32).astype(np.int64)
+
+    @property
+    def ids(self) -> RowIds:
+        """Row ids, str [N]."""
+        return RowIds(self)
+
+    @cached_property
+    def _names(self) -> tuple[np.ndarray, np.ndarray] | None:
+        if not (self.path / "names.bin").exists():
+            return None
+        lengths = self._map("name_lengths.bin", np.uint16)
+        return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), self._map("names.bin", np.uint8)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """rows, examples, tokens, supervised, longest, largest_id, truncated, dropped, unsupervised, skipped, notes."""
+        return self.meta["stats"]
+
+    def warnings(self) -> list[str]:
+        """What was changed or left out on the way from rows to examples, for people."""
+        stats, rows = self.stats, f"{self.stats['rows']:,} rows"
+        said = [f"{NOTES[note]} ({count:,} of {rows})" for note, count in stats["notes"].items()]
+        if stats["skipped"]:
+            said.append(f"{stats['skipped']:,} bad rows are skipped (train.bad_rows)")
+        if stats["dropped"]:
+            said.append(f"{stats['dropped']:,} examples of {rows} are dropped (train.too_long)")
+        if stats["truncated"]:
+            said.append(f"{stats['truncated']:,} examples of {rows} are cut at {self.meta['max_length']} tokens")
+        return [f"{self.task}: {line}" for line in said]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.meta["fingerprint"]
+
+    def example(self, i: int) -> Example:
+        """(input_ids int32 [L], supervised bool [L]) of example i."""
+        if not 0 <= i < self.num_examples:
+            raise IndexError(f"example {i} of {self.num_examples}")
+        start, end = int(self._offsets[i]), int(self._offsets[i + 1])
+        bits = np.unpackbits(self._bits[start // 8 : (end + 7) // 8])
+        return Example(self._ids[start:end].astype(np.int32), bits[start % 8 : start % 8 + end - start].astype(bool))
+
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in self.path.iterdir())
+
+
+def default_cache() -> Path:
+    """$MTFT_CACHE, else ~/.cache/mtft."""
+    return Path(os.environ.get("MTFT_CACHE") or Path.home() / ".cache" / "mtft")
+
+
+def open_store(
+    task: TaskSection,
+    which: str,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    too_long: str = "truncate_left",
+    bad_rows: str = "error",
+    limit: int | None = None,
+    cache_dir: Path | None = None,
+) -> TokenStore:
+    """The store of a task's `data` (which="train") or `eval_data` ("eval"): found, or built once while others wait.
+
+    `limit` cuts the rows; for training rows the task's own `limit` applies as well. Raises UserError for rows that
+    can't be used, for a task in which nothing is learnt, and when the disk is full.
+    """
+    return _open(task, which, tokenizer, tokenizer_digest(tokenizer), max_length, too_long, bad_rows, limit, cache_dir)
+
+
+@overload
+def open_stores(
+    recipe: Recipe, tokenizer: Any, which: Literal["train"], *, limit: int | None = None, cache_dir: Path | None = None
+) -> list[TokenStore]: ...
+
+
+@overload
+def open_stores(
+    recipe: Recipe, tokenizer: Any, which: Literal["eval"], *, limit: int | None = None, cache_dir: Path | None = None
+) -> list[TokenStore | None]: ...
+
+
+def open_stores(
+    recipe: Recipe, tokenizer: Any, which: str, *, limit: int | None = None, cache_dir: Path | None = None
+) -> list[TokenStore] | list[TokenStore | None]:
+    """Stores of all tasks in the recipe's order; for which="eval" None stands where a task has no eval_data."""
+    digest, train = tokenizer_digest(tokenizer), recipe.train
+    stores: list[TokenStore | None] = []
+    refused: list[UserError] = []
+    for task in recipe.tasks:
+        if which == "eval" and task.eval_data is None:
+            stores.append(None)
+            continue
+        options = digest, train.max_length, train.too_long, train.bad_rows, limit, cache_dir
+        try:
+            stores.append(_open(task, which, tokenizer, *options))
+        except UserError as error:
+            if not (error.where or "").startswith("tasks."):
+                raise
+            refused.append(error)  # the other tasks may be wrong too: say it all at once
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        lines = [f"{error.where}: {error.what}" + (f"\n    do: {error.do}" if error.do else "") for error in refused]
+        raise UserError(f"the data of {len(refused)} tasks can't be used\n  " + "\n  ".join(lines))
+    return stores
+
+
+def _open(
+    task: TaskSection,
+    which: str,
+    tokenizer: Any,
+    digest: str,
+    max_length: int,
+    too_long: str,
+    bad_rows: str,
+    limit: int | None,
+    cache_dir: Path | None,
+) -> TokenStore:
+    from filelock import FileLock
+
+    from mtft.data.store.build_store import build_store  # needs the tokenizer's libraries; opening does not
+
+    if which == "train" and task.limit is not None:
+        limit = task.limit if limit is None else min(limit, task.limit)
+    cache = cache_dir or default_cache()
+    parts = find_source_parts(task, which, cache)
+    contents = [part.content() for part in parts]
+    fingerprint = _fingerprint(
+        parts=[[part.name, content.digest] for part, content in zip(parts, contents)],
+        format=task.format,
+        template=task.template,
+        tokenizer=digest,
+        max_length=max_length,
+        too_long=too_long,
+        bad_rows=bad_rows,
+        limit=limit,
+    )
+    root = cache / "stores"
+    name = f"{task.name}-{which}-{fingerprint[:16]}"
+    final = root / name
+    if (final / "meta.json").is_file():
+        return TokenStore(final, task.name)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = root / f"{name}.lock"
+        with FileLock(lock):
+            if not (final / "meta.json").is_file():
+                for stale in root.glob(f"{name}.tmp-*"):  # of a writer that was killed: we hold its lock
+                    shutil.rmtree(stale)
+                folder = root / f"{name}.tmp-{uuid.uuid4().hex[:8]}"
+                folder.mkdir()
+                try:
+                    counts = [content.rows for content in contents]
+                    total = None if None in counts else sum(filter(None, counts))
+                    build_store(
+                        folder, task, which, parts, tokenizer, fingerprint,
+                        max_length=max_length, too_long=too_long, bad_rows=bad_rows, limit=limit, total=total,
+                    )  # fmt: skip
+                    _sync(folder)
+                    folder.rename(final)
+                    _sync(root)
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)  # whoever still waits on it finds the store
+    except OSError as error:
+        do = "make room, or name another folder in MTFT_CACHE"
+        raise UserError(
+            f"the token store of task {task.name} can't be written: {error}", where=str(root), do=do
+        ) from error
+    return TokenStore(final, task.name)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Fingerprint of everything in a tokenizer that decides about ids: vocabulary, merges, added tokens, template."""
+    if tokenizer.is_fast:
+        core = json.loads(tokenizer.backend_tokenizer.to_str())
+        del core["truncation"], core["padding"]  # left over from some earlier call
+    else:
+        core = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    return _fingerprint(core=core, template=tokenizer.chat_template, special=tokenizer.special_tokens_map)
+
+
+def _fingerprint(**parts: Any) -> str:
+    text = json.dumps({"version": VERSION, **parts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Force the files of a folder, and the folder itself, to disk."""
+    for path in [*folder.iterdir(), folder]:
+        if path.is_file() or path == folder:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,248 @@
+"""What a recipe will do to its data, before any weight is loaded: the content of `mtft check`.
+
+Stores are built (they are needed for training anyway), the plan is made, and the first steps are laid out, so every
+number here is that of the run and not an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_mixers.mixture.mixture import Mixture
+from data_mixers.plan.mixture_plan import MixturePlan
+from data_mixers.plan.replanned import ReplannedPlan
+from data_mixers.plan.schedule import spans
+from mtft.data.batching.batches import BatchSource
+from mtft.data.planning import make_plan, share_bounds
+from mtft.data.store.token_store import TokenStore, open_stores
+from mtft.data.tokenize.encode import runs
+from mtft.recipe.schema.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+LAID_OUT = 8  # steps, all over the run, whose padding is counted
+LOOKED_AT = 100_000  # examples of a task that are searched for held-out ones
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """One task: what is in its store, and what the plan makes of it. Shares are of `unit`, tokens before padding."""
+
+    name: str
+    rows: int
+    examples: int
+    eval_examples: int | None
+    tokens: int
+    prompt_tokens: int
+    supervised_tokens: int
+    mean_length: float
+    longest: int
+    truncated: int
+    dropped: int
+    skipped: int
+    asked_share: float
+    realised_share: float
+    token_share: float
+    supervised_share: float
+    epochs: float
+    examples_per_step: float
+    tokens_per_step: float
+    weight: float
+    effective_weight: float
+    notes: dict[str, int]
+    sample: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """All tasks, the plan, and everything that should make the reader stop and think."""
+
+    name: str
+    tasks: tuple[TaskSummary, ...]
+    unit: str
+    steps: int
+    batch: int
+    examples: int
+    tokens: int
+    tokens_per_step: float
+    micro_batches_per_step: float
+    packing: bool
+    batch_style: str
+    padding_share: float
+    spans: tuple[dict[str, Any], ...]
+    """Shares in equal parts of the run, where they change: {"steps": [first, last], "asked": {}, "realised": {}}."""
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain lists, dicts, strings and numbers (JSON)."""
+        return asdict(self)
+
+    def render(self) -> Group:
+        """Tables, one example per task with its learnt tokens in colour, and the warnings, for rich."""
+        from mtft.data.summary.render_console import render
+
+        return render(self)
+
+    def text(self) -> str:
+        """`render` as plain text."""
+        from mtft.data.summary.render_console import plain
+
+        return plain(self)
+
+
+def summarize_data(
+    recipe: Recipe,
+    tokenizer: Any,
+    *,
+    stores: Sequence[TokenStore] | None = None,
+    held_out: Sequence[TokenStore | None] | None = None,
+    plan: MixturePlan | ReplannedPlan | None = None,
+    cache_dir: Path | None = None,
+) -> DataSummary:
+    """Describe the data of a recipe. Stores and plan are made where they are not given.
+
+    Raises UserError or MixError for everything that training would refuse: bad rows, tasks with nothing to learn,
+    shares beyond the epoch caps, examples that fit no micro-batch.
+    """
+    if stores is None:
+        stores = open_stores(recipe, tokenizer, "train", cache_dir=cache_dir)
+    if held_out is None:
+        held_out = open_stores(recipe, tokenizer, "eval", cache_dir=cache_dir)
+    plan = plan or make_plan(recipe, stores)
+    source = BatchSource(
+        stores,
+        plan,
+        micro_batch_tokens=recipe.train.rows_at_once,
+        max_length=recipe.train.max_length,
+        packing=recipe.train.packing,
+        pad_id=0,
+        unmixed=recipe.train.batch_style == "unmixed",
+    )
+    played_K, learnt_K = _played(stores, plan)
+    tasks = tuple(
+        _task(recipe, k, store, held_out[k], plan, played_K, learnt_K, tokenizer) for k, store in enumerate(stores)
+    )
+    looked_at = np.unique(np.linspace(0, plan.steps - 1, LAID_OUT).astype(int)).tolist()
+    real, positions = np.sum([source.padding(s) for s in looked_at], axis=0)
+    rows = sum(entry["rows"] for entry in plan.table())
+    found = DataSummary(
+        name=recipe.name,
+        tasks=tasks,
+        unit=plan.unit,
+        steps=plan.steps,
+        batch=plan.batch,
+        examples=rows,
+        tokens=round(float(played_K.sum())),
+        tokens_per_step=float(played_K.sum() / plan.steps),
+        micro_batches_per_step=float(np.mean([len(source.layout(s)[0]) for s in looked_at])),
+        packing=recipe.train.packing,
+        batch_style=recipe.train.batch_style,
+        padding_share=float(1 - real / positions),
+        spans=tuple(spans(plan)),
+        warnings=(),
+    )
+    warnings = [*_warnings(stores, found), *_outside(recipe, plan.mixture), *_leaks(stores, held_out)]
+    return DataSummary(**{**vars(found), "warnings": tuple(warnings)})
+
+
+def _played(stores: Sequence[TokenStore], plan: MixturePlan | ReplannedPlan) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and supervised tokens [K] of the whole run: rows planned x the task's mean (exact over whole epochs)."""
+    rows_K = np.array([entry["rows"] for entry in plan.table()], dtype=np.float64)
+    return (
+        rows_K * np.array([store.lengths.mean() for store in stores]),
+        rows_K * np.array([store.supervised.mean() for store in stores]),
+    )
+
+
+def _task(
+    recipe: Recipe,
+    k: int,
+    store: TokenStore,
+    held_out: TokenStore | None,
+    plan: MixturePlan | ReplannedPlan,
+    played_K: np.ndarray,
+    learnt_K: np.ndarray,
+    tokenizer: Any,
+) -> TaskSummary:
+    entry, stats, task = plan.table()[k], store.stats, recipe.tasks[k]
+    return TaskSummary(
+        name=task.name,
+        rows=stats["rows"],
+        examples=store.num_examples,
+        eval_examples=None if held_out is None else held_out.num_examples,
+        tokens=stats["tokens"],
+        prompt_tokens=stats["tokens"] - stats["supervised"],
+        supervised_tokens=stats["supervised"],
+        mean_length=stats["tokens"] / store.num_examples,
+        longest=stats["longest"],
+        truncated=stats["truncated"],
+        dropped=stats["dropped"],
+        skipped=stats["skipped"],
+        asked_share=entry["asked"],
+        realised_share=entry["realised"],
+        token_share=float(played_K[k] / played_K.sum()),
+        supervised_share=float(learnt_K[k] / learnt_K.sum()),
+        epochs=entry["epochs"],
+        examples_per_step=entry["rows"] / plan.steps,
+        tokens_per_step=float(played_K[k] / plan.steps),
+        weight=task.weight,
+        effective_weight=entry["realised"] * task.weight,
+        notes=stats["notes"],
+        sample=runs(tokenizer, store.example(0)),
+    )
+
+
+def _warnings(stores: Sequence[TokenStore], found: DataSummary) -> list[str]:
+    """What is legal, and often a mistake."""
+    said = [line for store in stores for line in store.warnings()]
+    for task in found.tasks:
+        if task.asked_share == 0:
+            said.append(f"{task.name}: its share is 0, so it is never trained")
+        elif abs(task.asked_share - task.realised_share) > 0.01:
+            why = "a task gets whole steps only" if found.batch_style == "alternating" else "epoch caps"
+            said.append(f"{task.name}: share {task.asked_share:.3f} asked, {task.realised_share:.3f} played ({why})")
+        if 0 < task.examples_per_step < 1 and found.batch_style != "alternating":
+            said.append(
+                f"{task.name}: absent from {1 - task.examples_per_step:.0%} of the steps; raise train.batch_tokens"
+            )
+        if task.epochs > 4:
+            said.append(f"{task.name}: every row is seen {task.epochs:.1f} times; mixture.max_epochs sets a limit")
+        if task.supervised_tokens < 0.02 * task.tokens:
+            said.append(f"{task.name}: only {task.supervised_tokens / task.tokens:.1%} of its tokens are learnt")
+    if all(task.eval_examples is None for task in found.tasks):
+        said.append("no task has eval_data: nothing will be evaluated")
+    if found.padding_share > 0.2:
+        way = "lower train.max_length or raise train.micro_batch_tokens" if found.packing else "set train.packing: true"
+        said.append(f"{found.padding_share:.0%} of all positions are padding: {way}")
+    return said
+
+
+def _outside(recipe: Recipe, mixture: Mixture) -> list[str]:
+    """Shares that are written out are played as they are, whatever the bounds say."""
+    broken = share_bounds(recipe).violations(mixture)
+    return [
+        f"{line}: shares that are written out are played as they are (mixture.floors, caps, groups)" for line in broken
+    ]
+
+
+def _leaks(stores: Sequence[TokenStore], held_out: Sequence[TokenStore | None]) -> list[str]:
+    """Held-out examples that some task trains on: their scores would say nothing. Looks at LOOKED_AT rows a task."""
+    said = []
+    for held in held_out:
+        if held is None:
+            continue
+        tested = {held.example(i).input_ids.tobytes() for i in range(min(len(held), LOOKED_AT))}
+        sizes = {len(ids) // 4 for ids in tested}
+        for store in stores:
+            same_size = np.flatnonzero(np.isin(store.lengths[:LOOKED_AT], list(sizes)))
+            seen = tested & {store.example(int(i)).input_ids.tobytes() for i in same_size}
+            if seen:
+                share = f"{len(seen):,} of {len(tested):,} held-out examples"
+                said.append(f"{held.task}: {share} are among the training rows of {store.task}")
+    return said

@@ -1,0 +1,155 @@
+"""Blocks of rows to blocks of examples, in this process or in many.
+
+Tokenizers use all cores by themselves, but reading columns and rendering templates is Python. For large tasks whole
+blocks go to worker processes, and come back in order: the store is the same to the byte, however many there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+from mtft.data.formats.columns import RowReader, make_reader
+from mtft.data.formats.messages import RowError
+from mtft.data.readers.row_files import FileRow, RowProblem
+from mtft.data.tokenize.chat_template import ChatRenderer, RenderedChat
+from mtft.data.tokenize.encode import Example, draw, encode
+from mtft.recipe.schema.recipe import TaskSection
+
+BLOCK_ROWS, BLOCK_CHARACTERS = 2000, 4_000_000
+ROWS_PER_PROCESS = 50_000  # a process takes seconds to start; below this it does not pay
+MOST_PROCESSES = 16
+
+Block = list[FileRow | RowProblem]
+
+
+class EncodedRow(NamedTuple):
+    """What became of a block: examples and problems with the index of their row, and the renderer's notes."""
+
+    examples: list[tuple[int, Example]]
+    problems: list[tuple[int, RowProblem]]
+    notes: Counter[str]
+
+
+class RowEncoder:
+    """Rows of one task to examples. `rows`: the first ones, which decide how columns are read."""
+
+    def __init__(
+        self, tokenizer: Any, task: TaskSection, rows: Sequence[Mapping[str, Any]], label_names: dict[str, list[str]]
+    ) -> None:
+        self.arguments = (tokenizer, task, rows, label_names)
+        self.tokenizer, self.renderer = tokenizer, ChatRenderer(tokenizer)
+        # without a row that can be read the reader is never called: the problems speak for themselves
+        self.reader = make_reader(task, rows, label_names.get) if rows else RowReader("text", {})
+
+    def __call__(self, block: Block, tokenise: bool = True) -> EncodedRow:
+        """tokenise=False only looks for problems."""
+        texts: list[tuple[int, RenderedChat]] = []
+        problems: list[tuple[int, RowProblem]] = []
+        self.renderer.notes.clear()
+        for index, row in enumerate(block):
+            if isinstance(row, RowProblem):
+                problems.append((index, row))
+                continue
+            try:
+                texts += [(index, text) for text in self.renderer.render(self.reader(row.data))]
+            except RowError as error:
+                problems.append((index, RowProblem(row.file, row.line, error.what, error.column, error.value)))
+        examples = encode(self.tokenizer, [text for _, text in texts]) if tokenise else []
+        return EncodedRow([(i, one) for (i, _), one in zip(texts, examples)], problems, Counter(self.renderer.notes))
+
+    def draw_empty(self, row: FileRow) -> str:
+        """How the example of a row without an answer would look."""
+
+        def fill(value: Any) -> Any:
+            if isinstance(value, str):
+                return value if value.strip() else "(empty)"
+            if isinstance(value, list):
+                return [fill(item) for item in value]
+            return {key: fill(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+        rendered = self.renderer.render(self.reader(fill(row.data)))
+        return draw(self.tokenizer, encode(self.tokenizer, rendered)[0])
+
+
+def blocks_of(rows: Iterable[FileRow | RowProblem], limit: int | None) -> Iterator[Block]:
+    """At most `limit` rows in blocks, bounded in number and in characters."""
+    block: Block = []
+    size = 0
+    for row in itertools.islice(rows, limit):
+        block.append(row)
+        size += sum(len(str(value)) for value in row.data.values()) if isinstance(row, FileRow) else 0
+        if len(block) >= BLOCK_ROWS or size >= BLOCK_CHARACTERS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def processes_for(rows: int | None) -> int:
+    """How many processes pay for so many rows (None = unknown)."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(cores, MOST_PROCESSES, (rows or 0) // ROWS_PER_PROCESS))
+
+
+Run = Callable[[Iterable[Block], Callable[[], bool]], Iterator[tuple[Block, EncodedRow]]]
+
+
+@contextmanager
+def parallel_encode(encoder: RowEncoder, processes: int) -> Iterator[Run]:
+    """Yields run(blocks, tokenise) -> (block, encoded) in order; `tokenise()` is asked before each block is started."""
+    if processes == 1:
+        yield lambda blocks, tokenise: ((block, encoder(block, tokenise())) for block in blocks)
+        return
+    context = get_context("spawn")  # a fork would inherit the threads of torch and of the tokenizer in unknown states
+    pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=encoder.arguments)
+
+    def run(blocks: Iterable[Block], tokenise: Callable[[], bool]) -> Iterator[tuple[Block, EncodedRow]]:
+        waiting: deque[tuple[Block, Future[EncodedRow] | None]] = deque()
+        for block in blocks:
+            waiting.append((block, submit(block, tokenise())))
+            if len(waiting) > 2 * processes:  # what is in flight stays small, however large the file
+                yield result(*waiting.popleft())
+        while waiting:
+            yield result(*waiting.popleft())
+
+    # A dead pool (a worker killed for memory; a script that can't be imported again) costs time, not the build.
+    def submit(block: Block, tokenise: bool) -> Future[EncodedRow] | None:
+        try:
+            return pool.submit(_encode, block, tokenise)
+        except BrokenProcessPool:
+            return None
+
+    def result(block: Block, future: Future[EncodedRow] | None) -> tuple[Block, EncodedRow]:
+        try:
+            return block, future.result() if future is not None else encoder(block)
+        except BrokenProcessPool:
+            return block, encoder(block)
+
+    try:
+        yield run
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: RowEncoder | None = None  # in a worker process
+
+
+def _start(*arguments: Any) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker = RowEncoder(*arguments)
+
+
+def _encode(block: Block, tokenise: bool) -> EncodedRow:
+    if _worker is None:
+        raise RuntimeError("the worker process was not started by encoding()")
+    return _worker(block, tokenise)

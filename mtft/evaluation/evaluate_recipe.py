@@ -1,0 +1,97 @@
+"""`mtft eval`: score a base model, or one with an adapter, on the held-out rows of a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mtft.common.errors import UserError
+from mtft.evaluation.task_scores import METRICS, TaskScores
+from mtft.recipe.schema.recipe import ModelSection, Recipe
+
+
+def evaluate(
+    recipe: Recipe,
+    adapter: Path | None = None,
+    model: ModelSection | None = None,
+    *,
+    tasks: Sequence[str] | None = None,
+    stores: Sequence[Any | None] | None = None,
+) -> dict[str, TaskScores]:
+    """Scores per task of `model` (None: the recipe's), with the PEFT adapter in folder `adapter` if given.
+
+    tasks   only these (None: every task with eval_data)
+    stores  held-out stores that are open already (None: opened with the tokenizer of the model)
+    Raises UserError when no task has held-out rows, or the adapter does not fit the model.
+    """
+    import torch
+
+    from mtft.data.batching.packed_attention import packing_refusal
+    from mtft.data.store.token_store import open_stores
+    from mtft.evaluation.heldout_loss import BatchLayout, evaluate_model
+    from mtft.models.loading import compute_dtype, load_base, load_tokenizer, pad_id
+
+    section = model or recipe.model
+    tokenizer = load_tokenizer(section)
+    if stores is None:
+        stores = open_stores(recipe, tokenizer, "eval")
+    chosen = [store if store is not None and (tasks is None or store.task in tasks) else None for store in stores]
+    if all(store is None for store in chosen):
+        raise UserError(
+            "no task has held-out rows to evaluate on", where="tasks: eval_data", do="give a task an eval_data file"
+        )
+    network: Any = load_base(section)
+    if adapter is not None:
+        network = with_adapter(network, adapter)
+    if torch.cuda.is_available() and section.quantise == "none":
+        network = network.to(torch.device("cuda"))
+    packing = recipe.train.packing and packing_refusal(network.config, network.config._attn_implementation) is None
+    layout = BatchLayout(recipe.train.rows_at_once, recipe.train.max_length, pad_id(tokenizer), packing)
+    dtype = compute_dtype(section)
+    return evaluate_model(network, chosen, layout, autocast=None if dtype == torch.float32 else dtype)
+
+
+def with_adapter(network: Any, adapter: Path) -> Any:
+    """`network` with the PEFT adapter of a folder. UserError when it is none, or was made for another model."""
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(
+            "the folder holds no adapter_config.json",
+            where=str(adapter),
+            do="give the `adapter` folder of a run, or any PEFT adapter",
+        )
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(
+            "the adapter's weights are missing, or are a pickle", where=str(adapter), do="save it as safetensors"
+        )
+    try:
+        return PeftModel.from_pretrained(network, str(adapter), is_trainable=False, use_safetensors=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the adapter does not fit the model: {str(error).strip().splitlines()[0]}",
+            where=str(adapter),
+            do="use the base model that adapter_config.json names (base_model_name_or_path)",
+        ) from error
+
+
+def as_json(scores: dict[str, TaskScores], recipe: Recipe, *, level: float = 0.95) -> dict[str, Any]:
+    """What `mtft eval` prints: {task: {metric: value, "interval": {metric: [lower, upper]}, "examples", "tokens"}}.
+
+    Only the metrics that the task asks for. The intervals are bootstrap over examples at `level`.
+    """
+    asked = {task.name: task.metrics for task in recipe.tasks}
+    out: dict[str, Any] = {}
+    for task, found in scores.items():
+        summary, intervals = found.summary(), found.intervals(level=level)
+        chosen = [metric for metric in METRICS if metric in asked.get(task, METRICS)]
+        out[task] = {
+            **{metric: summary[metric] if math.isfinite(summary[metric]) else None for metric in chosen},
+            "interval": {metric: list(intervals[metric]) for metric in chosen},
+            "level": level,
+            "examples": summary["examples"],
+            "tokens": summary["tokens"],
+        }
+    return out

@@ -1,0 +1,100 @@
+"""How much of the way from the untuned strong model to the tuned one fusion has gone.
+
+    gap   = (fused - strong) / (tuned - strong)        1 = as good as tuning the strong model itself, 0 = no gain
+    ratio = fused / tuned                              what Dynamic Logits Fusion reports (Fan et al., 2406.15480)
+
+Both, always: the ratio is flattered by a strong model that is good already (its 0.73 can be a gap of 0.28). The same
+formula serves losses (lower is better) and accuracies. Intervals are paired bootstrap percentiles over the examples
+that all three models have scored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtft.evaluation.task_scores import METRICS, TaskScores
+
+TINY = 1e-9  # |tuned - strong| below this: there is no gap to close
+UNSURE = 0.025  # share of draws in which tuning does not help: beyond it the interval of the gap has no end
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Gap and ratio of one task and metric; None where they make no sense, and then `reason` says why.
+
+    Intervals are (lower, upper). A `reason` beside a gap is a warning: the number is there, its interval is not.
+    """
+
+    task: str
+    metric: str
+    strong: float
+    fused: float
+    tuned: float | None
+    gap: float | None
+    gap_interval: tuple[float, float] | None
+    ratio: float | None
+    ratio_interval: tuple[float, float] | None
+    reason: str | None = None
+
+
+def gap_and_ratio(strong: float, fused: float, tuned: float) -> tuple[float | None, float | None]:
+    """Point values from three scores; None where a denominator is (nearly) zero."""
+    gap = None if abs(tuned - strong) < TINY else (fused - strong) / (tuned - strong)
+    return gap, None if abs(tuned) < TINY else fused / tuned
+
+
+def gap_closed(
+    strong: TaskScores,
+    fused: TaskScores,
+    tuned: TaskScores | None,
+    *,
+    metric: str = "loss",
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Gap:
+    """Gap and ratio of one task with intervals. `tuned` = None: there is no tuned strong model to compare with.
+
+    Raises ValueError when the models have not scored the same examples.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
+    start, end = strong.summary()[metric], fused.summary()[metric]
+    if tuned is None:
+        reason = "no tuned strong model was scored"
+        return Gap(strong.task, metric, start, end, None, None, None, None, None, reason)
+    goal = tuned.summary()[metric]
+    gap, ratio = gap_and_ratio(start, end, goal)
+    sums = [_sums(scores, metric, strong.ids) for scores in (strong, fused, tuned)]
+    picks = np.random.default_rng(seed).integers(0, len(strong.ids), size=(draws, len(strong.ids)))
+    start_D, end_D, goal_D = (over_N[picks].sum(1) / np.maximum(under_N[picks].sum(1), 1) for over_N, under_N in sums)
+    ratio_interval = None if ratio is None or np.any(np.abs(goal_D) < TINY) else _interval(end_D / goal_D, level)
+    gap_interval, reason = None, None
+    if gap is None:
+        reason = f"tuning the strong model changed nothing: {start:.6g} -> {goal:.6g}"
+    else:
+        no_gain = np.mean((goal_D - start_D) * np.sign(goal - start) <= TINY)
+        if no_gain > UNSURE:
+            reason = f"in {no_gain:.0%} of the resamples tuning does not help: too few examples for an interval"
+        else:
+            moved_D = goal_D - start_D
+            kept_D = np.abs(moved_D) > TINY
+            gap_interval = _interval((end_D - start_D)[kept_D] / moved_D[kept_D], level)
+    return Gap(strong.task, metric, start, end, goal, gap, gap_interval, ratio, ratio_interval, reason)
+
+
+def _sums(scores: TaskScores, metric: str, ids: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(numerator, denominator) of each example, in the order of `ids`."""
+    place = {name: index for index, name in enumerate(scores.ids)}
+    if len(place) != len(scores.ids) or set(place) != set(ids):
+        raise ValueError(f"{scores.task!r}: the models were not scored on the same examples (ids differ or repeat)")
+    order = np.array([place[name] for name in ids], dtype=np.int64)
+    over_N = {"loss": scores.nll_N, "token_accuracy": scores.correct_N, "exact_match": scores.exact_N}[metric][order]
+    return over_N.astype(np.float64), np.ones(len(ids)) if metric == "exact_match" else scores.tokens_N[order]
+
+
+def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+    lower, upper = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(lower), float(upper)

@@ -1,0 +1,108 @@
+"""Held-out loss and accuracy of each task: one forward pass over every held-out example, shared out over the ranks.
+
+Any model that can tell the loss and the hit of each supervised token can be scored: a `score` function takes a Batch
+to (nll_BT, hit_BT). A plain or adapted transformers model does so by `mtft.losses.token_nll.token_scores`; a fused
+model by
+its own method (with packing=False: it decodes row by row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mtft.data.batching.batch import IGNORE, Batch
+from mtft.data.batching.batches import EvalBatch, eval_batches
+from mtft.evaluation.evaluation_mode import evaluation_mode
+from mtft.evaluation.task_scores import TaskScores
+
+Score = Callable[[Batch], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How held-out examples are laid out in batches; the scores don't depend on it."""
+
+    micro_batch_tokens: int
+    max_length: int
+    pad_id: int
+    packing: bool = True
+
+
+def evaluate_model(
+    model: nn.Module,
+    stores: Sequence[Any | None],
+    layout: BatchLayout,
+    *,
+    attention: str | None = None,
+    autocast: torch.dtype | None = None,
+) -> dict[str, TaskScores]:
+    """Scores of a transformers model (plain, or with an adapter) on each task's store; None = the task has none.
+
+    autocast: run the forward pass in this precision (as training did). The model comes back in the mode it was in.
+    """
+    from mtft.losses.token_nll import token_scores
+
+    device = next(model.parameters()).device
+
+    def score(batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            return token_scores(model, batch, attention=attention)
+
+    with evaluation_mode(model):
+        return score_tasks(score, stores, layout, device=device)
+
+
+def score_tasks(
+    score: Score, stores: Sequence[Any | None], layout: BatchLayout, *, device: torch.device | str = "cpu"
+) -> dict[str, TaskScores]:
+    """Scores by any `score` function. With torch.distributed every rank scores its part and all get the whole."""
+    together = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    scores = {}
+    for index, store in enumerate(stores):
+        if store is None:
+            continue
+        # Each example is scored by one rank and is 0 on the others: a sum over ranks is the whole.
+        found = np.zeros((3, store.num_examples))
+        for piece in eval_batches(
+            store,
+            index,
+            micro_batch_tokens=layout.micro_batch_tokens,
+            max_length=layout.max_length,
+            packing=layout.packing,
+            pad_id=layout.pad_id,
+            rank=rank,
+            world=world,
+        ):
+            batch = piece.batch.to(device)
+            with torch.no_grad():  # not inference_mode: weights that ZeRO-3 gathers there could not be trained after
+                nll_BT, hit_BT = score(batch)
+            found[:, piece.examples] = example_sums(nll_BT, hit_BT, batch, piece)
+        if world > 1:
+            total = torch.from_numpy(found).to(device)
+            dist.all_reduce(total)
+            found = total.cpu().numpy()
+        nll_N, tokens_N, correct_N = found
+        ids = tuple(str(name) for name in store.ids)
+        scores[store.task] = TaskScores(store.task, ids, nll_N, tokens_N.astype(np.int64), correct_N.astype(np.int64))
+    return scores
+
+
+def example_sums(nll_BT: Tensor, hit_BT: Tensor, batch: Batch, piece: EvalBatch) -> np.ndarray:
+    """float64 [3, n]: sum of nll, supervised tokens and hits of each example, in the order (row, segment)."""
+    segment_BT = batch.segment_ids_BT.long()
+    supervised_BT = batch.labels_BT != IGNORE
+    per_row_B = segment_BT.amax(dim=1) + 1  # examples in each row; segments count from 0
+    first_B = per_row_B.cumsum(0) - per_row_B
+    example_N = (first_B[:, None] + segment_BT)[supervised_BT]
+    ones_N = torch.ones_like(example_N, dtype=torch.float64)
+    values = (nll_BT[supervised_BT].double(), ones_N, hit_BT[supervised_BT].double())
+    sums = [torch.bincount(example_N, weights=value_N, minlength=len(piece.examples)) for value_N in values]
+    return torch.stack(sums).cpu().numpy()

@@ -1,0 +1,155 @@
+"""lm-evaluation-harness on a fused model: the model type `mtft_fused`.
+
+    python -m mtft.evaluation.lm_eval_model run --model mtft_fused \\
+        --model_args strong=BIG,base=SMALL,adapter=DIR,alpha_rule=jeffreys --tasks arc_easy,gsm8k
+
+takes lm-eval's own arguments: lm-eval scans no entry points, so this module registers the type and then hands over.
+`HFLM(pretrained=fused, tokenizer=fused.tokenizer)` works as well; this class scores through `FusedCausalLM.score`,
+which never makes a [batch, length, vocabulary] tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from mtft.fuse.alpha.spec import FusionError, FusionSpec
+from mtft.fuse.fused_model import FusedCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SEPARATOR = "+"  # between several adapters: lm-eval's --model_args splits at commas
+AUTO_BATCH = 8
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # (cache key, context ids, continuation ids)
+
+
+class FusedLM(cast("type[Any]", HFLM)):  # the decorator that registers HFLM hides its type, as it would hide ours
+    """A fused model for lm-eval. Options: FusionSpec's, strong, base, adapter (A+B for two), quantization."""
+
+    def __init__(
+        self,
+        strong: str | None = None,
+        base: str | None = None,
+        adapter: str | None = None,
+        *,
+        fused: FusedCausalLM | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        alpha_rule: str = "jeffreys",
+        alpha: float = 1.0,
+        alpha_max: float = 2.0,
+        weights: str = "active",
+        plausibility: float = 0.0,
+        tokens: str = "strict",
+        quantization: str | None = None,
+        strong_adapter: str | None = None,
+        router: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+        **options: Any,
+    ) -> None:
+        if fused is None:
+            if not (strong and base and adapter):
+                raise FusionError(
+                    "mtft_fused needs strong, base and adapter", do="--model_args strong=...,base=...,adapter=..."
+                )
+            spec = FusionSpec(
+                alpha_rule=alpha_rule,
+                alpha=float(alpha),
+                alpha_max=float(alpha_max),
+                weights=weights,
+                plausibility=float(plausibility),
+                tokens=tokens,
+            )
+            fused = FusedCausalLM.load(
+                strong,
+                base,
+                adapter.split(SEPARATOR),
+                spec,
+                dtype=dtype,
+                device=device,
+                quantization=quantization,
+                strong_adapter=strong_adapter,
+                router=router,
+            )
+        size = AUTO_BATCH if str(batch_size).startswith("auto") else int(batch_size)
+        tokenizer = tokenizer or fused.tokenizer
+        options |= {"pretrained": fused, "tokenizer": tokenizer, "backend": "causal"}
+        super().__init__(batch_size=size, max_length=max_length, **options)
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(log-probability, greedy?) of each continuation; contexts that are too long are cut on the left."""
+        size = override_bs or self.batch_size
+        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][1]) - len(requests[i][2]), i))
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            for i, answer in zip(batch, self._score([requests[i] for i in batch]), strict=True):
+                answers[i], key = answer, requests[i][0]
+                if key is not None:  # None: part of a rolling score, which is cached as a whole
+                    self.cache_hook.add_partial("loglikelihood", key, answer)
+        return answers
+
+    def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
+        longest = max(map(len, rows))
+        ids_BL = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask_BL, wanted_BL = torch.zeros_like(ids_BL), torch.zeros_like(ids_BL)
+        for i, (row, (_, _, continuation)) in enumerate(zip(rows, requests, strict=True)):
+            ids_BL[i, : len(row)] = torch.tensor(row)
+            mask_BL[i, : len(row)] = 1
+            wanted_BL[i, len(row) - len(continuation) : len(row)] = 1
+        score = self.model.score(*(x.to(self.device) for x in (ids_BL, mask_BL, wanted_BL)))
+        wanted_BL = wanted_BL.bool().to(self.device)
+        greedy_B = (score.greedy_BL | ~wanted_BL).all(-1)
+        return list(zip(score.logprob_BL.sum(-1).tolist(), greedy_B.tolist(), strict=True))
+
+
+register_model("mtft_fused")(FusedLM)
+
+
+def run_lm_eval(
+    fused: FusedCausalLM,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    include_defaults: bool = True,
+    batch_size: int = AUTO_BATCH,
+    limit: int | None = None,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """lm-eval's `results` of a loaded fused model: {task: {metric: value}}. include_path: a folder of task files.
+
+    include_defaults = False: only those, which saves the half minute that lm-eval takes to find its own.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    evaluate: Any = lm_eval.simple_evaluate  # a decorator hides its parameters
+    found = evaluate(
+        model=FusedLM(fused=fused, batch_size=batch_size),
+        tasks=list(tasks),
+        task_manager=TaskManager(
+            include_path=None if include_path is None else str(include_path), include_defaults=include_defaults
+        ),
+        limit=limit,
+        **options,
+    )
+    return found["results"]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

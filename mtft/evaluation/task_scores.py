@@ -1,0 +1,166 @@
+"""What a model scored on held-out examples, one number per example: all tables and intervals are made from these.
+
+    loss           = sum of nll / supervised tokens            (nats per token, as the objective `token`)
+    token_accuracy = supervised tokens that are the argmax / supervised tokens
+    exact_match    = examples whose supervised tokens are all the argmax / examples
+
+`exact_match` is measured by teacher forcing and equals what greedy decoding would do: if the argmax is right at the
+first supervised position, decoding emits it, so the second position sees the very prefix that was scored, and so on
+up to and including the end of turn. It is proved against `generate` in the tests. (Where supervised tokens come in
+several turns, it means: each turn is reproduced given the true turns before it.)
+
+Intervals are bootstrap percentiles over examples (Efron 1979), not over tokens: tokens of one example are not
+independent. Two models are compared on the same examples, so that the examples' own difficulty cancels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mtft.common.errors import UserError
+
+METRICS = ("loss", "token_accuracy", "exact_match")
+_CELLS = 4_000_000  # draws x examples resampled at once: bounds the memory at about 100 MB
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores of one task's held-out examples; N examples, in the store's order.
+
+    ids        N strings: the row's own id, or file:line
+    nll_N      float64, sum of -log p over the supervised tokens of the example (nats)
+    tokens_N   int64, supervised tokens
+    correct_N  int64, supervised tokens that are the argmax of the model
+    """
+
+    task: str
+    ids: tuple[str, ...]
+    nll_N: np.ndarray
+    tokens_N: np.ndarray
+    correct_N: np.ndarray
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.ids), len(self.nll_N), len(self.tokens_N), len(self.correct_N)}
+        if len(lengths) != 1:
+            raise ValueError(f"scores of {self.task!r}: fields of unequal length {sorted(lengths)}")
+
+    @property
+    def exact_N(self) -> np.ndarray:
+        """bool [N]: greedy decoding would reproduce the response. An example without supervised tokens is not exact."""
+        return (self.correct_N == self.tokens_N) & (self.tokens_N > 0)
+
+    def summary(self) -> dict[str, float]:
+        """The task's point estimates: loss, token_accuracy, exact_match (NaN when nothing is supervised), and sizes."""
+        tokens = int(self.tokens_N.sum())
+        examples = len(self.ids)
+        return {
+            "loss": float(self.nll_N.sum() / tokens) if tokens else float("nan"),
+            "token_accuracy": float(self.correct_N.sum() / tokens) if tokens else float("nan"),
+            "exact_match": float(self.exact_N.mean()) if examples else float("nan"),
+            "examples": examples,
+            "tokens": tokens,
+        }
+
+    def intervals(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
+        """Bootstrap percentile interval (lower, upper) of each metric over the examples."""
+        samples = {name: np.concatenate(list(_resample(self, name, draws, seed))) for name in METRICS}
+        return {name: _percentiles(values, level) for name, values in samples.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """One JSON line an example: task, id, nll, tokens, correct. Written whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".part")
+        with unfinished.open("w", encoding="utf-8") as file:
+            for row in zip(self.ids, self.nll_N.tolist(), self.tokens_N.tolist(), self.correct_N.tolist(), strict=True):
+                record = dict(zip(("id", "nll", "tokens", "correct"), row, strict=True))
+                file.write(json.dumps({"task": self.task, **record}, ensure_ascii=False) + "\n")
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TaskScores:
+        """Read what `save` wrote. A broken line is an error with its number."""
+        rows = []
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                    rows.append((row["task"], row["id"], float(row["nll"]), int(row["tokens"]), int(row["correct"])))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(
+                        f"not a line of scores: {error}",
+                        where=f"{path}, line {number}",
+                        do="score again with `mtft eval`",
+                    ) from error
+        if len({row[0] for row in rows}) != 1:
+            raise UserError("scores of one task expected", where=str(path), do="score again with `mtft eval`")
+        _, ids, nll, tokens, correct = zip(*rows, strict=True)
+        return cls(rows[0][0], ids, np.array(nll), np.array(tokens, dtype=np.int64), np.array(correct, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How metric `a - b` of one task comes out on the same examples. `better` looks at the metric's direction."""
+
+    task: str
+    metric: str
+    a: float
+    b: float
+    difference: float
+    lower: float
+    upper: float
+
+    @property
+    def beyond_noise(self) -> bool:
+        """True when the interval of the difference leaves out 0."""
+        return self.lower > 0 or self.upper < 0
+
+    @property
+    def better(self) -> bool:
+        """True when `a` is better than `b`, beyond noise (loss: lower is better)."""
+        return self.upper < 0 if self.metric == "loss" else self.lower > 0
+
+
+def paired_bootstrap(
+    a: TaskScores, b: TaskScores, *, metric: str = "loss", level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> Difference:
+    """Interval of metric(a) - metric(b), resampling the examples that both have scored.
+
+    Raises ValueError when the two don't hold the same examples: a difference over other examples would mean nothing.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
+    place = {name: index for index, name in enumerate(b.ids)}
+    if len(place) != len(b.ids) or set(place) != set(a.ids) or len(a.ids) != len(b.ids):
+        raise ValueError(f"{a.task!r} and {b.task!r} were not scored on the same examples (ids differ or repeat)")
+    order = np.array([place[name] for name in a.ids], dtype=np.int64)
+    b = TaskScores(b.task, a.ids, b.nll_N[order], b.tokens_N[order], b.correct_N[order])
+    both = zip(_resample(a, metric, draws, seed), _resample(b, metric, draws, seed), strict=True)
+    lower, upper = _percentiles(np.concatenate([left - right for left, right in both]), level)
+    left, right = a.summary()[metric], b.summary()[metric]
+    return Difference(a.task, metric, left, right, left - right, lower, upper)
+
+
+def _resample(scores: TaskScores, metric: str, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Metric of `draws` resamples of the examples, in chunks; the same seed picks the same examples."""
+    count = len(scores.ids)
+    if count == 0 or scores.tokens_N.sum() == 0:
+        raise ValueError(f"scores of {scores.task!r} hold no supervised token: no interval")
+    over = {"loss": scores.nll_N, "token_accuracy": scores.correct_N, "exact_match": scores.exact_N}[metric]
+    under = np.ones(count) if metric == "exact_match" else scores.tokens_N
+    generator = np.random.default_rng(seed)
+    chunk = max(1, _CELLS // count)
+    for start in range(0, draws, chunk):
+        pick = generator.integers(0, count, size=(min(chunk, draws - start), count))
+        yield over[pick].sum(axis=1) / np.maximum(under[pick].sum(axis=1), 1)
+
+
+def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    lower, upper = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(lower), float(upper)

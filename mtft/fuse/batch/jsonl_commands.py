@@ -1,0 +1,210 @@
+"""`mtft fuse generate` and `mtft fuse score`: JSONL to JSONL, resumable (jsonl.py).
+
+generate   {"prompt" | "messages", id?, max_tokens?, alpha?, alpha_rule?, expert_weights?, seed?, trace?}
+        -> {index, id, text, finish_reason, tokens, alpha_mean, clipped_share, trace?}    or    {index, id, error}
+score      {"prompt" | "messages", "response", id?, alpha?, alpha_rule?, expert_weights?}
+        -> {index, id, logprob, tokens, greedy, alpha_mean, kl_mean}                      or    {index, id, error}
+
+`prompt` is continued as it stands; `messages` go through the chat template. A row's default seed is (run seed, index).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from mtft.fuse.alpha.spec import FusionError, FusionSpec
+from mtft.fuse.batch.resumable_jsonl import BatchSummary, JsonlRequest, check_places, read_jobs, run
+from mtft.fuse.decoding.generate_request import row_specs
+from mtft.fuse.decoding.gumbel_sampling import key
+from mtft.fuse.decoding.prompts import encode_prompt, left_pad
+from mtft.fuse.decoding.score_text import score as score_text
+from mtft.fuse.decoding.token_trace import Observers, RowStats, TokenTrace
+from mtft.fuse.from_recipe import fingerprint, fuse_section, open_fusion
+from mtft.fuse.fused_model import FusedCausalLM
+from mtft.recipe.schema.recipe import Recipe
+
+STEER = ("alpha", "alpha_rule", "expert_weights")
+GENERATE = ("prompt", "messages", "id", "max_tokens", "seed", "trace", *STEER)
+SCORE = ("prompt", "messages", "response", "id", *STEER)
+
+
+def generate(
+    recipe: Recipe,
+    source: str | Path,
+    target: str | Path,
+    *,
+    adapters: Sequence[str | Path] | None = None,
+    fused: FusedCausalLM | None = None,
+    overwrite: bool = False,
+) -> BatchSummary:
+    """Answer every row of `source` into `target`. Bad rows become {"error"} lines and are counted in `failed`."""
+    section = fuse_section(recipe)
+    check_places(source=Path(source), target=Path(target), overwrite=overwrite)
+    print_ = fingerprint(recipe, adapters)
+    model = open_fusion(recipe, adapters) if fused is None else fused
+
+    def prepare(index: int, row: dict[str, Any]) -> int:
+        _check_keys(row, GENERATE)
+        row["_ids"] = encode_prompt(model.tokenizer, row.get("prompt"), row.get("messages"))
+        row["_max"] = _whole("max_tokens", row.get("max_tokens", section.max_new_tokens), 1)
+        row["_spec"] = row_fusion_spec(model, row)
+        row["_seed"] = _whole("seed", row["seed"], 0) if "seed" in row else key(recipe.seed, index, 0)
+        if len(row["_ids"]) + row["_max"] > model.context:
+            raise FusionError(
+                f"the prompt has {len(row['_ids'])} tokens: with max_tokens {row['_max']} it goes past the smaller "
+                f"context of {model.context}"
+            )
+        return len(row["_ids"]) + row["_max"]
+
+    sampling: dict[str, Any] = {"do_sample": False}
+    if section.temperature > 0:
+        sampling = {"do_sample": True, "temperature": section.temperature, "top_p": section.top_p, "top_k": 0}
+    if section.speculative != "off":
+        sampling["speculative"] = section.speculative
+
+    def work(jobs: list[JsonlRequest]) -> list[dict[str, Any]]:
+        return generate_bucket(model, [job.row for job in jobs], sampling)
+
+    return run(
+        read_jobs(Path(source), prepare),
+        Path(target),
+        f"generate {print_}",
+        work,
+        bucket=section.batch_size,
+        overwrite=overwrite,
+    )
+
+
+def score(
+    recipe: Recipe,
+    source: str | Path,
+    target: str | Path,
+    *,
+    adapters: Sequence[str | Path] | None = None,
+    fused: FusedCausalLM | None = None,
+    overwrite: bool = False,
+) -> BatchSummary:
+    """Log-probability of every row's response given its prompt, under the fused model."""
+    section = fuse_section(recipe)
+    check_places(source=Path(source), target=Path(target), overwrite=overwrite)
+    print_ = fingerprint(recipe, adapters)
+    model = open_fusion(recipe, adapters) if fused is None else fused
+
+    def prepare(index: int, row: dict[str, Any]) -> int:
+        _check_keys(row, SCORE)
+        row["_ids"] = encode_prompt(model.tokenizer, row.get("prompt"), row.get("messages"))
+        if not isinstance(row.get("response"), str) or not row["response"]:
+            raise FusionError("response is missing or empty", do='give {"prompt": "...", "response": "..."}')
+        row["_response"] = model.tokenizer.encode(row["response"], add_special_tokens=False)
+        row["_spec"] = row_fusion_spec(model, row)
+        length = len(row["_ids"]) + len(row["_response"])
+        if length > model.context:
+            raise FusionError(f"prompt and response have {length} tokens, the smaller context holds {model.context}")
+        return length
+
+    def work(jobs: list[JsonlRequest]) -> list[dict[str, Any]]:
+        return score_bucket(model, [job.row for job in jobs])
+
+    return run(
+        read_jobs(Path(source), prepare),
+        Path(target),
+        f"score {print_}",
+        work,
+        bucket=section.batch_size,
+        overwrite=overwrite,
+    )
+
+
+def generate_bucket(
+    model: FusedCausalLM, rows: Sequence[dict[str, Any]], sampling: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Answers of prepared rows (_ids, _max, _spec, _seed), decoded together."""
+    ids_BL, mask_BL = left_pad([row["_ids"] for row in rows], 0, model.device)
+    limit = RowLimit([row["_max"] for row in rows], ids_BL.shape[1])
+    stats = RowStats(len(rows))
+    trace = TokenTrace((i for i, row in enumerate(rows) if row.get("trace")), model.tokenizer)
+    out_BL = model.generate(
+        input_ids=ids_BL,
+        attention_mask=mask_BL,
+        max_new_tokens=max(limit.limits),
+        stopping_criteria=[limit],
+        specs=[row["_spec"] for row in rows],
+        seed=[row["_seed"] for row in rows],
+        trace=Observers(stats, trace),
+        **sampling,
+    )
+    answers = []
+    for i, row in enumerate(rows):
+        tokens = out_BL[i, ids_BL.shape[1] :][: stats.tokens[i]].tolist()
+        answer = {
+            "text": model.tokenizer.decode(tokens, skip_special_tokens=True),
+            "finish_reason": "stop" if tokens and tokens[-1] in model.end_ids else "length",
+            "tokens": len(tokens),
+            "alpha_mean": stats.alpha_mean(i),
+            "clipped_share": stats.clipped_share(i),
+        }
+        answers.append(answer | ({"trace": trace.tokens[i]} if row.get("trace") else {}))
+    return answers
+
+
+def score_bucket(model: FusedCausalLM, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of prepared rows (_ids, _response, _spec)."""
+    ids_BL, mask_BL = left_pad([row["_ids"] + row["_response"] for row in rows], 0, model.device)
+    wanted_BL = torch.zeros_like(mask_BL)
+    for i, row in enumerate(rows):
+        wanted_BL[i, ids_BL.shape[1] - len(row["_response"]) :] = 1
+    found = score_text(model, ids_BL, mask_BL, wanted_BL, specs=[row["_spec"] for row in rows])
+    answers = []
+    for i, row in enumerate(rows):
+        count = len(row["_response"])
+        answers.append(
+            {
+                "logprob": float(found.logprob_BL[i, -count:].sum()),
+                "tokens": count,
+                "greedy": bool(found.greedy_BL[i, -count:].all()),
+                "alpha_mean": float(found.alpha_BL[i, -count:].mean()),
+                "kl_mean": float(found.kl_BL[i, -count:].mean()),
+            }
+        )
+    return answers
+
+
+class RowLimit(StoppingCriteria):
+    """A length limit of its own for every row."""
+
+    def __init__(self, limits: Sequence[int], prompt: int) -> None:
+        self.limits, self.prompt = list(limits), prompt
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor(self.limits, device=input_ids.device) <= input_ids.shape[1] - self.prompt
+
+
+def row_fusion_spec(model: FusedCausalLM, row: dict[str, Any]) -> FusionSpec:
+    """The model's spec with what the row asks for. FusionError if it makes no sense."""
+    weights, alpha = row.get("expert_weights"), row.get("alpha")
+    numbers = weights is None or (isinstance(weights, list) and all(isinstance(w, int | float) for w in weights))
+    if not numbers:
+        raise FusionError(f"expert_weights is {weights!r}", do="give a list of numbers, one per expert")
+    alpha = tuple(alpha) if isinstance(alpha, list) else alpha
+    return row_specs(model.spec, 1, model.experts, alpha, row.get("alpha_rule"), weights)[0]
+
+
+def _check_keys(row: dict[str, Any], known: Iterable[str]) -> None:
+    known = tuple(known)
+    for name in row:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise FusionError(f"unknown key {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise FusionError(f"{name} is {value!r}: must be a whole number >= {least}")
+    return value

@@ -1,0 +1,155 @@
+"""JSONL in, JSONL out, in buckets, resumable: what is done stands in OUT.part, and a killed run goes on from there.
+
+OUT.part starts with a fingerprint; every further line is one answer with its index and the hash of its request. Buckets
+are made from all requests, done or not, so a resumed run computes exactly what an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtft.fuse.alpha.spec import FusionError
+
+Work = Callable[[list["JsonlRequest"]], list[dict[str, Any]]]
+
+
+@dataclass
+class JsonlRequest:
+    """One request: its index among the rows, its hash, the row itself, or why it can't be done."""
+
+    index: int
+    hash: str
+    row: dict[str, Any]
+    cost: int = 0  # rows of near cost share a bucket
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """rows done in all, how many failed, and how many had been done by an earlier, broken-off run."""
+
+    rows: int
+    failed: int
+    resumed: int
+
+
+def check_places(*, source: Path | None, target: Path, overwrite: bool) -> None:
+    """Can the input be read and the output be written? Asked before any weight is loaded."""
+    if source is not None and not source.is_file():
+        raise FusionError("there is no such input", where=str(source), do="give a UTF-8 JSONL file")
+    if target.exists() and not overwrite:
+        raise FusionError(
+            "the output is there already", where=str(target), do="remove it, give another --out, or --overwrite"
+        )
+
+
+def read_jobs(source: Path, prepare: Callable[[int, dict[str, Any]], int]) -> list[JsonlRequest]:
+    """All rows of `source`. `prepare(index, row)` checks a row and returns its cost; its FusionError marks the row."""
+    try:
+        lines = [line for line in source.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FusionError(
+            f"the input can't be read: {error}", where=str(source), do="give a UTF-8 JSONL file"
+        ) from error
+    jobs = []
+    for index, line in enumerate(lines):
+        job = JsonlRequest(index, hashlib.sha256(line.encode()).hexdigest()[:16], {})
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise FusionError(f"the row is {type(row).__name__}, not an object")
+            job.row = row
+            job.cost = prepare(index, row)
+        except FusionError as error:
+            job.error = error.what
+        except (ValueError, RecursionError) as error:
+            job.error = f"no JSON: {error}"
+        jobs.append(job)
+    if not jobs:
+        raise FusionError("the input has no rows", where=str(source), do="give one JSON object a line")
+    return jobs
+
+
+def run(
+    jobs: Sequence[JsonlRequest], target: Path, fingerprint: str, work: Work, *, bucket: int, overwrite: bool = False
+) -> BatchSummary:
+    """Do all jobs and write `target`, sorted by index. `work` gets one bucket and returns one answer per job."""
+    check_places(source=None, target=target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    done = _resume(part, fingerprint, jobs)
+    resumed = len(done)
+    fine = sorted((job for job in jobs if job.error is None), key=lambda job: (job.cost, job.index))
+    buckets = [fine[start : start + bucket] for start in range(0, len(fine), bucket)]
+    with part.open("a", encoding="utf-8") as file:
+        if not file.tell():
+            _append(file, [{"fingerprint": fingerprint}])
+        broken = [job for job in jobs if job.error is not None and job.index not in done]
+        _append(file, [_line(job, {"error": job.error}) for job in broken])
+        done |= {job.index: _line(job, {"error": job.error}) for job in broken}
+        for group in buckets:
+            left = [job for job in group if job.index not in done]
+            if not left:
+                continue
+            answers = dict(zip((job.index for job in group), _guarded(group, work), strict=True))
+            lines = [_line(job, answers[job.index]) for job in left]
+            _append(file, lines)
+            done |= {line["index"]: line for line in lines}
+    _finish(target, part, done)
+    return BatchSummary(len(jobs), sum("error" in line for line in done.values()), resumed)
+
+
+def _guarded(group: list[JsonlRequest], work: Work) -> list[dict[str, Any]]:
+    """The answers of a bucket; if it fails as a whole, each row alone, so that one bad row stays one bad row."""
+    try:
+        return work(group)
+    except FusionError as error:
+        if len(group) == 1:
+            return [{"error": error.what}]
+    return [answer for job in group for answer in _guarded([job], work)]
+
+
+def _line(job: JsonlRequest, answer: dict[str, Any]) -> dict[str, Any]:
+    return {"index": job.index, "id": job.row.get("id"), "request": job.hash, **answer}
+
+
+def _append(file: Any, lines: Sequence[dict[str, Any]]) -> None:
+    """On disk before the next bucket starts."""
+    file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _resume(part: Path, fingerprint: str, jobs: Sequence[JsonlRequest]) -> dict[int, dict[str, Any]]:
+    """Answers that stand already. A torn last line is cut off; an answer to another request is forgotten."""
+    if not part.exists():
+        return {}
+    text = part.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        with part.open("r+b") as file:
+            file.truncate(len(whole))
+    lines = [json.loads(line) for line in whole.splitlines()]
+    if lines and lines[0].get("fingerprint") != fingerprint:
+        raise FusionError(
+            "a broken-off run with another recipe, seed or other weights stands here",
+            where=str(part),
+            do="remove it, or give another --out",
+        )
+    hashes = {job.index: job.hash for job in jobs}
+    return {line["index"]: line for line in lines[1:] if hashes.get(line["index"]) == line["request"]}
+
+
+def _finish(target: Path, part: Path, done: dict[int, dict[str, Any]]) -> None:
+    whole = target.with_name(target.name + ".sorted")
+    with whole.open("w", encoding="utf-8") as file:
+        lines = [{key: value for key, value in done[index].items() if key != "request"} for index in sorted(done)]
+        _append(file, lines)
+    whole.replace(target)
+    part.unlink()

@@ -1,0 +1,175 @@
+"""Log-probabilities of given text under the fused model, in chunks of positions with bounded memory.
+
+alpha at a position is the one that generation would use there: it comes from the teacher-forced prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mtft.fuse.alpha.spec import Fused, FusionError, FusionSpec
+
+if TYPE_CHECKING:
+    from mtft.data.batching.batch import Batch
+    from mtft.fuse.fused_model import FusedCausalLM
+
+
+@dataclass(frozen=True)
+class Score:
+    """Per position of the input, 0 where it was not scored (the first token has no prefix, so it never is).
+
+    logprob_BL  log P~(token | prefix)         greedy_BL  the token is the argmax
+    alpha_BL    sum of the experts' alphas     kl_BL      KL(P~ || P), nats
+    """
+
+    logprob_BL: Tensor
+    greedy_BL: Tensor
+    alpha_BL: Tensor
+    kl_BL: Tensor
+
+
+@dataclass
+class AlphaStats:
+    """What fusion did over many positions."""
+
+    alpha: list[Tensor] = field(default_factory=list)
+    clipped: int = 0
+    flat: int = 0
+    clamped: int = 0
+    kl: float = 0.0
+    tv: float = 0.0
+
+    def add(self, fused: Fused, logp_NV: Tensor | None = None) -> None:
+        """Take in positions; logp_NV (log P) also gives the total variation between P~ and P."""
+        self.alpha.append(fused.alpha_NT.sum(-1).cpu())
+        self.clipped += int(fused.clipped_N.sum())
+        self.flat += int(fused.flat_N.sum())
+        self.clamped += int(fused.clamped_N.sum())
+        self.kl += float(fused.kl_forward_N.sum())
+        if logp_NV is not None:
+            self.tv += float((fused.logprobs_NV.exp() - logp_NV.exp()).abs().sum()) / 2
+
+    def summary(self) -> dict[str, float | int | dict[str, float]]:
+        """positions, alpha quantiles and mean, shares clipped and flat, clamped ids, mean KL(P~||P) and TV(P~,P)."""
+        alpha_N = torch.cat(self.alpha) if self.alpha else torch.zeros(0)
+        count = len(alpha_N)
+        if count == 0:
+            return {"positions": 0}
+        levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+        ordered_N = alpha_N.sort().values
+        return {
+            "positions": count,
+            "alpha_mean": float(alpha_N.mean()),
+            "alpha_quantiles": {f"{q:g}": float(ordered_N[round(q * (count - 1))]) for q in levels},
+            "clipped_share": self.clipped / count,
+            "flat_share": self.flat / count,
+            "clamped_ids": self.clamped,
+            "kl_mean": self.kl / count,
+            "tv_mean": self.tv / count,
+        }
+
+
+@torch.no_grad()
+def score(
+    fused: FusedCausalLM,
+    ids_BL: Tensor,
+    mask_BL: Tensor | None = None,
+    score_mask_BL: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    stats: AlphaStats | None = None,
+    specs: Sequence[FusionSpec] | None = None,
+) -> Score:
+    """Score the tokens at score_mask_BL (default: all that have a prefix). Padding may be on either side.
+
+    chunk: positions read at once; default: as many as max_logit_bytes allows. The result does not depend on it.
+    specs: one per row, in place of the model's.
+    """
+    mask = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
+    wanted = mask.bool() if score_mask_BL is None else score_mask_BL.bool() & mask.bool()
+    # the token at t is predicted from t - 1, which must be a token of the same row
+    predict_BL = torch.zeros_like(wanted)
+    predict_BL[:, :-1] = wanted[:, 1:] & mask.bool()[:, :-1]
+    target_BL = torch.roll(ids_BL, -1, 1)
+    out = {
+        name: torch.zeros(ids_BL.shape, dtype=torch.float64, device=ids_BL.device) for name in ("logp", "alpha", "kl")
+    }
+    greedy_BL = torch.zeros_like(wanted)
+    for row_N, column_N, step in positions(fused, ids_BL, mask_BL, predict_BL, chunk, stats, specs):
+        token_N = target_BL[row_N, column_N].to(step.logprobs_NV.device)
+        at = row_N, column_N + 1
+        out["logp"][at] = step.logprobs_NV.gather(-1, token_N[:, None])[:, 0].to(out["logp"])
+        greedy_BL[at] = (step.logprobs_NV.argmax(-1) == token_N).to(greedy_BL.device)
+        out["alpha"][at] = step.alpha_NT.sum(-1).to(out["alpha"])
+        out["kl"][at] = step.kl_forward_N.to(out["kl"])
+    return Score(out["logp"], greedy_BL, out["alpha"], out["kl"])
+
+
+@torch.no_grad()
+def fused_scores(
+    fused: FusedCausalLM, batch: Batch, *, spec: FusionSpec | None = None, stats: AlphaStats | None = None
+) -> tuple[Tensor, Tensor]:
+    """(nll_BT fp32, hit_BT bool) of one *unpacked* batch, 0 where not supervised: what the evaluator asks of a model.
+
+    hit: the label is the argmax. Raises FusionError for a packed batch.
+    """
+    if batch.packed:
+        raise FusionError("the fused model reads one example per row", do="set packing: false for this evaluation")
+    labels_BT = batch.labels_BT
+    nll_BT = torch.zeros(labels_BT.shape, dtype=torch.float32, device=labels_BT.device)
+    hit_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
+    mask_BT = (batch.segment_ids_BT >= 0).long()
+    specs = None if spec is None else [spec] * len(labels_BT)
+    for row_N, column_N, step in positions(fused, batch.input_ids_BT, mask_BT, labels_BT >= 0, None, stats, specs):
+        label_N = labels_BT[row_N, column_N].to(step.logprobs_NV.device)
+        nll_BT[row_N, column_N] = -step.logprobs_NV.gather(-1, label_N[:, None])[:, 0].to(nll_BT)
+        hit_BT[row_N, column_N] = (step.logprobs_NV.argmax(-1) == label_N).to(hit_BT.device)
+    return nll_BT, hit_BT
+
+
+def positions(
+    fused: FusedCausalLM,
+    ids_BL: Tensor,
+    mask_BL: Tensor | None,
+    predict_BL: Tensor,
+    chunk: int | None,
+    stats: AlphaStats | None,
+    specs: Sequence[FusionSpec] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Fused]]:
+    """(row, column, Fused) of all positions to predict from, chunk by chunk; what is not asked for is never fused."""
+    columns = predict_BL.any(0).nonzero().squeeze(-1)
+    if len(columns) == 0:
+        return
+    first, last, rows = int(columns[0]), int(columns[-1]), len(ids_BL)
+    # the last token is judged, never read
+    longest = last + 1 if mask_BL is None else int(mask_BL[:, : last + 1].sum(-1).max())
+    if longest > fused.context:
+        raise FusionError(f"{longest} tokens, the smaller context holds {fused.context}", do="shorten the text")
+    # the prompt: up to the first position that is judged
+    prompt_BL = torch.arange(predict_BL.shape[1], device=predict_BL.device) <= predict_BL.long().argmax(1, keepdim=True)
+    prompt_BL = prompt_BL if mask_BL is None else prompt_BL & mask_BL.bool()
+    specs = fused.routed(specs or [fused.spec] * rows, ids_BL, prompt_BL)
+    element_size = 8 if fused.dtype == torch.float64 else 4
+    if chunk is None:
+        chunk = max(1, fused.positions_at_once(element_size) // rows)
+    sides = fused.sides()
+    if first > 0:  # the context: its logits are never made
+        sides.read(ids_BL[:, :first], None if mask_BL is None else mask_BL[:, :first], 1)
+    for start in range(first, last + 1, chunk):
+        stop = min(start + chunk, last + 1)
+        logits = sides.read(ids_BL[:, start:stop], None if mask_BL is None else mask_BL[:, start:stop], 0)
+        row_N, column_N = predict_BL[:, start:stop].nonzero(as_tuple=True)
+        if len(row_N):
+            here = row_N.to(fused.device), column_N.to(fused.device)
+            strong_NV, base_NM = logits[0][here], logits[2][here]
+            experts = [expert[here] for expert in logits[1]]
+            del logits
+            step = fused.fuse(strong_NV, experts, base_NM, [specs[row] for row in row_N.tolist()])
+            if stats is not None:
+                stats.add(step, torch.log_softmax(strong_NV.float(), -1))
+            yield row_N, column_N + start, step

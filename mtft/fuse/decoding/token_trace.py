@@ -1,0 +1,123 @@
+"""What fusion did at every generated token: light statistics per row, and the full token trace.
+
+Both are given to `generate(trace=...)`; several go together through `Observers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mtft.fuse.alpha.spec import Fused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mtft.fuse.decoding.generate_request import Observer
+
+TOP = 5
+
+
+class Observers:
+    """Several observers as one."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self.observers = observers
+
+    def step(
+        self, rows: list[int], fused: Fused, tokens_N: Tensor, strong_NV: Tensor, experts: list[Tensor], base_NM: Tensor
+    ) -> None:
+        for observer in self.observers:
+            observer.step(rows, fused, tokens_N, strong_NV, experts, base_NM)
+
+
+class RowStats:
+    """Per row: tokens generated, mean of the summed alpha, share of tokens where the step was clipped."""
+
+    def __init__(self, rows: int) -> None:
+        self.tokens, self._alpha, self._clipped = [0] * rows, [0.0] * rows, [0] * rows
+
+    def step(
+        self, rows: list[int], fused: Fused, tokens_N: Tensor, strong_NV: Tensor, experts: list[Tensor], base_NM: Tensor
+    ) -> None:
+        for row, alpha, clipped in zip(rows, fused.alpha_NT.sum(-1).tolist(), fused.clipped_N.tolist(), strict=True):
+            self.tokens[row] += 1
+            self._alpha[row] += alpha
+            self._clipped[row] += clipped
+
+    def alpha_mean(self, row: int) -> float | None:
+        return self._alpha[row] / self.tokens[row] if self.tokens[row] else None
+
+    def clipped_share(self, row: int) -> float | None:
+        return self._clipped[row] / self.tokens[row] if self.tokens[row] else None
+
+
+class TokenTrace:
+    """One dict per generated token of the chosen rows, in `self.tokens[row]`.
+
+    position, token, text; logprob {fused, strong, base, experts}; alpha per expert, lam; c and c_reverse per expert,
+    g and h reached; clipped, flat, clamped; tv = total variation between P~ and P; top: the TOP tokens of each model.
+    """
+
+    def __init__(self, rows: Iterable[int], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.tokens: dict[int, list[dict[str, Any]]] = {row: [] for row in rows}
+        self.tokenizer = tokenizer
+
+    def step(
+        self, rows: list[int], fused: Fused, tokens_N: Tensor, strong_NV: Tensor, experts: list[Tensor], base_NM: Tensor
+    ) -> None:
+        for at, row in enumerate(rows):
+            if row in self.tokens:
+                models = {
+                    "fused": fused.logprobs_NV[at],
+                    "strong": torch.log_softmax(strong_NV[at].float(), -1),
+                    "base": torch.log_softmax(base_NM[at].float(), -1),
+                }
+                tuned = [torch.log_softmax(expert[at].float(), -1) for expert in experts]
+                self.tokens[row].append(
+                    self._record(len(self.tokens[row]), at, fused, int(tokens_N[at]), models, tuned)
+                )
+
+    def _record(
+        self, position: int, at: int, fused: Fused, token: int, models: dict[str, Tensor], experts: list[Tensor]
+    ) -> dict[str, Any]:
+        shift = models["fused"].exp() - models["strong"].to(models["fused"]).exp()
+        return {
+            "position": position,
+            "token": token,
+            "text": self._text(token),
+            "logprob": {name: _at(logp, token) for name, logp in models.items()}
+            | {"experts": [_at(logp, token) for logp in experts]},
+            "alpha": fused.alpha_NT[at].tolist(),
+            "lam": float(fused.scale_N[at]),
+            "c": fused.target_NT[at].tolist(),
+            "c_reverse": fused.target_reverse_NT[at].tolist(),
+            "g": float(fused.kl_forward_N[at]),
+            "h": float(fused.kl_reverse_N[at]),
+            "clipped": bool(fused.clipped_N[at]),
+            "flat": bool(fused.flat_N[at]),
+            "clamped": int(fused.clamped_N[at]),
+            "tv": float(shift.abs().sum() / 2),
+            "top": {name: self._top(logp) for name, logp in models.items()}
+            | {"experts": [self._top(logp) for logp in experts]},
+        }
+
+    def _top(self, logp_V: Tensor) -> list[dict[str, Any]]:
+        values, ids = logp_V.topk(min(TOP, len(logp_V)))
+        return [
+            {"token": token, "text": self._text(token), "logprob": value}
+            for token, value in zip(ids.tolist(), values.tolist(), strict=True)
+            if value > -float("inf")
+        ]
+
+    def _text(self, token: int) -> str | None:
+        return None if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+
+def _at(logp_V: Tensor, token: int) -> float | None:
+    """None where the model can't say the token: an id that it lacks, or probability zero (JSON has no infinity)."""
+    value = float(logp_V[token]) if token < len(logp_V) else -float("inf")
+    return value if value > -float("inf") else None

@@ -1,0 +1,363 @@
+"""FusedCausalLM: a strong model, a small base and its experts, used like one causal language model.
+
+    fused = FusedCausalLM.load("strong-7b", "small-1b", ["adapters/sql"], FusionSpec())
+    fused.generate(**fused.tokenizer("...", return_tensors="pt"), max_new_tokens=64)
+    fused.score(input_ids_BL, attention_mask_BL)          # log-probabilities of given text
+
+No weight of any model is touched. alpha at a position depends only on the tokens before it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from mtft.fuse.alpha.buffers import FusionBuffers
+from mtft.fuse.alpha.per_row import fuse_rows
+from mtft.fuse.alpha.spec import Fused, FusionError, FusionSpec
+from mtft.fuse.decoding import score_text
+from mtft.fuse.decoding.decode import direct
+from mtft.fuse.decoding.generate_request import Observer, per_row, prepare, row_specs
+from mtft.fuse.decoding.mapped_state import MappedModels
+from mtft.fuse.decoding.model_state import CachedModel, CachedModels
+from mtft.fuse.decoding.multi_lora import BASE
+from mtft.fuse.expert_routing import PromptRouter
+from mtft.fuse.load_models import WeakModel, agreement, check_experts, load_model, load_tokenizer, load_weak_model
+from mtft.fuse.speculative.draft_length import DraftLength
+from mtft.fuse.speculative.speculative import draft_and_judge
+from mtft.fuse.tokenizers.token_map import TokenMap
+from mtft.fuse.tokenizers.vocabulary_match import agree
+
+MAX_LOGIT_BYTES = 256 << 20
+NO_ROUTER, MERGE_FIRST = "weights is 'router', and there is no router", "give the router.safetensors of an `mtft merge`"
+STRANGERS = 0.3  # share of equal favourites below which load warns; a guess, no study gives one
+
+
+class FusedCausalLM:
+    """The fused model. `load` is the usual way in; the constructor takes models that are loaded already.
+
+    shared: how many of the first ids the small models know; vocab_size: ids of the strong tokenizer. All logits are
+    cut to these (never to a padded width).
+    """
+
+    def __init__(
+        self,
+        strong: PreTrainedModel,
+        weak: WeakModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        spec: FusionSpec,
+        *,
+        vocab_size: int,
+        shared: int | None = None,
+        name: str = "fused",
+        max_logit_bytes: int = MAX_LOGIT_BYTES,
+        bridge: TokenMap | None = None,
+        router: PromptRouter | None = None,
+    ) -> None:
+        self.strong, self.weak, self.spec = strong, weak, spec
+        self.tokenizer: Any = tokenizer  # None only in code that never touches text
+        self.vocab_size, self.shared = vocab_size, vocab_size if shared is None else shared
+        self.bridge = bridge  # the small models have another tokenizer; then `shared` counts its ids
+        self.name_or_path, self.max_logit_bytes = name, max_logit_bytes
+        self.last_gamma: DraftLength | None = None  # of the last speculative call: acceptance and times
+        self.gammas: dict[
+            int, DraftLength
+        ] = {}  # the last `auto` one by number of rows: what it has learnt serves the next
+        self._space = FusionBuffers()
+        self.experts = len(weak.order)
+        spec.check_experts(self.experts)
+        if router is not None and bridge is not None:
+            raise FusionError("a router reads the small model's own tokens", do="use weights: active with tokens: map")
+        self.router = router
+        smalls = [weak.model, *weak.own]
+        for model, needed in ((strong, self.vocab_size), *((small, self.shared) for small in smalls)):
+            head: Any = model.get_output_embeddings()
+            width = head.weight.shape[0]
+            if width < needed:
+                raise FusionError(
+                    f"{model.name_or_path} has {width} logits for {needed} ids", do="check the tokenizers"
+                )
+        tables: list[Any] = [small.get_input_embeddings() for small in smalls]
+        self.known = min(table.weight.shape[0] for table in tables)
+        self.config = copy.deepcopy(strong.config)
+        self.config.vocab_size = self.vocab_size
+        limits = [m.config.get_text_config().max_position_embeddings for m in (strong, *smalls)]
+        self.config.max_position_embeddings = min(limits)
+
+    @classmethod
+    def load(
+        cls,
+        strong: str | Path,
+        base: str | Path,
+        adapters: Sequence[str | Path],
+        spec: FusionSpec | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        quantization: str | None = None,
+        tokens: str | None = None,
+        base_dtype: str | torch.dtype | None = None,
+        base_device: str | torch.device | None = None,
+        base_quantization: str | None = None,
+        strong_adapter: str | Path | None = None,
+        router: str | Path | None = None,
+        attention: str = "auto",
+        base_attention: str | None = None,
+        allow_base_mismatch: bool = False,
+        revision: str = "main",
+        base_revision: str = "main",
+    ) -> FusedCausalLM:
+        """Load all models. adapters: PEFT LoRA folders on `base` (or folders of whole fine-tuned models).
+
+        dtype auto | fp32 | bf16 | fp16; quantization none | nf4 | int8 of the strong model. base_* default to the
+        strong model's, except that the base is not quantised. tokens: see tokens.py. router: a file of `mtft merge`
+        for weights: router (route.py). Raises FusionError.
+        """
+        spec = FusionSpec() if spec is None else spec
+        check_experts(adapters)
+        guide = None if router is None else PromptRouter(router, adapters)
+        if guide is None and spec.weights == "router":
+            raise FusionError(NO_ROUTER, do=MERGE_FIRST)
+        tokenizer, small = load_tokenizer(strong, revision), load_tokenizer(base, base_revision)
+        vocab_size, shared, bridge = agree(tokenizer, small, tokens or spec.tokens)
+        strong_model = load_model(
+            strong,
+            dtype=dtype,
+            device=device,
+            quantise=quantization or "none",
+            attention=attention,
+            revision=revision,
+            adapter=strong_adapter,
+        )
+        weak = load_weak_model(
+            base,
+            adapters,
+            allow_base_mismatch=allow_base_mismatch,
+            dtype=base_dtype or dtype,
+            device=base_device or device,
+            quantise=base_quantization or "none",
+            attention=base_attention or attention,
+            revision=base_revision,
+        )
+        share = 1.0 if bridge is not None else agreement(strong_model, weak, tokenizer, shared)
+        if share < STRANGERS:
+            warnings.warn(
+                f"strong model and base have the same favourite token at {share:.0%} of the positions of a probe text: "
+                "so different a base can make the fused model worse than either; compare them on your own data",
+                stacklevel=2,
+            )
+        name = f"{strong} + {', '.join(map(str, adapters))}"
+        ids: dict[str, Any] = {"vocab_size": vocab_size, "shared": shared, "bridge": bridge}
+        return cls(strong_model, weak, tokenizer, spec, name=name, router=guide, **ids)
+
+    @property
+    def device(self) -> torch.device:
+        return self.strong.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.strong.dtype
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self.strong.generation_config
+
+    @property
+    def context(self) -> int:
+        """Positions that all models can read."""
+        return self.config.max_position_embeddings
+
+    @property
+    def end_ids(self) -> set[int]:
+        """The ids that end a text: generation_config may list several."""
+        ends = self.generation_config.eos_token_id
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+    def eval(self) -> FusedCausalLM:
+        """All models are in eval mode already; here because evaluation tools call it."""
+        return self
+
+    def tie_weights(self) -> None:
+        """Nothing to do; here because evaluation tools call it."""
+
+    def sides(self) -> CachedModels:
+        """Fresh caches for one decode."""
+        rows = [group for index, group in self.weak.order if index < 0]
+        known = self.known if self.known < self.vocab_size else None  # None: no id is strange to the small models
+        cut: dict[str, Any] = {"width": self.shared, "known": known, "substitute": self._substitute()}
+        strong = CachedModel(self.strong, (0,), width=self.vocab_size)
+        weak = CachedModel(self.weak.model, (*rows, BASE), layout=self.weak.layout, **cut)
+        own = [CachedModel(model, (0,), **cut) for model in self.weak.own]
+        if self.bridge is None:
+            return CachedModels(strong, weak, own, self.weak.order)
+        smalls = [self.weak.model, *self.weak.own]
+        context = min(small.config.get_text_config().max_position_embeddings for small in smalls)
+        sides = MappedModels(strong, weak, own, self.weak.order, self.bridge, context)
+        if not sides.movable:
+            raise FusionError("tokens: map rolls caches back, which one of these models can't", do="take other models")
+        return sides
+
+    def routed(self, specs: Sequence[FusionSpec], ids_BL: Tensor, mask_BL: Tensor | None) -> list[FusionSpec]:
+        """The specs of these prompts, with weights in the place of `weights: router`."""
+        if all(spec.weights != "router" for spec in specs):
+            return list(specs)
+        if self.router is None:
+            raise FusionError(NO_ROUTER, do=MERGE_FIRST)
+        if self.known < self.vocab_size:
+            ids_BL = ids_BL.masked_fill(ids_BL >= self.known, self._substitute())
+        return self.router.specs(self.weak, ids_BL, mask_BL, specs)
+
+    def over_strong_ids(self, logits_NM: Tensor) -> Tensor:
+        """Logits of a small model with another tokenizer, as log-probabilities at the strong ids that it can say."""
+        if self.bridge is None:
+            return logits_NM
+        return self.bridge.spread(torch.log_softmax(logits_NM.float(), -1), -torch.inf)
+
+    def _substitute(self) -> int:
+        """What a small model reads in place of an id that it does not have."""
+        known = [None] if self.tokenizer is None else [self.tokenizer.unk_token_id, self.tokenizer.eos_token_id]
+        return next((token for token in known if token is not None and token < self.shared), 0)
+
+    def fuse(
+        self, strong_NV: Tensor, experts_TNM: Sequence[Tensor], base_NM: Tensor, specs: Sequence[FusionSpec]
+    ) -> Fused:
+        """Fuse N positions, each with its own spec (equal specs are solved together).
+
+        The answer's logprobs_NV stand in memory that the next call writes over: copy what must last.
+        """
+        return fuse_rows(strong_NV, experts_TNM, base_NM, specs, self._space, self.bridge)
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 0, **kwargs: Any
+    ) -> CausalLMOutput:
+        """.logits [B, L, V] = fused log-probabilities at the last `logits_to_keep` positions (0: all)."""
+        refused = sorted(name for name, value in kwargs.items() if value not in (None, False))
+        if refused:
+            raise FusionError(
+                f"forward does not take {', '.join(refused)}", do="use score() for losses, generate() to decode"
+            )
+        if self.spec.weights == "router":
+            raise FusionError("a router needs to know where the prompt ends", do="use score() or generate()")
+        strong_BLV, experts, base_BLM = self.sides().read(self._checked(input_ids), attention_mask, logits_to_keep)
+        rows, length, width = strong_BLV.shape
+        out_NV = torch.empty(rows * length, width, dtype=torch.promote_types(strong_BLV.dtype, torch.float32))
+        out_NV = out_NV.to(strong_BLV.device)
+        step = self.positions_at_once(out_NV.element_size())
+        flat = [x.reshape(rows * length, -1) for x in (strong_BLV, *experts, base_BLM)]
+        for start in range(0, rows * length, step):
+            part = [x[start : start + step] for x in flat]
+            fused = self.fuse(part[0], part[1:-1], part[-1], [self.spec] * len(part[0]))
+            out_NV[start : start + step] = fused.logprobs_NV
+        return CausalLMOutput(logits=out_NV.view(rows, length, width))
+
+    __call__ = forward
+
+    def positions_at_once(self, element_size: int = 4) -> int:
+        """How many positions keep all [*, V] buffers, at most 2T + 8 of them, under max_logit_bytes."""
+        return max(1, self.max_logit_bytes // ((2 * self.experts + 8) * self.vocab_size * element_size))
+
+    def _checked(self, input_ids: Tensor) -> Tensor:
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise FusionError(
+                f"input_ids has shape {list(input_ids.shape)}: an empty prompt", do="give at least one token"
+            )
+        if int(input_ids.max()) >= self.vocab_size or int(input_ids.min()) < 0:
+            raise FusionError(
+                f"input_ids holds an id outside of 0 ... {self.vocab_size - 1}", do="use the strong tokenizer"
+            )
+        return input_ids
+
+    def generate(self, *args: Any, streamer: Any = None, tokenizer: Any = None, **kwargs: Any) -> Any:
+        """As `transformers`' generate of the strong model, with `decode` as the decoding loop.
+
+        Beside its arguments: alpha, alpha_rule, expert_weights (for all rows, or one per row), seed (one number, or one
+        per prompt), speculative, trace, expert_input_ids and expert_attention_mask (see decode).
+        """
+        # transformers hands neither the streamer nor the tokenizer of stop_strings on to a custom loop
+        stops = kwargs.pop("stop_strings", None)
+        if stops is not None:
+            criteria = StopStringCriteria(tokenizer=tokenizer or self.tokenizer, stop_strings=stops)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criteria])
+        loop = self.decode if streamer is None else partial(self.decode, streamer=streamer)
+        strong: Any = self.strong  # transformers' stubs do not know generate
+        return strong.generate(*args, custom_generate=loop, streamer=streamer, **kwargs)
+
+    def decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        *,
+        alpha: float | Sequence[float] | None = None,
+        alpha_rule: str | Sequence[str] | None = None,
+        expert_weights: Sequence[float] | Sequence[Sequence[float]] | None = None,
+        specs: Sequence[FusionSpec] | None = None,
+        seed: int | Sequence[int] | None = None,
+        speculative: int | str | None = None,
+        trace: Observer | None = None,
+        expert_input_ids: Tensor | None = None,
+        expert_attention_mask: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The decoding loop, for `strong.generate(custom_generate=fused.decode)`. Returns what generate returns.
+
+        alpha, alpha_rule, expert_weights: change the model's spec for all rows, or for each (a list, one entry per
+        prompt); a bare alpha means alpha_rule fixed. specs: a whole FusionSpec per prompt instead. seed: of sampling.
+        speculative: drafts per round, or auto (speculative.py); the output is the same.
+        trace: an observer (trace.py). expert_input_ids: another prompt for the small models, left-padded.
+        """
+        if model is not self.strong:
+            raise FusionError("decode was given another model than the strong one", do="call fused.generate")
+        if specs is None:
+            wanted = row_specs(self.spec, len(input_ids), self.experts, alpha, alpha_rule, expert_weights)
+        else:
+            wanted = per_row("specs", list(specs), len(input_ids))
+        request = prepare(
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            specs=wanted,
+            seed=seed,
+            observer=trace,
+            small_ids=expert_input_ids,
+            small_mask=expert_attention_mask,
+            model_kwargs=model_kwargs,
+        )
+        if speculative is None or speculative is False:
+            return direct(self, request)
+        return draft_and_judge(self, request, speculative)
+
+    def score(
+        self,
+        input_ids_BL: Tensor,
+        attention_mask_BL: Tensor | None = None,
+        score_mask_BL: Tensor | None = None,
+        *,
+        chunk: int | None = None,
+    ) -> score_text.Score:
+        """Log-probability of given text under the fused model (see scoring.score)."""
+        return score_text.score(self, self._checked(input_ids_BL), attention_mask_BL, score_mask_BL, chunk=chunk)

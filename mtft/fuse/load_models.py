@@ -1,0 +1,227 @@
+"""Load the models of a fusion: a strong one (any precision), one small base, experts as rows of it or on their own."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mtft.adapters.lora_factors import LoraAdapter, read_adapter
+from mtft.common.errors import MergeError
+from mtft.fuse.alpha.spec import FusionError, choose
+from mtft.fuse.decoding.multi_lora import BASE, MultiLoraLayout, attach_multi_lora, multi_lora_refusal
+from mtft.fuse.decoding.transposed_linear import transpose_lm_head
+from mtft.fuse.tokenizers.probe_text import whole_lines
+
+QUICKSTART = "quickstart:"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+@dataclass
+class WeakModel:
+    """The small models. order[t] = (-1, row group of `model`) or (index in `own`, 0): where expert t is."""
+
+    model: PreTrainedModel
+    layout: MultiLoraLayout
+    own: list[PreTrainedModel]
+    order: list[tuple[int, int]]
+    names: list[str]
+
+
+def location(path: str | Path) -> str:
+    """Folder or hub name; `quickstart:weak` and `quickstart:strong` are the shipped models."""
+    text = str(path)
+    if text.startswith(QUICKSTART):
+        from mtft.quickstart import model_path
+
+        return str(model_path(text.removeprefix(QUICKSTART)))
+    return text
+
+
+def compute_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """`auto`: bf16 on a GPU that has it, else fp32."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if choose(dtype, ("auto", *DTYPES), "dtype") == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return DTYPES[dtype]
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    quantise: str = "none",
+    attention: str = "auto",
+    revision: str = "main",
+    adapter: str | Path | None = None,
+) -> PreTrainedModel:
+    """One causal language model from safetensors, in eval mode, without gradients. `adapter`: LoRA merged into it."""
+    choose(quantise, ("none", "nf4", "int8"), "quantise")
+    precision = compute_dtype(dtype)
+    options: dict[str, Any] = {"dtype": precision, "use_safetensors": True, "revision": revision}
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    if quantise != "none":
+        options["quantization_config"] = _bitsandbytes(quantise, precision)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if quantise != "none":
+        options["device_map"] = {"": torch.device(device)}  # quantised while it is read: it can't be moved afterwards
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(location(path), **options)
+    except (OSError, ValueError) as error:
+        raise FusionError(
+            f"the model can't be loaded: {str(error).splitlines()[0]}",
+            where=str(path),
+            do="give a folder with config.json and *.safetensors, or a hub name; code in model folders is not run",
+        ) from error
+    if quantise == "none":
+        model = model.to(device)
+    if adapter is not None:
+        model = _own_expert(model, Path(adapter), quantised=quantise != "none")
+    transpose_lm_head(model)
+    return freeze(model)
+
+
+def load_tokenizer(path: str | Path, revision: str = "main") -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(location(path), revision=revision)
+    except (OSError, ValueError) as error:
+        raise FusionError(
+            f"the tokenizer can't be loaded: {str(error).splitlines()[0]}",
+            where=str(path),
+            do="put the tokenizer's files beside config.json",
+        ) from error
+
+
+def freeze(model: Any) -> Any:
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def check_experts(experts: Sequence[str | Path]) -> None:
+    """Are the folders there? Asked before any weight is loaded."""
+    if not experts:
+        raise FusionError("no expert", do="give at least one adapter")
+    for expert in map(Path, experts):
+        if not any((expert / name).is_file() for name in ("adapter_config.json", "config.json")):
+            raise FusionError(
+                f"no adapter at {str(expert)!r}", do="give a PEFT folder (adapter_config.json) or a model"
+            )
+
+
+def load_weak_model(
+    base: str | Path, experts: Sequence[str | Path], *, allow_base_mismatch: bool = False, **options
+) -> WeakModel:
+    """The small base with its experts: LoRA folders, or folders of whole fine-tuned models.
+
+    LoRA experts become rows of the one base. What is no plain LoRA on linear layers (DoRA, modules_to_save, biases,
+    embeddings, a whole model) is loaded as a model of its own, with one warning that says why.
+    """
+    check_experts(experts)
+    model = load_model(base, **options)
+    rows: list[LoraAdapter] = []
+    own: list[PreTrainedModel] = []
+    order: list[tuple[int, int]] = []
+    for expert in map(Path, experts):
+        if not (expert / "adapter_config.json").is_file():
+            _tell(expert, "it is a whole model")
+            order.append((len(own), 0))
+            own.append(load_model(expert, **options))
+            continue
+        adapter, reason = _plain(expert, model)
+        _check_base(expert, base, allow_base_mismatch)
+        if adapter is not None:
+            order.append((-1, len(rows)))
+            rows.append(adapter)
+            continue
+        _tell(expert, reason)
+        order.append((len(own), 0))
+        own.append(freeze(_own_expert(load_model(base, **options), expert, options.get("quantise", "none") != "none")))
+    layout = attach_multi_lora(model, rows) if rows else MultiLoraLayout(0)
+    return WeakModel(model, layout, own, order, [str(expert) for expert in experts])
+
+
+@torch.no_grad()
+def agreement(strong: PreTrainedModel, weak: WeakModel, tokenizer: PreTrainedTokenizerBase, shared: int) -> float:
+    """Share of positions of the probe's whole lines where strong model and base have the same favourite token."""
+    same = count = 0
+    for line in whole_lines():
+        ids = [token for token in tokenizer.encode(line) if token < shared]
+        if not ids:
+            continue
+        tops = []
+        weak.layout.set((BASE,), 1)
+        for model in (strong, weak.model):
+            logits = model(torch.tensor([ids], device=model.device)).logits[0, :, :shared]
+            tops.append(logits.argmax(-1).cpu())
+        same, count = same + int((tops[0] == tops[1]).sum()), count + len(ids)
+    return same / max(count, 1)
+
+
+def _plain(expert: Path, model: nn.Module) -> tuple[LoraAdapter | None, str]:
+    """The adapter if it can run as rows, else the reason why not."""
+    config = json.loads((expert / "adapter_config.json").read_text("utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise FusionError(
+            f"peft_type is {config.get('peft_type')!r}: only LoRA adapters are experts",
+            where=str(expert),
+            do="merge it into a copy of the base, and give that model's folder",
+        )
+    if config.get("alora_invocation_tokens"):
+        raise FusionError("an activated LoRA (aLoRA) is not always on", where=str(expert), do="train an ordinary LoRA")
+    if not any(expert.glob("adapter_model*.safetensors")):
+        raise FusionError("no adapter_model.safetensors", where=str(expert), do="save it with safe_serialization=True")
+    try:
+        adapter = read_adapter(expert)
+    except MergeError as error:
+        return None, error.what
+    reason = multi_lora_refusal(adapter, model)
+    return (adapter, "") if reason is None else (None, reason)
+
+
+def _check_base(expert: Path, base: str | Path, allow: bool) -> None:
+    """The base named in the adapter must be this one; folders may have moved, so the last part of the name decides."""
+    named = json.loads((expert / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+    if allow or not named:
+        return
+    left, right = (Path(location(name)).name for name in (named, base))
+    if left != right:
+        raise FusionError(
+            f"the adapter was trained on {named!r}, the base is {str(base)!r}",
+            where=str(expert),
+            do="give the base that it was trained on (or allow_base_mismatch=True if it was only renamed)",
+        )
+
+
+def _own_expert(model: PreTrainedModel, expert: Path, quantised: bool) -> nn.Module:
+    """`model` with the adapter: merged, but beside it where that would round quantised weights or is impossible."""
+    from peft import PeftModel
+
+    tuned: Any = PeftModel.from_pretrained(model, str(expert))
+    if quantised or tuned.peft_config["default"].lora_bias:
+        return tuned.get_base_model()
+    return tuned.merge_and_unload()
+
+
+def _bitsandbytes(quantise: str, compute: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantise == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def _tell(expert: Path, reason: str) -> None:
+    warnings.warn(f"expert {str(expert)!r} runs as a model of its own, not as rows of the base: {reason}", stacklevel=3)

@@ -1,0 +1,68 @@
+"""What the engine's clients hand in and hear back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mtft.fuse.alpha.spec import FusionSpec
+from mtft.fuse.decoding.token_trace import TokenTrace
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token and its log-probability under the served distribution before any processor; `top` holds the best k."""
+
+    id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """News of a job: text that is certain now, the tokens of this step, and at the end why it ended, or what failed."""
+
+    text: str = ""
+    tokens: tuple[TokenScore, ...] = ()
+    finish_reason: str | None = None
+    error: str | None = None
+    status: int = 200
+
+
+@dataclass
+class GenerationJob:
+    """One answer to make. source: `fused`, `strong`, or the number of an expert that answers alone."""
+
+    ids: list[int]
+    max_tokens: int
+    spec: FusionSpec
+    tell: Callable[[StreamEvent], None]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    sample: int = 0
+    stops: tuple[str, ...] = ()
+    top: int = 0  # best tokens to report at each step
+    source: str | int = "fused"
+    trace: TokenTrace | None = None
+    cancelled: bool = False
+    since: float = field(default_factory=time.monotonic)
+
+
+class ServerBusy(Exception):
+    """The queue is full."""
+
+
+class ServerStopping(Exception):
+    """The server takes nothing new: it is about to end."""
+
+
+def token_score(logp_V: Tensor, token: int, top: int) -> TokenScore:
+    """The chosen token's number and its entry among the best are the same float."""
+    values, ids = logp_V.topk(min(top, len(logp_V)))
+    best = tuple((i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True) if v > -float("inf"))
+    return TokenScore(token, float(logp_V[token]), best)

@@ -1,0 +1,62 @@
+"""Which drafted tokens stand: exact acceptance rules of speculative decoding.
+
+| coupling | draft x_i | accepted iff | else emit |
+|---|---|---|---|
+| greedy | argmax q_i | x_i = argmax p_i | argmax p_i |
+| gumbel | argmax(log q_i + G_i) | x_i = argmax(log p_i + G_i) | that argmax |
+| max | argmax(log q_i + G_i) | u q_i(x_i) < p_i(x_i) | a draw from max(p_i - q_i, 0) / sum |
+
+`max` is Leviathan et al., 2211.17192 (acceptance 1 - TV, the best possible). `gumbel` is drafter-invariant (Daliri et
+al., 2408.07978): its output is the one of direct sampling with the same noise, whatever was drafted. p and q are taken
+after the logits processors; the noise G belongs to the position, not to the round.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtft.fuse.decoding import gumbel_sampling
+
+COUPLINGS = ("greedy", "gumbel", "max")
+Place = tuple[int, int, int]  # (seed, sample, position) of a token
+
+
+def draw(coupling: str, scores_NV: Tensor, places: list[Place]) -> Tensor:
+    """A token per row from softmax(scores): of the draft, or of p where nothing was drafted."""
+    if coupling == "greedy":
+        return scores_NV.argmax(-1)
+    keys = [gumbel_sampling.key(*place) for place in places]
+    return gumbel_sampling.sample(scores_NV, gumbel_sampling.gumbel(keys, scores_NV.shape[-1], scores_NV.device))
+
+
+def settle(coupling: str, p_NV: Tensor, q_NV: Tensor, drafts_N: Tensor, places: list[Place]) -> tuple[Tensor, Tensor]:
+    """(accepted bool [N], token [N]): the draft where accepted, else what is emitted in its place.
+
+    p_NV, q_NV: processed scores (unnormalised log-probabilities). Each row is judged by itself; the caller stops at a
+    row's first rejection.
+    """
+    if coupling != "max":
+        truth_N = draw(coupling, p_NV, places)
+        return truth_N == drafts_N, truth_N
+    p, q = torch.log_softmax(p_NV.double(), -1).exp(), torch.log_softmax(q_NV.double(), -1).exp()
+    u_N = gumbel_sampling.uniform(
+        [gumbel_sampling.key(*place, gumbel_sampling.ACCEPT) for place in places], 1, p.device
+    )[:, 0]
+    at = drafts_N[:, None]
+    # strict: where p(x) = 0 nothing is accepted, even for u = 0
+    accepted_N = u_N * q.gather(-1, at)[:, 0] < p.gather(-1, at)[:, 0]
+    rest = (p - q).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # all of it rounded away: then p = q
+    noise = gumbel_sampling.gumbel(
+        [gumbel_sampling.key(*place, gumbel_sampling.RESIDUAL) for place in places], p.shape[-1], p.device
+    )
+    return accepted_N, torch.where(accepted_N, drafts_N, gumbel_sampling.sample(rest.log(), noise))
+
+
+def chance(coupling: str, p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    """Probability that a draft from q would be accepted, [N], known without drafting: 1 - TV, or argmax equality."""
+    if coupling == "greedy":
+        return (p_NV.argmax(-1) == q_NV.argmax(-1)).double()
+    overlap_N = torch.minimum(torch.softmax(p_NV.double(), -1), torch.softmax(q_NV.double(), -1)).sum(-1)
+    return overlap_N if coupling == "max" else overlap_N / (2 - overlap_N)

@@ -1,0 +1,109 @@
+"""How many tokens to draft: the gamma with the lowest expected time per token, from measured times and acceptance.
+
+    tokens of a round  E = (1 - beta^(gamma+1)) / (1 - beta)
+    time of a round    (gamma + beta^gamma) e + v(gamma + 1)
+
+beta = chance that a draft is accepted, e = one step of the drafting expert, v(n) = one pass of the other models over n
+positions. gamma = 0 is plain decoding, whose time is measured by itself. E takes drafts as independent of each other;
+where hits come in runs (a long list, then a change of subject) fewer tokens stand, so E is scaled by what rounds gave.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+WINDOW = 32  # rounds that the times are taken from
+ENOUGH = 4  # rounds before their yield is believed
+PATIENCE = 16  # rounds between two changes; the first three come after 4, 4 and 8
+MEMORY = 0.9  # of beta, per round
+MARGIN = 0.95  # of a plain step's time: a smaller gain is as likely noise in the times, and would be a loss
+PER_POSITION = 0.05  # guess: each further position of a pass costs this share, until it has been measured
+
+
+class DraftLength:
+    """A fixed gamma, or `auto`: 0 ... maximum, starting with plain decoding to learn beta without drafting."""
+
+    def __init__(self, fixed: int | None = None, maximum: int = 6, draft_share: float = 0.2) -> None:
+        """draft_share: guess of e as a share of a plain step, until it has been measured."""
+        self.fixed, self.maximum, self.draft_share = fixed, maximum, draft_share
+        self.current = 0 if fixed is None else fixed
+        self.beta: float | None = None
+        self._tests = self._stood = 0.0  # fading sums: a few looks count fully from the start
+        self.plain: deque[float] = deque(maxlen=WINDOW)
+        self.draft: deque[float] = deque(maxlen=WINDOW)
+        self.verify: dict[int, deque[float]] = {}
+        self.given: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # tokens of a round: counted, and expected
+        self.rounds = self.drafted = self.accepted = 0
+        self._since, self._patience = 0, 4  # the first choice comes after four plain steps
+        self._changes = 0
+
+    def learn(self, other: DraftLength) -> None:
+        """Begin with the times and the acceptance of an earlier call with as many rows."""
+        if other.beta is None or not other.plain:
+            return
+        self._tests, self._stood, self.beta = other._tests / 2, other._stood / 2, other.beta
+        self.plain, self.draft, self.verify = other.plain.copy(), other.draft.copy(), dict(other.verify)
+        self.given = other.given.copy()
+        self._changes, self._patience = 1, 4
+        self.current = self._best()
+
+    def saw(self, tests: float, accepted: float) -> None:
+        """Acceptance of one round: how many drafts were judged (or would have been), and how many stood."""
+        if tests > 0:
+            self._tests = MEMORY * self._tests + tests
+            self._stood = MEMORY * self._stood + accepted
+            self.beta = self._stood / self._tests
+
+    def took(
+        self, gamma: int, *, plain: float = 0.0, draft: float = 0.0, verify: float = 0.0, tokens: float | None = None
+    ) -> None:
+        """Seconds of one round: `plain` for gamma 0, else one drafting step and one verification. tokens: per row."""
+        self.rounds += 1
+        self._since += 1
+        if gamma == 0:
+            self.plain.append(plain)
+        else:
+            self.draft.append(draft)
+            self.verify.setdefault(gamma + 1, deque(maxlen=WINDOW)).append(verify)
+            if tokens is not None:
+                self.given.append((tokens, self._expected(gamma)))
+
+    def next(self) -> int:
+        """gamma of the next round."""
+        if self.fixed is not None or self.beta is None or not self.plain or self._since < self._patience:
+            return self.current
+        self._since, self._changes = 0, self._changes + 1
+        self._patience = min(PATIENCE, 2 << self._changes)
+        self.current = self._best()
+        return self.current
+
+    def _best(self) -> int:
+        best = min(range(1, self.maximum + 1), key=self.time_per_token)
+        return best if self.time_per_token(best) < MARGIN * self.time_per_token(0) else 0
+
+    def time_per_token(self, gamma: int) -> float:
+        """Expected seconds per token."""
+        beta = min(self.beta or 0.0, 0.999)
+        plain = median(self.plain)
+        if gamma == 0:
+            return plain
+        step = median(self.draft) if self.draft else self.draft_share * plain
+        tokens = self._expected(gamma)
+        if len(self.given) >= ENOUGH:
+            counted, expected = map(sum, zip(*self.given, strict=True))
+            tokens *= min(1.0, counted / expected)
+        return ((gamma + beta**gamma) * step + self._pass(gamma + 1, plain)) / tokens
+
+    def _expected(self, gamma: int) -> float:
+        """E(gamma)."""
+        beta = min(self.beta or 0.0, 0.999)
+        return (1 - beta ** (gamma + 1)) / (1 - beta)
+
+    def _pass(self, length: int, plain: float) -> float:
+        """v(length): measured, or the nearest measured one and a guess per further position."""
+        if not self.verify:
+            return plain * (1 + PER_POSITION * (length - 1))
+        nearest = min(self.verify, key=lambda known: abs(known - length))
+        base = median(self.verify[nearest])
+        return base * (1 + PER_POSITION * (length - nearest))

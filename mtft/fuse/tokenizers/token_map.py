@@ -1,0 +1,127 @@
+"""Two tokenizers, one text: which token of the small model says the same as a token of the strong one (`tokens: map`).
+
+The strong model's tokens are decoded and the text is encoded again for the small models. A token of the strong one gets
+the shift of the small token with the same text, if there is one, and none otherwise. bos and eos go by their role.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TORN = "\ufffd"  # what the decoder makes of half a character
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    """Token string of every id; None where an id has no token."""
+    vocabulary = tokenizer.get_vocab()
+    tokens: list[str | None] = [None] * (max(vocabulary.values()) + 1)
+    for token, index in vocabulary.items():
+        tokens[index] = token
+    return tokens
+
+
+def surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
+    """The bytes that each id stands for in a text; None for special tokens and ids without one."""
+    backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+    decoder = None if backend is None else json.loads(backend.to_str()).get("decoder")
+    kinds = json.dumps(decoder, ensure_ascii=False)
+    table = _byte_table() if '"ByteLevel"' in kinds else None
+    spaced = "\u2581" in kinds
+    special = set(tokenizer.all_special_ids)
+    found: list[bytes | None] = []
+    for index, token in enumerate(tokens_of(tokenizer)):
+        if token is None or index in special:
+            found.append(None)
+        elif table is not None and all(char in table for char in token):
+            found.append(bytes(table[char] for char in token))
+        elif spaced and (byte := _BYTE.fullmatch(token)):
+            found.append(bytes([int(byte[1], 16)]))
+        else:
+            found.append((token.replace("\u2581", " ") if spaced else token).encode())
+    return found
+
+
+def _byte_table() -> dict[str, int]:
+    """Byte-level BPE writes each byte as a printable character: itself where it is one, else the next beyond 255."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """From the strong tokenizer to the small one."""
+
+    strong: PreTrainedTokenizerBase
+    small: PreTrainedTokenizerBase
+
+    @cached_property
+    def small_id_V(self) -> Tensor:
+        """int64 [V]: the small id that says what a strong id says, -1 where there is none."""
+        known = {surface: index for index, surface in reversed(list(enumerate(surfaces(self.small)))) if surface}
+        ids = [known.get(surface, -1) if surface else -1 for surface in surfaces(self.strong)]
+        for index, other in self._special.items():
+            ids[index] = other
+        return torch.tensor(ids)
+
+    @property
+    def width(self) -> int:
+        """Ids of the small tokenizer."""
+        return len(tokens_of(self.small))
+
+    @cached_property
+    def _special(self) -> dict[int, int]:
+        """Special ids with a counterpart: by role, or by the same string among the small one's special tokens."""
+        strings = {self.small.convert_ids_to_tokens(index): index for index in self.small.all_special_ids}
+        named = zip(self.strong.all_special_ids, map(self.strong.convert_ids_to_tokens, self.strong.all_special_ids))
+        pairs = {index: strings[token] for index, token in named if token in strings}
+        for role in ("eos_token_id", "bos_token_id"):
+            mine, theirs = getattr(self.strong, role), getattr(self.small, role)
+            if mine is not None and theirs is not None:
+                pairs[mine] = theirs
+        return pairs
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """What the small tokenizer puts before every text by itself."""
+        text = "a"
+        whole, bare = self.small.encode(text), self.small.encode(text, add_special_tokens=False)
+        return whole[: len(whole) - len(bare)] if bare and whole[-len(bare) :] == bare else []
+
+    def encode(self, ids: Sequence[int], *, opening: bool = True) -> tuple[list[int], bool]:
+        """(ids for the small models, whole?) of a text in strong ids; not `whole`: it ends inside of a character.
+
+        Then the small ids stop before that character. opening: begin as the small tokenizer begins every text.
+        """
+        out: list[int] = []
+        if opening and self._opening and (not ids or self._special.get(ids[0]) != self._opening[0]):
+            out += self._opening
+        begin, whole = 0, True
+        for end in [*(at for at, index in enumerate(ids) if index in self._special), len(ids)]:
+            if begin < end:
+                part = list(ids[begin:end])
+                text = str(self.strong.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+                if end == len(ids) and text.endswith(TORN):
+                    text, whole = text.rstrip(TORN), False
+                out += self.small.encode(text, add_special_tokens=False)
+            if end < len(ids):
+                out.append(self._special[ids[end]])
+            begin = end + 1
+        return out, whole
+
+    def spread(self, small_NM: Tensor, empty: float) -> Tensor:
+        """Values of small ids, put where the strong ids with the same text are; `empty` elsewhere."""
+        index_V = self.small_id_V.to(small_NM.device)
+        return small_NM.index_select(-1, index_V.clamp(min=0)).masked_fill_(index_V < 0, empty)

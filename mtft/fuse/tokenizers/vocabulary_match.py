@@ -1,0 +1,135 @@
+"""Do the strong and the small model speak the same tokens? Verified id by id, never assumed from names.
+
+| level  | accepts when |
+|---|---|
+| strict | every id has the same token string, bos/eos/pad are equal, and a built-in probe text is encoded alike |
+| prefix | equal on a common prefix of ids, which holds all of the probe's ids; extras (added tokens) only at the end |
+| map    | enough of the strong tokens of the probe have a small token with the same text (bridge.py)         |
+
+Ids without a counterpart are not shifted: log Q_t - log Q = 0 there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from mtft.fuse.alpha.spec import TOKENS, FusionError, choose
+from mtft.fuse.tokenizers.probe_text import probe_lines
+from mtft.fuse.tokenizers.token_map import TokenMap, surfaces, tokens_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPECIAL = ("bos", "eos", "pad")
+ENOUGH = 0.5  # share of the probe's strong tokens that must have a counterpart for `map`; a guess, no study gives one
+
+
+@dataclass(frozen=True)
+class VocabularyMatch:
+    """How far two tokenizers agree.
+
+    strong, small   number of ids (real tokens, not the padded width of the logits)
+    common          length of the common prefix: ids 0 ... common-1 have the same token string
+    mapped          ids of the strong tokenizer whose text the small one has under any id
+    lines, same     lines of the probe, and how many of them are encoded to the same ids
+    covered         share of the strong tokenizer's probe tokens whose text the small one has
+    boundaries      share of the strong tokenizer's token boundaries on the probe that the small one has too
+    unmapped        up to 20 token strings that the small one lacks
+    special         differences of bos, eos, pad: "eos: '</s>' (2) | '<end>' (7)"
+    """
+
+    strong: int
+    small: int
+    common: int
+    mapped: int
+    lines: int
+    same: int
+    covered: float
+    boundaries: float
+    unmapped: tuple[str, ...]
+    special: tuple[str, ...]
+
+    @property
+    def accepted_by(self) -> str | None:
+        """The strictest level that accepts, or None."""
+        if self.same == self.lines and not self.special and self.common:
+            return "strict" if self.common == self.strong == self.small else "prefix"
+        return "map" if self.covered >= ENOUGH else None
+
+    def __str__(self) -> str:
+        lines = [
+            f"ids: {self.mapped} of {self.strong} have their text in the small tokenizer ({self.small} ids); "
+            f"the first {self.common} ids are equal",
+            f"probe: {self.same} of {self.lines} lines are encoded alike; {self.covered:.1%} of the tokens "
+            f"are covered, {self.boundaries:.1%} of the boundaries agree",
+        ]
+        if self.special:
+            lines.append("special tokens (strong | small): " + "; ".join(self.special))
+        if self.unmapped:
+            lines.append("missing in the small one: " + " ".join(repr(token) for token in self.unmapped))
+        lines.append(f"level that accepts: {self.accepted_by or 'none'}")
+        return "\n         ".join(lines)
+
+
+def compare_vocabularies(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase) -> VocabularyMatch:
+    """Compare two tokenizers on all ids and on the probe."""
+    strong_tokens, small_tokens = tokens_of(strong), tokens_of(small)
+    common = 0
+    for left, right in zip(strong_tokens, small_tokens, strict=False):
+        if left is None or left != right:
+            break
+        common += 1
+    known = (TokenMap(strong, small).small_id_V >= 0).tolist()
+    missing = [token for token, there in zip(strong_tokens, known, strict=True) if token is not None and not there]
+    same = count = covered = edges = shared = 0
+    lines, sizes = probe_lines(), [[len(text or b"") for text in surfaces(side)] for side in (strong, small)]
+    for line in lines:
+        left = strong.encode(line, add_special_tokens=False)
+        right = small.encode(line, add_special_tokens=False)
+        same += left == right and strong.encode(line) == small.encode(line)
+        count += len(left)
+        covered += sum(known[i] for i in left)
+        ours, theirs = ({*accumulate(size[i] for i in ids)} for size, ids in zip(sizes, (left, right), strict=True))
+        edges, shared = edges + len(ours), shared + len(ours & theirs)
+    return VocabularyMatch(
+        strong=len(strong_tokens),
+        small=len(small_tokens),
+        common=common,
+        mapped=sum(known),
+        lines=len(lines),
+        same=same,
+        covered=covered / max(count, 1),
+        boundaries=shared / max(edges, 1),
+        unmapped=tuple(missing[:20]),
+        special=_special(strong, small),
+    )
+
+
+def agree(
+    strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase, level: str = "strict"
+) -> tuple[int, int, TokenMap | None]:
+    """(V, M, bridge): ids of the strong model; how many of the first ids the small models share, or, with a bridge
+    between different tokenizers, how many they have. FusionError if refused.
+    """
+    choose(level, TOKENS, "tokens")
+    coverage = compare_vocabularies(strong, small)
+    accepted = coverage.accepted_by
+    if accepted == "strict" or (accepted == "prefix" and level != "strict"):
+        return coverage.strong, coverage.common, None
+    if accepted == "map" and level == "map":
+        return coverage.strong, coverage.small, TokenMap(strong, small)
+    raise FusionError(
+        f"the strong and the small tokenizer differ (tokens: {level})\n         {coverage}",
+        do=f"set tokens: {accepted}" if accepted else "take a small model of the strong model's family",
+    )
+
+
+def _special(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    pairs = {
+        "bos": (strong.bos_token, strong.bos_token_id, small.bos_token, small.bos_token_id),
+        "eos": (strong.eos_token, strong.eos_token_id, small.eos_token, small.eos_token_id),
+        "pad": (strong.pad_token, strong.pad_token_id, small.pad_token, small.pad_token_id),
+    }
+    return tuple(f"{name}: {a!r} ({i}) | {b!r} ({j})" for name, (a, i, b, j) in pairs.items() if (a, i) != (b, j))

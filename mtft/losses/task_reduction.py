@@ -1,0 +1,180 @@
+"""From per-token losses to one scalar: the same gradient for any split of a step over micro-batches, ranks and packs.
+
+Every normalisation is linear in the token losses, and its coefficients are known from the labels alone:
+
+    loss = sum_bt c_bt * nll_bt      over all micro-batches and ranks of one optimizer step
+
+    normalise     c_bt                         loss                               MFTCoder
+    token         w_k / sum_j w_j N_j          sum w S / sum w N                  case1 (w = 1)
+    sample        w_k / (n_s sum_j w_j M_j)    weighted mean of sample means      case2
+    task_token    w_k / (N_k W)                sum w_k (S_k / N_k) / W            case3
+    task_sample   w_k / (M_k n_s W)            same, sample means inside a task   case4
+
+k = task of the token, s = its sample, n_s = supervised tokens of s, S_k = sum of token losses, N_k = supervised tokens,
+M_k = samples with n_s > 0, W = sum of w over the tasks that are present. In every mode the coefficients of a step add
+up to 1, and an absent task (N_k = 0) has none: no NaN, no special case. MFTCoder (arXiv 2311.02303) divides by the
+counts of a micro-batch on a rank instead, so that its objective moves with the batch layout.
+
+One step:  counts = step_counts(batches, K, device=...)                     before the first backward, one all-reduce
+           c_BT = coefficients(batch, counts, w_K, normalise)               per micro-batch
+           (c_BT * nll_BT).sum() * R                                        R = ranks whose gradients are averaged
+           sums = reduce_sums([task_sums(nll_BT, batch, K), ...])           after the last backward, one all-reduce
+           loss_K = task_losses(sums, counts, normalise)                    what balancers and logs see
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtft.data.batching.batch import IGNORE, Batch
+
+Normalise = Literal["token", "sample", "task_token", "task_sample"]
+NORMALISATIONS: tuple[str, ...] = get_args(Normalise)
+
+
+class TaskCounts(NamedTuple):
+    """Supervised tokens and samples (with at least one of them) of each task, int64 [K]."""
+
+    tokens_K: Tensor
+    samples_K: Tensor
+
+    def units(self, normalise: str) -> Tensor:
+        """What the mean inside a task runs over: tokens or samples."""
+        return self.tokens_K if normalise in ("token", "task_token") else self.samples_K
+
+
+class TaskSums(NamedTuple):
+    """Detached float64 [K] sums over supervised tokens of one or more batches; they add up over any split.
+
+    nll_K          sum of token losses (nats)
+    sample_nll_K   sum over samples of the mean token loss of the sample
+    sample_prob_K  sum over samples of the mean token probability exp(-nll) of the sample
+    """
+
+    nll_K: Tensor
+    sample_nll_K: Tensor
+    sample_prob_K: Tensor
+
+
+def sample_tokens(batch: Batch) -> Tensor:
+    """int64 [B, T]: how many supervised tokens the sample of each position has. 0 on padding."""
+    supervised_BT = (batch.labels_BT != IGNORE).long()
+    segment_BT = batch.segment_ids_BT.long()
+    slot_BT = torch.where(segment_BT >= 0, segment_BT, segment_BT.shape[1])  # padding goes to a slot of its own
+    counts_BS = supervised_BT.new_zeros(segment_BT.shape[0], segment_BT.shape[1] + 1)
+    counts_BS.scatter_add_(1, slot_BT, supervised_BT)
+    return counts_BS.gather(1, slot_BT) * (segment_BT >= 0)
+
+
+def count(batch: Batch, num_tasks: int) -> TaskCounts:
+    """Counts of one micro-batch, from its labels only. On the batch's device."""
+    return TaskCounts(*(x.round().long() for x in _sums(batch, num_tasks, samples_of=None)))
+
+
+def step_counts(
+    batches: Sequence[Batch],
+    num_tasks: int,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
+) -> TaskCounts:
+    """Counts of a whole optimizer step: over this rank's micro-batches, then ONE all-reduce of int64[2K].
+
+    `batches` may be empty or hold nothing but padding; every rank must call this once a step all the same.
+    `device`: where the collective runs ("cuda" for nccl). The result is on the CPU. Without torch.distributed: local.
+    """
+    total = torch.zeros(2, num_tasks, dtype=torch.int64)
+    for batch in batches:
+        total += torch.stack(count(batch, num_tasks)).cpu()
+    return TaskCounts(*_all_reduce(total, group, device))
+
+
+def task_coefficients(counts: TaskCounts, w_K: Tensor, normalise: str) -> Tensor:
+    """float64 [K]: sum of c over the supervised tokens of each task = the task's share of the loss; they add up to 1.
+
+    `w_K`: task weights, finite, >= 0, one of them > 0; only their ratio matters. All zeros come out if no task with a
+    positive weight is present.
+    """
+    if normalise not in NORMALISATIONS:
+        raise ValueError(f"normalise is {normalise!r}: must be one of {', '.join(NORMALISATIONS)}")
+    units_K = counts.units(normalise).double().cpu()
+    w_K = w_K.detach().double().cpu()
+    if w_K.shape != units_K.shape:
+        raise ValueError(f"weights have shape {tuple(w_K.shape)}, but there are {len(units_K)} tasks")
+    if not bool((w_K.isfinite() & (w_K >= 0)).all()) or not bool((w_K > 0).any()):
+        raise ValueError(f"task weights must be finite, >= 0 and not all 0, got {w_K.tolist()}")
+    share_K = w_K * units_K if normalise in ("token", "sample") else w_K * (units_K > 0)
+    total = share_K.sum()
+    return share_K / total if total > 0 else share_K
+
+
+def coefficients(batch: Batch, counts: TaskCounts, w_K: Tensor, normalise: str) -> Tensor:
+    """fp32 [B, T]: c of every token of one micro-batch, 0 where not supervised. `counts` are those of the whole step.
+
+    The arithmetic is float64 on [K]; only the result is rounded.
+    """
+    per_unit_K = task_coefficients(counts, w_K, normalise) / counts.units(normalise).double().cpu().clamp(min=1)
+    device = batch.labels_BT.device
+    supervised_BT = batch.labels_BT != IGNORE
+    c_BT = per_unit_K.to(device)[batch.task_ids_BT.long().clamp(min=0)]
+    if normalise in ("sample", "task_sample"):
+        c_BT = c_BT / sample_tokens(batch).clamp(min=1)
+    return torch.where(supervised_BT, c_BT, 0.0).float()
+
+
+def task_sums(nll_BT: Tensor, batch: Batch, num_tasks: int) -> TaskSums:
+    """Sums of one micro-batch for logs and balancers; detached, on the device of `nll_BT`."""
+    nll_BT = nll_BT.detach()
+    nll_K, sample_nll_K = _sums(batch, num_tasks, samples_of=nll_BT)
+    _, sample_prob_K = _sums(batch, num_tasks, samples_of=torch.exp(-nll_BT))
+    return TaskSums(nll_K, sample_nll_K, sample_prob_K)
+
+
+def reduce_sums(
+    parts: Sequence[TaskSums],
+    num_tasks: int,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
+) -> TaskSums:
+    """Sums of a whole step: over this rank's micro-batches, then ONE all-reduce of float64[3K]. On the CPU."""
+    total = torch.zeros(3, num_tasks, dtype=torch.float64)
+    if parts:
+        total += torch.stack([torch.stack(part) for part in parts]).sum(dim=0).cpu()
+    return TaskSums(*_all_reduce(total, group, device))
+
+
+def task_losses(sums: TaskSums, counts: TaskCounts, normalise: str) -> Tensor:
+    """float64 [K]: loss of each task as the mode averages it (token or sample mean); NaN = absent from the step."""
+    total_K = sums.nll_K if normalise in ("token", "task_token") else sums.sample_nll_K
+    return total_K.cpu() / counts.units(normalise).double().cpu()  # 0/0 = NaN
+
+
+def task_probs(sums: TaskSums, counts: TaskCounts) -> Tensor:
+    """float64 [K]: mean over samples of the sample's mean token probability; NaN = absent."""
+    return sums.sample_prob_K.cpu() / counts.samples_K.double().cpu()
+
+
+def _sums(batch: Batch, num_tasks: int, samples_of: Tensor | None) -> tuple[Tensor, Tensor]:
+    """float64 [K] of x (None: x = 1): its sum over supervised tokens, and the sum over samples of its mean."""
+    supervised_BT = batch.labels_BT != IGNORE
+    zeros_K = torch.zeros(num_tasks, dtype=torch.float64, device=batch.labels_BT.device)
+    n_BT = sample_tokens(batch)
+    # Not boolean indexing: on a GPU that would wait for the size.
+    x_BT = supervised_BT.double() if samples_of is None else torch.where(supervised_BT, samples_of, 0.0).double()
+    task_N = batch.task_ids_BT.long().clamp(min=0).flatten()
+    return (
+        zeros_K.index_add(0, task_N, x_BT.flatten()),
+        zeros_K.index_add(0, task_N, (x_BT / n_BT.clamp(min=1)).flatten()),
+    )
+
+
+def _all_reduce(total: Tensor, group: dist.ProcessGroup | None, device: torch.device | str) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()):
+        return total
+    moved = total.to(device)
+    dist.all_reduce(moved, group=group)
+    return moved.cpu()

@@ -1,0 +1,164 @@
+"""Per-token losses: negative log-likelihood of every supervised token, without logits for the others.
+
+Paths, equal to rounding, each the other's oracle in tests/losses/test_token_nll.py:
+
+gather  (reference, default) asks the model's own forward for logits at the supervised positions only
+        (`logits_to_keep` = boolean mask [B, T] -> [n, V]), so that wrappers, sharded engines and logit scaling or
+        capping stay as they are. [B, T, V] is never built, but for models whose forward has no `logits_to_keep`.
+fused   (for GPUs, needs trl) trl's fused head: projection and softmax in tiles, so not even [n, V] is built. The
+        bare model must be prepared with `add_fused_head` before PEFT wraps it. Without Triton it is slower than gather.
+
+Labels are aligned (the token to predict *from* a position), so nothing is shifted here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mtft.common.errors import UserError
+from mtft.data.batching.batch import IGNORE, Batch
+from mtft.data.batching.packed_attention import model_inputs, packing_refusal
+from mtft.losses.in_place_cross_entropy import row_nll_in_place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Path = Literal["auto", "gather", "fused"]
+
+
+def resolve_path(path: str) -> Literal["gather", "fused"]:
+    """The path that a run takes: what was asked for; `auto` is gather, the only one that is measured on its device."""
+    if path == "auto":
+        return "gather"
+    if path not in ("gather", "fused"):
+        raise UserError(f"unknown loss path {path!r}", where="loss.path", do="use auto, gather or fused")
+    if path == "fused" and not _has_fused_head():
+        raise UserError(
+            "the fused loss path needs trl 1.15 or newer",
+            where="loss.path",
+            do="pip install 'trl>=1.15', or set gather",
+        )
+    return path
+
+
+def _has_fused_head() -> bool:
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        return False
+    major, minor, *_ = found.split(".")
+    return (int(major), int(minor)) >= (1, 15)
+
+
+def add_fused_head(model: PreTrainedModel) -> None:
+    """Give a bare transformers model trl's fused head; call it before PEFT wraps the model."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model)
+
+
+def token_nll(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    path: str = "auto",
+    attention: str | None = None,
+    inputs: dict[str, Any] | None = None,
+    chunk_rows: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    many_backwards: bool = False,
+) -> Tensor:
+    """fp32 [B, T]: loss (nats) of every supervised token, 0 elsewhere; connected to the graph even if there is none.
+
+    path             `gather` or `fused` (see the module); `auto` is gather
+    attention        the model's attention implementation; None reads it from the model's config
+    inputs           keyword arguments of the model's forward; None =
+    mtft.data.batching.packed_attention.model_inputs(batch, ...)
+    chunk_rows       supervised tokens whose fp32 softmax exists at a time (recomputed in the backward); None = all.
+                     Saves memory where the model computes in 16 bit
+    label_smoothing  eps: (1 - eps) nll + eps * mean over the vocabulary of -log p
+    z_loss           adds z * logsumexp(logits)^2, which keeps the normaliser near 1 (PaLM, arXiv 2204.02311: 1e-4)
+    many_backwards   allow several backward passes through one forward (retain_graph), for a third buffer of logits
+    """
+    inputs = _inputs(model, batch, attention) if inputs is None else inputs
+    supervised_BT = batch.labels_BT != IGNORE
+    if path == "fused":
+        if label_smoothing or z_loss:
+            raise UserError("the fused loss path has no label smoothing or z-loss", do="set loss.path=gather")
+        return -model(**inputs, shift_labels=batch.labels_BT, fused_lm_head=True).log_probs.float()
+    logits_NV = _supervised_logits(model, inputs, supervised_BT)
+    labels_N = batch.labels_BT[supervised_BT]
+    rows = max(1, len(labels_N)) if chunk_rows is None else chunk_rows
+    if rows >= len(labels_N) and torch.is_grad_enabled() and not (many_backwards or label_smoothing or z_loss):
+        nll_N = row_nll_in_place(logits_NV, labels_N)
+    elif rows >= len(labels_N):
+        nll_N = _row_nll(logits_NV, labels_N, label_smoothing, z_loss)
+    else:
+        parts = zip(logits_NV.split(rows), labels_N.split(rows), strict=True)
+        options = (label_smoothing, z_loss)
+        nll_N = torch.cat([checkpoint(_row_nll, *part, *options, use_reentrant=False) for part in parts])
+    # masked_scatter and not a branch on "no label": zero rows still reach every parameter, with a zero gradient.
+    return nll_N.new_zeros(supervised_BT.shape).masked_scatter(supervised_BT, nll_N)
+
+
+@torch.no_grad()
+def token_scores(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    attention: str | None = None,
+    inputs: dict[str, Any] | None = None,
+    chunk_rows: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """For evaluation: (nll_BT fp32, hit_BT bool: the most likely token is the label); 0 and False elsewhere.
+
+    No gradient. One forward, whatever the batch holds, so that ranks stay together; `chunk_rows` = fp32 rows at a time.
+    """
+    inputs = _inputs(model, batch, attention) if inputs is None else inputs
+    supervised_BT = batch.labels_BT != IGNORE
+    logits_NV = _supervised_logits(model, inputs, supervised_BT)
+    labels_N = batch.labels_BT[supervised_BT]
+    nll_BT = torch.zeros(supervised_BT.shape, dtype=torch.float32, device=labels_N.device)
+    hit_BT = torch.zeros_like(supervised_BT)
+    if len(labels_N):
+        parts = list(zip(logits_NV.split(chunk_rows), labels_N.split(chunk_rows), strict=True))
+        nll_BT[supervised_BT] = torch.cat([_row_nll(logits, labels, 0.0, 0.0) for logits, labels in parts])
+        hit_BT[supervised_BT] = torch.cat([logits.argmax(dim=-1) == labels for logits, labels in parts])
+    return nll_BT, hit_BT
+
+
+def _row_nll(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    logits_NV = logits_NV.float()
+    nll_N = F.cross_entropy(logits_NV, labels_N, reduction="none", label_smoothing=label_smoothing)
+    return nll_N + z_loss * logits_NV.logsumexp(dim=-1).square() if z_loss else nll_N
+
+
+def _supervised_logits(model: nn.Module, inputs: dict[str, Any], supervised_BT: Tensor) -> Tensor:
+    """[n, V] in row order, in the model's precision."""
+    if "logits_to_keep" not in inspect.signature(_bare(model).forward).parameters:
+        return model(**inputs).logits[supervised_BT]
+    logits = model(**inputs, logits_to_keep=supervised_BT).logits
+    if logits.dim() != 2:
+        raise ValueError(f"the model gave logits of shape {tuple(logits.shape)} for a mask of supervised positions")
+    return logits
+
+
+def _inputs(model: nn.Module, batch: Batch, attention: str | None) -> dict[str, Any]:
+    config: Any = _bare(model).config
+    kind: str = attention or config._attn_implementation
+    return model_inputs(batch, kind, packed_ok=packing_refusal(config, kind) is None)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, FSDP, DeepSpeed and PEFT."""
+    from transformers import PreTrainedModel
+
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)

@@ -1,0 +1,208 @@
+"""What a merge will do, checked before any tensor is read: adapters that fit, weights, one method per module."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mtft.adapters.lora_factors import AdapterLayout, LoraAdapter
+from mtft.common.errors import MergeError
+from mtft.merge.methods import make_method
+from mtft.merge.methods.base import MergeMethod
+
+_QUANTISED = re.compile(r"[-_](unsloth[-_])?(bnb[-_])?(4bit|8bit|nf4|int4|int8|gptq|awq)([-_].*)?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """How one module is merged. `method`: index into Plan.methods; `rank`: a per-module limit, or None."""
+
+    name: str
+    layout: AdapterLayout  # r is the sum of the ranks
+    method: int
+    weights_K: np.ndarray
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """The whole merge. Plain data: it travels to worker processes."""
+
+    adapters: list[LoraAdapter]
+    methods: list[MergeMethod]
+    modules: list[ModulePlan]
+    weights_K: np.ndarray  # where no per-module rule changes them
+    scale: float
+    precision: str  # of the maths
+    seed: int
+
+    def dtype_of(self, module: ModulePlan) -> np.dtype:
+        """auto: fp64 in core space, where it costs nothing; fp32 for dense passes, the peers' precision."""
+        dense = self.methods[module.method].space == "dense"
+        return np.dtype(np.float32 if self.precision == "fp32" or (self.precision == "auto" and dense) else np.float64)
+
+
+def check_together(adapters: Sequence[LoraAdapter], *, allow_base_mismatch: bool = False) -> list[str]:
+    """Do these adapters belong to one base? Returns warnings; MergeError if they can't be added up."""
+    first, warnings = adapters[0], []
+    for other in adapters[1:]:
+        where = f"{first.path} and {other.path}"
+        if other.settings.fan_in_fan_out != first.settings.fan_in_fan_out:
+            raise MergeError("fan_in_fan_out differs", where=where, do="merge adapters of the same base")
+        for module in first.modules.keys() & other.modules.keys():
+            a, b = first.modules[module], other.modules[module]
+            if (a.m, a.n, a.kind) != (b.m, b.n, b.kind):
+                raise MergeError(
+                    f"{module} is {a.m} x {a.n} ({a.kind}) in one and {b.m} x {b.n} ({b.kind}) in the other",
+                    where=where,
+                    do="merge adapters of the same base",
+                )
+        warnings += _base_warnings(first, other, where, allow_base_mismatch)
+    _check_pairs_beyond_first(adapters)
+    _check_base_copies(adapters)
+    hashes: dict[str, str] = {}
+    for adapter in adapters:
+        if adapter.sha256 in hashes:
+            warnings.append(f"{adapter.name} and {hashes[adapter.sha256]} hold the same weights")
+        hashes.setdefault(adapter.sha256, adapter.name)
+    if len(adapters) > 1 and not set.intersection(*(set(adapter.modules) for adapter in adapters)):
+        warnings.append("no module is common to all adapters")
+    return warnings
+
+
+def _check_pairs_beyond_first(adapters: Sequence[LoraAdapter]) -> None:
+    """Modules that the first adapter lacks must agree among the others."""
+    seen: dict[str, tuple[AdapterLayout, LoraAdapter]] = {}
+    for adapter in adapters:
+        for module, layout in adapter.modules.items():
+            known, owner = seen.setdefault(module, (layout, adapter))
+            if (known.m, known.n, known.kind) != (layout.m, layout.n, layout.kind):
+                where = f"{owner.path} and {adapter.path}"
+                raise MergeError(f"{module} differs in shape", where=where, do="merge adapters of the same base")
+
+
+def _base_warnings(first: LoraAdapter, other: LoraAdapter, where: str, allow: bool) -> list[str]:
+    def identity(adapter: LoraAdapter) -> tuple[str | None, str]:
+        base = adapter.settings.base
+        return base.rstrip("/") if base else None, adapter.settings.revision or "main"
+
+    (base_a, revision_a), (base_b, revision_b) = identity(first), identity(other)
+    if base_a is None or base_b is None:
+        return [] if base_a == base_b else [f"{where}: one of them does not name its base"]
+    if (base_a, revision_a) == (base_b, revision_b):
+        return []
+    if base_a != base_b and _QUANTISED.sub("", base_a) == _QUANTISED.sub("", base_b):
+        return [f"bases {base_a} and {base_b} differ in precision"]
+    what = f"the bases differ: {base_a!r} ({revision_a}) and {base_b!r} ({revision_b})"
+    if allow:
+        return [what]
+    raise MergeError(
+        what, where=where, do="merge adapters of one base, or allow_base_mismatch if it is the same model by two names"
+    )
+
+
+def _check_base_copies(adapters: Sequence[LoraAdapter]) -> None:
+    """PEFT stores the frozen base weight beside embedding factors: equal in all adapters of one base."""
+    seen: dict[str, tuple[str, LoraAdapter]] = {}
+    for adapter in adapters:
+        for key in adapter.base_copies:
+            digest = hashlib.sha256(np.ascontiguousarray(adapter.read(key, np.float32)).data).hexdigest()
+            known, owner = seen.setdefault(key, (digest, adapter))
+            if known != digest:
+                raise MergeError(
+                    f"the copies of the base in {key} differ: these adapters were trained on different weights",
+                    where=f"{owner.path} and {adapter.path}",
+                    do="merge adapters of the same base",
+                )
+
+
+def check_weights(
+    weights: Sequence[float] | None, adapters: Sequence[LoraAdapter], where: str = "weights"
+) -> np.ndarray:
+    """One finite weight per adapter, not all zero; default 1 each."""
+    if weights is None:
+        return np.ones(len(adapters))
+    if len(weights) != len(adapters):
+        names = ", ".join(adapter.name for adapter in adapters)
+        raise MergeError(
+            f"{len(weights)} weights for {len(adapters)} adapters",
+            where=where,
+            do=f"give one weight for each of: {names}",
+        )
+    values = np.array([float(w) for w in weights])
+    if not np.isfinite(values).all() or not values.any():
+        raise MergeError(f"weights {values.tolist()} are not finite or all zero", where=where, do="give finite weights")
+    return values
+
+
+def make_merge_plan(
+    adapters: Sequence[LoraAdapter],
+    method: str | MergeMethod,
+    options: Mapping[str, object] | None,
+    weights: Sequence[float] | None,
+    scale: float,
+    average: bool,
+    per_module: Sequence[tuple[str, Mapping[str, Any]]],
+    precision: str,
+    seed: int,
+) -> MergePlan:
+    """Match every module with its method and weights; MergeError for a rule that matches nothing."""
+    default_K = check_weights(weights, adapters)
+    if average:
+        if abs(default_K.sum()) < 1e-12:
+            raise MergeError("the weights add up to 0: no average", where="weights", do="turn average off")
+        scale = scale / default_K.sum()
+    if not math.isfinite(scale) or scale == 0:
+        raise MergeError(
+            f"scale is {scale}: must be finite and not 0", where="scale", do="1.0 leaves the result as it is"
+        )
+    methods = [method if isinstance(method, MergeMethod) else make_method(method, options)]
+    rules = []
+    for index, (pattern, change) in enumerate(per_module):
+        where = f"per_module[{index}] {pattern!r}"
+        unknown = set(change) - {"method", "options", "weights", "rank"}
+        if unknown:
+            raise MergeError(
+                f"unknown key {sorted(unknown)[0]!r}", where=where, do="keys: method, options, weights, rank"
+            )
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise MergeError(f"not a regular expression: {error}", where=where, do="mend the pattern") from None
+        number = 0
+        if "method" in change or "options" in change:
+            inherited = method if isinstance(method, str) else ""  # a trained method has no name to inherit
+            methods.append(make_method(change.get("method", inherited), change.get("options")))
+            number = len(methods) - 1
+        weights_K = check_weights(change["weights"], adapters, where) if change.get("weights") else default_K
+        rules.append((regex, number, weights_K, _check_rank(change.get("rank"), where), where))
+    modules, used = [], set()
+    for name in sorted({name for adapter in adapters for name in adapter.modules}):
+        layouts = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
+        has_bias = any(layout.has_bias for layout in layouts)
+        layout = AdapterLayout(layouts[0].m, layouts[0].n, sum(x.r for x in layouts), layouts[0].kind, has_bias)
+        hit = next((i for i, rule in enumerate(rules) if rule[0].search(name)), None)
+        used.add(hit)
+        _, number, weights_K, rank, _ = rules[hit] if hit is not None else (None, 0, default_K, None, None)
+        modules.append(ModulePlan(name, layout, number, weights_K, rank))
+    for index, rule in enumerate(rules):
+        if index not in used:
+            raise MergeError(
+                "no module is merged by this rule", where=rule[4], do="mend the pattern, or the order of the rules"
+            )
+    if precision not in ("auto", "fp64", "fp32"):
+        do = "auto, fp64 or fp32: sums in 16 bits lose the merge"
+        raise MergeError(f"precision is {precision!r}", where="precision", do=do)
+    return MergePlan(list(adapters), methods, modules, default_K, float(scale), precision, seed)
+
+
+def _check_rank(rank: object, where: str) -> int | None:
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise MergeError(f"rank is {rank!r}", where=where, do="give a whole number > 0")
+    return rank

@@ -1,0 +1,178 @@
+"""Experts on a model at inference, each request or token with its own mixture (twin, Arrow).
+
+    y += s_S B_S A_S x + sum_k p_k s_k B_k A_k x
+
+With a `Router` or `MlpRouter`, p is one vector per row of the batch, from the base model's last-token state of the
+prompt. With an `Arrow`, p is one vector per token and module. For servers that route themselves the folders that
+`mtft merge` writes are plain LoRAs; this wrapper is for transformers' `generate`:
+
+    routed = load_routed(model, "runs/x/merge/adapter")
+    tokens = routed.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=64)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
+from mtft.common.errors import MergeError
+from mtft.merge.experts.mlp_router import MlpRouter, load_router
+from mtft.merge.experts.routers import Arrow, Router
+
+FACTS = ("twin.json", "arrow.json")
+ROUTER = "router.safetensors"
+
+
+class RoutedModel:
+    """A transformers model with routed adapters, on until `remove()`. Its weights are not touched.
+
+    experts: adapters in the router's order of names. shared: an adapter that is always on. top, temperature: of Arrow.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        experts: Sequence[str | Path | LoraAdapter],
+        router: Router | MlpRouter | Arrow,
+        *,
+        shared: str | Path | LoraAdapter | None = None,
+        top: int | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        opened = read_adapters(experts)
+        if len(opened) != len(router.names):
+            raise MergeError(
+                f"{len(opened)} experts for a router of {len(router.names)}", where="experts", do="give all, in order"
+            )
+        always = read_adapters([shared]) if shared is not None else []
+        self.model, self.router, self.top, self.temperature = model, router, top, temperature
+        self.probabilities_BK: Tensor | None = None  # of the current request
+        self._on = True
+        self._handles = []
+        for name in sorted({name for adapter in (*opened, *always) for name in adapter.modules}):
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                self.remove()
+                raise MergeError(
+                    f"the model has no module {name!r}", where=name, do="give the adapters' base"
+                ) from None
+            pairs = [_factors(adapter, name, module) for adapter in opened]
+            fixed = [pair for pair in (_factors(adapter, name, module) for adapter in always) if pair is not None]
+            self._handles.append(module.register_forward_hook(self._hook(name, pairs, fixed)))
+
+    def remove(self) -> None:
+        """Take the experts off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.no_grad()
+    def generate(self, **inputs) -> Tensor:
+        """model.generate with the experts routed for these prompts: input_ids, attention_mask, generate's options."""
+        prompt = {key: inputs[key] for key in ("input_ids", "attention_mask") if key in inputs}
+        self.route(**prompt)
+        return self.model.generate(**inputs)
+
+    @torch.no_grad()
+    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
+        """Set and return p [B, K] for these prompts; None with Arrow, which decides token by token."""
+        if isinstance(self.router, Arrow):
+            return None
+        states = self.states(input_ids, attention_mask).double().cpu().numpy()
+        self.probabilities_BK = torch.tensor(self.router.probabilities(states), device=input_ids.device)
+        return self.probabilities_BK
+
+    @torch.no_grad()
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Last-token states [B, d] of the base model alone: what a Router is fitted on."""
+        self._on = False
+        try:
+            return last_states(self.model, input_ids, attention_mask)
+        finally:
+            self._on = True
+
+    def _hook(self, name: str, pairs: list, fixed: list):
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not self._on:
+                return output
+            x = inputs[0]
+            for pair in fixed:
+                output = output + _apply(pair, x)
+            p = self._weights(name, x)
+            for k, pair in enumerate(pairs):
+                if pair is not None:
+                    output = output + p[..., k, None] * _apply(pair, x)
+            return output
+
+        return add
+
+    def _weights(self, name: str, x: Tensor) -> Tensor:
+        """p for the positions of x: [B, 1, K] or [B, T, K]."""
+        if isinstance(self.router, Arrow):
+            flat = x.reshape(-1, x.shape[-1]).double().cpu().numpy()
+            p = self.router.probabilities(name, flat, self.top, self.temperature)
+            return torch.tensor(p, dtype=x.dtype, device=x.device).reshape(*x.shape[:-1], -1)
+        p = self.probabilities_BK
+        if p is None or x.shape[0] % len(p):
+            raise MergeError(
+                f"the batch of {x.shape[0]} rows has not been routed", where=name, do="call route() with the prompts"
+            )
+        p = p.repeat_interleave(x.shape[0] // len(p), dim=0)  # beams of one prompt lie side by side
+        return p.to(x.dtype).reshape(len(p), *([1] * (x.dim() - 2)), -1)
+
+
+@torch.no_grad()
+def last_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """States [B, d] of the last layer at each row's last token that the mask lets through."""
+    out = model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False)
+    hidden_BTD = out.hidden_states[-1]
+    if attention_mask is None:
+        return hidden_BTD[:, -1]
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask * positions).argmax(dim=1)
+    return hidden_BTD[torch.arange(len(last)), last]
+
+
+def load_routed(model: Any, folder: str | Path) -> RoutedModel:
+    """Put the experts of a folder that `twin` or `export_arrow` wrote onto `model`, with their router.
+
+    MergeError if there is no router: then the folder is for a server that routes by itself.
+    """
+    folder = Path(folder)
+    found = next((folder / name for name in FACTS if (folder / name).is_file()), None)
+    if found is None:
+        do = "give the folder that `mtft merge` wrote with merge.experts"
+        raise MergeError("neither twin.json nor arrow.json is there", where=str(folder), do=do)
+    facts = json.loads(found.read_text("utf-8"))
+    if not (folder / ROUTER).is_file():
+        raise MergeError(f"no {ROUTER}", where=str(folder), do="merge with a recipe that names held-out rows")
+    router = load_router(folder / ROUTER)
+    experts = [read_adapter(folder / facts["experts"][name], name) for name in router.names]
+    shared = None if found.name == "arrow.json" or facts["with_shared"] else folder / "shared"
+    return RoutedModel(
+        model, experts, router, shared=shared, top=facts.get("top"), temperature=facts.get("temperature", 1.0)
+    )
+
+
+def _factors(adapter: LoraAdapter, name: str, module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    found = adapter.factors(name)
+    if found is None:
+        return None
+    if found.kind != "linear":
+        raise MergeError("only linear modules are routed", where=name, do="leave embeddings out of target_modules")
+    to = {"dtype": module.weight.dtype, "device": module.weight.device}
+    bias = None if found.bias_M is None else torch.tensor(found.scale * found.bias_M, **to)
+    return torch.tensor(found.A_RN, **to), torch.tensor(found.scale * found.B_MR, **to), bias
+
+
+def _apply(pair: tuple[Tensor, Tensor, Tensor | None], x: Tensor) -> Tensor:
+    A, B, bias = pair
+    y = (x.to(A.dtype) @ A.T) @ B.T
+    return y if bias is None else y + bias

@@ -1,0 +1,163 @@
+"""A LoRA out of a whole fine-tuned model: the best low-rank part of W_k - W_0, matrix by matrix.
+
+    D = W_k - W_0 ~ U_r S_r V_r^T,   B = U_r sqrt(S_r),   A = sqrt(S_r) V_r^T
+
+Differences are read in row blocks, and the range finder of dense.py finds the leading triples, so memory is some MB
+whatever the model's size. What is no matrix inside a block (norms, embeddings, the head) can't be in the adapter: its
+share of the squared difference is reported. With it Twin-Merging (Lu et al., arXiv 2406.15479) works on whole models as
+in the paper: a merged model, and for each expert the low-rank rest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mtft.adapters.adapter_writer import DTYPES, plain_config, replacing, usual_rank
+from mtft.adapters.lora_config import CONFIG
+from mtft.adapters.lora_factors import PREFIX, WEIGHTS
+from mtft.adapters.safetensors_io import TensorWriter
+from mtft.common.errors import MergeError
+from mtft.merge.full_models.merge_checkpoints import (
+    CheckpointDelta,
+    FullCheckpoint,
+    check_same,
+    merge_checkpoints,
+    read_checkpoint,
+)
+from mtft.merge.linalg.core_space import Spectrum, balanced, one_thread, svd
+from mtft.merge.linalg.streamed_delta import DeltaStream, compress
+from mtft.merge.methods.lines import layer_of
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """energy: share of the matrices' squared difference that the rank holds; left_out: of all, what is no matrix."""
+
+    out: Path
+    rank: int
+    energy: float
+    left_out: float
+
+    def text(self) -> str:
+        rest = f"; {self.left_out:.2%} lies outside of the blocks' matrices and is left out" if self.left_out else ""
+        return f"rank {self.rank} holds {self.energy:.2%} of what sets the model apart{rest}: {self.out}"
+
+
+def extract(
+    base: str | Path,
+    model: str | Path,
+    out: str | Path,
+    rank: int = 16,
+    *,
+    dtype: str = "fp32",
+    overwrite: bool = False,
+) -> Extracted:
+    """Write the difference of two whole models as a PEFT adapter of `base`.
+
+    rank: of the factors; the file's rank is the next that servers take. Raises MergeError if the models don't match, or
+    no matrix differs.
+    """
+    if not isinstance(rank, int) or rank < 1:
+        raise MergeError(f"rank is {rank!r}", where="rank", do="a whole number > 0, as 16")
+    root, tuned = read_checkpoint(base), read_checkpoint(model)
+    check_same(root, [tuned])
+    names = [key for key in root.files if _is_block_matrix(root, key)]
+    wide = usual_rank(rank)
+    entries = []
+    for key in names:
+        m, n = root.shape(key)
+        stem = PREFIX + key.removesuffix(".weight")
+        entries += [(f"{stem}.lora_A.weight", DTYPES[dtype], (wide, n))]
+        entries += [(f"{stem}.lora_B.weight", DTYPES[dtype], (m, wide))]
+    kept = squares = other = 0.0
+    with replacing(Path(out), overwrite=overwrite, inputs=[root.path, tuned.path]) as folder:
+        writer = TensorWriter(folder / WEIGHTS, entries)
+        try:
+            for key in names:
+                with one_thread():
+                    B, A, square = _leading(root, tuned, key, rank)
+                stem = PREFIX + key.removesuffix(".weight")
+                short = wide - A.shape[0]
+                writer.write(f"{stem}.lora_A.weight", np.pad(A, ((0, short), (0, 0))))
+                writer.write(f"{stem}.lora_B.weight", np.pad(B, ((0, 0), (0, short))))
+                kept, squares = kept + float(np.sum((B**2).sum(axis=0) ** 2)), squares + square  # sigma = |b|^2
+            writer.close()
+        finally:
+            writer.abort()
+        for key in root.files.keys() - set(names):
+            other += sum(float(np.sum(x[0].astype(np.float64) ** 2)) for _, x in _stream(root, tuned, key))
+        if not squares:
+            raise MergeError(
+                "no matrix inside a block differs", where=str(model), do="give a model tuned from this base"
+            )
+        modules = [key.removesuffix(".weight") for key in names]
+        facts = {"base": str(root.path), "model": str(tuned.path), "rank": rank}
+        facts |= {"energy": min(1.0, kept / squares), "left_out": other / (other + squares)}
+        (folder / "merge.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        (folder / CONFIG).write_text(json.dumps(plain_config(wide, modules, str(root.path)), indent=2) + "\n", "utf-8")
+    return Extracted(Path(out), rank, min(1.0, kept / squares), other / (other + squares))
+
+
+def twin_models(
+    base: str | Path,
+    models: Sequence[str | Path],
+    out: str | Path,
+    method: str = "linear",
+    rank: int = 16,
+    *,
+    options: Mapping[str, object] | None = None,
+    weights: Sequence[float] | None = None,
+    scale: float = 1.0,
+    overwrite: bool = False,
+) -> dict[str, Extracted]:
+    """Twin-Merging of whole models: `out`/shared is the merged model, `out`/expert_NAME a LoRA on it for each model.
+
+    routing.load_routed serves the folder on the shared model once a router lies in it. Returns what each LoRA holds.
+    """
+    out, paths = Path(out), [Path(path) for path in models]
+    folders = {path.name: f"expert_{path.name}" for path in paths}
+    if len(folders) < len(paths):
+        raise MergeError("two of the models' folders have one name", where="models", do="rename one of them")
+    own = frozenset({"shared", "twin.json", "router.safetensors", *folders.values()})
+    with replacing(out, overwrite=overwrite, inputs=[Path(base), *paths], own=own) as scratch:
+        merge_checkpoints(base, paths, scratch / "shared", method, options, weights, scale)
+        found = {}
+        for path in paths:
+            held = extract(scratch / "shared", path, scratch / folders[path.name], rank)
+            _name_base(scratch / folders[path.name], out / "shared")
+            found[path.name] = Extracted(out / folders[path.name], rank, held.energy, held.left_out)
+        energies = {name: held.energy for name, held in found.items()}
+        facts = {"experts": folders, "expert_rank": rank, "expert_energy": energies, "with_shared": True}
+        (scratch / "twin.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    return found
+
+
+def _name_base(adapter: Path, base: Path) -> None:
+    """Its base is where the shared model will stand."""
+    for name, key in ((CONFIG, "base_model_name_or_path"), ("merge.json", "base")):
+        facts = json.loads((adapter / name).read_text("utf-8"))
+        (adapter / name).write_text(json.dumps({**facts, key: str(base)}, indent=2) + "\n", "utf-8")
+
+
+def _is_block_matrix(root: FullCheckpoint, key: str) -> bool:
+    """The weight of a linear module inside a numbered block: what a LoRA can carry."""
+    shape = root.shape(key)
+    inside = key.endswith(".weight") and layer_of(key) is not None and "embed" not in key
+    return inside and len(shape) == 2 and min(shape) > 1
+
+
+def _stream(root: FullCheckpoint, tuned: FullCheckpoint, key: str) -> DeltaStream:
+    return DeltaStream.of_arrays([CheckpointDelta(tuned, root, key)])  # type: ignore[list-item]
+
+
+def _leading(root: FullCheckpoint, tuned: FullCheckpoint, key: str, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """(B, A, ||D||^2) of the leading `rank` triples."""
+    merged = compress(_stream(root, tuned, key), lambda start, blocks: blocks[0], rank, key)
+    U, S, Vt = svd(merged.X)
+    B, A = balanced(Spectrum(U[:, :rank], S[:rank], Vt[:rank]), merged.rows, merged.cols)
+    return B, A, merged.square

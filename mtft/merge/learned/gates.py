@@ -1,0 +1,204 @@
+"""Learn the weights of adapters on a model by gradients: K adapters on, only their gates train.
+
+    y += sum_k g_kl s_k B_k (A_k x)     by forward hooks on a model that the caller gives; its weights stay as they are
+
+kind               gates                               trained on                              paper
+adamerging_task    K, in [0, 1], from 0.3              entropy of the output, unlabelled       Yang, 2310.02575
+adamerging_layer   K x layers, likewise                likewise
+atlas              K x modules, free, from 0           labels (role `negate`: unlearnt)        Zhang, 2407.02880
+self_positioning   scale * softmax(a)                  labelled loss, balanced probe set       2410.15035
+cat_gates          K x layers, free, from 1/K          labelled loss, few examples             Prabhakar, 2410.13025
+scalearn           a vector [m] per adapter, module    labelled loss, dropout on the gates     Frohmann, 2310.01217
+concrete           every rank of the sum, per module   entropy, unlabelled                     Tang, 2312.06173
+
+concrete is a minimal form of Concrete Task Arithmetic: the paper masks every weight; here a relaxed Bernoulli masks
+each rank component of .3 sum_k D_k (task arithmetic's coefficient: the whole sum of several adapters overshoots) and is
+divided by its mean. gate_training.py folds the gates into the factors afterwards: a plain adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mtft.adapters.lora_factors import LoraAdapter
+from mtft.common.errors import MergeError
+from mtft.merge.engine.merge_plan import check_together
+from mtft.merge.methods.lines import layer_of
+
+
+class Kind(NamedTuple):
+    """How gates are laid out, started and trained."""
+
+    layout: str  # task, layer, module, vector, rank
+    start: float | None  # None = 1/K
+    entropy: bool
+    learning_rate: float
+    steps: int
+    clamp: bool = False
+
+
+KINDS = {
+    "adamerging_task": Kind("task", 0.3, True, 1e-3, 500, clamp=True),
+    "adamerging_layer": Kind("layer", 0.3, True, 1e-3, 500, clamp=True),
+    "atlas": Kind("module", 0.0, False, 1e-2, 300),
+    "self_positioning": Kind("task", 0.0, False, 1e-2, 300),
+    "cat_gates": Kind("layer", None, False, 1e-2, 100),
+    "scalearn": Kind("vector", None, False, 1e-3, 300),
+    "concrete": Kind("rank", 0.0, True, 1e-3, 2000),
+}
+"""Learning rates and steps are the papers' where they state them (adamerging, concrete), else ours."""
+
+CONCRETE_TEMPERATURE = 0.5
+CONCRETE_COEFFICIENT = 0.3
+SCALEARN_DROPOUT = 0.3
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One adapter on one module: y += s B (A x)."""
+
+    k: int
+    A_RN: Tensor
+    B_MR: Tensor  # times s
+    bias_M: Tensor | None  # times s
+
+
+class Gates(nn.Module):
+    """Adapters hooked onto `model` with trainable gates. `remove()` takes the hooks off again.
+
+    Raises MergeError if the model lacks one of the adapters' modules, or one is an embedding.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[LoraAdapter], kind: str, *, seed: int = 0) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise MergeError(f"unknown gates {kind!r}", where="kind", do=f"one of {', '.join(KINDS)}")
+        check_together(adapters)
+        self.kind, self.names = kind, tuple(adapter.name for adapter in adapters)
+        self.modules_by_name = sorted({name for adapter in adapters for name in adapter.modules})
+        self._pairs = {name: self._load(model, adapters, name) for name in self.modules_by_name}
+        self._groups = {name: self._group(name) for name in self.modules_by_name}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._dropped: dict[str, Tensor] = {}
+        K, start = len(adapters), KINDS[kind].start
+        start = 1 / K if start is None else start
+        self.values = nn.ParameterDict()
+        for name in self.modules_by_name:
+            group = self._groups[name]
+            if group not in self.values:
+                self.values[group] = nn.Parameter(torch.full(self._shape(name, K), start, dtype=torch.float64))
+        if kind == "scalearn":
+            for value in self.values.values():
+                value.data += 0.001 * torch.randn(value.shape, generator=self._generator, dtype=torch.float64)
+        if kind == "self_positioning":
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self._handles: list = []
+        self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Put the hooks on (the constructor does)."""
+        self.remove()
+        self._handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self._pairs]
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _load(self, model: nn.Module, adapters: Sequence[LoraAdapter], name: str) -> list[_Pair]:
+        try:
+            weight = model.get_submodule(name).weight
+        except AttributeError:
+            raise MergeError(
+                f"the model has no module {name!r}", where=name, do="give the adapters' own base"
+            ) from None
+        pairs = []
+        for k, adapter in enumerate(adapters):
+            factors = adapter.factors(name)
+            if factors is None:
+                continue
+            if factors.kind != "linear":
+                raise MergeError(
+                    "gates work on linear modules only", where=name, do="leave embeddings out of target_modules"
+                )
+            to = {"dtype": weight.dtype, "device": weight.device}
+            bias = None if factors.bias_M is None else torch.tensor(factors.scale * factors.bias_M, **to)
+            pairs.append(
+                _Pair(k, torch.tensor(factors.A_RN, **to), torch.tensor(factors.scale * factors.B_MR, **to), bias)
+            )
+        return pairs
+
+    def _group(self, name: str) -> str:
+        layout = KINDS[self.kind].layout
+        if layout == "task":
+            return "all"
+        if layout == "layer":
+            layer = layer_of(name)
+            return "outside" if layer is None else f"layer{layer}"
+        return name.replace(".", "/")  # parameter names hold no dots
+
+    def _shape(self, name: str, K: int) -> tuple[int, ...]:
+        layout = KINDS[self.kind].layout
+        if layout == "vector":
+            return K, self._pairs[name][0].B_MR.shape[0]
+        if layout == "rank":
+            return K, max(pair.A_RN.shape[0] for pair in self._pairs[name])
+        return (K,)
+
+    def of(self, name: str) -> Tensor:
+        """The gates of a module: [K], [K, m] (scalearn) or [K, r] (concrete); a fresh draw while training."""
+        value = self.values[self._groups[name]]
+        if self.kind == "self_positioning":
+            return self.scale * torch.softmax(value, dim=0)
+        if self.kind == "concrete":
+            return self._concrete(name, value)
+        if self.kind == "scalearn" and self.training:
+            return value * self._drawn(name, value, lambda u: (u >= SCALEARN_DROPOUT) / (1 - SCALEARN_DROPOUT))
+        return value
+
+    def _concrete(self, name: str, logits: Tensor) -> Tensor:
+        """.3 times a relaxed Bernoulli over its mean; without noise (evaluation, folding) its probability."""
+        if self.training:
+            noise = self._drawn(name, logits, lambda u: torch.log(u.clamp(1e-9)) - torch.log1p(-u.clamp(max=1 - 1e-9)))
+            mask = torch.sigmoid((logits + noise) / CONCRETE_TEMPERATURE)
+        else:
+            mask = torch.sigmoid(logits)
+        exists = torch.zeros_like(mask)  # adapters of lower rank have no component there
+        for pair in self._pairs[name]:
+            exists[pair.k, : pair.A_RN.shape[0]] = 1
+        return CONCRETE_COEFFICIENT * mask / ((mask * exists).sum() / exists.sum()).clamp(min=1e-6)
+
+    def _drawn(self, name: str, like: Tensor, make) -> Tensor:
+        """One draw per training step and module, so that every use in a step sees the same."""
+        if name not in self._dropped:
+            self._dropped[name] = make(torch.rand(like.shape, generator=self._generator, dtype=torch.float64))
+        return self._dropped[name].to(like.device)
+
+    def next_step(self) -> None:
+        """Draw anew."""
+        self._dropped.clear()
+
+    def _hook(self, name: str):
+        layout = KINDS[self.kind].layout
+
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x, gates = inputs[0], self.of(name).to(output.dtype)
+            for pair in self._pairs[name]:
+                g = gates[pair.k]
+                inner = x @ pair.A_RN.T
+                if layout == "rank":
+                    output = output + (inner * g[: inner.shape[-1]]) @ pair.B_MR.T
+                    g = torch.ones((), dtype=output.dtype)
+                else:
+                    output = output + g * (inner @ pair.B_MR.T)
+                if pair.bias_M is not None:
+                    output = output + g * pair.bias_M
+            return output
+
+        return add

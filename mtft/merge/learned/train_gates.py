@@ -1,0 +1,188 @@
+"""Train gates (gates.py) by entropy or by labels, and fold them into one plain adapter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtft.adapters.lora_factors import LoraAdapter, LoraFactors, read_adapters
+from mtft.common.errors import MergeError
+from mtft.merge.engine.merge import merge_adapters
+from mtft.merge.engine.report import MergeReport
+from mtft.merge.learned.gates import KINDS, Gates
+from mtft.merge.linalg.core_space import MergedCore, to_core
+from mtft.merge.methods.base import MergeMethod, Parts
+
+FEW = 16
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class GateBatch:
+    """inputs: keyword arguments of the model. labels_BT: aligned with the logits, IGNORE outside of responses.
+
+    role: `target`; `control` and `negate` are for atlas (keep this ability; unlearn this one).
+    """
+
+    inputs: Mapping[str, object]
+    labels_BT: Tensor
+    task: str = ""
+    role: str = "target"
+
+
+@dataclass
+class GateResult:
+    """gates: the trained module (hooks removed). history: objective per step. warnings: to be read before use."""
+
+    gates: Gates
+    history: list[float]
+    warnings: list[str] = field(default_factory=list)
+
+
+def train_gates(
+    model: nn.Module,
+    adapters: Sequence[str | Path | LoraAdapter],
+    batches: Sequence[GateBatch],
+    kind: str,
+    *,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    seed: int = 0,
+    logits: Callable[[nn.Module, GateBatch], Tensor] | None = None,
+) -> GateResult:
+    """Train the gates of `kind` (KINDS) on `batches`, taken in turn; the model is left as it was.
+
+    logits(model, batch) -> [B, T, V]; default model(**batch.inputs).logits. l1, l2: penalties on the gates (atlas).
+    Entropy can collapse onto one answer: training stops below half of the experts' own mean entropy, and says so.
+    """
+    opened = read_adapters(adapters)
+    if not batches:
+        raise MergeError("no batches", where="batches", do="give a few examples of each task")
+    forward = logits or (lambda net, batch: net(**batch.inputs).logits)
+    settings = KINDS.get(kind)
+    gates = Gates(model, opened, kind, seed=seed)  # checks the kind
+    assert settings is not None
+    warnings = _few(batches)
+    frozen = [(p, p.requires_grad) for p in model.parameters()]
+    was_training = model.training
+    try:
+        model.eval()
+        for parameter, _ in frozen:
+            parameter.requires_grad_(False)
+        floor = 0.5 * _expert_entropy(model, opened, batches, forward, gates) if settings.entropy else None
+        rate = learning_rate or settings.learning_rate
+        kinds = {"self_positioning": torch.optim.SGD}
+        optimizer = kinds.get(kind, torch.optim.Adam)(gates.parameters(), lr=rate)
+        history: list[float] = []
+        for step in range(steps if steps is not None else settings.steps):
+            batch = batches[step % len(batches)]
+            gates.train()
+            gates.next_step()
+            optimizer.zero_grad()
+            loss = objective(forward(model, batch), batch, settings.entropy)
+            for value in gates.values.values():
+                loss = loss + l1 * value.abs().sum() + l2 * value.square().sum()
+            if floor is not None and loss.item() < floor:
+                warnings.append(f"entropy fell below half of the experts' own at step {step}: stopped")
+                break
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+            if settings.clamp:
+                with torch.no_grad():
+                    for value in gates.values.values():
+                        value.clamp_(0, 1)
+    finally:
+        gates.remove()
+        gates.eval()
+        model.train(was_training)
+        for parameter, needed in frozen:
+            parameter.requires_grad_(needed)
+    return GateResult(gates, history, warnings)
+
+
+def objective(logits_BTV: Tensor, batch: GateBatch, entropy: bool) -> Tensor:
+    """Mean entropy, or mean loss, over the response positions; `negate` turns its sign."""
+    chosen = batch.labels_BT != IGNORE
+    picked_PV = logits_BTV[chosen]
+    if entropy:
+        log_p = F.log_softmax(picked_PV.float() if picked_PV.dtype != torch.float64 else picked_PV, dim=-1)
+        return -(log_p.exp() * log_p).sum(dim=-1).mean()
+    loss = F.cross_entropy(picked_PV, batch.labels_BT[chosen])
+    return -loss if batch.role == "negate" else loss
+
+
+def _few(batches: Sequence[GateBatch]) -> list[str]:
+    counts: Counter[str] = Counter()
+    for batch in batches:
+        counts[batch.task] += len(batch.labels_BT)
+    short = sorted(task for task, count in counts.items() if count < FEW)
+    return (
+        [f"fewer than {FEW} examples for {', '.join(map(repr, short))}: the gates may fit them by chance"]
+        if short
+        else []
+    )
+
+
+def _expert_entropy(model, adapters, batches, forward, gates: Gates) -> float:
+    """Mean entropy of each expert alone on the batches of its own task (of all batches, if none bears its name)."""
+    gates.remove()
+    found = []
+    for adapter in adapters:
+        alone = Gates(model, [adapter], "cat_gates")  # starts at 1/K = 1: the adapter as it is
+        own = [batch for batch in batches if batch.task == adapter.name] or list(batches)
+        with torch.no_grad():
+            found += [objective(forward(model, batch), batch, True).item() for batch in own]
+        alone.remove()
+    gates.attach(model)
+    return float(np.mean(found))
+
+
+@dataclass(frozen=True)
+class Gated(MergeMethod):
+    """sum_k diag(g_k) D_k (scalars and vectors [m]) or sum_k s_k B_k diag(g_k) A_k (ranks), exactly."""
+
+    gates: Mapping[str, np.ndarray]  # module -> [K] or [K, m] or [K, r]
+    names: tuple[str, ...]
+    kind: str
+    space = "factors"
+
+    def describe(self) -> dict[str, object]:
+        small = {name: value.tolist() for name, value in self.gates.items() if value.ndim == 1}
+        return {"kind": self.kind, "adapters": list(self.names), "gates": small}
+
+    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
+        changed = []
+        for name, f in zip(parts.names, parts.factors):
+            g = self.gates[parts.module][self.names.index(name)]
+            if KINDS[self.kind].layout == "rank":
+                changed.append(LoraFactors(g[: f.rank, None] * f.A_RN, f.B_MR, f.scale))
+            else:
+                changed.append(LoraFactors(f.A_RN, np.reshape(g, (-1, 1)) * f.B_MR, f.scale))
+        core = to_core(changed, parts.weights_K, parts.dtype)
+        return MergedCore(core.sum(), core.rows, core.cols)
+
+
+def fold(adapters: Sequence[str | Path | LoraAdapter], gates: Gates, out: str | Path, **options) -> MergeReport:
+    """Write the gated sum as one adapter; options: of merge(), as rank or overwrite.
+
+    MergeError if an adapter has a lora_bias: gated biases are not folded.
+    """
+    opened = read_adapters(adapters)
+    if any(layout.has_bias for adapter in opened for layout in adapter.modules.values()):
+        raise MergeError(
+            "gates are not folded into lora_bias", where="adapters", do="train the experts without lora_bias"
+        )
+    gates.eval()
+    with torch.no_grad():
+        values = {name: gates.of(name).double().cpu().numpy() for name in gates.modules_by_name}
+    return merge_adapters(opened, out, Gated(values, gates.names, gates.kind), **options)

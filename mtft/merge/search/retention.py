@@ -1,0 +1,205 @@
+"""What the merged adapter kept of each expert, on the same held-out examples.
+
+    retained loss      = (L_base - L_merged) / (L_base - L_single)         1 = as good as the expert, 0 = as the base
+    retained accuracy  = (A_merged - A_base) / (A_single - A_base);  ratio = A_merged / A_single
+
+Not clipped: below 0 the merge is worse than the base. Where the expert is not better than the base by more than two
+standard errors the share is undefined, and it is not averaged. Intervals: paired bootstrap over examples (all models
+are resampled together, so the examples' own difficulty cancels). Loss alone flatters: a merge can close most of the
+gap in loss and almost none in accuracy, so both are always reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+METRICS = ("loss", "accuracy", "exact_match")
+NOT_LEARNT = "undefined: the expert did not learn"
+
+
+class RetentionScores(Protocol):
+    """One task's held-out scores, as mtft.evaluation.task_scores.TaskScores has them; N examples."""
+
+    @property
+    def ids(self) -> tuple[str, ...]: ...
+    @property
+    def nll_N(self) -> np.ndarray: ...
+    @property
+    def tokens_N(self) -> np.ndarray: ...
+    @property
+    def correct_N(self) -> np.ndarray: ...
+    @property
+    def exact_N(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class RetentionShare:
+    """A share of the expert's gain with its 95% interval, or `why` there is none."""
+
+    value: float | None
+    lower: float | None = None
+    upper: float | None = None
+    why: str | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        return {"value": self.value, "lower": self.lower, "upper": self.upper, "why": self.why}
+
+
+@dataclass
+class Retention:
+    """tasks: task -> metric -> {base, single, merged, retained, ...}; summary: metric -> {mean, min, ...}.
+
+    control: task -> difference of the loss, for tasks that no expert learnt. others: name -> the same `tasks` table for
+    another adapter (uniform merge, joint training) in the place of the merged one.
+    """
+
+    tasks: dict[str, dict[str, dict]]
+    summary: dict[str, dict]
+    control: dict[str, dict] = field(default_factory=dict)
+    others: dict[str, dict[str, dict[str, dict]]] = field(default_factory=dict)
+
+    def as_dict(
+        self, *, method: str, rank: int, energy: float | None = None, diagnostics: Mapping | None = None
+    ) -> dict[str, object]:
+        """What the report page reads (merge/retention.json); diagnostics: as diagnose() returns them."""
+        found: dict[str, object] = {
+            "method": method,
+            "rank": rank,
+            "energy": energy,
+            "tasks": self.tasks,
+            "summary": self.summary,
+            "control": self.control,
+            "others": self.others,
+        }
+        if diagnostics:
+            names = diagnostics["names"]
+            found["cosines"] = {"names": names, "values": diagnostics["cosines"]}
+            found["interference"] = dict(zip(names, diagnostics["interference"], strict=True))
+            found["norms"] = dict(zip(names, diagnostics["norms"], strict=True))
+            found["overlap"] = {side: diagnostics[f"overlap_{side}"] for side in ("left", "right")}
+        return found
+
+
+def retention(
+    base: Mapping[str, RetentionScores],
+    single: Mapping[str, RetentionScores],
+    merged: Mapping[str, RetentionScores],
+    *,
+    others: Mapping[str, Mapping[str, RetentionScores]] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Retention:
+    """Compare base, single-task experts and the merged adapter, task by task.
+
+    Tasks of `single` must be in `base` and `merged`, scored on the same examples (ValueError if not). Tasks of `merged`
+    without an expert are controls. `others`: further adapters to put beside the merged one.
+    """
+    missing = [task for task in single if task not in base or task not in merged]
+    if missing or not single:
+        raise ValueError(f"tasks without scores of base and merged: {missing}" if missing else "no single-task scores")
+    tasks, drawn = _table(base, single, merged, draws, seed)
+    summary = {metric: _summary(tasks, drawn, metric) for metric in METRICS}
+    control = {
+        task: _control(base[task], merged[task], draws, seed) for task in merged if task not in single and task in base
+    }
+    beside = {}
+    for name, scores in (others or {}).items():
+        beside[name], _ = _table(base, {task: single[task] for task in single if task in scores}, scores, draws, seed)
+    return Retention(tasks, summary, control, beside)
+
+
+def _table(base, single, merged, draws: int, seed: int) -> tuple[dict, dict]:
+    tasks: dict[str, dict[str, dict]] = {}
+    drawn: dict[str, dict[str, np.ndarray]] = {}
+    for task, expert in single.items():
+        models = [base[task], *_aligned(base[task], (expert, merged[task]), task)]
+        weights = _resamples(len(models[0].ids), draws, seed)
+        tasks[task], drawn[task] = {}, {}
+        for metric in METRICS:
+            tasks[task][metric], drawn[task][metric] = _compare(models, metric, weights)
+    return tasks, drawn
+
+
+@dataclass(frozen=True)
+class _Plain:
+    ids: tuple[str, ...]
+    nll_N: np.ndarray
+    tokens_N: np.ndarray
+    correct_N: np.ndarray
+    exact_N: np.ndarray
+
+
+def _aligned(first: RetentionScores, rest: Iterable[RetentionScores], task: str) -> list[RetentionScores]:
+    """The others' rows in the order of the first; ValueError unless all hold the same examples once."""
+    lined_up: list[RetentionScores] = []
+    for other in rest:
+        place = {name: row for row, name in enumerate(other.ids)}
+        if len(place) != len(other.ids) or set(place) != set(first.ids) or len(first.ids) != len(other.ids):
+            raise ValueError(f"{task}: base, single and merged were not scored on the same examples")
+        order = np.array([place[name] for name in first.ids], dtype=np.int64)
+        fields = (other.nll_N, other.tokens_N, other.correct_N, other.exact_N)
+        lined_up.append(_Plain(tuple(first.ids), *(np.asarray(values)[order] for values in fields)))
+    return lined_up
+
+
+def _resamples(examples: int, draws: int, seed: int) -> np.ndarray:
+    """[draws + 1, examples] counts; row 0 is the sample itself."""
+    counts = np.random.default_rng(seed).multinomial(examples, np.full(examples, 1 / examples), size=draws)
+    return np.vstack([np.ones((1, examples)), counts])
+
+
+def _metric(scores: RetentionScores, metric: str, weights: np.ndarray) -> np.ndarray:
+    over = {"loss": scores.nll_N, "accuracy": scores.correct_N, "exact_match": scores.exact_N}[metric]
+    under = np.ones(len(scores.ids)) if metric == "exact_match" else np.asarray(scores.tokens_N, np.float64)
+    return (weights @ np.asarray(over, np.float64)) / np.maximum(weights @ under, 1e-300)
+
+
+def _compare(models, metric: str, weights: np.ndarray) -> tuple[dict, np.ndarray]:
+    at_base, at_single, at_merged = (_metric(scores, metric, weights) for scores in models)
+    gap, kept = at_base - at_single, at_base - at_merged  # both change sign for accuracies: the ratio does not
+    sign = 1 if metric == "loss" else -1
+    row: dict[str, Any] = {"base": float(at_base[0]), "single": float(at_single[0]), "merged": float(at_merged[0])}
+    if not sign * gap[0] > 2 * gap[1:].std():
+        row["retained"] = RetentionShare(None, why=NOT_LEARNT).as_dict()
+        return row, np.empty(0)
+    # A resample in which the expert gained nothing has no share; with the gap beyond two standard errors that is rare.
+    shares = kept / np.where(sign * gap > 0, gap, np.nan)
+    row["retained"] = RetentionShare(float(shares[0]), *_interval(shares[1:])).as_dict()
+    if metric != "loss":
+        row["ratio"] = float(at_merged[0] / at_single[0])
+    return row, shares
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _summary(tasks: dict, drawn: dict, metric: str) -> dict:
+    """Mean over the tasks whose expert learnt, with its interval, and the worst of them."""
+    known = [task for task in tasks if tasks[task][metric]["retained"]["value"] is not None]
+    undefined = [task for task in tasks if task not in known]
+    if not known:
+        return {
+            "mean": RetentionShare(None, why=NOT_LEARNT).as_dict(),
+            "min": None,
+            "worst": None,
+            "undefined": undefined,
+        }
+    means = np.mean([drawn[task][metric] for task in known], axis=0)
+    worst = min(known, key=lambda task: tasks[task][metric]["retained"]["value"])
+    mean = RetentionShare(float(means[0]), *_interval(means[1:])).as_dict()
+    return {"mean": mean, "min": tasks[worst][metric]["retained"]["value"], "worst": worst, "undefined": undefined}
+
+
+def _control(base: RetentionScores, merged: RetentionScores, draws: int, seed: int) -> dict:
+    """L_merged - L_base with its interval: what the merge did to a task that nobody trained."""
+    weights = _resamples(len(base.ids), draws, seed)
+    (lined_up,) = _aligned(base, [merged], "control")
+    difference = _metric(lined_up, "loss", weights) - _metric(base, "loss", weights)
+    low, high = _interval(difference[1:])
+    return {"difference": float(difference[0]), "lower": low, "upper": high}

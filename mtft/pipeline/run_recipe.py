@@ -1,0 +1,186 @@
+"""`mtft run`: mix -> train -> merge -> fuse -> report. Stages whose output stands are skipped, broken ones continue.
+
+What is compared, as the columns of results.json and of the final table:
+
+    base              the model as it came
+    single            each task's own adapter, on that task
+    joint uniform, joint predicted, ...    one adapter for all tasks, by the mixture that it was trained on
+    merged            the single-task adapters merged into one
+    strong base, fused, strong tuned    the strong model alone, steered by the joint adapter, and tuned itself
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_mixers.mixture.mixture import Mixture
+from mtft.common.errors import UserError
+from mtft.evaluation.score_cache import Scores, load_or_score, table
+from mtft.pipeline.check import check_names
+from mtft.pipeline.stages.stage_cache import read_json, run_cached_stage, write_json
+from mtft.recipe.load import dump_recipe
+from mtft.recipe.schema.recipe import MergeSection, Recipe
+
+if TYPE_CHECKING:
+    from mtft.pipeline.stages.train import RunChoice
+    from mtft.training.run_training import TrainResult
+
+
+def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None) -> Path:
+    """Runs every stage that the recipe has a section for; returns the path of the report.
+
+    fresh    stages whose inputs have changed run again (their old folders move aside); without it they are refused
+    launch   command to start training runs with, for instance `accelerate launch --config_file ddp.yaml`
+    """
+    check_names(recipe)  # not after hours of trials
+    root = Path(recipe.output.dir)
+    begin = time.perf_counter()
+    held_out = tuple(task.name for task in recipe.tasks if task.eval_data is not None)
+    if not held_out:
+        raise UserError(
+            "no task has held-out rows, so there is nothing to compare", where="tasks: eval_data", do="give eval_data"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    say = partial(_say, begin)
+
+    from mtft.data.store.token_store import open_stores
+    from mtft.evaluation.evaluate_recipe import evaluate
+    from mtft.models.loading import load_tokenizer
+    from mtft.pipeline.stages.fuse import fuse_stage
+    from mtft.pipeline.stages.merge import merge_stage
+    from mtft.pipeline.stages.train import joint_labels, planned_runs, train_runs
+
+    say("data: reading the tasks, and tokenising what is new")
+    tokenizer = load_tokenizer(recipe.model)
+    stores, eval_stores = (open_stores(recipe, tokenizer, which) for which in ("train", "eval"))
+    choice = _choose(recipe, stores, fresh=fresh, say=say)
+    runs = planned_runs(recipe, choice, stores)
+    results = train_runs(runs, fresh=fresh, launch=launch, say=say)
+
+    def score(adapter: Path | None) -> Scores:
+        return evaluate(recipe, adapter, stores=eval_stores)
+
+    stages: dict[str, Scores] = {}
+    # The base's scores depend on the data alone: named by their fingerprint.
+    data = "-".join(store.fingerprint[:8] for store in eval_stores if store is not None)
+    stages["base"] = load_or_score(root / "train" / f"base-{data}", held_out, lambda: score(None))
+    singles = _singles(results)
+    if singles:
+        stages["single"] = singles
+    labels = joint_labels(recipe, choice, stores)
+    for name in sorted(labels, key=lambda name: labels[name] == "joint predicted"):  # yardsticks first
+        stages[labels[name]] = results[name].scores
+    if recipe.merge is not None:
+        adapters = _to_merge(recipe.merge, results)
+        if adapters:
+            say("merge")
+            stages["merged"] = merge_stage(
+                recipe,
+                recipe.merge,
+                adapters,
+                stages["base"],
+                singles,
+                fresh=fresh,
+                score=score,
+                beside={labels["joint"]: results["joint"].scores},
+            )
+    if recipe.fuse is not None:
+        say("fuse")
+        experts = _named(recipe.fuse.adapters or ())
+        tuned = results["strong"].scores if "strong" in results else None
+        alone, fused = fuse_stage(
+            recipe, recipe.fuse, experts or {"joint": results["joint"].adapter_dir}, tuned, fresh=fresh
+        )
+        stages |= {"strong base": alone, "fused": fused} | ({"strong tuned": tuned} if tuned else {})
+    return _report(root, stages, say)
+
+
+def _choose(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> RunChoice:
+    """What the joint run plays: what the recipe asks for, unless the trials found something better."""
+    from mtft.pipeline.stages import mix
+    from mtft.pipeline.stages.train import RunChoice
+
+    sweep = recipe.sweep
+    if sweep is None or len(recipe.tasks) == 1:
+        return RunChoice(mix.space(recipe, stores).current)
+    folder = mix.mix_dir(recipe)
+    inputs = {
+        "sweep": sweep.model_dump(mode="json", exclude={"workers", "backend"}),
+        "config": mix.trial_config(recipe, stores),
+        "mixture": recipe.mixture.model_dump(mode="json"),
+        "steps": recipe.train.steps,
+    }
+
+    def work() -> None:
+        swept = mix.mix_sweep(recipe, on_done=partial(_trial_done, say, count(1), sweep.trials))
+        if swept.exit_code:
+            print(swept.text(), file=sys.stderr)
+        proposal = mix.mix_propose(recipe)
+        say(f"mix: {proposal.text}")
+
+    say("mix")
+    run_cached_stage(folder, inputs, work, fresh=fresh)
+    chosen = Mixture.from_yaml(folder / mix.MIXTURE, names=recipe.task_names)
+    proposal = read_json(folder / mix.PROPOSAL)
+    return RunChoice(chosen, None if proposal is None else Mixture.of(proposal["mixture"]).over(recipe.task_names))
+
+
+def _trial_done(say, number: Iterator[int], trials: int, trial: Any, outcome: Any) -> None:
+    shares = ", ".join(f"{name} {share:.2f}" for name, share in trial.mixture.as_dict().items())
+    ended = "failed" if outcome.points is None else f"{outcome.seconds:.0f} s"
+    say(f"mix: trial {next(number)} of at most {trials} ({shares}): {ended}")
+
+
+def _singles(results: dict[str, TrainResult]) -> Scores:
+    found: Scores = {}
+    for name, result in results.items():
+        if name.startswith("single-"):
+            found |= result.scores
+    return found
+
+
+def _to_merge(merge: MergeSection, results: dict[str, TrainResult]) -> dict[str, Path]:
+    if merge.adapters is not None:
+        return _named(merge.adapters)
+    return {
+        name.removeprefix("single-"): result.adapter_dir
+        for name, result in results.items()
+        if name.startswith("single-")
+    }
+
+
+def _named(folders: Sequence[str]) -> dict[str, Path]:
+    """{name: folder}: the folder's name, or its parent's where that is `adapter`, as every run calls it."""
+    named: dict[str, Path] = {}
+    for path in map(Path, folders):
+        name = path.parent.name if path.name == "adapter" else path.name
+        number = 2
+        unique = name
+        while unique in named:
+            unique, number = f"{name}-{number}", number + 1
+        named[unique] = path
+    return named
+
+
+def _report(root: Path, stages: dict[str, Scores], say) -> Path:
+    from mtft.pipeline.results_table import print_results
+    from mtft.report.page import write_report
+
+    found = table(stages)
+    write_json(root / "results.json", found)
+    page = write_report([root])
+    print_results(found)
+    say("done")
+    print(f"report: {page}")
+    return page
+
+
+def _say(begin: float, text: str) -> None:
+    print(f"[{time.perf_counter() - begin:6.1f} s] {text}", file=sys.stderr, flush=True)

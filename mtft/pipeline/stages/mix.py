@@ -1,0 +1,195 @@
+"""The mix stage: design -> sweep -> fit -> propose. Reads the recipe's `sweep` section, writes <output.dir>/mix/.
+
+design.csv       the mixtures to try, one row each
+ledger.jsonl     one line per finished trial (append-only: a killed sweep goes on)
+fit.json         what the surrogates make of them
+proposal.json    the proposed mixture, its predicted gain with an interval, the verdict
+mixture.yaml     what `train` should play: the proposal if it is better, else the current mixture
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_mixers.design.designs import regmix_dirichlet, space_filling
+from data_mixers.mixture.bounds import Bounds
+from data_mixers.mixture.mixture import Mixture, natural
+from data_mixers.sweep.early_termination import EarlyTermination
+from data_mixers.sweep.ledger import Trial, TrialLedger
+from data_mixers.sweep.runner import SweepResult, make_trials, run_sweep
+from mtft.common.errors import UserError
+from mtft.data.planning import asked_mixture, epoch_caps, groups, make_plan, task_sizes
+from mtft.pipeline.stages import derived_recipes
+from mtft.pipeline.stages.stage_cache import write_json
+from mtft.recipe.load import fingerprint
+from mtft.recipe.schema.recipe import Recipe, SweepSection
+
+if TYPE_CHECKING:
+    from data_mixers.propose.proposal import Proposal
+
+DESIGN, LEDGER, FIT, PROPOSAL, MIXTURE = "design.csv", "ledger.jsonl", "fit.json", "proposal.json", "mixture.yaml"
+
+
+@dataclass(frozen=True)
+class MixtureSpace:
+    """What a mixture of this recipe may be.
+
+    current: what the recipe asks for; prior: the natural shares, where nothing speaks for anything else;
+    bounds: floors, caps and epoch caps of the run that the proposal is for.
+    """
+
+    current: Mixture
+    prior: Mixture
+    bounds: Bounds
+
+
+def space(recipe: Recipe, stores: list[Any]) -> MixtureSpace:
+    """The space of mixtures of a recipe over its training stores."""
+    sizes = task_sizes(recipe, stores)
+    current = asked_mixture(recipe, sizes)
+    # The run's length does not depend on the mixture with unit tokens, and hardly with unit examples.
+    unbounded = derived_recipes.changed(recipe, mixture=derived_recipes.changed(recipe.mixture, on_cap="redistribute"))
+    plan = make_plan(unbounded, stores, current)
+    bounds = Bounds(
+        floors=recipe.mixture.floors,
+        caps=recipe.mixture.caps,
+        groups=groups(recipe),
+        max_epochs=epoch_caps(recipe),
+        sizes=sizes,
+        total=float(plan.steps * plan.batch),
+        names=recipe.task_names,
+    )
+    bounds.check_feasible()
+    return MixtureSpace(current, natural(sizes), bounds)
+
+
+def trial_config(recipe: Recipe, stores: list[Any]) -> str:
+    """What the trials of one fit must agree on: everything but the mixture, and the data."""
+    sweep = _sweep(recipe)
+    rules = fingerprint(derived_recipes.proxy(recipe, sweep), without=("name", "output", "mixture"))
+    parts = [rules, f"{sweep.eval_limit}", *(store.fingerprint for store in stores)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def design(recipe: Recipe, stores: list[Any]) -> list[Trial]:
+    """The trials: the current mixture (1 + repeats times), then mixtures of the chosen design inside the bounds."""
+    sweep, where = _sweep(recipe), space(recipe, stores)
+    repeats = 1 + sweep.repeats
+    if sweep.trials <= repeats:
+        raise UserError(
+            f"{sweep.trials} trials leave none but the current mixture and its {sweep.repeats} repeats",
+            where="sweep.trials",
+            do="raise sweep.trials",
+        )
+    current = where.bounds.project(where.current)
+    if sweep.design == "space_filling":
+        rows = space_filling(
+            where.bounds, sweep.trials, prior=where.prior, current=where.current, repeats=repeats, seed=recipe.seed
+        )
+    else:
+        drawn = regmix_dirichlet(where.prior, sweep.trials - repeats, seed=recipe.seed)
+        rows = [current] * repeats + [where.bounds.project(row / row.sum(), metric="l2") for row in drawn]
+    return make_trials(
+        recipe.task_names, rows, seed=recipe.seed, config=trial_config(recipe, stores), goal=_goals(recipe)
+    )
+
+
+def mix_design(recipe: Recipe) -> str:
+    """Writes <output.dir>/mix/design.csv and returns its text."""
+    trials = design(recipe, _stores(recipe))
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["trial", *recipe.task_names])
+    table.writerows([trial.id, *(f"{share:.6f}" for share in trial.mixture.shares)] for trial in trials)
+    folder = mix_dir(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DESIGN).write_text(out.getvalue(), encoding="utf-8")
+    return out.getvalue()
+
+
+def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
+    """Runs the trials that the ledger does not hold yet."""
+    from mtft.training.sweep_trial import run_trial
+
+    sweep = _sweep(recipe)
+    missing = [task.name for task in recipe.tasks if task.eval_data is None]
+    if missing:
+        raise UserError(
+            f"trials are scored on held-out rows, and {', '.join(missing)} has none",
+            where=f"tasks.{missing[0]}.eval_data",
+            do="give every task an eval_data file",
+        )
+    trials = design(recipe, _stores(recipe))
+    mix_design(recipe)
+    # Workers share the cores: two of them with all cores' threads each wait for each other most of the time.
+    threads = max(1, (os.cpu_count() or 1) // sweep.workers) if sweep.workers > 1 else None
+    return run_sweep(
+        trials,
+        partial(
+            run_trial,
+            recipe=derived_recipes.proxy(recipe, sweep),
+            eval_limit=sweep.eval_limit,
+            threads=threads,
+            checks=sweep.checks,
+        ),
+        TrialLedger(mix_dir(recipe) / LEDGER),
+        stopping=EarlyTermination(sweep.full_trials) if sweep.checks else None,
+        workers=sweep.workers,
+        backend=sweep.backend,
+        seed=recipe.seed,
+        on_done=on_done,
+    )
+
+
+def mix_propose(recipe: Recipe) -> Proposal:
+    """Fits the ledger and writes fit.json, proposal.json and mixture.yaml."""
+    from data_mixers.fitting.scale_transfer import for_other_scale
+    from data_mixers.fitting.surrogate_fits import fit_surrogates
+    from data_mixers.propose.proposal import propose_mixture
+
+    sweep, folder = _sweep(recipe), mix_dir(recipe)
+    if not (folder / LEDGER).is_file():
+        raise UserError("no trials have been run", where=str(folder / LEDGER), do="mtft mix sweep RECIPE")
+    where = space(recipe, _stores(recipe))
+    targets = list(_goals(recipe))
+    fits = fit_surrogates(TrialLedger(folder / LEDGER), targets, surrogate=sweep.surrogate, seed=recipe.seed)
+    if sweep.model is not None and sweep.model != recipe.model:  # the trials are of another model than the run
+        fits = for_other_scale(fits)
+    objective = sweep.objective
+    if isinstance(objective, dict):
+        objective = {f"{task}/loss": weight for task, weight in objective.items()}
+    proposal = propose_mixture(fits, objective, where.bounds, prior=where.prior, current=where.current, kl=sweep.kl)
+    write_json(folder / FIT, fits.report())
+    write_json(folder / PROPOSAL, proposal.as_dict())
+    proposal.to_yaml(folder / MIXTURE)
+    return proposal
+
+
+def mix_dir(recipe: Recipe) -> Path:
+    return Path(recipe.output.dir) / "mix"
+
+
+def _stores(recipe: Recipe) -> list[Any]:
+    from mtft.data.store.token_store import open_stores
+    from mtft.models.loading import load_tokenizer
+
+    return open_stores(recipe, load_tokenizer(recipe.model), "train")
+
+
+def _goals(recipe: Recipe) -> dict[str, str]:
+    return {f"{task}/loss": "min" for task in recipe.task_names}
+
+
+def _sweep(recipe: Recipe) -> SweepSection:
+    if recipe.sweep is None:
+        raise UserError(
+            "the recipe has no section `sweep`", where="sweep", do="add one: sweep: {trials: 32, steps: 50}"
+        )
+    return recipe.sweep

@@ -1,0 +1,223 @@
+"""The schema in words: what a key may hold, and what is wrong when it holds something else.
+
+pydantic judges; its messages are for programmers, so only the place and the kind of its errors are used here.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from mtft.recipe.schema.recipe import Recipe, RecipeSection
+from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child, kind_of
+
+_LIMITS = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
+
+
+def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    """A type in words: `Annotated[int, Field(gt=0)] | None` -> "a whole number > 0, or null"."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *more = get_args(annotation)
+        return describe(inner, [*metadata, *more])
+    if origin in (Union, types.UnionType):
+        parts = [describe(part, metadata) for part in get_args(annotation)]
+        return ", or ".join(dict.fromkeys(parts))
+    if origin is Literal:
+        values = [str(value) for value in get_args(annotation)]
+        return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
+    if origin is tuple:
+        some = any(isinstance(item, MinLen) for item in _flatten(metadata))
+        return f"a list{' of at least one item' if some else ''}, each {describe(get_args(annotation)[0])}"
+    if origin is dict:
+        return f"a mapping from names to {describe(get_args(annotation)[1])}"
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, type) and issubclass(annotation, RecipeSection):
+        fields = annotation.model_fields
+        if len(fields) > 2:
+            return f"a mapping with the keys {', '.join(fields)}"
+        more = ", ..." if annotation.model_config.get("extra") == "allow" else ""
+        inner = ", ".join(f"{key}: {describe(field.annotation, field.metadata)}" for key, field in fields.items())
+        return f"{{{inner}{more}}}"
+    constraints = _flatten(metadata)
+    if annotation is str:
+        pattern = any(getattr(item, "pattern", None) for item in constraints)
+        return "a name of letters, digits and _ . - that starts with a letter or digit" if pattern else "text"
+    word = {int: "a whole number", float: "a number", bool: "true or false"}[annotation]
+    limits = [
+        f"{sign} {getattr(item, key)}" for item in constraints for kind, sign, key in _LIMITS if type(item) is kind
+    ]
+    return " and ".join([f"{word} {limits[0]}", *limits[1:]]) if limits else word
+
+
+def _flatten(metadata: Iterable[Any]) -> list[Any]:
+    return [item for entry in metadata for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
+
+
+def explain(error: ValidationError, source: YamlSource) -> list[YamlProblem]:
+    """Every error of pydantic as a problem with our path and words; the many errors of one union become one."""
+    unknown: list[YamlProblem] = []
+    missing: list[YamlProblem] = []
+    wrong: dict[KeyPath, YamlProblem] = {}
+    for path, kind in _located(error, source):
+        if kind == "extra_forbidden":
+            unknown.append(_unknown(path, source))
+        elif kind == "missing":
+            missing.append(_missing(path, source))
+        else:
+            wrong.setdefault(path, _wrong(path, source))
+    meant = {(*problem.path[:-1], _nearest(problem.path, source)) for problem in unknown}
+    found = unknown + [problem for problem in missing if problem.path not in meant] + list(wrong.values())
+    inner = {problem.path[:end] for problem in found for end in range(len(problem.path))}
+    # A list whose items are all wrong is also reported as too short: its items say enough.
+    return [
+        problem for problem in found if problem.path not in inner or not isinstance(source.value(problem.path), list)
+    ]
+
+
+def _located(error: ValidationError, source: YamlSource) -> list[tuple[KeyPath, str]]:
+    """(path in the recipe, kind) of each error. pydantic's locations also hold the tried branch of each union.
+
+    Of a union only the errors of the branch that the user meant count; if it has none, one error stands for all.
+    """
+    kept: list[tuple[KeyPath, str]] = []
+    unions: dict[KeyPath, bool] = {}  # those in meant branches of other unions: whether any error of theirs is kept
+    for entry in error.errors(include_url=False, include_context=False, include_input=False):
+        value: Any = source.values
+        path: KeyPath = ()
+        tried: dict[KeyPath, str] = {}
+        for position, key in enumerate(entry["loc"]):
+            last = position == len(entry["loc"]) - 1
+            real = child(value, key) is not None or (isinstance(value, dict) and key in value)
+            real = real or (isinstance(value, list) and isinstance(key, int))
+            if real or (last and entry["type"] == "missing"):
+                value, path = child(value, key), (*path, key)
+            else:
+                tried.setdefault(path, str(key))
+        for prefix, branch in tried.items():
+            unions.setdefault(prefix, False)
+            if not _is_meant(prefix, branch, source):
+                break
+        else:
+            kept.append((path, entry["type"]))
+            unions |= dict.fromkeys(tried, True)
+    return kept + [(prefix, "value") for prefix, told in unions.items() if not told]
+
+
+def _is_meant(prefix: KeyPath, branch: str, source: YamlSource) -> bool:
+    """Whether pydantic's name of a union's branch is the one that the shape of what was written speaks for."""
+    meant = _branch(_annotation(prefix, source), source.value(prefix))
+    name = getattr(get_origin(meant) or meant, "__name__", "")
+    return bool(name) and (branch == name or branch.startswith(f"{name}["))
+
+
+def _unknown(path: KeyPath, source: YamlSource) -> YamlProblem:
+    section, key = source.show(path[:-1]) or "the recipe", str(path[-1])
+    known = list(_keys(path[:-1], source))
+    near = _nearest(path, source)
+    elsewhere = [name for name, field in Recipe.model_fields.items() for model in _sections(field.annotation)
+                 if key in model.model_fields]  # fmt: skip
+    if near:
+        do = f"did you mean {near}?"
+    elif elsewhere or key in Recipe.model_fields:
+        do = f"it belongs {'under ' + ' or '.join(elsewhere) if elsewhere else 'at the top level'}"
+    else:
+        do = f"the keys of {section} are {', '.join(known)}"
+    return YamlProblem(path, f"{key!r} is not a key of {section}", do)
+
+
+def _nearest(path: KeyPath, source: YamlSource) -> str | None:
+    known = list(_keys(path[:-1], source))
+    near = get_close_matches(str(path[-1]), known, n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+def _missing(path: KeyPath, source: YamlSource) -> YamlProblem:
+    field = _keys(path[:-1], source)[str(path[-1])]
+    do = field.description or describe(field.annotation, field.metadata)
+    return YamlProblem(path, "is missing", f"add it: {do.splitlines()[0]}")
+
+
+def _wrong(path: KeyPath, source: YamlSource) -> YamlProblem:
+    value = source.value(path)
+    annotation = _annotation(path, source)
+    needed = describe(annotation)
+    do = ""
+    if isinstance(value, str):
+        choices = [str(choice) for choice in _choices(annotation)]
+        near = get_close_matches(value, choices, n=1, cutoff=0.5)
+        if near:
+            do = f"did you mean {near[0]}?"
+        elif _is_number(value) and ("number" in needed):
+            do = "remove the quotes"
+    elif "text" in needed and isinstance(value, int | float):
+        do = "put it in quotes"
+    return YamlProblem(path, f"is {kind_of(value)}, and must be {needed}", do)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The branches of a union, without Annotated."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [member for part in get_args(annotation) for member in _members(part)]
+    return [annotation]
+
+
+def _sections(annotation: Any) -> list[type[RecipeSection]]:
+    return [member for member in _members(annotation) if isinstance(member, type) and issubclass(member, RecipeSection)]
+
+
+def _choices(annotation: Any) -> list[Any]:
+    return [value for member in _members(annotation) if get_origin(member) is Literal for value in get_args(member)]
+
+
+def _branch(annotation: Any, value: Any) -> Any:
+    """The member of a union that fits the shape of a value: a section by its keys, a mapping, a list."""
+    members = _members(annotation)
+    if isinstance(value, list):
+        return next((member for member in members if get_origin(member) is tuple), annotation)
+    if isinstance(value, dict):
+        sections = _sections(annotation)
+        best = max(sections, key=lambda section: len(section.model_fields.keys() & value.keys()), default=None)
+        mapping = next((member for member in members if get_origin(member) is dict), None)
+        if best is not None and (mapping is None or best.model_fields.keys() & value.keys()):
+            return best
+        return annotation if mapping is None else mapping
+    return annotation
+
+
+def _annotation(path: KeyPath, source: YamlSource) -> Any:
+    """The declared type at a path, with its constraints. Where a union forks, what was written decides."""
+    annotation: Any = Recipe
+    for depth, key in enumerate(path):
+        branch = _branch(annotation, source.value(path[:depth]))
+        if get_origin(branch) is dict:
+            annotation = get_args(branch)[1]
+        elif get_origin(branch) is tuple:
+            annotation = get_args(branch)[0]
+        else:
+            field = branch.model_fields[str(key)]
+            annotation = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    return annotation
+
+
+def _keys(path: KeyPath, source: YamlSource) -> dict[str, FieldInfo]:
+    """The known keys of the section that stands at a path."""
+    return _branch(_annotation(path, source), source.value(path)).model_fields

@@ -1,0 +1,245 @@
+"""From a recipe to a trainer that is ready to go: inputs, run directory, batches, objective, balancer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data_mixers.plan.replanned import ReplannedPlan
+from mtft.common.errors import UserError
+from mtft.data.batching.batches import BatchSource
+from mtft.data.batching.packed_attention import packing_refusal
+from mtft.data.store.token_store import open_stores
+from mtft.data.tokenize.vocabulary_check import check_vocabulary
+from mtft.distributed.launch import is_main_process
+from mtft.distributed.sharding import trainable
+from mtft.distributed.stop_signal import StopSignal
+from mtft.evaluation.heldout_loss import BatchLayout, evaluate_model
+from mtft.evaluation.task_scores import TaskScores
+from mtft.losses.balancers import make_balancer
+from mtft.losses.moe_router_loss import check_router_loss, router_warning
+from mtft.losses.sample_weights import SampleWeights
+from mtft.losses.token_nll import resolve_path
+from mtft.losses.validation_stream import ValidationStream
+from mtft.models.loading import compute_dtype, load_tokenizer, pad_id
+from mtft.recipe.schema.recipe import Recipe
+from mtft.training.callbacks.early_stopping import EarlyStopping
+from mtft.training.checkpoint.checkpoint import check_identity
+from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
+from mtft.training.online_mixture import OnlineMixture, in_words, make_controller
+from mtft.training.optim.optimizers import own_optimizer
+from mtft.training.optim.schedule_free import ScheduleFreePoint
+from mtft.training.run_files import run_dir as folder
+from mtft.training.run_files.metrics_log import MetricsLog
+from mtft.training.step.neftune import Neftune, NeftuneStep
+from mtft.training.step.objective import Objective
+from mtft.training.step.step_dataset import StepDataset
+from mtft.training.step.task_gradients import make_task_gradient_step
+from mtft.training.trainer import MultiTaskTrainer
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from data_mixers.plan.mixture_plan import MixturePlan
+
+
+VALID_TOKENS = 16_384  # at the most, of one measurement for what watches held-out losses
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a run reads: tokenizer and token stores, one a task (held-out: None for a task without eval_data)."""
+
+    tokenizer: Any
+    stores: Sequence[Any]
+    held_out: Sequence[Any | None]
+
+    def identity(self, plan: MixturePlan | ReplannedPlan) -> dict[str, str]:
+        """What must be the same for a run to go on."""
+        return {"plan": plan.fingerprint, **{f"data of {store.task}": store.fingerprint for store in self.stores}}
+
+
+def read_training_inputs(recipe: Recipe, *, eval_limit: int | None = None) -> TrainingInputs:
+    """Tokenizer and token stores of a recipe; the stores are built by one process where they don't stand yet.
+
+    eval_limit: only the first held-out rows of each task.
+    """
+    tokenizer = load_tokenizer(recipe.model)
+    held_out = open_stores(recipe, tokenizer, "eval", limit=eval_limit)
+    return TrainingInputs(tokenizer, open_stores(recipe, tokenizer, "train"), held_out)
+
+
+def start_run_dir(
+    recipe: Recipe,
+    run_dir: Path,
+    plan: MixturePlan | ReplannedPlan,
+    identity: dict[str, str],
+    log: MetricsLog,
+    *,
+    fresh: bool,
+) -> Path | None:
+    """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call."""
+    found: list[Any] = [None]
+    if is_main_process():
+        try:
+            if fresh:
+                folder.move_aside(run_dir)
+            found[0] = latest_checkpoint(run_dir, say=log.say)
+            if found[0] is not None:
+                check_identity(found[0], identity)
+            folder.write_start(run_dir, recipe, plan, identity)
+        except UserError as error:  # the other ranks must learn of it: they would wait for ever
+            found[0] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
+
+
+def build_trainer(
+    recipe: Recipe,
+    inputs: TrainingInputs,
+    plan: MixturePlan | ReplannedPlan,
+    model: Any,
+    args: TrainingArguments,
+    *,
+    log: MetricsLog,
+    stop: StopSignal | None = None,
+) -> MultiTaskTrainer:
+    """The trainer of a recipe on `model`; this rank's part of every step is decided here."""
+    asked, dtype = recipe.train, compute_dtype(recipe.model)
+    check_vocabulary([*inputs.stores, *inputs.held_out], inputs.tokenizer, model.config)
+    check_router_loss(model.config)
+    if (warning := router_warning(model.config, trainable(model))) is not None:
+        log.say(f"warning: {warning}")
+    attention = model.config._attn_implementation
+    isolated = packing_refusal(model.config, attention) is None
+    layout = BatchLayout(
+        asked.rows_at_once,
+        asked.max_length,
+        pad_id(inputs.tokenizer),
+        packing=asked.packing and may_pack(model.config, attention, say=log.say),
+    )
+    source = BatchSource(
+        inputs.stores,
+        plan,
+        micro_batch_tokens=layout.micro_batch_tokens,
+        max_length=layout.max_length,
+        packing=layout.packing,
+        pad_id=layout.pad_id,
+        unmixed=asked.batch_style == "unmixed",
+        rank=args.process_index,
+        world=args.world_size,
+    )
+    balancer = make_balancer(
+        recipe.loss.balancer,
+        recipe.task_names,
+        [task.weight for task in recipe.tasks],
+        recipe.seed,
+        normalise=recipe.loss.normalise,
+        examples=[store.num_examples for store in inputs.stores],
+        tokens=[int(store.supervised.sum()) for store in inputs.stores],
+    )
+
+    def held_out_stream(tokens: int | None = None) -> ValidationStream:
+        return ValidationStream(
+            inputs.held_out,
+            tasks=recipe.task_names,
+            # Not of the micro-batch: what is measured must not depend on how a step is split.
+            tokens=max(tokens or min(asked.batch_tokens, VALID_TOKENS), layout.max_length),
+            max_length=layout.max_length,
+            packing=layout.packing,
+            pad_id=layout.pad_id,
+            seed=recipe.seed,
+            rank=args.process_index,
+            world=args.world_size,
+        )
+
+    valid = None if balancer.needs.valid_every is None else held_out_stream()
+    online = None
+    if recipe.mixture.online is not None and isinstance(plan, ReplannedPlan):
+        measures = recipe.mixture.online.name == "linear_law"
+        stream = held_out_stream(recipe.mixture.online.tokens) if measures else None
+        online = OnlineMixture(make_controller(recipe, plan), stream)
+    surgery = make_task_gradient_step(
+        recipe, model, gram_every=balancer.needs.gram_every, isolated=isolated, run_dir=log.run_dir, say=log.say
+    )
+    loss = recipe.loss
+    path = resolve_path(loss.path)
+
+    def score(network: nn.Module) -> dict[str, TaskScores]:
+        autocast = None if dtype == torch.float32 else dtype
+        return evaluate_model(network, inputs.held_out, layout, attention=attention, autocast=autocast)
+
+    trainer = MultiTaskTrainer(
+        model,
+        args,
+        steps=StepDataset(source, plan),
+        tasks=recipe.task_names,
+        objective=Objective(
+            loss.normalise,
+            path,
+            attention,
+            valid,
+            sample_weights=SampleWeights(**loss.sample_weights.model_dump()) if loss.sample_weights else None,
+            label_smoothing=loss.label_smoothing,
+            z_loss=loss.z_loss,
+            orthogonal=loss.orthogonal,
+            noise=Neftune(model, asked.neftune, recipe.seed) if asked.neftune else None,
+        ),
+        balancer=balancer,
+        log=log,
+        surgery=surgery,
+        stopping=EarlyStopping(recipe.task_names, asked.watch, asked.patience, asked.task_patience, asked.min_delta),
+        online=online,
+        score=score,
+        mezo=None if asked.mezo is None else {"epsilon": asked.mezo, "seed": recipe.seed},
+        stop=stop,
+        identity=inputs.identity(plan),
+        max_bad_steps=asked.max_bad_steps,
+        keep=recipe.output.keep,
+    )
+    trainer.optimizer_cls_and_kwargs = own_optimizer(recipe, args)
+    if trainer.objective.noise is not None:
+        trainer.add_callback(NeftuneStep(trainer.objective.noise))
+    if asked.optimizer.startswith("schedule_free"):
+        trainer.add_callback(ScheduleFreePoint())
+    return trainer
+
+
+def may_pack(config: Any, attention: str, *, say: Callable[[str], None]) -> bool:
+    """Whether several examples may share a row of this model; says why not."""
+    refusal = packing_refusal(config, attention)
+    if refusal is not None:
+        say(f"packing is off: {refusal}")
+    return refusal is None
+
+
+def print_summary(
+    recipe: Recipe, plan: MixturePlan | ReplannedPlan, trainer: MultiTaskTrainer, checkpoint: Path | None
+) -> None:
+    """Says what is derived from the recipe before the first step."""
+    say = trainer.run_log.say
+    trained = sum(parameter.numel() for parameter in trainable(trainer.model).values())
+    total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    processes = trainer.accelerator.num_processes
+    say(
+        f"{recipe.name}: {plan.steps} steps of {plan.batch} {plan.unit}, {trained:,} of {total:,} parameters trained, "
+        f"{processes} process{'es' if processes > 1 else ''} on {trainer.args.device.type}"
+    )
+    for row in plan.table():
+        say(
+            f"  {row['task']}: share {row['asked']:.3f} asked, {row['realised']:.3f} realised, "
+            f"{row['rows']} of {row['size']} rows ({row['epochs']:.2f} epochs)"
+        )
+    if trainer.online is not None:
+        say(in_words(recipe, trainer.online.decider))
+    if checkpoint is not None:
+        say(f"goes on from {checkpoint.name}")

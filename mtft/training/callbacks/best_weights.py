@@ -1,0 +1,111 @@
+"""The best weights of a run, kept beside its checkpoints, and what else follows from an evaluation.
+
+    <run>/best/   weights.safetensors (what is trained), one file of held-out scores a task, best.json (step, watch)
+
+Written when an evaluation is better than all before it, whole or not at all. A run that was broken between the two
+takes the evaluation again and writes the same.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from transformers.trainer_callback import TrainerCallback
+
+from mtft.common.errors import UserError
+from mtft.distributed.sharding import trainable
+from mtft.evaluation.task_scores import TaskScores
+from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir
+from mtft.training.optim.schedule_free import evaluation_weights, settle
+
+if TYPE_CHECKING:
+    from mtft.training.trainer import MultiTaskTrainer
+
+BEST, WEIGHTS = "best", "weights.safetensors"
+
+
+class BestWeights(TrainerCallback):
+    """After each evaluation: keeps the best weights, drops tasks, ends the run, as `trainer.stopping` finds."""
+
+    def __init__(self, trainer: MultiTaskTrainer, *, keep_best: bool) -> None:
+        self.trainer, self.keep_best = trainer, keep_best
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        stopping, found = trainer.stopping, trainer.evaluations[step]
+        if step <= stopping.last:
+            return
+        for line in stopping.observe(step, {task: scores.summary()["loss"] for task, scores in found.items()}):
+            trainer.run_log.say(line)
+        if self.keep_best and stopping.better(step):
+            save_best(trainer, step, found)
+        if stopping.ended is not None:
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+
+
+def save_best(trainer: MultiTaskTrainer, step: int, scores: dict[str, TaskScores]) -> None:
+    """Writes <run>/best. A collective call."""
+    from safetensors.torch import save_file
+
+    writer = bool(trainer.args.should_save)
+    with atomic_checkpoint_dir(trainer.run_dir / BEST, writer=writer, barrier=_barrier) as folder:
+        if not writer:
+            return
+        with evaluation_weights(trainer.optimizer):
+            weights = {name: value.detach().cpu().clone() for name, value in trainable(trainer.model).items()}
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        for task, found in scores.items():
+            found.save(folder / f"{task}.jsonl")
+        text = json.dumps({"step": step, "watch": trainer.stopping.watch, "tasks": list(scores)})
+        (folder / "best.json").write_text(text, encoding="utf-8")
+
+
+def load_best_weights(trainer: MultiTaskTrainer, export: str) -> int:
+    """After training: puts the weights into the model that the run hands over; returns the step they are from.
+
+    export: last, or best by the evaluations. The scores of that step stand in `trainer.evaluations` under the last.
+    """
+    from safetensors.torch import load_file
+
+    last = trainer.state.global_step
+    settle(trainer.optimizer)
+    if export == "last":
+        return last
+    if last not in trainer.evaluations:
+        trainer.evaluate()
+    best = trainer.stopping.run.step
+    if best == last:
+        return last
+    folder = trainer.run_dir / BEST
+    if not folder.is_dir():
+        raise UserError(
+            f"the weights of step {best}, which was the best, were not kept: output.export was another then",
+            where=str(trainer.run_dir),
+            do="set output.export: last, or start over with --fresh",
+        )
+    kept = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+    if kept["step"] != best:
+        raise RuntimeError(f"{folder} holds step {kept['step']}, but step {best} was the best")
+    saved, model = load_file(folder / WEIGHTS), trainable(trainer.model)
+    with torch.no_grad():
+        for name, value in saved.items():
+            model[name].copy_(value)
+    trainer.evaluations = {last: {task: TaskScores.load(folder / f"{task}.jsonl") for task in kept["tasks"]}}
+    return best
+
+
+def ended_before(checkpoint: Path) -> bool:
+    """True if the run had ended by its held-out losses when this checkpoint was written: only the end is missing."""
+    from mtft.training.checkpoint.checkpoint_files import load_tree
+
+    return load_tree(checkpoint)["stopping"]["ended"] is not None
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

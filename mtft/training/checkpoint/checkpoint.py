@@ -1,0 +1,161 @@
+"""What a checkpoint of a run holds, and how a run takes it up again. The files themselves:
+mtft.training.checkpoint.checkpoint_files.
+
+Saved: trainable weights and optimizer (whole, also where ranks hold parts of them; under DeepSpeed in its own files);
+schedule and gradient scaler; the balancer; the random state of every rank; counters of skipped steps; and the run's
+identity (fingerprints of plan and data), which must be the same to go on. The data need no state: step s of the plan
+is a pure function of s; with mixture.online, of s and the changes so far, which are saved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from mtft.common.errors import UserError
+from mtft.common.state_tree import random_state, restore_random_state
+from mtft.distributed.sharding import (
+    gathered,
+    placed,
+    placed_moments,
+    resting,
+    save_engine_state,
+    sharding_of_launch,
+    trainable,
+)
+from mtft.training.checkpoint.checkpoint_files import (
+    atomic_checkpoint_dir,
+    checkpoint_folder,
+    load_tree,
+    prune_checkpoints,
+    save_tree,
+)
+
+if TYPE_CHECKING:
+    from mtft.training.trainer import MultiTaskTrainer
+
+WEIGHTS, TRAINER_STATE = "weights.safetensors", "trainer_state.json"
+
+
+def save(trainer: MultiTaskTrainer) -> Path:
+    """Writes checkpoint-<step>. A collective call: one rank writes, and under DeepSpeed every rank its own part."""
+    from safetensors.torch import save_file
+
+    run_dir, step = trainer.run_dir, trainer.state.global_step
+    random_states = _gather(random_state())
+    writer, own_files = trainer.args.should_save, bool(trainer.is_deepspeed_enabled)
+    scaler = trainer.accelerator.scaler
+    model = resting(trainer.model)
+    tree = {
+        "step": step,
+        "identity": trainer.identity,
+        "engine": sharding_of_launch(),
+        "tasks": list(trainer.tasks),
+        "optimizer": None if own_files else gathered(trainer.optimizer.state_dict(), keep=writer),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "balancer": trainer.balancer.state_dict(),
+        "gradients": trainer.surgery.state_dict(),
+        "stopping": trainer.stopping.state_dict(),
+        "online": None if trainer.online is None else trainer.online.state_dict(step),
+        "bad_steps": trainer.bad_steps,
+        "random": random_states,
+    }
+    with atomic_checkpoint_dir(checkpoint_folder(run_dir, step), writer=writer, barrier=_barrier) as folder:
+        if own_files:
+            save_engine_state(trainer, folder)
+        weights = {} if own_files else gathered(trainable(model), keep=writer)
+        if writer:
+            if not own_files:
+                weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+                save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+            save_tree(folder, tree)
+            trainer.state.save_to_json(str(folder / TRAINER_STATE))
+    if writer:
+        prune_checkpoints(run_dir, trainer.keep)
+    return checkpoint_folder(run_dir, step)
+
+
+def check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """UserError when a checkpoint was made from other data, another plan or another recipe; says which.
+
+    Also when the launch can't read it: DeepSpeed's files fit only the stage and the number of ranks that wrote them.
+    """
+    tree = load_tree(folder)
+    before, wrote, here = tree["identity"], tree["engine"], sharding_of_launch()
+    if wrote != here and "zero" in wrote["name"] + here["name"]:
+        raise UserError(
+            f"{folder.name} was written under {_words(wrote)}, this launch is {_words(here)}: "
+            "DeepSpeed's files can't be taken over",
+            where=str(folder.parent),
+            do="continue with the launcher configuration and the number of processes it was started with, "
+            "or start over with --fresh",
+        )
+    other = [key for key in dict.fromkeys((*before, *identity)) if before.get(key) != identity.get(key)]
+    if other:
+        raise UserError(
+            f"{folder.name} belongs to a run with another {' and '.join(other)}: continuing would mix two runs",
+            where=str(folder.parent),
+            do="restore the data of that run, start over with --fresh, or give another output.dir",
+        )
+
+
+def load_weights(trainer: MultiTaskTrainer, folder: Path) -> None:
+    """Puts the saved weights into the model, which must have the same trainable parameters."""
+    from safetensors.torch import load_file
+
+    saved, model = load_file(folder / WEIGHTS), trainable(resting(trainer.model))
+    if saved.keys() != model.keys():
+        raise ValueError(f"{folder / WEIGHTS} holds other parameters: {sorted(saved.keys() ^ model.keys())[:4]}")
+    with torch.no_grad():
+        for name, value in saved.items():
+            model[name].copy_(placed(value, model[name]))
+
+
+def load_state(trainer: MultiTaskTrainer, folder: Path) -> None:
+    """Optimizer (DeepSpeed has loaded its own), schedule, scaler, balancer and counters."""
+    tree = load_tree(folder)
+    if tree["optimizer"] is not None:
+        trainer.optimizer.load_state_dict(placed_moments(trainer.optimizer, tree["optimizer"]))
+    trainer.lr_scheduler.load_state_dict(tree["scheduler"])
+    if trainer.accelerator.scaler is not None and tree["scaler"] is not None:
+        trainer.accelerator.scaler.load_state_dict(tree["scaler"])
+    trainer.balancer.load_state_dict(tree["balancer"])
+    trainer.stopping.load_state_dict(tree["stopping"])
+    if trainer.online is not None:
+        trainer.online.load_state_dict(tree["online"])
+    trainer.surgery.load_state_dict(tree["gradients"])
+    trainer.bad_steps.update(tree["bad_steps"])
+
+
+def load_random_state(trainer: MultiTaskTrainer, folder: Path) -> None:
+    """This rank's random state. With another number of ranks there is none: dropout then differs, nothing else does."""
+    states, rank = load_tree(folder)["random"], trainer.accelerator.process_index
+    if len(states) != trainer.accelerator.num_processes:
+        trainer.run_log.say(
+            f"the checkpoint is of {len(states)} processes, this run has {trainer.accelerator.num_processes}: "
+            "dropout draws other numbers from here on"
+        )
+        return
+    restore_random_state(states[rank])
+
+
+def _words(engine: dict[str, Any]) -> str:
+    count = engine["processes"]
+    return f"{engine['name']} with {count} process{'es' if count > 1 else ''}"
+
+
+def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return every
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

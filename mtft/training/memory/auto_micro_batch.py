@@ -1,0 +1,199 @@
+"""`micro_batch_tokens: auto`: how many tokens a rank takes at once, tried on the loaded model before the first step.
+
+On a GPU: twice as many each time, until a forward and backward pass runs out of memory (or would, with the optimizer's
+state beside it); the largest that fits. On a CPU: until the memory estimate is above what is free, or a pass is no
+longer faster by the token; the smallest that is about as fast as the fastest.
+
+The rows that are tried are the widest that can come, filled to the brim, with at least the tasks' share of supervised
+tokens. The gradient of a step is the same for any size (mtft.losses.task_reduction), so this is a matter of speed
+alone; with
+dropout the size decides which numbers are drawn. It is written to env.json, and a run that goes on keeps it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from mtft.common.state_tree import random_state, restore_random_state
+from mtft.data.batching.batch import IGNORE, Batch
+from mtft.distributed.launch import is_main_process, world_size
+from mtft.distributed.sharding import trainable
+from mtft.losses.token_nll import resolve_path, token_nll
+from mtft.models.loading import compute_dtype
+from mtft.recipe.schema.recipe import Recipe
+from mtft.training.memory.estimate import estimate_memory
+from mtft.training.optim.optimizers import state_bytes
+from mtft.training.run_files.run_dir import write_json
+
+if TYPE_CHECKING:
+    from mtft.training.build_trainer import TrainingInputs
+
+KEY = "micro_batch_tokens"
+GPU_SHARE, CPU_SHARE = 0.9, 0.7  # of the memory that a step may take
+PLATEAU = 1.05  # times the least time by the token that is still about as fast
+
+
+def with_auto_micro_batch(
+    recipe: Recipe, model: Any, inputs: TrainingInputs, *, before: int | None, say: Callable[[str], None]
+) -> Recipe:
+    """The recipe with a number for micro_batch_tokens: `before`, or found by trial; then noted in env.json.
+
+    before  what an earlier start found (folder.chosen_size); that of the writing rank counts. A collective call: all
+            ranks get the same number.
+    """
+    found: list[Any] = [before]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    size = found[0]
+    if size is None:
+        size = _agree(find_micro_batch(recipe, model, inputs))
+        say(f"{KEY}: {size} fits and is fast; written to env.json")
+    if is_main_process():
+        path = Path(recipe.output.dir) / "env.json"
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), KEY: size})
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={KEY: size})})
+
+
+def find_micro_batch(recipe: Recipe, model: Any, inputs: TrainingInputs) -> int:
+    """The best size for this rank's device. Gradients and random state are left as they were."""
+    train, device = recipe.train, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stores = [store for store in inputs.stores if store.num_examples]
+    longest = max(int(store.lengths.max()) for store in stores)
+    share = max(float(store.supervised.sum() / store.lengths.sum()) for store in stores)
+    width = train.max_length if train.packing else min(longest, train.max_length)
+    most = max(width, -(-train.batch_tokens // world_size()))
+    if not model.config.to_dict().get("quantization_config"):
+        model.to(device)
+    model.train()
+    if train.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    here = random_state()
+    try:
+        if device.type == "cuda":
+            return largest(sizes(width, most), lambda size: _fits_gpu(recipe, model, size, width, share, device))
+        free = CPU_SHARE * _free_memory()
+
+        def fits(size: int) -> bool:
+            tried = recipe.model_copy(update={"train": train.model_copy(update={KEY: size})})
+            return estimate_memory(tried, learnt_share=share, longest=longest).total <= free
+
+        return fastest(sizes(width, most), fits, lambda size: _seconds(recipe, model, size, width, share, device))
+    finally:
+        restore_random_state(here)
+
+
+def sizes(width: int, most: int) -> list[int]:
+    """Whole rows: 1, 2, 4, ... of `width` tokens, and the first count that holds `most`."""
+    found = [width]
+    while found[-1] < most:
+        found.append(min(2 * found[-1], -(-most // width) * width))
+    return found
+
+
+def largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """The last of the rising candidates that fits, asked one after the other; the first if none does."""
+    best = candidates[0]
+    for size in candidates:
+        if not fits(size):
+            break
+        best = size
+    return best
+
+
+def fastest(candidates: Sequence[int], fits: Callable[[int], bool], seconds: Callable[[int], float]) -> int:
+    """The smallest candidate whose time by the token is about the least. Two in a row without a gain end the search."""
+    by_token: dict[int, float] = {}
+    for size in candidates:
+        if by_token and not fits(size):
+            break
+        by_token[size] = seconds(size) / size
+        if len(by_token) > 2 and min(by_token.values()) < min(list(by_token.values())[-2:]):
+            break
+    least = min(by_token.values())
+    return next(size for size, value in by_token.items() if value <= PLATEAU * least)
+
+
+def full_batch(tokens: int, width: int, share: float, vocabulary: int) -> Batch:
+    """Rows of two examples without padding; the first `share` of each row's positions are supervised."""
+    rows = max(1, tokens // width)
+    place_T = torch.arange(width)
+    half_T = (place_T >= width // 2).int()
+    ids_BT = torch.randint(0, vocabulary, (rows, width), generator=torch.Generator().manual_seed(0))
+    labels_BT = torch.where(place_T < share * width, ids_BT, IGNORE)
+    positions_T = torch.where(half_T > 0, place_T - width // 2, place_T)
+    segments_BT = half_T.expand(rows, width).contiguous()
+    return Batch(ids_BT, positions_T.expand(rows, width).contiguous(), segments_BT, 0 * segments_BT, labels_BT)
+
+
+def _pass(recipe: Recipe, model: Any, size: int, width: int, share: float, device: torch.device) -> None:
+    """Forward and backward of one full micro-batch; the gradients are thrown away."""
+    batch = full_batch(size, width, share, model.config.vocab_size).to(device)
+    if not recipe.train.packing:
+        batch = Batch(batch.input_ids_BT, torch.arange(width, device=device).expand_as(batch.input_ids_BT).contiguous(),
+                      0 * batch.segment_ids_BT, batch.task_ids_BT, batch.labels_BT)  # fmt: skip
+    dtype = compute_dtype(recipe.model)
+    try:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            nll_BT = token_nll(
+                model,
+                batch,
+                path=resolve_path(recipe.loss.path),
+                label_smoothing=recipe.loss.label_smoothing,
+                z_loss=recipe.loss.z_loss,
+            )
+        nll_BT.mean().backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def _fits_gpu(recipe: Recipe, model: Any, size: int, width: int, share: float, device: torch.device) -> bool:
+    trained = [tuple(parameter.shape) for parameter in trainable(model).values()]
+    states = state_bytes(recipe.train.optimizer, trained)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        _pass(recipe, model, size, width, share, device)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info(device)
+    return torch.cuda.max_memory_reserved(device) + states <= GPU_SHARE * total
+
+
+def _seconds(recipe: Recipe, model: Any, size: int, width: int, share: float, device: torch.device) -> float:
+    """CPU seconds of a pass, the less of two: other processes may be about."""
+    taken = []
+    for _ in range(2):
+        begin = time.process_time()
+        _pass(recipe, model, size, width, share, device)
+        taken.append(time.process_time() - begin)
+    return min(taken)
+
+
+def _free_memory() -> int:
+    """Bytes that this machine can still give (Linux; elsewhere: no limit)."""
+    path = Path("/proc/meminfo")
+    if not path.is_file():
+        return 1 << 62
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def _agree(size: int) -> int:
+    """The least over the ranks: every one can hold it."""
+    if not dist.is_initialized():
+        return size
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, size)
+    return min(every)

@@ -1,0 +1,213 @@
+"""How much memory a recipe needs, before any weight is loaded.
+
+The model is made on torch's meta device, where tensors have shapes and no data:
+
+    weights      bytes of every parameter as it is held (4-bit and 8-bit bases: their linears)
+    training     gradients of the trained parameters (fp32), what the optimizer keeps for each of them, and the
+                 gradients of the single tasks where they are measured (mtft.gradients.capture.task_gradients)
+    activations  what a micro-batch adds at the highest point of a step, but for
+    logits       the buffers of the loss over its supervised tokens
+
+The last two come from playing the step on tensors without data (mtft.training.memory.activation_peak), with rows as
+the batches have them.
+Held against measured peaks by scripts/check_memory.py.
+
+It is an estimate for one process that holds everything (DDP, which keeps the gradients twice where there are several
+ranks). The context of a GPU (about 0.5 GiB), fragmentation and work space of kernels come on top; FSDP and ZeRO hold
+less; quantised linears are counted with the largest one's dequantised copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtft.common.errors import UserError
+from mtft.recipe.schema.recipe import ModelSection, Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+QUANTISED_BYTES = {"nf4": 0.516, "int8": 1.0}  # a linear's weight; nf4 with its doubly quantised scales is 4.127 bits
+FUSED_ROWS = 256  # supervised tokens whose logits the fused loss holds at a time
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on each GPU, and the parameters behind them. `activations` is None for a model that can't be counted."""
+
+    parameters: int
+    trainable: int
+    weights: int
+    training: int
+    activations: int | None
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All that is known."""
+        return self.weights + self.training + (self.activations or 0) + self.logits
+
+    def as_dict(self) -> dict[str, int | None]:
+        return {**asdict(self), "total": self.total}
+
+    def text(self) -> str:
+        share = f"{self.trainable:,} of {self.parameters:,} parameters are trained"
+        sizes = {
+            "weights": self.weights,
+            "training": self.training,
+            "activations": self.activations,
+            "logits": self.logits,
+        }
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
+        return f"memory on each GPU: about {_size(self.total)} ({parts}); {share}"
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "unknown, not in the sum"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 // 10 else f"{count / 2**20:.1f} MiB"
+
+
+def estimate_memory(
+    recipe: Recipe, *, learnt_share: float = 1.0, longest: int | None = None, ranks: int = 1
+) -> MemoryEstimate:
+    """Estimate for `mtft train` of a recipe.
+
+    learnt_share  supervised tokens / tokens, as the plan plays them
+    longest       tokens of the longest example, where it is known and below max_length
+    ranks         processes that share a step's tokens
+
+    Raises UserError when the model's config can't be read, or `lora.targets` fits no module.
+    """
+    import torch
+
+    from mtft.models.loading import compute_dtype
+    from mtft.training.memory.activation_peak import activation_peak
+    from mtft.training.optim.optimizers import state_bytes
+
+    section, train = recipe.model, recipe.train
+    dtype = compute_dtype(section)
+    held = torch.float32 if recipe.lora is None else dtype
+    model, parameters, weights, largest = _on_meta(recipe, held)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable, gradients = sum(p.numel() for p in trained), sum(p.numel() * p.itemsize for p in trained)
+    ends = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+    states = sum(
+        state_bytes(train.optimizer, [tuple(parameter.shape)], embedding=id(parameter) in ends) for parameter in trained
+    )
+    rows, width = _layout(recipe, longest, ranks)
+    supervised = max(1, round(rows * width * learnt_share))
+    found = activation_peak(
+        model,
+        rows=rows,
+        width=width,
+        supervised=min(supervised, FUSED_ROWS) if recipe.loss.path == "fused" else supervised,
+        packed=train.packing and section.attention in ("auto", "sdpa", "eager"),
+        autocast=None if dtype == torch.float32 else dtype,
+        checkpointing=train.gradient_checkpointing,
+        accumulates=train.mezo is None and train.batch_tokens > rows * width * ranks,
+        plain_loss=bool(recipe.loss.label_smoothing or recipe.loss.z_loss),
+        forward_only=train.mezo is not None,
+    )
+    if found is None:
+        activations, logits = None, supervised * model.config.vocab_size * 4
+    else:
+        dequantised = 0 if section.quantise == "none" else largest * dtype.itemsize
+        backward = gradients if train.mezo is None else 0  # MeZO's come after its passes
+        above = max(0, found.peak + dequantised - backward)  # what is there at the highest point beside the gradients
+        logits = min(found.logits, above)
+        activations = above - logits
+    return MemoryEstimate(
+        parameters=parameters,
+        trainable=trainable,
+        weights=weights,
+        training=gradients + states + _captured(recipe, trainable),
+        activations=activations,
+        logits=logits,
+    )
+
+
+def _captured(recipe: Recipe, trainable: int) -> int:
+    """Bytes of the task gradients, fp32, at a measured step; twice that if split or if the aggregator keeps as many."""
+    from mtft.gradients.aggregators import make_aggregator
+    from mtft.losses.balancers import balancer_class
+    from mtft.recipe.method_options import options_of
+
+    measures = "gram_every" in options_of(balancer_class(recipe.loss.balancer))
+    gradients = recipe.loss.gradients
+    if gradients is None or gradients.aggregator is None:
+        copies = int(measures or gradients is not None) * (2 if gradients is not None and gradients.split else 1)
+    else:
+        copies = 1 if make_aggregator(gradients.aggregator, gradients.options).from_gram else 2
+    return copies * 4 * len(recipe.tasks) * trainable
+
+
+def _on_meta(recipe: Recipe, held: torch.dtype) -> tuple[Any, int, int, int]:
+    """(the model with its adapter, on the meta device; parameters; bytes of all weights; largest quantised linear)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mtft.models.loading import add_lora
+
+    section = recipe.model
+    options: dict[str, Any] = {"dtype": held, "trust_remote_code": section.trust_remote_code}
+    options["attn_implementation"] = "eager" if section.attention == "eager" else "sdpa"  # what runs without a GPU too
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(read_config(section), **options)
+        model.config.use_cache = False
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        weights = sum(_held_bytes(model, section.quantise, held.itemsize).values())
+        linears = [part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear)]
+        if recipe.lora is not None:
+            lora = recipe.lora.model_copy(update={"init": "default"})  # the others need data; the sizes are equal
+            model = add_lora(model, lora, seed=recipe.seed)
+            adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+            weights += 4 * adapter  # the adapter is held in fp32
+            parameters += adapter
+    return model, parameters, round(weights), max(linears, default=0)
+
+
+def _layout(recipe: Recipe, longest: int | None, ranks: int) -> tuple[int, int]:
+    """(rows, width) of the largest micro-batch."""
+    train = recipe.train
+    tokens = min(train.rows_at_once, -(-train.batch_tokens // ranks))
+    width = min(train.max_length, tokens)
+    if longest is not None and not train.packing:
+        width = min(width, longest)
+    return max(1, tokens // width), width
+
+
+def read_config(section: ModelSection) -> Any:
+    """The config of a recipe's model. UserError when it can't be read or transformers does not know the model."""
+    from transformers import AutoConfig
+
+    from mtft.models.loading import model_location
+
+    location = model_location(section)
+    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    if not Path(location).is_dir():
+        options["revision"] = section.revision
+    try:
+        return AutoConfig.from_pretrained(location, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the model's config can't be used: {reason}",
+            where=f"model.path: {section.path}",
+            do="check the name, and that this version of transformers knows the model",
+        ) from error
+
+
+def _held_bytes(model: nn.Module, quantise: str, width: int) -> dict[str, float]:
+    """Bytes of each parameter: quantisation takes the weights of all linears but the head."""
+    from torch import nn
+
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    small = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear) and part is not head}
+    return {
+        name: parameter.numel() * (QUANTISED_BYTES.get(quantise, width) if id(parameter) in small else width)
+        for name, parameter in model.named_parameters()
+    }

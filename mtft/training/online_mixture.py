@@ -1,0 +1,172 @@
+"""A mixture that changes while the run goes on (`mixture.online`): from the trainer's losses to the plan of its steps.
+
+After optimizer step s, once its metrics are known:
+
+    told      the step's task losses and the tasks' parts of the step, both over all ranks
+    measured  held-out losses, where the method wants them now (forward only, the same rows in a round)
+    decided   by data_mixers.online.controller on every rank, from the same numbers; what the first rank says is played
+    planned   the chain's steps from s + 1 on; rows go on in their epochs
+
+Every rank then has the same plan by construction, and so the same micro-batches. Nothing is fetched ahead of a change:
+the trainer reads its steps one by one (no loader processes). A checkpoint after step s holds what was decided there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from data_mixers.online.controller import Decision, MixtureController, OnlineRule
+from data_mixers.online.methods import Bandit, GroupDRO, LinearLaw
+from data_mixers.plan.replanned import ReplannedPlan
+from mtft.common.errors import UserError
+from mtft.data.planning import share_bounds
+from mtft.evaluation.task_scores import TaskScores
+from mtft.losses.validation_stream import ValidationStream
+from mtft.recipe.compatibility import PROBE_SHARE, PROBE_STEPS
+from mtft.recipe.schema.recipe import Recipe
+from mtft.training.step.extra_losses import valid_losses
+
+if TYPE_CHECKING:
+    from mtft.training.trainer import MultiTaskTrainer
+
+
+class OnlineMixture:
+    """Watches the steps of a run and changes `chain`. stream: held-out rows, for a method that measures."""
+
+    def __init__(self, decider: MixtureController, stream: ValidationStream | None = None) -> None:
+        self.decider, self.stream = decider, stream
+        self._said: set[str] = set()
+
+    @property
+    def chain(self) -> ReplannedPlan:
+        return self.decider.chain
+
+    def step(self, trainer: MultiTaskTrainer, step: int, loss_K: Tensor | None, part_K: Sequence[float]) -> dict:
+        """After optimizer step `step`; loss_K: None where it was skipped. Returns {"mixture": ...} for the metrics
+        where the shares change or something stood in their way, else {}. A collective call."""
+        decider = self.decider
+        if loss_K is not None:
+            decider.observe(step, loss_K.tolist(), part_K)
+        if not decider.due(step):
+            return {}
+        number = decider.measures(step)
+        valid_K = None if number is None else valid_losses(trainer, number, self.stream).tolist()
+        decision = _of_the_first_rank(decider.propose(step, valid_K))
+        if decision is None:
+            return {}
+        decider.play(decision)
+        for note in decision.notes:
+            if note not in self._said:
+                trainer.run_log.say(f"step {step}: {note}")
+                self._said.add(note)
+        names = trainer.tasks
+        line: dict[str, Any] = {"from": decision.first + 1}
+        if decision.shares is not None:
+            line["shares"] = dict(zip(names, decision.shares, strict=True))
+            line["wanted"] = dict(zip(names, decision.wanted, strict=True))
+        return {"mixture": {**line, "notes": list(decision.notes)} if decision.notes else line}
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        return self.decider.state(step)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.decider.restore(state)
+
+
+def _of_the_first_rank(decision: Decision | None) -> Decision | None:
+    """What rank 0 decided. The losses are equal on all ranks, so the others did too, up to what their libraries round
+    otherwise; the plans must be equal to the bit."""
+    if not dist.is_initialized():
+        return decision
+    found: list[Any] = [decision]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def make_controller(recipe: Recipe, chain: ReplannedPlan) -> MixtureController:
+    """What recipe.mixture.online says about the run of `chain`. Infeasible where nothing is within the bounds."""
+    asked = recipe.mixture.online
+    if asked is None:
+        raise ValueError("the recipe has no mixture.online")
+    return MixtureController(chain, share_bounds(recipe), _method(recipe, chain), warmup=asked.warmup)
+
+
+def _method(recipe: Recipe, chain: ReplannedPlan) -> OnlineRule:
+    asked, shares = recipe.mixture.online, chain.mixture.shares.tolist()
+    assert asked is not None
+    if asked.name == "bandit":
+        return Bandit(len(shares), every=asked.every, scale=10.0 if asked.scale is None else asked.scale)
+    if asked.name == "group_dro":
+        return GroupDRO(
+            shares,
+            reference_losses(recipe),
+            every=asked.every,
+            eta=1.0 if asked.eta is None else asked.eta,
+            smoothing=1e-4 if asked.smoothing is None else asked.smoothing,
+        )
+    return LinearLaw(
+        shares,
+        every=asked.every,
+        steps=chain.steps,
+        warmup=asked.warmup,
+        probe_steps=asked.probe_steps or PROBE_STEPS,
+        probe_share=asked.probe_share or PROBE_SHARE,
+        eta=0.5 if asked.eta is None else asked.eta,
+        ema=asked.ema,
+        seed=recipe.seed,
+    )
+
+
+def reference_losses(recipe: Recipe) -> list[float]:
+    """mixture.online.reference as numbers, averaged as loss.normalise averages; 0 where there is none."""
+    given = None if recipe.mixture.online is None else recipe.mixture.online.reference
+    if not isinstance(given, str):
+        return [0.0 if given is None else float(given[name]) for name in recipe.task_names]
+    found = []
+    for name in recipe.task_names:
+        path = Path(given) / "scores" / f"{name}.jsonl"
+        if not path.is_file():
+            raise UserError(
+                f"the run has no held-out losses of task {name}",
+                where=f"mixture.online.reference: {given}",
+                do="give a finished run of the same tasks, or the losses themselves, {task: loss}",
+            )
+        scores = TaskScores.load(path)
+        by_sample = recipe.loss.normalise in ("sample", "task_sample")
+        found.append(float(np.mean(scores.nll_N / scores.tokens_N)) if by_sample else scores.summary()["loss"])
+    return found
+
+
+def in_words(recipe: Recipe, decider: MixtureController) -> str:
+    """When the shares will change, by what, and between which limits; a paragraph for people."""
+    asked = recipe.mixture.online
+    assert asked is not None
+    steps, chain = decisions(recipe, decider), decider.chain
+    when = f"after steps {', '.join(map(str, steps[:3]))}" + (f", ... {steps[-1]}" if len(steps) > 3 else "")
+    when = f"decides {len(steps)} times, {when}" if steps else "decides nothing: the run is too short"
+    looks = {
+        "bandit": "training losses",
+        "group_dro": "training losses above their reference" if asked.reference is not None else "training losses",
+        "linear_law": "held-out losses around a probe of each task, which "
+        f"{len(chain.names) * (asked.probe_steps or PROBE_STEPS)} steps of every {asked.every} are used for",
+    }[asked.name]
+    bounds, notes = decider.bounds(0)
+    limits = zip(chain.names, bounds.lower(), bounds.upper(), strict=True)
+    told = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, low, high in limits)
+    return "; ".join([f"mixture.online: {asked.name} by {looks}; {when}; shares may move: {told}", *notes])
+
+
+def decisions(recipe: Recipe, decider: MixtureController) -> list[int]:
+    """The steps after which something is decided (linear_law: after which a round begins)."""
+    asked, steps = recipe.mixture.online, decider.chain.steps
+    assert asked is not None
+    found = range(asked.every, steps, asked.every)
+    if asked.name != "linear_law":
+        return [step for step in found if step > asked.warmup]
+    return [step for step in found if decider.due(step)]

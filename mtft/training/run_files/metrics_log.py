@@ -1,0 +1,160 @@
+"""What a run says while it trains: metrics.jsonl, eval.jsonl and a progress line. Only on the rank that writes.
+
+One line of metrics.jsonl is one optimizer step:
+
+    {"step": 12, "loss": 1.83, "learning_rate": 2e-4, "grad_norm": 0.7, "tokens": 8190, "supervised": 2210,
+     "seconds": 0.41, "tokens_per_second": 19975.0, "tasks": {"sql": {"loss": 1.2, "weight": 1.0, "share": 0.4,
+     "loss_share": 0.33, "tokens": 700, "examples": 12}, ...}}
+
+`share` is the task's part of the step's examples (of its tokens, with unit tokens); `loss_share` its part of the loss;
+a task's `tokens` are the supervised ones. A loss is null where the task has no supervised token in the step.
+A step whose task gradients were measured also has "gradients": {"norm": {"sql": 0.3, ...}, "gram": [[...], ...]} (rows
+and columns in the order of the tasks, null where absent), with "alpha": {"sql": 0.5, ...} if it followed a mix of them;
+with loss.gradients.split also "halves": {"sql": 0.05, ...}, the squared lengths without noise (one step's may be < 0).
+With mixture.online a step after which the shares change has "mixture": {"from": 21, "shares": {"sql": 0.4, ...},
+"wanted": {...}}: the first step that has them, and what the method asked for; "notes": [...]: what bounds gave way.
+One line of eval.jsonl: {"step": 12, "tasks": {"sql": {"loss": ..., "token_accuracy": ..., "exact_match": ..., ...}}}.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mtft.training.step.step_dataset import StepContent
+
+METRICS, EVALS = "metrics.jsonl", "eval.jsonl"
+
+
+class MetricsLog:
+    """Appends to the two files of `run_dir` (None: writes nothing) and draws the progress bar (`quiet`: none)."""
+
+    def __init__(self, run_dir: Path | None, *, steps: int, quiet: bool = False) -> None:
+        self.run_dir, self.steps, self.quiet = run_dir, steps, quiet
+        self.console = Console(stderr=True, quiet=quiet)
+        self._bar: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def start(self, step: int) -> None:
+        """Forgets what was logged after `step` (a resumed run logs those steps again) and shows the bar."""
+        if self.run_dir is not None:
+            for name in (METRICS, EVALS):
+                _cut(self.run_dir / name, step or -1)  # from the start: nothing is kept, step 0 is evaluated again
+        if self.quiet or not self.console.is_terminal:
+            return
+        columns = [TextColumn("train"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA")]
+        columns += [TimeRemainingColumn(), TextColumn("{task.fields[losses]}")]
+        self._bar = Progress(*columns, console=self.console, refresh_per_second=4)
+        self._bar.add_task("train", total=self.steps, completed=step, losses="")
+        self._bar.start()
+
+    def step(self, line: dict[str, Any]) -> None:
+        """One optimizer step is done."""
+        self._append(METRICS, line)
+        losses = "  ".join(f"{task} {_short(values['loss'])}" for task, values in line["tasks"].items())
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=line["step"], losses=losses)
+        elif not self.quiet and (line["step"] == self.steps or line["step"] % max(1, self.steps // 10) == 0):
+            rate = f", {line['tokens_per_second']:,.0f} tokens/s" if line["tokens_per_second"] else ""
+            self.say(f"step {line['step']}/{self.steps}: loss {_short(line['loss'])} ({losses}){rate}")
+
+    def evaluation(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
+        """Held-out scores of each task; a run that died after its last step takes them again, and replaces the line."""
+        if self.run_dir is not None:
+            _cut(self.run_dir / EVALS, step - 1)
+        self._append(EVALS, {"step": step, "tasks": tasks})
+        found = "  ".join(f"{task} {_short(values['loss'])}" for task, values in tasks.items())
+        self.say(f"step {step}: held-out loss {found}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        if self.run_dir is not None:
+            with (self.run_dir / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+
+
+def step_line(
+    step: int,
+    tasks: Sequence[str],
+    held: StepContent,
+    learning_rate: float,
+    loss: float,
+    loss_K: Tensor,
+    w_K: Tensor,
+    share_K: Tensor,
+    supervised_K: Tensor,
+) -> dict[str, Any]:
+    """A line of metrics.jsonl, before gradient norm and time are known. `share_K`: each task's part of the loss."""
+    values = {
+        task: {
+            "loss": float(loss_K[k]),
+            "weight": float(w_K[k]),
+            "share": float(held.share_K[k]),
+            "loss_share": float(share_K[k]),
+            "tokens": int(supervised_K[k]),
+            "examples": int(held.examples_K[k]),
+        }
+        for k, task in enumerate(tasks)
+    }
+    return {
+        "step": step,
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad_norm": None,
+        "tokens": int(held.tokens_K.sum()),
+        "supervised": int(supervised_K.sum()),
+        "tasks": values,
+    }
+
+
+def flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """{"loss": 1, "tasks": {"sql": {"loss": 2}}} -> {"loss": 1, "sql/loss": 2}, finite numbers only, for trackers."""
+    out = {f"{prefix}{key}": value for key, value in line.items() if key not in ("tasks", "step")}
+    for task, values in line["tasks"].items():
+        out |= {f"{prefix}{task}/{key}": value for key, value in values.items()}
+    return {key: value for key, value in out.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def finite(node: Any) -> Any:
+    """The same tree with None where a number is NaN or infinite: JSON has neither."""
+    if isinstance(node, dict):
+        return {key: finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
+def _cut(path: Path, step: int) -> None:
+    """Keeps the lines up to `step`; drops a line that a dying process left unfinished."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    aside = path.with_name(path.name + ".part")
+    aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"

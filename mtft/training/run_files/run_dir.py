@@ -1,0 +1,184 @@
+"""The run directory: whose it is, whether its run is done, and what is written beside the metrics.
+
+recipe.yaml   resolved: every key written out, every path absolute; `mtft train recipe.yaml` repeats the run
+env.json      versions, machine, git commit, seed, fingerprints of the data
+plan.json     steps, examples in a step, asked and realised share of each task (again at the end, with mixture.online)
+result.json   written last: the run is finished
+scores/       held-out scores of each example after the last step, one file a task
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mtft.common.errors import UserError
+from mtft.recipe.schema.recipe import Recipe
+
+RECIPE, RESULT = "recipe.yaml", "result.json"
+# What may differ when a run goes on: it changes what is written and shown, never the weights.
+_FREE = (
+    "name",
+    "output",
+    "sweep",
+    "merge",
+    "fuse",
+    "run",
+    "train.eval_every",
+    "train.eval_on_start",
+    "train.max_bad_steps",
+)
+_PACKAGES = ("mtft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
+_EXTRAS = ("bitsandbytes", "deepspeed", "trl")
+
+
+def check_recipe(run_dir: Path, recipe: Recipe) -> None:
+    """UserError, naming the keys, when the folder holds a run of another recipe."""
+    path = run_dir / RECIPE
+    if not path.is_file():
+        return
+    from mtft.recipe.load import load_recipe
+
+    before, now = _leaves(load_recipe(path, files=False)), _leaves(recipe)
+    other = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
+    if other:
+        shown = [f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in other[:8]]
+        raise UserError(
+            "the folder holds a run of another recipe: " + "; ".join(shown) + (" ..." if len(other) > 8 else ""),
+            where=str(run_dir),
+            do="use the old values to continue it, give another output.dir, or --fresh to start over "
+            "(the old run is kept beside it)",
+        )
+
+
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """result.json of a finished run, else None."""
+    path = run_dir / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def move_aside(run_dir: Path) -> None:
+    """Renames the folder to the first free <folder>.old-N. Nothing is deleted."""
+    if run_dir.exists():
+        number = 1
+        while (old := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+            number += 1
+        run_dir.rename(old)
+
+
+def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, Any]) -> None:
+    """recipe.yaml, env.json and plan.json, before the first step."""
+    from mtft.recipe.load import dump_recipe
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / RECIPE, dump_recipe(recipe))
+    kept = {"micro_batch_tokens": size} if (size := chosen_size(run_dir)) is not None else {}
+    write_json(run_dir / "env.json", {**environment(), "seed": recipe.seed, "fingerprints": identity, **kept})
+    write_plan(run_dir, recipe, plan)
+
+
+def write_plan(run_dir: Path, recipe: Recipe, plan: Any) -> None:
+    """plan.json. `changes`: the shares that mixture.online has decided, each with the first step that has them."""
+    from data_mixers.mixture.mixture import Mixture
+    from data_mixers.plan.replanned import ReplannedPlan
+    from data_mixers.plan.schedule import spans
+
+    tasks = {row.pop("task"): row for row in plan.table()}
+    about = {"steps": plan.steps, "batch": plan.batch, "unit": plan.unit, "style": recipe.train.batch_style}
+    about |= {"tasks": tasks, "spans": spans(plan)}
+    if isinstance(plan, ReplannedPlan):
+        constant = ((change.first, change.shares) for change in plan.changes if isinstance(change.shares, Mixture))
+        about["changes"] = [{"from": first + 1, "shares": shares.as_dict()} for first, shares in constant]
+    write_json(run_dir / "plan.json", about)
+
+
+def chosen_size(run_dir: Path) -> int | None:
+    """Tokens of a micro-batch that an earlier start of this run found (train.micro_batch_tokens: auto)."""
+    path = run_dir / "env.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("micro_batch_tokens") if path.is_file() else None
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers of a run depend on beside its recipe and data."""
+    import torch
+
+    found = {name: _version(name) for name in (*_PACKAGES, *_EXTRAS)}
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "versions": {name: value for name, value in found.items() if value is not None},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "git": _git(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def _leaves(recipe: Recipe) -> dict[str, Any]:
+    """{dotted key: value} of everything that training depends on; tasks by name."""
+    out: dict[str, Any] = {}
+
+    decides = recipe.train.patience is not None or recipe.train.task_patience is not None
+
+    def visit(node: Any, key: str) -> None:
+        if key in _FREE and not (decides and key == "train.eval_every"):  # patience counts evaluations
+            return
+        if isinstance(node, dict) and node:
+            for name, value in node.items():
+                visit(value, f"{key}.{name}" if key else name)
+        elif key == "tasks":
+            out["tasks"] = [task["name"] for task in node]
+            for task in node:
+                visit(task, f"tasks.{task['name']}")
+        else:
+            out[key] = node
+
+    visit(recipe.model_dump(mode="json"), "")
+    return out
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        if package == "mtft":
+            from mtft import __version__
+
+            return __version__
+        return None
+
+
+def _git() -> str | None:
+    """Commit of the working directory, with + if there are changes; None outside of a repository."""
+    command: Sequence[str] = ("git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

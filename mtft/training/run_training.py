@@ -1,0 +1,111 @@
+"""One training run, top to bottom: tokenizer -> token stores -> plan -> model -> trainer -> adapter -> held-out scores.
+
+    mtft train RECIPE        or        accelerate launch --config_file recipes/accelerate/ddp.yaml -m mtft train RECIPE
+
+The run directory says how far a run has come: the same recipe goes on from the last good checkpoint, a finished run
+returns at once, another recipe is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtft.distributed.launch import is_main_process
+from mtft.evaluation.task_scores import TaskScores
+from mtft.recipe.schema.recipe import Recipe
+from mtft.training.run_files import run_dir as folder
+
+SCORES = "scores"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind. `adapter_dir`: the PEFT adapter, or the whole model after full fine-tuning."""
+
+    out_dir: Path
+    adapter_dir: Path
+    steps: int
+    seconds: float
+    scores: dict[str, TaskScores]
+
+
+def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bool = True) -> TrainResult:
+    """Trains what the recipe describes in recipe.output.dir, or goes on where that run stopped.
+
+    fresh   start over; what is in the folder moves aside to <dir>.old-N
+    quiet   nothing on stderr
+    prove   reload the export in a fresh process and compare its logits (a few seconds)
+
+    SIGTERM or SIGINT: the step is finished, a checkpoint saved, and SystemExit(0 or 130) raised.
+    Raises UserError for another recipe in the folder, unusable data or model, a diverged run, a full disk.
+    """
+    run_dir = Path(recipe.output.dir)
+    if not fresh:
+        folder.check_recipe(run_dir, recipe)
+        if (result := read_result(run_dir)) is not None:
+            if is_main_process() and not quiet:
+                print(f"finished already: {run_dir}", file=sys.stderr)
+            return result
+    begin = time.perf_counter()
+    # Heavy imports stand here: a finished run is recognised without them.
+    from mtft.data.planning import make_plan
+    from mtft.distributed.stop_signal import EXIT_CODES, StopSignal
+    from mtft.models.loading import load_for_training
+    from mtft.training.build_trainer import build_trainer, print_summary, read_training_inputs, start_run_dir
+    from mtft.training.callbacks.best_weights import BestWeights, ended_before
+    from mtft.training.checkpoint.checkpoint_files import checkpoint_step
+    from mtft.training.export.export import CHANGE_THE_BASE, save_initial
+    from mtft.training.finalize import finalize_run
+    from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
+    from mtft.training.run_files.metrics_log import MetricsLog
+    from mtft.training.training_arguments import training_arguments
+
+    inputs = read_training_inputs(recipe)
+    plan = make_plan(recipe, inputs.stores)
+    log = MetricsLog(run_dir if is_main_process() else None, steps=plan.steps, quiet=quiet or not is_main_process())
+    for line in (line for store in inputs.stores for line in store.warnings()):
+        log.say(f"warning: {line}")
+    evaluates = any(store is not None for store in inputs.held_out)
+    args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=evaluates, saves=True)  # joins the ranks
+    size = None if fresh else folder.chosen_size(run_dir)
+    checkpoint = start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh)
+    args.eval_on_start = evaluates and recipe.train.eval_on_start and checkpoint is None
+    with StopSignal() as stop:
+        model = load_for_training(recipe)
+        if recipe.lora is not None and recipe.lora.init in CHANGE_THE_BASE and is_main_process():
+            save_initial(model, run_dir)
+        sized = recipe
+        if recipe.train.micro_batch_tokens == "auto":
+            sized = with_auto_micro_batch(recipe, model, inputs, before=size, say=log.say)
+        trainer = build_trainer(sized, inputs, plan, model, args, log=log, stop=stop)
+        trainer.add_callback(BestWeights(trainer, keep_best=recipe.output.export == "best"))
+        decides = recipe.train.patience or recipe.train.task_patience
+        if checkpoint is not None and decides and ended_before(checkpoint):
+            trainer.steps.until = args.max_steps = checkpoint_step(checkpoint)
+        print_summary(recipe, plan, trainer, checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            log.close()
+    ended = trainer.stopping.ended is not None
+    if stop.seen is not None and trainer.state.global_step < plan.steps and not ended:
+        step = trainer.state.global_step
+        log.say(f"stopped by {stop.seen.name} after step {step}, which is saved; the same command continues")
+        raise SystemExit(EXIT_CODES[stop.seen])
+    finalize_run(recipe, inputs, plan, trainer, begin=begin, prove=prove)
+    result = read_result(run_dir)
+    if result is None:
+        raise RuntimeError(f"{run_dir / folder.RESULT} can't be seen by this process: is it on a shared disk?")
+    return result
+
+
+def read_result(run_dir: Path) -> TrainResult | None:
+    """The result of a finished run, from its folder; None if it isn't finished."""
+    content = folder.read_result(run_dir)
+    if content is None:
+        return None
+    scores = {task: TaskScores.load(run_dir / SCORES / f"{task}.jsonl") for task in content["tasks"]}
+    return TrainResult(run_dir, run_dir / content["export"], content["steps"], content["seconds"], scores)

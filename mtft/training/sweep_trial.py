@@ -1,0 +1,138 @@
+"""One trial of a mixture sweep: a short ordinary run in memory, scored on the held-out rows. Nothing is written.
+
+A sweep makes dozens of them in one process, so what does not depend on the mixture (tokenizer, token stores, base
+weights) is read once a process and kept; each trial trains a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtft.recipe.schema.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from data_mixers.sweep.early_termination import StopRule
+    from data_mixers.sweep.ledger import Trial
+    from mtft.training.build_trainer import TrainingInputs
+    from mtft.training.trainer import MultiTaskTrainer
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the trials of one recipe share."""
+
+    key: str
+    inputs: TrainingInputs
+    base: Any
+
+
+_kept: _Kept | None = None
+
+
+def run_trial(
+    trial: Trial,
+    recipe: Recipe,
+    eval_limit: int | None = None,
+    threads: int | None = None,
+    checks: Sequence[float] = (),
+    stop: StopRule | None = None,
+) -> list[tuple[float, dict[str, float]]]:
+    """Trains `recipe` with the trial's mixture and seed; returns [(1.0, scores)], with the scores at `checks` (shares
+    of the run) before it. The run ends at a check where `stop` calls it hopeless: its last share is then below 1.
+
+    scores: {"task/loss": nats per supervised token, "task/token_accuracy": ...} on the held-out rows of every task
+    that has some (the first `eval_limit` of them). A trial that diverges gives NaN losses, which a sweep records as
+    such. Picklable together with the recipe: for worker processes. threads: of torch on the CPU (None: its default).
+    """
+    import torch
+
+    from mtft.common.errors import UserError
+    from mtft.data.planning import make_plan
+    from mtft.models.loading import load_for_training
+    from mtft.training.build_trainer import build_trainer
+    from mtft.training.run_files.metrics_log import MetricsLog
+    from mtft.training.training_arguments import training_arguments
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    recipe = recipe.model_copy(update={"seed": trial.seed, "output": recipe.output.model_copy(update={"trackers": ()})})
+    kept = _keep(recipe, eval_limit)
+    plan = make_plan(recipe, kept.inputs.stores, trial.mixture)
+    with tempfile.TemporaryDirectory(prefix="mtft-trial-") as scratch:
+        args = training_arguments(recipe, Path(scratch), steps=plan.steps, evaluates=False, saves=False)
+        model = load_for_training(recipe, base=copy.deepcopy(kept.base))
+        log = MetricsLog(None, steps=plan.steps, quiet=True)
+        trainer = build_trainer(recipe, kept.inputs, plan, model, args, log=log)
+        course = _Course(plan.steps, checks, stop)
+        trainer.add_callback(course.callback(trainer))
+        try:
+            trainer.train()
+        except UserError:
+            if trainer.bad_steps["non-finite"] < recipe.train.max_bad_steps:
+                raise
+            names = [store.task for store in kept.inputs.held_out if store is not None]
+            return [(1.0, {f"{task}/loss": float("nan") for task in names})]
+        if not course.hopeless:
+            trainer.evaluate()
+            course.points.append((1.0, _scores(trainer)))
+    return course.points
+
+
+def _scores(trainer: MultiTaskTrainer) -> dict[str, float]:
+    """{"task/loss": ..., "task/token_accuracy": ...} of the evaluation at the present step."""
+    summaries = {task: found.summary() for task, found in trainer.evaluations[trainer.state.global_step].items()}
+    return {f"{task}/{key}": found[key] for task, found in summaries.items() for key in ("loss", "token_accuracy")}
+
+
+class _Course:
+    """The scores on the way through a trial, and whether it was given up."""
+
+    def __init__(self, steps: int, checks: Sequence[float], stop: StopRule | None) -> None:
+        self.points: list[tuple[float, dict[str, float]]] = []
+        self.hopeless = False
+        # Several shares may fall on one step of a short run; the last step is scored anyway.
+        self._at = {max(1, round(share * steps)): share for share in sorted(checks) if round(share * steps) < steps}
+        self._stop = stop
+
+    def callback(self, trainer: MultiTaskTrainer) -> TrainerCallback:
+        from transformers import TrainerCallback
+
+        course = self
+
+        class Check(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                share = course._at.get(state.global_step)
+                if share is None:
+                    return
+                trainer.evaluate()
+                scores = _scores(trainer)
+                course.points.append((share, scores))
+                if course._stop is not None and course._stop.hopeless(share, scores):
+                    course.hopeless = control.should_training_stop = True
+
+        return Check()
+
+
+def _keep(recipe: Recipe, eval_limit: int | None) -> _Kept:
+    """What the trials of this recipe share; kept until a trial of another recipe comes."""
+    from mtft.models.loading import load_base
+    from mtft.recipe.load import fingerprint
+    from mtft.training.build_trainer import read_training_inputs
+
+    global _kept
+    key = f"{fingerprint(recipe, without=('seed', 'mixture', 'output', 'name'))} {eval_limit}"
+    if _kept is None or _kept.key != key:
+        inputs = read_training_inputs(recipe, eval_limit=eval_limit)
+        _kept = _Kept(key, inputs, load_base(recipe.model, full=recipe.lora is None))
+        # Trainer collects garbage at every start: 0.3 s among a million objects of libraries that stay anyway.
+        gc.collect()
+        gc.freeze()
+    return _kept

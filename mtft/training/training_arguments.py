@@ -1,0 +1,78 @@
+"""The recipe in the words of transformers' Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mtft.common.errors import UserError
+from mtft.distributed.launch import engine, init_cpu_process_group, world_size
+from mtft.distributed.sharding import fsdp_settings
+from mtft.models.loading import compute_dtype
+from mtft.recipe.compatibility import check_compatibility
+from mtft.recipe.schema.recipe import Recipe
+from mtft.training.optim.lr_schedules import schedule_arguments
+from mtft.training.optim.optimizers import MUON, optimizer_name
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: bool, saves: bool) -> TrainingArguments:
+    """TrainingArguments of a recipe.
+
+    One item of our loader is a whole optimizer step, so gradient_accumulation_steps is 1 whatever micro_batch_tokens.
+    `evaluates`: per-task evaluation every eval_every steps and at the end.
+    `saves`: checkpoints every save_every steps and at the end.
+    """
+    from transformers import TrainingArguments
+
+    asked = recipe.train
+    optimizer = optimizer_name(asked.optimizer)
+    check_compatibility(recipe, stage="train")  # for callers from Python; the command line has asked already
+    on_cpu = not torch.cuda.is_available()
+    shards_on_cpu = on_cpu and engine() != "ddp" and world_size() > 1
+    if shards_on_cpu:
+        init_cpu_process_group()
+    dtype = compute_dtype(recipe.model)
+    if dtype == torch.float16 and on_cpu:
+        raise UserError("fp16 needs a GPU: its loss scaling does", where="model.dtype", do="use fp32 or bf16 on a CPU")
+    args = TrainingArguments(
+        output_dir=str(run_dir),
+        run_name=recipe.name,
+        seed=recipe.seed,
+        max_steps=steps,
+        per_device_train_batch_size=1,  # not a size: the loader's item is the step
+        gradient_accumulation_steps=1,
+        learning_rate=asked.learning_rate,
+        **schedule_arguments(asked, steps),
+        optim="adamw_torch" if optimizer == MUON else optimizer,  # muon is made by mtft.training.optim.optimizers
+        weight_decay=asked.weight_decay,
+        adam_beta1=asked.beta1,
+        adam_beta2=asked.beta2,
+        max_grad_norm=asked.max_grad_norm,
+        activation_checkpointing=asked.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if asked.gradient_checkpointing else None,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=on_cpu and not (shards_on_cpu and engine() == "deepspeed"),
+        accelerator_config={"use_configured_state": True} if shards_on_cpu else None,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=asked.eval_every or steps,
+        save_strategy="steps" if saves else "no",
+        save_steps=recipe.output.save_every or steps,
+        logging_strategy="no",  # ours writes every step; what Trainer would log is a part of it
+        logging_nan_inf_filter=False,
+        report_to=list(recipe.output.trackers) or "none",
+        disable_tqdm=True,  # our own progress line
+        ddp_find_unused_parameters=False,  # every rank uses every trainable parameter, also on an empty micro-batch
+        ddp_broadcast_buffers=False,
+        dataloader_pin_memory=not on_cpu,
+        dataloader_num_workers=0 if on_cpu else 2,
+        remove_unused_columns=False,
+    )
+    if engine() == "fsdp":
+        args.fsdp_plugin_args = fsdp_settings(dtype)
+    return args

@@ -1,0 +1,194 @@
+"""Packed examples never see each other (R9): bit-equal losses, equal gradients, for every family that may be packed.
+
+The models are tiny and random; what is tested is how transformers treats positions and masks for the family.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mtft.data.batching.batches import collate
+from mtft.data.batching.packed_attention import PROVEN, model_inputs, packing_refusal
+from mtft.data.tokenize.encode import Example
+
+VOCABULARY = 61
+SIZE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# windows shorter than the examples: a window over the row instead of the example would show
+SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+EXTRA = {
+    **dict.fromkeys(("cohere2", "exaone4", "gemma2", "gemma3_text", "ministral", "olmo3"), SLIDING),
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mistral": {"sliding_window": 5},
+    "mixtral": {"sliding_window": 5, "num_local_experts": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "starcoder2": {"sliding_window": 5},
+}
+
+
+def tiny(family, attention="sdpa"):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZE, **EXTRA.get(family, {}))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    with torch.no_grad():  # biases and norms start at 0 and 1: make every weight matter
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def examples(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        (Example(rng.integers(3, VOCABULARY, n).astype(np.int32), np.arange(n) > 0), k) for k, n in enumerate(lengths)
+    ]
+
+
+def losses(model, batch, attention="sdpa", **extra):
+    logits = model(**(model_inputs(batch, attention) | extra)).logits
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels_BT, reduction="none")
+    return nll
+
+
+EAGER_ONLY = ("gemma2",)  # what transformers offers for it on CPU
+EXPERTS = ("granitemoe", "mixtral", "olmoe", "qwen3_moe")
+
+
+def attentions(family):
+    return ["eager"] if family in EAGER_ONLY else ["sdpa", "eager"]
+
+
+CASES = [(family, attention) for family in sorted(PROVEN) for attention in attentions(family)]
+# flex attention has one mask builder for all families, and compiles for half a minute on CPU
+FLEX = [pytest.param(family, "flex_attention", marks=pytest.mark.slow) for family in ("llama", "qwen3")]
+
+
+@pytest.mark.parametrize("family, attention", CASES + FLEX)
+def test_other_examples_never_matter(family, attention):
+    model = tiny(family, attention)
+    row = examples([9, 14, 7])
+    other = [examples([9, 14, 7], seed=1)[0], row[1], examples([9, 14, 7], seed=2)[2]]
+    with torch.no_grad():
+        before = losses(model, collate([row], 0), attention)
+        after = losses(model, collate([other], 0), attention)
+        alone = losses(model, collate([[row[1]]], 0), attention)
+    middle = slice(9, 23)
+    if family in EXPERTS:  # the rows of an expert's product depend on who else chose it: rounding, not leaking
+        torch.testing.assert_close(before[0, middle], after[0, middle], atol=1e-6, rtol=0)
+    else:
+        assert torch.equal(before[0, middle], after[0, middle])
+    assert not torch.equal(before[0, :8], after[0, :8])
+    torch.testing.assert_close(before[0, middle], alone[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", sorted(PROVEN))
+def test_packed_gradients_are_unpacked_gradients(family):
+    row = examples([9, 14, 7, 3])
+    gradients = []
+    for rows in ([row], [row[:2], row[2:]], [[one] for one in row]):
+        model = tiny(family, attentions(family)[0])
+        losses(model, collate(rows, 0), attentions(family)[0]).sum().div(29).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=0)
+
+
+def test_padding_never_matters():
+    model = tiny("llama")
+    short, long = examples([6]), examples([20], seed=3)
+    batch = collate([short, long], 0)
+    ids = batch.input_ids_BT.clone()
+    ids[0, 6:] = 33
+    with torch.no_grad():
+        before = losses(model, batch)
+        after = losses(model, dataclasses.replace(batch, input_ids_BT=ids))
+    assert torch.equal(before[0, :6], after[0, :6])
+
+
+def test_a_batch_of_padding_only_is_finite():
+    for attention in ("sdpa", "eager"):
+        model = tiny("llama", attention)
+        logits = model(**model_inputs(collate([], 0), attention)).logits
+        assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("trap", [{"attention_mask": torch.ones(1, 30, dtype=torch.long)}, {"use_cache": True}])
+def test_the_traps_are_real(trap):
+    """If transformers mends these, isolation.py can become simpler."""
+    model = tiny("llama")
+    row = examples([9, 14, 7])
+    other = [examples([9, 14, 7], seed=1)[0], *row[1:]]
+    with torch.no_grad():
+        before, after = (losses(model, collate([r], 0), **trap) for r in (row, other))
+    assert (before - after)[0, 9:].abs().max() > 1e-3
+
+
+def test_the_guard_is_needed():
+    """A state-space model carries its state over the borders: such a family must not be in the list."""
+    model = tiny("falcon_h1")
+    row = examples([9, 14, 7])
+    other = [examples([9, 14, 7], seed=1)[0], *row[1:]]
+    with torch.no_grad():
+        before, after = (losses(model, collate([r], 0)) for r in (row, other))
+    assert (before - after)[0, 9:].abs().max() > 1e-5
+    assert "not proven" in packing_refusal(model.config, "sdpa")
+
+
+def test_guard():
+    assert packing_refusal(tiny("llama").config, "sdpa") is None
+    assert packing_refusal(tiny("gemma3_text").config, "flash_attention_2") is None
+    assert packing_refusal(tiny("gpt2").config, "sdpa") is None
+    assert "'paged_sdpa'" in packing_refusal(tiny("llama").config, "paged_sdpa")
+    yarn = AutoConfig.for_model(
+        "llama", **SIZE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    )
+    assert "dynamic" in packing_refusal(yarn, "sdpa")
+    packed = collate([examples([3, 4])], 0)
+    with pytest.raises(ValueError, match="several examples"):
+        model_inputs(packed, "sdpa", packed_ok=False)
+    with pytest.raises(ValueError, match="not isolated"):
+        model_inputs(packed, "something_else")
+    single = collate([examples([3]), examples([4])], 0)
+    assert "attention_mask" not in model_inputs(single, "something_else", packed_ok=False)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba", "gpt_oss", "falcon_h1"])
+def test_other_families_get_what_every_causal_model_does(family):
+    """bloom and mamba take no position_ids at all; padding on the right is nothing that a causal model can see."""
+    extra = {"n_head": 4} if family == "bloom" else EXTRA.get(family, {})
+    size = {key: value for key, value in SIZE.items() if family != "bloom" or key != "num_attention_heads"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **size, **extra)).eval()
+    both, (short,) = [examples([12]), examples([7], seed=1)], examples([7], seed=1)
+    with torch.no_grad():
+        together, alone = (
+            model(**model_inputs(collate(rows, 0), "eager", packed_ok=False)).logits for rows in (both, [[short]])
+        )
+    torch.testing.assert_close(together[1, :7], alone[0], atol=1e-5, rtol=0)
+
+
+def test_varlen_borders_for_flash_attention():
+    """With more than one row transformers leaks unless the borders are passed; padding joins what it follows."""
+    row = examples([4, 3, 5])
+    inputs = model_inputs(collate([row[:2], row[2:]], 0), "flash_attention_2")
+    assert inputs["cu_seq_lens_q"].tolist() == [0, 4, 7, 14]
+    assert inputs["cu_seq_lens_q"].dtype == torch.int32
+    assert (inputs["max_length_q"], inputs["max_length_k"]) == (7, 7)

@@ -1,0 +1,3 @@
+"""The tiny model, tasks and recipe of tests/training."""
+
+from tests.training.conftest import model_folder, recipe, task_files  # noqa: F401  (fixtures)

@@ -1,0 +1,75 @@
+"""SIGTERM to the real command: the running stream ends whole, new requests get 503, the exit status is 0."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from tests.fuse import tiny
+
+
+def recipe(folder, port=None):
+    places = tiny.folders_with_text(folder)
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"name: tiny\nmodel: {{path: '{places['small']}', dtype: fp32}}\n"
+        "tasks: [{name: a, data: rows.jsonl}]\ntrain: {steps: 1}\n"
+        f"output: {{dir: '{folder / 'run'}'}}\n"
+        f"fuse: {{strong: {{path: '{places['strong']}', dtype: fp32}}, adapters: ['{places['expert']}']}}\n"
+    )
+    return path
+
+
+@pytest.mark.slow
+def test_sigterm_drains(tmp_path):
+    command = [sys.executable, "-m", "mtft", "fuse", "serve", str(recipe(tmp_path)), "--port", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        lines = iter(server.stderr.readline, "")
+        url = next(found[0] for found in (re.search(r"http://[\d.]+:\d+", line) for line in lines if "serving" in line))
+        for _ in range(200):
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            except httpx.ConnectError:
+                time.sleep(0.05)
+        body = {"prompt": "the", "max_tokens": 100, "stream": True, "temperature": 1.0, "seed": 5, "n": 2}
+        statuses = []
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            rest = []
+            for line in lines:
+                rest.append(line)
+                if len(rest) == 40:
+                    statuses.append(httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=60).status_code)
+        chunks = [json.loads(line.removeprefix("data: ")) for line in rest if line.startswith("data: {")]
+        reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
+        assert [line for line in rest if line][-1] == "data: [DONE]"
+        assert sum(reason is not None for reason in reasons) == 2
+        assert statuses == [503]
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
+        server.stderr.close()
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded():
+    import socket
+
+    from mtft.fuse.alpha.spec import FusionError
+    from mtft.fuse.server.app import bind
+
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(FusionError, match="can't be listened on") as refused:
+            bind("127.0.0.1", taken.getsockname()[1])
+        assert refused.value.do == "give another --port"
+    with pytest.raises(FusionError, match="can't be listened on"), socket.socket():
+        bind("no-such-host.invalid", 8000)

@@ -1,0 +1,83 @@
+"""micro_batch_tokens: auto finds a size, keeps it, and leaves the gradient alone."""
+
+import json
+import signal
+
+import pytest
+import torch
+
+from mtft.common.state_tree import random_state
+from mtft.data.planning import make_plan
+from mtft.models.loading import load_for_training
+from mtft.recipe.schema.recipe import Recipe
+from mtft.training.build_trainer import read_training_inputs
+from mtft.training.memory.auto_micro_batch import fastest, find_micro_batch, full_batch, largest, sizes
+from mtft.training.run_training import train
+from tests.training.test_run_training import kill_at_step, picture, recipe_in, run
+from tests.training.test_trainer import first_gradients
+
+
+def test_search():
+    assert sizes(64, 500) == [64, 128, 256, 512]
+    assert sizes(64, 10) == [64]
+    assert sizes(100, 350) == [100, 200, 400]
+    assert largest([1, 2, 4, 8], lambda size: size <= 5) == 4
+    assert largest([8, 16], lambda size: False) == 8
+    asked = []
+
+    def seconds(size):
+        asked.append(size)
+        return size * {1: 2.0, 2: 1.0, 4: 0.97, 8: 0.99, 16: 0.98, 32: 0.1}[size]
+
+    assert fastest([1, 2, 4, 8, 16, 32], lambda size: True, seconds) == 2  # within 5 % of the best
+    assert asked == [1, 2, 4, 8, 16]  # two in a row without a gain
+    assert fastest([1, 2, 4], lambda size: size < 2, seconds) == 1
+
+
+def test_the_batch_that_is_tried_is_full():
+    batch = full_batch(200, 64, 0.5, 50)
+    assert batch.input_ids_BT.shape == (3, 64)
+    assert batch.packed
+    assert int((batch.labels_BT >= 0).sum()) == 3 * 32
+    assert batch.position_ids_BT[0].tolist() == [*range(32), *range(32)]
+
+
+def test_finding_leaves_no_trace(recipe):
+    whole = Recipe.model_validate({**recipe, "train": {**recipe["train"], "micro_batch_tokens": "auto"}})
+    inputs, model = read_training_inputs(whole), load_for_training(whole)
+    torch.manual_seed(5)
+    before = random_state()["torch"]
+    size = find_micro_batch(whole, model, inputs)
+    assert torch.equal(random_state()["torch"], before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert size % 64 == 0
+    assert 64 <= size <= 320
+    make_plan(whole, inputs.stores)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_gradient_is_that_of_any_size(recipe, tmp_path, packing):
+    found = [first_gradients(recipe, tmp_path, micro_batch_tokens=size, packing=packing) for size in sizes(64, 320)]
+    scale = max(float(value.abs().max()) for value in found[0].values())
+    for other in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_a_run_notes_the_size_and_keeps_it(recipe, tmp_path, monkeypatch):
+    def auto(folder):
+        return recipe_in(recipe, folder, train={"micro_batch_tokens": "auto"}, lora={"r": 4})
+
+    train(auto(tmp_path / "run"), quiet=True, prove=False)
+    size = json.loads((tmp_path / "run" / "env.json").read_text())["micro_batch_tokens"]
+    assert size in sizes(64, 320)
+
+    def other(pick):
+        from mtft.training.memory import auto_micro_batch
+
+        auto_micro_batch.find_micro_batch = lambda *_: pick
+
+    assert run(auto(tmp_path / "broken"), lambda: (other(size), kill_at_step(5)())) == -signal.SIGKILL
+    assert run(auto(tmp_path / "broken"), lambda: other(64 if size != 64 else 128)) == 0
+    assert json.loads((tmp_path / "broken" / "env.json").read_text())["micro_batch_tokens"] == size
+    assert picture(tmp_path / "broken") == picture(tmp_path / "run")

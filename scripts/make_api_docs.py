@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 HEAD = """# Python API
 
-The public names, made from the code by `scripts/make_api_docs.py`. `from mtft import NAME` imports nothing heavy before the
-name is used; the same names can be imported from their packages (`from mtft.fuse import fuse_logits`).
+The public names, made from the code by `scripts/make_api_docs.py`. They are lazy: `import mtft` loads neither torch nor
+transformers until a name is used. The same names can be imported from their packages (`from mtft.fuse import fuse_logits`).
 Everything else in the packages may change without notice.
 """
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 HEAD = """# Python API
 
 The public names, made from the code by `scripts/make_api_docs.py`. They are lazy: `import mtft` loads neither torch nor
-transformers until a name is used. The same names can be imported from their packages (`from mtft.fuse import fuse_logits`).
-Everything else in the packages may change without notice.
+transformers until a name is used. The same names can be imported from their packages, such as
+`from mtft.fuse import fuse_logits`. Everything else in the packages may change without notice.
 """
 
 

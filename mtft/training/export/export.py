@@ -124,7 +124,7 @@ class ReloadResult:
         }
         file.with_suffix(".json").write_text(json.dumps(settings), encoding="utf-8")
         self._tolerance = _TOLERANCE[base_dtype] if quantisation is None else 3e-2
-        script = Path(__file__).with_name("proof.py")
+        script = Path(__file__).with_name("reload_check.py")
         self._process = subprocess.Popen(
             [sys.executable, str(script), str(folder), str(file), str(device)],
             stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """Loads an exported adapter or model in a process of its own, and compares its logits with those of the trained model.
 
-    python proof.py FOLDER PROBE.safetensors DEVICE    ->    one JSON line: largest difference, largest logit
+    python reload_check.py FOLDER PROBE.safetensors DEVICE    ->    one JSON line: largest difference, largest logit
 
 An adapter of a quantised base is also loaded on that base as it was before, which people may serve it on or merge
 it into: how far its logits are from those it was trained to give.

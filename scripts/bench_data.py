@@ -36,7 +36,7 @@ from data_mixers.plan.schedule import MixtureSchedule
 from mtft.data.batching.batches import BatchSource
 from mtft.data.store.token_store import open_store
 from mtft.quickstart import model_path, stdlib_corpus
-from mtft.recipe.schema.recipe import TaskSection
+from mtft.recipe.schema.task import TaskSection
 
 SHARES = (0.4, 0.3, 0.2, 0.1)
 

@@ -15,32 +15,25 @@ from pydantic_core import PydanticUndefined
 
 from mtft.recipe.compatibility import TABLE
 from mtft.recipe.error_messages import describe
-from mtft.recipe.schema.recipe import (
+from mtft.recipe.schema.fuse import FuseSection
+from mtft.recipe.schema.lora import LoraSection
+from mtft.recipe.schema.loss import (
     BalancerSection,
-    Experts,
     FlatMinimaSection,
-    FuseSection,
-    GateTraining,
     GradientSection,
-    GroupSection,
-    LoraSection,
     LossSection,
-    MergeSection,
-    MixtureSection,
-    ModelSection,
-    ModuleRule,
-    OnlineSection,
-    OutputSection,
-    Recipe,
-    RecipeSection,
-    RunSection,
     SampleWeightsSection,
-    ScheduleStop,
-    SweepSection,
-    TaskSection,
-    TrainSection,
-    WeightSearch,
 )
+from mtft.recipe.schema.merge import Experts, GateTraining, MergeSection, ModuleRule, WeightSearch
+from mtft.recipe.schema.mixture import GroupSection, MixtureSection, OnlineSection, ScheduleStop
+from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.output import OutputSection
+from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.schema.run import RunSection
+from mtft.recipe.schema.section import RecipeSection
+from mtft.recipe.schema.sweep import SweepSection
+from mtft.recipe.schema.task import TaskSection
+from mtft.recipe.schema.train import TrainSection
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
 
@@ -73,8 +66,7 @@ SECTIONS: dict[str, tuple[type[RecipeSection], str]] = {
 HEAD = """\
 # The recipe
 
-<!-- Made by scripts/make_recipe_docs.py from mtft/recipe/schema/recipe.py: change the docstrings there, then run it.
--->
+<!-- Made by scripts/make_recipe_docs.py from mtft/recipe/schema: change the docstrings there, then run it. -->
 
 One YAML file says what a run does. Read as YAML 1.2: `1e-4` is a number, `no` is a text.
 `mtft check RECIPE` says what a recipe would do and everything that is wrong with it; `mtft schema` prints the JSON
@@ -119,7 +111,7 @@ def page() -> str:
     parts = [HEAD]
     for title, (section, words) in SECTIONS.items():
         parts.append(f"\n## {title}\n")
-        parts.append(f"{words or section.__doc__}\n")
+        parts.append(f"{words or cell(section.__doc__ or '')}\n")
         parts.append("| key | what it may be | default | meaning |\n|---|---|---|---|")
         for name, field in section.model_fields.items():
             parts.append(

@@ -15,7 +15,8 @@ from data_mixers.mixture.mixture import Mixture, natural, tempered, uniform
 from data_mixers.plan.mixture_plan import MixturePlan
 from data_mixers.plan.replanned import ReplannedPlan
 from data_mixers.plan.schedule import MixtureSchedule
-from mtft.recipe.schema.recipe import FileShares, Recipe, ScheduleShares, TemperatureShares
+from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
+from mtft.recipe.schema.recipe import Recipe
 
 
 class SizedTask(Protocol):

@@ -9,7 +9,8 @@ from typing import Any
 
 from mtft.common.errors import UserError
 from mtft.evaluation.task_scores import METRICS, TaskScores
-from mtft.recipe.schema.recipe import ModelSection, Recipe
+from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.recipe import Recipe
 
 
 def evaluate(

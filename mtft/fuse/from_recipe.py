@@ -12,7 +12,9 @@ from typing import Any
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.fused_model import FusedCausalLM
 from mtft.fuse.load_models import location
-from mtft.recipe.schema.recipe import FuseSection, ModelSection, Recipe
+from mtft.recipe.schema.fuse import FuseSection
+from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.recipe import Recipe
 
 _PROBE_BYTES = 1 << 16
 

@@ -10,7 +10,8 @@ from mtft.adapters.lora_factors import LoraAdapter
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.engine.report import MergeReport
-from mtft.recipe.schema.recipe import MergeSection, Recipe
+from mtft.recipe.schema.merge import MergeSection
+from mtft.recipe.schema.recipe import Recipe
 
 
 def merge_from_recipe(

@@ -19,7 +19,9 @@ import torch
 
 from mtft.common.errors import UserError
 from mtft.losses.token_nll import add_fused_head, resolve_path
-from mtft.recipe.schema.recipe import LoraSection, ModelSection, Recipe
+from mtft.recipe.schema.lora import LoraSection
+from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.recipe import Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel

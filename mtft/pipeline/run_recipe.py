@@ -25,7 +25,8 @@ from mtft.evaluation.score_cache import Scores, load_or_score, table
 from mtft.pipeline.check import check_names
 from mtft.pipeline.stages.stage_cache import read_json, run_cached_stage, write_json
 from mtft.recipe.load import dump_recipe
-from mtft.recipe.schema.recipe import MergeSection, Recipe
+from mtft.recipe.schema.merge import MergeSection
+from mtft.recipe.schema.recipe import Recipe
 
 if TYPE_CHECKING:
     from mtft.pipeline.stages.train import RunChoice

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from mtft.common.errors import UserError
-from mtft.recipe.schema.recipe import ModelSection, Recipe, ScheduleShares
+from mtft.recipe.schema.mixture import ScheduleShares
+from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.recipe import Recipe
 
 Stage = Literal["check", "train", "eval", "mix", "merge", "fuse", "run"]
 TRAINING: tuple[Stage, ...] = ("check", "train", "mix", "run")

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture
-from mtft.recipe.schema.recipe import FileShares, ScheduleShares, TemperatureShares
+from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
 from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource
 
 # keys of `shares` that are no task's name

@@ -21,16 +21,13 @@ from ruamel.yaml import YAML
 from mtft.common.errors import UserError
 from mtft.recipe.cross_checks import check_files, check_source
 from mtft.recipe.error_messages import explain
-from mtft.recipe.schema.recipe import (
-    FileShares,
-    FuseSection,
-    MergeSection,
-    ModelSection,
-    Recipe,
-    ScheduleShares,
-    SweepSection,
-    TaskSection,
-)
+from mtft.recipe.schema.fuse import FuseSection
+from mtft.recipe.schema.merge import MergeSection
+from mtft.recipe.schema.mixture import FileShares, ScheduleShares
+from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.schema.sweep import SweepSection
+from mtft.recipe.schema.task import TaskSection
 from mtft.recipe.yaml_source import YamlProblem, YamlSource, apply_override, read_yaml
 
 DATA_SCHEMES = ("hub:", "quickstart:")

@@ -14,7 +14,7 @@ from mtft.data.readers.row_files import RowProblem, read_file
 from mtft.data.store.token_store import open_store
 from mtft.data.tokenize.chat_template import ChatRenderer
 from mtft.data.tokenize.encode import encode, runs
-from mtft.recipe.schema.recipe import TaskSection
+from mtft.recipe.schema.task import TaskSection
 from tests.data.toy_examples import TEMPLATES, tokenizer
 
 ANSWER = "forest"

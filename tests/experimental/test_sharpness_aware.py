@@ -8,7 +8,7 @@ import torch
 from mtft.common.errors import UserError
 from mtft.data.batching.batch import IGNORE
 from mtft.experimental.sharpness_aware import rows_of
-from mtft.recipe.schema.recipe import FlatMinimaSection, GradientSection
+from mtft.recipe.schema.loss import FlatMinimaSection, GradientSection
 from mtft.training.step.task_gradients import TaskGradientStep
 from tests.losses.builders import Sample, lay_out
 from tests.training.step.test_task_gradients import LORA, Gradients, lines, trainer_for, weights

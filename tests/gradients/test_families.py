@@ -32,7 +32,7 @@ def test_adapters_on_fused_experts_are_refused_and_attention_alone_is_not(family
 def test_quantised_base(quantise, tmp_path):
     """The adapter's layers are plain ones, and the base's own weights are never looked at."""
     from mtft.models.loading import load_base
-    from mtft.recipe.schema.recipe import ModelSection
+    from mtft.recipe.schema.model import ModelSection
     from tests.training.conftest import write_model
 
     section = ModelSection(path=str(write_model(tmp_path, hidden=128)), dtype="fp32", quantise=quantise)

@@ -31,7 +31,7 @@ from mtft.losses.task_reduction import (
     task_probs,
     task_sums,
 )
-from mtft.recipe.schema.recipe import BalancerSection
+from mtft.recipe.schema.loss import BalancerSection
 from tests.losses.builders import Sample, isolated_inputs, lay_out, random_samples
 
 K, STEPS = 3, 5

@@ -8,7 +8,9 @@ from pydantic import ValidationError
 
 from mtft.common.errors import UserError
 from mtft.models.loading import add_lora, compute_dtype, load_base, load_tokenizer, model_location, pad_id
-from mtft.recipe.schema.recipe import LoraSection, ModelSection, Recipe
+from mtft.recipe.schema.lora import LoraSection
+from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.recipe import Recipe
 
 
 def section(path, **values):

@@ -22,7 +22,8 @@ from mtft.data.store.token_store import open_store
 from mtft.data.tokenize.chat_template import ChatRenderer
 from mtft.data.tokenize.encode import draw, encode
 from mtft.recipe.load import load_recipe
-from mtft.recipe.schema.recipe import Recipe, TaskSection
+from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.schema.task import TaskSection
 from tests.data.batching.test_batches import Toy
 from tests.data.batching.test_packed_attention import examples, losses, tiny
 from tests.data.toy_examples import TEMPLATES, tokenizer, write_jsonl

@@ -4,7 +4,8 @@ import numpy as np
 
 from mtft.pipeline.stages.mix import space
 from mtft.pipeline.stages.train import RunChoice, joint_labels, planned_runs
-from mtft.recipe.schema.recipe import Recipe, ScheduleShares
+from mtft.recipe.schema.mixture import ScheduleShares
+from mtft.recipe.schema.recipe import Recipe
 
 
 class Lengths:

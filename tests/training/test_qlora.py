@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.models.loading import add_lora, load_base
-from mtft.recipe.schema.recipe import LoraSection, ModelSection, Recipe
+from mtft.recipe.schema.lora import LoraSection
+from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_training import train
 from tests.training.conftest import write_model
 from tests.training.test_run_training import kill_at_step, run

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from mtft.common.errors import UserError
 from mtft.data.formats.formats import FORMATS
 from mtft.data.formats.messages import Conversation, RowError
-from mtft.recipe.schema.recipe import TaskSection
+from mtft.recipe.schema.task import TaskSection
 
 PROMPTS = ("prompt", "question", "query", "instruction", "input")
 RESPONSES = ("response", "completion", "answer", "output", "target")

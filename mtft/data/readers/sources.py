@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mtft.common.errors import UserError
 from mtft.data.readers.row_files import COMPRESSED, READERS, FileRow, RowProblem, read_file, suffix
-from mtft.recipe.schema.recipe import TaskSection
+from mtft.recipe.schema.task import TaskSection
 
 
 class SourceContent(NamedTuple):

@@ -21,7 +21,7 @@ from mtft.data.readers.sources import SourcePart
 from mtft.data.store.progress import progress
 from mtft.data.tokenize.encode import Example, draw
 from mtft.data.tokenize.parallel_encode import RowEncoder, blocks_of, parallel_encode, processes_for
-from mtft.recipe.schema.recipe import TaskSection
+from mtft.recipe.schema.task import TaskSection
 
 PEEK = 50  # rows that decide how columns are read
 LONGEST_NAME = 200  # characters of a row id that are kept

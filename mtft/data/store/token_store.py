@@ -31,7 +31,8 @@ from mtft.common.errors import UserError
 from mtft.data.readers.sources import find_source_parts
 from mtft.data.tokenize.chat_template import NOTES
 from mtft.data.tokenize.encode import Example
-from mtft.recipe.schema.recipe import Recipe, TaskSection
+from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.schema.task import TaskSection
 
 VERSION = 6  # of the files and of everything that decides what is in them
 

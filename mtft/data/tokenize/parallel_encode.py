@@ -22,7 +22,7 @@ from mtft.data.formats.messages import RowError
 from mtft.data.readers.row_files import FileRow, RowProblem
 from mtft.data.tokenize.chat_template import ChatRenderer, RenderedChat
 from mtft.data.tokenize.encode import Example, draw, encode
-from mtft.recipe.schema.recipe import TaskSection
+from mtft.recipe.schema.task import TaskSection
 
 BLOCK_ROWS, BLOCK_CHARACTERS = 2000, 4_000_000
 ROWS_PER_PROCESS = 50_000  # a process takes seconds to start; below this it does not pay

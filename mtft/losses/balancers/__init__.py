@@ -21,7 +21,7 @@ from mtft.losses.balancers.task_groups import TaskGroupBalancer, read_groups
 from mtft.losses.balancers.uncertainty import ImpartialLoss, UncertaintyWeighting
 from mtft.losses.balancers.visatb import VisAtb
 from mtft.recipe.method_options import did_you_mean, options_of
-from mtft.recipe.schema.recipe import BalancerSection
+from mtft.recipe.schema.loss import BalancerSection
 
 BALANCERS: dict[str, type[Balancer]] = {
     kind.NAME: kind

@@ -12,7 +12,12 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from data_mixers.mixture.mixture import Mixture
-from mtft.recipe.schema.recipe import MixtureSection, ModelSection, Recipe, RunSection, SweepSection, TrainSection
+from mtft.recipe.schema.mixture import MixtureSection
+from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.schema.run import RunSection
+from mtft.recipe.schema.sweep import SweepSection
+from mtft.recipe.schema.train import TrainSection
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 

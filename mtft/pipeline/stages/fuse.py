@@ -18,7 +18,8 @@ from mtft.evaluation.score_cache import Scores, load_or_score
 from mtft.evaluation.task_scores import METRICS
 from mtft.pipeline.stages.merge import file_hash
 from mtft.pipeline.stages.stage_cache import run_cached_stage, write_json
-from mtft.recipe.schema.recipe import FuseSection, Recipe
+from mtft.recipe.schema.fuse import FuseSection
+from mtft.recipe.schema.recipe import Recipe
 
 if TYPE_CHECKING:
     from mtft.fuse.fused_model import FusedCausalLM

@@ -27,7 +27,8 @@ from mtft.merge.from_recipe import chosen_adapters, merge_folder, merge_from_rec
 from mtft.merge.search.retention import retention
 from mtft.pipeline.stages import derived_recipes
 from mtft.pipeline.stages.stage_cache import read_json, run_cached_stage, write_json
-from mtft.recipe.schema.recipe import MergeSection, Recipe
+from mtft.recipe.schema.merge import MergeSection
+from mtft.recipe.schema.recipe import Recipe
 
 if TYPE_CHECKING:
     from mtft.pipeline.stages.adapter_evaluator import AdapterEvaluator

@@ -23,7 +23,8 @@ from mtft.merge.from_recipe import merge_from_recipe, merge_section
 from mtft.merge.search.weight_search import SearchResult, run_weight_search
 from mtft.pipeline.stages import derived_recipes
 from mtft.pipeline.stages.adapter_evaluator import AdapterEvaluator, prompt_mask
-from mtft.recipe.schema.recipe import GateTraining, Recipe, WeightSearch
+from mtft.recipe.schema.merge import GateTraining, WeightSearch
+from mtft.recipe.schema.recipe import Recipe
 
 
 def task_of(adapter: LoraAdapter, adapted: AdapterEvaluator) -> str | None:

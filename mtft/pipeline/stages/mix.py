@@ -29,7 +29,8 @@ from mtft.data.planning import asked_mixture, epoch_caps, groups, make_plan, tas
 from mtft.pipeline.stages import derived_recipes
 from mtft.pipeline.stages.stage_cache import write_json
 from mtft.recipe.load import fingerprint
-from mtft.recipe.schema.recipe import Recipe, SweepSection
+from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.schema.sweep import SweepSection
 
 if TYPE_CHECKING:
     from data_mixers.propose.proposal import Proposal

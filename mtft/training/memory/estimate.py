@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtft.common.errors import UserError
-from mtft.recipe.schema.recipe import ModelSection, Recipe
+from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch

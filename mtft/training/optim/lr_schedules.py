@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mtft.recipe.schema.recipe import TrainSection
+from mtft.recipe.schema.train import TrainSection
 
 
 def schedule_arguments(train: TrainSection, steps: int) -> dict[str, Any]:

@@ -34,7 +34,8 @@ from mtft.gradients.capture.split_halves import SplitHalves, joined
 from mtft.gradients.capture.task_gradients import TaskGradients
 from mtft.gradients.gramian import combine
 from mtft.losses.token_nll import resolve_path
-from mtft.recipe.schema.recipe import GradientSection, Recipe
+from mtft.recipe.schema.loss import GradientSection
+from mtft.recipe.schema.recipe import Recipe
 
 FLOOR = 1e-3  # of the mean weight
 Passes = Callable[[Named, Mix, Tensor], tuple[Named, Tensor]]  # mtft.experimental.sharpness_aware.SharpnessAwareStep

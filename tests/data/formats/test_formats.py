@@ -13,7 +13,7 @@ from mtft.data.formats.columns import make_reader
 from mtft.data.formats.messages import RowError
 from mtft.data.readers.row_files import FileRow, RowProblem
 from mtft.data.readers.sources import find_source_parts
-from mtft.recipe.schema.recipe import TaskSection
+from mtft.recipe.schema.task import TaskSection
 
 PAIR = ("What is 2 + 2?", "Four.")
 

@@ -21,7 +21,8 @@ from mtft.data.store.token_store import open_store, open_stores
 from mtft.data.tokenize.chat_template import ChatRenderer
 from mtft.data.tokenize.encode import encode
 from mtft.data.tokenize.parallel_encode import RowEncoder, parallel_encode
-from mtft.recipe.schema.recipe import Recipe, TaskSection
+from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.schema.task import TaskSection
 from tests.data.toy_examples import TEMPLATES, tokenizer, write_jsonl
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]

@@ -12,7 +12,7 @@ from mtft.common.errors import UserError
 from mtft.gradients.aggregators import make_aggregator
 from mtft.gradients.aggregators.sam_gs import similarity
 from mtft.losses.balancers import make_balancer
-from mtft.recipe.schema.recipe import BalancerSection
+from mtft.recipe.schema.loss import BalancerSection
 from tests.properties.aggregators import jacobian
 
 GAMMA, P = 0.7, torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)

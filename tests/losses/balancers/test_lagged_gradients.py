@@ -9,7 +9,7 @@ from mtft.common.errors import UserError
 from mtft.gradients.aggregators import AGGREGATORS, make_aggregator
 from mtft.losses.balancers import BALANCERS, BalancerContext, Observation, make_balancer
 from mtft.losses.balancers.lagged_gradients import FLOOR, nearest_gram
-from mtft.recipe.schema.recipe import BalancerSection
+from mtft.recipe.schema.loss import BalancerSection
 from tests.properties.aggregators import jacobian
 
 TASKS = ("a", "b", "c", "d")

@@ -11,7 +11,7 @@ from mtft.common.errors import UserError
 from mtft.losses.balancers import BALANCERS, BalancerContext, Observation, make_balancer
 from mtft.losses.balancers.gradnorm import gradnorm_gradient
 from mtft.losses.balancers.self_paced import SelfPaced, pace
-from mtft.recipe.schema.recipe import BalancerSection
+from mtft.recipe.schema.loss import BalancerSection
 
 
 def fp64(*values):

@@ -11,7 +11,7 @@ from mtft.common.errors import UserError
 from mtft.losses.balancers import Observation, make_balancer
 from mtft.losses.balancers.task_groups import read_groups
 from mtft.recipe.load import load_recipe
-from mtft.recipe.schema.recipe import BalancerSection
+from mtft.recipe.schema.loss import BalancerSection
 from tests.properties import balancers as properties
 
 NAN = torch.nan

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from mtft.common.errors import UserError
 from mtft.evaluation.evaluate_recipe import as_json, evaluate
-from mtft.recipe.schema.recipe import ModelSection, Recipe
+from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.recipe import Recipe
 from mtft.training.export.export import ReloadResult, check_tensors, probe_logits
 from mtft.training.run_training import train
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from mtft.common.errors import UserError
-from mtft.recipe.schema.recipe import TrainSection
+from mtft.recipe.schema.train import TrainSection
 from mtft.training.optim import optimizers
 from mtft.training.optim.lr_schedules import schedule_arguments
 from mtft.training.optim.muon_adamw import MuonAdamW

@@ -1,0 +1,22 @@
+"""`model`: which base model, at which precision."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mtft.recipe.schema.section import RecipeSection
+
+
+class ModelSection(RecipeSection):
+    path: str
+    """Folder of a model, `quickstart:weak`, `quickstart:strong`, or a hub name."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the weights and of the forward pass. `auto`: bf16 on a GPU that has it, else fp32."""
+    quantise: Literal["none", "nf4", "int8"] = "none"
+    """Load the base in 4 bit (QLoRA: NF4, double quantisation) or 8 bit through bitsandbytes."""
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"
+    """Attention implementation of transformers."""
+    trust_remote_code: bool = False
+    """Run code that ships with the model. Off, and never switched on for you."""

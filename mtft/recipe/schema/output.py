@@ -1,0 +1,23 @@
+"""`output`: the run directory, checkpoints and trackers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mtft.recipe.schema.section import RecipeSection
+
+
+class OutputSection(RecipeSection):
+    dir: str
+    """Run directory. Relative to the working directory, as for every other tool's output."""
+    save_every: Annotated[int, Field(gt=0)] | None = None
+    """Steps between checkpoints; null: only at the end and on a signal."""
+    keep: Annotated[int, Field(gt=0)] = 2
+    """Checkpoints that stay on disk."""
+    export: Literal["last", "best"] = "last"
+    """Weights that the run hands over: those after the last step, or those of the evaluation with the best
+    train.watch."""
+    trackers: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Trackers of transformers: tensorboard, trackio, wandb, mlflow, ... metrics.jsonl is always written."""

@@ -1,0 +1,38 @@
+"""`tasks`: the data sets that one model is trained on together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mtft.recipe.schema.section import RecipeSection, TaskName
+
+
+class TaskSection(RecipeSection):
+    name: TaskName
+    """Short name: letters, digits, `_ . -`. It stands in metrics, mixtures and overrides (tasks.NAME.weight=2)."""
+    data: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """File, glob, folder of `save_to_disk`, `hub:org/name`, `quickstart:TASK`; or a list of them.
+    Relative to the recipe."""
+    split: str | None = None
+    """Split of a `hub:` or saved dataset that `data` names (null: train); `eval_data` takes validation, else test."""
+    format: str | dict[str, str] = "auto"
+    """How a row becomes prompt and response: a format's name, or {prompt: COLUMN, response: COLUMN}.
+    `auto` looks at the columns."""
+    template: str | None = None
+    """Jinja template over the columns (sandboxed) that gives the prompt; the response comes from `format`."""
+    eval_data: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    """Held-out rows of this task, same format."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """The user's weight of this task in the loss; multiplies the balancer's."""
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """How often a row may be seen at the most. The plan refuses, or redistributes, what goes beyond."""
+    limit: Annotated[int, Field(gt=0)] | None = None
+    """Use only the first rows."""
+    metrics: Annotated[tuple[Literal["loss", "token_accuracy", "exact_match"], ...], Field(strict=False)] = (
+        "loss",
+        "token_accuracy",
+        "exact_match",
+    )
+    """What `mtft eval` reports for this task."""

@@ -21,13 +21,13 @@ from mtft.fuse.decoding import gumbel_sampling
 from mtft.fuse.decoding.generate_request import GenerateRequest
 
 if TYPE_CHECKING:
-    from mtft.fuse.fused_model import FusedCausalLM
+    from mtft.fuse.fusion_core import FusionCore
 
 COMPACT = 0.75  # of the rows: at or below, finished rows leave the batch
 
 
 @torch.no_grad()
-def direct(fused: FusedCausalLM, request: GenerateRequest) -> Tensor | GenerateDecoderOnlyOutput:
+def direct(fused: FusionCore, request: GenerateRequest) -> Tensor | GenerateDecoderOnlyOutput:
     """One token per pass of all models."""
     tokens_BL, device = request.ids_BL, request.ids_BL.device
     rows = len(tokens_BL)

@@ -14,7 +14,7 @@ from transformers.generation import logits_process as hf
 from mtft.fuse.alpha.spec import Fused, FusionError, FusionSpec
 
 if TYPE_CHECKING:
-    from mtft.fuse.fused_model import FusedCausalLM
+    from mtft.fuse.fusion_core import FusionCore
 
 # They look at each row's ids and scores only, and keep nothing from call to call, so rows may leave.
 STATELESS = (
@@ -97,7 +97,7 @@ def per_row(key: str, value: Any, rows: int) -> list[Any]:
 
 
 def prepare(
-    fused: FusedCausalLM,
+    fused: FusionCore,
     ids_BL: Tensor,
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
@@ -170,7 +170,7 @@ def _refuse(config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str,
 
 
 def _check_prompt(
-    fused: FusedCausalLM, ids_BL: Tensor, mask_BL: Tensor | None, config: GenerationConfig, name: str
+    fused: FusionCore, ids_BL: Tensor, mask_BL: Tensor | None, config: GenerationConfig, name: str
 ) -> None:
     if ids_BL.shape[1] == 0 or (mask_BL is not None and bool((mask_BL.sum(-1) == 0).any())):
         raise FusionError(f"an empty {name}", do="give at least one token per row")

@@ -16,7 +16,7 @@ from mtft.fuse.alpha.spec import Fused, FusionError, FusionSpec
 
 if TYPE_CHECKING:
     from mtft.data.batching.batch import Batch
-    from mtft.fuse.fused_model import FusedCausalLM
+    from mtft.fuse.fusion_core import FusionCore
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class AlphaStats:
 
 @torch.no_grad()
 def score(
-    fused: FusedCausalLM,
+    fused: FusionCore,
     ids_BL: Tensor,
     mask_BL: Tensor | None = None,
     score_mask_BL: Tensor | None = None,
@@ -112,7 +112,7 @@ def score(
 
 @torch.no_grad()
 def fused_scores(
-    fused: FusedCausalLM, batch: Batch, *, spec: FusionSpec | None = None, stats: AlphaStats | None = None
+    fused: FusionCore, batch: Batch, *, spec: FusionSpec | None = None, stats: AlphaStats | None = None
 ) -> tuple[Tensor, Tensor]:
     """(nll_BT fp32, hit_BT bool) of one *unpacked* batch, 0 where not supervised: what the evaluator asks of a model.
 
@@ -133,7 +133,7 @@ def fused_scores(
 
 
 def positions(
-    fused: FusedCausalLM,
+    fused: FusionCore,
     ids_BL: Tensor,
     mask_BL: Tensor | None,
     predict_BL: Tensor,

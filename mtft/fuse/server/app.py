@@ -26,7 +26,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.from_recipe import open_fusion
-from mtft.fuse.fused_model import FusedCausalLM
+from mtft.fuse.fusion_core import FusionCore
 from mtft.fuse.server.batch_engine import BatchEngine
 from mtft.fuse.server.jobs import ServerBusy, ServerStopping
 from mtft.fuse.server.openai_protocol import RequestError, ServerLimits, read_completion_request
@@ -34,9 +34,7 @@ from mtft.fuse.server.response import ResponseStream
 from mtft.recipe.schema.recipe import Recipe
 
 
-def make_app(
-    fused: FusedCausalLM, name: str, *, token: str | None = None, limits: ServerLimits | None = None
-) -> FastAPI:
+def make_app(fused: FusionCore, name: str, *, token: str | None = None, limits: ServerLimits | None = None) -> FastAPI:
     """The server's application. `name`: of the fusion among /v1/models. token: the bearer token, None = open."""
     limits = limits or ServerLimits()
     engine = BatchEngine(fused, rows=limits.rows, queue=limits.queue, wait=limits.wait_seconds)

@@ -23,7 +23,7 @@ from mtft.fuse.decoding import gumbel_sampling
 from mtft.fuse.decoding.model_state import CachedModels
 from mtft.fuse.decoding.prompts import left_pad
 from mtft.fuse.decoding.score_text import positions
-from mtft.fuse.fused_model import FusedCausalLM
+from mtft.fuse.fusion_core import FusionCore
 from mtft.fuse.server.incremental_detokenizer import IncrementalDetokenizer
 from mtft.fuse.server.jobs import GenerationJob, ServerBusy, ServerStopping, StreamEvent, TokenScore, token_score
 
@@ -47,7 +47,7 @@ class BatchEngine:
     """Decodes jobs on one thread. rows: largest batch; queue: jobs that may wait; wait: seconds before giving up."""
 
     def __init__(
-        self, fused: FusedCausalLM, *, rows: int = 8, queue: int = 64, wait: float = 60.0, window: float = 0.005
+        self, fused: FusionCore, *, rows: int = 8, queue: int = 64, wait: float = 60.0, window: float = 0.005
     ) -> None:
         self.fused, self.rows, self.queue, self.wait, self.window = fused, rows, queue, wait, window
         self.metrics = EngineMetrics()

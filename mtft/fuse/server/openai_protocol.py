@@ -13,7 +13,7 @@ from typing import Any
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.decoding.generate_request import row_specs
 from mtft.fuse.decoding.prompts import encode_prompt
-from mtft.fuse.fused_model import FusedCausalLM
+from mtft.fuse.fusion_core import FusionCore
 from mtft.fuse.server.jobs import TokenScore
 
 SAMPLING = (
@@ -93,7 +93,7 @@ class CompletionRequest:
 
 
 def read_completion_request(
-    body: Any, fused: FusedCausalLM, models: dict[str, str | int], limits: ServerLimits, *, chat: bool
+    body: Any, fused: FusionCore, models: dict[str, str | int], limits: ServerLimits, *, chat: bool
 ) -> CompletionRequest:
     """Check a request body. RequestError names the parameter."""
     if not isinstance(body, dict):
@@ -193,7 +193,7 @@ def _steering(body: dict[str, Any]) -> tuple[Any, Any, Any]:
     return tuple(alpha) if isinstance(alpha, list) else alpha, rule, weights or None
 
 
-def _prompts(body: dict[str, Any], fused: FusedCausalLM, chat: bool) -> tuple[list[list[int]], list[str]]:
+def _prompts(body: dict[str, Any], fused: FusionCore, chat: bool) -> tuple[list[list[int]], list[str]]:
     if chat:
         ids = [encode_prompt(fused.tokenizer, messages=body.get("messages") or [])]
     else:
@@ -233,7 +233,7 @@ def _logprobs(body: dict[str, Any], chat: bool) -> tuple[bool, int]:
     return wanted, top
 
 
-def completion_logprobs(fused: FusedCausalLM, scores: list[TokenScore], offset: int = 0) -> dict[str, Any]:
+def completion_logprobs(fused: FusionCore, scores: list[TokenScore], offset: int = 0) -> dict[str, Any]:
     """The legacy shape: parallel lists. Two ids with one string: the larger number stays."""
     tokens = [fused.tokenizer.decode([score.id]) for score in scores]
     tops: list[dict[str, float] | None] = []
@@ -258,7 +258,7 @@ def completion_logprobs(fused: FusedCausalLM, scores: list[TokenScore], offset: 
     }
 
 
-def chat_logprobs(fused: FusedCausalLM, scores: list[TokenScore]) -> dict[str, Any]:
+def chat_logprobs(fused: FusionCore, scores: list[TokenScore]) -> dict[str, Any]:
     def entry(i: int, value: float | None) -> dict[str, Any]:
         text = fused.tokenizer.decode([i])
         return {"token": text, "logprob": _finite(value), "bytes": list(text.encode())}

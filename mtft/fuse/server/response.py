@@ -16,7 +16,7 @@ from mtft.fuse.server.openai_protocol import CompletionRequest, RequestError, ch
 if TYPE_CHECKING:
     from fastapi import Request
 
-    from mtft.fuse.fused_model import FusedCausalLM
+    from mtft.fuse.fusion_core import FusionCore
 
 GONE = 0.25  # seconds between two looks whether a client is still there
 
@@ -24,7 +24,7 @@ GONE = 0.25  # seconds between two looks whether a client is still there
 class ResponseStream:
     """One request on its way: its jobs, and their events as they come."""
 
-    def __init__(self, fused: FusedCausalLM, engine: BatchEngine, wish: CompletionRequest) -> None:
+    def __init__(self, fused: FusionCore, engine: BatchEngine, wish: CompletionRequest) -> None:
         self.fused, self.engine, self.wish = fused, engine, wish
         self.events: asyncio.Queue[tuple[int, StreamEvent]] = asyncio.Queue()
         self.jobs: list[GenerationJob] = []

@@ -33,7 +33,7 @@ from mtft.fuse.speculative.draft_length import DraftLength
 from mtft.fuse.speculative.lockstep import Lockstep, ReleasedToken
 
 if TYPE_CHECKING:
-    from mtft.fuse.fused_model import FusedCausalLM
+    from mtft.fuse.fusion_core import FusionCore
 
 HOLES = 0.25  # share of dead columns at which the caches are squeezed
 MAX_DRAFTS = 16
@@ -51,9 +51,7 @@ def unfit(sides: CachedModels, request: GenerateRequest) -> str | None:
     return None
 
 
-def draft_and_judge(
-    fused: FusedCausalLM, request: GenerateRequest, wish: int | str
-) -> Tensor | GenerateDecoderOnlyOutput:
+def draft_and_judge(fused: FusionCore, request: GenerateRequest, wish: int | str) -> Tensor | GenerateDecoderOnlyOutput:
     """Speculate with `wish` drafts a round, or `auto`; decode directly, with a warning, where it can't be done."""
     if wish != "auto" and (not isinstance(wish, int) or not 0 <= wish <= MAX_DRAFTS):
         raise FusionError(f"speculative is {wish!r}", do=f"give auto, or a number of drafts from 0 to {MAX_DRAFTS}")
@@ -72,13 +70,13 @@ def draft_and_judge(
 
 
 @torch.no_grad()
-def speculate(fused: FusedCausalLM, request: GenerateRequest, gamma: DraftLength) -> Tensor | GenerateDecoderOnlyOutput:
+def speculate(fused: FusionCore, request: GenerateRequest, gamma: DraftLength) -> Tensor | GenerateDecoderOnlyOutput:
     """As decode.direct, in fewer passes of the strong model."""
     return _Speculation(fused, request, gamma).run()
 
 
 class _Speculation:
-    def __init__(self, fused: FusedCausalLM, request: GenerateRequest, gamma: DraftLength) -> None:
+    def __init__(self, fused: FusionCore, request: GenerateRequest, gamma: DraftLength) -> None:
         self.fused, self.request, self.gamma = fused, request, gamma
         self.lock = Lockstep(request, fused.vocab_size)
         self.active = list(range(len(request.ids_BL)))  # rows in the caches

@@ -1,0 +1,168 @@
+"""What every use of a fused model shares: the models, fresh caches, fused positions, routed prompts.
+
+Decoding (decoding/, speculative/), scoring and the server take a `FusionCore`; fused_model.py makes it a causal
+language model with `generate`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mtft.fuse.alpha.buffers import FusionBuffers
+from mtft.fuse.alpha.per_row import fuse_rows
+from mtft.fuse.alpha.spec import Fused, FusionError, FusionSpec
+from mtft.fuse.decoding.mapped_state import MappedModels
+from mtft.fuse.decoding.model_state import CachedModel, CachedModels
+from mtft.fuse.decoding.multi_lora import BASE
+from mtft.fuse.load_models import WeakModel
+from mtft.fuse.speculative.draft_length import DraftLength
+from mtft.fuse.tokenizers.token_map import TokenMap
+
+if TYPE_CHECKING:
+    from mtft.fuse.expert_routing import PromptRouter
+
+MAX_LOGIT_BYTES = 256 << 20
+NO_ROUTER, MERGE_FIRST = "weights is 'router', and there is no router", "give the router.safetensors of an `mtft merge`"
+
+
+class FusionCore:
+    """The fused model. `load` is the usual way in; the constructor takes models that are loaded already.
+
+    shared: how many of the first ids the small models know; vocab_size: ids of the strong tokenizer. All logits are
+    cut to these (never to a padded width).
+    """
+
+    def __init__(
+        self,
+        strong: PreTrainedModel,
+        weak: WeakModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        spec: FusionSpec,
+        *,
+        vocab_size: int,
+        shared: int | None = None,
+        name: str = "fused",
+        max_logit_bytes: int = MAX_LOGIT_BYTES,
+        bridge: TokenMap | None = None,
+        router: PromptRouter | None = None,
+    ) -> None:
+        self.strong, self.weak, self.spec = strong, weak, spec
+        self.tokenizer: Any = tokenizer  # None only in code that never touches text
+        self.vocab_size, self.shared = vocab_size, vocab_size if shared is None else shared
+        self.bridge = bridge  # the small models have another tokenizer; then `shared` counts its ids
+        self.name_or_path, self.max_logit_bytes = name, max_logit_bytes
+        self.last_gamma: DraftLength | None = None  # of the last speculative call: acceptance and times
+        self.gammas: dict[
+            int, DraftLength
+        ] = {}  # the last `auto` one by number of rows: what it has learnt serves the next
+        self._space = FusionBuffers()
+        self.experts = len(weak.order)
+        spec.check_experts(self.experts)
+        if router is not None and bridge is not None:
+            raise FusionError("a router reads the small model's own tokens", do="use weights: active with tokens: map")
+        self.router = router
+        smalls = [weak.model, *weak.own]
+        for model, needed in ((strong, self.vocab_size), *((small, self.shared) for small in smalls)):
+            head: Any = model.get_output_embeddings()
+            width = head.weight.shape[0]
+            if width < needed:
+                raise FusionError(
+                    f"{model.name_or_path} has {width} logits for {needed} ids", do="check the tokenizers"
+                )
+        tables: list[Any] = [small.get_input_embeddings() for small in smalls]
+        self.known = min(table.weight.shape[0] for table in tables)
+        self.config = copy.deepcopy(strong.config)
+        self.config.vocab_size = self.vocab_size
+        limits = [m.config.get_text_config().max_position_embeddings for m in (strong, *smalls)]
+        self.config.max_position_embeddings = min(limits)
+
+    @property
+    def device(self) -> torch.device:
+        return self.strong.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.strong.dtype
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self.strong.generation_config
+
+    @property
+    def context(self) -> int:
+        """Positions that all models can read."""
+        return self.config.max_position_embeddings
+
+    @property
+    def end_ids(self) -> set[int]:
+        """The ids that end a text: generation_config may list several."""
+        ends = self.generation_config.eos_token_id
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+    def sides(self) -> CachedModels:
+        """Fresh caches for one decode."""
+        rows = [group for index, group in self.weak.order if index < 0]
+        known = self.known if self.known < self.vocab_size else None  # None: no id is strange to the small models
+        cut: dict[str, Any] = {"width": self.shared, "known": known, "substitute": self._substitute()}
+        strong = CachedModel(self.strong, (0,), width=self.vocab_size)
+        weak = CachedModel(self.weak.model, (*rows, BASE), layout=self.weak.layout, **cut)
+        own = [CachedModel(model, (0,), **cut) for model in self.weak.own]
+        if self.bridge is None:
+            return CachedModels(strong, weak, own, self.weak.order)
+        smalls = [self.weak.model, *self.weak.own]
+        context = min(small.config.get_text_config().max_position_embeddings for small in smalls)
+        sides = MappedModels(strong, weak, own, self.weak.order, self.bridge, context)
+        if not sides.movable:
+            raise FusionError("tokens: map rolls caches back, which one of these models can't", do="take other models")
+        return sides
+
+    def routed(self, specs: Sequence[FusionSpec], ids_BL: Tensor, mask_BL: Tensor | None) -> list[FusionSpec]:
+        """The specs of these prompts, with weights in the place of `weights: router`."""
+        if all(spec.weights != "router" for spec in specs):
+            return list(specs)
+        if self.router is None:
+            raise FusionError(NO_ROUTER, do=MERGE_FIRST)
+        if self.known < self.vocab_size:
+            ids_BL = ids_BL.masked_fill(ids_BL >= self.known, self._substitute())
+        return self.router.specs(self.weak, ids_BL, mask_BL, specs)
+
+    def over_strong_ids(self, logits_NM: Tensor) -> Tensor:
+        """Logits of a small model with another tokenizer, as log-probabilities at the strong ids that it can say."""
+        if self.bridge is None:
+            return logits_NM
+        return self.bridge.spread(torch.log_softmax(logits_NM.float(), -1), -torch.inf)
+
+    def _substitute(self) -> int:
+        """What a small model reads in place of an id that it does not have."""
+        known = [None] if self.tokenizer is None else [self.tokenizer.unk_token_id, self.tokenizer.eos_token_id]
+        return next((token for token in known if token is not None and token < self.shared), 0)
+
+    def fuse(
+        self, strong_NV: Tensor, experts_TNM: Sequence[Tensor], base_NM: Tensor, specs: Sequence[FusionSpec]
+    ) -> Fused:
+        """Fuse N positions, each with its own spec (equal specs are solved together).
+
+        The answer's logprobs_NV stand in memory that the next call writes over: copy what must last.
+        """
+        return fuse_rows(strong_NV, experts_TNM, base_NM, specs, self._space, self.bridge)
+
+    def positions_at_once(self, element_size: int = 4) -> int:
+        """How many positions keep all [*, V] buffers, at most 2T + 8 of them, under max_logit_bytes."""
+        return max(1, self.max_logit_bytes // ((2 * self.experts + 8) * self.vocab_size * element_size))
+
+    def _checked(self, input_ids: Tensor) -> Tensor:
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise FusionError(
+                f"input_ids has shape {list(input_ids.shape)}: an empty prompt", do="give at least one token"
+            )
+        if int(input_ids.max()) >= self.vocab_size or int(input_ids.min()) < 0:
+            raise FusionError(
+                f"input_ids holds an id outside of 0 ... {self.vocab_size - 1}", do="use the strong tokenizer"
+            )
+        return input_ids

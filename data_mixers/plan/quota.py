@@ -9,13 +9,10 @@ of a rare task can go down from one step to the next.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from typing import Literal
+from abc import ABC, abstractmethod
 
 import numpy as np
 from numpy.typing import NDArray
-
-from data_mixers.common.errors import MixError
 
 Ints = NDArray[np.int64]
 
@@ -33,112 +30,78 @@ def largest_remainder(quota_K: NDArray[np.float64], total: int) -> Ints:
     return floor_K
 
 
-def capped_shares(
-    share_K: NDArray[np.float64],
-    limit_K: NDArray[np.float64],
-    total: float,
-    *,
-    on_cap: Literal["error", "redistribute"],
-    names: Sequence[str],
-    describe: str,
-) -> NDArray[np.float64]:
-    """Shares with total * share <= limit. `limit_K`: what each task can give under its epoch cap (same unit as total).
-
-    error: MixError that names tasks, asked and allowed, and the ways out. redistribute: capped tasks give their limit,
-    the others are scaled up by a common factor, again until nothing is over.
-    """
-    over_K = share_K * total > limit_K * (1 + 1e-12)
-    if not over_K.any():
-        return share_K
-    if on_cap == "error":
-        asked = "; ".join(
-            f"{names[k]}: {share_K[k] * total:.0f} {describe} asked, {limit_K[k]:.0f} allowed"
-            for k in np.flatnonzero(over_K).tolist()
-        )
-        raise MixError(
-            f"the mixture asks for more epochs than max_epochs allows ({asked})",
-            where="mixture.max_epochs",
-            do="fewer steps, a lower share, a higher max_epochs; or on_cap: redistribute",
-        )
-    if limit_K[share_K > 0].sum() < total * (1 - 1e-12):
-        given = limit_K[share_K > 0].sum()
-        raise MixError(
-            f"all tasks together give {given:.0f} {describe} under max_epochs, the run asks for {total:.0f}",
-            where="mixture.max_epochs",
-            do="fewer steps, or a higher max_epochs",
-        )
-    out_K, capped_K = share_K.copy(), np.zeros(len(share_K), dtype=bool)
-    while True:
-        capped_K |= out_K * total > limit_K * (1 + 1e-12)
-        free_K = ~capped_K & (share_K > 0)
-        out_K = np.where(capped_K, limit_K / total, 0.0)
-        if not free_K.any():
-            return out_K
-        out_K = np.where(free_K, share_K * (1 - out_K.sum()) / share_K[free_K].sum(), out_K)
-        if not np.any(out_K[free_K] * total > limit_K[free_K] * (1 + 1e-12)):
-            return out_K
-
-
-class StepQuota:
-    """Rows of each task in each of S steps, for totals T_K (sum S G). Blocks of steps are computed when asked for.
-
-    The only state between blocks is how many extra rows each task has had (releases and deadlines follow from it),
-    kept once per block: O(K S / 1024) integers.
-    """
+class ExactQuota(ABC):
+    """Rows of each task in each of S steps. Blocks of steps are scheduled when asked for; kept between them are the
+    counts at the start of each block, O(K S / 1024) integers, and the last block."""
 
     BLOCK = 1024  # steps
 
-    def __init__(self, total_K: Ints, steps: int) -> None:
-        self.steps = steps
-        self.total = [int(t) for t in total_K]
-        self.base_K = np.asarray(total_K, dtype=np.int64) // steps
-        self.remainder = [t % steps for t in self.total]
-        self.extras = sum(self.remainder) // steps  # F: extra rows in every step
-        self._marks: list[list[int]] = [[0] * len(self.total)]  # extras so far at the start of each block
-        self._cache: tuple[int, Ints] | None = None
+    def __init__(self, steps: int, tasks: int) -> None:
+        self.steps, self.tasks = steps, tasks
+        self._marks: list[Ints] = [np.zeros(tasks, dtype=np.int64)]
+        self._last: tuple[int, Ints] | None = None
 
     def counts(self, step: int) -> Ints:
         """C_K: rows of each task in the steps before `step` (0 <= step <= S)."""
         block, inside = divmod(step, self.BLOCK)
-        self._reach(block)
-        extra_K = np.array(self._marks[block], dtype=np.int64)
-        if inside:
-            extra_K = extra_K + self._block(block)[:inside].sum(axis=0)
-        return step * self.base_K + extra_K
-
-    def exact(self, step: int) -> NDArray[np.float64]:
-        """s T_k / S: what C_k is within one of."""
-        return step * np.array(self.total, dtype=np.float64) / self.steps
+        while len(self._marks) <= block:
+            self._block(len(self._marks) - 1)
+        return self._marks[block] + (self._block(block)[:inside].sum(axis=0) if inside else 0)
 
     def rows(self, start: int, stop: int) -> Ints:
         """n [stop - start, K]: rows of each task in each of the steps start .. stop - 1."""
         parts = []
         while start < stop:
             block, inside = divmod(start, self.BLOCK)
-            self._reach(block)
+            self.counts(block * self.BLOCK)
             end = min(stop, (block + 1) * self.BLOCK)
             parts.append(self._block(block)[inside : inside + end - start])
             start = end
-        return np.concatenate(parts) + self.base_K
+        return np.concatenate(parts)
 
-    def _reach(self, block: int) -> None:
-        while len(self._marks) <= block:
-            self._block(len(self._marks) - 1)
+    @abstractmethod
+    def exact(self, step: int) -> NDArray[np.float64]:
+        """The real-valued counts [K] before `step`: what C_k is within one of."""
+
+    @abstractmethod
+    def _schedule(self, start: int, count_K: Ints) -> tuple[Ints, Ints]:
+        """Rows [block, K] of the steps from `start` on, given the counts before; and the counts after."""
 
     def _block(self, block: int) -> Ints:
-        if self._cache is not None and self._cache[0] == block and len(self._marks) > block + 1:
-            return self._cache[1]
-        extra, done = self._schedule(block * self.BLOCK, list(self._marks[block]))
+        if self._last is not None and self._last[0] == block:
+            return self._last[1]
+        rows, after_K = self._schedule(block * self.BLOCK, self._marks[block].copy())
         if len(self._marks) == block + 1:
-            self._marks.append(done)
-        self._cache = (block, extra)
-        return extra
+            self._marks.append(after_K)
+        self._last = (block, rows)
+        return rows
 
-    def _schedule(self, start: int, done: list[int]) -> tuple[Ints, list[int]]:
-        """Extras [block, K] of the steps from `start`, given the extras done before; and those done after."""
-        S, K = self.steps, len(self.total)
+
+class StepQuota(ExactQuota):
+    """The quota of constant shares, for totals T_K (sum S G). Scheduled are the extra rows alone: how many of them a
+    task has had is the only state, since releases and deadlines follow from it."""
+
+    def __init__(self, total_K: Ints, steps: int) -> None:
+        super().__init__(steps, len(total_K))
+        self.total = [int(t) for t in total_K]
+        self.base_K = np.asarray(total_K, dtype=np.int64) // steps
+        self.remainder = [t % steps for t in self.total]
+        self.extras = sum(self.remainder) // steps  # F: extra rows in every step
+
+    def counts(self, step: int) -> Ints:
+        return step * self.base_K + super().counts(step)
+
+    def rows(self, start: int, stop: int) -> Ints:
+        return super().rows(start, stop) + self.base_K
+
+    def exact(self, step: int) -> NDArray[np.float64]:
+        """s T_k / S."""
+        return step * np.array(self.total, dtype=np.float64) / self.steps
+
+    def _schedule(self, start: int, count_K: Ints) -> tuple[Ints, Ints]:
+        S, done = self.steps, count_K.tolist()
         stop = min(start + self.BLOCK, S)
-        extra = np.zeros((max(0, stop - start), K), dtype=np.int64)
+        extra = np.zeros((max(0, stop - start), self.tasks), dtype=np.int64)
         released: dict[int, list[tuple[int, int, int, int]]] = {}
         ready: list[tuple[int, int, int, int]] = []
 
@@ -158,7 +121,7 @@ class StepQuota:
             else:
                 released.setdefault(at, []).append(key)
 
-        for k in range(K):
+        for k in range(self.tasks):
             release(k, start)
         for step in range(start, stop):
             for key in released.pop(step, ()):
@@ -168,7 +131,7 @@ class StepQuota:
                 row[k] = 1
                 done[k] += 1
                 release(k, step + 1)
-        return extra, done
+        return extra, np.array(done, dtype=np.int64)
 
 
 def interleave(n_SK: Ints, before_K: Ints) -> tuple[Ints, Ints]:

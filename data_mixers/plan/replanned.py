@@ -1,12 +1,12 @@
-"""PlanChain: a plan whose mixture is changed while it is played, still a pure function of (changes, index).
+"""ReplannedPlan: a plan whose mixture is changed while it is played, still a pure function of (changes, index).
 
 What is known before the run belongs into a MixtureSchedule: its plan looks ahead, and keeps every task within one row
-of its share at every step. A chain is for what nobody knows before (deciding.py decides at step s): the remaining steps
-are planned anew, with the visits made so far as their start and with what the old plan still owed each task, so no
-row comes twice before its epoch ends, rounding errors do not add up over the changes, and epoch caps count over the
-whole run. What is to come is checked against the caps as it stands: as if the newest mixture stayed to the end. Resume
-needs the changes and one integer. Of the plans only those of the last two changes are kept; an older one is made again
-when it is asked for.
+of its share at every step. A ReplannedPlan is for what nobody knows before (online/controller.py decides at step s):
+the remaining steps are planned anew, with the visits made so far as their start and with what the old plan still owed
+each task, so no row comes twice before its epoch ends, rounding errors do not add up over the changes, and epoch caps
+count over the whole run. What is to come is checked against the caps as it stands: as if the newest mixture stayed to
+the end. Resume needs the changes and one integer. Only the plans of the last two changes are cached; an older one is
+made again when it is asked for.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import numpy as np
 
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import Floats, Mixture
-from data_mixers.plan.mixture_plan import MixturePlan, Rows
+from data_mixers.plan.mixture_plan import MixturePlan
+from data_mixers.plan.plan_spec import Rows
 from data_mixers.plan.quota import Ints
+from data_mixers.plan.realized import realized_table
 from data_mixers.plan.schedule import MixtureSchedule
 
-KEPT = 2  # plans
+CACHED_PLANS = 2  # plans
 MARGIN = 1e-8  # by which `room` stays below what is left: shares are exact to 1e-9
 
 
@@ -66,7 +68,7 @@ class ReplannedPlan:
     def replan(self, at: int, mixture: Mixture | MixtureSchedule) -> None:
         """From step `at` (after the last change, before the end) on: another mixture, or a schedule of the rest.
 
-        MixError where it asks for more epochs than are left (on_cap "error"); the chain then stays as it was.
+        MixError where it asks for more epochs than are left (on_cap "error"); the plan then stays as it was.
         """
         last, plan = self.changes[-1].first, self._plan(-1)
         if not last < at < self.steps:
@@ -81,9 +83,9 @@ class ReplannedPlan:
         known = plan.unit == "examples" or by_tokens  # whether there is an account of what is owed, and a use for it
         carry = tuple(plan.owed(at - last).tolist()) if known else None
         change = PlanChange(at, mixture, tuple(start_K.tolist()), tuple(played_K.tolist()), carry)
-        made = self._make(change)  # before anything is noted: it may refuse
+        new_plan = self._make(change)  # before anything is noted: it may refuse
         self.changes.append(change)
-        self._keep(len(self.changes) - 1, made)
+        self._cache(len(self.changes) - 1, new_plan)
 
     def room(self, at: int) -> Floats:
         """The largest share [K] that each task can have from step `at` on under its epoch cap (1: no cap binds).
@@ -91,13 +93,13 @@ class ReplannedPlan:
         Shares within it are never refused by `replan(at, ...)`. Not for unit "tokens" with caps: ValueError.
         """
         change, plan = self.changes[-1], self._plan(-1)
-        if np.isinf(plan._max_rows_K).all():
+        if np.isinf(plan.max_visits_K).all():
             return np.ones(len(self.names))
         if plan.unit == "tokens":
             raise ValueError("a plan by tokens keeps no account of the rows that are left")
         seat = plan.batch if plan.style == "alternating" else 1
         inside = at - change.first
-        left_K = np.floor((plan._max_rows_K - plan.start_K - plan.counts(inside)) / seat)
+        left_K = np.floor((plan.max_visits_K - plan.start_K - plan.counts(inside)) / seat)
         free_K = left_K - np.maximum(plan.owed(inside), 0) / seat
         total = (self.steps - at) * (self.batch // seat)
         return np.clip(free_K / total * (1 - MARGIN), 0.0, 1.0)
@@ -116,12 +118,12 @@ class ReplannedPlan:
         """The plan of one of the changes."""
         number %= len(self.changes)
         if number not in self._plans:
-            self._keep(number, self._make(self.changes[number]))
+            self._cache(number, self._make(self.changes[number]))
         return self._plans[number]
 
-    def _keep(self, number: int, plan: MixturePlan) -> None:
+    def _cache(self, number: int, plan: MixturePlan) -> None:
         self._plans[number] = plan
-        while len(self._plans) > KEPT:
+        while len(self._plans) > CACHED_PLANS:
             self._plans.popitem(last=False)
 
     def _at(self, s: int) -> tuple[MixturePlan, int]:
@@ -170,21 +172,7 @@ class ReplannedPlan:
 
     def table(self) -> list[dict[str, Any]]:
         """As MixturePlan.table: asked on average over the steps, and what comes of it as things stand."""
-        first, asked = self._plan(0), self.mixture
-        amount_K, rows_K = self.amounts(self.steps), self.counts(self.steps)
-        return [
-            {
-                "task": name,
-                "asked": float(asked.shares[k]),
-                "realised": float(amount_K[k] / amount_K.sum()),
-                "unit": first.unit,
-                "rows": int(rows_K[k]),
-                "tokens": int(amount_K[k]) if first.unit == "tokens" else None,
-                "size": int(first.size_K[k]),
-                "epochs": float(rows_K[k] / first.size_K[k]) if first.size_K[k] else 0.0,
-            }
-            for k, name in enumerate(self.names)
-        ]
+        return realized_table(self)
 
     # ---- resume
 
@@ -207,9 +195,9 @@ class ReplannedPlan:
         return {"step": int(step), "changes": changes, "fingerprint": self.fingerprint}
 
     def restore(self, state: Mapping[str, Any]) -> int:
-        """Takes up the changes of `state`; returns the step to go on with. For a chain that was begun as that one was.
+        """Takes up the changes of `state`; returns the step to go on with. For a plan that was begun as that one was.
 
-        MixError where this chain's arguments give another order; it then stays as it was.
+        MixError where this plan's arguments give another order; it then stays as it was.
         """
         changes = [_read(change) for change in state["changes"]]
         same_names = all(change.shares.names == self.names for change in changes)
@@ -221,14 +209,6 @@ class ReplannedPlan:
         self.changes = changes
         self._plans.clear()
         return int(state["step"])
-
-    @classmethod
-    def resume(
-        cls, state: Mapping[str, Any], sizes: Mapping[str, int] | Sequence[int], **arguments: Any
-    ) -> tuple[ReplannedPlan, int]:
-        """(the chain, the step to go on with); MixError where the other arguments give another order."""
-        chain = cls(_read(state["changes"][0]).shares, sizes, **arguments)
-        return chain, chain.restore(state)
 
 
 def _written(change: PlanChange) -> list[Any]:

@@ -3,25 +3,18 @@
     p_k(x) = linear between the stops around x,   x = (s + 1/2) / S in step s of S
 
 Before the first stop and after the last one the mixture stands still; two stops at one progress make a jump. How a
-schedule is played to within one row of every task at every step is in varying.py.
+schedule is played to within one row of every task at every step is in varying_quota.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import Floats, Mixture
-
-if TYPE_CHECKING:
-    from data_mixers.plan.mixture_plan import MixturePlan
-    from data_mixers.plan.replanned import ReplannedPlan
-
-SPANS = 5  # parts of a run in which asked and realised shares are compared
 
 
 @dataclass(frozen=True)
@@ -79,18 +72,3 @@ class MixtureSchedule:
         at = np.array([at for at, _ in self.stops])
         share_AK = np.stack([mixture.shares for _, mixture in self.stops])
         return np.stack([np.interp(progress_S, at, share_A) for share_A in share_AK.T], axis=1)
-
-
-def spans(plan: MixturePlan | ReplannedPlan) -> list[dict[str, Any]]:
-    """Asked and realised shares (in the plan's unit) in SPANS equal parts of a run with a schedule; [] without one."""
-    if plan.schedule is None:
-        return []
-    border = np.unique(np.rint(np.linspace(0, plan.steps, SPANS + 1)).astype(int))
-    share_SK = plan.schedule.shares(plan.steps)
-    out = []
-    for first, last in zip(border[:-1].tolist(), border[1:].tolist()):
-        amount_K = plan.amounts(last) - plan.amounts(first)
-        asked = dict(zip(plan.names, share_SK[first:last].mean(axis=0).tolist()))
-        realised = dict(zip(plan.names, (amount_K / amount_K.sum()).tolist()))
-        out.append({"steps": [first, last], "asked": asked, "realised": realised})
-    return out

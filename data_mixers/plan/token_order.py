@@ -13,122 +13,112 @@ from __future__ import annotations
 
 import hashlib
 from functools import partial
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_mixers.common.errors import MixError
-from data_mixers.plan.quota import Ints, StepQuota, capped_shares, largest_remainder
-from data_mixers.plan.varying_quota import VaryingQuota, capped_over_time
+from data_mixers.mixture.mixture import Floats
+from data_mixers.plan.epoch_caps import OnCap, capped_over_time, capped_shares
+from data_mixers.plan.plan_spec import PlanSpec
+from data_mixers.plan.quota import Ints
+from data_mixers.plan.varying_quota import exact_quota
 
-if TYPE_CHECKING:
-    from data_mixers.plan.mixture_plan import MixturePlan
-
-Floats = NDArray[np.float64]
-OnCap = Literal["error", "redistribute"]
+BLOCK = 4096  # rows between two count marks
 
 
 class TokenBalancedOrder:
     """Order and step bounds of a plan with unit="tokens"."""
 
-    BLOCK = 4096  # rows between two count marks
+    block_rows = BLOCK
 
-    def __init__(self, plan: MixturePlan, lengths: list[Ints], on_cap: OnCap) -> None:
-        self._check(plan, lengths)
-        self._start_K = plan.start_K
-        self._owed_K = np.zeros(len(plan.names)) if plan.carry is None else np.array(plan.carry)
+    def __init__(self, spec: PlanSpec, lengths: list[Ints], on_cap: OnCap) -> None:
+        self.spec, self._lengths, self._on_cap = spec, lengths, on_cap
+        self._check_lengths()
+        K = len(spec.names)
+        self._owed_K = np.zeros(K) if spec.carry is None else np.array(spec.carry)
         self._share_K: Floats | None = None  # where they are constant
-        K = len(plan.names)
-        self.digest = hashlib.sha256(
-            b"".join(hashlib.sha256(length.tobytes()).digest() for length in lengths)
-        ).hexdigest()
-        limit_K = np.array([self._tokens_under_cap(plan, k, lengths[k]) for k in range(K)])
-        if plan.style == "alternating":
-            task, own, self.bounds = self._take_turns(plan, lengths, limit_K, on_cap)
-        else:
-            task, own, self.bounds = self._merged(plan, lengths, limit_K, on_cap)
-        end = int(self.bounds[-1])
+        digests = (hashlib.sha256(length.tobytes()).digest() for length in lengths)
+        self.digest = hashlib.sha256(b"".join(digests)).hexdigest()
+        limit_K = np.array([self._tokens_under_cap(k) for k in range(K)])
+        task, tokens, self._bounds = (self._alternating if spec.style == "alternating" else self._merged)(limit_K)
+        empty = np.flatnonzero(np.diff(self._bounds) <= 0)
+        if len(empty):
+            raise MixError(
+                f"the rows that max_epochs allows end before step {int(empty[0])}",
+                do="fewer steps, or a higher max_epochs",
+            )
+        end = int(self._bounds[-1])
         self._task = task[:end].astype(np.uint8 if K <= 256 else np.uint16)
-        self._plan, self._lengths = plan, lengths
-        self._total_K = np.bincount(self._task, weights=own[:end], minlength=K).astype(np.int64)
+        self._total_K = np.bincount(self._task, weights=tokens[:end], minlength=K).astype(np.int64)
         marks = [np.zeros(K, dtype=np.int64)]
-        for first in range(0, end, self.BLOCK):
-            marks.append(marks[-1] + np.bincount(self._task[first : first + self.BLOCK], minlength=K))
+        for first in range(0, end, BLOCK):
+            marks.append(marks[-1] + np.bincount(self._task[first : first + BLOCK], minlength=K))
         self._marks = np.stack(marks)
 
-    def _merged(
-        self, plan: MixturePlan, lengths: list[Ints], limit_K: Floats, on_cap: OnCap
-    ) -> tuple[Ints, Ints, Ints]:
+    def _merged(self, limit_K: Floats) -> tuple[Ints, Ints, Ints]:
         """(task, tokens) of every row in order, and the steps' bounds [S + 1]: streams merged by tag."""
-        total, options = plan.steps * plan.batch, {"on_cap": on_cap, "names": plan.names, "describe": "tokens"}
-        if plan.schedule is None:
-            share_K = capped_shares(plan.mixture.shares, limit_K, total, **options)
+        spec, K = self.spec, len(limit_K)
+        total = spec.steps * spec.batch
+        if spec.schedule is None:
+            share_K = capped_shares(
+                spec.mixture.shares, limit_K, total, on_cap=self._on_cap, names=spec.names, unit_name="tokens"
+            )
             self._share_K, self._owed_K = share_K, np.where(share_K > 0, self._owed_K, 0.0)
             asked_K, last_K = share_K * total + np.maximum(self._owed_K, 0), share_K
             tag = [lambda x, share=share, owed=owed: (x - owed) / share for share, owed in zip(share_K, self._owed_K)]
         else:
-            share_SK = capped_over_time(plan.schedule.shares(plan.steps), limit_K, total, **options)
-            asked_SK = np.vstack([np.zeros(len(limit_K)), np.cumsum(share_SK, axis=0)]) * plan.batch
+            share_SK = capped_over_time(
+                spec.schedule.shares(spec.steps), limit_K, total,
+                on_cap=self._on_cap, names=spec.names, unit_name="tokens",
+            )  # fmt: skip
+            asked_SK = np.vstack([np.zeros(K), np.cumsum(share_SK, axis=0)]) * spec.batch
             asked_K, last_K = asked_SK[-1], share_SK[-1]
-            at_S = np.arange(plan.steps + 1, dtype=np.float64) * plan.batch
-            tag = [partial(_reached, asked_S=asked_SK[:, k], at_S=at_S, last=last_K[k]) for k in range(len(limit_K))]
+            at_S = np.arange(spec.steps + 1, dtype=np.float64) * spec.batch
+            tag = [partial(_reached, asked_S=asked_SK[:, k], at_S=at_S, last=last_K[k]) for k in range(K)]
         # A stream must reach past the last tag that can be drawn: the total plus half a longest row of each task.
-        beyond = sum(int(length.max()) for length in lengths if len(length)) + 1
-        tags, tasks, owns = [], [], []
-        for k in range(len(limit_K)):
-            own = self._stream(plan, k, lengths[k], asked_K[k] + last_K[k] * beyond)
-            if len(own):
-                tags.append(tag[k]((2.0 * (np.cumsum(own) - own) + own) / 2.0))
-                tasks.append(np.full(len(own), k, dtype=np.uint16))
-                owns.append(own)
+        beyond = sum(int(length.max()) for length in self._lengths if len(length)) + 1
+        tags, tasks, streams = [], [], []
+        for k in range(K):
+            tokens = self._stream(k, asked_K[k] + last_K[k] * beyond)
+            if len(tokens):
+                tags.append(tag[k]((2.0 * (np.cumsum(tokens) - tokens) + tokens) / 2.0))
+                tasks.append(np.full(len(tokens), k, dtype=np.uint16))
+                streams.append(tokens)
         order = np.argsort(np.concatenate(tags), kind="stable")  # stable: ties stay in task order
-        task, own = np.concatenate(tasks)[order], np.concatenate(owns)[order]
-        asked = np.arange(1, plan.steps + 1, dtype=np.int64) * plan.batch
-        bounds = np.r_[0, np.minimum(np.searchsorted(np.cumsum(own), asked) + 1, len(task))]
-        self._refuse_empty(bounds)
-        return task, own, bounds
+        task, tokens = np.concatenate(tasks)[order], np.concatenate(streams)[order]
+        asked = np.arange(1, spec.steps + 1, dtype=np.int64) * spec.batch
+        return task, tokens, np.r_[0, np.minimum(np.searchsorted(np.cumsum(tokens), asked) + 1, len(task))]
 
-    def _take_turns(
-        self, plan: MixturePlan, lengths: list[Ints], limit_K: Floats, on_cap: OnCap
-    ) -> tuple[Ints, Ints, Ints]:
+    def _alternating(self, limit_K: Floats) -> tuple[Ints, Ints, Ints]:
         """The same for steps of one task each: which task has which step is counted exactly, as for rows."""
-        S, K = plan.steps, len(limit_K)
-        turns_K = np.where(np.isinf(limit_K), np.inf, np.floor(limit_K / plan.batch))
-        options = {"on_cap": on_cap, "names": plan.names, "describe": f"steps of {plan.batch} tokens"}
-        quota: StepQuota | VaryingQuota
-        if plan.schedule is None:
-            quota = StepQuota(largest_remainder(capped_shares(plan.mixture.shares, turns_K, S, **options) * S, S), S)
-        else:
-            quota = VaryingQuota(capped_over_time(plan.schedule.shares(S), turns_K, S, **options), 1)
+        spec, S, K = self.spec, self.spec.steps, len(limit_K)
+        quota = exact_quota(
+            spec.mixture.shares if spec.schedule is None else spec.schedule.shares(S),
+            np.floor(limit_K / spec.batch),
+            S,
+            1,
+            on_cap=self._on_cap,
+            names=spec.names,
+            unit_name=f"steps of {spec.batch} tokens",
+        )
         turn_SK = quota.rows(0, S).astype(bool)
-        rows_S, own_of = np.zeros(S, dtype=np.int64), []
+        rows_S, streams = np.zeros(S, dtype=np.int64), []
         for k in range(K):
             turns = int(turn_SK[:, k].sum())
-            own = self._stream(plan, k, lengths[k], float(turns * plan.batch))
-            ends = np.searchsorted(np.cumsum(own), np.arange(1, turns + 1) * plan.batch) + 1
-            ends = np.minimum(ends, len(own))
+            tokens = self._stream(k, float(turns * spec.batch))
+            ends = np.searchsorted(np.cumsum(tokens), np.arange(1, turns + 1) * spec.batch) + 1
+            ends = np.minimum(ends, len(tokens))
             rows_S[turn_SK[:, k]] = np.diff(ends, prepend=0)
-            own_of.append(own[: ends[-1]] if turns else own[:0])
+            streams.append(tokens[: ends[-1]] if turns else tokens[:0])
         task = np.repeat(np.argmax(turn_SK, axis=1), rows_S)
-        own = np.empty(len(task), dtype=np.int64)
+        tokens = np.empty(len(task), dtype=np.int64)
         for k in range(K):
-            own[task == k] = own_of[k]
-        bounds = np.r_[0, np.cumsum(rows_S)]
-        self._refuse_empty(bounds)
-        return task, own, bounds
+            tokens[task == k] = streams[k]
+        return task, tokens, np.r_[0, np.cumsum(rows_S)]
 
-    @staticmethod
-    def _refuse_empty(bounds: Ints) -> None:
-        if np.any(np.diff(bounds) <= 0):
-            step = int(np.flatnonzero(np.diff(bounds) <= 0)[0])
-            raise MixError(
-                f"the rows that max_epochs allows end before step {step}", do="fewer steps, or a higher max_epochs"
-            )
-
-    @staticmethod
-    def _check(plan: MixturePlan, lengths: list[Ints]) -> None:
-        for name, size, length in zip(plan.names, plan.size_K, lengths, strict=True):
+    def _check_lengths(self) -> None:
+        for name, size, length in zip(self.spec.names, self.spec.size_K, self._lengths, strict=True):
             if length.shape != (size,):
                 raise MixError(
                     f"task {name} has {size} rows and lengths of shape {length.shape}", do="one length per row"
@@ -137,65 +127,72 @@ class TokenBalancedOrder:
                 raise MixError(
                     f"task {name} has rows of {length.min()} to {length.max()} tokens", do="lengths >= 0, not all 0"
                 )
-            if len(length) and length.max() > plan.batch:
+            if len(length) and length.max() > self.spec.batch:
                 raise MixError(
-                    f"task {name} has a row of {length.max()} tokens, a step has {plan.batch}",
+                    f"task {name} has a row of {length.max()} tokens, a step has {self.spec.batch}",
                     do="raise the batch tokens",
                 )
 
-    @staticmethod
-    def _tokens_under_cap(plan: MixturePlan, k: int, length: Ints) -> float:
+    def _tokens_under_cap(self, k: int) -> float:
         """Tokens in the visits start .. cap of task k."""
-        cap = plan._max_rows_K[k]
+        cap = self.spec.max_visits_K[k]
         if np.isinf(cap):
             return np.inf
-        return float(_tokens_until(plan, k, length, int(cap)) - _tokens_until(plan, k, length, int(plan.start_K[k])))
+        return float(self._tokens_of(k, int(cap)) - self._tokens_of(k, int(self.spec.start_K[k])))
 
-    @staticmethod
-    def _stream(plan: MixturePlan, k: int, length: Ints, tokens: float) -> Ints:
+    def _tokens_of(self, k: int, visits: int) -> int:
+        """Tokens in the first `visits` visits of task k."""
+        length = self._lengths[k]
+        epochs, rest = divmod(visits, len(length)) if len(length) else (0, 0)
+        if rest == 0:
+            return epochs * int(length.sum())
+        visit = epochs * len(length) + np.arange(rest)
+        return epochs * int(length.sum()) + int(length[self.spec.rows_of(np.full(rest, k), visit)[2]].sum())
+
+    def _stream(self, k: int, tokens: float) -> Ints:
         """Lengths of task k's visits from `start` on, until they hold `tokens` or the cap ends them."""
+        length, cap, first = self._lengths[k], self.spec.max_visits_K[k], int(self.spec.start_K[k])
         if tokens <= 0 or not len(length):
             return np.zeros(0, dtype=np.int64)
-        first = int(plan.start_K[k])
-        epoch, parts, have = first // len(length), [], 0
-        while have < tokens and epoch * len(length) < plan._max_rows_K[k]:
-            visit = np.arange(max(first, epoch * len(length)), int(min((epoch + 1) * len(length), plan._max_rows_K[k])))
-            parts.append(length[plan.rows_of(np.full(len(visit), k), visit)[2]])
-            have += int(parts[-1].sum())
+        epoch, parts, total = first // len(length), [], 0
+        while total < tokens and epoch * len(length) < cap:
+            visit = np.arange(max(first, epoch * len(length)), int(min((epoch + 1) * len(length), cap)))
+            parts.append(length[self.spec.rows_of(np.full(len(visit), k), visit)[2]])
+            total += int(parts[-1].sum())
             epoch += 1
-        own = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-        return own[: int(np.searchsorted(np.cumsum(own), tokens)) + 1]
+        stream = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        return stream[: int(np.searchsorted(np.cumsum(stream), tokens)) + 1]
+
+    def step_range(self, s: int) -> tuple[int, int]:
+        """Indices [first, last) of step s."""
+        return int(self._bounds[s]), int(self._bounds[s + 1])
 
     def block(self, number: int) -> tuple[Ints, Ints]:
-        """(task, visit) of rows number * BLOCK onwards."""
-        task = self._task[number * self.BLOCK : (number + 1) * self.BLOCK].astype(np.int64)
-        return task, self._start_K[task] + self._marks[number][task] + _rank_among_equals(task)
+        """(task, visit) of rows number * block_rows onwards."""
+        task = self._task[number * BLOCK : (number + 1) * BLOCK].astype(np.int64)
+        return task, self.spec.start_K[task] + self._marks[number][task] + _rank_among_equals(task)
 
     def counts(self, s: int) -> Ints:
         """Rows of each task [K] before step s."""
-        number, inside = divmod(int(self.bounds[s]), self.BLOCK)
-        part = self._task[number * self.BLOCK : number * self.BLOCK + inside]
+        number, inside = divmod(int(self._bounds[s]), BLOCK)
+        part = self._task[number * BLOCK : number * BLOCK + inside]
         return self._marks[number] + np.bincount(part, minlength=self._marks.shape[1])
+
+    def amounts(self, s: int) -> Ints:
+        """Tokens of each task [K] before step s."""
+        if s == len(self._bounds) - 1:
+            return self._total_K
+        start_K = self.spec.start_K
+        visits_K = start_K + self.counts(s)
+        K = len(start_K)
+        return np.array([self._tokens_of(k, int(visits_K[k])) - self._tokens_of(k, int(start_K[k])) for k in range(K)])
 
     def owed(self, s: int) -> Floats:
         """Tokens [K] that each task is behind (or ahead: < 0) of its share of what the steps before s hold."""
         if self._share_K is None:
             raise ValueError("only a plan of constant, mixed shares keeps an account of tokens")
-        tokens_K = self.tokens(s)
+        tokens_K = self.amounts(s)
         return self._owed_K + self._share_K * tokens_K.sum() - tokens_K
-
-    def tokens(self, s: int) -> Ints:
-        """Tokens of each task [K] before step s."""
-        if s == len(self.bounds) - 1:
-            return self._total_K
-        visits_K = self._start_K + self.counts(s)
-        return np.array(
-            [
-                _tokens_until(self._plan, k, length, int(visits_K[k]))
-                - _tokens_until(self._plan, k, length, int(self._start_K[k]))
-                for k, length in enumerate(self._lengths)
-            ]
-        )
 
 
 def _reached(x: NDArray[np.floating], asked_S: Floats, at_S: Floats, last: float) -> Floats:
@@ -203,14 +200,6 @@ def _reached(x: NDArray[np.floating], asked_S: Floats, at_S: Floats, last: float
     inside = np.interp(x, asked_S, at_S)
     with np.errstate(divide="ignore", invalid="ignore"):  # last = 0: what comes after the end comes never
         return np.where(x > asked_S[-1], at_S[-1] + np.divide(x - asked_S[-1], last), inside)
-
-
-def _tokens_until(plan: MixturePlan, k: int, length: Ints, visits: int) -> int:
-    full, rest = divmod(visits, len(length)) if len(length) else (0, 0)
-    if rest == 0:
-        return full * int(length.sum())
-    visit = full * len(length) + np.arange(rest)
-    return full * int(length.sum()) + int(length[plan.rows_of(np.full(rest, k), visit)[2]].sum())
 
 
 def _rank_among_equals(task: NDArray[np.int64]) -> Ints:

@@ -15,8 +15,8 @@ import numpy as np
 
 from data_mixers.mixture.mixture import Mixture
 from data_mixers.plan.mixture_plan import MixturePlan
+from data_mixers.plan.realized import realized_spans
 from data_mixers.plan.replanned import ReplannedPlan
-from data_mixers.plan.schedule import spans
 from mtft.data.batching.batches import BatchSource
 from mtft.data.planning import make_plan, share_bounds
 from mtft.data.store.token_store import TokenStore, open_stores
@@ -144,7 +144,7 @@ def summarize_data(
         packing=recipe.train.packing,
         batch_style=recipe.train.batch_style,
         padding_share=float(1 - real / positions),
-        spans=tuple(spans(plan)),
+        spans=tuple(realized_spans(plan)),
         warnings=(),
     )
     warnings = [*_warnings(stores, found), *_outside(recipe, plan.mixture), *_leaks(stores, held_out)]

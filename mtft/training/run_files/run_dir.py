@@ -87,12 +87,12 @@ def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, An
 def write_plan(run_dir: Path, recipe: Recipe, plan: Any) -> None:
     """plan.json. `changes`: the shares that mixture.online has decided, each with the first step that has them."""
     from data_mixers.mixture.mixture import Mixture
+    from data_mixers.plan.realized import realized_spans
     from data_mixers.plan.replanned import ReplannedPlan
-    from data_mixers.plan.schedule import spans
 
     tasks = {row.pop("task"): row for row in plan.table()}
     about = {"steps": plan.steps, "batch": plan.batch, "unit": plan.unit, "style": recipe.train.batch_style}
-    about |= {"tasks": tasks, "spans": spans(plan)}
+    about |= {"tasks": tasks, "spans": realized_spans(plan)}
     if isinstance(plan, ReplannedPlan):
         constant = ((change.first, change.shares) for change in plan.changes if isinstance(change.shares, Mixture))
         about["changes"] = [{"from": first + 1, "shares": shares.as_dict()} for first, shares in constant]

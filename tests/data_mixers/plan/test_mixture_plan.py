@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_mixers import MixError, Mixture, MixturePlan
-from data_mixers.plan.mixture_plan import interleave
 from data_mixers.plan.permutation import half_bits, mix_bits, permute, round_keys
-from data_mixers.plan.quota import StepQuota, largest_remainder
+from data_mixers.plan.quota import StepQuota, interleave, largest_remainder
 
 ORDERS = {
     (0, 0, 0): [4, 1, 9, 3, 7, 6, 2, 8, 0, 5],
@@ -105,22 +104,10 @@ def test_locate_in_any_order_and_counts_agree_with_steps():
         assert np.array_equal(plan.counts(s), np.bincount(everything[0, : s * 13], minlength=5))
 
 
-def test_resume_twice_is_the_same_run():
-    first, second, third = small_plan(), small_plan(), small_plan()
-    state = second.state(20)
-    step = second.resume(state)
-    assert step == 20
-    assert np.array_equal(np.stack(first.step(20)), np.stack(second.step(step)))
-    step = third.resume(second.state(45))
-    assert np.array_equal(np.stack(first.step(45)), np.stack(third.step(step)))
-
-
-def test_another_plan_is_refused_by_field():
-    state = small_plan().state(3)
-    with pytest.raises(MixError, match="seed: 5 then, 6 now"):
-        small_plan(seed=6).resume(state)
-    with pytest.raises(MixError, match="another number of steps is another order"):
-        small_plan(steps=60).resume(state)
+def test_another_plan_has_another_fingerprint():
+    prints = {small_plan(**options).fingerprint for options in ({}, {"seed": 6}, {"steps": 60}, {"batch": 14})}
+    assert len(prints) == 4
+    assert small_plan().fingerprint in prints
 
 
 def test_adding_a_task_does_not_reshuffle_the_others():

@@ -76,7 +76,8 @@ def test_rounding_of_tokens_does_not_add_up_over_many_changes(seed):
         gap += mixture.shares * own.sum() - np.bincount(task, weights=own, minlength=3)
         assert np.abs(gap).max() < 120
     assert np.bincount(np.concatenate([chain.step(s)[0] for s in range(60)]), minlength=3).min() > 3
-    again, _ = ReplannedPlan.resume(json.loads(json.dumps(chain.state(59))), SIZES, **{**OPTIONS, **options})
+    again = changed(mixture=rare, **options)
+    again.restore(json.loads(json.dumps(chain.state(59))))
     assert np.array_equal(rows_of(again, range(60)), rows_of(chain, range(60)))
 
 
@@ -84,7 +85,8 @@ def test_a_schedule_can_follow():
     ramp = MixtureSchedule(((0.0, EVEN), (1.0, LATE)))
     chain = changed((10, ramp))
     assert np.diff([chain.counts(s)[1] for s in (10, 15, 25, 30)]).tolist() == pytest.approx([15, 44, 29], abs=1)
-    again, _ = ReplannedPlan.resume(json.loads(json.dumps(chain.state(12))), SIZES, **OPTIONS)
+    again = changed()
+    again.restore(json.loads(json.dumps(chain.state(12))))
     assert np.array_equal(rows_of(chain, range(30)), rows_of(again, range(30)))
 
 
@@ -112,11 +114,12 @@ def test_resume_with_a_bandit_that_goes_on():
     chain = changed()
     first, bandit = run(chain, OnlineBandit.start(3), 0, 17)
     state = json.loads(json.dumps(chain.state(17)))
-    again, step = ReplannedPlan.resume(state, SIZES, **OPTIONS)
+    again = changed()
+    step = again.restore(state)
     rest, _ = run(again, bandit, step, 30)
     assert all(np.array_equal(a, b) for a, b in zip(whole, first + rest, strict=True))
     with pytest.raises(MixError, match="another plan"):
-        ReplannedPlan.resume(state, SIZES, **{**OPTIONS, "seed": 5})
+        changed(seed=5).restore(state)
 
 
 def test_caps_count_over_the_whole_run():

@@ -1,0 +1,78 @@
+"""The plan's order when shares count examples: exact counts in every step, spread evenly inside it.
+
+Where tasks alternate, what is counted are the steps of each task, `batch` rows each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_mixers.plan.epoch_caps import OnCap
+from data_mixers.plan.plan_spec import PlanSpec
+from data_mixers.plan.quota import ExactQuota, Ints, interleave
+from data_mixers.plan.varying_quota import exact_quota
+
+BLOCK_ROWS = 65536  # rows whose order is computed together
+
+
+class ExampleOrder:
+    """Order of a plan with unit="examples"."""
+
+    digest: str | None = None  # of the rows' lengths, which don't matter here
+
+    def __init__(self, spec: PlanSpec, on_cap: OnCap) -> None:
+        self.spec = spec
+        self.seat = spec.batch if spec.style == "alternating" else 1  # rows counted as one
+        self._block_steps = min(max(1, BLOCK_ROWS // spec.batch), ExactQuota.BLOCK)
+        self.block_rows = self._block_steps * spec.batch
+        # Tasks in the order of their names: ties then do not depend on the order in which the tasks were given.
+        self._by_name = np.argsort(np.array(spec.names))
+        limit_K = np.floor((spec.max_visits_K - spec.start_K) / self.seat)[self._by_name]
+        if spec.schedule is None and spec.carry is None:
+            share = spec.mixture.shares[self._by_name]
+        elif spec.schedule is None:
+            share = np.tile(spec.mixture.shares, (spec.steps, 1))[:, self._by_name]
+        else:
+            share = spec.schedule.shares(spec.steps)[:, self._by_name]
+        self._quota = exact_quota(
+            share,
+            limit_K,
+            spec.steps,
+            spec.batch // self.seat,
+            owed_K=None if spec.carry is None else np.array(spec.carry)[self._by_name] / self.seat,
+            on_cap=on_cap,
+            names=[spec.names[k] for k in self._by_name],
+            unit_name="rows" if self.seat == 1 else f"steps of {self.seat} rows",
+        )
+
+    def step_range(self, s: int) -> tuple[int, int]:
+        """Indices [first, last) of step s."""
+        return s * self.spec.batch, (s + 1) * self.spec.batch
+
+    def block(self, number: int) -> tuple[Ints, Ints]:
+        """(task, visit) of rows number * block_rows onwards."""
+        first = number * self._block_steps
+        n_SK = self.seat * self._quota.rows(first, min(first + self._block_steps, self.spec.steps))
+        task, visit = interleave(n_SK, (self.spec.start_K + self.counts(first))[self._by_name])
+        return self._by_name[task], visit
+
+    def counts(self, s: int) -> Ints:
+        """Rows of each task [K] before step s."""
+        return self.seat * self._as_given(self._quota.counts(s))
+
+    def amounts(self, s: int) -> Ints:
+        """What the shares count: rows."""
+        return self.counts(s)
+
+    def owed(self, s: int) -> NDArray[np.float64]:
+        """Rows [K] that each task is behind (or ahead: < 0) of its exact share before step s."""
+        return self.seat * self._as_given(self._quota.exact(s) - self._quota.counts(s))
+
+    def _as_given(self, of_K: NDArray[Any]) -> NDArray[Any]:
+        """From the order of the names to the order in which the tasks were given."""
+        out = np.empty_like(of_K)
+        out[self._by_name] = of_K
+        return out

@@ -14,9 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import mtft.report.page
 from mtft.__main__ import main
+from mtft.models.loading import load_base
+from mtft.recipe.load import load_recipe
 from tests.merge.golden import write_golden
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +68,7 @@ def one_block(err: str, code: int) -> None:
 COMMANDS = {
     "check": ["--json"],
     "train": ["--fresh"],
-    "eval": ["--adapter", "--out"],
+    "eval": ["--adapter", "--against", "--out"],
     "merge": ["--method", "--rank", "--weights", "--set", "--base", "--experts", "--out", "--overwrite"],
     "report": ["--out"],
     "run": ["--fresh", "--launch"],
@@ -309,6 +312,22 @@ def test_merge_with_and_without_a_recipe(folder, call):
     code, _, err = call("merge", "--set", "densty=0.5", "--method", "ties", "--out", "c", *adapters)
     one_block(err, code)
     assert "ties has no option 'densty'" in err
+
+
+def test_eval_against_an_older_adapter(folder, call):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = load_base(load_recipe("recipe.yaml", []).model)
+    random = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(base, random).save_pretrained("old")
+    code, out, err = call("eval", "recipe.yaml", "--against", "old")
+    assert code == 0, err
+    for task in json.loads(out).values():
+        compared = task["against"]
+        assert sum(compared["flips"].values()) == task["examples"]
+        lower, upper = compared["difference"]["loss"]["interval"]
+        assert lower <= compared["difference"]["loss"]["value"] <= upper < 0  # random weights are worse than none
 
 
 @pytest.mark.slow

@@ -80,6 +80,9 @@ def evaluate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a PEFT adapter; without it, the base model.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of an older adapter: what got better and what broke since.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file instead of stdout.")] = None,
 ) -> None:
     """Score a model per task on held-out rows (JSON).
@@ -90,7 +93,8 @@ def evaluate(
     from mtft.evaluation.evaluate_recipe import evaluate as run_evaluation
 
     loaded = load(recipe, overrides, "eval")
-    text = json.dumps(as_json(run_evaluation(loaded, adapter), loaded), indent=2)
+    old_scores = None if against is None else run_evaluation(loaded, against)
+    text = json.dumps(as_json(run_evaluation(loaded, adapter), loaded, against=old_scores), indent=2)
     if out is None:
         typer.echo(text)
     else:

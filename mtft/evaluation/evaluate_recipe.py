@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtft.common.errors import UserError
+from mtft.evaluation.regressions import compare_scores
 from mtft.evaluation.task_scores import METRICS, TaskScores
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
@@ -78,21 +79,30 @@ def with_adapter(network: Any, adapter: Path) -> Any:
         ) from error
 
 
-def as_json(scores: dict[str, TaskScores], recipe: Recipe, *, level: float = 0.95) -> dict[str, Any]:
+def as_json(
+    scores: dict[str, TaskScores],
+    recipe: Recipe,
+    *,
+    against: dict[str, TaskScores] | None = None,
+    level: float = 0.95,
+) -> dict[str, Any]:
     """What `mtft eval` prints: {task: {metric: value, "interval": {metric: [lower, upper]}, "examples", "tokens"}}.
 
-    Only the metrics that the task asks for. The intervals are bootstrap over examples at `level`.
+    Only the metrics that the task asks for. The intervals are bootstrap over examples at `level`. With the scores of an
+    older model in `against` each task has a key "against" (mtft.evaluation.regressions.compare_scores).
     """
-    asked = {task.name: task.metrics for task in recipe.tasks}
+    task_metrics = {task.name: task.metrics for task in recipe.tasks}
     out: dict[str, Any] = {}
-    for task, found in scores.items():
-        summary, intervals = found.summary(), found.intervals(level=level)
-        chosen = [metric for metric in METRICS if metric in asked.get(task, METRICS)]
+    for task, task_scores in scores.items():
+        summary, intervals = task_scores.summary(), task_scores.intervals(level=level)
+        metrics = [metric for metric in METRICS if metric in task_metrics.get(task, METRICS)]
         out[task] = {
-            **{metric: summary[metric] if math.isfinite(summary[metric]) else None for metric in chosen},
-            "interval": {metric: list(intervals[metric]) for metric in chosen},
+            **{metric: summary[metric] if math.isfinite(summary[metric]) else None for metric in metrics},
+            "interval": {metric: list(intervals[metric]) for metric in metrics},
             "level": level,
             "examples": summary["examples"],
             "tokens": summary["tokens"],
         }
+        if against is not None:
+            out[task]["against"] = compare_scores(against[task], task_scores, metrics, level=level)
     return out

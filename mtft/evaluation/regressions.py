@@ -1,30 +1,32 @@
-"""What an update broke: flips between an old and a new model on the same examples.
+"""What an update broke: an old and a new model on the same held-out examples (`mtft eval --against OLD`).
 
     negative flip   old right, new wrong        positive flip   old wrong, new right
-    Rates are over all examples, and negative also over those that the old model had right. For graded scores (higher
-    is better) the loss of the ones that got worse, mean max(0, old - new), takes their place.
+    loss regression   mean over the examples of max(0, new loss - old loss), in nats per token
 
-A better average can hide many negative flips, and users notice those (MUSCLE, Echterhoff et al., 2407.09435, EMNLP
-Findings 2024; Yan et al., 2011.09161).
+"Right" is an exact match. A better average can hide many negative flips, and users notice those (MUSCLE, Echterhoff et
+al., 2407.09435, EMNLP Findings 2024; Yan et al., 2011.09161).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from mtft.evaluation.task_scores import TaskScores, paired_bootstrap
 
 
 @dataclass(frozen=True)
 class PredictionFlips:
-    """Counts of the 2 x 2 table, and how many examples are wrong in both but answered differently (None: not known)."""
+    """Counts of the 2 x 2 table. Rates are shares of all examples; NaN where the denominator is 0."""
 
     both_right: int
     negative: int
     positive: int
     both_wrong: int
-    changed_wrong: int | None = None
 
     @property
     def examples(self) -> int:
@@ -32,42 +34,31 @@ class PredictionFlips:
 
     @property
     def negative_rate(self) -> float:
-        """Share of all examples; NaN without any."""
-        return self.negative / self.examples if self.examples else float("nan")
+        return self.negative / self.examples if self.examples else math.nan
 
     @property
     def positive_rate(self) -> float:
-        return self.positive / self.examples if self.examples else float("nan")
+        return self.positive / self.examples if self.examples else math.nan
 
     @property
     def broken_share(self) -> float:
-        """Share of what the old model had right that the new one has wrong; NaN if it had nothing right."""
-        right = self.both_right + self.negative
-        return self.negative / right if right else float("nan")
+        """Share of what the old model had right that the new one has wrong."""
+        old_right = self.both_right + self.negative
+        return self.negative / old_right if old_right else math.nan
 
 
-def flips(
-    old_right_N: Sequence[bool] | np.ndarray,
-    new_right_N: Sequence[bool] | np.ndarray,
-    old_answers: Sequence[str] | None = None,
-    new_answers: Sequence[str] | None = None,
+def prediction_flips(
+    old_right_N: Sequence[bool] | np.ndarray, new_right_N: Sequence[bool] | np.ndarray
 ) -> PredictionFlips:
-    """Compare two models example by example. Answers, if given for both, show what changed without getting right."""
+    """Compare two models example by example."""
     old, new = np.asarray(old_right_N, dtype=bool), np.asarray(new_right_N, dtype=bool)
     if old.shape != new.shape or old.ndim != 1:
         raise ValueError(f"old and new must be lists of equal length, are {old.shape} and {new.shape}")
-    changed = None
-    if old_answers is not None and new_answers is not None:
-        if not len(old_answers) == len(new_answers) == len(old):
-            raise ValueError(f"{len(old_answers)} and {len(new_answers)} answers for {len(old)} examples")
-        differs = np.array([a != b for a, b in zip(old_answers, new_answers, strict=True)], dtype=bool)
-        changed = int((differs & ~old & ~new).sum())
     return PredictionFlips(
         both_right=int((old & new).sum()),
         negative=int((old & ~new).sum()),
         positive=int((~old & new).sum()),
         both_wrong=int((~old & ~new).sum()),
-        changed_wrong=changed,
     )
 
 
@@ -77,3 +68,30 @@ def graded_regression(old_N: Sequence[float] | np.ndarray, new_N: Sequence[float
     if old.shape != new.shape or old.ndim != 1 or not len(old):
         raise ValueError(f"old and new must be lists of equal length above 0, are {old.shape} and {new.shape}")
     return float(np.maximum(0, old - new).mean())
+
+
+def compare_scores(old: TaskScores, new: TaskScores, metrics: Sequence[str], *, level: float = 0.95) -> dict[str, Any]:
+    """JSON of one task's comparison; both models have scored the same examples in the same order.
+
+    Returns:
+        `flips` (counts), `negative_rate`, `positive_rate`, `broken_share`, `loss_regression`, and `difference`:
+        {metric: {"value": new - old, "interval": [lower, upper]}}, the interval by paired bootstrap at `level`.
+        None stands for what is undefined.
+    """
+    flips = prediction_flips(old.exact_N, new.exact_N)
+    tokens_N = np.maximum(new.tokens_N, 1)
+    figures = {
+        "negative_rate": flips.negative_rate,
+        "positive_rate": flips.positive_rate,
+        "broken_share": flips.broken_share,
+        "loss_regression": graded_regression(-old.nll_N / tokens_N, -new.nll_N / tokens_N),
+    }
+    differences = {metric: paired_bootstrap(new, old, metric=metric, level=level) for metric in metrics}
+    return {
+        "flips": dict(vars(flips)),
+        **{name: value if math.isfinite(value) else None for name, value in figures.items()},
+        "difference": {
+            name: {"value": difference.difference, "interval": [difference.lower, difference.upper]}
+            for name, difference in differences.items()
+        },
+    }

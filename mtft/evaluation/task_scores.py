@@ -105,8 +105,8 @@ class TaskScores:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How metric `a - b` of one task comes out on the same examples. `better` looks at the metric's direction."""
+class MetricDifference:
+    """How metric `a - b` of one task comes out on the same examples, with its interval."""
 
     task: str
     metric: str
@@ -116,20 +116,10 @@ class Difference:
     lower: float
     upper: float
 
-    @property
-    def beyond_noise(self) -> bool:
-        """True when the interval of the difference leaves out 0."""
-        return self.lower > 0 or self.upper < 0
-
-    @property
-    def better(self) -> bool:
-        """True when `a` is better than `b`, beyond noise (loss: lower is better)."""
-        return self.upper < 0 if self.metric == "loss" else self.lower > 0
-
 
 def paired_bootstrap(
     a: TaskScores, b: TaskScores, *, metric: str = "loss", level: float = 0.95, draws: int = 2000, seed: int = 0
-) -> Difference:
+) -> MetricDifference:
     """Interval of metric(a) - metric(b), resampling the examples that both have scored.
 
     Raises ValueError when the two don't hold the same examples: a difference over other examples would mean nothing.
@@ -144,7 +134,7 @@ def paired_bootstrap(
     both = zip(_resample(a, metric, draws, seed), _resample(b, metric, draws, seed), strict=True)
     lower, upper = _percentiles(np.concatenate([left - right for left, right in both]), level)
     left, right = a.summary()[metric], b.summary()[metric]
-    return Difference(a.task, metric, left, right, left - right, lower, upper)
+    return MetricDifference(a.task, metric, left, right, left - right, lower, upper)
 
 
 def _resample(scores: TaskScores, metric: str, draws: int, seed: int) -> Iterator[np.ndarray]:

@@ -15,7 +15,7 @@ from mtft.recipe.schema.recipe import Recipe
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from mtft.data.summary.summary import DataSummary
+    from mtft.data.summary.data_summary import DataSummary
     from mtft.training.memory.estimate import MemoryEstimate
 
 
@@ -40,13 +40,17 @@ class CheckReport:
         from rich.console import Group
         from rich.text import Text
 
+        from mtft.data.summary.render_console import render_summary
+
         said = [Text.assemble(("warning: ", "yellow"), warning) for warning in self.warnings]
-        return Group(self.data.render(), *map(Text, self._more()), *said)
+        return Group(render_summary(self.data), *map(Text, self._more()), *said)
 
     def text(self) -> str:
         """For files and pipes."""
+        from mtft.data.summary.render_console import summary_text
+
         said = [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join([self.data.text().rstrip("\n"), *self._more(), *said])
+        return "\n".join([summary_text(self.data).rstrip("\n"), *self._more(), *said])
 
     def _more(self) -> list[str]:
         return [*([self.online] if self.online else []), self.memory.text()]
@@ -64,7 +68,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     from mtft.data.batching.packed_attention import packing_refusal
     from mtft.data.planning import make_plan
     from mtft.data.store.token_store import open_stores
-    from mtft.data.summary.summary import summarize_data
+    from mtft.data.summary.summarize import summarize_data
     from mtft.data.tokenize.vocabulary_check import check_vocabulary
     from mtft.losses.balancers import make_balancer
     from mtft.models.loading import load_tokenizer

@@ -10,7 +10,8 @@ from data_mixers.common.errors import MixError
 from data_mixers.mixture.bounds import Infeasible
 from data_mixers.mixture.mixture import Mixture
 from mtft.data.planning import asked_mixture, make_plan, task_sizes
-from mtft.data.summary.summary import summarize_data
+from mtft.data.summary.render_console import summary_text
+from mtft.data.summary.summarize import summarize_data
 from mtft.recipe.schema.recipe import Recipe
 from tests.data.toy_examples import TEMPLATES, tokenizer, write_jsonl
 
@@ -142,7 +143,7 @@ def test_check_shows_how_the_shares_move(tmp_path):
     assert all(abs(span["asked"]["b"] - span["realised"]["b"]) <= 0.1 for span in found.spans)
     assert all(a["realised"]["b"] < b["realised"]["b"] for a, b in pairwise(found.spans))
     assert json.loads(json.dumps(found.as_dict()))["batch_style"] == "alternating"
-    text = found.text()
+    text = summary_text(found)
     assert "steps 1 to 10" in text
     assert "one task a step" in text
     assert not any("absent" in warning for warning in found.warnings)  # what is asked for needs no warning

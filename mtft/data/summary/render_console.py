@@ -1,95 +1,84 @@
-"""A description as people see it: tables, one example per task with what is learnt in colour, warnings."""
+"""A description as people see it: tables, one example per task with what is learnt in color, warnings."""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from mtft.data.summary.data_summary import DataSummary, TaskSummary
 from mtft.data.summary.wide_table import WideTable
-
-if TYPE_CHECKING:
-    from mtft.data.summary.summary import DataSummary, TaskSummary
 
 SHOWN = 1200  # characters of a rendered example
 
 
-def render(found: DataSummary) -> Group:
-    parts: list[RenderableType] = [_data(found), _plan(found)]
-    parts += [_spans(found)] if found.spans else []
-    parts += [Text(_summary(found)), Text(""), Text("the first example of each task, learnt parts between ⟦ and ⟧")]
-    parts += [_sample(task) for task in found.tasks]
-    parts += [Text.assemble(("warning: ", "yellow"), warning) for warning in found.warnings]
+def render_summary(summary: DataSummary) -> Group:
+    """Tables, one example per task with its learnt tokens in color, and the warnings."""
+    parts: list[RenderableType] = [_data(summary), _plan(summary)]
+    parts += [_spans(summary)] if summary.spans else []
+    parts += [Text(_summary(summary)), Text(""), Text("the first example of each task, learnt parts between ⟦ and ⟧")]
+    parts += [_sample(task) for task in summary.tasks]
+    parts += [Text.assemble(("warning: ", "yellow"), warning) for warning in summary.warnings]
     return Group(*parts)
 
 
-def plain(found: DataSummary, width: int = 120) -> str:
-    """Without colour the learnt parts of an example stand between ⟦ and ⟧."""
+def summary_text(summary: DataSummary, width: int = 120) -> str:
+    """`render_summary` as plain text: without color the learnt parts of an example stand between ⟦ and ⟧."""
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(render(found))
+    Console(file=stream, width=width, color_system=None).print(render_summary(summary))
     return stream.getvalue()
 
 
-def _data(found: DataSummary) -> WideTable:
-    names = (
-        "task",
-        "examples",
-        "held out",
-        "prompt tokens",
-        "learnt tokens",
-        "mean",
-        "longest",
-        "cut",
-        "dropped",
-        "skipped",
+def _data(summary: DataSummary) -> WideTable:
+    return _table(
+        f"{summary.name}: data",
+        summary,
+        {
+            "examples": lambda task: f"{task.examples:,}",
+            "held out": lambda task: "-" if task.eval_examples is None else f"{task.eval_examples:,}",
+            "prompt tokens": lambda task: f"{task.prompt_tokens:,}",
+            "learnt tokens": lambda task: f"{task.supervised_tokens:,}",
+            "mean": lambda task: f"{task.mean_length:.0f}",
+            "longest": lambda task: f"{task.longest:,}",
+            "cut": lambda task: f"{task.truncated:,}",
+            "dropped": lambda task: f"{task.dropped:,}",
+            "skipped": lambda task: f"{task.skipped:,}",
+        },
     )
-    rows = [
-        (
-            task.name,
-            f"{task.examples:,}",
-            "-" if task.eval_examples is None else f"{task.eval_examples:,}",
-            f"{task.prompt_tokens:,}",
-            f"{task.supervised_tokens:,}",
-            f"{task.mean_length:.0f}",
-            f"{task.longest:,}",
-            f"{task.truncated:,}",
-            f"{task.dropped:,}",
-            f"{task.skipped:,}",
-        )
-        for task in found.tasks
-    ]
-    return WideTable(f"{found.name}: data", names, rows)
 
 
-def _plan(found: DataSummary) -> WideTable:
-    names = "task", "asked", "played", "of tokens", "of learnt", "epochs", "examples/step", "tokens/step", "weight"
-    rows = [
-        (
-            task.name,
-            f"{task.asked_share:.4f}",
-            f"{task.realised_share:.4f}",
-            f"{task.token_share:.3f}",
-            f"{task.supervised_share:.3f}",
-            f"{task.epochs:.2f}",
-            f"{task.examples_per_step:.1f}",
-            f"{task.tokens_per_step:,.0f}",
-            f"{task.weight:g}",
-            f"{task.effective_weight:.4f}",
-        )
-        for task in found.tasks
-    ]
-    return WideTable(f"mixture, by {found.unit}", (*names, "share x weight"), rows)
+def _plan(summary: DataSummary) -> WideTable:
+    return _table(
+        f"mixture, by {summary.unit}",
+        summary,
+        {
+            "asked": lambda task: f"{task.asked_share:.4f}",
+            "played": lambda task: f"{task.realised_share:.4f}",
+            "of tokens": lambda task: f"{task.token_share:.3f}",
+            "of learnt": lambda task: f"{task.supervised_share:.3f}",
+            "epochs": lambda task: f"{task.epochs:.2f}",
+            "examples/step": lambda task: f"{task.examples_per_step:.1f}",
+            "tokens/step": lambda task: f"{task.tokens_per_step:,.0f}",
+            "weight": lambda task: f"{task.weight:g}",
+            "share x weight": lambda task: f"{task.effective_weight:.4f}",
+        },
+    )
 
 
-def _spans(found: DataSummary) -> WideTable:
+def _table(title: str, summary: DataSummary, columns: dict[str, Callable[[TaskSummary], str]]) -> WideTable:
+    rows = [(task.name, *(cell(task) for cell in columns.values())) for task in summary.tasks]
+    return WideTable(title, ("task", *columns), rows)
+
+
+def _spans(summary: DataSummary) -> WideTable:
     """A schedule: how the shares move over the run."""
-    names = [f"steps {span['steps'][0] + 1:,} to {span['steps'][1]:,}" for span in found.spans]
+    names = [f"steps {span['steps'][0] + 1:,} to {span['steps'][1]:,}" for span in summary.spans]
     rows = [
-        (task.name, *(f"{span['asked'][task.name]:.3f} {span['realised'][task.name]:.3f}" for span in found.spans))
-        for task in found.tasks
+        (task.name, *(f"{span['asked'][task.name]:.3f} {span['realised'][task.name]:.3f}" for span in summary.spans))
+        for task in summary.tasks
     ]
     return WideTable("share over the run: asked, played", ("task", *names), rows)
 
@@ -101,12 +90,13 @@ STYLES = {
 }
 
 
-def _summary(found: DataSummary) -> str:
+def _summary(summary: DataSummary) -> str:
     return (
-        f"{found.steps:,} steps of {found.batch:,} {found.unit}: {found.examples:,} examples, {found.tokens:,} tokens "
-        f"({found.tokens_per_step:,.0f} a step), {found.micro_batches_per_step:.1f} micro-batches a step on one "
-        f"process, {found.padding_share:.1%} padding ({'packed' if found.packing else 'one example a row'}"
-        f"{STYLES[found.batch_style]})"
+        f"{summary.steps:,} steps of {summary.batch:,} {summary.unit}: {summary.examples:,} examples, "
+        f"{summary.tokens:,} tokens "
+        f"({summary.tokens_per_step:,.0f} a step), {summary.micro_batches_per_step:.1f} micro-batches a step on one "
+        f"process, {summary.padding_share:.1%} padding ({'packed' if summary.packing else 'one example a row'}"
+        f"{STYLES[summary.batch_style]})"
     )
 
 

@@ -9,7 +9,8 @@ from mtft.common.errors import UserError
 from mtft.data.batching.batches import BatchSource
 from mtft.data.planning import make_plan
 from mtft.data.store.token_store import open_stores
-from mtft.data.summary.summary import summarize_data
+from mtft.data.summary.render_console import summary_text
+from mtft.data.summary.summarize import summarize_data
 from mtft.recipe.schema.recipe import Recipe
 from tests.data.toy_examples import TEMPLATES, tokenizer, write_jsonl
 
@@ -66,7 +67,7 @@ def test_numbers_are_those_of_the_run(tmp_path, made):
 def test_json_and_text(tmp_path, made):
     found = summarize_data(recipe(tmp_path), made, cache_dir=tmp_path)
     assert json.loads(json.dumps(found.as_dict()))["tasks"][1]["name"] == "b"
-    text = found.text()
+    text = summary_text(found)
     assert "⟦the lazy dog<|im_end|>⟧" in text
     assert "toy: data" in text
     assert f"{found.padding_share:.1%} padding" in text

@@ -7,9 +7,8 @@ number here is that of the run and not an estimate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,80 +19,12 @@ from data_mixers.plan.replanned import ReplannedPlan
 from mtft.data.batching.batches import BatchSource
 from mtft.data.planning import make_plan, share_bounds
 from mtft.data.store.token_store import TokenStore, open_stores
+from mtft.data.summary.data_summary import DataSummary, TaskSummary
 from mtft.data.tokenize.encode import runs
 from mtft.recipe.schema.recipe import Recipe
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
 LAID_OUT = 8  # steps, all over the run, whose padding is counted
 LOOKED_AT = 100_000  # examples of a task that are searched for held-out ones
-
-
-@dataclass(frozen=True)
-class TaskSummary:
-    """One task: what is in its store, and what the plan makes of it. Shares are of `unit`, tokens before padding."""
-
-    name: str
-    rows: int
-    examples: int
-    eval_examples: int | None
-    tokens: int
-    prompt_tokens: int
-    supervised_tokens: int
-    mean_length: float
-    longest: int
-    truncated: int
-    dropped: int
-    skipped: int
-    asked_share: float
-    realised_share: float
-    token_share: float
-    supervised_share: float
-    epochs: float
-    examples_per_step: float
-    tokens_per_step: float
-    weight: float
-    effective_weight: float
-    notes: dict[str, int]
-    sample: list[tuple[str, bool]]
-
-
-@dataclass(frozen=True)
-class DataSummary:
-    """All tasks, the plan, and everything that should make the reader stop and think."""
-
-    name: str
-    tasks: tuple[TaskSummary, ...]
-    unit: str
-    steps: int
-    batch: int
-    examples: int
-    tokens: int
-    tokens_per_step: float
-    micro_batches_per_step: float
-    packing: bool
-    batch_style: str
-    padding_share: float
-    spans: tuple[dict[str, Any], ...]
-    """Shares in equal parts of the run, where they change: {"steps": [first, last], "asked": {}, "realised": {}}."""
-    warnings: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain lists, dicts, strings and numbers (JSON)."""
-        return asdict(self)
-
-    def render(self) -> Group:
-        """Tables, one example per task with its learnt tokens in colour, and the warnings, for rich."""
-        from mtft.data.summary.render_console import render
-
-        return render(self)
-
-    def text(self) -> str:
-        """`render` as plain text."""
-        from mtft.data.summary.render_console import plain
-
-        return plain(self)
 
 
 def summarize_data(

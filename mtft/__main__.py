@@ -11,13 +11,8 @@ Under torchrun or accelerate every rank runs this, and only the first one speaks
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from collections.abc import Sequence
-
-
-def is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +81,9 @@ def _report(error: Exception, block: str, code: int, debug: bool) -> int:
 
 
 def _say(text: str) -> None:
-    if is_first_rank():
+    from mtft.distributed.launch import is_main_process
+
+    if is_main_process():
         print(text, file=sys.stderr, flush=True)
 
 

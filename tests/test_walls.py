@@ -253,14 +253,10 @@ def model_loaders(files: Sources) -> list[str]:
 
 # What is still to be cut, with the room that does it.
 KNOWN_ARROWS = {
-    ("mtft.adapters.adapter_writer", "mtft.merge.engine.merge_plan"): "adapters",
     ("mtft.distributed.sharding", "mtft.recipe.compatibility"): "distributed",
     ("mtft.distributed.sharding", "mtft.training.trainer"): "distributed",
     ("mtft.evaluation.lm_eval_model", "mtft.fuse.alpha.spec"): "evaluation",
     ("mtft.evaluation.lm_eval_model", "mtft.fuse.fused_model"): "evaluation",
-    ("mtft.fuse.expert_routing", "mtft.merge.experts.mlp_router"): "fuse",
-    ("mtft.fuse.expert_routing", "mtft.merge.experts.routed_model"): "fuse",
-    ("mtft.fuse.expert_routing", "mtft.merge.experts.routers"): "fuse",
     ("mtft.models.loading", "mtft.losses.token_nll"): "models",
 }
 KNOWN_CIRCLES = {
@@ -285,15 +281,8 @@ KNOWN_CIRCLES = {
     ("mtft.training.step.forward_backward", "mtft.training.trainer"): "training",
     ("mtft.training.finalize", "mtft.training.run_training"): "training",
     ("mtft.data.summary.render_console", "mtft.data.summary.summary"): "data",
-    ("mtft.merge.search.significance", "mtft.merge.search.weight_search"): "merge",
-    ("mtft.cli.common", "mtft.__main__"): "cli",
-    ("mtft.cli.main", "mtft.__main__"): "cli",
 }
 KNOWN = {
-    "mtft.cli.fuse": "cli",
-    "mtft.cli.merge": "cli",
-    "mtft.cli.mix": "cli",
-    "mtft.pipeline.run_recipe": "pipeline",
     "Check": "data_mixers",
     "Decision": "data_mixers",
     "mtft.fuse.fused_model": "fuse",

@@ -8,17 +8,16 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from mtft.adapters.lora_config import CONFIG
-from mtft.adapters.lora_factors import PREFIX, WEIGHTS, LoraAdapter, factor_keys
+from mtft.adapters.lora_factors import PREFIX, WEIGHTS, AdapterLayout, LoraAdapter, factor_keys
 from mtft.adapters.safetensors_io import TensorWriter
 from mtft.common.errors import MergeError
-from mtft.merge.engine.merge_plan import MergePlan
 
 OWN_FILES = frozenset({WEIGHTS, CONFIG, "README.md", "merge.json"})
 DTYPES = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -120,25 +119,40 @@ def _umask() -> int:
 
 
 class AdapterWriter:
-    """Streams merged modules, in the plan's order, into `folder`/adapter_model.safetensors at a uniform rank."""
+    """Streams modules into `folder`/adapter_model.safetensors at a uniform rank.
 
-    def __init__(self, folder: Path, plan: MergePlan, rank: int, dtype: str, saved: dict[str, np.ndarray]) -> None:
-        self.folder, self.plan, self.rank, self.saved = folder, plan, rank, saved
-        self.with_bias = any(module.layout.has_bias for module in plan.modules)
+    Args:
+        folder: There already; empty.
+        adapters: What the result is made from: what their configs agree on goes into its config.
+        layouts: {module: its layout}, in the order in which they will be added.
+        rank: Of every module in the file.
+        dtype: On-disk type (F32, BF16, ...).
+        saved: {key: full tensor} that go along.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        adapters: Sequence[LoraAdapter],
+        layouts: Mapping[str, AdapterLayout],
+        rank: int,
+        dtype: str,
+        saved: dict[str, np.ndarray],
+    ) -> None:
+        self.folder, self.adapters, self.layouts, self.rank, self.saved = folder, adapters, layouts, rank, saved
+        self.with_bias = any(layout.has_bias for layout in layouts.values())
         entries = []
-        for module in plan.modules:
-            layout = module.layout
-            key_A, key_B, key_bias = factor_keys(module.name, layout.kind)
+        for name, layout in layouts.items():
+            key_A, key_B, key_bias = factor_keys(name, layout.kind)
             entries += [(key_A, dtype, (rank, layout.n)), (key_B, dtype, (layout.m, rank))]
             if self.with_bias and layout.kind == "linear":
                 entries.append((key_bias, dtype, (layout.m,)))
         entries += [(key, dtype, values.shape) for key, values in saved.items()]
         self._writer = TensorWriter(folder / WEIGHTS, entries)
-        self._kinds = {module.name: module.layout.kind for module in plan.modules}
 
     def add(self, name: str, B_MR: np.ndarray, A_RN: np.ndarray, bias_M: np.ndarray | None) -> None:
         """Write one module; factors of lower rank get zero rows and columns."""
-        kind = self._kinds[name]
+        kind = self.layouts[name].kind
         key_A, key_B, key_bias = factor_keys(name, kind)
         short = self.rank - A_RN.shape[0]
         try:
@@ -160,28 +174,27 @@ class AdapterWriter:
 
     def write_config(self) -> None:
         """Comes last: a folder without its config is no adapter."""
-        text = json.dumps(peft_config(self.plan, self.rank, self.with_bias, list(self.saved)), indent=2)
-        (self.folder / CONFIG).write_text(text + "\n", "utf-8")
+        (self.folder / CONFIG).write_text(json.dumps(self._config(), indent=2) + "\n", "utf-8")
 
+    def _config(self) -> dict[str, object]:
+        """The adapter_config.json: no patterns, alpha = r, every module by its full name so nothing else matches."""
 
-def peft_config(plan: MergePlan, rank: int, lora_bias: bool, saved: Sequence[str]) -> dict[str, object]:
-    """The adapter_config.json: no patterns, alpha = r, every module by its full name so nothing else matches."""
+        def common(name: str) -> object:
+            values = [getattr(adapter.settings, name) for adapter in self.adapters]
+            return values[0] if all(value == values[0] for value in values) else None
 
-    def common(name: str) -> object:
-        values = [getattr(adapter.settings, name) for adapter in plan.adapters]
-        return values[0] if all(value == values[0] for value in values) else None
-
-    modules = sorted({key[len(PREFIX) :].rsplit(".", 1)[0] for key in saved if not _is_base_bias(key, plan)})
-    config = plain_config(rank, [module.name for module in plan.modules], plan.adapters[0].settings.base)
-    return {
-        **config,
-        "task_type": common("task_type"),
-        "auto_mapping": common("auto_mapping"),
-        "revision": common("revision"),
-        "lora_bias": lora_bias,
-        "fan_in_fan_out": plan.adapters[0].settings.fan_in_fan_out,
-        "modules_to_save": modules or None,
-    }
+        tensors = [key for key in self.saved if not _is_base_bias(key, self.adapters)]
+        modules = sorted({key[len(PREFIX) :].rsplit(".", 1)[0] for key in tensors})
+        settings = self.adapters[0].settings
+        return {
+            **plain_config(self.rank, list(self.layouts), settings.base),
+            "task_type": common("task_type"),
+            "auto_mapping": common("auto_mapping"),
+            "revision": common("revision"),
+            "lora_bias": self.with_bias,
+            "fan_in_fan_out": settings.fan_in_fan_out,
+            "modules_to_save": modules or None,
+        }
 
 
 def plain_config(rank: int, modules: Sequence[str], base: str | None) -> dict[str, object]:
@@ -209,8 +222,8 @@ def plain_config(rank: int, modules: Sequence[str], base: str | None) -> dict[st
     }
 
 
-def _is_base_bias(key: str, plan: MergePlan) -> bool:
+def _is_base_bias(key: str, adapters: Sequence[LoraAdapter]) -> bool:
     """A trained bias of the base (bias != none), not part of a module in modules_to_save."""
     stem = key[len(PREFIX) :].rsplit(".", 1)[0]
-    names = {name for adapter in plan.adapters for name in adapter.settings.modules_to_save}
+    names = {name for adapter in adapters for name in adapter.settings.modules_to_save}
     return key.endswith(".bias") and not any(stem == name or stem.endswith("." + name) for name in names)

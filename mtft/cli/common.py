@@ -32,7 +32,7 @@ def load(path: Path, overrides: list[str] | None, stage: Stage, *, files: bool =
 
 def say(text: str) -> None:
     """One line for people, from the first rank only."""
-    from mtft.__main__ import is_first_rank
+    from mtft.distributed.launch import is_main_process
 
-    if is_first_rank():
+    if is_main_process():
         typer.echo(text, err=True)

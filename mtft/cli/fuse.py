@@ -12,13 +12,13 @@ from mtft.cli.common import Overrides, Overwrite, RecipeArgument, load, say
 if TYPE_CHECKING:
     from mtft.fuse.batch.resumable_jsonl import BatchSummary
 
-fuse = typer.Typer(help="Steer a large model with a small tuned one.", no_args_is_help=True)
+fuse_app = typer.Typer(help="Steer a large model with a small tuned one.", no_args_is_help=True)
 
 Rows = Annotated[Path, typer.Option("--in", help="JSONL file to read.")]
 RowsOut = Annotated[Path, typer.Option("--out", help="JSONL file to write; the same command continues it.")]
 
 
-@fuse.command("generate")
+@fuse_app.command("generate")
 def fuse_generate(
     recipe: RecipeArgument, rows: Rows, out: RowsOut, overrides: Overrides = None, overwrite: Overwrite = False
 ) -> None:
@@ -31,7 +31,7 @@ def fuse_generate(
     _summarise(generate(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite), out)
 
 
-@fuse.command("score")
+@fuse_app.command("score")
 def fuse_score(
     recipe: RecipeArgument, rows: Rows, out: RowsOut, overrides: Overrides = None, overwrite: Overwrite = False
 ) -> None:
@@ -44,7 +44,7 @@ def fuse_score(
     _summarise(score(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite), out)
 
 
-@fuse.command("serve")
+@fuse_app.command("serve")
 def fuse_serve(
     recipe: RecipeArgument,
     overrides: Overrides = None,

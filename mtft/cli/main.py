@@ -46,11 +46,11 @@ def check(
 
     Everything that can be found before any weight is loaded: asked and realised shares, epochs, tokens, steps, memory.
     """
-    from mtft.__main__ import is_first_rank
+    from mtft.distributed.launch import is_main_process
     from mtft.pipeline.check import check_recipe
     from mtft.recipe.load import load_recipe
 
-    if not is_first_rank():  # under a launcher, whose engine is a part of what is checked
+    if not is_main_process():  # under a launcher, whose engine is a part of what is checked
         return
     found = check_recipe(load_recipe(recipe, overrides or []))
     if as_json:
@@ -156,7 +156,7 @@ def run(
 
     Finished stages are skipped, interrupted ones continue.
     """
-    from mtft.pipeline.run_recipe import run_recipe as run_pipeline
+    from mtft.pipeline.run_stages import run_recipe as run_pipeline
 
     run_pipeline(load(recipe, overrides, "run"), fresh=fresh, launch=launch)
 

@@ -10,7 +10,7 @@ import typer
 from mtft.cli.common import Overwrite, load
 
 
-def merge(
+def merge_command(
     arguments: Annotated[
         list[str],
         typer.Argument(metavar="RECIPE [KEY=VALUE]... | ADAPTER...", help="A recipe, or folders of PEFT adapters."),

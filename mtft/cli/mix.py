@@ -12,14 +12,14 @@ import typer
 
 from mtft.cli.common import Overrides, RecipeArgument, load, say
 
-mix = typer.Typer(help="Predict the best mixture from a few cheap trials.", no_args_is_help=True)
+mix_app = typer.Typer(help="Predict the best mixture from a few cheap trials.", no_args_is_help=True)
 
 Goal = Literal["min", "max"]
 INDEX_HELP = "Column that joins the files. Default: index, id or trial, else the first."
 SURROGATE_HELP = "auto (a stack), or one: linear, ridge, lightgbm, mlp, exp, power, bimix, transfer, gp, warped."
 
 
-@mix.command("design")
+@mix_app.command("design")
 def mix_design(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print the trial mixtures (CSV).
 
@@ -30,7 +30,7 @@ def mix_design(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     typer.echo(mix_design(load(recipe, overrides, "mix")), nl=False)
 
 
-@mix.command("sweep")
+@mix_app.command("sweep")
 def mix_sweep(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Run the trials that the ledger does not hold yet."""
     from mtft.pipeline.stages.mix import mix_dir, mix_sweep
@@ -42,7 +42,7 @@ def mix_sweep(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     raise typer.Exit(done.exit_code)
 
 
-@mix.command("propose")
+@mix_app.command("propose")
 def mix_propose(
     arguments: Annotated[
         list[str] | None,
@@ -122,7 +122,7 @@ def mix_propose(
         say(f"{'the proposed mixture' if proposal.verdict == 'better' else 'the current mixture, kept,'} in {out}")
 
 
-@mix.command("fit")
+@mix_app.command("fit")
 def mix_fit(
     mixtures: Annotated[Path, typer.Option(help="CSV: one trial a row, one column a task with its share.")],
     scores: Annotated[Path, typer.Option(help="CSV: one trial a row, one column a target.")],
@@ -182,7 +182,7 @@ def mix_fit(
             say(f"{rows} predictions in {out}")
 
 
-@mix.command("relevance")
+@mix_app.command("relevance")
 def mix_relevance(
     sketches: Annotated[Path, typer.Option(help="CSV: one column a task (its head, or a sketch of its gradient).")],
     target: Annotated[str, typer.Option(help="Column of the task that the others are to help.")],

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mtft.adapters.mlp_router import load_router
+from mtft.adapters.routers import ArrowRouter
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.decoding.multi_lora import BASE
-from mtft.merge.experts.mlp_router import load_router
-from mtft.merge.experts.routed_model import last_states
-from mtft.merge.experts.routers import Arrow
+from mtft.models.hidden_states import last_token_states
 
 if TYPE_CHECKING:
     from mtft.fuse.load_models import WeakModel
@@ -35,7 +35,7 @@ class PromptRouter:
 
     def __init__(self, path: str | Path, experts: Sequence[str | Path]) -> None:
         router = load_router(path)
-        if isinstance(router, Arrow):
+        if isinstance(router, ArrowRouter):
             raise FusionError(
                 "an Arrow router weighs experts for each token and module, not for a prompt",
                 where=str(path),
@@ -55,7 +55,7 @@ class PromptRouter:
     def weights(self, weak: WeakModel, prompt_L: Tensor) -> tuple[float, ...]:
         """One weight per expert, >= 0, adding up to 1, for the ids of one prompt."""
         weak.layout.set((BASE,), 1)
-        state_1D = last_states(weak.model, prompt_L[None].to(weak.model.device)).double().cpu().numpy()
+        state_1D = last_token_states(weak.model, prompt_L[None].to(weak.model.device)).double().cpu().numpy()
         p_K = self.router.probabilities(state_1D)[0]
         return tuple(float(p_K[k]) for k in self.order)
 

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from mtft.adapters.routers import CentroidRouter
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.decoding.multi_lora import BASE
 from mtft.fuse.expert_routing import PromptRouter
 from mtft.fuse.fused_model import FusedCausalLM
 from mtft.fuse.server.batch_engine import BatchEngine
 from mtft.fuse.server.jobs import GenerationJob
-from mtft.merge.experts.routed_model import last_states
-from mtft.merge.experts.routers import Router, arrow
+from mtft.merge.experts.arrow_prototypes import arrow_router
+from mtft.models.hidden_states import last_token_states
 from tests.fuse import tiny
 
 IDS, MASK = tiny.prompts()
@@ -24,7 +25,7 @@ ROUTED = FusionSpec(weights="router")
 def state(small, ids):
     small.layout.set((BASE,), 1)
     with torch.no_grad():
-        return last_states(small.model, ids[None]).double().numpy()
+        return last_token_states(small.model, ids[None]).double().numpy()
 
 
 def alone(row):
@@ -42,7 +43,7 @@ def file(small, tmp_path_factory):
     noise = np.random.default_rng(0).normal(size=(6, 16)) * 0.01
     states = {"odd": state(small, alone(0)) + noise, "one": state(small, alone(1)) + noise}
     path = tmp_path_factory.mktemp("router") / "router.safetensors"
-    Router.fit(states, temperature=2e5).save(path)  # so mild that weights are neither 0 nor 1
+    CentroidRouter.fit(states, temperature=2e5).save(path)  # so mild that weights are neither 0 nor 1
     return path
 
 
@@ -53,7 +54,7 @@ def routed(small, folders, file):
 
 @pytest.fixture(scope="module")
 def weights(small, file):
-    router = Router.load(file)
+    router = CentroidRouter.load(file)
     found = [router.probabilities(state(small, alone(row)))[0][::-1].tolist() for row in range(len(IDS))]
     assert all(0.01 < w < 0.99 for row in found for w in row)
     assert found[0][1] > 0.5
@@ -101,8 +102,8 @@ def test_the_servers_engine_routes_each_job(routed, double, weights, monkeypatch
 
 
 def test_a_sure_router_is_that_expert_alone(small, single, folders, file, tmp_path):
-    sure = Router.load(file)
-    Router(sure.names, sure.centroids_KD, sure.sigma_D, 1e-6).save(tmp_path / "sure.safetensors")
+    sure = CentroidRouter.load(file)
+    CentroidRouter(sure.names, sure.centroids_KD, sure.sigma_D, 1e-6).save(tmp_path / "sure.safetensors")
     router = PromptRouter(tmp_path / "sure.safetensors", [folders["one"], folders["odd"]])
     assert router.weights(small, alone(1)) == (1.0, 0.0)
     one = {"input_ids": IDS[1:2], "attention_mask": MASK[1:2], "max_new_tokens": 8, "pad_token_id": 0}
@@ -119,7 +120,7 @@ def test_names_are_found_in_paths(file, tmp_path):
 
 
 def test_what_can_not_be_routed_is_refused(routed, small, folders, file, tmp_path):
-    arrow([folders["one"], folders["two"]]).save(tmp_path / "arrow.safetensors")
+    arrow_router([folders["one"], folders["two"]]).save(tmp_path / "arrow.safetensors")
     with pytest.raises(FusionError, match="an Arrow router"):
         PromptRouter(tmp_path / "arrow.safetensors", [folders["one"], folders["two"]])
     with pytest.raises(FusionError, match="where the prompt ends"):

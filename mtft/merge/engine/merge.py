@@ -74,7 +74,7 @@ def merge_adapters(
         _check_vllm(plan, kept)
     with replacing(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened]) as folder:
         results, final_rank = _spectra_and_rank(plan, rank, energy, workers)
-        writer = AdapterWriter(folder, plan, final_rank, disk_dtype(opened, dtype), kept)
+        writer = AdapterWriter(folder, opened, plan.layouts, final_rank, disk_dtype(opened, dtype), kept)
         spectra = {}
         try:
             for result in results:

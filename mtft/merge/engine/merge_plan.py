@@ -42,6 +42,11 @@ class MergePlan:
     precision: str  # of the maths
     seed: int
 
+    @property
+    def layouts(self) -> dict[str, AdapterLayout]:
+        """{module: its layout}, in the order in which the modules are merged."""
+        return {module.name: module.layout for module in self.modules}
+
     def dtype_of(self, module: ModulePlan) -> np.dtype:
         """auto: fp64 in core space, where it costs nothing; fp32 for dense passes, the peers' precision."""
         dense = self.methods[module.method].space == "dense"

@@ -20,13 +20,13 @@ import numpy as np
 
 from mtft.adapters.adapter_writer import AdapterWriter, disk_dtype, replacing, usual_rank
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
+from mtft.adapters.mlp_router import MlpRouter
+from mtft.adapters.routers import CentroidRouter
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.engine.merge_plan import MergePlan, check_together, make_merge_plan
 from mtft.merge.engine.report import MergeReport
-from mtft.merge.experts.mlp_router import MlpRouter
-from mtft.merge.experts.routers import Router
-from mtft.merge.experts.routers import arrow as prototypes_of
+from mtft.merge.experts.arrow_prototypes import arrow_router as prototypes_of
 from mtft.merge.linalg.core_space import Spectrum, one_thread, svd, to_core
 
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -43,7 +43,7 @@ def twin(
     average: bool = True,
     rank: int | str = "auto",
     with_shared: bool = False,
-    router: Router | MlpRouter | None = None,
+    router: CentroidRouter | MlpRouter | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
     **more,
@@ -142,7 +142,7 @@ def _write_experts(
         writers = []
         for folder in folders:
             (scratch / folder).mkdir()
-            writers.append(AdapterWriter(scratch / folder, plan, rank, dtype, {}))
+            writers.append(AdapterWriter(scratch / folder, plan.adapters, plan.layouts, rank, dtype, {}))
             stack.callback(writers[-1].abort)
         for module in plan.modules:
             factors = [adapter.factors(module.name) for adapter in plan.adapters]
@@ -206,7 +206,7 @@ def skills(
             gates = 1 / (1 + np.exp(-np.asarray(table, np.float64)))
             gates /= gates.sum(axis=1, keepdims=True)
             (scratch / task).mkdir()
-            writer = AdapterWriter(scratch / task, plan, rank, disk_dtype(opened, dtype), {})
+            writer = AdapterWriter(scratch / task, opened, plan.layouts, rank, disk_dtype(opened, dtype), {})
             try:
                 for module in plan.modules:
                     factors = [f for adapter in opened if (f := adapter.factors(module.name)) is not None]

@@ -2,9 +2,9 @@
 
     y += s_S B_S A_S x + sum_k p_k s_k B_k A_k x
 
-With a `Router` or `MlpRouter`, p is one vector per row of the batch, from the base model's last-token state of the
-prompt. With an `Arrow`, p is one vector per token and module. For servers that route themselves the folders that
-`mtft merge` writes are plain LoRAs; this wrapper is for transformers' `generate`:
+With a `CentroidRouter` or `MlpRouter`, p is one vector per row of the batch, from the base model's last-token state of
+the prompt. With an `ArrowRouter`, p is one vector per token and module. For servers that route themselves the folders
+that `mtft merge` writes are plain LoRAs; this wrapper is for transformers' `generate`:
 
     routed = load_routed(model, "runs/x/merge/adapter")
     tokens = routed.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=64)
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
+from mtft.adapters.mlp_router import MlpRouter, load_router
+from mtft.adapters.routers import ArrowRouter, CentroidRouter
 from mtft.common.errors import MergeError
-from mtft.merge.experts.mlp_router import MlpRouter, load_router
-from mtft.merge.experts.routers import Arrow, Router
+from mtft.models.hidden_states import last_token_states
 
 FACTS = ("twin.json", "arrow.json")
 ROUTER = "router.safetensors"
@@ -39,7 +40,7 @@ class RoutedModel:
         self,
         model: Any,
         experts: Sequence[str | Path | LoraAdapter],
-        router: Router | MlpRouter | Arrow,
+        router: CentroidRouter | MlpRouter | ArrowRouter,
         *,
         shared: str | Path | LoraAdapter | None = None,
         top: int | None = None,
@@ -83,7 +84,7 @@ class RoutedModel:
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
         """Set and return p [B, K] for these prompts; None with Arrow, which decides token by token."""
-        if isinstance(self.router, Arrow):
+        if isinstance(self.router, ArrowRouter):
             return None
         states = self.states(input_ids, attention_mask).double().cpu().numpy()
         self.probabilities_BK = torch.tensor(self.router.probabilities(states), device=input_ids.device)
@@ -91,10 +92,10 @@ class RoutedModel:
 
     @torch.no_grad()
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Last-token states [B, d] of the base model alone: what a Router is fitted on."""
+        """Last-token states [B, d] of the base model alone: what a router is fitted on."""
         self._on = False
         try:
-            return last_states(self.model, input_ids, attention_mask)
+            return last_token_states(self.model, input_ids, attention_mask)
         finally:
             self._on = True
 
@@ -115,7 +116,7 @@ class RoutedModel:
 
     def _weights(self, name: str, x: Tensor) -> Tensor:
         """p for the positions of x: [B, 1, K] or [B, T, K]."""
-        if isinstance(self.router, Arrow):
+        if isinstance(self.router, ArrowRouter):
             flat = x.reshape(-1, x.shape[-1]).double().cpu().numpy()
             p = self.router.probabilities(name, flat, self.top, self.temperature)
             return torch.tensor(p, dtype=x.dtype, device=x.device).reshape(*x.shape[:-1], -1)
@@ -126,18 +127,6 @@ class RoutedModel:
             )
         p = p.repeat_interleave(x.shape[0] // len(p), dim=0)  # beams of one prompt lie side by side
         return p.to(x.dtype).reshape(len(p), *([1] * (x.dim() - 2)), -1)
-
-
-@torch.no_grad()
-def last_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """States [B, d] of the last layer at each row's last token that the mask lets through."""
-    out = model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False)
-    hidden_BTD = out.hidden_states[-1]
-    if attention_mask is None:
-        return hidden_BTD[:, -1]
-    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (attention_mask * positions).argmax(dim=1)
-    return hidden_BTD[torch.arange(len(last)), last]
 
 
 def load_routed(model: Any, folder: str | Path) -> RoutedModel:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mtft.merge.search.weight_search import SearchResult, SearchTrial, pareto
+from mtft.merge.search.search_trials import SearchTrial
+from mtft.merge.search.weight_search import SearchResult
 
 
 def pareto_facts(names: Sequence[str], found: SearchResult) -> dict[str, object]:
     """What front.json holds (mtft.report.sections.pareto draws it)."""
-    best = pareto(found.trials)
+    best = pareto_front(found.trials)
 
     def row(trial: SearchTrial) -> dict[str, object]:
         return {"weights": list(trial.weights), "losses": trial.losses, "front": trial in best}
@@ -23,3 +24,13 @@ def pareto_facts(names: Sequence[str], found: SearchResult) -> dict[str, object]
         "chosen": row(chosen),
         "verdict": found.verdict,
     }
+
+
+def pareto_front(trials: Sequence[SearchTrial]) -> list[SearchTrial]:
+    """The trials that no other beats in every task: one weight vector, hence one adapter, per trade-off."""
+
+    def beaten(a: SearchTrial, b: SearchTrial) -> bool:
+        gaps = [b.losses[task] - a.losses[task] for task in a.losses]
+        return max(gaps) <= 0 and min(gaps) < 0
+
+    return [trial for trial in trials if not any(beaten(trial, other) for other in trials)]

@@ -7,12 +7,10 @@ the one that stands by more than two standard errors of the difference (paired b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from mtft.merge.search.weight_search import SearchTrial
+from mtft.merge.search.search_trials import SearchTrial, loss_of
 
 Objective = Callable[[Mapping[str, float]], float]
 
@@ -51,13 +49,6 @@ def _name(trial: SearchTrial) -> str:
     if values == {1.0}:
         return "the uniform merge"
     return f"the common weight {values.pop():.3g}" if len(values) == 1 else "a weight each"
-
-
-def loss_of(value) -> float:
-    """A loss, or the loss of per-example scores."""
-    if isinstance(value, int | float | np.floating):
-        return float(value)
-    return float(value.nll_N.sum() / value.tokens_N.sum())
 
 
 def _paired_error(objective: Objective, first: Mapping, second: Mapping, draws: int = 1000) -> float | None:

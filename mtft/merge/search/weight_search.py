@@ -7,35 +7,25 @@
 K weights. LoraHub (Huang et al., arXiv 2307.13269) is the same on weights in [-1.5, 1.5] from 0 with 0.05 * mean |w|
 added; the sum merged is exact here, where LoraHub adds A and B apart. `front` spreads its trials over all trade-offs
 instead of seeking one: any preference vector then picks its weights from the ledger, with no training and no new trial
-(the use that IBCL makes of convex combinations, Lu et al., arXiv 2305.14782). verdict.py then decides whether the
+(the use that IBCL makes of convex combinations, Lu et al., arXiv 2305.14782). significance.py then decides whether the
 winner is better than equal weights, on data that the search has not seen if `check` is given.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mtft.common.errors import MergeError
-from mtft.merge.search.retention import RetentionScores
-from mtft.merge.search.significance import judge_search, loss_of
+from mtft.merge.search.search_trials import Evaluate, SearchLedger, SearchTrial
+from mtft.merge.search.significance import judge_search
 
 SCALES = (0.3, 0.5, 0.7, 1.0, 1.3)
 WAYS = ("grid", "cobyqa", "cma", "lorahub", "front")
-Evaluate = Callable[[Sequence[float]], Mapping[str, "float | RetentionScores"]]
-"""weights [K] -> {task: loss}, or {task: per-example scores}, which alone can say how sure a difference is."""
-
-
-@dataclass(frozen=True)
-class SearchTrial:
-    weights: tuple[float, ...]
-    losses: dict[str, float]
-    objective: float
 
 
 @dataclass(frozen=True)
@@ -79,32 +69,24 @@ def run_weight_search(
         raise MergeError(f"unknown search {by!r}", where="by", do=f"one of {', '.join(WAYS)}")
     K = len(names)
     _check_preference(prefer)
-    book = _Book(names, evaluate, base, single, worst, 0.05 if by == "lorahub" else 0.0, ledger, prefer)
-    uniform = book.trial([1.0] * K)
+    ledger = SearchLedger(
+        names, evaluate, base, single, worst=worst, prefer=prefer, path=ledger, penalty=0.05 if by == "lorahub" else 0.0
+    )
+    uniform = ledger.trial([1.0] * K)
     for scale in SCALES:
-        book.trial([scale] * K)
+        ledger.trial([scale] * K)
     if by in ("cobyqa", "lorahub"):
-        _cobyqa(book, K, by, budget)
+        _cobyqa(ledger, K, by, budget)
     elif by == "cma":
-        _cma(book, K, budget, seed)
+        _cma(ledger, K, budget, seed)
     elif by == "front":
-        for weights in front_weights(K, budget - len(SCALES), best_scale(book.trials), seed):
-            book.trial(weights)
-    best = min(book.trials, key=lambda trial: trial.objective)
-    common = min((t for t in book.trials if len(set(t.weights)) == 1), key=lambda t: t.objective)
+        for weights in front_weights(K, budget - len(SCALES), best_scale(ledger.trials), seed):
+            ledger.trial(weights)
+    best = min(ledger.trials, key=lambda trial: trial.objective)
+    common = min((t for t in ledger.trials if len(set(t.weights)) == 1), key=lambda t: t.objective)
     data = "on the data it was chosen on" if check is None else "on data the search has not seen"
-    chosen, gain, error, text = judge_search([uniform, common, best], check or evaluate, book.objective)
-    return SearchResult(chosen.weights, best, uniform, gain, error, f"{text} {data}", book.trials)
-
-
-def pareto(trials: Sequence[SearchTrial]) -> list[SearchTrial]:
-    """The trials that no other beats in every task: one weight vector, hence one adapter, per trade-off."""
-
-    def beaten(a: SearchTrial, b: SearchTrial) -> bool:
-        gaps = [b.losses[task] - a.losses[task] for task in a.losses]
-        return max(gaps) <= 0 and min(gaps) < 0
-
-    return [trial for trial in trials if not any(beaten(trial, other) for other in trials)]
+    chosen, gain, error, text = judge_search([uniform, common, best], check or evaluate, ledger.objective)
+    return SearchResult(chosen.weights, best, uniform, gain, error, f"{text} {data}", ledger.trials)
 
 
 def best_scale(trials: Sequence[SearchTrial]) -> float:
@@ -138,96 +120,24 @@ def _check_preference(prefer: Mapping[str, float] | None) -> None:
         raise MergeError(f"prefer is {dict(prefer or {})}", where="prefer", do="numbers >= 0, at least one above 0")
 
 
-class _Book:
-    """All trials: evaluated once, written down at once."""
-
-    def __init__(self, names, evaluate, base, single, worst, penalty, ledger, prefer=None) -> None:
-        self.names, self._evaluate = list(names), evaluate
-        self._base, self._single, self._worst, self._penalty = base, single, worst, penalty
-        self._prefer = dict(prefer) if prefer else None
-        self._path = Path(ledger) if ledger else None
-        self._known: dict[tuple[float, ...], dict[str, float]] = {}
-        self.trials: list[SearchTrial] = []
-        if self._path and self._path.exists():
-            self._read()
-
-    def trial(self, weights: Sequence[float]) -> SearchTrial:
-        key = tuple(float(w) for w in weights)
-        if key not in self._known:
-            losses = {task: loss_of(value) for task, value in self._evaluate(key).items()}
-            if not losses or not all(map(math.isfinite, losses.values())):
-                raise MergeError(f"losses at weights {list(key)} are {losses}", where="search", do="check the data")
-            self._known[key] = losses
-            self._write(key, losses)
-        losses = self._known[key]
-        made = SearchTrial(key, losses, self.objective(losses) + self._penalty * float(np.mean(np.abs(key))))
-        if made not in self.trials:
-            self.trials.append(made)
-        return made
-
-    def objective(self, losses: Mapping[str, float]) -> float:
-        shares = self._shares(losses)
-        if self._prefer is not None:
-            shares = {task: share for task, share in shares.items() if self._prefer.get(task, 0) > 0}
-            if not shares:
-                known = ", ".join(losses)
-                raise MergeError("no preferred task can be compared", where="prefer", do=f"name tasks of {known}")
-        values = list(shares.values())
-        weights = None if self._prefer is None else [self._prefer[task] for task in shares]
-        return float(np.average(values, weights=weights) + self._worst * np.max(values))
-
-    def _shares(self, losses: Mapping[str, float]) -> dict[str, float]:
-        if self._base is None or self._single is None:
-            return dict(losses)
-        gaps = {task: self._base[task] - self._single[task] for task in losses if task in self._single}
-        learnt = [task for task, gap in gaps.items() if gap > 0]
-        if not learnt:
-            do = "train the experts longer, or search without base and single"
-            raise MergeError("no expert is better than the base", where="search", do=do)
-        return {task: (losses[task] - self._single[task]) / gaps[task] for task in learnt}
-
-    def _write(self, key: tuple[float, ...], losses: Mapping[str, float]) -> None:
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"adapters": self.names, "weights": key, "losses": losses}) + "\n")
-
-    def _read(self) -> None:
-        assert self._path is not None
-        text = self._path.read_text("utf-8")
-        if text and not text.endswith("\n"):  # a killed run left half a line: don't write on it
-            self._path.write_text(text + "\n", "utf-8")
-        for number, line in enumerate(text.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                names, key, losses = row["adapters"], tuple(map(float, row["weights"])), dict(row["losses"])
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that a killed run left unfinished: that trial is done again
-            if names != self.names:
-                where = f"{self._path}, line {number}"
-                raise MergeError("the ledger belongs to other adapters", where=where, do="choose another file")
-            self._known[key] = {task: float(loss) for task, loss in losses.items()}
-
-
-def _cobyqa(book: _Book, K: int, by: str, budget: int) -> None:
+def _cobyqa(ledger: SearchLedger, K: int, by: str, budget: int) -> None:
     from scipy.optimize import Bounds, minimize
 
     low = -1.5 if by == "lorahub" else 0.0
-    start = np.zeros(K) if by == "lorahub" else np.array(min(book.trials, key=lambda t: t.objective).weights)
+    start = np.zeros(K) if by == "lorahub" else np.array(min(ledger.trials, key=lambda t: t.objective).weights)
     options = {"maxfev": max(budget, K + 2), "initial_tr_radius": 0.2}
-    function = lambda w: book.trial(np.clip(w, low, 1.5).round(12)).objective  # noqa: E731
+    function = lambda w: ledger.trial(np.clip(w, low, 1.5).round(12)).objective  # noqa: E731
     minimize(function, start, method="COBYQA", bounds=Bounds(low, 1.5), options=options)
 
 
-def _cma(book: _Book, K: int, budget: int, seed: int) -> None:
+def _cma(ledger: SearchLedger, K: int, budget: int, seed: int) -> None:
     try:
         import cma
     except ImportError:
         raise MergeError("the package cma is not installed", where="by", do="pip install cma, or by: cobyqa") from None
-    start = min(book.trials, key=lambda t: t.objective).weights
+    start = min(ledger.trials, key=lambda t: t.objective).weights
     settings = {"bounds": [0, 1.5], "maxfevals": budget, "seed": seed + 1, "verbose": -9}
     run = cma.CMAEvolutionStrategy(np.array(start), 0.2, settings)
     while not run.stop():
         tries = run.ask()
-        run.tell(tries, [book.trial(np.clip(w, 0, 1.5)).objective for w in tries])
+        run.tell(tries, [ledger.trial(np.clip(w, 0, 1.5)).objective for w in tries])

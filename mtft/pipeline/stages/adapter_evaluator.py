@@ -155,11 +155,11 @@ class AdapterEvaluator:
         """Scores of the experts in `folder` behind their router (mtft.merge.experts.routed_model), each row routed by
         its prompt.
         """
+        from mtft.adapters.routers import ArrowRouter
         from mtft.merge.experts.routed_model import load_routed
-        from mtft.merge.experts.routers import Arrow
 
         routed = load_routed(self.model, folder)
-        by_token = isinstance(routed.router, Arrow)
+        by_token = isinstance(routed.router, ArrowRouter)
         score = self.score_with(self.model)
 
         def score_routed(batch: Batch):

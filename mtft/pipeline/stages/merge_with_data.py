@@ -127,16 +127,16 @@ def train_gates(recipe: Recipe, how: GateTraining, adapters: Sequence[LoraAdapte
 
 def fit_router(kind: str, adapters: Sequence[LoraAdapter], adapted: AdapterEvaluator, seed: int):
     """A router on the base's last states of each adapter's own prompts."""
-    from mtft.merge.experts.mlp_router import MlpRouter
-    from mtft.merge.experts.routed_model import last_states
-    from mtft.merge.experts.routers import Router
+    from mtft.adapters.mlp_router import MlpRouter
+    from mtft.adapters.routers import CentroidRouter
+    from mtft.models.hidden_states import last_token_states
 
     states = {}
     with adapted.adapter(None) as model:
         for name, task in tasks_of(adapters, adapted, "the router").items():
-            rows = [last_states(model, b.input_ids_BT, prompt_mask(b)) for b in adapted.batches(task, "choose")]
+            rows = [last_token_states(model, b.input_ids_BT, prompt_mask(b)) for b in adapted.batches(task, "choose")]
             states[name] = np.concatenate([x.double().cpu().numpy() for x in rows])
-    return MlpRouter.fit(states, seed=seed) if kind == "mlp" else Router.fit(states)
+    return MlpRouter.fit(states, seed=seed) if kind == "mlp" else CentroidRouter.fit(states)
 
 
 def measure_grams(adapters: Sequence[LoraAdapter], adapted: AdapterEvaluator, folder: Path) -> None:

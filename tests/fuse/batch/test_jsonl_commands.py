@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from mtft.adapters.routers import CentroidRouter
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.batch import jsonl_commands, resumable_jsonl
 from mtft.fuse.from_recipe import fingerprint, open_fusion
-from mtft.merge.experts.routers import Router
 from mtft.recipe.schema.recipe import Recipe
 from tests.fuse import tiny
 
@@ -199,7 +199,7 @@ def test_a_recipe_with_a_router(places, tmp_path):
     """Each prompt gets the weights that the router gives it; another router makes another run."""
     two, file = tiny.adapter(tmp_path / "two", places["small"], 12), tmp_path / "router.safetensors"
     states = np.random.default_rng(0).normal(size=(2, 6, 16))
-    Router.fit({"two": states[0], "expert": states[1]}).save(file)
+    CentroidRouter.fit({"two": states[0], "expert": states[1]}).save(file)
     experts = {"adapters": [str(places["expert"]), str(two)], "temperature": 0.0}
     recipe = recipe_of(places, tmp_path, weights="router", router=str(file), **experts)
     fused, rows = open_fusion(recipe), [{"prompt": "the quick"}, {"prompt": "dog"}]
@@ -212,7 +212,7 @@ def test_a_recipe_with_a_router(places, tmp_path):
     jsonl_commands.generate(recipe_of(places, tmp_path, **experts), given, tmp_path / "y.jsonl", fused=fused)
     assert read(tmp_path / "routed.jsonl") == read(tmp_path / "y.jsonl")
     before = fingerprint(recipe)
-    Router.fit({"two": states[1], "expert": states[0]}).save(file)
+    CentroidRouter.fit({"two": states[1], "expert": states[0]}).save(file)
     assert fingerprint(recipe) != before
     file.unlink()
     with pytest.raises(FusionError, match="no router there"):

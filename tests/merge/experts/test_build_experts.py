@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from mtft.adapters.mlp_router import MlpRouter, load_router
+from mtft.adapters.routers import ArrowRouter, CentroidRouter
 from mtft.merge import LoraFactors, MergeError, merge_adapters, read_adapter
+from mtft.merge.experts.arrow_prototypes import arrow_router
 from mtft.merge.experts.build_experts import export_arrow, skills, twin
-from mtft.merge.experts.mlp_router import MlpRouter, load_router
-from mtft.merge.experts.routers import Arrow, Router, arrow
 from mtft.merge.methods import make_method
 from mtft.merge.methods.doge import _directions
 from tests.merge import golden as g
@@ -67,7 +68,7 @@ def test_with_shared_gives_one_plain_adapter_per_request(tmp_path, paths):
     twin(paths, tmp_path / "out", overwrite=True)
 
 
-@pytest.mark.parametrize("kind", [Router, MlpRouter])
+@pytest.mark.parametrize("kind", [CentroidRouter, MlpRouter])
 def test_router_finds_its_own(tmp_path, paths, kind):
     rng = np.random.default_rng(0)
     centres = dict(zip(g.NAMES, 2 * rng.normal(size=(3, 16))))
@@ -90,7 +91,7 @@ def test_router_finds_its_own(tmp_path, paths, kind):
 
 def test_arrow_golden(tmp_path):
     paths = g.write_golden(tmp_path)
-    found = arrow(paths)
+    found = arrow_router(paths)
     v = found.prototypes["layers.0.q"]
     np.testing.assert_allclose(v[0, :3], [-0.424936095, -0.059362503, 0.072302040], atol=1e-6)
     for k, f in enumerate(g.factors()):
@@ -98,19 +99,19 @@ def test_arrow_golden(tmp_path):
         assert abs(v[k] @ top) == pytest.approx(1)
         assert v[k][np.abs(v[k]).argmax()] > 0
     found.save(tmp_path / "router.safetensors")
-    again = Arrow.load(tmp_path / "router.safetensors")
+    again = ArrowRouter.load(tmp_path / "router.safetensors")
     assert again.names == g.NAMES
     np.testing.assert_array_equal(again.prototypes["layers.0.q"], v)
 
 
 def test_arrow_routes_and_subtracts_exact_deltas(tmp_path):
     paths = g.write_golden(tmp_path)
-    common = arrow(paths[:2], general=[paths[2]])
+    common = arrow_router(paths[:2], general=[paths[2]])
     one, two, three = (g.delta(f) for f in g.factors())
     for k, D in enumerate((one, two)):
         top = np.linalg.svd(D - three)[2][0]
         assert abs(common.prototypes["layers.0.q"][k] @ top) == pytest.approx(1)
-    p = arrow(paths).probabilities("layers.0.q", np.eye(10), top=2)
+    p = arrow_router(paths).probabilities("layers.0.q", np.eye(10), top=2)
     assert (np.count_nonzero(p, axis=1) == 2).all()
     np.testing.assert_allclose(p.sum(axis=1), 1)
 
@@ -134,7 +135,7 @@ def test_an_mlp_learns_what_no_centroid_can():
         return x[(x[:, 0] * x[:, 1] > 0) == same]
 
     states = {"same": draw(True), "other": draw(False)}
-    for kind, low, high in ((MlpRouter, 0.9, 1.0), (Router, 0.3, 0.7)):
+    for kind, low, high in ((MlpRouter, 0.9, 1.0), (CentroidRouter, 0.3, 0.7)):
         router = kind.fit(states)
         right = [(router.probabilities(draw(same)).argmax(axis=1) == k).mean() for k, same in enumerate((True, False))]
         assert low <= np.mean(right) <= high
@@ -147,7 +148,7 @@ def test_arrow_folder_is_loras_of_one_rank_and_a_router(tmp_path):
         expert = read_adapter(tmp_path / "out" / f"expert_{path.name}")
         assert expert.settings.r == expert.settings.alpha == 8
         np.testing.assert_allclose(g.delta(expert.factors("layers.0.q")), g.delta(f), atol=1e-6)
-    assert isinstance(load_router(tmp_path / "out" / "router.safetensors"), Arrow)
+    assert isinstance(load_router(tmp_path / "out" / "router.safetensors"), ArrowRouter)
     assert json.loads((tmp_path / "out" / "arrow.json").read_text())["top"] == 2
     with pytest.raises(MergeError, match="top is 4"):
         export_arrow(paths, tmp_path / "out2", top=4)

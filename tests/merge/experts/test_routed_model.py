@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from mtft.adapters.routers import CentroidRouter
 from mtft.merge import LoraFactors, MergeError, read_adapter
+from mtft.merge.experts.arrow_prototypes import arrow_router
 from mtft.merge.experts.build_experts import export_arrow, twin
 from mtft.merge.experts.routed_model import RoutedModel, load_routed
-from mtft.merge.experts.routers import Router, arrow
 from tests.merge import golden as g
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
@@ -50,12 +51,12 @@ def deltas(path):
 
 def sure_router(states):
     """Row 0 belongs to a, row 1 to b, beyond doubt."""
-    return Router(("a", "b"), states.double().numpy(), np.full(states.shape[1], 1e-3), 1.0)
+    return CentroidRouter(("a", "b"), states.double().numpy(), np.full(states.shape[1], 1e-3), 1.0)
 
 
 def test_each_row_gets_its_expert_on_top_of_the_shared_one(tmp_path, model, paths):
     ids = torch.tensor([[5, 9, 2, 7], [11, 3, 8, 1]])
-    probe = RoutedModel(model, paths, Router(("a", "b"), np.zeros((2, 16)), np.ones(16), 1.0))
+    probe = RoutedModel(model, paths, CentroidRouter(("a", "b"), np.zeros((2, 16)), np.ones(16), 1.0))
     states = probe.states(ids)
     probe.remove()
     twin(paths, tmp_path / "out", expert_rank=16)  # full rank: S + E_k = D_k
@@ -75,7 +76,7 @@ def test_each_row_gets_its_expert_on_top_of_the_shared_one(tmp_path, model, path
 
 def test_padding_does_not_change_the_route(model, paths):
     ids, mask = torch.tensor([[0, 0, 5, 9]]), torch.tensor([[0, 0, 1, 1]])
-    routed = RoutedModel(model, paths, Router(("a", "b"), np.zeros((2, 16)), np.ones(16), 1.0))
+    routed = RoutedModel(model, paths, CentroidRouter(("a", "b"), np.zeros((2, 16)), np.ones(16), 1.0))
     torch.testing.assert_close(routed.states(ids, mask), routed.states(ids[:, 2:]), atol=1e-5, rtol=1e-5)
     right = torch.tensor([[5, 9, 0, 0]])
     torch.testing.assert_close(routed.states(right, mask.flip(1)), routed.states(ids[:, 2:]), atol=1e-5, rtol=1e-5)
@@ -83,7 +84,7 @@ def test_padding_does_not_change_the_route(model, paths):
 
 def test_arrow_weighs_every_token_by_its_scores(model, paths):
     """One module, by hand: y + sum_k p_k D_k x with p = softmax |x . v_k|."""
-    found = arrow(paths)
+    found = arrow_router(paths)
     routed = RoutedModel(model, paths, found)
     q = model.get_submodule(MODULES[0])
     x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
@@ -99,7 +100,7 @@ def test_arrow_weighs_every_token_by_its_scores(model, paths):
 def test_a_folder_is_loaded_as_it_was_written(tmp_path, model, paths, with_shared):
     """shared/ and the experts, or experts that hold the shared part: the same model either way."""
     ids = torch.tensor([[5, 9, 2, 7], [11, 3, 8, 1]])
-    probe = RoutedModel(model, paths, Router(("a", "b"), np.zeros((2, 16)), np.ones(16), 1.0))
+    probe = RoutedModel(model, paths, CentroidRouter(("a", "b"), np.zeros((2, 16)), np.ones(16), 1.0))
     router = sure_router(probe.states(ids))
     probe.remove()
     twin(paths, tmp_path / "out", expert_rank=16, router=router, with_shared=with_shared)
@@ -118,7 +119,7 @@ def test_arrow_from_a_folder_generates(tmp_path, model, paths):
     routed = load_routed(model, tmp_path / "out")
     assert routed.top == 1
     ids = torch.tensor([[5, 9, 2, 7]])
-    by_hand = RoutedModel(model, paths, arrow(paths), top=1)
+    by_hand = RoutedModel(model, paths, arrow_router(paths), top=1)
     routed.remove()
     expected = by_hand.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     by_hand.remove()
@@ -137,7 +138,7 @@ def test_folders_without_a_router_are_for_servers(tmp_path, model, paths):
 
 
 def test_mistakes(model, paths):
-    router = Router(("a", "b"), np.zeros((2, 16)), np.ones(16), 1.0)
+    router = CentroidRouter(("a", "b"), np.zeros((2, 16)), np.ones(16), 1.0)
     with pytest.raises(MergeError, match="1 experts for a router of 2"):
         RoutedModel(model, paths[:1], router)
     routed = RoutedModel(model, paths, router)

@@ -7,7 +7,9 @@ import pytest
 
 from mtft.evaluation.task_scores import TaskScores
 from mtft.merge import MergeError
-from mtft.merge.search.weight_search import SearchTrial, front_weights, pareto, run_weight_search
+from mtft.merge.search.pareto import pareto_front
+from mtft.merge.search.search_trials import SearchTrial
+from mtft.merge.search.weight_search import front_weights, run_weight_search
 
 NAMES = ("a", "b", "c")
 BEST = np.array([0.9, 0.4, 0.6])
@@ -146,7 +148,7 @@ def test_a_preference_picks_from_the_front_without_new_trials(tmp_path):
         found = run_weight_search(("a", "b"), evaluate, "front", prefer={"x": share, "y": 1 - share}, **ledger)
         assert len(found.trials) == tried
         assert len(calls) <= 3  # the verdict alone
-        assert found.best in pareto(found.trials)
+        assert found.best in pareto_front(found.trials)
         chosen.append(found.best.losses)
     assert [row["x"] for row in chosen] == sorted((row["x"] for row in chosen), reverse=True)
     assert [row["y"] for row in chosen] == sorted(row["y"] for row in chosen)
@@ -173,4 +175,4 @@ def test_pareto_front():
         SearchTrial((float(i),), {"x": x, "y": y}, 0.0)
         for i, (x, y) in enumerate([(1, 3), (2, 2), (3, 1), (2, 3), (3, 3)])
     ]
-    assert [trial.weights[0] for trial in pareto(trials)] == [0, 1, 2]
+    assert [trial.weights[0] for trial in pareto_front(trials)] == [0, 1, 2]

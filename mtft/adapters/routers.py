@@ -1,16 +1,16 @@
-"""Routers: which expert a request belongs to.
+"""Routers: which expert a request belongs to. On numpy, with or without a model.
 
-Router   nearest centroid of the experts' own inputs (h = a last-token state), in units of the spread inside the tasks:
-         p = softmax(-|| (h - c_k) / sigma ||^2 / (2 temperature))
-arrow    no data: the top right singular vector v_k of each D_k is the direction on which expert k acts most;
-         score |x . v_k| per module and token. Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library
-         of LoRAs" (ICML 2024, arXiv 2405.11157). With general adapters, their mean delta is taken off first.
+CentroidRouter  nearest centroid of the experts' own inputs (h: a last-token state), in units of the spread inside the
+                tasks: p = softmax(-|| (h - c_k) / sigma ||^2 / (2 temperature))
+ArrowRouter     no data: the top right singular vector v_k of each D_k is the direction on which expert k acts most;
+                score |x . v_k| per module and token. Ostapenko et al., "Towards Modular LLMs by Building and Reusing a
+                Library of LoRAs" (ICML 2024, arXiv 2405.11157). mtft/merge/experts/arrow_prototypes.py makes them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +18,11 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mtft.adapters.lora_factors import LoraAdapter, read_adapters
 from mtft.common.errors import MergeError
-from mtft.merge.engine.merge_plan import check_together
-from mtft.merge.linalg.core_space import one_thread, svd, to_core
 
 
 @dataclass(frozen=True)
-class Router:
+class CentroidRouter:
     """Nearest-centroid router over K experts and states of d dimensions."""
 
     names: tuple[str, ...]
@@ -34,7 +31,7 @@ class Router:
     temperature: float
 
     @classmethod
-    def fit(cls, states: Mapping[str, np.ndarray], temperature: float | None = None) -> Router:
+    def fit(cls, states: Mapping[str, np.ndarray], temperature: float | None = None) -> CentroidRouter:
         """states: expert -> [examples, d] of its own task, 2 examples at least. temperature: default d, so that
         confidence does not grow with the width."""
         check_states(states)
@@ -55,7 +52,7 @@ class Router:
         save_file(values, path, {"names": json.dumps(self.names), "kind": "centroid"})
 
     @classmethod
-    def load(cls, path: str | Path) -> Router:
+    def load(cls, path: str | Path) -> CentroidRouter:
         with safe_open(path, framework="np") as file:
             names = tuple(json.loads(file.metadata()["names"]))
             values = {key: file.get_tensor(key) for key in ("centroids", "sigma", "temperature")}
@@ -63,7 +60,7 @@ class Router:
 
 
 @dataclass(frozen=True)
-class Arrow:
+class ArrowRouter:
     """Prototypes [K, n] per module; rows of adapters without the module are zero."""
 
     names: tuple[str, ...]
@@ -83,37 +80,9 @@ class Arrow:
         save_file(self.prototypes, path, {"names": json.dumps(self.names), "kind": "arrow"})
 
     @classmethod
-    def load(cls, path: str | Path) -> Arrow:
+    def load(cls, path: str | Path) -> ArrowRouter:
         with safe_open(path, framework="np") as file:
             return cls(tuple(json.loads(file.metadata()["names"])), dict(file.get_tensors()))
-
-
-def arrow(adapters: Sequence[str | Path | LoraAdapter], general: Sequence[str | Path | LoraAdapter] = ()) -> Arrow:
-    """The experts' prototypes, from their factors. general: adapters whose mean delta is subtracted from every D_k.
-
-    PEFT's Arrow subtracts A and B apart, which is another matrix; here it is the delta, in core space.
-    """
-    experts = read_adapters(adapters)
-    common = read_adapters(general) if general else []
-    check_together([*experts, *common])
-    prototypes = {}
-    for module in sorted({name for adapter in experts for name in adapter.modules}):
-        layout = next(adapter.modules[module] for adapter in experts if module in adapter.modules)
-        table = np.zeros((len(experts), layout.n))
-        factors = [adapter.factors(module) for adapter in (*experts, *common)]
-        with one_thread():
-            core = to_core(factors, np.ones(len(factors)))
-            cores = iter(core.cores)
-            deltas = [next(cores) if f is not None else None for f in factors]
-            known = [M for M in deltas[len(experts) :] if M is not None]
-            mean = sum(known) / len(common) if known else 0.0
-            for k, M in enumerate(deltas[: len(experts)]):
-                top = svd(M - mean).Vt[:1] if M is not None else np.zeros((0, 0))
-                if len(top):
-                    v = core.cols.apply(top.T)[:, 0]
-                    table[k] = v * np.sign(v[np.abs(v).argmax()])
-        prototypes[module] = table
-    return Arrow(tuple(adapter.name for adapter in experts), prototypes)
 
 
 def check_states(states: Mapping[str, np.ndarray]) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from mtft.adapters.routers import ArrowRouter, CentroidRouter, check_states, softmax
 from mtft.common.errors import MergeError
-from mtft.merge.experts.routers import Arrow, Router, check_states, softmax
 
 HIDDEN = 1024
 _ARRAYS = ("mean_D", "sigma_D", "W1_HD", "b1_H", "W2_KH", "b2_K")
@@ -89,9 +89,9 @@ class MlpRouter:
             return cls(names, *(file.get_tensor(name) for name in _ARRAYS))
 
 
-def load_router(path: str | Path) -> Router | MlpRouter | Arrow:
+def load_router(path: str | Path) -> CentroidRouter | MlpRouter | ArrowRouter:
     """The router in a file, of whichever kind it is. MergeError if it is none."""
-    kinds = {"centroid": Router, "mlp": MlpRouter, "arrow": Arrow}
+    kinds = {"centroid": CentroidRouter, "mlp": MlpRouter, "arrow": ArrowRouter}
     try:
         with safe_open(path, framework="np") as file:
             kind = (file.metadata() or {}).get("kind")

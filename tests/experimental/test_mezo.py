@@ -62,6 +62,7 @@ def test_directions_are_normal_and_of_the_step():
     assert not torch.equal(next(directions(parameters, 4, 1)), one[0])
 
 
+@pytest.mark.slow
 def test_learns_and_a_broken_run_goes_on_exactly(recipe, tmp_path):
     asked = {**PLAIN, "mezo": 1e-2, "learning_rate": 2e-3, "steps": 40}
     lora = {"r": 2, "init": "orthogonal", "dropout": 0.1}

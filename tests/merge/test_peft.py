@@ -45,6 +45,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 def test_reload_in_peft_is_the_sum_of_the_experts(tmp_path, base):
     """One fresh process that never imports mtft loads every case; the reference adds PEFT's own deltas to the base."""
     weights_K, expected = (1.0, -0.5), {}

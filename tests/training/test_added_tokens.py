@@ -40,6 +40,7 @@ def grown(model_folder, tmp_path):
     }, folder
 
 
+@pytest.mark.slow
 def test_adapter_of_a_resized_model_loads_and_says_the_same(grown, tmp_path):
     recipe, folder = grown
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -21,6 +21,7 @@ def few_rows(recipe):
     return {**recipe, "tasks": [{**task, "limit": 10} for task in recipe["tasks"]]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["unmixed", "alternating"])
 def test_a_killed_run_goes_on_in_the_schedule(few_rows, tmp_path, style):
     """R13 for a curriculum: the right place of the right epoch, in the right mixture, bit for bit."""

@@ -14,6 +14,7 @@ import mtft.training.finalize  # noqa: F401  (imported here, so that the forks n
 from mtft.common.errors import UserError
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_training import train
+from tests.slow import slow
 
 
 def recipe_in(recipe, folder, **changes):
@@ -115,6 +116,7 @@ def test_kills_leave_no_trace(few_rows, unbroken, tmp_path):
     assert not list((tmp_path / "broken").glob("*.part"))
 
 
+@pytest.mark.slow
 def test_killed_after_the_last_step(few_rows, unbroken, tmp_path):
     """The checkpoint of the last step stands, the result does not: only the end is done again."""
 
@@ -130,7 +132,7 @@ def test_killed_after_the_last_step(few_rows, unbroken, tmp_path):
     assert picture(tmp_path / "late") == unbroken
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), *slow((signal.SIGINT, 130))])
 def test_signal_finishes_the_step_and_saves(few_rows, unbroken, tmp_path, number, code):
     recipe = recipe_in(few_rows, tmp_path / "stopped")
     assert run(recipe, kill_at_step(5, number)) == code

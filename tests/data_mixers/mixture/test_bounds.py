@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from data_mixers import Bounds, Group, Infeasible, MixError, Mixture
+from tests.slow import slow
 
 NAMES = tuple("abcdefgh")
 
@@ -31,7 +32,10 @@ def random_problem(rng, groups):
     return bounds, rng.dirichlet(np.full(K, 0.5))
 
 
-@pytest.mark.parametrize(("groups", "cases"), [(None, 600), ("disjoint", 360), ("overlap", 40)])
+@pytest.mark.parametrize(
+    ("groups", "cases"),
+    [(None, 60), ("disjoint", 36), ("overlap", 8), *slow((None, 600), ("disjoint", 360), ("overlap", 40))],
+)
 def test_random_problems_are_feasible_or_named(groups, cases):
     rng = np.random.default_rng(7)
     solved = 0

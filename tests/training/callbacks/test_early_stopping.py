@@ -114,6 +114,7 @@ def test_a_run_ends_early_and_hands_over_the_best(few_rows, tmp_path):
     assert picture(tmp_path / "again") == picture(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_dropped_task_stays_dropped_when_a_run_goes_on(few_rows, tmp_path):
     def recipe(folder):
         return overfitting(few_rows, folder, train={"task_patience": 1, "steps": 12, "learning_rate": 0.01})

@@ -120,6 +120,7 @@ def test_empty_or_missing_tensors_are_refused(tmp_path):
         check_tensors(tmp_path, must="lora_")
 
 
+@pytest.mark.slow
 def test_proof_fails_when_the_export_is_not_what_was_trained(recipe, proved, tmp_path):
     whole, result = proved
     adapter = shutil.copytree(result.adapter_dir, tmp_path / "adapter")

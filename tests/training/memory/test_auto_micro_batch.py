@@ -13,6 +13,7 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_trainer import read_training_inputs
 from mtft.training.memory.auto_micro_batch import fastest, find_micro_batch, full_batch, largest, sizes
 from mtft.training.run_training import train
+from tests.slow import slow
 from tests.training.test_run_training import kill_at_step, picture, recipe_in, run
 from tests.training.test_trainer import first_gradients
 
@@ -55,7 +56,7 @@ def test_finding_leaves_no_trace(recipe):
     make_plan(whole, inputs.stores)
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, *slow(False)])
 def test_the_gradient_is_that_of_any_size(recipe, tmp_path, packing):
     found = [first_gradients(recipe, tmp_path, micro_batch_tokens=size, packing=packing) for size in sizes(64, 320)]
     scale = max(float(value.abs().max()) for value in found[0].values())

@@ -128,6 +128,7 @@ def test_within_15_percent_of_the_measured_peak(name):
     assert found["estimate"] == pytest.approx(found["peak"], rel=check_memory.BAR)
 
 
+@pytest.mark.slow
 def test_what_makes_it_smaller(estimate):
     plain = estimate()
     assert estimate("train.gradient_checkpointing=true").activations < 0.5 * plain.activations

@@ -10,6 +10,7 @@ import torch
 from mtft.data.batching.batches import collate
 from mtft.data.tokenize.encode import Example
 from mtft.training.step.neftune import Neftune
+from tests.slow import slow
 from tests.training.test_run_training import kill_at_step, picture, recipe_in, run
 from tests.training.test_trainer import first_gradients, lines, trainer_for
 
@@ -72,7 +73,7 @@ def test_only_in_training_and_only_inside():
     assert torch.equal(model.table(ids), plain)
 
 
-@pytest.mark.parametrize("size, packing", [(2048, True), (2048, False), (100, False)])
+@pytest.mark.parametrize("size, packing", [(100, False), *slow((2048, True), (2048, False))])
 def test_the_split_of_a_step_does_not_matter(recipe, tmp_path, size, packing):
     asked = {"neftune": 5.0, "learning_rate": 1e-9}
     reference = first_gradients(recipe, tmp_path, micro_batch_tokens=64, packing=False, **asked)
@@ -93,6 +94,7 @@ def test_held_out_losses_have_no_noise(recipe, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_broken_run_draws_the_same(recipe, tmp_path):
     whole = recipe_in(recipe, tmp_path / "run", train={"neftune": 5.0})
     assert run(whole) == 0

@@ -42,7 +42,8 @@ from mtft.fuse.alpha.spec import FusionSpec
 from mtft.fuse.decoding.multi_lora import BASE
 from mtft.fuse.decoding.transposed_linear import transpose_lm_head
 from mtft.fuse.fused_model import FusedCausalLM
-from mtft.fuse.load_models import freeze, load_weak_model, location
+from mtft.fuse.load_models import freeze, load_weak_model
+from mtft.models.loading import expand_quickstart
 from mtft.recipe.load import load_recipe
 
 VOCABULARY, PROMPT, LONG = 32000, 32, 512
@@ -352,7 +353,7 @@ def bench_speculation(args: argparse.Namespace, judge: Judge) -> None:
     """On a trained pair, with long texts and with its own short ones, and with a drafter whose drafts are refused."""
     good = args.adapter or quickstart_adapter()
     with tempfile.TemporaryDirectory() as scratch:
-        bad = make_adapter(Path(scratch) / "bad", Path(location("quickstart:weak")), 3, std=0.2)
+        bad = make_adapter(Path(scratch) / "bad", Path(expand_quickstart("quickstart:weak")), 3, std=0.2)
         speculation("trained pair", good, args, judge)
         speculation("trained pair, own ends", good, args, judge, ends={})
         never = FusionSpec(alpha_rule="fixed", alpha=0.0)  # the drafts of an expert that has no say are bad ones

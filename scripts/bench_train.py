@@ -336,7 +336,7 @@ def run_mtft(
     from transformers.trainer_callback import TrainerCallback
 
     from mtft.data.planning import make_plan
-    from mtft.models.loading import add_lora
+    from mtft.models.lora import add_lora
     from mtft.recipe.schema.recipe import Recipe
     from mtft.training.build_trainer import TrainingInputs, build_trainer
     from mtft.training.run_files.metrics_log import MetricsLog

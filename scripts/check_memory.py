@@ -65,8 +65,8 @@ def train(shape: dict[str, Any], sections: dict[str, Any], **settings: Any) -> A
     import torch
 
     from mtft.data.planning import make_plan
-    from mtft.models.loading import load_for_training
     from mtft.recipe.schema.recipe import Recipe
+    from mtft.training.build_model import load_for_training
     from mtft.training.build_trainer import TrainingInputs, build_trainer
     from mtft.training.memory.estimate import estimate_memory
     from mtft.training.run_files.metrics_log import MetricsLog

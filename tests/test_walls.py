@@ -253,11 +253,8 @@ def model_loaders(files: Sources) -> list[str]:
 
 # What is still to be cut, with the room that does it.
 KNOWN_ARROWS = {
-    ("mtft.distributed.sharding", "mtft.recipe.compatibility"): "distributed",
-    ("mtft.distributed.sharding", "mtft.training.trainer"): "distributed",
     ("mtft.evaluation.lm_eval_model", "mtft.fuse.alpha.spec"): "evaluation",
     ("mtft.evaluation.lm_eval_model", "mtft.fuse.fused_model"): "evaluation",
-    ("mtft.models.loading", "mtft.losses.token_nll"): "models",
 }
 KNOWN_CIRCLES = {
     ("data_mixers.plan.replanned", "data_mixers.plan.mixture_plan"): "data_mixers",
@@ -271,7 +268,6 @@ KNOWN_CIRCLES = {
     ("mtft.fuse.decoding.generate_request", "mtft.fuse.fused_model"): "fuse",
     ("mtft.fuse.decoding.score_text", "mtft.fuse.fused_model"): "fuse",
     ("mtft.fuse.speculative.speculative", "mtft.fuse.fused_model"): "fuse",
-    ("mtft.distributed.sharding", "mtft.training.trainer"): "training",
     ("mtft.experimental.mezo", "mtft.training.trainer"): "training",
     ("mtft.experimental.sharpness_aware", "mtft.training.trainer"): "training",
     ("mtft.training.callbacks.step_end", "mtft.training.trainer"): "training",
@@ -286,8 +282,6 @@ KNOWN = {
     "Check": "data_mixers",
     "Decision": "data_mixers",
     "mtft.fuse.fused_model": "fuse",
-    "mtft.recipe.compatibility": "recipe",
-    "mtft.recipe.schema.recipe": "recipe",
 }
 
 

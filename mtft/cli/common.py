@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mtft.recipe.compatibility import Stage
+    from mtft.recipe.rules.rule import Stage
     from mtft.recipe.schema.recipe import Recipe
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).", show_default=False)]

@@ -1,0 +1,1 @@
+"""Several processes: how they were launched, how weights are sharded, how they stop together."""

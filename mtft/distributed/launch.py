@@ -1,8 +1,15 @@
-"""The processes of a run: who writes, and the check that all of them really train together. No torch at import."""
+"""How the processes of a run were launched: the one reader of WORLD_SIZE, RANK and ACCELERATE_*.
+
+Also the check that all of them really train together. No torch at import.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtft.common.errors import UserError
@@ -10,21 +17,69 @@ from mtft.common.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """What `accelerate launch` or torchrun has put into the environment.
+
+    zero: DeepSpeed's stage, 0 = no DeepSpeed; fsdp: version, 0 = no FSDP; ranks: processes.
+    """
+
+    zero: int = 0
+    fsdp: int = 0
+    ranks: int = 1
+
+    @property
+    def shards_weights(self) -> bool:
+        """Each rank holds a part of every weight: only a module's own forward sees them whole."""
+        return self.zero == 3 or self.fsdp > 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> LaunchConfig:
+        ranks = _integer(environment, "WORLD_SIZE", 1)
+        fsdp = _integer(environment, "FSDP_VERSION", 1) if _flag(environment, "ACCELERATE_USE_FSDP") else 0
+        if not _flag(environment, "ACCELERATE_USE_DEEPSPEED"):
+            return cls(0, fsdp, ranks)
+        config = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        if config and Path(config).is_file():
+            zero = json.loads(Path(config).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+        else:
+            zero = _integer(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)  # accelerate's own default
+        return cls(int(zero), fsdp, ranks)
+
+
+def _flag(environment: Mapping[str, str], name: str) -> bool:
+    """A switch by accelerate's rule (accelerate.utils.str_to_bool); unset or empty: off."""
+    value = (environment.get(name) or "false").lower()
+    if value not in (*_TRUE, *_FALSE):
+        raise UserError(f"{value!r} is neither true nor false", where=f"environment variable {name}")
+    return value in _TRUE
+
+
+def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name) or default
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"{value!r} is not a number", where=f"environment variable {name}") from None
+
 
 def world_size() -> int:
     """Processes that the launcher started (torchrun, accelerate launch); 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _integer(os.environ, "WORLD_SIZE", 1)
 
 
 def is_main_process() -> bool:
     """True on the one process that writes files and talks."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return _integer(os.environ, "RANK", 0) == 0
 
 
 def engine() -> str:
     """What the launcher asks for: "deepspeed", "fsdp", or "ddp" (also in one process)."""
     for name in ("deepspeed", "fsdp"):
-        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("1", "true", "yes"):
+        if _flag(os.environ, f"ACCELERATE_USE_{name.upper()}"):
             return name
     return "ddp"
 

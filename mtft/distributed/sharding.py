@@ -21,21 +21,20 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from mtft.common.errors import UserError
-from mtft.distributed.launch import engine
-from mtft.recipe.compatibility import ShardingLimits
+from mtft.distributed.launch import LaunchConfig, engine
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-
-    from mtft.training.trainer import MultiTaskTrainer
+    from transformers import Trainer
 
 
 def sharding_of_launch() -> dict[str, Any]:
     """{"name", "processes"} of this launch; kept with a checkpoint."""
-    asked = ShardingLimits.from_environment()
-    return {"name": f"zero{asked.zero}" if asked.zero else "fsdp" if asked.fsdp else "ddp", "processes": asked.ranks}
+    launch = LaunchConfig.from_environment()
+    name = f"zero{launch.zero}" if launch.zero else "fsdp" if launch.fsdp else "ddp"
+    return {"name": name, "processes": launch.ranks}
 
 
 def fsdp_settings(dtype: torch.dtype) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def fsdp_settings(dtype: torch.dtype) -> dict[str, Any]:
     return {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "mixed_precision_policy": policy}
 
 
-def check_sharded(trainer: MultiTaskTrainer) -> None:
+def check_sharded(trainer: Trainer) -> None:
     """Refuses a run that asked for FSDP and did not get it: each rank would hold everything, or train alone."""
     from torch.distributed.tensor import DTensor
 
@@ -120,7 +119,7 @@ def placed_moments(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "state": {index: of(parameters[index], moments) for index, moments in state["state"].items()}}
 
 
-def whole_weights(trainer: MultiTaskTrainer, model: nn.Module) -> Mapping[str, Tensor] | None:
+def whole_weights(trainer: Trainer, model: nn.Module) -> Mapping[str, Tensor] | None:
     """The trained weights, gathered on the CPU of the writing rank, where the engine shards them; else None.
 
     A collective call.
@@ -140,7 +139,7 @@ def whole_weights(trainer: MultiTaskTrainer, model: nn.Module) -> Mapping[str, T
     return whole
 
 
-def save_engine_state(trainer: MultiTaskTrainer, folder: Path) -> None:
+def save_engine_state(trainer: Trainer, folder: Path) -> None:
     """DeepSpeed's own checkpoint (its files are pickles): weights that are trained, optimizer. A collective call."""
     deepspeed_engine: Any = trainer.model_wrapped
     deepspeed_engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)

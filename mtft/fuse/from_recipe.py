@@ -11,7 +11,7 @@ from typing import Any
 
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.fused_model import FusedCausalLM
-from mtft.fuse.load_models import location
+from mtft.models.loading import expand_quickstart
 from mtft.recipe.schema.fuse import FuseSection
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
@@ -90,7 +90,7 @@ def fingerprint(recipe: Recipe, adapters: Sequence[str | Path] | None = None) ->
 
 
 def _weights(section: ModelSection) -> Any:
-    folder = Path(location(section.path))
+    folder = Path(expand_quickstart(section.path))
     return _folder(folder) if folder.is_dir() else [section.path, section.revision]
 
 

@@ -30,9 +30,11 @@ from mtft.fuse.decoding import score_text
 from mtft.fuse.decoding.decode import direct
 from mtft.fuse.decoding.generate_request import Observer, per_row, prepare, row_specs
 from mtft.fuse.fusion_core import MERGE_FIRST, NO_ROUTER, FusionCore
-from mtft.fuse.load_models import agreement, check_experts, load_model, load_tokenizer, load_weak_model
+from mtft.fuse.load_models import agreement, check_experts, load_model, load_weak_model
 from mtft.fuse.speculative.speculative import draft_and_judge
 from mtft.fuse.tokenizers.vocabulary_match import agree
+from mtft.models.loading import load_tokenizer
+from mtft.recipe.schema.model import ModelSection
 
 STRANGERS = 0.3  # share of equal favourites below which load warns; a guess, no study gives one
 
@@ -78,7 +80,8 @@ class FusedCausalLM(FusionCore):
             prompt_router = PromptRouter(router, adapters)
         elif spec.weights == "router":
             raise FusionError(NO_ROUTER, do=MERGE_FIRST)
-        tokenizer, small = load_tokenizer(strong, revision), load_tokenizer(base, base_revision)
+        tokenizer = load_tokenizer(ModelSection(path=str(strong), revision=revision))
+        small = load_tokenizer(ModelSection(path=str(base), revision=base_revision))
         vocab_size, shared, bridge = agree(tokenizer, small, tokens or spec.tokens)
         strong_model = load_model(
             strong,

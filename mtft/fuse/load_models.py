@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter
 from mtft.common.errors import MergeError
@@ -19,9 +19,7 @@ from mtft.fuse.alpha.spec import FusionError, choose
 from mtft.fuse.decoding.multi_lora import BASE, MultiLoraLayout, attach_multi_lora, multi_lora_refusal
 from mtft.fuse.decoding.transposed_linear import transpose_lm_head
 from mtft.fuse.tokenizers.probe_text import whole_lines
-
-QUICKSTART = "quickstart:"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+from mtft.models.loading import DTYPES, expand_quickstart, load_causal_lm, resolve_dtype
 
 
 @dataclass
@@ -33,25 +31,6 @@ class WeakModel:
     own: list[PreTrainedModel]
     order: list[tuple[int, int]]
     names: list[str]
-
-
-def location(path: str | Path) -> str:
-    """Folder or hub name; `quickstart:weak` and `quickstart:strong` are the shipped models."""
-    text = str(path)
-    if text.startswith(QUICKSTART):
-        from mtft.quickstart import model_path
-
-        return str(model_path(text.removeprefix(QUICKSTART)))
-    return text
-
-
-def compute_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """`auto`: bf16 on a GPU that has it, else fp32."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if choose(dtype, ("auto", *DTYPES), "dtype") == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-    return DTYPES[dtype]
 
 
 def load_model(
@@ -66,41 +45,17 @@ def load_model(
 ) -> PreTrainedModel:
     """One causal language model from safetensors, in eval mode, without gradients. `adapter`: LoRA merged into it."""
     choose(quantise, ("none", "nf4", "int8"), "quantise")
-    precision = compute_dtype(dtype)
-    options: dict[str, Any] = {"dtype": precision, "use_safetensors": True, "revision": revision}
-    if attention != "auto":
-        options["attn_implementation"] = attention
-    if quantise != "none":
-        options["quantization_config"] = _bitsandbytes(quantise, precision)
+    if isinstance(dtype, str):
+        dtype = resolve_dtype(choose(dtype, ("auto", *DTYPES), "dtype"))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if quantise != "none":
-        options["device_map"] = {"": torch.device(device)}  # quantised while it is read: it can't be moved afterwards
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(location(path), **options)
-    except (OSError, ValueError) as error:
-        raise FusionError(
-            f"the model can't be loaded: {str(error).splitlines()[0]}",
-            where=str(path),
-            do="give a folder with config.json and *.safetensors, or a hub name; code in model folders is not run",
-        ) from error
-    if quantise == "none":
-        model = model.to(device)
+    model: Any = load_causal_lm(
+        path, dtype=dtype, revision=revision, quantise=quantise, attention=attention, device=device
+    )
     if adapter is not None:
         model = _own_expert(model, Path(adapter), quantised=quantise != "none")
     transpose_lm_head(model)
     return freeze(model)
-
-
-def load_tokenizer(path: str | Path, revision: str = "main") -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(location(path), revision=revision)
-    except (OSError, ValueError) as error:
-        raise FusionError(
-            f"the tokenizer can't be loaded: {str(error).splitlines()[0]}",
-            where=str(path),
-            do="put the tokenizer's files beside config.json",
-        ) from error
 
 
 def freeze(model: Any) -> Any:
@@ -179,8 +134,7 @@ def _plain(expert: Path, model: nn.Module) -> tuple[LoraAdapter | None, str]:
         )
     if config.get("alora_invocation_tokens"):
         raise FusionError("an activated LoRA (aLoRA) is not always on", where=str(expert), do="train an ordinary LoRA")
-    if not any(expert.glob("adapter_model*.safetensors")):
-        raise FusionError("no adapter_model.safetensors", where=str(expert), do="save it with safe_serialization=True")
+    _check_safetensors(expert)
     try:
         adapter = read_adapter(expert)
     except MergeError as error:
@@ -189,12 +143,17 @@ def _plain(expert: Path, model: nn.Module) -> tuple[LoraAdapter | None, str]:
     return (adapter, "") if reason is None else (None, reason)
 
 
+def _check_safetensors(expert: Path) -> None:
+    if not any(expert.glob("adapter_model*.safetensors")):
+        raise FusionError("no adapter_model.safetensors", where=str(expert), do="save it with safe_serialization=True")
+
+
 def _check_base(expert: Path, base: str | Path, allow: bool) -> None:
     """The base named in the adapter must be this one; folders may have moved, so the last part of the name decides."""
     named = json.loads((expert / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
     if allow or not named:
         return
-    left, right = (Path(location(name)).name for name in (named, base))
+    left, right = (Path(expand_quickstart(name)).name for name in (named, base))
     if left != right:
         raise FusionError(
             f"the adapter was trained on {named!r}, the base is {str(base)!r}",
@@ -207,20 +166,11 @@ def _own_expert(model: PreTrainedModel, expert: Path, quantised: bool) -> nn.Mod
     """`model` with the adapter: merged, but beside it where that would round quantised weights or is impossible."""
     from peft import PeftModel
 
+    _check_safetensors(expert)
     tuned: Any = PeftModel.from_pretrained(model, str(expert))
     if quantised or tuned.peft_config["default"].lora_bias:
         return tuned.get_base_model()
     return tuned.merge_and_unload()
-
-
-def _bitsandbytes(quantise: str, compute: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if quantise == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
 
 
 def _tell(expert: Path, reason: str) -> None:

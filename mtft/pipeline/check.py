@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mtft.recipe.compatibility import ShardingLimits, check_compatibility
+from mtft.distributed.launch import LaunchConfig
+from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.schema.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
         recipe,
         learnt_share=min(1.0, learnt / data.tokens_per_step),
         longest=max((task.longest for task in data.tasks), default=None),
-        ranks=ShardingLimits.from_environment().ranks,
+        ranks=LaunchConfig.from_environment().ranks,
     )
     online = in_words(recipe, make_controller(recipe, plan)) if isinstance(plan, ReplannedPlan) else None
     return CheckReport(data, memory, tuple(warnings), online)

@@ -31,7 +31,7 @@ def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         parts = [describe(part, metadata) for part in get_args(annotation)]
         return ", or ".join(dict.fromkeys(parts))
     if origin is Literal:
-        values = [str(value) for value in get_args(annotation)]
+        values = [str(value).lower() if isinstance(value, bool) else str(value) for value in get_args(annotation)]
         return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
     if origin is tuple:
         some = any(isinstance(item, MinLen) for item in _flatten(metadata))

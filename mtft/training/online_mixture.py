@@ -28,7 +28,7 @@ from mtft.common.errors import UserError
 from mtft.data.planning import share_bounds
 from mtft.evaluation.task_scores import TaskScores
 from mtft.losses.validation_stream import ValidationStream
-from mtft.recipe.compatibility import PROBE_SHARE, PROBE_STEPS
+from mtft.recipe.rules.mixture_rules import PROBE_SHARE, PROBE_STEPS
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.step.extra_losses import valid_losses
 

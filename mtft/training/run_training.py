@@ -53,7 +53,7 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     # Heavy imports stand here: a finished run is recognised without them.
     from mtft.data.planning import make_plan
     from mtft.distributed.stop_signal import EXIT_CODES, StopSignal
-    from mtft.models.loading import load_for_training
+    from mtft.training.build_model import load_for_training
     from mtft.training.build_trainer import build_trainer, print_summary, read_training_inputs, start_run_dir
     from mtft.training.callbacks.best_weights import BestWeights, ended_before
     from mtft.training.checkpoint.checkpoint_files import checkpoint_step

@@ -56,7 +56,7 @@ def run_trial(
 
     from mtft.common.errors import UserError
     from mtft.data.planning import make_plan
-    from mtft.models.loading import load_for_training
+    from mtft.training.build_model import load_for_training
     from mtft.training.build_trainer import build_trainer
     from mtft.training.run_files.metrics_log import MetricsLog
     from mtft.training.training_arguments import training_arguments

@@ -12,7 +12,7 @@ BUILD = """
 import resource, sys
 from pathlib import Path
 from mtft.data.store.token_store import open_store
-from mtft.recipe.schema.recipe import TaskSection
+from mtft.recipe.schema.task import TaskSection
 from tests.data.toy_examples import TEMPLATES, tokenizer
 path, cache = Path(sys.argv[1]), Path(sys.argv[2])
 store = open_store(TaskSection(name="big", data=str(path)), "train", tokenizer(TEMPLATES["chatml"]),

@@ -9,20 +9,20 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from mtft.recipe.compatibility import ShardingLimits
+from mtft.distributed.launch import LaunchConfig
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "recipes" / "deepspeed").glob("*.json"))
 KINDS = {
-    "one": (DistributedType.NO, ShardingLimits(ranks=1)),
-    "ddp": (DistributedType.MULTI_GPU, ShardingLimits(ranks=2)),
-    "multi-node": (DistributedType.MULTI_GPU, ShardingLimits(ranks=2)),
-    "fsdp2": (DistributedType.FSDP, ShardingLimits(fsdp=2, ranks=2)),
-    "zero1": (DistributedType.DEEPSPEED, ShardingLimits(zero=1, ranks=2)),
-    "zero2": (DistributedType.DEEPSPEED, ShardingLimits(zero=2, ranks=2)),
-    "zero3": (DistributedType.DEEPSPEED, ShardingLimits(zero=3, ranks=2)),
-    "zero3-offload": (DistributedType.DEEPSPEED, ShardingLimits(zero=3, ranks=2)),
+    "one": (DistributedType.NO, LaunchConfig(ranks=1)),
+    "ddp": (DistributedType.MULTI_GPU, LaunchConfig(ranks=2)),
+    "multi-node": (DistributedType.MULTI_GPU, LaunchConfig(ranks=2)),
+    "fsdp2": (DistributedType.FSDP, LaunchConfig(fsdp=2, ranks=2)),
+    "zero1": (DistributedType.DEEPSPEED, LaunchConfig(zero=1, ranks=2)),
+    "zero2": (DistributedType.DEEPSPEED, LaunchConfig(zero=2, ranks=2)),
+    "zero3": (DistributedType.DEEPSPEED, LaunchConfig(zero=3, ranks=2)),
+    "zero3-offload": (DistributedType.DEEPSPEED, LaunchConfig(zero=3, ranks=2)),
 }
 
 
@@ -51,7 +51,7 @@ def test_accelerate_reads_it(path, monkeypatch):
     elif kind != DistributedType.NO:
         environment = prepare_multi_gpu_env(arguments)
     ranks = {"WORLD_SIZE": str(arguments.num_processes)}  # torchrun's own part
-    assert ShardingLimits.from_environment({**environment, **ranks}) == engine
+    assert LaunchConfig.from_environment({**environment, **ranks}) == engine
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from mtft.common.errors import UserError
 from mtft.experimental.refresh_adapter import refresh
 from mtft.gradients.forgetting import module_of
-from mtft.models.loading import load_for_training
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.build_model import load_for_training
 from mtft.training.run_training import train
 
 LORA = {"r": 4, "alpha": 8}

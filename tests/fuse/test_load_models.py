@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from mtft.common.errors import UserError
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.decoding.score_text import fused_scores
 from mtft.fuse.fused_model import FusedCausalLM
@@ -106,14 +107,14 @@ def test_strong_model_with_an_adapter(places, tmp_path):
 
 
 def test_missing_folder_and_pickled_weights(places, tmp_path):
-    with pytest.raises(FusionError, match="can't be loaded"):
+    with pytest.raises(UserError, match="no model folder"):
         load(places, strong=tmp_path / "nowhere")
     pickled = tmp_path / "pickled"
     shutil.copytree(places["strong"], pickled)
     state = load_model(pickled, dtype="fp32", device="cpu").state_dict()
     (pickled / "model.safetensors").unlink()
     torch.save(state, pickled / "pytorch_model.bin")
-    with pytest.raises(FusionError, match="can't be loaded"):
+    with pytest.raises(UserError, match="pickles"):
         load(places, strong=pickled)
 
 

@@ -7,7 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from mtft.common.errors import UserError
-from mtft.models.loading import add_lora, compute_dtype, load_base, load_tokenizer, model_location, pad_id
+from mtft.models.loading import compute_dtype, load_base, load_tokenizer, model_location, pad_id
+from mtft.models.lora import add_lora
 from mtft.recipe.schema.lora import LoraSection
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
@@ -73,9 +74,9 @@ def test_folders_that_are_refused(tmp_path, files, what):
         for name, text in files.items():
             (folder / name).write_text(text)
     with pytest.raises(UserError) as caught:
-        model_location(section(folder))
+        model_location(folder)
     assert what in caught.value.what
-    assert "model.path" in caught.value.where
+    assert str(folder) in caught.value.where
     assert caught.value.do
 
 
@@ -87,7 +88,7 @@ def test_broken_folder_is_an_error_for_people(tmp_path):
 
 
 def test_hub_name_is_left_to_the_hub():
-    assert model_location(section("org/name")) == "org/name"
+    assert model_location("org/name") == "org/name"
 
 
 def test_quantised_weights_cannot_be_trained_themselves(model_folder):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
 
 from mtft.common.errors import UserError
-from mtft.recipe.compatibility import TABLE, ShardingLimits, check_compatibility
+from mtft.distributed.launch import LaunchConfig
+from mtft.recipe.compatibility import TABLE, check_compatibility
 
-ZERO_3 = ShardingLimits(zero=3, ranks=2)
-FSDP = ShardingLimits(fsdp=2, ranks=2)
+ZERO_3 = LaunchConfig(zero=3, ranks=2)
+FSDP = LaunchConfig(fsdp=2, ranks=2)
 READS_VALIDATION = SimpleNamespace(valid_every=10)
-PLAIN = ShardingLimits()
+PLAIN = LaunchConfig()
 
 # row -> (stage, overrides, engine, needs of the balancer)
 CASES = {
@@ -31,7 +31,7 @@ CASES = {
     "lora.init + model.quantise": ("train", ["lora.init=pissa", "model.quantise=nf4"]),
     "model.quantise + DeepSpeed": ("train", ["model.quantise=nf4"], ZERO_3),
     "model.quantise + FSDP": ("train", ["model.quantise=nf4"], FSDP),
-    "fsdp_version: 1": ("train", [], ShardingLimits(fsdp=1, ranks=2)),
+    "fsdp_version: 1": ("train", [], LaunchConfig(fsdp=1, ranks=2)),
     "model.dtype: fp16 + FSDP": ("train", ["model.dtype=fp16"], FSDP),
     "train.optimizer + FSDP": ("train", ["train.optimizer=adafactor"], FSDP),
     "lora.init + sharded weights": ("train", ["lora.init=pissa"], ZERO_3),
@@ -141,14 +141,13 @@ WARNINGS = {
         ["mixture.online={name: group_dro, reference: {sum: 1.2, sql.v1: 0.8}}", "loss.label_smoothing=0.1"],
     ),
     "tasks.*.eval_data": ("train", ["tasks.sum.eval_data="]),
-    "train.micro_batch_tokens + train.batch_tokens": ("train", [], ShardingLimits(ranks=64)),
+    "train.micro_batch_tokens + train.batch_tokens": ("train", [], LaunchConfig(ranks=64)),
     "train.min_lr + train.schedule": ("train", ["train.min_lr=0.1", "train.schedule=constant"]),
     "train.mezo + train.max_grad_norm": ("train", ["train.mezo=1e-3"]),
     "fuse.alpha": ("fuse", ["fuse.alpha=0.5"]),
     "fuse.top_p": ("fuse", ["fuse.top_p=0.9"]),
     "merge.weights + merge.search": ("merge", ["merge.search={by: grid}", "merge.weights=[1, 1]"]),
     "model.dtype: fp16 + lora: null": ("train", ["lora=null", "model.dtype=fp16"]),
-    "model.trust_remote_code": ("train", ["model.trust_remote_code=true"]),
 }
 
 
@@ -194,15 +193,3 @@ def test_several_at_once(folder):
         "lora.init + sharded weights",
         "lora.dora + merge",
     ]
-
-
-def test_engine_from_the_environment_of_accelerate(tmp_path):
-    assert ShardingLimits.from_environment({}) == ShardingLimits(0, 0, 1)
-    fsdp = {"WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true"}
-    assert ShardingLimits.from_environment(fsdp) == ShardingLimits(0, 1, 4)
-    assert ShardingLimits.from_environment({**fsdp, "FSDP_VERSION": "2"}) == ShardingLimits(0, 2, 4)
-    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}
-    assert ShardingLimits.from_environment({**zero, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}) == ZERO_3
-    config = tmp_path / "zero.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    assert ShardingLimits.from_environment({**zero, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}) == ZERO_3

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mtft.recipe.compatibility import ShardingLimits, check_compatibility
+from mtft.distributed.launch import LaunchConfig
+from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -23,5 +24,5 @@ def test_the_reference_is_up_to_date():
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid(recipe):
     loaded = load_recipe(recipe, files=False)
-    check_compatibility(loaded, stage="check", engine=ShardingLimits())
-    check_compatibility(loaded, stage="run", engine=ShardingLimits())
+    check_compatibility(loaded, stage="check", engine=LaunchConfig())
+    check_compatibility(loaded, stage="run", engine=LaunchConfig())

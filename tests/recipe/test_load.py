@@ -391,3 +391,8 @@ def test_not_a_number_is_never_a_number(folder, value):
     assert "train.warmup is" in folder.message(f"train.warmup={value}")
     assert "mixture.shares.sum is" in folder.message(f"mixture.shares.sum={value}")
     assert "merge.options.density is" in folder.message(f"merge.options.density={value}")
+
+
+@pytest.mark.parametrize("model", ["model", "fuse.strong"])
+def test_code_that_ships_with_a_model_is_never_run(folder, model):
+    assert f"{model}.trust_remote_code is true, and must be false" in folder.message(f"{model}.trust_remote_code=true")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mtft.recipe.compatibility import ShardingLimits, check_compatibility
+from mtft.distributed.launch import LaunchConfig
+from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.load import load_recipe
 from scripts import compare_online
 
@@ -17,7 +18,7 @@ def test_variants_are_recipes(tmp_path, every):
     found = compare_online.variants(every, tmp_path)
     for name, changes in found.items():
         recipe = load_recipe(QUICKSTART, ["sweep=null", "merge=null", "fuse=null", "train.steps=80", *changes])
-        assert check_compatibility(recipe, stage="train", engine=ShardingLimits()) == []
+        assert check_compatibility(recipe, stage="train", engine=LaunchConfig()) == []
         online = recipe.mixture.online
         assert name.split(",")[0] == (online.name if online else recipe.mixture.shares)
 

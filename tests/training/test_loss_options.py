@@ -9,8 +9,8 @@ from mtft.losses.orthogonality_penalty import adapter_orthogonality
 from mtft.losses.sample_weights import SampleWeights
 from mtft.losses.task_reduction import coefficients, step_counts
 from mtft.losses.token_nll import token_nll
-from mtft.models.loading import load_for_training
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.build_model import load_for_training
 from tests.training.test_trainer import Gradients, trainer_for
 
 ONES = torch.ones(3, dtype=torch.float64)

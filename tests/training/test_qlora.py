@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from mtft.evaluation.evaluation_mode import evaluation_mode
-from mtft.models.loading import add_lora, load_base
+from mtft.models.loading import load_base
+from mtft.models.lora import add_lora
 from mtft.recipe.schema.lora import LoraSection
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe

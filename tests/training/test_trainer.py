@@ -8,8 +8,8 @@ from transformers.trainer_callback import TrainerCallback
 
 from mtft.common.errors import UserError
 from mtft.data.planning import make_plan
-from mtft.models.loading import load_for_training
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.build_model import load_for_training
 from mtft.training.build_trainer import build_trainer, read_training_inputs
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.training_arguments import training_arguments

@@ -1,0 +1,1 @@
+"""The declaration of a recipe: pydantic models, one file a section."""

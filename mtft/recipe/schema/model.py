@@ -18,5 +18,5 @@ class ModelSection(RecipeSection):
     """Load the base in 4 bit (QLoRA: NF4, double quantisation) or 8 bit through bitsandbytes."""
     attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"
     """Attention implementation of transformers."""
-    trust_remote_code: bool = False
-    """Run code that ships with the model. Off, and never switched on for you."""
+    trust_remote_code: Literal[False] = False
+    """Code that ships with a model is never run, so this can only be false."""

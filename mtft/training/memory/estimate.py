@@ -151,10 +151,10 @@ def _on_meta(recipe: Recipe, held: torch.dtype) -> tuple[Any, int, int, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from mtft.models.loading import add_lora
+    from mtft.models.lora import add_lora
 
     section = recipe.model
-    options: dict[str, Any] = {"dtype": held, "trust_remote_code": section.trust_remote_code}
+    options: dict[str, Any] = {"dtype": held, "trust_remote_code": False}
     options["attn_implementation"] = "eager" if section.attention == "eager" else "sdpa"  # what runs without a GPU too
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(read_config(section), **options)
@@ -187,8 +187,8 @@ def read_config(section: ModelSection) -> Any:
 
     from mtft.models.loading import model_location
 
-    location = model_location(section)
-    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    location = model_location(section.path)
+    options: dict[str, Any] = {"trust_remote_code": False}
     if not Path(location).is_dir():
         options["revision"] = section.revision
     try:

@@ -10,7 +10,6 @@ scores/       held-out scores of each example after the last step, one file a ta
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mtft.common.errors import UserError
+from mtft.distributed.launch import world_size
 from mtft.recipe.schema.recipe import Recipe
 
 RECIPE, RESULT = "recipe.yaml", "result.json"
@@ -117,7 +117,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "command": sys.argv,
         "git": _git(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": world_size(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }

@@ -301,7 +301,7 @@ import sys
 from pathlib import Path
 from mtft.data.readers.sources import Part
 from mtft.data.store.token_store import open_store, open_stores
-from mtft.recipe.schema.recipe import TaskSection
+from mtft.recipe.schema.task import TaskSection
 from tests.data.toy_examples import TEMPLATES, tokenizer
 import mtft.data.store.build_store as build
 folder = Path(sys.argv[1])

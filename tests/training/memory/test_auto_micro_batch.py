@@ -8,8 +8,8 @@ import torch
 
 from mtft.common.state_tree import random_state
 from mtft.data.planning import make_plan
-from mtft.models.loading import load_for_training
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.build_model import load_for_training
 from mtft.training.build_trainer import read_training_inputs
 from mtft.training.memory.auto_micro_batch import fastest, find_micro_batch, full_batch, largest, sizes
 from mtft.training.run_training import train

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtft.models.loading import load_for_training
 from mtft.recipe.load import load_recipe
+from mtft.training.build_model import load_for_training
 from mtft.training.memory.activation_peak import LiveBytes, activation_peak
 from mtft.training.memory.estimate import MemoryEstimate, estimate_memory
 

@@ -12,9 +12,9 @@ from mtft.common.errors import UserError
 from mtft.data.planning import make_plan
 from mtft.gradients.aggregators import Aggregator
 from mtft.gradients.gramian import gram
-from mtft.models.loading import load_for_training
 from mtft.recipe.schema.loss import GradientSection
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.build_model import load_for_training
 from mtft.training.build_trainer import build_trainer, read_training_inputs
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.run_training import train

@@ -1,0 +1,90 @@
+"""A LoRA adapter on a base model: a fresh one, or a saved one that is trained on."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mtft.common.errors import UserError
+from mtft.recipe.schema.lora import LoraSection
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+# peft 0.21 reads a property that transformers 5.23 has renamed; nothing that a user could do about it.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> PeftModel:
+    """Freezes `model` and puts a fresh adapter on it, initialised from `seed`. The adapter's weights are fp32.
+
+    With `freeze_a` only B is trained: A is the same in every run with this seed, and is exported like any other.
+
+    Raises UserError when `lora.targets` fits no module.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=section.r,
+        lora_alpha=section.alpha,  # pyright: ignore[reportArgumentType]  (PEFT divides by it: any number does)
+        lora_dropout=section.dropout,
+        target_modules=section.targets if isinstance(section.targets, str) else list(section.targets),
+        use_rslora=section.rslora,
+        use_dora=section.dora,
+        init_lora_weights=True if section.init == "default" else section.init,
+    )
+    torch.manual_seed(seed)
+    try:
+        adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        linears = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+        raise UserError(
+            f"no module of the model is called {', '.join(map(repr, section.targets))}",
+            where="lora.targets",
+            do=f"use all-linear, or some of: {', '.join(sorted(linears))}",
+        ) from error
+    return _freeze_a(adapted) if section.freeze_a else adapted
+
+
+def continue_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
+    """Freezes `model` and puts the adapter of `section.start` on it, to be trained on.
+
+    Raises UserError when there is none, it does not fit the model, or its rank or scale are not the section's.
+    """
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+    start, where = str(section.start), f"lora.start: {section.start}"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(start) / name).is_file():
+            raise UserError(f"the folder holds no {name}", where=where, do="give the `adapter` folder of a run")
+    config = PeftConfig.from_pretrained(start)
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"a {config.peft_type} adapter is not LoRA", where=where, do="start from a LoRA adapter")
+    has, wants = (config.r, config.lora_alpha, config.use_rslora), (section.r, section.alpha, section.rslora)
+    if has != wants:
+        told = [f"r: {r}, alpha: {alpha}, rslora: {str(rslora).lower()}" for r, alpha, rslora in (has, wants)]
+        raise UserError(f"the adapter has {told[0]}; the recipe has {told[1]}", where=where, do=f"lora: {{{told[0]}}}")
+    config.lora_dropout, config.inference_mode = section.dropout, False
+    try:
+        adapted = PeftModel.from_pretrained(model, start, config=config, is_trainable=True, use_safetensors=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the adapter does not fit the model: {str(error).strip().splitlines()[0]}",
+            where=where,
+            do="use the base model that its adapter_config.json names (base_model_name_or_path)",
+        ) from error
+    return _freeze_a(adapted) if section.freeze_a else adapted
+
+
+def _freeze_a(adapted: PeftModel) -> PeftModel:
+    for name, parameter in adapted.named_parameters():
+        if "lora_A" in name or "lora_embedding_A" in name:
+            parameter.requires_grad_(False)
+    return adapted

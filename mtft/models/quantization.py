@@ -1,0 +1,28 @@
+"""Quantized weights by bitsandbytes, as in QLoRA (Dettmers et al. 2023) and LLM.int8() (Dettmers et al. 2022)."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from mtft.common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+
+def bitsandbytes_config(quantise: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """nf4: 4-bit NormalFloat with double quantization, computing in `dtype`; int8: LLM.int8()."""
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"quantise: {quantise} needs bitsandbytes", where="model.quantise", do='pip install "mtft[qlora]"'
+        )
+    if quantise == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )

@@ -1,0 +1,77 @@
+"""One row of the table of what can't go together, and the questions about a recipe that several rows ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from mtft.distributed.launch import LaunchConfig
+from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.recipe import Recipe
+
+Stage = Literal["check", "train", "eval", "mix", "merge", "fuse", "run"]
+TRAINING: tuple[Stage, ...] = ("check", "train", "mix", "run")
+MERGING: tuple[Stage, ...] = ("check", "merge", "run")
+
+
+class BalancerFacts(Protocol):
+    """What of a balancer's needs matters here (mtft.losses.balancers.base.BalancerNeeds has it)."""
+
+    @property
+    def valid_every(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table. `when` sees the recipe, the engine, and what the balancer needs (None: not asked)."""
+
+    keys: str
+    stages: tuple[Stage, ...]
+    when: Callable[[Recipe, LaunchConfig, BalancerFacts | None], bool]
+    why: str
+    do: str
+    fatal: bool = True
+
+
+def without_eval(recipe: Recipe) -> list[str]:
+    return [task.name for task in recipe.tasks if task.eval_data is None]
+
+
+def quantised(model: ModelSection) -> bool:
+    return model.quantise != "none"
+
+
+def asks(recipe: Recipe, key: str) -> bool:
+    """Whether a key of loss.gradients is set."""
+    return recipe.loss.gradients is not None and bool(getattr(recipe.loss.gradients, key))
+
+
+def compares_gradients(recipe: Recipe) -> bool:
+    return recipe.loss.gradients is not None or recipe.loss.balancer.name in ("lagged", "gradnorm")
+
+
+def merges_own_adapters(recipe: Recipe) -> bool:
+    return recipe.merge is not None and recipe.merge.adapters is None
+
+
+def merge_sees_rows(recipe: Recipe) -> bool:
+    """The merge chooses something on held-out rows."""
+    merge = recipe.merge
+    if merge is None or merge.base is not None:
+        return False
+    routes = merge.experts is not None and merge.experts.kind == "twin"
+    return merge.search is not None or merge.gates is not None or routes
+
+
+def epoch_capped(recipe: Recipe) -> bool:
+    return recipe.mixture.max_epochs is not None or any(task.max_epochs is not None for task in recipe.tasks)
+
+
+def schedule_free(recipe: Recipe) -> bool:
+    return recipe.train.optimizer.startswith("schedule_free")
+
+
+def decides_by_evaluation(recipe: Recipe) -> bool:
+    train = recipe.train
+    return train.patience is not None or train.task_patience is not None or recipe.output.export == "best"

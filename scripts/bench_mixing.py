@@ -37,11 +37,14 @@ from data_mixers.fitting.scale_transfer import calibrate, fit_scale, for_mixture
 from data_mixers.fitting.surrogate_fits import SurrogateFits, fit_surrogates  # noqa: E402
 from data_mixers.mixture.mixture import Mixture  # noqa: E402
 from data_mixers.propose.from_csv import fit_csv  # noqa: E402
-from data_mixers.propose.next_trials import expected_improvement, thompson  # noqa: E402
-from data_mixers.propose.proposal import propose_mixture, regmix_optimum  # noqa: E402
-from data_mixers.surrogates import SURROGATES, GaussianProcess, LightGBM, Ridge, Stack, candidates_of  # noqa: E402
-from data_mixers.surrogates.stack import spearman  # noqa: E402
-from data_mixers.sweep.ledger import TrialRecord  # noqa: E402
+from data_mixers.propose.proposal import propose_mixture  # noqa: E402
+from data_mixers.surrogates.gaussian_process import GaussianProcess  # noqa: E402
+from data_mixers.surrogates.lightgbm import LightGBM  # noqa: E402
+from data_mixers.surrogates.registry import SURROGATES, candidates_of  # noqa: E402
+from data_mixers.surrogates.ridge import Ridge  # noqa: E402
+from data_mixers.surrogates.stack import Stack, spearman  # noqa: E402
+from data_mixers.sweep.trial import TrialRecord  # noqa: E402
+from scripts.regmix_notebook import regmix_optimum  # noqa: E402
 
 SIX = ("pile_cc", "github", "ubuntu_irc", "pubmed_central", "wikipedia_en", "AVG13")
 FAST = ("linear", "lightgbm", "ridge", "exp", "power", "bimix", "transfer")
@@ -331,39 +334,7 @@ def speed(options: argparse.Namespace) -> None:
     bar("13 targets, 13 notebooks' time / ours", 13 * theirs / every, ">=", 1.0)
 
 
-def search(options: argparse.Namespace) -> None:
-    """Trials until one of the pool's best 1 % is found: 16 at random, then 8 at a time; the pool = RegMix's 512."""
-    X, Y = shares("regmix/train_mixture_1m.csv"), losses("regmix/train_loss_1m.csv")
-    for target in options.targets or SIX:
-        y, found = Y[target], {"random": [], "thompson": [], "ei": []}
-        best = set(np.argsort(y)[:5].tolist())
-        regret = []
-        for seed in range(20):
-            rng = np.random.default_rng(seed)
-            order = rng.permutation(512)
-            found["random"].append(min(int(np.flatnonzero(order == index)[0]) + 1 for index in best))
-            for method in ("thompson", "ei"):
-                tried = order[:16].tolist()
-                while not best & set(tried):
-                    model = GaussianProcess("quarter", iterations=40).fit(X[tried], y[tried])
-                    pool = np.setdiff1d(np.arange(512), tried)
-                    mean, covariance = model.mean(X[pool]), model.covariance(X[pool])
-                    if method == "ei":
-                        chosen = expected_improvement(mean, covariance, 8, y[tried])
-                    else:
-                        chosen = thompson(mean, covariance, 8, rng)
-                    tried += pool[list(dict.fromkeys(chosen))].tolist()
-                hit = next(i for i, index in enumerate(tried) if index in best)
-                found[method].append(16 if hit < 16 else 16 + 8 * ((hit - 16) // 8 + 1))
-            model = GaussianProcess("quarter").fit(X[order[:64]], y[order[:64]])
-            regret.append((y[int(np.argmin(model.mean(X)))] - y.min()) / y.std())
-        line = "   ".join(
-            f"{name} {np.median(values):.0f} (mean {np.mean(values):.0f})" for name, values in found.items()
-        )
-        print(f"{target:<16}{line}   regret of the top pick at 64 trials: {np.mean(regret):.2f} sd", flush=True)
-
-
-PARTS = {"table": regmix_table, "scale": scale, "damo": damo, "admire": admire, "speed": speed, "search": search}
+PARTS = {"table": regmix_table, "scale": scale, "damo": damo, "admire": admire, "speed": speed}
 
 
 def main() -> None:

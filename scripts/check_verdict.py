@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_mixers.fitting.surrogate_fits import fit_surrogates  # noqa: E402
 from data_mixers.mixture.mixture import Mixture  # noqa: E402
 from data_mixers.propose.proposal import propose_mixture  # noqa: E402
-from data_mixers.sweep.ledger import TrialRecord  # noqa: E402
+from data_mixers.sweep.trial import TrialRecord  # noqa: E402
 
 NOISE = 0.03
 

@@ -26,15 +26,17 @@ sys.path.insert(0, str(ROOT))
 
 from data_mixers.fitting.surrogate_fits import fit_surrogates  # noqa: E402
 from data_mixers.mixture.mixture import Mixture, natural, tempered, uniform  # noqa: E402
-from data_mixers.propose.proposal import Proposal, propose_mixture, regmix_optimum  # noqa: E402
-from data_mixers.surrogates import LightGBM  # noqa: E402
-from data_mixers.sweep.ledger import Trial, TrialLedger  # noqa: E402
+from data_mixers.propose.proposal import Proposal, propose_mixture  # noqa: E402
+from data_mixers.surrogates.lightgbm import LightGBM  # noqa: E402
+from data_mixers.sweep.ledger import TrialLedger  # noqa: E402
 from data_mixers.sweep.runner import run_sweep  # noqa: E402
+from data_mixers.sweep.trial import Trial  # noqa: E402
 from mtft.data.planning import task_sizes  # noqa: E402
 from mtft.pipeline.stages import derived_recipes  # noqa: E402
 from mtft.pipeline.stages import mix as stage  # noqa: E402
 from mtft.recipe.load import load_recipe  # noqa: E402
 from mtft.training.sweep_trial import run_trial  # noqa: E402
+from scripts.regmix_notebook import regmix_optimum  # noqa: E402
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ def section(title):
 
 
 def test_every_method_is_named_in_its_room():
-    from data_mixers.surrogates import SURROGATES
+    from data_mixers.surrogates.registry import SURROGATES
     from mtft.fuse.alpha.spec import RULES
     from mtft.gradients.aggregators import AGGREGATORS
     from mtft.losses.balancers import BALANCERS

@@ -17,8 +17,8 @@ import numpy as np
 
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import Floats, Mixture
-from data_mixers.sweep.ledger import Trial, TrialLedger
-from data_mixers.sweep.trial import Goal
+from data_mixers.sweep.ledger import TrialLedger
+from data_mixers.sweep.trial import Goal, Trial
 
 
 def cocktail(

@@ -22,7 +22,9 @@ from data_mixers.common.errors import MixError
 from data_mixers.fitting.distribution_shift import same_distribution
 from data_mixers.fitting.surrogate_fits import SurrogateFits, TargetFit
 from data_mixers.mixture.mixture import Floats
-from data_mixers.surrogates import Prediction, Stack, candidates_of
+from data_mixers.surrogates.base import Prediction
+from data_mixers.surrogates.registry import candidates_of
+from data_mixers.surrogates.stack import Stack
 
 OFFSET = 3e-3
 MINIMUM_RUNS = 4

@@ -18,12 +18,12 @@ from threadpoolctl import threadpool_limits
 
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import Floats, Mixture
-from data_mixers.surrogates import Prediction, Stack, candidates_of
-from data_mixers.surrogates.base import MINIMUM_TRIALS
-from data_mixers.surrogates.stack import repeat_variance, spearman
+from data_mixers.surrogates.base import MINIMUM_TRIALS, Prediction
+from data_mixers.surrogates.registry import candidates_of
+from data_mixers.surrogates.stack import Stack, repeat_variance, spearman
 from data_mixers.sweep.early_termination import completed
-from data_mixers.sweep.ledger import Arrays, TrialLedger, TrialRecord
-from data_mixers.sweep.trial import Goal
+from data_mixers.sweep.ledger import Arrays, TrialLedger
+from data_mixers.sweep.trial import Goal, TrialRecord
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Mixtures that change while a run goes on: the controller, and one method a file."""

@@ -1,4 +1,4 @@
-"""When a mixture that changes online does change, and to what: between a trainer, which tells losses, and a PlanChain.
+"""When a mixture that changes online does change, and to what: between a trainer, which tells losses, and a plan.
 
     after step s = 1, 2, ...:   decider.observe(s, losses, parts)
                                 number = decider.measures(s)         # not None: held-out losses are wanted now
@@ -8,7 +8,7 @@
 Nothing is drawn or timed here: the same losses give the same decisions, on any machine and after any restart. What a
 method wants is rounded to 0.0001 first, so that the last bits of a sum over ranks don't count, then moved to the
 nearest shares (in KL) that floors, caps, groups and the epochs that are left allow. The methods are in
-online_methods.py.
+bandit.py, group_dro.py and linear_law.py.
 """
 
 from __future__ import annotations

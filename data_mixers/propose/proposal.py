@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
 from data_mixers.common.errors import MixError
@@ -26,7 +25,7 @@ from data_mixers.mixture.bounds import Bounds
 from data_mixers.mixture.mixture import Floats, Mixture, check_names
 from data_mixers.propose import significance as verdicts
 from data_mixers.propose.optimizer import kl_to, minimize, minimize_convex
-from data_mixers.surrogates import ExpLaw
+from data_mixers.surrogates.parametric_laws import ExpLaw
 
 Objective = Literal["mean", "worst"] | Mapping[str, float]
 
@@ -273,12 +272,3 @@ def _spread(
             sign = 1.0 if fitted.goal == "min" else -1.0
             total = total + weight * sign / sd * fitted.model.sample(rows, 50, seed + number)
     return float(np.mean(np.abs(rows[np.argmin(total, axis=1)] - best.shares).sum(axis=1)))
-
-
-def regmix_optimum(model: Any, prior: ArrayLike, *, draws: int = 100_000, top: int = 128, seed: int = 42) -> Floats:
-    """The notebook's optimum [K]: mean of the `top` lowest predictions among `draws` Dirichlet(prior) mixtures. For
-    parity: it moves with the number of draws, and knows no bounds (project it: Bounds.project)."""
-    prior_K = np.asarray(prior, dtype=np.float64)
-    samples = np.random.RandomState(seed).dirichlet(prior_K, draws)
-    predictions = np.concatenate([model.mean(samples[at : at + 10_000]) for at in range(0, draws, 10_000)])
-    return samples[np.argsort(predictions)[:top]].mean(axis=0)

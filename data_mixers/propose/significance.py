@@ -18,7 +18,7 @@ from scipy.stats import norm
 from data_mixers.fitting.surrogate_fits import SurrogateFits, TargetFit
 from data_mixers.mixture.mixture import Floats
 from data_mixers.propose.optimizer import kl_to
-from data_mixers.surrogates import GaussianProcess
+from data_mixers.surrogates.gaussian_process import GaussianProcess
 
 SPLITS = 20
 DRAWS = 2000

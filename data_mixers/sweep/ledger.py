@@ -8,7 +8,6 @@ Same (trial, progress) twice: the later one counts. A non-finite score is kept a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -19,14 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from data_mixers.common.csv_tables import check_rows, join, read_table
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Floats
-from data_mixers.sweep.trial import VERSION, Goal, Trial, TrialRecord, done_records, failed_record, finite
-
-__all__ = ["Arrays", "Trial", "TrialLedger", "TrialRecord", "done_records", "failed_record", "group_rows"]
+from data_mixers.sweep.trial import VERSION, Goal, TrialRecord, finite
 
 
 class Arrays(NamedTuple):
@@ -81,8 +79,8 @@ class TrialLedger:
             self._records += records
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock = FileLock(self.path.with_name(self.path.name + ".append.lock"))
+        with lock, open(self.path, "a+b") as file:
             file.seek(0)
             data = file.read()
             file.truncate(data.rfind(b"\n") + 1)

@@ -18,19 +18,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.reduction import ForkingPickler
-from typing import TYPE_CHECKING
 
 from data_mixers.common.errors import MixError
-from data_mixers.sweep.ledger import Trial
-
-if TYPE_CHECKING:
-    from data_mixers.sweep.runner import RunTrial, TrialOutcome
+from data_mixers.sweep.trial import RunTrial, Trial, TrialOutcome
 
 
 def attempt(run_trial: RunTrial, trial: Trial) -> TrialOutcome:
     """Run a trial once; an exception becomes an error text (type, message, last lines of the trace)."""
-    from data_mixers.sweep.runner import TrialOutcome
-
     started = time.monotonic()
     try:
         points = [(float(progress), {k: float(v) for k, v in scores.items()}) for progress, scores in run_trial(trial)]
@@ -92,8 +86,6 @@ def run_in_processes(
     timeout: float | None,
 ) -> None:
     """Run the trials; `finish(trial, outcome)` returns True to have a trial tried again."""
-    from data_mixers.sweep.runner import TrialOutcome
-
     if not todo:
         return
     try:

@@ -6,13 +6,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from data_mixers.common.errors import MixError
-from data_mixers.sweep.ledger import Trial
-
-if TYPE_CHECKING:
-    from data_mixers.sweep.runner import RunTrial, TrialOutcome
+from data_mixers.sweep.process_pool import attempt
+from data_mixers.sweep.trial import RunTrial, Trial, TrialOutcome
 
 
 def run_on_ray(
@@ -28,9 +25,6 @@ def run_on_ray(
         from ray.exceptions import RayError
     except ImportError as error:
         raise MixError("Ray is not installed", where="sweep.backend: ray", do="pip install 'mtft[ray]'") from error
-
-    from data_mixers.sweep.process_pool import attempt
-    from data_mixers.sweep.runner import TrialOutcome
 
     if not todo:
         return

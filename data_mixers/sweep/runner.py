@@ -9,7 +9,6 @@ The order is shuffled by seed, so that an interrupted sweep is still a fair samp
 
 from __future__ import annotations
 
-import fcntl
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import Mixture
 from data_mixers.sweep.early_termination import EarlyTermination, StopRule, learn_stop_rule
-from data_mixers.sweep.ledger import Trial, TrialLedger, done_records, failed_record
-
-Points = list[tuple[float, dict[str, float]]]
-RunTrial = Callable[..., Points]  # of a Trial, and with `stopping` also of stop=StopRule
+from data_mixers.sweep.ledger import TrialLedger
+from data_mixers.sweep.trial import RunTrial, Trial, TrialOutcome, done_records, failed_record
 
 
 @dataclass
@@ -52,15 +50,6 @@ class SweepResult:
         ]
         lines += [f"  {trial}  {error.splitlines()[0] if error else ''}" for trial, error in self.failed.items()]
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class TrialOutcome:
-    """How one attempt ended: points, or an error (one line: type and message; then the last lines of its trace)."""
-
-    points: Points | None
-    error: str | None
-    seconds: float
 
 
 def make_trials(names: Sequence[str], shares: Any, *, seed: int = 0, **common: Any) -> list[Trial]:
@@ -93,9 +82,9 @@ def run_sweep(
     backend: "process" (spawned), "ray" (extra `ray`; joins RAY_ADDRESS or starts a local one), "inline" (in this
     process: no timeout, and a crash takes the driver with it).
     retries: further attempts within this call. timeout: seconds for one attempt. on_done: called after each trial, for
-    progress bars. stopping: give up hopeless trials (hopeless.py): the first `reference` trials of the order run to the
-    end, the others get what those say as `run_trial(trial, stop=StopRule)` and may return early, with a last progress
-    below 1.
+    progress bars. stopping: give up hopeless trials (early_termination.py): the first `reference` trials of the order
+    run to the end, the others get what those say as `run_trial(trial, stop=StopRule)` and may return early, with a last
+    progress below 1.
     """
     if workers < 1 or retries < 0:
         raise MixError(f"workers {workers}, retries {retries}", do="workers >= 1, retries >= 0")
@@ -187,11 +176,12 @@ def _only_driver(path: Path | None) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise MixError(
-                "another sweep is writing this ledger", where=str(path), do="wait for it, or stop it"
-            ) from error
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise MixError("another sweep is writing this ledger", where=str(path), do="wait for it, or stop it") from error
+    try:
         yield
+    finally:
+        lock.release()

@@ -1,4 +1,4 @@
-"""A trial to be made, and the line that the ledger keeps of it."""
+"""A trial to be made, how an attempt at it ended, and the line that the ledger keeps of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -41,6 +41,19 @@ class Trial:
             self.scale,
         ]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+
+
+Points = list[tuple[float, dict[str, float]]]  # (progress, {target: score})
+RunTrial = Callable[..., Points]  # of a Trial, and where a sweep may end trials early also of stop=StopRule
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """How one attempt ended: points, or an error (one line: type and message; then the last lines of its trace)."""
+
+    points: Points | None
+    error: str | None
+    seconds: float
 
 
 @dataclass(frozen=True)

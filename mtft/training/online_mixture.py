@@ -21,8 +21,10 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
+from data_mixers.online.bandit import Bandit
 from data_mixers.online.controller import Decision, MixtureController, OnlineRule
-from data_mixers.online.methods import Bandit, GroupDRO, LinearLaw
+from data_mixers.online.group_dro import GroupDRO
+from data_mixers.online.linear_law import LinearLaw
 from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.errors import UserError
 from mtft.data.planning import share_bounds

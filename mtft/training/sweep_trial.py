@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from data_mixers.sweep.early_termination import StopRule
-    from data_mixers.sweep.ledger import Trial
+    from data_mixers.sweep.trial import Trial
     from mtft.training.build_trainer import TrainingInputs
     from mtft.training.trainer import MultiTaskTrainer
 

@@ -8,8 +8,8 @@ import csv
 import numpy as np
 import pytest
 
-from data_mixers.surrogates import Stack, candidates_of
-from data_mixers.surrogates.stack import spearman
+from data_mixers.surrogates.registry import candidates_of
+from data_mixers.surrogates.stack import Stack, spearman
 from tests.data_mixers.published import columns, matrix, path, subset
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from data_mixers import Mixture
-from data_mixers.sweep.ledger import Trial
+from data_mixers.sweep.trial import Trial
 
 
 def toy_trials(n=6):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn import model_selection as sklearn
 
-from data_mixers.surrogates import GaussianProcess
+from data_mixers.surrogates.gaussian_process import GaussianProcess
 from data_mixers.surrogates.mlp import fit_many
 from tests.data_mixers.published import columns
 

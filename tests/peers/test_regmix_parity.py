@@ -7,9 +7,10 @@ notebook's settings give on the published tables (1B: the 32 mixtures that are h
 import numpy as np
 import pytest
 
-from data_mixers.propose.proposal import regmix_optimum
-from data_mixers.surrogates import LightGBM, LinearSurrogate, RegMix
+from data_mixers.surrogates.lightgbm import LightGBM, RegMix
+from data_mixers.surrogates.linear import LinearSurrogate
 from data_mixers.surrogates.stack import spearman
+from scripts.regmix_notebook import regmix_optimum
 from tests.data_mixers.published import PRIOR, regmix
 
 VECTOR = (

@@ -7,7 +7,7 @@ import pytest
 
 from data_mixers.mixture.mixture import Mixture
 from data_mixers.sweep.early_termination import learn_stop_rule
-from data_mixers.sweep.ledger import Trial
+from data_mixers.sweep.trial import Trial
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_training import train
 from mtft.training.sweep_trial import run_trial

@@ -22,8 +22,9 @@ from data_mixers.design.designs import regmix_dirichlet, space_filling
 from data_mixers.mixture.bounds import Bounds
 from data_mixers.mixture.mixture import Mixture, natural
 from data_mixers.sweep.early_termination import EarlyTermination
-from data_mixers.sweep.ledger import Trial, TrialLedger
+from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.runner import SweepResult, make_trials, run_sweep
+from data_mixers.sweep.trial import Trial
 from mtft.common.errors import UserError
 from mtft.data.planning import asked_mixture, epoch_caps, groups, make_plan, task_sizes
 from mtft.pipeline.stages import derived_recipes

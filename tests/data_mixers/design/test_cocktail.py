@@ -5,7 +5,8 @@ import pytest
 
 from data_mixers import MixError
 from data_mixers.design.cocktail import cocktail, synergy
-from data_mixers.sweep.ledger import TrialLedger, done_records
+from data_mixers.sweep.ledger import TrialLedger
+from data_mixers.sweep.trial import done_records
 
 TASKS = ("a", "b", "c", "d")
 

@@ -9,7 +9,7 @@ from data_mixers import MixError
 from data_mixers.fitting.scale_transfer import fit_scale, for_mixtures, for_other_scale, predict_large
 from data_mixers.fitting.surrogate_fits import fit_surrogates
 from data_mixers.surrogates.stack import spearman
-from data_mixers.sweep.ledger import TrialRecord
+from data_mixers.sweep.trial import TrialRecord
 from tests.data_mixers.published import columns, matrix, subset
 
 

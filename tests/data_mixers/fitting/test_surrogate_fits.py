@@ -11,7 +11,8 @@ from data_mixers import MixError, Mixture
 from data_mixers.fitting.surrogate_fits import fit_surrogates
 from data_mixers.propose.from_csv import fit_csv, predict_csv
 from data_mixers.surrogates.stack import spearman
-from data_mixers.sweep.ledger import Trial, TrialLedger, done_records
+from data_mixers.sweep.ledger import TrialLedger
+from data_mixers.sweep.trial import Trial, done_records
 from tests.data_mixers.published import path, regmix
 from tests.slow import slow
 

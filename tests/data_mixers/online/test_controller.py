@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from data_mixers import Bounds, Group, Infeasible, Mixture, MixturePlan, uniform
+from data_mixers.online.bandit import Bandit
 from data_mixers.online.controller import MixtureController
-from data_mixers.online.methods import Bandit, GroupDRO, LinearLaw
+from data_mixers.online.group_dro import GroupDRO
+from data_mixers.online.linear_law import LinearLaw
 from data_mixers.plan.replanned import ReplannedPlan
 
 TASKS = ("a", "b", "c")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_mixers import Bounds, Infeasible, MixError, Mixture, MixturePlan
-from data_mixers.online.update_rules import OnlineBandit
+from data_mixers.online.bandit import OnlineBandit
 from data_mixers.plan.replanned import ReplannedPlan
 from data_mixers.plan.schedule import MixtureSchedule
 from tests.slow import slow

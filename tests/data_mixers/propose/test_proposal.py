@@ -10,7 +10,8 @@ from data_mixers import Bounds, Group, Infeasible, MixError, Mixture, uniform
 from data_mixers.fitting.surrogate_fits import fit_surrogates
 from data_mixers.propose.optimizer import minimize, minimize_convex
 from data_mixers.propose.proposal import propose_mixture, standardised
-from data_mixers.sweep.ledger import Trial, TrialLedger, done_records
+from data_mixers.sweep.ledger import TrialLedger
+from data_mixers.sweep.trial import Trial, done_records
 
 NAMES = ("a", "b", "c")
 

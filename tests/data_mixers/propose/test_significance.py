@@ -7,7 +7,8 @@ from data_mixers import Mixture
 from data_mixers.fitting.surrogate_fits import fit_surrogates
 from data_mixers.propose.proposal import propose_mixture
 from data_mixers.propose.significance import AFFORDABLE, _words, judge
-from data_mixers.sweep.ledger import TrialLedger, TrialRecord
+from data_mixers.sweep.ledger import TrialLedger
+from data_mixers.sweep.trial import TrialRecord
 
 NAMES = ("a", "b", "c", "d")
 CURRENT = Mixture(NAMES, np.full(4, 0.25))

@@ -15,8 +15,9 @@ from scipy import stats
 from data_mixers.fitting.surrogate_fits import fit_surrogates
 from data_mixers.mixture.mixture import Mixture
 from data_mixers.sweep.early_termination import MINIMUM, EarlyTermination, completed, learn_stop_rule
-from data_mixers.sweep.ledger import Trial, TrialLedger
+from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.runner import run_sweep
+from data_mixers.sweep.trial import Trial
 from tests.data_mixers import toy_trials as toys
 
 GOAL = {"a/loss": "min"}

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data_mixers import MixError, Mixture
-from data_mixers.sweep.ledger import Trial, TrialLedger, done_records, failed_record
+from data_mixers.sweep.ledger import TrialLedger
+from data_mixers.sweep.trial import Trial, done_records, failed_record
 
 
 def trial(share, seed=0, **options):

@@ -1,107 +1,85 @@
-"""The methods of a mixture that changes online, as a run asks them: what they look at, when, and what they want.
-
-    bandit      EXP3 with the training loss as reward (ODM, arXiv 2312.02406): what is still hard is drawn more
-    group_dro   exponentiated gradient on the excess over reference losses (DoReMi, arXiv 2305.10429)
-    linear_law  how training on one task lowers the others' held-out losses, measured in every round (Aioli, 2411.05735)
-
-The rules themselves are in online.py, what surrounds them in deciding.py. What a method wants follows from what it was
-told alone.
-"""
+"""linear_law: how training on one task lowers the others' held-out losses, measured in every round (Aioli, Chen et al.,
+arXiv 2411.05735)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from data_mixers.mixture.bounds import Bounds
 from data_mixers.mixture.mixture import Floats
-from data_mixers.online.update_rules import Aioli, DoReMi, OnlineBandit
+from data_mixers.online.rule import bounded, lists_to_tuples
 from data_mixers.plan.replanned import ReplannedPlan
 
 
-class _Periodic:
-    """Decides every `every` steps, as soon as something was seen."""
+@dataclass(frozen=True)
+class Aioli:
+    """A linear law of how training on one task lowers the loss of another, measured every round.
 
-    def __init__(self, every: int) -> None:
-        self.every, self.seen = every, 0
-
-    def due(self, step: int) -> bool:
-        return step % self.every == 0 and self.seen > 0
-
-    def measures(self, step: int) -> int | None:
-        return None
-
-
-class Bandit(_Periodic):
-    """ODM: every step is a draw; the shares follow every `every` steps."""
-
-    def __init__(self, tasks: int, *, every: int, scale: float = 10.0) -> None:
-        super().__init__(every)
-        self.bandit = OnlineBandit.start(tasks, scale=scale)
-
-    def see(self, loss_K: Floats, drawn_K: Floats) -> None:
-        self.seen += 1
-        present = np.flatnonzero(np.isfinite(loss_K))
-        self.bandit = self.bandit.update({int(k): float(loss_K[k]) for k in present}, drawn=drawn_K.tolist())
-
-    def choose(self, step: int, chain: ReplannedPlan, bounds: Bounds, valid_K: Floats | None) -> Floats | None:
-        return self.bandit.shares
-
-    def state(self) -> dict[str, Any]:
-        return {"seen": self.seen, "bandit": asdict(self.bandit)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.seen, self.bandit = state["seen"], OnlineBandit(**_tuples(state["bandit"]))
-
-
-class GroupDRO(_Periodic):
-    """DoReMi's rule, once every `every` steps, on the mean excess of their training losses over `reference_K`.
-
-    The shares follow alpha itself, as in group DRO (Sagawa et al., ICLR 2020); DoReMi's own result, the mean of alpha
-    over the steps, is about what the whole run has played.
+    A round trains `lp_steps` on each task's smoothed one-hot mixture H_j (share h on j, the rest spread evenly) and
+    notes D_ij = fall of loss i after it. A_i = H^-1 D_i, and p <- p exp(eta sum_i A_ij), normalised. With `ema` the
+    sums are an exponential mean over rounds, and p restarts from uniform in each.
     """
 
-    def __init__(
-        self,
-        shares: Sequence[float],
-        reference_K: Sequence[float],
+    probabilities: tuple[float, ...]
+    h: float = 0.75
+    eta: float = 0.5
+    ema: float | None = None
+    lp_steps: int = 5
+    average: tuple[float, ...] | None = None
+
+    @classmethod
+    def start(
+        cls,
+        tasks: int,
         *,
-        every: int,
-        eta: float = 1.0,
-        smoothing: float = 1e-4,
-    ) -> None:
-        super().__init__(every)
-        self.dro = DoReMi.start(shares, eta=eta, epsilon=smoothing)
-        self.reference_K = np.asarray(reference_K, dtype=np.float64)
-        self._clear()
+        h: float = 0.75,
+        eta: float = 0.5,
+        ema: float | None = None,
+        shares: Sequence[float] | None = None,
+    ) -> Aioli:
+        """p = shares; None: uniform, as in the paper."""
+        if not 1 / tasks < h <= 1:
+            raise ValueError(f"h is {h}: the smoothed one-hot mixtures need 1/K < h <= 1")
+        p = (1 / tasks,) * tasks if shares is None else tuple(float(share) for share in shares)
+        return cls(p, h=h, eta=eta, ema=ema)
 
-    def _clear(self) -> None:
-        self.seen, self.sum_K = 0, np.zeros(len(self.reference_K))
-        self.count_K = np.zeros(len(self.reference_K), dtype=np.int64)
+    @property
+    def shares(self) -> Floats:
+        return np.array(self.probabilities)
 
-    def see(self, loss_K: Floats, drawn_K: Floats) -> None:
-        present_K = np.isfinite(loss_K)
-        self.seen += 1
-        self.sum_K += np.where(present_K, loss_K, 0.0)
-        self.count_K += present_K
+    def probes(self) -> Floats:
+        """H [K, K]: row j is the mixture to train `lp_steps` on before noting column j of D."""
+        K = len(self.probabilities)
+        return np.full((K, K), (1 - self.h) / max(1, K - 1)) + np.eye(K) * (self.h - (1 - self.h) / max(1, K - 1))
 
-    def choose(self, step: int, chain: ReplannedPlan, bounds: Bounds, valid_K: Floats | None) -> Floats | None:
-        with np.errstate(invalid="ignore"):
-            mean_K = self.sum_K / self.count_K  # 0/0: absent
-        self.dro = self.dro.update((mean_K - self.reference_K).tolist(), bounds)
-        self._clear()
-        return np.array(self.dro.alpha)
+    def law(self, D: Floats, H: Floats | None = None) -> Floats:
+        """A [K, K] from D [K, K]: A_i solves H A_i = D_i. H [K, K]: what the probes really held, row j probe j; of the
+        smallest norm where they can't be told apart. None: `probes()`."""
+        D = np.asarray(D, dtype=np.float64)
+        if H is None:
+            return np.asarray(np.linalg.solve(self.probes(), D.T).T, dtype=np.float64)
+        return np.asarray(np.linalg.lstsq(H, D.T, rcond=1e-3)[0].T, dtype=np.float64)
 
-    def state(self) -> dict[str, Any]:
-        seen = {"seen": self.seen, "sum": self.sum_K.tolist(), "count": self.count_K.tolist()}
-        return {**seen, "dro": asdict(self.dro)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.seen, self.dro = state["seen"], DoReMi(**_tuples(state["dro"]))
-        self.sum_K, self.count_K = np.array(state["sum"]), np.array(state["count"], dtype=np.int64)
+    def update(
+        self, D: Floats, bounds: Bounds | None = None, *, normalize: bool = False, H: Floats | None = None
+    ) -> Aioli:
+        """D_ij = fall of the validation loss of i over the probe of j. normalize: shift by a negative minimum and
+        divide by the sum, so that eta means the same early and late. H: as in `law`."""
+        D = np.asarray(D, dtype=np.float64)
+        if normalize:
+            D = D - min(0.0, float(D.min()))
+            D = D / max(float(D.sum()), 1e-300)
+        pull, start, average = self.law(D, H).sum(axis=0), self.shares, self.average
+        if self.ema is not None:
+            pull = pull if average is None else (1 - self.ema) * pull + self.ema * np.array(average)
+            start, average = np.full(len(pull), 1 / len(pull)), tuple(pull.tolist())
+        logits = np.log(np.maximum(start, 1e-300)) + self.eta * pull
+        p = np.exp(logits - logits.max())
+        return replace(self, probabilities=bounded(p / p.sum(), bounds), average=average)
 
 
 class LinearLaw:
@@ -175,7 +153,7 @@ class LinearLaw:
         D = np.array([self.falls[j] for j in range(self.tasks)]).T
         H = np.array([self.held[j] for j in range(self.tasks)])
         known = np.isfinite(D).all(axis=1, keepdims=True)
-        self.law = self.law.update(np.where(known, D, 0.0), self._open(bounds), normalise=True, H=H)
+        self.law = self.law.update(np.where(known, D, 0.0), self._open(bounds), normalize=True, H=H)
         return self._all(self.law.shares)
 
     def _all(self, open_shares: Floats) -> Floats:
@@ -199,9 +177,5 @@ class LinearLaw:
         return {"law": asdict(self.law), "before": self.before, "falls": falls, "held": held}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.law, self.before = Aioli(**_tuples(state["law"])), list(state["before"])
+        self.law, self.before = Aioli(**lists_to_tuples(state["law"])), list(state["before"])
         self.falls, self.held = ({int(j): values for j, values in state[key]} for key in ("falls", "held"))
-
-
-def _tuples(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in state.items()}

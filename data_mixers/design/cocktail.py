@@ -1,9 +1,10 @@
 """The cocktail grid (arXiv 2410.01109): does other data help a task, and which?
 
-Each single task, each pair, all, all minus one; each again with general instruction data. K = 4: 4 + 6 + 1 + 4 = 15
-mixtures, 30 with general data. Reported: synergy_ij = score_i(pair ij) - score_i(i alone), with paired bootstrap
-intervals over seeds; the gain of `all`; what each task loses when another is left out. It is a legal ledger for `fit`.
-(The paper's exact shares of general data are not given; 0.2 is ours.)
+Each single task, each pair, all, all minus one, in equal shares; K = 4: 4 + 6 + 1 + 4 = 15 mixtures. Its trials are a
+legal ledger for any fit. What it says beside that, with score turned so that higher is better:
+
+    synergy_ij = score_i(pair ij) - score_i(i alone)           gain_i = score_i(all) - score_i(i alone)
+    leave_ij   = score_i(all) - score_i(all without j)         each the mean over the seeds that both runs have
 """
 
 from __future__ import annotations
@@ -11,61 +12,32 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 
 from data_mixers.common.errors import MixError
-from data_mixers.mixture.mixture import Floats, Mixture
+from data_mixers.mixture.mixture import Floats
 from data_mixers.sweep.ledger import TrialLedger
-from data_mixers.sweep.trial import Goal, Trial
+from data_mixers.sweep.trial import Goal
+
+Scores = Mapping[tuple[frozenset[str], str], Mapping[int, float]]  # (tasks trained on, task scored) -> {seed: score}
 
 
-def cocktail(
-    tasks: Sequence[str],
-    general: str | None = None,
-    *,
-    general_share: float = 0.2,
-    pairs: bool = True,
-    budget: Literal["per_task", "total"] = "per_task",
-    rows: int | None = None,
-    seeds: int = 3,
-    **common: Any,
-) -> list[Trial]:
-    """Trials of the grid, `seeds` of each.
-
-    budget "per_task": every task has the same `rows` in each mixture, so a larger mixture runs longer (is the other
-    data helpful?); "total": every run has `rows` (is it better than more of its own?).
-    The run length is noted in Trial.tokens in units of `rows`; common: further fields of Trial."""
-    if len(set(tasks)) != len(tasks) or len(tasks) < 2 or general in tasks:
-        raise MixError(
-            f"tasks {', '.join(tasks)}, general {general}", do="at least two different tasks, general apart from them"
-        )
-    if budget not in ("per_task", "total") or not 0 < general_share < 1:
-        raise MixError(
-            f"budget {budget!r}, general_share {general_share}", do='"per_task" or "total"; 0 < general_share < 1'
-        )
-    sets = [(task,) for task in tasks]
-    sets += list(itertools.combinations(tasks, 2)) if pairs else []
-    sets += [tuple(tasks), *(tuple(other for other in tasks if other != task) for task in tasks)]
-    sets = list(dict.fromkeys(sets))  # three tasks: all minus one is a pair
-    names = (*tasks, general) if general else tuple(tasks)
-    trials = []
-    for chosen, with_general in itertools.product(sets, (False, True) if general else (False,)):
-        share = (1 - general_share * with_general) / len(chosen)
-        shares = {name: share if name in chosen else 0.0 for name in names}
-        if general and with_general:
-            shares[general] = general_share
-        length = None if rows is None else int(rows if budget == "total" else round(rows / share))
-        for seed in range(seeds):
-            trials.append(Trial(Mixture.of(shares), seed=seed, tokens=length, **common))
-    return trials
+def cocktail_grid(tasks: int) -> Floats:
+    """[n, K] mixtures: singles, pairs, all, all minus one."""
+    if tasks < 2:
+        raise MixError(f"a cocktail of {tasks} task", do="at least two tasks")
+    everyone = range(tasks)
+    subsets = [(k,) for k in everyone] + list(itertools.combinations(everyone, 2)) + [tuple(everyone)]
+    subsets += [tuple(other for other in everyone if other != k) for k in everyone]
+    subsets = list(dict.fromkeys(subsets))  # three tasks: all minus one is a pair
+    return np.array([[1 / len(subset) if k in subset else 0.0 for k in everyone] for subset in subsets])
 
 
 @dataclass(frozen=True)
 class Synergy:
-    """mean [K, K], lower, upper of score_i(pair ij) - score_i(i alone), turned so that positive = j helps i; gain_all
-    and leave_one_out [K, K] (loss of i when j is left out of all) likewise; NaN on diagonals."""
+    """mean [K, K], lower, upper of synergy_ij; gain_all [K]; leave_one_out [K, K]. NaN on diagonals, and where the
+    ledger lacks a run of the grid."""
 
     tasks: tuple[str, ...]
     mean: Floats
@@ -73,6 +45,20 @@ class Synergy:
     upper: Floats
     gain_all: Floats
     leave_one_out: Floats
+
+    def text(self) -> str:
+        """A table for a terminal."""
+        width = max(24, *(len(name) + 2 for name in self.tasks))
+        lines = ["gain of each task (row) from training with another (column), all others (all); > 0: it helps"]
+        lines.append(f"{'task':<{width}}{'all':>10}" + "".join(f"{name:>{width}}" for name in self.tasks))
+        for i, task in enumerate(self.tasks):
+            cells = [
+                "-" if np.isnan(mean) else f"{mean:.4g} ({low:.2g} to {high:.2g})"
+                for mean, low, high in zip(self.mean[i], self.lower[i], self.upper[i], strict=True)
+            ]
+            gain = "-" if np.isnan(self.gain_all[i]) else f"{self.gain_all[i]:.4g}"
+            lines.append(f"{task:<{width}}{gain:>10}" + "".join(f"{cell:>{width}}" for cell in cells))
+        return "\n".join(lines)
 
 
 def synergy(
@@ -85,43 +71,44 @@ def synergy(
     draws: int = 2000,
     seed: int = 0,
 ) -> Synergy:
-    """Read the grid's answers from a ledger (runs without general data). `target`: name of a task's score."""
+    """The grid's answers from a ledger, with paired bootstrap intervals over seeds. target: name of a task's score."""
     sign = -1.0 if goal == "min" else 1.0
     scores: dict[tuple[frozenset[str], str], dict[int, float]] = {}
     for record in ledger.records:
-        chosen = frozenset(name for name, share in record.mixture.items() if share > 0)
-        if chosen <= set(tasks):
-            for task in tasks:
-                value = record.scores.get(target.format(task=task))
-                if value is not None:
-                    scores.setdefault((chosen, task), {})[record.seed] = sign * value
+        trained_on = frozenset(name for name, share in record.mixture.items() if share > 0)
+        for task in tasks:
+            value = record.scores.get(target.format(task=task))
+            if value is not None and record.progress == 1 and _equal_shares(record.mixture):
+                scores.setdefault((trained_on, task), {})[record.seed] = sign * value
     K, rng = len(tasks), np.random.default_rng(seed)
-    mean, lower, upper = (np.full((K, K), np.nan) for _ in range(3))
-    gain_all, leave = np.full(K, np.nan), np.full((K, K), np.nan)
+    mean, lower, upper, leave = (np.full((K, K), np.nan) for _ in range(4))
+    gain_all = np.full(K, np.nan)
     everyone = frozenset(tasks)
     for i, task in enumerate(tasks):
-        gain_all[i] = _paired(scores, (everyone, task), (frozenset([task]), task)).mean()
+        alone = frozenset([task])
+        gain_all[i] = _mean(_paired(scores, task, everyone, alone))
         for j, other in enumerate(tasks):
             if i == j:
                 continue
-            gaps = _paired(scores, (frozenset([task, other]), task), (frozenset([task]), task))
-            resampled = rng.choice(gaps, (draws, len(gaps))).mean(axis=1)
-            mean[i, j] = gaps.mean()
-            lower[i, j], upper[i, j] = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-            leave[i, j] = _paired(scores, (everyone, task), (everyone - {other}, task)).mean()
+            leave[i, j] = _mean(_paired(scores, task, everyone, everyone - {other}))
+            gaps = _paired(scores, task, frozenset([task, other]), alone)
+            if len(gaps):
+                resampled = rng.choice(gaps, (draws, len(gaps))).mean(axis=1)
+                mean[i, j] = gaps.mean()
+                lower[i, j], upper[i, j] = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Synergy(tuple(tasks), mean, lower, upper, gain_all, leave)
 
 
-def _paired(
-    scores: Mapping[Any, Mapping[int, float]], a: tuple[frozenset[str], str], b: tuple[frozenset[str], str]
-) -> Floats:
-    """Differences a - b over the seeds that both have; MixError where a run of the grid is missing."""
-    for key in (a, b):
-        if key not in scores:
-            raise MixError(
-                f"no trial of {' + '.join(sorted(key[0]))} with a score of {key[1]}", do="run the whole grid"
-            )
-    both = sorted(set(scores[a]) & set(scores[b]))
-    if not both:
-        raise MixError(f"{' + '.join(sorted(a[0]))} and {' + '.join(sorted(b[0]))} have no seed in common")
-    return np.array([scores[a][seed] - scores[b][seed] for seed in both])
+def _equal_shares(mixture: Mapping[str, float]) -> bool:
+    shares = [share for share in mixture.values() if share > 0]
+    return max(shares) - min(shares) < 1e-9
+
+
+def _paired(scores: Scores, task: str, a: frozenset[str], b: frozenset[str]) -> Floats:
+    """Differences of the task's score, trained on `a` minus on `b`, over the seeds that both have."""
+    of_a, of_b = scores.get((a, task), {}), scores.get((b, task), {})
+    return np.array([of_a[seed] - of_b[seed] for seed in sorted(set(of_a) & set(of_b))])
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean()) if len(values) else float("nan")

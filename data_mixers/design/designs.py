@@ -3,7 +3,7 @@
 regmix_dirichlet     the sampler of RegMix (Liu et al., ICLR 2025, arXiv 2407.01492), bit for bit
 batch_compositions   DaMo's P_fix (arXiv 2510.19336): every way to fill a batch of b examples with K tasks
 space_filling        Sobol points mapped to the bounds, maximin, with the current mixture repeated (measures the noise)
-cocktail             single tasks, pairs, all, all minus one (in cocktail.py)
+cocktail_grid        single tasks, pairs, all, all minus one (in cocktail.py)
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from data_mixers.common.errors import MixError
-from data_mixers.design.cocktail import cocktail
 from data_mixers.design.sobol import sobol_mixtures
 from data_mixers.mixture.bounds import Bounds
 from data_mixers.mixture.mixture import Floats, Mixture
-
-__all__ = ["batch_compositions", "candidate_mixtures", "cocktail", "hit_and_run", "regmix_dirichlet", "space_filling"]
 
 ALL_COMPOSITIONS = 20_000_000  # more rows than this are refused: draw n of them instead
 

@@ -20,14 +20,22 @@ SURROGATE_HELP = "auto (a stack), or one: linear, ridge, lightgbm, mlp, exp, pow
 
 
 @mix_app.command("design")
-def mix_design(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def mix_design(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    design: Annotated[
+        Literal["dirichlet", "space_filling", "cocktail"] | None,
+        typer.Option(help="Design of the trials. Default: the recipe's sweep.design.", show_default=False),
+    ] = None,
+) -> None:
     """Print the trial mixtures (CSV).
 
-    Also written to <output.dir>/mix/design.csv.
+    Also written to <output.dir>/mix/design.csv. --design cocktail: single tasks, pairs, all, all but one.
     """
     from mtft.pipeline.stages.mix import mix_design
 
-    typer.echo(mix_design(load(recipe, overrides, "mix")), nl=False)
+    changes = [*(overrides or []), *([] if design is None else [f"sweep.design={design}"])]
+    typer.echo(mix_design(load(recipe, changes, "mix")), nl=False)
 
 
 @mix_app.command("sweep")
@@ -81,10 +89,12 @@ def mix_propose(
     from mtft.common.errors import UserError
 
     if arguments and mixtures is None and scores is None:
-        from mtft.pipeline.stages.mix import mix_dir, mix_propose
+        from mtft.pipeline.stages.mix import mix_dir, mix_propose, mix_synergy
 
         loaded = load(Path(arguments[0]), arguments[1:], "mix")
         typer.echo(mix_propose(loaded).text)
+        if loaded.sweep is not None and loaded.sweep.design == "cocktail":
+            typer.echo(mix_synergy(loaded))
         typer.echo(mix_dir(loaded) / "mixture.yaml")
         return
     if arguments or mixtures is None or scores is None:

@@ -18,6 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from data_mixers.design.cocktail import cocktail_grid, synergy
 from data_mixers.design.designs import regmix_dirichlet, space_filling
 from data_mixers.mixture.bounds import Bounds
 from data_mixers.mixture.mixture import Mixture, natural
@@ -81,22 +84,25 @@ def trial_config(recipe: Recipe, stores: list[Any]) -> str:
 
 
 def design(recipe: Recipe, stores: list[Any]) -> list[Trial]:
-    """The trials: the current mixture (1 + repeats times), then mixtures of the chosen design inside the bounds."""
+    """The trials: the current mixture (1 + repeats times), then mixtures of the chosen design inside the bounds; or the
+    cocktail grid, each of its mixtures 1 + repeats times."""
     sweep, where = _sweep(recipe), space(recipe, stores)
     repeats = 1 + sweep.repeats
-    if sweep.trials <= repeats:
+    if sweep.design != "cocktail" and sweep.trials <= repeats:
         raise UserError(
             f"{sweep.trials} trials leave none but the current mixture and its {sweep.repeats} repeats",
             where="sweep.trials",
             do="raise sweep.trials",
         )
-    current = where.bounds.project(where.current)
-    if sweep.design == "space_filling":
+    if sweep.design == "cocktail":
+        rows = np.repeat(cocktail_grid(len(recipe.task_names)), repeats, axis=0)
+    elif sweep.design == "space_filling":
         rows = space_filling(
             where.bounds, sweep.trials, prior=where.prior, current=where.current, repeats=repeats, seed=recipe.seed
         )
     else:
         drawn = regmix_dirichlet(where.prior, sweep.trials - repeats, seed=recipe.seed)
+        current = where.bounds.project(where.current)
         rows = [current] * repeats + [where.bounds.project(row / row.sum(), metric="l2") for row in drawn]
     return make_trials(
         recipe.task_names, rows, seed=recipe.seed, config=trial_config(recipe, stores), goal=_goals(recipe)
@@ -172,6 +178,11 @@ def mix_propose(recipe: Recipe) -> Proposal:
     write_json(folder / PROPOSAL, proposal.as_dict())
     proposal.to_yaml(folder / MIXTURE)
     return proposal
+
+
+def mix_synergy(recipe: Recipe) -> str:
+    """What the trials of a cocktail grid say of each task beside each other, as a table."""
+    return synergy(TrialLedger(mix_dir(recipe) / LEDGER), recipe.task_names, seed=recipe.seed).text()
 
 
 def mix_dir(recipe: Recipe) -> Path:

@@ -16,8 +16,9 @@ class SweepSection(RecipeSection):
 
     trials: Annotated[int, Field(gt=0)] = 32
     """Mixtures to try, the current one and its repeats included."""
-    design: Literal["dirichlet", "space_filling"] = "dirichlet"
-    """RegMix's Dirichlet around the natural shares, or space-filling under the mixture's floors and caps."""
+    design: Literal["dirichlet", "space_filling", "cocktail"] = "dirichlet"
+    """RegMix's Dirichlet around the natural shares, space-filling under the mixture's floors and caps, or the grid of
+    single tasks, pairs, all, and all but one in equal shares (which neither `trials` nor the bounds change)."""
     repeats: Annotated[int, Field(ge=0)] = 0
     """Extra runs of the current mixture with other seeds: the estimate of the noise."""
     model: ModelSection | None = None

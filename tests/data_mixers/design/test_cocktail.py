@@ -1,37 +1,29 @@
-"""The grid's size, its budgets, and synergies planted and found."""
+"""The grid's mixtures, and synergies planted and found."""
 
 import numpy as np
 import pytest
 
-from data_mixers import MixError
-from data_mixers.design.cocktail import cocktail, synergy
-from data_mixers.sweep.ledger import TrialLedger
+from data_mixers import MixError, TrialLedger, make_trials
+from data_mixers.design.cocktail import cocktail_grid, synergy
 from data_mixers.sweep.trial import done_records
 
 TASKS = ("a", "b", "c", "d")
 
 
 def test_the_grid():
-    assert len({trial.mixture for trial in cocktail(TASKS, seeds=2)}) == 15
-    trials = cocktail(TASKS, "chat", general_share=0.25, seeds=3)
-    assert len(trials) == 90
-    assert len({trial.id for trial in trials}) == 90
-    assert len({trial.mixture for trial in trials}) == 30
-    assert {trial.mixture["chat"] for trial in trials} == {0.0, 0.25}
-    with pytest.raises(MixError, match="general apart"):
-        cocktail(TASKS, "a")
-
-
-def test_budgets():
-    pair = {"per_task": 200, "total": 100}
-    for budget, length in pair.items():
-        trials = [t for t in cocktail(TASKS, budget=budget, rows=100) if t.mixture["a"] == t.mixture["b"] == 0.5]
-        assert {trial.tokens for trial in trials} == {length}
+    grid = cocktail_grid(4)
+    assert grid.shape == (15, 4)
+    np.testing.assert_allclose(grid.sum(axis=1), 1)
+    assert sorted(np.count_nonzero(grid, axis=1).tolist()) == [1] * 4 + [2] * 6 + [3] * 4 + [4]
+    assert len(cocktail_grid(3)) == 7  # all minus one is a pair
+    assert len(cocktail_grid(2)) == 3
+    with pytest.raises(MixError, match="a cocktail of 1 task"):
+        cocktail_grid(1)
 
 
 def test_a_planted_synergy_is_found():
     rng, ledger = np.random.default_rng(0), TrialLedger()
-    for trial in cocktail(TASKS, seeds=5):
+    for trial in make_trials(TASKS, np.repeat(cocktail_grid(4), 5, axis=0)):
         used = {name for name, share in trial.mixture.as_dict().items() if share > 0}
         scores = {
             f"{task}/loss": 1 - 0.3 * (task == "a" and "b" in used) + 0.02 * rng.standard_normal() for task in TASKS
@@ -43,5 +35,7 @@ def test_a_planted_synergy_is_found():
     assert abs(found.mean[1, 0]) < 0.05
     assert found.gain_all[0] == pytest.approx(0.3, abs=0.05)
     assert found.leave_one_out[0, 1] == pytest.approx(0.3, abs=0.05)
-    with pytest.raises(MixError, match="whole grid"):
-        synergy(TrialLedger(None, ledger.records[:10]), TASKS)
+    assert found.text().splitlines()[2].split()[:3] == ["a", f"{found.gain_all[0]:.4g}", "-"]
+    part = synergy(TrialLedger(None, ledger.records[:20]), TASKS)  # the single tasks only
+    assert np.isnan(part.mean).all()
+    assert np.isnan(part.gain_all).all()

@@ -332,13 +332,13 @@ def quickstart_adapter() -> Path:
     finished = root / "runs" / "quickstart" / "train" / "joint" / "adapter"
     if (finished / "adapter_model.safetensors").is_file():
         return finished
-    from mtft.pipeline.stages.derived_recipes import joint
+    from mtft.pipeline.stages.derived_recipes import joint_recipe
     from mtft.training.run_training import train
 
     folder = root / "runs" / "bench-fuse"
     if not (folder / "result.json").is_file():
         say("training the quickstart's joint adapter, about a minute, kept in runs/bench-fuse")
-    return train(joint(load_recipe(root / "recipes" / "quickstart.yaml"), None, folder)).adapter_dir
+    return train(joint_recipe(load_recipe(root / "recipes" / "quickstart.yaml"), None, folder)).adapter_dir
 
 
 def held_out_prompts(tokenizer: Any, count: int) -> list[Tensor]:

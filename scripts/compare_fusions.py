@@ -34,7 +34,7 @@ from mtft.evaluation.task_scores import TaskScores
 from mtft.fuse.alpha.spec import RULES
 from mtft.fuse.decoding.score_text import AlphaStats, fused_scores
 from mtft.fuse.from_recipe import open_fusion
-from mtft.pipeline.stages.derived_recipes import changed, joint, strong
+from mtft.pipeline.stages.derived_recipes import joint_recipe, override_section, strong_recipe
 from mtft.pipeline.stages.stage_cache import write_json
 from mtft.recipe.load import load_recipe
 from mtft.recipe.schema.recipe import Recipe
@@ -49,11 +49,11 @@ def one_seed(recipe: Recipe, rules: list[str], root: Path, finished: Path | None
     if recipe.fuse is None:
         raise SystemExit("the recipe has no fuse section")
     held_out = tuple(task.name for task in recipe.tasks if task.eval_data is not None)
-    on_strong = strong(recipe, recipe.fuse.strong, None, root / "tuned")
+    on_strong = strong_recipe(recipe, recipe.fuse.strong, None, root / "tuned")
     if finished is not None:
         expert, tuned = (finished.resolve() / "train" / name / "adapter" for name in ("joint", "strong"))
     else:
-        expert = train(joint(recipe, None, root / "expert")).adapter_dir
+        expert = train(joint_recipe(recipe, None, root / "expert")).adapter_dir
         tuned = train(on_strong).adapter_dir
     ways = {
         "strong base": lambda: evaluate(on_strong),
@@ -68,9 +68,9 @@ def one_seed(recipe: Recipe, rules: list[str], root: Path, finished: Path | None
 
 def fused(recipe: Recipe, rule: str, expert: Path, root: Path) -> Scores:
     assert recipe.fuse is not None
-    section = changed(recipe.fuse, alpha_rule=rule, alpha=1.0)
-    model = open_fusion(changed(recipe, fuse=section), [expert])
-    on_strong, stats = changed(recipe, model=recipe.fuse.strong), AlphaStats()
+    section = override_section(recipe.fuse, alpha_rule=rule, alpha=1.0)
+    model = open_fusion(override_section(recipe, fuse=section), [expert])
+    on_strong, stats = override_section(recipe, model=recipe.fuse.strong), AlphaStats()
     stores = open_stores(on_strong, model.tokenizer, "eval")
     layout = BatchLayout(recipe.train.micro_batch_tokens, recipe.train.max_length, 0, packing=False)
     found = score_tasks(partial(fused_scores, model, stats=stats), stores, layout, device=model.device)

@@ -272,7 +272,7 @@ def merge_once(entry: Entry, seed: Seed, out: Path) -> dict[str, Any]:
     more = {entry.kind: {**rows, **entry.section}} if entry.kind != "method" else {}
     if entry.kind == "experts":
         section["average"] = entry.section["kind"] == "twin"
-    recipe = derived_recipes.changed(seed.recipe, merge={**section, **more})
+    recipe = derived_recipes.override_section(seed.recipe, merge={**section, **more})
     begin = time.process_time()
     outcome = merge_recipe(recipe, named, out, adapted=seed.adapted)
     cpu = time.process_time() - begin

@@ -79,7 +79,10 @@ def mixtures_of(recipe) -> tuple[dict[str, Mixture], Proposal]:
 
     def run(trial: Trial) -> list[tuple[float, dict[str, float]]]:
         return run_trial(
-            trial, recipe=derived_recipes.proxy(recipe, recipe.sweep), eval_limit=recipe.sweep.eval_limit, threads=1
+            trial,
+            recipe=derived_recipes.proxy_recipe(recipe, recipe.sweep),
+            eval_limit=recipe.sweep.eval_limit,
+            threads=1,
         )
 
     run_sweep(stage.design(recipe, stores), run, ledger, backend="inline", seed=recipe.seed)
@@ -101,8 +104,8 @@ def mixtures_of(recipe) -> tuple[dict[str, Mixture], Proposal]:
 
 def run_all(recipe, mixtures: dict[str, Mixture], steps: int | None, seed: int) -> dict[str, float]:
     """{mixture: mean of the tasks' held-out losses}, all held-out rows; runs already made are read back."""
-    sweep = recipe.sweep if steps is None else derived_recipes.changed(recipe.sweep, steps=steps)
-    proxy = derived_recipes.proxy(recipe, sweep)
+    sweep = recipe.sweep if steps is None else derived_recipes.override_section(recipe.sweep, steps=steps)
+    proxy = derived_recipes.proxy_recipe(recipe, sweep)
     path = Path(recipe.output.dir) / f"runs-{sweep.steps}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     for name, mixture in mixtures.items():

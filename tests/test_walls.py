@@ -58,6 +58,7 @@ EXPERIMENTAL = {
     "refresh_adapter": "training",
     "rerank": "fuse",
     "sharpness_aware": "training",
+    "skills_export": "merge",
 }
 MODEL_LOADERS = {"AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "PeftModel", "AutoPeftModelForCausalLM"}
 

@@ -35,13 +35,13 @@ def disk_dtype(adapters: Sequence[LoraAdapter], dtype: str | None) -> str:
     return "F64" if "F64" in found else "F32"
 
 
-def usual_rank(rank: int) -> int:
+def servable_rank(rank: int) -> int:
     """The next rank that servers take: 8, or a power of two."""
     return max(8, 1 << (rank - 1).bit_length())
 
 
 @contextmanager
-def replacing(
+def atomic_folder(
     out: Path, *, overwrite: bool, inputs: Sequence[Path] = (), own: frozenset[str] = OWN_FILES
 ) -> Iterator[Path]:
     """A scratch folder beside `out` that takes its place when the block ends well, and vanishes when it does not.

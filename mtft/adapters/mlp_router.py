@@ -3,7 +3,7 @@
     p = softmax(W2 relu(W1 z + b1) + b2),   z = (h - mean) / sigma of the training states
 
 Lu et al., "Twin-Merging" (NeurIPS 2024, arXiv 2406.15479). Trained on a few hundred states in seconds; the nearest
-centroid (router.py) needs no training and is the default. Training is on torch, use on numpy.
+centroid (routers.py) needs no training and is the default. Training is on torch, use on numpy.
 """
 
 from __future__ import annotations

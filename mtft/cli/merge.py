@@ -26,7 +26,7 @@ def merge_command(
         ),
     ] = None,
     experts: Annotated[
-        Literal["twin", "arrow"] | None, typer.Option(help="Keep the adapters apart, for a server that routes.")
+        Literal["build_twin", "arrow"] | None, typer.Option(help="Keep the adapters apart, for a server that routes.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the merged adapter.")] = None,
     overwrite: Overwrite = False,
@@ -70,7 +70,7 @@ def _merge_folders(
             where="command line",
             do=f"mtft merge {recipes[0]} merge.method={method} merge.out={out}",
         )
-    numbers, settings = _numbers(weights), _settings(options)
+    numbers, settings = _parse_weights(weights), _parse_options(options)
     size = "auto" if rank is None else int(rank) if rank.isdecimal() else rank
     if base is not None:
         return _merge_models(
@@ -87,9 +87,9 @@ def _merge_folders(
         export_arrow(folders, out, overwrite=overwrite)
         return f"wrote {len(folders)} experts and the router of their prototypes to {out}"
     if experts == "twin":
-        from mtft.merge.experts.build_experts import twin
+        from mtft.merge.experts.build_experts import build_twin
 
-        report = twin(
+        report = build_twin(
             folders, out, method, options=settings, weights=numbers, average=False, rank=size, overwrite=overwrite
         )
         hint = "without a router, which needs rows: a recipe with merge.experts fits one"
@@ -125,16 +125,16 @@ def _merge_models(
         lines = [f"merged {len(models)} models by {method} into {out / 'shared'}"]
         return "\n".join([*lines, *(f"{name}: {held.text()}" for name, held in found.items())])
     if rank != "auto":
-        from mtft.merge.full_models.extract_lora import extract
+        from mtft.merge.full_models.extract_lora import extract_adapter
 
-        return extract(base, models[0], out, rank, overwrite=overwrite).text()  # type: ignore[arg-type]
+        return extract_adapter(base, models[0], out, rank, overwrite=overwrite).text()  # type: ignore[arg-type]
     from mtft.merge.full_models.merge_checkpoints import merge_checkpoints
 
     merge_checkpoints(base, models, out, method, options, weights, overwrite=overwrite)
     return f"merged {len(models)} models by {method} into {out}"
 
 
-def _numbers(weights: str | None) -> list[float] | None:
+def _parse_weights(weights: str | None) -> list[float] | None:
     from mtft.common.errors import UserError
 
     try:
@@ -145,7 +145,7 @@ def _numbers(weights: str | None) -> list[float] | None:
         ) from None
 
 
-def _settings(options: list[str]) -> dict[str, object]:
+def _parse_options(options: list[str]) -> dict[str, object]:
     from mtft.common.errors import UserError
     from mtft.recipe.yaml_source import plain_value
 

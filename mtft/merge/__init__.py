@@ -1,9 +1,20 @@
 """Merge: several LoRA adapters into one plain PEFT adapter, exactly, in seconds, without the base model.
 
-mtft/adapters reads adapters as D_k = s_k B_k A_k; linalg/core_space.py turns one module of all of them into small
-matrices; a method (methods/, one a file) merges those; adapters/adapter_writer.py writes what PEFT and vLLM load.
+    linalg/        core_space.py turns one module of all adapters into small matrices; streamed_delta.py goes over dense
+                   deltas in row blocks
+    methods/       one merge method a file; METHODS names them
+    engine/        plan, merge module by module, write, report
+    search/        weights found on held-out rows, and what the merged adapter kept of each task
+    learned/       weights trained by gradients        experts/       adapters kept apart behind a router
+    full_models/   whole fine-tuned models instead of adapters
 
-The names below are imported on first use (PEP 562): `import mtft.merge.experts.routers` imports no merge method.
+mtft/adapters reads D_k = s_k B_k A_k and writes what PEFT and vLLM load.
+
+Letters: K adapters, R rank, M outputs and N inputs of a module (`B_MR` is [m, r], `A_RN` [r, n]); D_k the delta of
+adapter k, U S V^T its singular value decomposition, w_k its weight; `rows` and `cols` are orthonormal bases of the
+output and the input side, X a matrix in their coordinates.
+
+The names below are imported on first use (PEP 562), so that `import mtft.merge` loads no merge method.
 """
 
 from __future__ import annotations
@@ -14,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mtft.adapters.lora_factors import LoraAdapter, LoraFactors, read_adapter
     from mtft.common.errors import MergeError
-    from mtft.merge.engine.merge import merge_adapters, merge_delta
+    from mtft.merge.engine.merge import merge_adapters
     from mtft.merge.engine.report import MergeReport
     from mtft.merge.linalg.core_space import CoreSpace, to_core
     from mtft.merge.methods import METHODS
@@ -27,7 +38,6 @@ _MODULES = {
     "MergeError": "mtft.common.errors",
     "MergeReport": "mtft.merge.engine.report",
     "merge_adapters": "mtft.merge.engine.merge",
-    "merge_delta": "mtft.merge.engine.merge",
     "read_adapter": "mtft.adapters.lora_factors",
     "to_core": "mtft.merge.linalg.core_space",
 }
@@ -40,7 +50,6 @@ __all__ = [
     "MergeError",
     "MergeReport",
     "merge_adapters",
-    "merge_delta",
     "read_adapter",
     "to_core",
 ]

@@ -61,7 +61,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
     say("data: reading the tasks, and tokenising what is new")
     tokenizer = load_tokenizer(recipe.model)
     stores, eval_stores = (open_stores(recipe, tokenizer, which) for which in ("train", "eval"))
-    choice = _choose(recipe, stores, fresh=fresh, say=say)
+    choice = _choose_mixture(recipe, stores, fresh=fresh, say=say)
     runs = planned_runs(recipe, choice, stores)
     results = train_runs(runs, fresh=fresh, launch=launch, say=say)
 
@@ -72,14 +72,14 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
     # The base's scores depend on the data alone: named by their fingerprint.
     data = "-".join(store.fingerprint[:8] for store in eval_stores if store is not None)
     stages["base"] = load_or_score(root / "train" / f"base-{data}", held_out, lambda: score(None))
-    singles = _singles(results)
+    singles = _single_task_scores(results)
     if singles:
         stages["single"] = singles
     labels = joint_labels(recipe, choice, stores)
     for name in sorted(labels, key=lambda name: labels[name] == "joint predicted"):  # yardsticks first
         stages[labels[name]] = results[name].scores
     if recipe.merge is not None:
-        adapters = _to_merge(recipe.merge, results)
+        adapters = _adapters_to_merge(recipe.merge, results)
         if adapters:
             say("merge")
             stages["merged"] = merge_stage(
@@ -94,7 +94,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
             )
     if recipe.fuse is not None:
         say("fuse")
-        experts = _named(recipe.fuse.adapters or ())
+        experts = _name_adapters(recipe.fuse.adapters or ())
         tuned = results["strong"].scores if "strong" in results else None
         alone, fused = fuse_stage(
             recipe, recipe.fuse, experts or {"joint": results["joint"].adapter_dir}, tuned, fresh=fresh
@@ -103,7 +103,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
     return _report(root, stages, say)
 
 
-def _choose(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> RunChoice:
+def _choose_mixture(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> RunChoice:
     """What the joint run plays: what the recipe asks for, unless the trials found something better."""
     from mtft.pipeline.stages import mix
     from mtft.pipeline.stages.train import RunChoice
@@ -139,7 +139,7 @@ def _trial_done(say, number: Iterator[int], trials: int, trial: Any, outcome: An
     say(f"mix: trial {next(number)} of at most {trials} ({shares}): {ended}")
 
 
-def _singles(results: dict[str, TrainResult]) -> Scores:
+def _single_task_scores(results: dict[str, TrainResult]) -> Scores:
     found: Scores = {}
     for name, result in results.items():
         if name.startswith("single-"):
@@ -147,9 +147,9 @@ def _singles(results: dict[str, TrainResult]) -> Scores:
     return found
 
 
-def _to_merge(merge: MergeSection, results: dict[str, TrainResult]) -> dict[str, Path]:
+def _adapters_to_merge(merge: MergeSection, results: dict[str, TrainResult]) -> dict[str, Path]:
     if merge.adapters is not None:
-        return _named(merge.adapters)
+        return _name_adapters(merge.adapters)
     return {
         name.removeprefix("single-"): result.adapter_dir
         for name, result in results.items()
@@ -157,7 +157,7 @@ def _to_merge(merge: MergeSection, results: dict[str, TrainResult]) -> dict[str,
     }
 
 
-def _named(folders: Sequence[str]) -> dict[str, Path]:
+def _name_adapters(folders: Sequence[str]) -> dict[str, Path]:
     """{name: folder}: the folder's name, or its parent's where that is `adapter`, as every run calls it."""
     named: dict[str, Path] = {}
     for path in map(Path, folders):

@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from mtft.adapters.lora_factors import read_adapters
 from mtft.merge import CoreSpace, LoraFactors, to_core
-from mtft.merge.methods.base import Parts
+from mtft.merge.engine.merge_module import final_spectrum, read_inputs, survey
+from mtft.merge.engine.merge_plan import make_merge_plan
+from mtft.merge.linalg.core_space import balanced_factors
+from mtft.merge.methods.base import ModuleInputs
 
 M, N, RANKS, SCALES = 12, 10, (2, 3, 1), (1.0, 2.0, 0.5)
 W = (0.5, 0.3, 0.2)
@@ -37,8 +41,12 @@ def core(weights=(1.0, 1.0, 1.0), of=None) -> CoreSpace:
     return to_core(of or factors(), weights, names=NAMES)
 
 
-def parts(weights=(1.0, 1.0, 1.0), of=None, names=NAMES, dtype=np.float64, seed=0, rank_cap=10, module="m") -> Parts:
-    return Parts(module, tuple(names), np.array(weights), tuple(of or factors()), np.dtype(dtype), seed, rank_cap)
+def parts(
+    weights=(1.0, 1.0, 1.0), of=None, names=NAMES, dtype=np.float64, seed=0, rank_cap=10, module="m"
+) -> ModuleInputs:
+    return ModuleInputs(
+        module, tuple(names), np.array(weights), tuple(of or factors()), np.dtype(dtype), seed, rank_cap
+    )
 
 
 def full(merged) -> np.ndarray:
@@ -86,3 +94,19 @@ def write_golden(root: Path) -> list[Path]:
 
 def near(value: float, expected: float, atol: float = 1.5e-9) -> bool:
     return abs(value - expected) <= atol + 1e-9 * abs(expected)
+
+
+def merge_delta(adapters, module, method="linear", options=None, weights=None, scale=1.0, rank=None, seed=0):
+    """One merged module in memory: (B [m, r], A [r, n], share of the squared norm kept). rank None: nothing cut."""
+    plan = make_merge_plan(read_adapters(adapters), method, options, weights, scale, False, (), "auto", seed)
+    index = next(m for m in plan.modules if m.name == module)
+    cap = rank or min(index.layout.r, index.layout.m, index.layout.n)
+    seen = survey(plan, cap)
+    inputs, _, _ = read_inputs(plan, index, cap)
+    if not inputs.factors:
+        return np.zeros((index.layout.m, 0)), np.zeros((0, index.layout.n)), 1.0
+    merged = plan.methods[0].merge(inputs, seen[0])
+    spectrum, square = final_spectrum(merged, inputs, scale)
+    cut = type(spectrum)(spectrum.U[:, :rank], spectrum.S[:rank], spectrum.Vt[:rank])
+    B, A = balanced_factors(cut, merged.rows, merged.cols)
+    return B, A, float(np.sum(cut.S**2) / square) if square else 1.0

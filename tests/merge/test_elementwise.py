@@ -206,7 +206,7 @@ def test_equal_to_mergekit_and_peft_on_the_same_draws(name, monkeypatch):
     from mergekit import sparsify
     from peft.utils.merge_utils import dare_linear, dare_ties
 
-    from mtft.merge.linalg.streamed_delta import Mask
+    from mtft.merge.linalg.streamed_delta import BernoulliMask
 
     rng = np.random.default_rng(0)
     D = [(s * rng.normal(size=(40, 30))).astype(np.float32) for s in (1.0, 0.5, 2.0)]
@@ -215,7 +215,7 @@ def test_equal_to_mergekit_and_peft_on_the_same_draws(name, monkeypatch):
     labels = {"names": g.NAMES, "module": "m", "seed": 5}
 
     def feed():
-        uniforms = iter([torch.tensor(Mask(5, name, "m", 30).uniform(0, 40)) for name in g.NAMES])
+        uniforms = iter([torch.tensor(BernoulliMask(5, name, "m", 30).uniform(0, 40)) for name in g.NAMES])
         monkeypatch.setattr(torch, "bernoulli", lambda p: (next(uniforms) < p).to(p.dtype))
 
     feed()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtft.merge import LoraFactors, merge_delta
+from mtft.merge import LoraFactors
 from mtft.merge.methods import METHODS, make_method
 from tests.merge import golden as g
 
@@ -135,8 +135,8 @@ def test_weight_zero_is_absence(name, tmp_path):
     modules = [{"q": f} for f in g.factors()]
     paths = [g.write(tmp_path / n, m) for n, m in zip(g.NAMES, modules)]
     method = {"method": name, "options": ALL[name]}
-    B, A, _ = merge_delta(paths, "q", weights=[1, 0, 2], **method)
-    D, C, _ = merge_delta([paths[0], paths[2]], "q", weights=[1, 2], **method)
+    B, A, _ = g.merge_delta(paths, "q", weights=[1, 0, 2], **method)
+    D, C, _ = g.merge_delta([paths[0], paths[2]], "q", weights=[1, 2], **method)
     np.testing.assert_array_equal(B @ A, D @ C)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtft.merge import MergeError, merge_adapters, merge_delta, read_adapter
+from mtft.merge import MergeError, merge_adapters, read_adapter
 from mtft.merge.methods import METHODS, make_method
 from tests.merge import golden as g
 
@@ -33,7 +33,7 @@ def test_golden(weights, norm, entry):
 def test_energy_and_spectrum_at_rank_2(tmp_path):
     report = merge_adapters(g.write_golden(tmp_path), tmp_path / "out", weights=g.W, rank=2)
     assert g.near(report.energy, 0.829946902, 1e-7)  # factors went through float32
-    B, A, energy = merge_delta([tmp_path / name for name in g.NAMES], "layers.0.q", weights=g.W, rank=2)
+    B, A, energy = g.merge_delta([tmp_path / name for name in g.NAMES], "layers.0.q", weights=g.W, rank=2)
     np.testing.assert_allclose(np.linalg.svd(B @ A)[1][:2], [0.811691175, 0.603534181], atol=1e-7)
     assert g.near(energy, report.energy)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtft.merge import MergeError, merge_adapters, read_adapter
-from mtft.merge.experts.build_experts import export_arrow, twin
+from mtft.merge.experts.build_experts import build_twin, export_arrow
 from tests.merge.with_peft import deltas, expert, peft_merge, relative
 
 RELOAD = """
@@ -104,7 +104,7 @@ def test_vllm_rules(tmp_path, base):
     check_vllm(tmp_path / "out")
     merge_adapters([a, b], tmp_path / "ties", "ties", rank=16, min_energy=0, vllm=True)
     check_vllm(tmp_path / "ties")
-    twin([a, b], tmp_path / "twin", expert_rank=5, rank=8, with_shared=True)
+    build_twin([a, b], tmp_path / "twin", expert_rank=5, rank=8, with_shared=True)
     export_arrow([a, b], tmp_path / "arrow")
     for folder in (*(tmp_path / "twin").glob("expert_*"), tmp_path / "twin" / "shared"):
         check_vllm(folder)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mtft.merge import LoraFactors, MergeError, merge_adapters, read_adapter
-from mtft.merge.linalg.core_space import Chunked, Householder, Triangular, orthonormal_basis, to_core
+from mtft.merge.linalg.core_space import CholeskyBasis, ChunkedBasis, HouseholderBasis, orthonormal_basis, to_core
 from mtft.merge.methods import METHODS, make_method
 from mtft.merge.methods.lines import layer_factor, layer_of
 from mtft.merge.methods.regmean import regmean_factors
@@ -128,7 +128,7 @@ def test_more_rank_than_the_matrix_has():
 def test_householder_is_an_orthonormal_factorisation(shape):
     X = np.random.default_rng(0).normal(size=shape)
     X[:, 1] = X[:, 0]  # rank deficient
-    basis = Householder(X)
+    basis = HouseholderBasis(X)
     Q = basis.apply(np.eye(basis.dim))
     np.testing.assert_allclose(Q.T @ Q, np.eye(basis.dim), atol=1e-12)
     np.testing.assert_allclose(Q @ basis.R, X, atol=1e-12)
@@ -138,7 +138,7 @@ def test_float32_stacks_go_by_their_gram_matrix_unless_they_are_close_to_deficie
     rng = np.random.default_rng(0)
     X = rng.normal(size=(400, 24)).astype(np.float32)
     basis = orthonormal_basis(X)
-    assert isinstance(basis, Triangular)
+    assert isinstance(basis, CholeskyBasis)
     Q = basis.apply(np.eye(24, dtype=np.float32))
     np.testing.assert_allclose(Q.T @ Q, np.eye(24), atol=5e-6)
     np.testing.assert_allclose(Q @ basis.R, X, atol=5e-6)
@@ -148,10 +148,10 @@ def test_float32_stacks_go_by_their_gram_matrix_unless_they_are_close_to_deficie
     zero[:, 1] = 0
     for bad in (near, duplicate, zero):
         basis = orthonormal_basis(bad)
-        assert isinstance(basis, Householder)
+        assert isinstance(basis, HouseholderBasis)
         Q = basis.apply(np.eye(24, dtype=np.float32))
         np.testing.assert_allclose(Q.T @ Q, np.eye(24), atol=5e-6)
-    assert isinstance(orthonormal_basis(X.astype(np.float64)), Householder)
+    assert isinstance(orthonormal_basis(X.astype(np.float64)), HouseholderBasis)
 
 
 def test_spectra_of_the_adapters_through_their_factors():
@@ -166,7 +166,7 @@ def test_spectra_of_the_adapters_through_their_factors():
 def test_tall_stacks_are_factored_in_chunks():
     X = np.random.default_rng(0).normal(size=(40000, 5))
     basis = orthonormal_basis(X)
-    assert isinstance(basis, Chunked)
+    assert isinstance(basis, ChunkedBasis)
     np.testing.assert_allclose(basis.apply(basis.R), X, atol=1e-10)
     Q = basis.apply(np.eye(5))
     np.testing.assert_allclose(Q.T @ Q, np.eye(5), atol=1e-12)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mtft.merge.learned.gates import KINDS
+from mtft.merge.learned.gates import GATE_KINDS
 from mtft.merge.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def compare():
 def test_every_method_and_gate_has_a_row(compare):
     entries = compare.ENTRIES.values()
     assert {entry.method for entry in entries} >= METHODS.keys() - {"cat"}  # cat is linear at its own rank
-    assert {entry.section["kind"] for entry in entries if entry.kind == "gates"} == KINDS.keys()
+    assert {entry.section["kind"] for entry in entries if entry.kind == "gates"} == GATE_KINDS.keys()
     assert len({compare.slug(name) for name in compare.ENTRIES}) == len(compare.ENTRIES)
 
 

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mtft.adapters.adapter_writer import AdapterWriter, disk_dtype, replacing, usual_rank
+from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype, servable_rank
 from mtft.adapters.lora_factors import WEIGHTS, LoraAdapter, read_adapters
 from mtft.common.errors import MergeError
 from mtft.merge.engine.full_tensors import merge_full_tensors
 from mtft.merge.engine.interference import diagnose
-from mtft.merge.engine.merge_module import ModuleResult, final_spectrum, merge_modules, read_parts, survey
+from mtft.merge.engine.merge_module import ModuleResult, merge_modules, survey
 from mtft.merge.engine.merge_plan import MergePlan, check_together, make_merge_plan
 from mtft.merge.engine.model_card import write_merge_card
 from mtft.merge.engine.report import MergeReport
-from mtft.merge.linalg.core_space import balanced
 from mtft.merge.methods.base import MergeMethod
 
 KEEP_BYTES = 256 << 20
@@ -72,7 +71,7 @@ def merge_adapters(
     kept = merge_full_tensors(opened, plan.weights_K, saved)
     if vllm:
         _check_vllm(plan, kept)
-    with replacing(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened]) as folder:
+    with atomic_folder(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened]) as folder:
         results, final_rank = _spectra_and_rank(plan, rank, energy, workers)
         writer = AdapterWriter(folder, opened, plan.layouts, final_rank, disk_dtype(opened, dtype), kept)
         spectra = {}
@@ -128,37 +127,6 @@ def merge_adapters(
     return report
 
 
-def merge_delta(
-    adapters: Sequence[str | Path | LoraAdapter],
-    module: str,
-    method: str = "linear",
-    options: Mapping[str, object] | None = None,
-    weights: Sequence[float] | None = None,
-    scale: float = 1.0,
-    rank: int | None = None,
-    precision: str = "auto",
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """One merged module in memory: (B [m, r], A [r, n], share of the squared norm kept). rank None: nothing cut."""
-    opened = read_adapters(adapters)
-    plan = make_merge_plan(opened, method, options, weights, scale, False, (), precision, seed)
-    index = next((m for m in plan.modules if m.name == module), None)
-    if index is None:
-        raise MergeError(
-            f"no adapter has a module {module!r}", where="module", do="use its full name in the base model"
-        )
-    cap = rank or min(index.layout.r, index.layout.m, index.layout.n)
-    seen = survey(plan, cap)
-    parts, _, _ = read_parts(plan, index, cap)
-    if not parts.factors:
-        return np.zeros((index.layout.m, 0)), np.zeros((0, index.layout.n)), 1.0
-    merged = plan.methods[0].merge(parts, seen[0])
-    spectrum, square = final_spectrum(merged, parts, scale)
-    cut = type(spectrum)(spectrum.U[:, :rank], spectrum.S[:rank], spectrum.Vt[:rank])
-    B, A = balanced(cut, merged.rows, merged.cols)
-    return B, A, float(np.sum(cut.S**2) / square) if square else 1.0
-
-
 def _check_policy(rank: int | str, energy: float, min_energy: float, plan: MergePlan) -> int | str:
     if rank == "auto" and plan.methods[0].default_rank:
         rank = plan.methods[0].default_rank
@@ -194,7 +162,7 @@ def _spectra_and_rank(plan: MergePlan, rank: int | str, energy: float, workers: 
     limits = {m.name: m.rank for m in plan.modules if m.rank is not None}
     spectra = {r.name: (r.S[: limits.get(r.name)], r.square) for r in results}
     longest = max((len(S) for S, _ in spectra.values()), default=0) or 1
-    chosen = longest if rank == "lossless" else usual_rank(_smallest_rank(spectra, energy) or longest)
+    chosen = longest if rank == "lossless" else servable_rank(_smallest_rank(spectra, energy) or longest)
     return (iter(results) if keep else merge_modules(plan, seen, chosen, cap, workers)), chosen
 
 

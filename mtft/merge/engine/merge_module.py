@@ -11,8 +11,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mtft.merge.engine.merge_plan import MergePlan, ModulePlan
-from mtft.merge.linalg.core_space import MergedCore, Spectrum, balanced, one_thread, svd, too_large
-from mtft.merge.methods.base import Parts
+from mtft.merge.linalg.core_space import MergedCore, Spectrum, balanced_factors, one_thread, svd, too_large
+from mtft.merge.methods.base import ModuleInputs
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class ModuleResult:
     warnings: tuple[str, ...]
 
 
-def read_parts(plan: MergePlan, module: ModulePlan, rank_cap: int) -> tuple[Parts, np.ndarray | None, list[str]]:
+def read_inputs(
+    plan: MergePlan, module: ModulePlan, rank_cap: int
+) -> tuple[ModuleInputs, np.ndarray | None, list[str]]:
     """The adapters that count in this module, the merged bias, and warnings."""
     dtype = plan.dtype_of(module)
     names, weights, factors, warnings = [], [], [], []
@@ -49,13 +51,13 @@ def read_parts(plan: MergePlan, module: ModulePlan, rank_cap: int) -> tuple[Part
         weights.append(weight)
         factors.append(found)
     labels = (module.name, tuple(names), np.array(weights), tuple(factors))
-    return Parts(*labels, dtype, plan.seed, rank_cap), bias_M if module.layout.has_bias else None, warnings
+    return ModuleInputs(*labels, dtype, plan.seed, rank_cap), bias_M if module.layout.has_bias else None, warnings
 
 
 def merge_module(plan: MergePlan, module: ModulePlan, seen: object, rank: int | None, cap: int) -> ModuleResult:
     """Merge one module. rank: how many triples to lift (None: none, 0: all); cap: what a streamed method computes."""
     limit = module.rank if module.rank is not None else cap
-    parts, bias_M, warnings = read_parts(plan, module, min(limit, cap))
+    parts, bias_M, warnings = read_inputs(plan, module, min(limit, cap))
     spectrum, square = Spectrum(np.zeros((0, 0)), np.zeros(0), np.zeros((0, 0))), 0.0
     B, A = np.zeros((module.layout.m, 0)), np.zeros((0, module.layout.n))
     if parts.factors:
@@ -63,13 +65,13 @@ def merge_module(plan: MergePlan, module: ModulePlan, seen: object, rank: int | 
         spectrum, square = final_spectrum(merged, parts, plan.scale)
         if rank is not None:
             keep = min(x for x in (rank or len(spectrum.S), module.rank, len(spectrum.S)) if x is not None)
-            B, A = balanced(
+            B, A = balanced_factors(
                 Spectrum(spectrum.U[:, :keep], spectrum.S[:keep], spectrum.Vt[:keep]), merged.rows, merged.cols
             )
     return ModuleResult(module.name, spectrum.S, square, B, A, bias_M, tuple(warnings))
 
 
-def final_spectrum(merged: MergedCore, parts: Parts, scale: float) -> tuple[Spectrum, float]:
+def final_spectrum(merged: MergedCore, parts: ModuleInputs, scale: float) -> tuple[Spectrum, float]:
     """SVD of scale * X and its squared norm; what is only rounding of the inputs (as in +D - D) counts as zero."""
     if not np.isfinite(merged.X).all():
         raise too_large(parts.module)
@@ -92,10 +94,10 @@ def survey(plan: MergePlan, cap: int) -> list[object]:
     """Each method's look at all of its modules."""
 
     def passes(index: int):
-        def one_pass() -> Iterator[Parts]:
+        def one_pass() -> Iterator[ModuleInputs]:
             for module in plan.modules:
                 if module.method == index:
-                    parts = read_parts(plan, module, cap)[0]
+                    parts = read_inputs(plan, module, cap)[0]
                     if parts.factors:
                         yield parts
 

@@ -3,9 +3,8 @@
 twin:  S = any merge, E_k = D_k - S cut to a small rank; serve S + sum_k p_k E_k with p from a router.
        Lu et al., "Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging" (NeurIPS 2024,
        arXiv 2406.15479). The residual is taken from S as it stands on disk, so truncating S loses nothing.
-arrow: the experts as they are, one uniform rank, and prototypes that tell which of them a token is for (router.py).
-skills: MHR / Polytropon (arXiv 2211.03831, 2202.13914) mix skill LoRAs per task and split of the features; exported is
-       one plain adapter per task, (sum_i c_i B_i)(sum_i c_i A_i) per split.
+arrow: the experts as they are, one uniform rank, and prototypes that tell which of them a token is for
+       (arrow_prototypes.py).
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from pathlib import Path
 
 import numpy as np
 
-from mtft.adapters.adapter_writer import AdapterWriter, disk_dtype, replacing, usual_rank
+from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype, servable_rank
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
 from mtft.adapters.mlp_router import MlpRouter
 from mtft.adapters.routers import CentroidRouter
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge import merge_adapters
-from mtft.merge.engine.merge_plan import MergePlan, check_together, make_merge_plan
+from mtft.merge.engine.merge_plan import MergePlan, make_merge_plan
 from mtft.merge.engine.report import MergeReport
 from mtft.merge.experts.arrow_prototypes import arrow_router as prototypes_of
 from mtft.merge.linalg.core_space import Spectrum, one_thread, svd, to_core
 
-_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
-def twin(
+def build_twin(
     adapters: Sequence[str | Path | LoraAdapter],
     out: str | Path,
     shared: str = "linear",
@@ -61,11 +60,11 @@ def twin(
     folders = _folders(opened)
     plan = make_merge_plan(opened, "linear", None, None, 1.0, False, (), "fp64", 0)
     own = frozenset({"shared", "router.safetensors", "twin.json", *folders})
-    with replacing(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened], own=own) as scratch:
+    with atomic_folder(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened], own=own) as scratch:
         policy = {"average": average, "rank": rank, "dtype": dtype, **more}
         report = merge_adapters(opened, scratch / "shared", shared, options, weights, **policy)
         common = read_adapter(scratch / "shared", "shared")
-        total = usual_rank(expert_rank + (report.rank if with_shared else 0))  # servers take no other
+        total = servable_rank(expert_rank + (report.rank if with_shared else 0))  # servers take no other
         energies = _write_experts(
             plan, common, scratch, folders, expert_rank, total, disk_dtype(opened, dtype), with_shared
         )
@@ -105,11 +104,11 @@ def export_arrow(
     router = prototypes_of(opened, common)
     modules = {name for adapter in opened for name in adapter.modules}
     ranks = [[a.modules[name].r if name in a.modules else 0 for name in modules] for a in (*opened, *common)]
-    rank = usual_rank(max(max(own) for own in ranks[: len(opened)]) + sum(max(own) for own in ranks[len(opened) :]))
+    rank = servable_rank(max(max(own) for own in ranks[: len(opened)]) + sum(max(own) for own in ranks[len(opened) :]))
     own = frozenset({"router.safetensors", "arrow.json", *folders})
     weights = [1.0, *(-1 / len(common) for _ in common)]
     inputs = [adapter.path for adapter in (*opened, *common)]
-    with replacing(out, overwrite=overwrite, inputs=inputs, own=own) as scratch:
+    with atomic_folder(out, overwrite=overwrite, inputs=inputs, own=own) as scratch:
         for adapter, folder in zip(opened, folders, strict=True):
             merge_adapters([adapter, *common], scratch / folder, weights=weights, rank=rank, dtype=dtype, vllm=True)
         router.save(scratch / "router.safetensors")
@@ -120,7 +119,7 @@ def export_arrow(
 
 def _folders(adapters: Sequence[LoraAdapter]) -> list[str]:
     for adapter in adapters:
-        if not _FOLDER.fullmatch(adapter.name):
+        if not FOLDER_NAME.fullmatch(adapter.name):
             do = "open it with read_adapter(path, name=...): letters, digits, _ . -"
             raise MergeError(f"{adapter.name!r} can't name a folder", where=str(adapter.path), do=do)
     return [f"expert_{adapter.name}" for adapter in adapters]
@@ -172,55 +171,3 @@ def _write_experts(
 def _bias(factor, base, whole: bool) -> np.ndarray:
     own = 0.0 if factor is None or factor.bias_M is None else factor.scale * factor.bias_M
     return own + np.zeros_like(base.bias_M) if whole else own - base.bias_M
-
-
-def skills(
-    adapters: Sequence[str | Path | LoraAdapter],
-    logits: Mapping[str, np.ndarray],
-    out: str | Path,
-    *,
-    dtype: str | None = None,
-    overwrite: bool = False,
-) -> list[Path]:
-    """Write one adapter per task from skill LoRAs of equal rank: `out`/TASK.
-
-    logits[task] [splits, K]: trained routing; c = sigmoid(logits), made to add up to 1 over the skills. Split s of the
-    input columns of A and of the output rows of B is mixed by c[s].
-    """
-    out, opened = Path(out), read_adapters(adapters)
-    check_together(opened)
-    for task, table in logits.items():
-        if not _FOLDER.fullmatch(task) or np.ndim(table) != 2 or np.shape(table)[1] != len(opened):
-            do = "tasks are named by letters, digits, _ . -; logits are [splits, skills]"
-            raise MergeError(f"routing of {task!r} has shape {np.shape(table)}", where="logits", do=do)
-    if any(adapter.modules.keys() != opened[0].modules.keys() for adapter in opened):
-        raise MergeError(
-            "the skills touch different modules", where="adapters", do="train them on the same target_modules"
-        )
-    if len({layout.r for adapter in opened for layout in adapter.modules.values()}) > 1:
-        raise MergeError("the skills differ in rank", where="adapters", do="train them with one rank")
-    plan = make_merge_plan(opened, "linear", None, None, 1.0, False, (), "fp64", 0)
-    rank = next(iter(opened[0].modules.values())).r
-    with replacing(out, overwrite=overwrite, inputs=[a.path for a in opened], own=frozenset(logits)) as scratch:
-        for task, table in logits.items():
-            gates = 1 / (1 + np.exp(-np.asarray(table, np.float64)))
-            gates /= gates.sum(axis=1, keepdims=True)
-            (scratch / task).mkdir()
-            writer = AdapterWriter(scratch / task, opened, plan.layouts, rank, disk_dtype(opened, dtype), {})
-            try:
-                for module in plan.modules:
-                    factors = [f for adapter in opened if (f := adapter.factors(module.name)) is not None]
-                    A = _mixed([f.A_RN.T for f in factors], gates).T
-                    B = _mixed([f.scale * f.B_MR for f in factors], gates)
-                    writer.add(module.name, B, A, None)
-                writer.finish()
-            finally:
-                writer.abort()
-            writer.write_config()
-    return [out / task for task in logits]
-
-
-def _mixed(matrices: list[np.ndarray], gates: np.ndarray) -> np.ndarray:
-    """sum_i c_si X_i for each block s of rows."""
-    blocks = [np.array_split(X, len(gates)) for X in matrices]
-    return np.vstack([sum(c * block[s] for c, block in zip(row, blocks)) for s, row in enumerate(gates)])

@@ -2,7 +2,7 @@
 
     D = W_k - W_0 ~ U_r S_r V_r^T,   B = U_r sqrt(S_r),   A = sqrt(S_r) V_r^T
 
-Differences are read in row blocks, and the range finder of dense.py finds the leading triples, so memory is some MB
+Differences are read in row blocks, and the range finder of streamed_delta.py finds the leading triples, so memory is some MB
 whatever the model's size. What is no matrix inside a block (norms, embeddings, the head) can't be in the adapter: its
 share of the squared difference is reported. With it Twin-Merging (Lu et al., arXiv 2406.15479) works on whole models as
 in the paper: a merged model, and for each expert the low-rank rest.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtft.adapters.adapter_writer import DTYPES, plain_config, replacing, usual_rank
+from mtft.adapters.adapter_writer import DTYPES, atomic_folder, plain_config, servable_rank
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS
 from mtft.adapters.safetensors_io import TensorWriter
@@ -25,17 +25,17 @@ from mtft.common.errors import MergeError
 from mtft.merge.full_models.merge_checkpoints import (
     CheckpointDelta,
     FullCheckpoint,
-    check_same,
+    check_same_tensors,
     merge_checkpoints,
     read_checkpoint,
 )
-from mtft.merge.linalg.core_space import Spectrum, balanced, one_thread, svd
+from mtft.merge.linalg.core_space import Spectrum, balanced_factors, one_thread, svd
 from mtft.merge.linalg.streamed_delta import DeltaStream, compress
 from mtft.merge.methods.lines import layer_of
 
 
 @dataclass(frozen=True)
-class Extracted:
+class ExtractedLora:
     """energy: share of the matrices' squared difference that the rank holds; left_out: of all, what is no matrix."""
 
     out: Path
@@ -48,7 +48,7 @@ class Extracted:
         return f"rank {self.rank} holds {self.energy:.2%} of what sets the model apart{rest}: {self.out}"
 
 
-def extract(
+def extract_adapter(
     base: str | Path,
     model: str | Path,
     out: str | Path,
@@ -56,7 +56,7 @@ def extract(
     *,
     dtype: str = "fp32",
     overwrite: bool = False,
-) -> Extracted:
+) -> ExtractedLora:
     """Write the difference of two whole models as a PEFT adapter of `base`.
 
     rank: of the factors; the file's rank is the next that servers take. Raises MergeError if the models don't match, or
@@ -65,9 +65,9 @@ def extract(
     if not isinstance(rank, int) or rank < 1:
         raise MergeError(f"rank is {rank!r}", where="rank", do="a whole number > 0, as 16")
     root, tuned = read_checkpoint(base), read_checkpoint(model)
-    check_same(root, [tuned])
+    check_same_tensors(root, [tuned])
     names = [key for key in root.files if _is_block_matrix(root, key)]
-    wide = usual_rank(rank)
+    wide = servable_rank(rank)
     entries = []
     for key in names:
         m, n = root.shape(key)
@@ -75,7 +75,7 @@ def extract(
         entries += [(f"{stem}.lora_A.weight", DTYPES[dtype], (wide, n))]
         entries += [(f"{stem}.lora_B.weight", DTYPES[dtype], (m, wide))]
     kept = squares = other = 0.0
-    with replacing(Path(out), overwrite=overwrite, inputs=[root.path, tuned.path]) as folder:
+    with atomic_folder(Path(out), overwrite=overwrite, inputs=[root.path, tuned.path]) as folder:
         writer = TensorWriter(folder / WEIGHTS, entries)
         try:
             for key in names:
@@ -100,7 +100,7 @@ def extract(
         facts |= {"energy": min(1.0, kept / squares), "left_out": other / (other + squares)}
         (folder / "merge.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
         (folder / CONFIG).write_text(json.dumps(plain_config(wide, modules, str(root.path)), indent=2) + "\n", "utf-8")
-    return Extracted(Path(out), rank, min(1.0, kept / squares), other / (other + squares))
+    return ExtractedLora(Path(out), rank, min(1.0, kept / squares), other / (other + squares))
 
 
 def twin_models(
@@ -114,7 +114,7 @@ def twin_models(
     weights: Sequence[float] | None = None,
     scale: float = 1.0,
     overwrite: bool = False,
-) -> dict[str, Extracted]:
+) -> dict[str, ExtractedLora]:
     """Twin-Merging of whole models: `out`/shared is the merged model, `out`/expert_NAME a LoRA on it for each model.
 
     routing.load_routed serves the folder on the shared model once a router lies in it. Returns what each LoRA holds.
@@ -124,13 +124,13 @@ def twin_models(
     if len(folders) < len(paths):
         raise MergeError("two of the models' folders have one name", where="models", do="rename one of them")
     own = frozenset({"shared", "twin.json", "router.safetensors", *folders.values()})
-    with replacing(out, overwrite=overwrite, inputs=[Path(base), *paths], own=own) as scratch:
+    with atomic_folder(out, overwrite=overwrite, inputs=[Path(base), *paths], own=own) as scratch:
         merge_checkpoints(base, paths, scratch / "shared", method, options, weights, scale)
         found = {}
         for path in paths:
-            held = extract(scratch / "shared", path, scratch / folders[path.name], rank)
+            held = extract_adapter(scratch / "shared", path, scratch / folders[path.name], rank)
             _name_base(scratch / folders[path.name], out / "shared")
-            found[path.name] = Extracted(out / folders[path.name], rank, held.energy, held.left_out)
+            found[path.name] = ExtractedLora(out / folders[path.name], rank, held.energy, held.left_out)
         energies = {name: held.energy for name, held in found.items()}
         facts = {"experts": folders, "expert_rank": rank, "expert_energy": energies, "with_shared": True}
         (scratch / "twin.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
@@ -159,5 +159,5 @@ def _leading(root: FullCheckpoint, tuned: FullCheckpoint, key: str, rank: int) -
     """(B, A, ||D||^2) of the leading `rank` triples."""
     merged = compress(_stream(root, tuned, key), lambda start, blocks: blocks[0], rank, key)
     U, S, Vt = svd(merged.X)
-    B, A = balanced(Spectrum(U[:, :rank], S[:rank], Vt[:rank]), merged.rows, merged.cols)
+    B, A = balanced_factors(Spectrum(U[:, :rank], S[:rank], Vt[:rank]), merged.rows, merged.cols)
     return B, A, merged.square

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mtft.adapters.adapter_writer import replacing
+from mtft.adapters.adapter_writer import atomic_folder
 from mtft.adapters.safetensors_io import TensorFile, TensorWriter, as_matrix
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge_plan import check_weights
-from mtft.merge.linalg.core_space import CoreSpace, Whole, one_thread
+from mtft.merge.linalg.core_space import CoreSpace, IdentityBasis, one_thread
 from mtft.merge.linalg.streamed_delta import DeltaStream, Rule
 from mtft.merge.methods import make_method
 from mtft.merge.methods.base import CoreSpaceMethod
@@ -117,13 +117,13 @@ def merge_checkpoints(
     tuned = [read_checkpoint(path) for path in models]
     if not tuned:
         raise MergeError("no models given", where="models", do="give the folders of one or more fine-tuned models")
-    check_same(root, tuned)
+    check_same_tensors(root, tuned)
     weights_K = check_weights(weights, tuned)  # type: ignore[arg-type]
     used = [(model, w) for model, w in zip(tuned, weights_K) if w != 0]
     shards = _shards(root, shard_bytes)
     own = frozenset({"merge.json", INDEX, WEIGHTS, *shards, *(path.name for path in _companions(root.path))})
     norms = {}
-    with replacing(Path(out), overwrite=overwrite, inputs=[root.path, *(m.path for m in tuned)], own=own) as folder:
+    with atomic_folder(Path(out), overwrite=overwrite, inputs=[root.path, *(m.path for m in tuned)], own=own) as folder:
         for shard, keys in shards.items():
             writer = TensorWriter(folder / shard, [(key, root.dtype(key), root.shape(key)) for key in keys])
             try:
@@ -152,7 +152,7 @@ def merge_checkpoints(
     return facts
 
 
-def check_same(root: FullCheckpoint, tuned: Sequence[FullCheckpoint]) -> None:
+def check_same_tensors(root: FullCheckpoint, tuned: Sequence[FullCheckpoint]) -> None:
     for model in tuned:
         if odd := sorted(model.files.keys() ^ root.files.keys()):
             do = "merge models of this base, saved the same way"
@@ -202,7 +202,7 @@ def _merged(
         return (np.sum([np.float32(share * w) * x for w, x in zip(weights_K, blocks)], axis=0) for _, blocks in stream)
     height, width = as_matrix(root.shape(key))
     cores = [np.float32(w) * CheckpointDelta(model, root, key)[0:height] for model, w in used]
-    merged = rule.merge_core(CoreSpace(cores, Whole(height), Whole(width), weights_K, names, key, seed))
+    merged = rule.merge_core(CoreSpace(cores, IdentityBasis(height), IdentityBasis(width), weights_K, names, key, seed))
     W = merged.rows.apply(merged.cols.apply(merged.X.T).T)
     return (W[i : i + stream.rows] for i in range(0, height, stream.rows))
 

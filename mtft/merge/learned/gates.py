@@ -13,7 +13,7 @@ concrete           every rank of the sum, per module   entropy, unlabelled      
 
 concrete is a minimal form of Concrete Task Arithmetic: the paper masks every weight; here a relaxed Bernoulli masks
 each rank component of .3 sum_k D_k (task arithmetic's coefficient: the whole sum of several adapters overshoots) and is
-divided by its mean. gate_training.py folds the gates into the factors afterwards: a plain adapter.
+divided by its mean. train_gates.py folds the gates into the factors afterwards: a plain adapter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mtft.merge.engine.merge_plan import check_together
 from mtft.merge.methods.lines import layer_of
 
 
-class Kind(NamedTuple):
+class GateKind(NamedTuple):
     """How gates are laid out, started and trained."""
 
     layout: str  # task, layer, module, vector, rank
@@ -42,14 +42,14 @@ class Kind(NamedTuple):
     clamp: bool = False
 
 
-KINDS = {
-    "adamerging_task": Kind("task", 0.3, True, 1e-3, 500, clamp=True),
-    "adamerging_layer": Kind("layer", 0.3, True, 1e-3, 500, clamp=True),
-    "atlas": Kind("module", 0.0, False, 1e-2, 300),
-    "self_positioning": Kind("task", 0.0, False, 1e-2, 300),
-    "cat_gates": Kind("layer", None, False, 1e-2, 100),
-    "scalearn": Kind("vector", None, False, 1e-3, 300),
-    "concrete": Kind("rank", 0.0, True, 1e-3, 2000),
+GATE_KINDS = {
+    "adamerging_task": GateKind("task", 0.3, True, 1e-3, 500, clamp=True),
+    "adamerging_layer": GateKind("layer", 0.3, True, 1e-3, 500, clamp=True),
+    "atlas": GateKind("module", 0.0, False, 1e-2, 300),
+    "self_positioning": GateKind("task", 0.0, False, 1e-2, 300),
+    "cat_gates": GateKind("layer", None, False, 1e-2, 100),
+    "scalearn": GateKind("vector", None, False, 1e-3, 300),
+    "concrete": GateKind("rank", 0.0, True, 1e-3, 2000),
 }
 """Learning rates and steps are the papers' where they state them (adamerging, concrete), else ours."""
 
@@ -59,7 +59,7 @@ SCALEARN_DROPOUT = 0.3
 
 
 @dataclass(frozen=True)
-class _Pair:
+class _GatedFactors:
     """One adapter on one module: y += s B (A x)."""
 
     k: int
@@ -76,8 +76,8 @@ class Gates(nn.Module):
 
     def __init__(self, model: nn.Module, adapters: Sequence[LoraAdapter], kind: str, *, seed: int = 0) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise MergeError(f"unknown gates {kind!r}", where="kind", do=f"one of {', '.join(KINDS)}")
+        if kind not in GATE_KINDS:
+            raise MergeError(f"unknown gates {kind!r}", where="kind", do=f"one of {', '.join(GATE_KINDS)}")
         check_together(adapters)
         self.kind, self.names = kind, tuple(adapter.name for adapter in adapters)
         self.modules_by_name = sorted({name for adapter in adapters for name in adapter.modules})
@@ -85,7 +85,7 @@ class Gates(nn.Module):
         self._groups = {name: self._group(name) for name in self.modules_by_name}
         self._generator = torch.Generator().manual_seed(seed)
         self._dropped: dict[str, Tensor] = {}
-        K, start = len(adapters), KINDS[kind].start
+        K, start = len(adapters), GATE_KINDS[kind].start
         start = 1 / K if start is None else start
         self.values = nn.ParameterDict()
         for name in self.modules_by_name:
@@ -111,7 +111,7 @@ class Gates(nn.Module):
             handle.remove()
         self._handles = []
 
-    def _load(self, model: nn.Module, adapters: Sequence[LoraAdapter], name: str) -> list[_Pair]:
+    def _load(self, model: nn.Module, adapters: Sequence[LoraAdapter], name: str) -> list[_GatedFactors]:
         try:
             weight = model.get_submodule(name).weight
         except AttributeError:
@@ -130,12 +130,14 @@ class Gates(nn.Module):
             to = {"dtype": weight.dtype, "device": weight.device}
             bias = None if factors.bias_M is None else torch.tensor(factors.scale * factors.bias_M, **to)
             pairs.append(
-                _Pair(k, torch.tensor(factors.A_RN, **to), torch.tensor(factors.scale * factors.B_MR, **to), bias)
+                _GatedFactors(
+                    k, torch.tensor(factors.A_RN, **to), torch.tensor(factors.scale * factors.B_MR, **to), bias
+                )
             )
         return pairs
 
     def _group(self, name: str) -> str:
-        layout = KINDS[self.kind].layout
+        layout = GATE_KINDS[self.kind].layout
         if layout == "task":
             return "all"
         if layout == "layer":
@@ -144,7 +146,7 @@ class Gates(nn.Module):
         return name.replace(".", "/")  # parameter names hold no dots
 
     def _shape(self, name: str, K: int) -> tuple[int, ...]:
-        layout = KINDS[self.kind].layout
+        layout = GATE_KINDS[self.kind].layout
         if layout == "vector":
             return K, self._pairs[name][0].B_MR.shape[0]
         if layout == "rank":
@@ -185,7 +187,7 @@ class Gates(nn.Module):
         self._dropped.clear()
 
     def _hook(self, name: str):
-        layout = KINDS[self.kind].layout
+        layout = GATE_KINDS[self.kind].layout
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x, gates = inputs[0], self.of(name).to(output.dtype)

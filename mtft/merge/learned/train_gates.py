@@ -16,9 +16,9 @@ from mtft.adapters.lora_factors import LoraAdapter, LoraFactors, read_adapters
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.engine.report import MergeReport
-from mtft.merge.learned.gates import KINDS, Gates
+from mtft.merge.learned.gates import GATE_KINDS, Gates
 from mtft.merge.linalg.core_space import MergedCore, to_core
-from mtft.merge.methods.base import MergeMethod, Parts
+from mtft.merge.methods.base import MergeMethod, ModuleInputs
 
 FEW = 16
 IGNORE = -100
@@ -68,10 +68,10 @@ def train_gates(
     if not batches:
         raise MergeError("no batches", where="batches", do="give a few examples of each task")
     forward = logits or (lambda net, batch: net(**batch.inputs).logits)
-    settings = KINDS.get(kind)
+    settings = GATE_KINDS.get(kind)
     gates = Gates(model, opened, kind, seed=seed)  # checks the kind
     assert settings is not None
-    warnings = _few(batches)
+    warnings = _warn_few_examples(batches)
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     was_training = model.training
     try:
@@ -121,7 +121,7 @@ def objective(logits_BTV: Tensor, batch: GateBatch, entropy: bool) -> Tensor:
     return -loss if batch.role == "negate" else loss
 
 
-def _few(batches: Sequence[GateBatch]) -> list[str]:
+def _warn_few_examples(batches: Sequence[GateBatch]) -> list[str]:
     counts: Counter[str] = Counter()
     for batch in batches:
         counts[batch.task] += len(batch.labels_BT)
@@ -148,7 +148,7 @@ def _expert_entropy(model, adapters, batches, forward, gates: Gates) -> float:
 
 
 @dataclass(frozen=True)
-class Gated(MergeMethod):
+class GatedSum(MergeMethod):
     """sum_k diag(g_k) D_k (scalars and vectors [m]) or sum_k s_k B_k diag(g_k) A_k (ranks), exactly."""
 
     gates: Mapping[str, np.ndarray]  # module -> [K] or [K, m] or [K, r]
@@ -160,11 +160,11 @@ class Gated(MergeMethod):
         small = {name: value.tolist() for name, value in self.gates.items() if value.ndim == 1}
         return {"kind": self.kind, "adapters": list(self.names), "gates": small}
 
-    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
+    def merge(self, parts: ModuleInputs, seen: object = None) -> MergedCore:
         changed = []
         for name, f in zip(parts.names, parts.factors):
             g = self.gates[parts.module][self.names.index(name)]
-            if KINDS[self.kind].layout == "rank":
+            if GATE_KINDS[self.kind].layout == "rank":
                 changed.append(LoraFactors(g[: f.rank, None] * f.A_RN, f.B_MR, f.scale))
             else:
                 changed.append(LoraFactors(f.A_RN, np.reshape(g, (-1, 1)) * f.B_MR, f.scale))
@@ -172,7 +172,7 @@ class Gated(MergeMethod):
         return MergedCore(core.sum(), core.rows, core.cols)
 
 
-def fold(adapters: Sequence[str | Path | LoraAdapter], gates: Gates, out: str | Path, **options) -> MergeReport:
+def fold_gates(adapters: Sequence[str | Path | LoraAdapter], gates: Gates, out: str | Path, **options) -> MergeReport:
     """Write the gated sum as one adapter; options: of merge(), as rank or overwrite.
 
     MergeError if an adapter has a lora_bias: gated biases are not folded.
@@ -185,4 +185,4 @@ def fold(adapters: Sequence[str | Path | LoraAdapter], gates: Gates, out: str | 
     gates.eval()
     with torch.no_grad():
         values = {name: gates.of(name).double().cpu().numpy() for name in gates.modules_by_name}
-    return merge_adapters(opened, out, Gated(values, gates.names, gates.kind), **options)
+    return merge_adapters(opened, out, GatedSum(values, gates.names, gates.kind), **options)

@@ -54,7 +54,7 @@ class OrthonormalBasis(Protocol):
         ...
 
 
-class Householder:
+class HouseholderBasis:
     """Q of a QR factorisation [size, dim], kept as reflectors; `R` is its triangle [dim, columns]."""
 
     def __init__(self, stack: np.ndarray) -> None:
@@ -81,12 +81,12 @@ class Householder:
         return result
 
 
-class Chunked:
+class ChunkedBasis:
     """Tall-skinny QR: Householder by chunks of rows, then of the stacked triangles."""
 
     def __init__(self, blocks: Sequence[np.ndarray]) -> None:
-        self._parts = [Householder(block) for block in blocks]
-        self._top = Householder(np.vstack([part.R for part in self._parts]))
+        self._parts = [HouseholderBasis(block) for block in blocks]
+        self._top = HouseholderBasis(np.vstack([part.R for part in self._parts]))
         self.R, self.dim = self._top.R, self._top.dim
         self.size = sum(part.size for part in self._parts)
 
@@ -97,7 +97,7 @@ class Chunked:
         return np.vstack(list(pieces))
 
 
-class ColumnBasis:
+class ExplicitBasis:
     """Orthonormal columns that exist as a matrix."""
 
     def __init__(self, Q: np.ndarray) -> None:
@@ -108,7 +108,7 @@ class ColumnBasis:
         return self.Q @ C
 
 
-class Triangular:
+class CholeskyBasis:
     """Q = X R^-1 for a float32 stack X [size, columns] of full rank: half the work of reflectors.
 
     R comes from the Gram matrix in float64, so Q is orthonormal to cond(X)^2 * 1e-16; above a condition of 1e4, and
@@ -133,7 +133,7 @@ class Triangular:
         return self._stack @ solve_triangular(self._R, C.astype(np.float64)).astype(self._stack.dtype)
 
 
-class Whole:
+class IdentityBasis:
     """All coordinates: Q = I."""
 
     def __init__(self, size: int) -> None:
@@ -143,16 +143,16 @@ class Whole:
         return C
 
 
-def orthonormal_basis(stack: np.ndarray) -> Householder | Chunked | Triangular:
+def orthonormal_basis(stack: np.ndarray) -> HouseholderBasis | ChunkedBasis | CholeskyBasis:
     """QR of a stack [size, columns]; the triangle is in `.R`. Safe under rank deficiency."""
     if stack.dtype == np.float32 and stack.shape[0] >= 4 * stack.shape[1]:
         try:
-            return Triangular(stack)
+            return CholeskyBasis(stack)
         except np.linalg.LinAlgError:
             pass
     if stack.shape[0] > 4 * ROWS and stack.shape[1] < ROWS:
-        return Chunked(np.array_split(stack, -(-stack.shape[0] // ROWS)))
-    return Householder(stack)
+        return ChunkedBasis(np.array_split(stack, -(-stack.shape[0] // ROWS)))
+    return HouseholderBasis(stack)
 
 
 class Spectrum(NamedTuple):
@@ -194,7 +194,7 @@ class CoreSpace:
 
     def lift(self, U: np.ndarray, S: np.ndarray, Vt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B [m, r], A [r, n]) with B A = rows U diag(S) Vt cols^T, split evenly; see `balanced`."""
-        return balanced(Spectrum(U, S, Vt), self.rows, self.cols)
+        return balanced_factors(Spectrum(U, S, Vt), self.rows, self.cols)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,9 @@ def polar(X: np.ndarray) -> np.ndarray:
     return U @ Vt
 
 
-def balanced(spectrum: Spectrum, rows: OrthonormalBasis, cols: OrthonormalBasis) -> tuple[np.ndarray, np.ndarray]:
+def balanced_factors(
+    spectrum: Spectrum, rows: OrthonormalBasis, cols: OrthonormalBasis
+) -> tuple[np.ndarray, np.ndarray]:
     """B = rows U sqrt(S) [m, r], A = sqrt(S) Vt cols^T [r, n].
 
     The largest entry of each left vector is made positive (ties: the first), so equal inputs give equal files.

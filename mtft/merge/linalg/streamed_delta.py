@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from mtft.adapters.lora_factors import LoraFactors
-from mtft.merge.linalg.core_space import ColumnBasis, Householder, MergedCore, Whole, too_large
+from mtft.merge.linalg.core_space import ExplicitBasis, HouseholderBasis, IdentityBasis, MergedCore, too_large
 
 BLOCK_BYTES = 2 << 20
 """All deltas of one block: small enough for the caches (8 MB takes as long or longer, and 20 MB more memory)."""
@@ -64,7 +64,7 @@ class DeltaStream:
             yield start, lefts if rights is None else [B @ A for B, A in zip(lefts, rights)]
 
 
-def select(
+def order_statistics(
     passes: Callable[[], Iterable[Sequence[np.ndarray]]], places: Sequence[Sequence[int]], size: int | None = None
 ) -> list[list[float]]:
     """Order statistics of several channels: values at the `places` (0 = smallest) of each channel's sorted values.
@@ -139,7 +139,7 @@ def compress(stream: DeltaStream, rule: Rule, rank: int, label: str = "") -> Mer
     """
     if min(stream.m, stream.n) <= max(EXACT_SIDE, rank + OVERSAMPLE):
         W = np.vstack([rule(start, blocks) for start, blocks in stream])
-        return MergedCore(W, Whole(stream.m), Whole(stream.n))
+        return MergedCore(W, IdentityBasis(stream.m), IdentityBasis(stream.n))
     random = np.random.Generator(np.random.Philox(key=_key(f"range finder|{label}")))
     V = _orthonormal(random.standard_normal((stream.n, rank + OVERSAMPLE)).astype(stream.dtype))
     rows = _merged_rows(stream, rule)
@@ -152,7 +152,7 @@ def compress(stream: DeltaStream, rule: Rule, rank: int, label: str = "") -> Mer
     for start, W in rows():
         Y[start : start + len(W)] = W @ V
         square += float(np.einsum("ij,ij->", W, W, dtype=np.float64))
-    return MergedCore(Y, Whole(stream.m), ColumnBasis(V), total=square)
+    return MergedCore(Y, IdentityBasis(stream.m), ExplicitBasis(V), total=square)
 
 
 def _merged_rows(stream: DeltaStream, rule: Rule) -> Callable[[], Iterable[tuple[int, np.ndarray]]]:
@@ -164,14 +164,14 @@ def _merged_rows(stream: DeltaStream, rule: Rule) -> Callable[[], Iterable[tuple
 
 
 def _orthonormal(X: np.ndarray) -> np.ndarray:
-    return Householder(X).apply(np.eye(X.shape[1], dtype=X.dtype))
+    return HouseholderBasis(X).apply(np.eye(X.shape[1], dtype=X.dtype))
 
 
 def _key(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-class Mask:
+class BernoulliMask:
     """Bernoulli draws for a matrix of n columns, the same for any split into row blocks.
 
     Keyed by seed, adapter and module, so the order of the adapters does not matter and no global state is touched.

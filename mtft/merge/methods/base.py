@@ -14,7 +14,7 @@ from mtft.merge.linalg.core_space import CoreSpace, MergedCore, to_core
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModuleInputs:
     """One module of the adapters that have it (weight != 0, B != 0), ready for any kind of method."""
 
     module: str
@@ -37,7 +37,7 @@ class Parts:
         return to_core(self.factors, self.weights_K, self.dtype, **labels)
 
 
-Survey = Callable[[], Iterator[Parts]]
+ModulePass = Callable[[], Iterator[ModuleInputs]]
 """A fresh pass over all modules that this method merges."""
 
 
@@ -55,11 +55,11 @@ class MergeMethod:
         """The options, for merge.json."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
-    def survey(self, modules: Survey) -> object:
+    def survey(self, modules: ModulePass) -> object:
         """Facts about all modules together that `merge` needs (picklable). Most methods need none."""
         return None
 
-    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
+    def merge(self, parts: ModuleInputs, seen: object = None) -> MergedCore:
         raise NotImplementedError
 
 
@@ -68,7 +68,7 @@ class CoreSpaceMethod(MergeMethod):
 
     space = "core"
 
-    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
+    def merge(self, parts: ModuleInputs, seen: object = None) -> MergedCore:
         return self.merge_core(parts.core, seen)
 
     def merge_core(self, core: CoreSpace, seen: object = None) -> MergedCore:

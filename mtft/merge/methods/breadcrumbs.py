@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtft.common.errors import MergeError
-from mtft.merge.linalg.streamed_delta import Rule, select
+from mtft.merge.linalg.streamed_delta import Rule, order_statistics
 from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, kept_count
 
 
@@ -32,7 +32,7 @@ class Breadcrumbs(ElementwiseMethod):
         stream = task.stream
         kept = kept_count(self.density, stream.size, task.module)
         low = max(0, stream.size - kept - int(self.gamma * stream.size))
-        bounds = select(
+        bounds = order_statistics(
             lambda: ([np.abs(x) for x in blocks] for _, blocks in stream),
             [[low, low + kept - 1]] * stream.K,
             stream.size,

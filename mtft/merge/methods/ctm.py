@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtft.common.errors import MergeError
-from mtft.merge.linalg.core_space import ColumnBasis, CoreSpace
+from mtft.merge.linalg.core_space import CoreSpace, ExplicitBasis
 from mtft.merge.methods.base import CoreSpaceMethod
 from mtft.merge.methods.inner_method import core_method
 
@@ -36,7 +36,9 @@ class Ctm(CoreSpaceMethod):
 
     def rule(self, core: CoreSpace) -> np.ndarray:
         U, V = common_subspace(core.cores, self.rank)
-        small = CoreSpace([U.T @ M @ V for M in core.cores], ColumnBasis(U), ColumnBasis(V), core.weights_K, core.names)
+        small = CoreSpace(
+            [U.T @ M @ V for M in core.cores], ExplicitBasis(U), ExplicitBasis(V), core.weights_K, core.names
+        )
         return U @ core_method(self.of).rule(small) @ V.T
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtft.common.errors import MergeError
-from mtft.merge.linalg.streamed_delta import Mask, Rule
+from mtft.merge.linalg.streamed_delta import BernoulliMask, Rule
 from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, lazily
-from mtft.merge.methods.ties import Cut, check_election, elected, sign_balance
+from mtft.merge.methods.ties import Cut, check_election, elect_signs, sign_balance
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Dare(ElementwiseMethod):
 
     def __post_init__(self) -> None:
         check_density(self.density)
-        check_drop(self.then, self.rescale)
+        check_drop_options(self.then, self.rescale)
         check_election(self.variant, self.value)
 
     def rule(self, task: TaskDelta, seen: object = None) -> Rule:
-        masks = [Mask(task.seed, name, task.module, task.stream.n) for name in task.names]
+        masks = [BernoulliMask(task.seed, name, task.module, task.stream.n) for name in task.names]
 
         def drop(start: int, blocks: list[np.ndarray]) -> list[np.ndarray]:
             return [np.where(mask.uniform(start, len(x)) < self.density, x, 0) for mask, x in zip(masks, blocks)]
@@ -44,7 +44,7 @@ class Dare(ElementwiseMethod):
         return after_drop(task, keep_l1(task, drop) if self.rescale == "l1" else cut, self)
 
 
-def check_drop(then: str, rescale: str) -> None:
+def check_drop_options(then: str, rescale: str) -> None:
     if then not in ("linear", "ties"):
         raise MergeError(f"then is {then!r}", where="options.then", do="linear or ties")
     if rescale not in ("inverse", "l1"):
@@ -67,4 +67,4 @@ def after_drop(task: TaskDelta, cut: Cut, options) -> Rule:
         weights_K = task.weights_K.astype(task.stream.dtype)
         return lambda start, blocks: np.sum([w * x for w, x in zip(weights_K, cut(start, blocks))], axis=0)
     majority = lazily(lambda: float(np.sign(sign_balance(task, cut, task.weights_K))))
-    return elected(task, cut, options.variant, options.value, majority)
+    return elect_signs(task, cut, options.variant, options.value, majority)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtft.common.errors import MergeError
-from mtft.merge.linalg.streamed_delta import Mask, Rule
-from mtft.merge.methods.dare import after_drop, check_drop, keep_l1
+from mtft.merge.linalg.streamed_delta import BernoulliMask, Rule
+from mtft.merge.methods.dare import after_drop, check_drop_options, keep_l1
 from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density
 from mtft.merge.methods.ties import check_election
 
@@ -31,14 +31,14 @@ class Della(ElementwiseMethod):
 
     def __post_init__(self) -> None:
         check_density(self.density)
-        check_drop(self.then, self.rescale)
+        check_drop_options(self.then, self.rescale)
         check_election(self.variant, self.value)
         if self.epsilon < 0 or not 0 < self.density - self.epsilon <= self.density + self.epsilon < 1:
             where = "options.density, options.epsilon"
             raise MergeError("density +- epsilon must lie inside (0, 1)", where=where, do="as 0.5 and 0.15")
 
     def rule(self, task: TaskDelta, seen: object = None) -> Rule:
-        masks = [Mask(task.seed, name, task.module, task.stream.n) for name in task.names]
+        masks = [BernoulliMask(task.seed, name, task.module, task.stream.n) for name in task.names]
         divide = self.rescale == "inverse"
 
         def drop(start: int, blocks: list[np.ndarray]) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ import numpy as np
 from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import CoreSpace, MergedCore, svd
 from mtft.merge.linalg.streamed_delta import DeltaStream, Rule, compress
-from mtft.merge.methods.base import MergeMethod, Parts, Survey
+from mtft.merge.methods.base import MergeMethod, ModuleInputs, ModulePass
 from mtft.merge.methods.elementwise_base import check_density, global_thresholds, magnitude_thresholds
 
 
@@ -45,11 +45,11 @@ class Doge(MergeMethod):
                 "eta, steps, learning_rate or shared out of range", where="options", do="see docs/papers.md"
             )
 
-    def survey(self, modules: Survey) -> dict[str, float] | None:
+    def survey(self, modules: ModulePass) -> dict[str, float] | None:
         """For `global`: each adapter's threshold over all of its modules."""
         return global_thresholds(modules, self.density) if self.scope == "global" else None
 
-    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
+    def merge(self, parts: ModuleInputs, seen: object = None) -> MergedCore:
         core = parts.core
         lam_K = self.eta / np.array([np.linalg.norm(M) for M in core.cores])
         Y, _ = self.descend(core, lam_K)

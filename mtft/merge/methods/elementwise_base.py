@@ -9,8 +9,8 @@ import numpy as np
 
 from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import MergedCore
-from mtft.merge.linalg.streamed_delta import DeltaStream, Rule, compress, select
-from mtft.merge.methods.base import MergeMethod, Parts, Survey
+from mtft.merge.linalg.streamed_delta import DeltaStream, Rule, compress, order_statistics
+from mtft.merge.methods.base import MergeMethod, ModuleInputs, ModulePass
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class ElementwiseMethod(MergeMethod):
         """Rows of all unweighted D_k -> rows of the result."""
         raise NotImplementedError
 
-    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
-        task = task_of(parts)
+    def merge(self, parts: ModuleInputs, seen: object = None) -> MergedCore:
+        task = task_delta(parts)
         return compress(task.stream, self.rule(task, seen), parts.rank_cap, parts.module)
 
     def merge_arrays(self, arrays: Sequence[np.ndarray], weights_K: np.ndarray, **labels) -> np.ndarray:
@@ -50,7 +50,7 @@ class ElementwiseMethod(MergeMethod):
         return np.vstack([rule(start, blocks) for start, blocks in task.stream])
 
 
-def task_of(parts: Parts) -> TaskDelta:
+def task_delta(parts: ModuleInputs) -> TaskDelta:
     stream = DeltaStream.of_factors(parts.factors, parts.dtype, parts.module)
     return TaskDelta(stream, parts.weights_K, parts.names, parts.module, parts.seed)
 
@@ -74,11 +74,13 @@ def magnitude_thresholds(stream: DeltaStream, density: float, what: str) -> list
     if count == stream.size:
         return [0.0] * stream.K
     place = stream.size - count
-    found = select(lambda: ([np.abs(x) for x in blocks] for _, blocks in stream), [[place]] * stream.K, stream.size)
+    found = order_statistics(
+        lambda: ([np.abs(x) for x in blocks] for _, blocks in stream), [[place]] * stream.K, stream.size
+    )
     return [values[0] for values in found]
 
 
-def global_thresholds(modules: Survey, density: float) -> dict[str, float]:
+def global_thresholds(modules: ModulePass, density: float) -> dict[str, float]:
     """Adapter -> the |x| of its k-th largest entry over all of its modules (2 passes over its factors in fp32)."""
     sizes: dict[str, int] = {}
     for parts in modules():
@@ -95,7 +97,7 @@ def global_thresholds(modules: Survey, density: float) -> dict[str, float]:
                     for _, block in DeltaStream.of_factors(factors, parts.dtype, parts.module):
                         yield [np.abs(block[0])]
 
-        thresholds[name] = select(blocks, [[place]])[0][0] if place else 0.0
+        thresholds[name] = order_statistics(blocks, [[place]])[0][0] if place else 0.0
     return thresholds
 
 

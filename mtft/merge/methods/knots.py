@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtft.merge.linalg.core_space import CoreSpace, MergedCore, Whole, svd
+from mtft.merge.linalg.core_space import CoreSpace, IdentityBasis, MergedCore, svd
 from mtft.merge.methods.base import CoreSpaceMethod
 from mtft.merge.methods.dare import Dare
 from mtft.merge.methods.elementwise_base import ElementwiseMethod
@@ -35,7 +35,7 @@ def knots(core: CoreSpace, inner: ElementwiseMethod, pre_scale: bool) -> MergedC
     labels = {"names": core.names, "module": core.module, "seed": core.seed}
     merged = inner.merge_arrays(rows, ones, **labels)
     left = U if pre_scale else U * S
-    return MergedCore(left @ merged, core.rows, Whole(core.cols.size))
+    return MergedCore(left @ merged, core.rows, IdentityBasis(core.cols.size))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtft.common.errors import MergeError
-from mtft.merge.linalg.core_space import MergedCore, Spectrum, balanced, svd
-from mtft.merge.methods.base import MergeMethod, Parts, Survey
+from mtft.merge.linalg.core_space import MergedCore, Spectrum, balanced_factors, svd
+from mtft.merge.methods.base import MergeMethod, ModuleInputs, ModulePass
 from mtft.merge.methods.inner_method import core_method
 
 ROWS = 256
@@ -39,7 +39,7 @@ class Lines(MergeMethod):
         if self.norm not in ("frobenius", "l1"):
             raise MergeError(f"norm is {self.norm!r}", where="options.norm", do="frobenius or l1")
 
-    def survey(self, modules: Survey) -> dict[str, float]:
+    def survey(self, modules: ModulePass) -> dict[str, float]:
         """The factor of every module."""
         layers: dict[str, int | None] = {}
         of_sum = of_merged = 0.0
@@ -60,7 +60,7 @@ class Lines(MergeMethod):
         depth = max((layer for layer in layers.values() if layer is not None), default=0) + 1
         return {module: layer_factor(layer, depth, alpha, beta) for module, layer in layers.items()}
 
-    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
+    def merge(self, parts: ModuleInputs, seen: object = None) -> MergedCore:
         factors: dict[str, float] = seen  # type: ignore[assignment]
         merged = core_method(self.of).merge_core(parts.core)
         return MergedCore(factors[parts.module] * merged.X, merged.rows, merged.cols)
@@ -70,7 +70,7 @@ class Lines(MergeMethod):
         if self.norm == "frobenius":
             return merged.square
         spectrum = svd(merged.X)
-        B, A = balanced(Spectrum(*spectrum), merged.rows, merged.cols)
+        B, A = balanced_factors(Spectrum(*spectrum), merged.rows, merged.cols)
         return float(sum(np.abs(B[i : i + ROWS] @ A).sum() for i in range(0, len(B), ROWS)))
 
 

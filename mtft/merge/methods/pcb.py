@@ -17,16 +17,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtft.common.errors import MergeError
-from mtft.merge.linalg.streamed_delta import Rule, select
-from mtft.merge.methods.base import Survey
-from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, task_of
+from mtft.merge.linalg.streamed_delta import Rule, order_statistics
+from mtft.merge.methods.base import ModulePass
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, task_delta
 
 Ends = tuple[float, float]
 """Least and largest value of a clamp."""
 
 
 @dataclass(frozen=True)
-class _Facts:
+class OrderStatistics:
     """Of each task: the clamp of |x|, the clamp of b; and K, the number of tasks that compete."""
 
     spans: dict[str, Ends]
@@ -49,11 +49,11 @@ class Pcb(ElementwiseMethod):
         if self.scope not in ("module", "global"):
             raise MergeError(f"scope is {self.scope!r}", where="options.scope", do="module or global")
 
-    def survey(self, modules: Survey) -> _Facts | None:
+    def survey(self, modules: ModulePass) -> OrderStatistics | None:
         """For `global`: the order statistics over all modules."""
-        return None if self.scope == "module" else self._facts(lambda: (task_of(parts) for parts in modules()))
+        return None if self.scope == "module" else self._facts(lambda: (task_delta(parts) for parts in modules()))
 
-    def rule(self, task: TaskDelta, seen: _Facts | None = None) -> Rule:
+    def rule(self, task: TaskDelta, seen: OrderStatistics | None = None) -> Rule:
         facts = seen or self._facts(lambda: iter([task]))
         spans, limits = ([table[name] for name in task.names] for table in (facts.spans, facts.limits))
         weights_K = task.weights_K.astype(task.stream.dtype)
@@ -69,7 +69,7 @@ class Pcb(ElementwiseMethod):
 
         return rule
 
-    def _facts(self, tasks) -> _Facts:
+    def _facts(self, tasks) -> OrderStatistics:
         """tasks(): a pass over the modules. Every order statistic is taken over all of them together."""
         sizes: dict[str, int] = {}
         dtype = np.dtype(np.float32)
@@ -87,7 +87,7 @@ class Pcb(ElementwiseMethod):
                     yield [found.get(name, np.empty(0, dtype)) for name in sizes]
 
         def ends(places: list[list[int]], values) -> dict[str, Ends]:
-            found = select(lambda: channels(values), places, largest)
+            found = order_statistics(lambda: channels(values), places, largest)
             return {name: (low, high) for name, (low, high) in zip(sizes, found)}
 
         edges = [[int(1e-4 * n), max(0, int((1 - 1e-4) * n - 1))] for n in sizes.values()]
@@ -97,7 +97,7 @@ class Pcb(ElementwiseMethod):
         def balanced(task: TaskDelta, blocks: list[np.ndarray]) -> list[np.ndarray]:
             return balance(blocks, [spans[name] for name in task.names], len(sizes))
 
-        return _Facts(spans, ends(tops, balanced), len(sizes))
+        return OrderStatistics(spans, ends(tops, balanced), len(sizes))
 
 
 def balance(blocks: list[np.ndarray], spans: list[Ends], K: int) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from mtft.adapters.lora_factors import LoraFactors
 from mtft.adapters.safetensors_io import TensorFile
 from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import MergedCore, to_core
-from mtft.merge.methods.base import MergeMethod, Parts
+from mtft.merge.methods.base import MergeMethod, ModuleInputs
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RegMean(MergeMethod):
     def describe(self) -> dict[str, object]:
         return {**super().describe(), "grams": Path(self.grams).name}  # a folder's place is no property of the merge
 
-    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
+    def merge(self, parts: ModuleInputs, seen: object = None) -> MergedCore:
         if not self.grams:
             raise MergeError("regmean needs the inputs' Gram matrices", where="options.grams", do="give their folder")
         grams = [self._read(name, parts.module, parts.shape[1]) for name in parts.names]

@@ -17,7 +17,7 @@ import numpy as np
 from mtft.adapters.lora_factors import LoraFactors
 from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import MergedCore, to_core
-from mtft.merge.methods.base import MergeMethod, Parts
+from mtft.merge.methods.base import MergeMethod, ModuleInputs
 from mtft.merge.methods.elementwise_base import check_density, kept_count
 
 
@@ -33,7 +33,7 @@ class RobustMerge(MergeMethod):
         check_density(self.density)
         check_density(self.level, "level")
 
-    def merge(self, parts: Parts, seen: object = None) -> MergedCore:
+    def merge(self, parts: ModuleInputs, seen: object = None) -> MergedCore:
         ranks = {f.rank for f in parts.factors}
         if len(ranks) > 1:
             do = "choose a method that sees deltas, as ties or tsv"

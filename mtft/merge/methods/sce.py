@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtft.merge.linalg.streamed_delta import Rule, select
+from mtft.merge.linalg.streamed_delta import Rule, order_statistics
 from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, kept_count
 
 
@@ -58,5 +58,7 @@ class Sce(ElementwiseMethod):
         if varied == 0:  # one task, or equal ones: nothing tells the entries apart
             return None
         place = task.stream.size - kept_count(self.density, varied, task.module)
-        found = select(lambda: ([np.var(blocks, axis=0)] for blocks in task.weighted()), [[place]], task.stream.size)
+        found = order_statistics(
+            lambda: ([np.var(blocks, axis=0)] for blocks in task.weighted()), [[place]], task.stream.size
+        )
         return found[0][0]

@@ -22,7 +22,7 @@ import numpy as np
 
 from mtft.common.errors import MergeError
 from mtft.merge.linalg.streamed_delta import Rule
-from mtft.merge.methods.base import Survey
+from mtft.merge.methods.base import ModulePass
 from mtft.merge.methods.elementwise_base import (
     ElementwiseMethod,
     TaskDelta,
@@ -30,7 +30,7 @@ from mtft.merge.methods.elementwise_base import (
     global_thresholds,
     lazily,
     magnitude_thresholds,
-    task_of,
+    task_delta,
 )
 
 VARIANTS = ("paper", "mergekit", "peft")
@@ -51,32 +51,32 @@ class Ties(ElementwiseMethod):
         if self.scope not in ("module", "global"):
             raise MergeError(f"scope is {self.scope!r}", where="options.scope", do="module or global")
 
-    def survey(self, modules: Survey) -> tuple[dict[str, float], float] | None:
+    def survey(self, modules: ModulePass) -> tuple[dict[str, float], float] | None:
         """For `global`: every adapter's threshold over all of its modules, and the majority sign."""
         if self.scope == "module":
             return None
         thresholds = global_thresholds(modules, self.density)
         majority = 0.0
         for parts in modules():
-            task = task_of(parts)
-            majority += sign_balance(task, trim([thresholds[name] for name in parts.names]), task.weights_K)
+            task = task_delta(parts)
+            majority += sign_balance(task, keep_above([thresholds[name] for name in parts.names]), task.weights_K)
         return thresholds, float(np.sign(majority))
 
     def rule(self, task: TaskDelta, seen: tuple[dict[str, float], float] | None = None) -> Rule:
         if seen is None:
-            cut = trim(magnitude_thresholds(task.stream, self.density, task.module))
+            cut = keep_above(magnitude_thresholds(task.stream, self.density, task.module))
             majority = lazily(lambda: float(np.sign(sign_balance(task, cut, task.weights_K))))
         else:
-            cut = trim([seen[0][name] for name in task.names])
+            cut = keep_above([seen[0][name] for name in task.names])
             majority = lazily(lambda: seen[1])
-        return elected(task, cut, self.variant, self.value, majority)
+        return elect_signs(task, cut, self.variant, self.value, majority)
 
 
 Cut = Callable[[int, list[np.ndarray]], list[np.ndarray]]
 """(first row, blocks of D_k) -> blocks of T_k."""
 
 
-def trim(thresholds: list[float]) -> Cut:
+def keep_above(thresholds: list[float]) -> Cut:
     """Keep |x| >= threshold."""
     return lambda start, blocks: [x * (np.abs(x) >= t) for x, t in zip(blocks, thresholds)]
 
@@ -100,7 +100,7 @@ def _weighted_sum(blocks: list[np.ndarray], weights_K: np.ndarray) -> np.ndarray
     return np.sum([x.dtype.type(w) * x for w, x in zip(weights_K, blocks)], axis=0)
 
 
-def elected(task: TaskDelta, cut: Cut, variant: str, value: str, majority: Callable[[], float]) -> Rule:
+def elect_signs(task: TaskDelta, cut: Cut, variant: str, value: str, majority: Callable[[], float]) -> Rule:
     """The election among the blocks that `cut` leaves. majority: the sign that breaks ties in variant `paper`."""
     weights_K = task.weights_K.astype(task.stream.dtype)
     by_own = variant == "peft"

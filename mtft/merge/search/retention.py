@@ -125,7 +125,7 @@ def _table(base, single, merged, draws: int, seed: int) -> tuple[dict, dict]:
 
 
 @dataclass(frozen=True)
-class _Plain:
+class AlignedScores:
     ids: tuple[str, ...]
     nll_N: np.ndarray
     tokens_N: np.ndarray
@@ -142,7 +142,7 @@ def _aligned(first: RetentionScores, rest: Iterable[RetentionScores], task: str)
             raise ValueError(f"{task}: base, single and merged were not scored on the same examples")
         order = np.array([place[name] for name in first.ids], dtype=np.int64)
         fields = (other.nll_N, other.tokens_N, other.correct_N, other.exact_N)
-        lined_up.append(_Plain(tuple(first.ids), *(np.asarray(values)[order] for values in fields)))
+        lined_up.append(AlignedScores(tuple(first.ids), *(np.asarray(values)[order] for values in fields)))
     return lined_up
 
 

@@ -59,7 +59,7 @@ class RowSubset:
         return self._store.example(int(self._rows[i]))
 
 
-def only(scores: Scores, ids: Mapping[str, Sequence[str]]) -> Scores:
+def select_examples(scores: Scores, ids: Mapping[str, Sequence[str]]) -> Scores:
     """The scores of the examples in `ids` (task -> ids); other tasks as they are."""
     found = {}
     for task, of in scores.items():

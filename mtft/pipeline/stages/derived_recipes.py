@@ -24,53 +24,55 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 MIN_SINGLE_STEPS = 10
 
 
-def changed(section: SectionT, **values: object) -> SectionT:
+def override_section(section: SectionT, **values: object) -> SectionT:
     """A copy of a frozen section with other values, checked like the original."""
     return type(section).model_validate({**dict(section), **values})
 
 
-def joint(recipe: Recipe, mixture: Mixture | None, folder: Path) -> Recipe:
+def joint_recipe(recipe: Recipe, mixture: Mixture | None, folder: Path) -> Recipe:
     """All tasks in the shares of `mixture`, which stay; None: as the recipe asks."""
     asked = {} if mixture is None else {"shares": mixture.as_dict(), "online": None}
-    return _plain(recipe, folder, mixture=changed(recipe.mixture, **asked))
+    return _training_recipe(recipe, folder, mixture=override_section(recipe.mixture, **asked))
 
 
-def single(recipe: Recipe, task: str, share: float, folder: Path) -> Recipe:
+def single_task_recipe(recipe: Recipe, task: str, share: float, folder: Path) -> Recipe:
     """One task alone, for as many steps as make it see about the rows that the joint run gives it."""
     steps = recipe.run.single_steps
     if steps is None and recipe.train.steps is not None:
         steps = max(MIN_SINGLE_STEPS, math.ceil(recipe.train.steps * share))
-    train = changed(recipe.train, steps=steps, epochs=None) if steps else recipe.train
+    train = override_section(recipe.train, steps=steps, epochs=None) if steps else recipe.train
     if train.watch not in ("mean", "worst", task):
-        train = changed(train, watch="mean")
+        train = override_section(train, watch="mean")
     tasks = tuple(section for section in recipe.tasks if section.name == task)
     mixture = MixtureSection(unit=recipe.mixture.unit, max_epochs=recipe.mixture.max_epochs, on_cap="redistribute")
-    return _plain(recipe, folder, tasks=tasks, mixture=mixture, train=train)
+    return _training_recipe(recipe, folder, tasks=tasks, mixture=mixture, train=train)
 
 
-def strong(recipe: Recipe, model: ModelSection, mixture: Mixture | None, folder: Path) -> Recipe:
+def strong_recipe(recipe: Recipe, model: ModelSection, mixture: Mixture | None, folder: Path) -> Recipe:
     """The joint run on the strong `model`: what fusion is measured against."""
-    return changed(joint(recipe, mixture, folder), model=model)
+    return override_section(joint_recipe(recipe, mixture, folder), model=model)
 
 
-def proxy(recipe: Recipe, sweep: SweepSection) -> Recipe:
+def proxy_recipe(recipe: Recipe, sweep: SweepSection) -> Recipe:
     """What every trial shares: the recipe with the sweep's own model, adapter, length and batch. No checkpoints."""
-    train = changed(recipe.train, steps=sweep.steps, epochs=None, eval_every=None, patience=None, task_patience=None)
+    train = override_section(
+        recipe.train, steps=sweep.steps, epochs=None, eval_every=None, patience=None, task_patience=None
+    )
     if sweep.batch_tokens is not None:
-        train = changed(train, batch_tokens=sweep.batch_tokens)
+        train = override_section(train, batch_tokens=sweep.batch_tokens)
     lora = recipe.lora if sweep.lora is None else None if sweep.lora == "full" else sweep.lora
     values = {"train": train, "lora": lora, "model": sweep.model or recipe.model}
-    output = changed(recipe.output, save_every=None, trackers=())
-    return changed(recipe, **values, output=output, sweep=None, merge=None, fuse=None, run=RunSection())
+    output = override_section(recipe.output, save_every=None, trackers=())
+    return override_section(recipe, **values, output=output, sweep=None, merge=None, fuse=None, run=RunSection())
 
 
-def _plain(recipe: Recipe, folder: Path, *, train: TrainSection | None = None, **values: object) -> Recipe:
+def _training_recipe(recipe: Recipe, folder: Path, *, train: TrainSection | None = None, **values: object) -> Recipe:
     """The recipe of one training run: no sections of other stages. The base is scored once, by the pipeline."""
-    return changed(
+    return override_section(
         recipe,
         **values,
-        train=changed(train or recipe.train, eval_on_start=False),
-        output=changed(recipe.output, dir=str(folder)),
+        train=override_section(train or recipe.train, eval_on_start=False),
+        output=override_section(recipe.output, dir=str(folder)),
         sweep=None,
         merge=None,
         fuse=None,

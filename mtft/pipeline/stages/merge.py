@@ -52,7 +52,7 @@ class MergeOutcome:
         return {**(facts if self.report is None else self.report.as_dict()), "said": self.said}
 
 
-def looks_at_data(section: MergeSection) -> int:
+def rows_needed(section: MergeSection) -> int:
     """Rows of each task that this merge wants to see, 0 = none."""
     asked = [part.rows for part in (section.search, section.gates) if part is not None]
     if section.experts is not None and section.experts.kind == "twin":
@@ -62,7 +62,7 @@ def looks_at_data(section: MergeSection) -> int:
     return max(asked, default=0)
 
 
-class _Job:
+class RecipeMerge:
     """One merge of a recipe."""
 
     def __init__(
@@ -76,7 +76,7 @@ class _Job:
     def adapted(self) -> AdapterEvaluator:
         from mtft.pipeline.stages.adapter_evaluator import AdapterEvaluator
 
-        return self._given or AdapterEvaluator(self.recipe, looks_at_data(self.section))
+        return self._given or AdapterEvaluator(self.recipe, rows_needed(self.section))
 
     def run(self) -> MergeOutcome:
         section = self.section
@@ -97,8 +97,8 @@ class _Job:
         return MergeOutcome(report, self.out, self.said)
 
     def _change(self, **values: object) -> None:
-        self.recipe = derived_recipes.changed(
-            self.recipe, merge=derived_recipes.changed(merge_section(self.recipe), **values)
+        self.recipe = derived_recipes.override_section(
+            self.recipe, merge=derived_recipes.override_section(merge_section(self.recipe), **values)
         )
 
     def _search(self) -> None:
@@ -120,7 +120,7 @@ class _Job:
             self.said.append(f"trade-offs: {save_front(facts, self.out.parent / 'front.png')}")
 
     def _gates(self) -> MergeOutcome:
-        from mtft.merge.learned.train_gates import fold
+        from mtft.merge.learned.train_gates import fold_gates
         from mtft.pipeline.stages.merge_with_data import train_gates
 
         assert self.section.gates is not None
@@ -131,11 +131,13 @@ class _Job:
         )
         self.said += [f"warning: {text}" for text in trained.warnings]
         policy = {key: value for key, value in merge_options(self.recipe).items() if key != "per_module"}
-        report = fold(self.adapters, trained.gates, self.out, weights=self.section.weights, diagnostics=True, **policy)
+        report = fold_gates(
+            self.adapters, trained.gates, self.out, weights=self.section.weights, diagnostics=True, **policy
+        )
         return MergeOutcome(report, self.out, self.said)
 
     def _experts(self) -> MergeOutcome:
-        from mtft.merge.experts.build_experts import export_arrow, twin
+        from mtft.merge.experts.build_experts import build_twin, export_arrow
 
         experts, section = self.section.experts, merge_section(self.recipe)
         assert experts is not None
@@ -147,7 +149,7 @@ class _Job:
             return MergeOutcome(None, self.out, self.said)
         from mtft.pipeline.stages.merge_with_data import fit_router
 
-        report = twin(
+        report = build_twin(
             self.adapters,
             self.out,
             section.method,
@@ -183,7 +185,7 @@ def merge_recipe(
     out = out or merge_folder(recipe)
     if section.base is not None:
         return merge_models(recipe, section.base, out)
-    return _Job(recipe, read_adapters(chosen_adapters(section, adapters)), out, adapted).run()
+    return RecipeMerge(recipe, read_adapters(chosen_adapters(section, adapters)), out, adapted).run()
 
 
 def merge_models(recipe: Recipe, base: str, out: Path) -> MergeOutcome:
@@ -238,7 +240,7 @@ def merge_stage(
         "merge": section.model_dump(mode="json", exclude={"out", "overwrite", "adapters", *unused}),
         "adapters": {name: file_hash(path / "adapter_model.safetensors") for name, path in adapters.items()},
     }
-    rows = looks_at_data(section)
+    rows = rows_needed(section)
     opened: list[AdapterEvaluator] = []
 
     def adapted() -> AdapterEvaluator:
@@ -257,8 +259,8 @@ def merge_stage(
         report = read_json(folder / "report.json")
         if report is None:
             named = [read_adapter(path, name) for name, path in adapters.items()]
-            again = derived_recipes.changed(
-                recipe, merge=derived_recipes.changed(section, overwrite=True)
+            again = derived_recipes.override_section(
+                recipe, merge=derived_recipes.override_section(section, overwrite=True)
             )  # a broken-off try
             report = merge_recipe(again, named, folder / "adapter", adapted=adapted() if rows else None).as_dict()
             write_json(folder / "report.json", report)
@@ -267,11 +269,11 @@ def merge_stage(
             write_json(folder / "retention.json", _retention(report, found))
 
     def _retention(report: dict, found: Scores) -> dict:
-        from mtft.pipeline.stages.adapter_evaluator import only
+        from mtft.pipeline.stages.adapter_evaluator import select_examples
 
         unseen = adapted().ids("rest") if rows else {}
-        some = [only(scores, unseen) for scores in (base, singles, found)]
-        others = {name: only(scores, unseen) for name, scores in beside.items()}
+        some = [select_examples(scores, unseen) for scores in (base, singles, found)]
+        others = {name: select_examples(scores, unseen) for name, scores in beside.items()}
         share = retention(*some, others=others, seed=recipe.seed)
         facts: dict[str, Any] = {key: report[key] for key in ("method", "rank", "energy", "diagnostics")}
         rows_of = {

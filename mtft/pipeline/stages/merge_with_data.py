@@ -1,6 +1,6 @@
 """The parts of a merge that look at data: weights searched, gates trained, routers fitted, inputs measured.
 
-mtft.merge loads no model: here it gets closures over one that is loaded (adapted.py). Only rows of the part `choose`
+mtft.merge loads no model: here it gets closures over one that is loaded (adapter_evaluator.py). Only rows of the part `choose`
 are seen, those of `check` by the verdict of a search.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,12 +61,14 @@ def search_weights(
         def evaluate(weights: Sequence[float]) -> Scores:
             if not any(weights):
                 return adapted.scores(None, part)
-            section = derived_recipes.changed(
+            section = derived_recipes.override_section(
                 merge_section(recipe), weights=tuple(weights), min_energy=0.0, overwrite=False
             )
             with TemporaryDirectory() as scratch:
                 out = Path(scratch) / "adapter"
-                merge_from_recipe(derived_recipes.changed(recipe, merge=section), adapters, out, diagnostics=False)
+                merge_from_recipe(
+                    derived_recipes.override_section(recipe, merge=section), adapters, out, diagnostics=False
+                )
                 return adapted.scores(out, part)
 
         return evaluate
@@ -153,9 +155,3 @@ def measure_grams(adapters: Sequence[LoraAdapter], adapted: AdapterEvaluator, fo
                 for batch in adapted.batches(tasks[adapter.name], "choose")
             )
             save_grams(collect_grams(modules, passes), folder, adapter.name)
-
-
-def held_out(adapted: AdapterEvaluator, used: Mapping[str, str]) -> dict[str, object]:
-    """For the record: how many rows of each task were looked at, and on how many the result is reported."""
-    seen = {part: {task: len(ids) for task, ids in adapted.ids(part).items()} for part in ("choose", "check", "rest")}
-    return {"used": dict(used), "rows": seen}

@@ -60,7 +60,9 @@ def space(recipe: Recipe, stores: list[Any]) -> MixtureSpace:
     sizes = task_sizes(recipe, stores)
     current = asked_mixture(recipe, sizes)
     # The run's length does not depend on the mixture with unit tokens, and hardly with unit examples.
-    unbounded = derived_recipes.changed(recipe, mixture=derived_recipes.changed(recipe.mixture, on_cap="redistribute"))
+    unbounded = derived_recipes.override_section(
+        recipe, mixture=derived_recipes.override_section(recipe.mixture, on_cap="redistribute")
+    )
     plan = make_plan(unbounded, stores, current)
     bounds = Bounds(
         floors=recipe.mixture.floors,
@@ -78,7 +80,7 @@ def space(recipe: Recipe, stores: list[Any]) -> MixtureSpace:
 def trial_config(recipe: Recipe, stores: list[Any]) -> str:
     """What the trials of one fit must agree on: everything but the mixture, and the data."""
     sweep = _sweep(recipe)
-    rules = fingerprint(derived_recipes.proxy(recipe, sweep), without=("name", "output", "mixture"))
+    rules = fingerprint(derived_recipes.proxy_recipe(recipe, sweep), without=("name", "output", "mixture"))
     parts = [rules, f"{sweep.eval_limit}", *(store.fingerprint for store in stores)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
@@ -142,7 +144,7 @@ def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
         trials,
         partial(
             run_trial,
-            recipe=derived_recipes.proxy(recipe, sweep),
+            recipe=derived_recipes.proxy_recipe(recipe, sweep),
             eval_limit=sweep.eval_limit,
             threads=threads,
             checks=sweep.checks,

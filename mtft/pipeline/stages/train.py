@@ -74,14 +74,16 @@ def planned_runs(recipe: Recipe, choice: RunChoice, stores: Sequence[Any]) -> di
     # shares that move are played as asked (a recipe with them has no sweep that could propose anything else)
     as_asked = recipe.mixture.moves
     runs = {
-        name: derived_recipes.joint(recipe, None if as_asked and name == "joint" else played, root / name)
+        name: derived_recipes.joint_recipe(recipe, None if as_asked and name == "joint" else played, root / name)
         for name, played in joints.items()
     }
     if recipe.merge is not None and recipe.merge.adapters is None and recipe.run.singles:
         for task in recipe.task_names:
-            runs[f"single-{task}"] = derived_recipes.single(recipe, task, mixture[task], root / f"single-{task}")
+            runs[f"single-{task}"] = derived_recipes.single_task_recipe(
+                recipe, task, mixture[task], root / f"single-{task}"
+            )
     if recipe.fuse is not None and recipe.run.tune_strong:
-        runs["strong"] = derived_recipes.strong(
+        runs["strong"] = derived_recipes.strong_recipe(
             recipe, recipe.fuse.strong, None if as_asked else mixture, root / "strong"
         )
     return runs

@@ -20,14 +20,14 @@ class TableRow:
 
 
 @dataclass(frozen=True)
-class Head:
+class HeaderCell:
     text: str
     ref: bool = False
 
 
 @dataclass(frozen=True)
 class HtmlTable:
-    head: list[Head]
+    head: list[HeaderCell]
     rows: list[TableRow]
     words: bool = False  # long text in the last column: wrapped
     kind: str = "table"
@@ -111,7 +111,7 @@ def table(
 ) -> HtmlTable:
     """A plain table; `total` sets off the last row, `words` wraps the last column."""
     return HtmlTable(
-        [Head(text) for text in head],
+        [HeaderCell(text) for text in head],
         [
             TableRow([TableCell(number(value)) for value in row], total=total and index == len(rows) - 1)
             for index, row in enumerate(rows)

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 # Okabe & Ito's palette: eight colours that colour-blind readers can tell apart; line styles go on from there.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A900")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A900")
 STYLES = ("-", "--", ":", "-.")
 GREY = "#8a8f98"
 _number = count()
@@ -22,18 +22,18 @@ _number = count()
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
-def look(index: int) -> tuple[str, str]:
+def task_style(index: int) -> tuple[str, str]:
     """Colour and line style of the index-th task, the same in every plot of a page."""
-    return COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
+    return COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
 
 
-def lines(
+def line_plot(
     curves: Curves, *, ylabel: str, xlabel: str = "optimizer step", points: Curves | None = None, smooth: int = 1
 ) -> str:
     """One line a task; `points` (held-out values) are drawn as markers; `smooth` = window of a running mean."""
     figure, axis = _axis(7.6, 3.4)
     for index, (name, (x, y)) in enumerate(curves.items()):
-        colour, style = look(index)
+        colour, style = task_style(index)
         if smooth > 1 and len(y) >= 2 * smooth:
             axis.plot(x, y, color=colour, alpha=0.18, linewidth=0.8)
             y = np.convolve(y, np.ones(smooth) / smooth, mode="valid")
@@ -47,10 +47,10 @@ def lines(
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     _legend(axis, len(curves))
-    return svg_of(figure)
+    return to_svg(figure)
 
 
-def shares(rows: Mapping[str, Mapping[str, float]]) -> str:
+def grouped_bars(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Grouped horizontal bars: {task: {series: share}}."""
     tasks, series = list(rows), list(dict.fromkeys(name for row in rows.values() for name in row))
     figure, axis = _axis(7.6, 0.7 + 0.17 * len(tasks) * (len(series) + 0.8))
@@ -58,7 +58,7 @@ def shares(rows: Mapping[str, Mapping[str, float]]) -> str:
     for index, name in enumerate(series):
         at = np.arange(len(tasks)) + (index - (len(series) - 1) / 2) * height
         values = [rows[task].get(name, 0.0) for task in tasks]
-        bars = axis.barh(at, values, height=height * 0.9, color=COLOURS[index % len(COLOURS)], label=name)
+        bars = axis.barh(at, values, height=height * 0.9, color=COLORS[index % len(COLORS)], label=name)
         axis.bar_label(bars, labels=[f"{value:.1%}" for value in values], padding=3, fontsize=7.5)
     axis.set_yticks(np.arange(len(tasks)), tasks)
     axis.invert_yaxis()
@@ -66,16 +66,18 @@ def shares(rows: Mapping[str, Mapping[str, float]]) -> str:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.set_xlabel("share")
     _legend(axis, len(series))
-    return svg_of(figure)
+    return to_svg(figure)
 
 
-def predicted(measured: Sequence[float], mean: Sequence[float], lower: Sequence[float], upper: Sequence[float]) -> str:
+def prediction_plot(
+    measured: Sequence[float], mean: Sequence[float], lower: Sequence[float], upper: Sequence[float]
+) -> str:
     """Out-of-fold predictions with intervals against what the trials measured."""
     y, m = np.asarray(measured, float), np.asarray(mean, float)
     low, high = np.asarray(lower, float), np.asarray(upper, float)
     figure, axis = _axis(3.6, 3.2)
     inside = (low <= y) & (y <= high)
-    for mask, colour, label in ((inside, COLOURS[0], "inside its interval"), (~inside, COLOURS[1], "outside")):
+    for mask, colour, label in ((inside, COLORS[0], "inside its interval"), (~inside, COLORS[1], "outside")):
         if mask.any():
             bars = np.vstack([np.maximum(m - low, 0), np.maximum(high - m, 0)])[:, mask]
             axis.errorbar(
@@ -87,10 +89,10 @@ def predicted(measured: Sequence[float], mean: Sequence[float], lower: Sequence[
     axis.set_xlabel("measured")
     axis.set_ylabel("predicted, out of fold")
     axis.legend(frameon=False, fontsize=8)
-    return svg_of(figure)
+    return to_svg(figure)
 
 
-def heat(
+def heat_map(
     values: Sequence[Sequence[float | None]],
     names: Sequence[str],
     *,
@@ -132,7 +134,7 @@ def heat(
     axis.tick_params(length=0)
     for side in axis.spines.values():
         side.set_visible(False)
-    return svg_of(figure)
+    return to_svg(figure)
 
 
 def _outline(axis, blocks: Sequence[int]) -> None:
@@ -144,18 +146,18 @@ def _outline(axis, blocks: Sequence[int]) -> None:
         start += block
 
 
-def bars(rows: Mapping[str, float], *, xlabel: str, reference: float | None = None) -> str:
+def bar_plot(rows: Mapping[str, float], *, xlabel: str, reference: float | None = None) -> str:
     """Horizontal bars with their values; `reference` draws a dashed line (for instance 1.0 = the tuned model)."""
     names, values = list(rows), [float(value) for value in rows.values()]
     figure, axis = _axis(7.6, 0.8 + 0.32 * len(names))
-    drawn = axis.barh(names, values, color=[COLOURS[0] if value >= 0 else COLOURS[1] for value in values], height=0.62)
+    drawn = axis.barh(names, values, color=[COLORS[0] if value >= 0 else COLORS[1] for value in values], height=0.62)
     axis.bar_label(drawn, labels=[f"{value:.2f}" for value in values], padding=3, fontsize=8)
     if reference is not None:
         axis.axvline(reference, color=GREY, linestyle="--", linewidth=1)
     axis.invert_yaxis()
     axis.margins(x=0.1)
     axis.set_xlabel(xlabel)
-    return svg_of(figure)
+    return to_svg(figure)
 
 
 def _axis(width: float, height: float):
@@ -179,7 +181,7 @@ def _legend(axis, entries: int) -> None:
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + entries // 18)
 
 
-def svg_of(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
     """SVG without the XML header; ids made unique, since several SVGs share one page."""
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "mtft"}):

@@ -43,11 +43,11 @@ def _parts(train: TrainRunData) -> list:
     scaled = [[None if value is None else value / unit for value in row] for row in transfer]
     maps = [
         Plot("Cosine of the tasks' gradients: 1 (blue) the same direction, 0 unrelated, −1 (red) opposed",
-             plots.heat(matrix("cosine"), tasks, blocks=blocks)),
+             plots.heat_map(matrix("cosine"), tasks, blocks=blocks)),
         Plot("Conflict rate: share of the measurements in which the two pointed against each other",
-             plots.heat(matrix("conflict_rate"), tasks, low=0, high=1, blocks=blocks)),
+             plots.heat_map(matrix("conflict_rate"), tasks, low=0, high=1, blocks=blocks)),
         Plot(f"Transfer, in units of {unit:.0e}: relative fall of the column's loss by a step on the row's task alone",
-             plots.heat(scaled, tasks, low=-widest / unit, high=widest / unit, blocks=blocks,
+             plots.heat_map(scaled, tasks, low=-widest / unit, high=widest / unit, blocks=blocks,
                         ylabel="step on", xlabel="effect on the loss of")),
     ]  # fmt: skip
     parts: list = [
@@ -62,7 +62,7 @@ def _parts(train: TrainRunData) -> list:
     ]
     curves = _norms(train, found["tasks"])
     if curves:
-        parts.append(Plots([Plot("Length of each task's gradient", plots.lines(curves, ylabel="gradient norm"))]))
+        parts.append(Plots([Plot("Length of each task's gradient", plots.line_plot(curves, ylabel="gradient norm"))]))
     pairs = _pairs(found)
     if pairs:
         parts += [Paragraph("Pairs that conflict most", "heading"),

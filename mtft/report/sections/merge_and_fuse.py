@@ -29,7 +29,7 @@ def merging(run: RunData) -> PageSection | None:
     cosines = run.retention.get("cosines")
     if cosines and len(cosines["names"]) > 1:
         caption = "Cosine between the adapters' updates, over all modules"
-        drawn.append(Plot(caption, plots.heat(cosines["values"], cosines["names"])))
+        drawn.append(Plot(caption, plots.heat_map(cosines["values"], cosines["names"])))
     parts.append(Plots(drawn))
     if run.retention.get("interference"):
         rows = [[name, run.retention["norms"][name], value] for name, value in run.retention["interference"].items()]
@@ -114,4 +114,4 @@ def _range(row: dict) -> str:
 
 def _bars(values: dict) -> str:
     known = {name: value for name, value in values.items() if value is not None}
-    return plots.bars(known, xlabel="retained share", reference=1.0)
+    return plots.bar_plot(known, xlabel="retained share", reference=1.0)

@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mtft.report.components.plots import svg_of
+from mtft.report.components.plots import to_svg
 
 TASKS = 4
 """Of more tasks the pairs of the four whose losses spread most are shown."""
@@ -58,7 +58,7 @@ def save_front(facts: dict[str, Any], path: Path) -> Path:
 
 def front_svg(facts: dict[str, Any]) -> str:
     """The picture for the page."""
-    return svg_of(front_figure(facts))
+    return to_svg(front_figure(facts))
 
 
 def _panel(axis: Any, facts: dict[str, Any], a: str, b: str) -> None:

@@ -1,4 +1,4 @@
-"""The sections of the page, in reading order: results, mixture, training, trials. (Merge and fusion: steering.py.)"""
+"""The sections of the page, in reading order: results, mixture, training, trials. (Merge and fusion: merge_and_fuse.py.)"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mtft.report.components import plots
 from mtft.report.components.elements import (
     Code,
     Folded,
-    Head,
+    HeaderCell,
     HtmlTable,
     PageSection,
     Paragraph,
@@ -54,7 +54,7 @@ def results(run: RunData) -> PageSection | None:
         body.append(_result_row("mean over tasks", means, stages, direction, total=True))
         parts += [
             Paragraph(title, "heading"),
-            HtmlTable([Head("task"), *(Head(stage, ref=stage in REFERENCES) for stage in stages)], body),
+            HtmlTable([HeaderCell("task"), *(HeaderCell(stage, ref=stage in REFERENCES) for stage in stages)], body),
         ]
     return PageSection("results", "Results", parts)
 
@@ -83,7 +83,7 @@ def mixture(run: RunData) -> PageSection | None:
     bars = {
         task: {train.name: train.plan["tasks"][task]["asked"] for train in joints} for task in joints[0].plan["tasks"]
     }
-    parts.append(Plots([Plot("Asked share of each task", plots.shares(bars))]))
+    parts.append(Plots([Plot("Asked share of each task", plots.grouped_bars(bars))]))
     for train in joints:
         rows = [
             [task, percent(row["asked"]), percent(row["realised"]), row["rows"], row["size"], f"{row['epochs']:.2f}"]
@@ -125,13 +125,13 @@ def _training_plots(train: TrainRunData) -> list[Plot]:
     held_out = {task: train.eval_curve(task, "loss") for task in train.tasks}
     window = max(1, len(train.steps) // 12)
     caption = "Training loss per task (line) and held-out loss (dots)"
-    out = [Plot(caption, plots.lines(losses, ylabel="loss", points=held_out, smooth=window))]
+    out = [Plot(caption, plots.line_plot(losses, ylabel="loss", points=held_out, smooth=window))]
     weights = {task: train.curve(task, "weight") for task in train.tasks}
     values = [value for _, y in weights.values() for value in y]
     if values and max(values) - min(values) > 1e-9:
-        out.append(Plot("Weight of each task in the loss", plots.lines(weights, ylabel="weight")))
+        out.append(Plot("Weight of each task in the loss", plots.line_plot(weights, ylabel="weight")))
     if shares := train.share_curves:
-        out.append(Plot("Share of each task, as mixture.online decided", plots.lines(shares, ylabel="share")))
+        out.append(Plot("Share of each task, as mixture.online decided", plots.line_plot(shares, ylabel="share")))
     return out
 
 
@@ -151,7 +151,7 @@ def trials(run: RunData) -> PageSection | None:
         points = target["trials"]
         columns = [[point[key] for point in points] for key in ("measured", "predicted", "lower", "upper")]
         if points:
-            drawn.append(Plot(name, plots.predicted(*columns)))
+            drawn.append(Plot(name, plots.prediction_plot(*columns)))
     parts.append(Plots(drawn))
     rows, every = [], []
     for name, target in targets.items():

@@ -1,4 +1,4 @@
-"""Twin, Arrow and skill exports: at full rank nothing is lost, routers find their own, prototypes are golden."""
+"""Twin and Arrow exports: at full rank nothing is lost, routers find their own, prototypes are golden."""
 
 import json
 
@@ -9,7 +9,7 @@ from mtft.adapters.mlp_router import MlpRouter, load_router
 from mtft.adapters.routers import ArrowRouter, CentroidRouter
 from mtft.merge import LoraFactors, MergeError, merge_adapters, read_adapter
 from mtft.merge.experts.arrow_prototypes import arrow_router
-from mtft.merge.experts.build_experts import export_arrow, skills, twin
+from mtft.merge.experts.build_experts import build_twin, export_arrow
 from mtft.merge.methods import make_method
 from mtft.merge.methods.doge import _directions
 from tests.merge import golden as g
@@ -34,7 +34,7 @@ def parts_of(folder, module):
 @pytest.mark.parametrize("shared", ["linear", "tsv", "ties"])
 def test_shared_plus_expert_is_the_adapter_at_full_rank(tmp_path, paths, shared):
     """Also where the shared merge is cut to rank 8 of a full-rank result: the residual knows what is on disk."""
-    report = twin(paths, tmp_path / "out", shared, expert_rank=10, rank=8)
+    report = build_twin(paths, tmp_path / "out", shared, expert_rank=10, rank=8)
     for path in paths:
         source = read_adapter(path)
         for module in ("layers.0.q", "layers.0.k"):
@@ -48,7 +48,7 @@ def test_shared_plus_expert_is_the_adapter_at_full_rank(tmp_path, paths, shared)
 
 
 def test_experts_are_the_best_of_their_rank(tmp_path, paths):
-    twin(paths, tmp_path / "out", expert_rank=1)
+    build_twin(paths, tmp_path / "out", expert_rank=1)
     S, _ = parts_of(tmp_path / "out" / "shared", "layers.0.q")
     E, _ = parts_of(tmp_path / "out" / "expert_two", "layers.0.q")
     left = np.linalg.svd(g.delta(g.factors()[1]) - S, compute_uv=False)
@@ -58,14 +58,14 @@ def test_experts_are_the_best_of_their_rank(tmp_path, paths):
 
 
 def test_with_shared_gives_one_plain_adapter_per_request(tmp_path, paths):
-    twin(paths, tmp_path / "out", expert_rank=4, with_shared=True)
+    build_twin(paths, tmp_path / "out", expert_rank=4, with_shared=True)
     D, _ = parts_of(tmp_path / "out" / "expert_three", "layers.0.q")
     S, _ = parts_of(tmp_path / "out" / "shared", "layers.0.q")
     U, s, Vt = np.linalg.svd(g.delta(g.factors()[2]) - S)
     np.testing.assert_allclose(D, S + (U[:, :4] * s[:4]) @ Vt[:4], atol=2e-6)
     with pytest.raises(MergeError, match="something already"):
-        twin(paths, tmp_path / "out")
-    twin(paths, tmp_path / "out", overwrite=True)
+        build_twin(paths, tmp_path / "out")
+    build_twin(paths, tmp_path / "out", overwrite=True)
 
 
 @pytest.mark.parametrize("kind", [CentroidRouter, MlpRouter])
@@ -79,12 +79,12 @@ def test_router_finds_its_own(tmp_path, paths, kind):
         p = router.probabilities(scale * (c + rng.normal(size=(50, 16))))
         np.testing.assert_allclose(p.sum(axis=1), 1)
         assert (p.argmax(axis=1) == k).mean() > 0.95
-    twin(paths, tmp_path / "out", router=router)
+    build_twin(paths, tmp_path / "out", router=router)
     again = load_router(tmp_path / "out" / "router.safetensors")
     assert type(again) is kind
     np.testing.assert_array_equal(again.probabilities(states["one"]), router.probabilities(states["one"]))
     with pytest.raises(MergeError, match="other experts"):
-        twin(paths, tmp_path / "out2", router=kind.fit({"x": states["one"]}))
+        build_twin(paths, tmp_path / "out2", router=kind.fit({"x": states["one"]}))
     with pytest.raises(MergeError, match="states must be"):
         kind.fit({"x": states["one"][0]})
 
@@ -154,26 +154,10 @@ def test_arrow_folder_is_loras_of_one_rank_and_a_router(tmp_path):
         export_arrow(paths, tmp_path / "out2", top=4)
 
 
-def test_skills_per_split(tmp_path):
-    rng = np.random.default_rng(0)
-    made = [LoraFactors(rng.normal(size=(2, 10)), rng.normal(size=(12, 2)), 2.0) for _ in range(2)]
-    paths = [g.write(tmp_path / n, {"q": f}) for n, f in zip("ab", made)]
-    logits = {"t": np.array([[30.0, -30.0], [-30.0, 30.0]]), "u": np.zeros((1, 2))}
-    skills(paths, logits, tmp_path / "out")
-    A = np.hstack([made[0].A_RN[:, :5], made[1].A_RN[:, 5:]])
-    B = np.vstack([made[0].B_MR[:6], made[1].B_MR[6:]])
-    np.testing.assert_allclose(parts_of(tmp_path / "out" / "t", "q")[0], 2 * B @ A, atol=1e-5)
-    mean = 2 * (made[0].B_MR + made[1].B_MR) / 2 @ (made[0].A_RN + made[1].A_RN) / 2
-    np.testing.assert_allclose(parts_of(tmp_path / "out" / "u", "q")[0], mean, atol=1e-5)
-    for bad in ({"../t": np.zeros((1, 2))}, {"t": np.zeros((1, 3))}):
-        with pytest.raises(MergeError, match="routing"):
-            skills(paths, bad, tmp_path / "out2")
-
-
 def test_names_that_are_no_folders_are_refused(tmp_path):
     source = g.write(tmp_path / "a", {"q": g.factors()[0]})
     with pytest.raises(MergeError, match="can't name a folder"):
-        twin([read_adapter(source, name="../x")], tmp_path / "out")
+        build_twin([read_adapter(source, name="../x")], tmp_path / "out")
     assert not (tmp_path / "x").exists()
 
 

@@ -7,7 +7,7 @@ import torch
 from mtft.adapters.routers import CentroidRouter
 from mtft.merge import LoraFactors, MergeError, read_adapter
 from mtft.merge.experts.arrow_prototypes import arrow_router
-from mtft.merge.experts.build_experts import export_arrow, twin
+from mtft.merge.experts.build_experts import build_twin, export_arrow
 from mtft.merge.experts.routed_model import RoutedModel, load_routed
 from tests.merge import golden as g
 
@@ -59,7 +59,7 @@ def test_each_row_gets_its_expert_on_top_of_the_shared_one(tmp_path, model, path
     probe = RoutedModel(model, paths, CentroidRouter(("a", "b"), np.zeros((2, 16)), np.ones(16), 1.0))
     states = probe.states(ids)
     probe.remove()
-    twin(paths, tmp_path / "out", expert_rank=16)  # full rank: S + E_k = D_k
+    build_twin(paths, tmp_path / "out", expert_rank=16)  # full rank: S + E_k = D_k
     experts = [tmp_path / "out" / "expert_a", tmp_path / "out" / "expert_b"]
     routed = RoutedModel(model, experts, sure_router(states), shared=tmp_path / "out" / "shared")
     np.testing.assert_allclose(routed.route(ids), np.eye(2), atol=1e-12)
@@ -103,7 +103,7 @@ def test_a_folder_is_loaded_as_it_was_written(tmp_path, model, paths, with_share
     probe = RoutedModel(model, paths, CentroidRouter(("a", "b"), np.zeros((2, 16)), np.ones(16), 1.0))
     router = sure_router(probe.states(ids))
     probe.remove()
-    twin(paths, tmp_path / "out", expert_rank=16, router=router, with_shared=with_shared)
+    build_twin(paths, tmp_path / "out", expert_rank=16, router=router, with_shared=with_shared)
     routed = load_routed(model, tmp_path / "out")
     routed.route(ids)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_arrow_from_a_folder_generates(tmp_path, model, paths):
 
 
 def test_folders_without_a_router_are_for_servers(tmp_path, model, paths):
-    twin(paths, tmp_path / "out")
+    build_twin(paths, tmp_path / "out")
     with pytest.raises(MergeError, match=r"no router\.safetensors"):
         load_routed(model, tmp_path / "out")
     with pytest.raises(MergeError, match="neither"):

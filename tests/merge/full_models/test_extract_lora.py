@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mtft.merge import MergeError, merge_adapters, read_adapter
-from mtft.merge.full_models.extract_lora import extract, twin_models
+from mtft.merge.full_models.extract_lora import extract_adapter, twin_models
 from tests.merge import golden as g
 
 SHAPES = {
@@ -39,7 +39,7 @@ def models(tmp_path):
 
 def test_a_difference_of_low_rank_comes_out_whole(models):
     root, _, deltas = models
-    found = extract(root / "base", root / "a", root / "out", 3)
+    found = extract_adapter(root / "base", root / "a", root / "out", 3)
     assert found.energy == pytest.approx(1, abs=1e-6)
     assert found.left_out == 0
     adapter = read_adapter(root / "out")
@@ -53,7 +53,7 @@ def test_energy_is_that_of_the_best_rank_and_the_rest_is_reported(models):
     tensors = {key: base[key] + deltas[1].get(key, 0) for key in base}
     tensors["model.layers.0.norm.weight"] = base["model.layers.0.norm.weight"] + 2
     save_file({key: np.asarray(value, np.float32) for key, value in tensors.items()}, root / "b" / "model.safetensors")
-    found = extract(root / "base", root / "b", root / "out", 1)
+    found = extract_adapter(root / "base", root / "b", root / "out", 1)
     S = [np.linalg.svd(deltas[1][key], compute_uv=False) for key in MATRICES]
     total = sum(np.sum(s**2) for s in S)
     assert found.energy == pytest.approx(sum(s[0] ** 2 for s in S) / total, rel=1e-5)
@@ -63,7 +63,7 @@ def test_energy_is_that_of_the_best_rank_and_the_rest_is_reported(models):
 
 def test_extracted_adapters_merge_as_any(models):
     root, _, deltas = models
-    paths = [extract(root / "base", root / name, root / f"lora-{name}", 3).out for name in "ab"]
+    paths = [extract_adapter(root / "base", root / name, root / f"lora-{name}", 3).out for name in "ab"]
     merge_adapters(paths, root / "out", "tsv", rank="lossless")
     assert len(read_adapter(root / "out").modules) == 2
 
@@ -87,9 +87,9 @@ def test_twin_of_whole_models_is_each_model(models):
 def test_mistakes_leave_nothing(models):
     root, _, _ = models
     with pytest.raises(MergeError, match="no matrix inside a block differs"):
-        extract(root / "base", root / "base", root / "out")
+        extract_adapter(root / "base", root / "base", root / "out")
     with pytest.raises(MergeError, match="rank is 0"):
-        extract(root / "base", root / "a", root / "out", 0)
+        extract_adapter(root / "base", root / "a", root / "out", 0)
     with pytest.raises(MergeError, match="one name"):
         twin_models(root / "base", [root / "a", root / "a"], root / "out")
     assert not (root / "out").exists()

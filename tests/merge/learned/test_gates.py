@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from mtft.merge import LoraFactors, MergeError, read_adapter
-from mtft.merge.learned.gates import KINDS, Gates
-from mtft.merge.learned.train_gates import GateBatch, fold, objective, train_gates
+from mtft.merge.learned.gates import GATE_KINDS, Gates
+from mtft.merge.learned.train_gates import GateBatch, fold_gates, objective, train_gates
 from tests.merge import golden as g
 
 VOCABULARY = 7
@@ -55,7 +55,7 @@ def with_adapter(model, folder, x):
     return copy(x).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GATE_KINDS)
 def test_fold_is_the_forward_pass(tmp_path, paths, kind):
     model, one = Tiny(), batch()
     gates = Gates(model, [read_adapter(path) for path in paths], kind)
@@ -65,11 +65,11 @@ def test_fold_is_the_forward_pass(tmp_path, paths, kind):
     expected = model(**one.inputs).logits
     gates.remove()
     assert not torch.allclose(model(**one.inputs).logits, expected)
-    fold(paths, gates, tmp_path / "out", rank="lossless", dtype="fp64")
+    fold_gates(paths, gates, tmp_path / "out", rank="lossless", dtype="fp64")
     torch.testing.assert_close(with_adapter(model, tmp_path / "out", **one.inputs), expected, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GATE_KINDS)
 def test_gradients(paths, kind):
     """Numerical gradients of the objective in every gate, with the step's random draw held fixed."""
     model, one = Tiny(), batch()
@@ -81,11 +81,11 @@ def test_gradients(paths, kind):
         with torch.no_grad():
             kept = value.data.clone()
         value.data = v
-        found = objective(model(**one.inputs).logits, one, KINDS[kind].entropy)
+        found = objective(model(**one.inputs).logits, one, GATE_KINDS[kind].entropy)
         value.data = kept
         return found
 
-    found = objective(model(**one.inputs).logits, one, KINDS[kind].entropy)
+    found = objective(model(**one.inputs).logits, one, GATE_KINDS[kind].entropy)
     (gradient,) = torch.autograd.grad(found, value)
     for index in np.ndindex(*value.shape):
         step = torch.zeros_like(value)
@@ -95,7 +95,7 @@ def test_gradients(paths, kind):
     gates.remove()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GATE_KINDS)
 def test_training_lowers_the_objective_and_leaves_the_model(paths, kind):
     model, one = Tiny().train(), batch()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -5,7 +5,7 @@ import pytest
 
 from mtft.merge import LoraFactors
 from mtft.merge.linalg import streamed_delta
-from mtft.merge.linalg.streamed_delta import DeltaStream, Mask, compress, select
+from mtft.merge.linalg.streamed_delta import BernoulliMask, DeltaStream, compress, order_statistics
 from mtft.merge.methods import METHODS, make_method
 from tests.merge import golden as g
 
@@ -28,11 +28,11 @@ def test_order_statistics_are_exact(dtype):
     places = [[0, 17, 2500, 4999], [0, 1500, 2999], [0, 1, 1999], [3]]
     blocks = [[x[i::3] for x in channels] for i in range(3)]
     expected = [[float(np.sort(x)[place]) for place in wanted] for x, wanted in zip(channels, places)]
-    assert select(lambda: blocks, places) == expected
+    assert order_statistics(lambda: blocks, places) == expected
 
 
 def test_masks_golden():
-    mask = Mask(0, "", "", 37, key=12345)
+    mask = BernoulliMask(0, "", "", 37, key=12345)
     whole = mask.uniform(0, 100)
     assert (whole < 0.5)[0, :8].astype(int).tolist() == [0, 0, 0, 1, 1, 0, 0, 1]
     assert (whole < 0.5).mean() == pytest.approx(0.504324324, abs=1e-9)
@@ -43,11 +43,11 @@ def test_masks_golden():
 def test_masks_hang_on_seed_name_and_module_only():
     state = np.random.get_state()[1].copy()
     draws = {
-        key: Mask(*key, 16).uniform(0, 4).tobytes()
+        key: BernoulliMask(*key, 16).uniform(0, 4).tobytes()
         for key in [(0, "a", "q"), (1, "a", "q"), (0, "b", "q"), (0, "a", "k")]
     }
     assert len(set(draws.values())) == 4
-    assert Mask(0, "a", "q", 16).uniform(0, 4).tobytes() == draws[0, "a", "q"]
+    assert BernoulliMask(0, "a", "q", 16).uniform(0, 4).tobytes() == draws[0, "a", "q"]
     np.testing.assert_array_equal(np.random.get_state()[1], state)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtft.evaluation.task_scores import TaskScores
-from mtft.merge import METHODS, LoraFactors, merge_adapters, merge_delta
+from mtft.merge import METHODS, LoraFactors, merge_adapters
 from mtft.merge.engine.interference import cosines, diagnose, interference
 from mtft.merge.search.retention import retention
 from tests.merge import golden as g
@@ -123,7 +123,7 @@ def test_overlap_of_equal_and_of_orthogonal_adapters(tmp_path):
 
 def test_merge_delta_is_what_merge_writes(tmp_path):
     paths = g.write_golden(tmp_path)
-    B, A, energy = merge_delta(paths, "layers.0.q", "tsv", scale=0.5)
+    B, A, energy = g.merge_delta(paths, "layers.0.q", "tsv", scale=0.5)
     X = 0.5 * g.full(METHODS["tsv"]().merge(g.parts()))
     np.testing.assert_allclose(B @ A, X, atol=1e-6)
     assert energy == pytest.approx(1)

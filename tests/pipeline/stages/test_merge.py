@@ -10,7 +10,7 @@ import torch
 from mtft.adapters.lora_factors import read_adapter
 from mtft.common.errors import UserError
 from mtft.pipeline.stages import derived_recipes
-from mtft.pipeline.stages.adapter_evaluator import AdapterEvaluator, only, split_rows
+from mtft.pipeline.stages.adapter_evaluator import AdapterEvaluator, select_examples, split_rows
 from mtft.pipeline.stages.merge import merge_recipe, merge_stage
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_training import train
@@ -27,7 +27,7 @@ def trained(whole_recipe, tmp_path_factory):
     )
     adapters = {}
     for task in recipe.task_names:
-        alone = derived_recipes.single(recipe, task, 1 / 3, root / f"single-{task}")
+        alone = derived_recipes.single_task_recipe(recipe, task, 1 / 3, root / f"single-{task}")
         adapters[task] = train(alone, quiet=True, prove=False).adapter_dir
     return recipe, adapters
 
@@ -63,7 +63,7 @@ def test_scores_with_adapters_on_and_off(trained, tmp_path):
     for task in recipe.task_names:
         np.testing.assert_array_equal(before[task].nll_N, after[task].nll_N)
         np.testing.assert_allclose(on[task].nll_N, theirs[task].nll_N, rtol=1e-5)
-        rest = only(theirs, adapted.ids("rest"))[task]
+        rest = select_examples(theirs, adapted.ids("rest"))[task]
         np.testing.assert_allclose(adapted.scores(adapters["copy"], "rest")[task].nll_N, rest.nll_N, rtol=1e-5)
 
 
@@ -178,7 +178,7 @@ def test_what_a_merge_keeps_is_reported_on_rows_it_has_not_seen(trained, tmp_pat
     kept = json.loads((tmp_path / "run" / "merge" / "retention.json").read_text())
     assert kept["rows"]["copy"] == {"seen": 6, "reported": 6}
     assert np.shape(kept["overlap"]["right"]) == (3, 3)
-    rest = only(found, adapted.ids("rest"))["copy"].summary()["loss"]
+    rest = select_examples(found, adapted.ids("rest"))["copy"].summary()["loss"]
     assert kept["tasks"]["copy"]["loss"]["merged"] == pytest.approx(rest, rel=1e-6)
 
 

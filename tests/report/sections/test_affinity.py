@@ -108,7 +108,7 @@ def test_no_section_without_measurements(tmp_path):
 def test_thirty_tasks_are_readable():
     """Small cells without the leading zero, names upright below; numbers of 10 and more keep their digits."""
     names = [f"task-{k}" for k in range(30)]
-    svg = plots.heat([[0.25 if i != j else 10.2 for i in range(30)] for j in range(30)], names, high=11, low=-11)
+    svg = plots.heat_map([[0.25 if i != j else 10.2 for i in range(30)] for j in range(30)], names, high=11, low=-11)
     found = texts(svg)
     assert found.count(".25") == 870
     assert found.count("10.20") == 30

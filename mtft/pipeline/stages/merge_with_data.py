@@ -1,7 +1,7 @@
 """The parts of a merge that look at data: weights searched, gates trained, routers fitted, inputs measured.
 
-mtft.merge loads no model: here it gets closures over one that is loaded (adapter_evaluator.py). Only rows of the part `choose`
-are seen, those of `check` by the verdict of a search.
+mtft.merge loads no model: here it gets closures over one that is loaded (adapter_evaluator.py). Only rows of the part
+`choose` are seen, those of `check` by the verdict of a search.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The sections of the page, in reading order: results, mixture, training, trials. (Merge and fusion: merge_and_fuse.py.)"""
+"""The sections of the page, in reading order: results, mixture, training, trials.
+
+(Merge and fusion: merge_and_fuse.py.)
+"""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch  # after the number of threads is set
 
+from mtft.common.atomic_io import write_json
 from mtft.data.store.token_store import open_stores
 from mtft.evaluation.evaluate_recipe import evaluate
 from mtft.evaluation.gap_closed import gap_closed
@@ -35,7 +36,6 @@ from mtft.fuse.alpha.spec import RULES
 from mtft.fuse.decoding.score_text import AlphaStats, fused_scores
 from mtft.fuse.from_recipe import open_fusion
 from mtft.pipeline.stages.derived_recipes import joint_recipe, override_section, strong_recipe
-from mtft.pipeline.stages.stage_cache import write_json
 from mtft.recipe.load import load_recipe
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_training import train

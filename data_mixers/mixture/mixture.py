@@ -9,7 +9,6 @@ Which shares are allowed is in bounds.py; how a mixture is played exactly is in 
 
 from __future__ import annotations
 
-import difflib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from data_mixers.common.errors import MixError
+from data_mixers.common.suggest import closest_match
 
 SUM_TOLERANCE = 5e-3  # published tables are rounded: RegMix's rows add up to 0.997 ... 1.003
 
@@ -152,8 +152,8 @@ def check_names(got: Sequence[str], wanted: Sequence[str], *, where: str | None 
     problems = []
     for name in got:
         if name not in wanted:
-            near = difflib.get_close_matches(name, wanted, n=1)
-            problems.append(f"unknown {kind} {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+            near = closest_match(name, wanted)
+            problems.append(f"unknown {kind} {name!r}" + (f" (did you mean {near!r}?)" if near else ""))
     problems += [f"no share for task {name!r}" for name in wanted if name not in got]
     if problems:
         raise MixError("; ".join(problems), where=where, do=f"the {kind}s are: {', '.join(wanted)}")

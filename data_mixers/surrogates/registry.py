@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-
 from data_mixers.common.errors import MixError
+from data_mixers.common.suggest import closest_match
 from data_mixers.surrogates.base import PointSurrogate
 from data_mixers.surrogates.bimix import BiMix
 from data_mixers.surrogates.gaussian_process import GaussianProcess
@@ -62,9 +61,9 @@ def candidates_of(surrogate: str, *, goal: Goal, n: int) -> dict[str, PointSurro
     if surrogate == "warped":
         return warped
     if surrogate not in SURROGATES:
-        near = difflib.get_close_matches(surrogate, SURROGATES, n=1)
+        near = closest_match(surrogate, SURROGATES)
         raise MixError(
-            f"unknown surrogate {surrogate!r}" + (f" (did you mean {near[0]!r}?)" if near else ""),
+            f"unknown surrogate {surrogate!r}" + (f" (did you mean {near!r}?)" if near else ""),
             where="surrogate",
             do=f"one of: auto, {', '.join(SURROGATES)}",
         )

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
 
 METRICS = ("loss", "token_accuracy", "exact_match")
@@ -74,14 +75,11 @@ class TaskScores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """One JSON line an example: task, id, nll, tokens, correct. Written whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        with unfinished.open("w", encoding="utf-8") as file:
-            for row in zip(self.ids, self.nll_N.tolist(), self.tokens_N.tolist(), self.correct_N.tolist(), strict=True):
-                record = dict(zip(("id", "nll", "tokens", "correct"), row, strict=True))
-                file.write(json.dumps({"task": self.task, **record}, ensure_ascii=False) + "\n")
-        unfinished.replace(path)
+        lines = []
+        for row in zip(self.ids, self.nll_N.tolist(), self.tokens_N.tolist(), self.correct_N.tolist(), strict=True):
+            record = dict(zip(("id", "nll", "tokens", "correct"), row, strict=True))
+            lines.append(json.dumps({"task": self.task, **record}, ensure_ascii=False) + "\n")
+        write_text(Path(path), "".join(lines))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskScores:

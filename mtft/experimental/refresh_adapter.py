@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
 from mtft.data.batching.batch import IGNORE
 from mtft.data.batching.batches import eval_batches
@@ -36,7 +37,6 @@ from mtft.models.loading import load_base, pad_id
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_trainer import TrainingInputs, build_trainer, may_pack, read_training_inputs
 from mtft.training.export.export import export_model
-from mtft.training.run_files import run_dir
 from mtft.training.run_files.metrics_log import MetricsLog, finite
 from mtft.training.training_arguments import training_arguments
 
@@ -115,7 +115,7 @@ def refresh(
         "rounds": [vars(found) for found in done],
         "losses": losses,
     }
-    run_dir.write_json(out / FILE, finite(content))
+    write_json(out / FILE, finite(content))
     return Refreshed(adapter, done, losses)
 
 

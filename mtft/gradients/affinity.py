@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
 
 FILE = "affinity.json"
@@ -153,9 +153,7 @@ class Affinity:
     def save(self, run_dir: Path) -> Path:
         """Writes <run_dir>/affinity.json, whole or not at all."""
         path = run_dir / FILE
-        aside = path.with_name(f"{FILE}.{os.getpid()}.part")
-        aside.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_json(path, self.to_json())
         return path
 
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_mixers.mixture.mixture import Mixture
+from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
 from mtft.evaluation.score_cache import Scores, load_or_score, table
 from mtft.pipeline.check import check_names
-from mtft.pipeline.stages.stage_cache import read_json, run_cached_stage, write_json
+from mtft.pipeline.stages.stage_cache import read_json, run_cached_stage
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.merge import MergeSection
 from mtft.recipe.schema.recipe import Recipe

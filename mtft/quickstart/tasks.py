@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mtft.common.atomic_io import write_text
 from mtft.quickstart import stdlib_corpus
 from mtft.quickstart.functions import Function, functions_of
 
@@ -115,11 +115,11 @@ def build(out_dir: str | Path, library: Path | None = None) -> dict[str, TaskFil
     for name, (train, held_out) in build_rows(files).items():
         paths = out / f"{name}.train.jsonl", out / f"{name}.eval.jsonl"
         for path, rows in zip(paths, (train, held_out), strict=True):
-            _write(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+            write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
         result[name] = TaskFiles(*paths, len(train), len(held_out))
     counts = {name: {"train": files.train_rows, "eval": files.eval_rows} for name, files in result.items()}
     # Last, so that its presence says that the rest is whole.
-    _write(out / "tasks.json", json.dumps({"fingerprint": fingerprint, "tasks": counts}, indent=1) + "\n")
+    write_text(out / "tasks.json", json.dumps({"fingerprint": fingerprint, "tasks": counts}, indent=1) + "\n")
     return result
 
 
@@ -194,10 +194,3 @@ def _standing(out: Path, fingerprint: str) -> dict[str, TaskFiles] | None:
     }
     whole = all(files.train.exists() and files.eval.exists() for files in result.values())
     return result if whole and saved["fingerprint"] == fingerprint else None
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: an interrupted call leaves no half file under the final name."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

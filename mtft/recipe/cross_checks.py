@@ -9,11 +9,11 @@ from __future__ import annotations
 import glob
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from data_mixers.common.errors import MixError
+from data_mixers.common.suggest import closest_match
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture
 from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
 from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource
@@ -91,8 +91,8 @@ def _data(source: YamlSource) -> Iterator[tuple[KeyPath, str]]:
 def _near_file(place: Path) -> str:
     if not place.parent.is_dir():
         return f"the folder {place.parent} is not there either; paths are relative to the recipe"
-    near = get_close_matches(place.name, [other.name for other in place.parent.iterdir()], n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else "check the path; it is relative to the recipe"
+    near = closest_match(place.name, (other.name for other in place.parent.iterdir()))
+    return f"did you mean {near}?" if near else "check the path; it is relative to the recipe"
 
 
 def _count(value: Any) -> int:
@@ -136,8 +136,8 @@ def _unknown_tasks(
     problems = []
     for name in given:
         if names and name not in names:
-            near = get_close_matches(name, [*names, *also], n=1, cutoff=0.6)
-            do = f"did you mean {near[0]}?" if near else f"the tasks are {', '.join(names)}"
+            near = closest_match(name, [*names, *also])
+            do = f"did you mean {near}?" if near else f"the tasks are {', '.join(names)}"
             problems.append(YamlProblem((*path, name), f"names a task that is not there: {name!r}", do))
     return problems
 

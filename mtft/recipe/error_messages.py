@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from data_mixers.common.suggest import closest_match
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.section import RecipeSection
 from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child, kind_of
@@ -136,8 +136,7 @@ def _unknown(path: KeyPath, source: YamlSource) -> YamlProblem:
 
 def _nearest(path: KeyPath, source: YamlSource) -> str | None:
     known = list(_keys(path[:-1], source))
-    near = get_close_matches(str(path[-1]), known, n=1, cutoff=0.6)
-    return near[0] if near else None
+    return closest_match(path[-1], known)
 
 
 def _missing(path: KeyPath, source: YamlSource) -> YamlProblem:
@@ -153,9 +152,9 @@ def _wrong(path: KeyPath, source: YamlSource) -> YamlProblem:
     do = ""
     if isinstance(value, str):
         choices = [str(choice) for choice in _choices(annotation)]
-        near = get_close_matches(value, choices, n=1, cutoff=0.5)
+        near = closest_match(value, choices, cutoff=0.5)
         if near:
-            do = f"did you mean {near[0]}?"
+            do = f"did you mean {near}?"
         elif _is_number(value) and ("number" in needed):
             do = "remove the quotes"
     elif "text" in needed and isinstance(value, int | float):

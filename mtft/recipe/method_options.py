@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -29,9 +27,3 @@ def check_options(method: Any, where: str) -> None:
             setattr(method, name, TypeAdapter(hints[name]).validate_python(value, strict=True))
         except ValidationError as error:
             raise UserError(f"{value!r}: {error.errors()[0]['msg'].lower()}", where=f"{where}.{name}") from None
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`: did you mean 'x'?` or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f": did you mean {near[0]!r}?" if near else ""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mtft.common.atomic_io import write_text
 from mtft.report.components.elements import PageSection
 from mtft.report.components.run_data import RunData, load_run
 from mtft.report.sections import affinity, merge_and_fuse, results
@@ -31,10 +31,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) 
     """
     runs = [load_run(Path(folder)) for folder in run_dirs]
     target = Path(out) if out is not None else Path(run_dirs[0]) / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f"{target.name}.{os.getpid()}.part")
-    aside.write_text(render(runs), encoding="utf-8")
-    os.replace(aside, target)
+    write_text(target, render(runs))
     return target
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from mtft.common.atomic_io import write_json
 from mtft.distributed.launch import is_main_process
 from mtft.distributed.sharding import whole_weights
 from mtft.recipe.schema.recipe import Recipe
@@ -64,6 +65,6 @@ def finalize_run(
             if recipe.model.quantise != "none":
                 content["unquantised_base"] = unquantised
             folder.write_plan(run_dir, recipe, plan)  # a mixture that changed online: what came of it
-            folder.write_json(run_dir / folder.RESULT, finite(content))
+            write_json(run_dir / folder.RESULT, finite(content))
     if dist.is_initialized():
         dist.barrier()

@@ -7,12 +7,12 @@ The idea that the mapping is data and not code is tasksource's (Sileo 2023, arXi
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
+from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
 from mtft.data.formats.formats import FORMATS
 from mtft.data.formats.messages import Conversation, RowError
@@ -153,8 +153,8 @@ ALIASES = {
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The most similar of the known names, if any is similar."""
-    found = difflib.get_close_matches(word, [name for name in known if isinstance(name, str)], n=1, cutoff=0.6)
-    return found[0] if found and found[0] != word else None
+    match = closest_match(word, [name for name in known if isinstance(name, str)])
+    return match if match != word else None
 
 
 def _no_column(task: TaskSection, missing: Sequence[str], columns: Sequence[str], where: str) -> NoReturn:

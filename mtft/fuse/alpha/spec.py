@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
 
 RULES = ("fixed", "forward", "jeffreys", "paper", "paper_grid")
@@ -25,8 +25,8 @@ def choose(value: str, known: Iterable[str], key: str) -> str:
     """`value` if it is known, else a FusionError that names the nearest known one."""
     known = tuple(known)
     if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = closest_match(value, known)
+        hint = f"did you mean {near!r}? " if near else ""
         raise FusionError(f"{key} is {value!r}", do=f"{hint}choose one of {', '.join(known)}")
     return value
 

@@ -10,7 +10,6 @@ score      {"prompt" | "messages", "response", id?, alpha?, alpha_rule?, expert_
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from data_mixers.common.suggest import did_you_mean
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.batch.resumable_jsonl import BatchSummary, JsonlRequest, check_places, read_jobs, run
 from mtft.fuse.decoding.generate_request import row_specs
@@ -200,8 +200,7 @@ def _check_keys(row: dict[str, Any], known: Iterable[str]) -> None:
     known = tuple(known)
     for name in row:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise FusionError(f"unknown key {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+            raise FusionError(f"unknown key {name!r}{did_you_mean(name, known)}")
 
 
 def _whole(name: str, value: Any, least: int) -> int:

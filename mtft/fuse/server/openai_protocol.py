@@ -5,11 +5,11 @@ What the server can't do is refused by name (400), never ignored: a client must 
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_mixers.common.suggest import closest_match
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.decoding.generate_request import row_specs
 from mtft.fuse.decoding.prompts import encode_prompt
@@ -156,8 +156,8 @@ def _check_names(body: dict[str, Any], known: tuple[str, ...]) -> None:
         if name in UNSUPPORTED and value not in (None, False, 0, 0.0, [], {}, "none", 1) and value != {"type": "text"}:
             raise RequestError(f"{name} is not supported", param=name, code="unsupported_parameter")
         if name not in known and name not in UNSUPPORTED:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f": did you mean {near[0]}?" if near else ""
+            near = closest_match(name, known)
+            hint = f": did you mean {near}?" if near else ""
             raise RequestError(f"unknown parameter {name}{hint}", param=name, code="unknown_parameter")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from data_mixers.common.suggest import did_you_mean
 from mtft.common.errors import UserError
 from mtft.gradients.aggregators.aligned_mtl import AlignedMtl
 from mtft.gradients.aggregators.base import Aggregator
@@ -19,7 +20,7 @@ from mtft.gradients.aggregators.nash_mtl import NashMtl
 from mtft.gradients.aggregators.pcgrad import PCGrad
 from mtft.gradients.aggregators.sam_gs import SamGs
 from mtft.gradients.aggregators.upgrad import UPGrad
-from mtft.recipe.method_options import did_you_mean, options_of
+from mtft.recipe.method_options import options_of
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
     kind.NAME: kind for kind in (UPGrad, DualProj, Mgda, PCGrad, CAGrad, ImtlG, NashMtl, AlignedMtl, SamGs)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from data_mixers.common.suggest import did_you_mean
 from mtft.common.errors import UserError
 from mtft.losses.balancers.base import Balancer, BalancerContext, BalancerNeeds, Observation
 from mtft.losses.balancers.coba import CoBa
@@ -20,7 +21,7 @@ from mtft.losses.balancers.static import Fixed, Random, Temperature, Uniform
 from mtft.losses.balancers.task_groups import TaskGroupBalancer, read_groups
 from mtft.losses.balancers.uncertainty import ImpartialLoss, UncertaintyWeighting
 from mtft.losses.balancers.visatb import VisAtb
-from mtft.recipe.method_options import did_you_mean, options_of
+from mtft.recipe.method_options import options_of
 from mtft.recipe.schema.loss import BalancerSection
 
 BALANCERS: dict[str, type[Balancer]] = {

@@ -22,8 +22,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from data_mixers.common.suggest import did_you_mean
 from mtft.common.errors import UserError
-from mtft.recipe.method_options import check_options, did_you_mean
+from mtft.recipe.method_options import check_options
 
 
 class BalancerNeeds(NamedTuple):

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_mixers.common.suggest import did_you_mean
 from mtft.common.errors import UserError
 from mtft.gradients import affinity
 from mtft.losses.balancers.base import Balancer, BalancerContext, BalancerNeeds, Observation
-from mtft.recipe.method_options import did_you_mean
 
 PREFIX = "groups."
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from data_mixers.common.suggest import closest_match
 from mtft.common.errors import MergeError
 from mtft.experimental.core_elementwise import CoreDare, CoreTies
 from mtft.merge.methods.base import MergeMethod
@@ -105,5 +105,5 @@ def _typed(field: dataclasses.Field, value: Any, where: str) -> object:
 
 
 def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + "known: " + ", ".join(known)
+    close = closest_match(name, known)
+    return (f"did you mean {close!r}? " if close else "") + "known: " + ", ".join(known)

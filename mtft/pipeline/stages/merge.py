@@ -21,12 +21,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
+from mtft.common.atomic_io import write_json
 from mtft.evaluation.score_cache import Scores, load_or_score
 from mtft.merge.engine.report import MergeReport
 from mtft.merge.from_recipe import chosen_adapters, merge_folder, merge_from_recipe, merge_options, merge_section
 from mtft.merge.search.retention import retention
 from mtft.pipeline.stages import derived_recipes
-from mtft.pipeline.stages.stage_cache import read_json, run_cached_stage, write_json
+from mtft.pipeline.stages.stage_cache import read_json, run_cached_stage
 from mtft.recipe.schema.merge import MergeSection
 from mtft.recipe.schema.recipe import Recipe
 

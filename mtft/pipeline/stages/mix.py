@@ -28,10 +28,10 @@ from data_mixers.sweep.early_termination import EarlyTermination
 from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.runner import SweepResult, make_trials, run_sweep
 from data_mixers.sweep.trial import Trial
+from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
 from mtft.data.planning import asked_mixture, epoch_caps, groups, make_plan, task_sizes
 from mtft.pipeline.stages import derived_recipes
-from mtft.pipeline.stages.stage_cache import write_json
 from mtft.recipe.load import fingerprint
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.sweep import SweepSection

@@ -9,11 +9,11 @@ Nothing is deleted: `fresh` moves what is there aside to <folder>.old-1, .old-2,
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
 
 STARTED, DONE = "started.json", "done.json"
@@ -77,14 +77,6 @@ def read_json(path: Path) -> dict | None:
         raise UserError(
             f"not valid JSON: {error}", where=str(path), do="delete the file: its stage runs again"
         ) from error
-
-
-def write_json(path: Path, content: object) -> None:
-    """Whole or not at all: written aside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _short(value: object) -> str:

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
 from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.evaluation.task_scores import METRICS, TaskScores
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir
-from mtft.training.run_files.run_dir import environment, write_text
+from mtft.training.run_files.run_dir import environment
 
 ADAPTER, MODEL, INITIAL = "adapter", "model", "initial_adapter"
 CHANGE_THE_BASE = ("pissa", "olora")  # initialisations that move a part of the base weights into the adapter

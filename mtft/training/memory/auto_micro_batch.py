@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from mtft.common.atomic_io import write_json
 from mtft.common.state_tree import random_state, restore_random_state
 from mtft.data.batching.batch import IGNORE, Batch
 from mtft.distributed.launch import is_main_process, world_size
@@ -31,7 +32,6 @@ from mtft.models.loading import compute_dtype
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.memory.estimate import estimate_memory
 from mtft.training.optim.optimizers import state_bytes
-from mtft.training.run_files.run_dir import write_json
 
 if TYPE_CHECKING:
     from mtft.training.build_trainer import TrainingInputs

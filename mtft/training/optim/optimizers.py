@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
 from mtft.recipe.schema.recipe import Recipe
 
@@ -67,12 +67,12 @@ def optimizer_name(name: str) -> str:
     """The name that transformers knows (or `muon`). UserError for an unknown one, or one whose package is missing."""
     known = known_optimizers()
     if name not in known:
-        near = get_close_matches(name, known, n=1)
+        near = closest_match(name, known)
         reason = _refusal(name)
         raise UserError(
             f"optimizer {name} is not supported: {reason}" if reason else f"there is no optimizer {name!r}",
             where="train.optimizer",
-            do=f"did you mean {near[0]}?"
+            do=f"did you mean {near}?"
             if near and not reason
             else f"for example adamw, adamw_8bit, lion, adafactor, muon; all names: {', '.join(known)}",
         )

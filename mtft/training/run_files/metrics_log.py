@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mtft.common.atomic_io import write_text
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -151,9 +153,7 @@ def _cut(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    aside = path.with_name(path.name + ".part")
-    aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    aside.replace(path)
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _short(value: float | None) -> str:

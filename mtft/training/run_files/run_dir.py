@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mtft.common.atomic_io import write_json, write_text
 from mtft.common.errors import UserError
 from mtft.distributed.launch import world_size
 from mtft.recipe.schema.recipe import Recipe
@@ -121,18 +122,6 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _leaves(recipe: Recipe) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class _Course:
 
         course = self
 
-        class Check(TrainerCallback):
+        class EvaluateAtChecks(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 share = course._at.get(state.global_step)
                 if share is None:
@@ -118,7 +118,7 @@ class _Course:
                 if course._stop is not None and course._stop.hopeless(share, scores):
                     course.hopeless = control.should_training_stop = True
 
-        return Check()
+        return EvaluateAtChecks()
 
 
 def _keep(recipe: Recipe, eval_limit: int | None) -> _Kept:

@@ -2,10 +2,10 @@
 
     D = W_k - W_0 ~ U_r S_r V_r^T,   B = U_r sqrt(S_r),   A = sqrt(S_r) V_r^T
 
-Differences are read in row blocks, and the range finder of streamed_delta.py finds the leading triples, so memory is some
-MB whatever the model's size. What is no matrix inside a block (norms, embeddings, the head) can't be in the adapter: its
-share of the squared difference is reported. With it Twin-Merging (Lu et al., arXiv 2406.15479) works on whole models as
-in the paper: a merged model, and for each expert the low-rank rest.
+Differences are read in row blocks, and the range finder of streamed_delta.py finds the leading triples, so memory is
+some MB whatever the model's size. What is no matrix inside a block (norms, embeddings, the head) can't be in the
+adapter: its share of the squared difference is reported. With it Twin-Merging (Lu et al., arXiv 2406.15479) works on
+whole models as in the paper: a merged model, and for each expert the low-rank rest.
 """
 
 from __future__ import annotations

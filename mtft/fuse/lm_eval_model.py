@@ -1,6 +1,6 @@
 """lm-evaluation-harness on a fused model: the model type `mtft_fused`.
 
-    python -m mtft.evaluation.lm_eval_model run --model mtft_fused \\
+    python -m mtft.fuse.lm_eval_model run --model mtft_fused \\
         --model_args strong=BIG,base=SMALL,adapter=DIR,alpha_rule=jeffreys --tasks arc_easy,gsm8k
 
 takes lm-eval's own arguments: lm-eval scans no entry points, so this module registers the type and then hands over.

@@ -7,9 +7,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from mtft.evaluation.lm_eval_model import FusedLM, run_lm_eval
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.fused_model import FusedCausalLM
+from mtft.fuse.lm_eval_model import FusedLM, run_lm_eval
 from tests.fuse import tiny
 
 CHOICE = """

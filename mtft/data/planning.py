@@ -28,30 +28,32 @@ class SizedTask(Protocol):
     def lengths(self) -> np.ndarray: ...  # tokens of each example, int64 [N]
 
 
-def asked_shares(recipe: Recipe, sizes: dict[str, int]) -> Mixture | MixtureSchedule:
+def requested_shares(recipe: Recipe, sizes: dict[str, int]) -> Mixture | MixtureSchedule:
     """The shares that the recipe asks for. `sizes`: examples (or tokens, with unit tokens) of each task."""
-    asked = recipe.mixture.shares
-    if isinstance(asked, ScheduleShares):
-        return MixtureSchedule(tuple((stop.at, _rule(recipe, stop.shares, sizes)) for stop in asked.schedule))
-    return _rule(recipe, asked, sizes)
+    shares = recipe.mixture.shares
+    if isinstance(shares, ScheduleShares):
+        return MixtureSchedule(
+            tuple((stop.at, _resolve_shares(recipe, stop.shares, sizes)) for stop in shares.schedule)
+        )
+    return _resolve_shares(recipe, shares, sizes)
 
 
-def asked_mixture(recipe: Recipe, sizes: dict[str, int]) -> Mixture:
+def requested_mixture(recipe: Recipe, sizes: dict[str, int]) -> Mixture:
     """The same as one mixture: of a schedule its mean."""
-    asked = asked_shares(recipe, sizes)
-    return asked.mean() if isinstance(asked, MixtureSchedule) else asked
+    requested = requested_shares(recipe, sizes)
+    return requested.mean() if isinstance(requested, MixtureSchedule) else requested
 
 
-def _rule(recipe: Recipe, asked: object, sizes: dict[str, int]) -> Mixture:
+def _resolve_shares(recipe: Recipe, shares: object, sizes: dict[str, int]) -> Mixture:
     """One mixture of the recipe. Rules keep to its floors, caps and groups; what is written out is what is played."""
-    if isinstance(asked, FileShares):
-        return Mixture.from_yaml(asked.file, names=recipe.task_names)
-    if isinstance(asked, dict):
-        return Mixture.of({name: float(asked.get(name, 0.0)) for name in recipe.task_names})
-    if isinstance(asked, TemperatureShares):
-        mixture = tempered(sizes, asked.temperature)
+    if isinstance(shares, FileShares):
+        return Mixture.from_yaml(shares.file, names=recipe.task_names)
+    if isinstance(shares, dict):
+        return Mixture.of({name: float(shares.get(name, 0.0)) for name in recipe.task_names})
+    if isinstance(shares, TemperatureShares):
+        mixture = tempered(sizes, shares.temperature)
     else:
-        mixture = natural(sizes) if asked == "natural" else uniform(recipe.task_names)
+        mixture = natural(sizes) if shares == "natural" else uniform(recipe.task_names)
     bounds = share_bounds(recipe)
     try:
         return Mixture(mixture.names, bounds.project(mixture)) if bounds.violations(mixture) else mixture
@@ -96,8 +98,8 @@ def make_plan(
     Raises MixError when a share asks for more epochs than allowed and on_cap is `error`.
     """
     by_examples = recipe.mixture.unit == "examples"
-    asked = mixture or asked_shares(recipe, task_sizes(recipe, stores))
-    shares = asked.mean().shares if isinstance(asked, MixtureSchedule) else asked.shares
+    requested = mixture or requested_shares(recipe, task_sizes(recipe, stores))
+    shares = requested.mean().shares if isinstance(requested, MixtureSchedule) else requested.shares
     lengths = [np.asarray(store.lengths) for store in stores]
     mean = sum(share * float(length.mean()) for share, length in zip(shares, lengths) if share > 0)
     batch = max(1, int(recipe.train.batch_tokens // mean)) if by_examples else recipe.train.batch_tokens
@@ -108,7 +110,7 @@ def make_plan(
         total = sum(len(length) if by_examples else int(length.sum()) for length in lengths)
         steps = max(1, round(epochs * total / batch))
     return (MixturePlan if recipe.mixture.online is None else ReplannedPlan)(
-        asked,
+        requested,
         [len(length) for length in lengths],
         steps=steps,
         batch=batch,

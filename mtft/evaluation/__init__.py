@@ -1,7 +1,7 @@
-"""Evaluation: held-out scores of each task, with intervals: loss, token accuracy, exact match.
+"""Scores of models on held-out rows, with intervals, and comparisons of them.
 
-Letters in names (`nll_N` is [N]): N examples, B rows of a batch, T positions.
-`evaluate` is imported on first use (PEP 562).
+Letters in names (`nll_BT` is [B, T]): B rows of a batch, T positions, N examples (of a batch: supervised tokens),
+D bootstrap draws. `evaluate` is imported on first use (PEP 562).
 """
 
 from __future__ import annotations

@@ -63,14 +63,14 @@ def score_tasks(
     score: Score, stores: Sequence[Any | None], layout: BatchLayout, *, device: torch.device | str = "cpu"
 ) -> dict[str, TaskScores]:
     """Scores by any `score` function. With torch.distributed every rank scores its part and all get the whole."""
-    together = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     scores = {}
     for index, store in enumerate(stores):
         if store is None:
             continue
         # Each example is scored by one rank and is 0 on the others: a sum over ranks is the whole.
-        found = np.zeros((3, store.num_examples))
+        sums_3N = np.zeros((3, store.num_examples))
         for piece in eval_batches(
             store,
             index,
@@ -84,12 +84,12 @@ def score_tasks(
             batch = piece.batch.to(device)
             with torch.no_grad():  # not inference_mode: weights that ZeRO-3 gathers there could not be trained after
                 nll_BT, hit_BT = score(batch)
-            found[:, piece.examples] = example_sums(nll_BT, hit_BT, batch, piece)
+            sums_3N[:, piece.examples] = example_sums(nll_BT, hit_BT, batch, piece)
         if world > 1:
-            total = torch.from_numpy(found).to(device)
+            total = torch.from_numpy(sums_3N).to(device)
             dist.all_reduce(total)
-            found = total.cpu().numpy()
-        nll_N, tokens_N, correct_N = found
+            sums_3N = total.cpu().numpy()
+        nll_N, tokens_N, correct_N = sums_3N
         ids = tuple(str(name) for name in store.ids)
         scores[store.task] = TaskScores(store.task, ids, nll_N, tokens_N.astype(np.int64), correct_N.astype(np.int64))
     return scores

@@ -15,12 +15,14 @@ def load_or_score(folder: Path, tasks: tuple[str, ...], score: Callable[[], Scor
     paths = {task: folder / f"{task}.jsonl" for task in tasks}
     if all(path.is_file() for path in paths.values()):
         return {task: TaskScores.load(path) for task, path in paths.items()}
-    found = score()
-    for task, scores in found.items():
-        scores.save(paths[task])
-    return found
+    scores = score()
+    for task, task_scores in scores.items():
+        task_scores.save(paths[task])
+    return scores
 
 
 def table(stages: dict[str, Scores]) -> dict[str, dict[str, dict[str, float]]]:
     """{stage: {task: {metric: value}}}, as results.json holds it."""
-    return {stage: {task: found.summary() for task, found in scores.items()} for stage, scores in stages.items()}
+    return {
+        stage: {task: task_scores.summary() for task, task_scores in scores.items()} for stage, scores in stages.items()
+    }

@@ -31,9 +31,9 @@ Mix = Callable[[Tensor], Tensor]  # Gram matrix [K, K], NaN = absent -> alpha [K
 
 
 @contextmanager
-def perturbed(parameters: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> Iterator[None]:
+def perturbed_weights(parameters: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside: every parameter + its change. Afterwards, also after an error: the very same bits as before."""
-    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -42,7 +42,7 @@ def perturbed(parameters: Mapping[str, Tensor], change: Mapping[str, Tensor]) ->
     finally:
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(kept[name])
+                parameter.copy_(saved[name])
 
 
 def f_mtl(
@@ -63,14 +63,14 @@ def f_mtl(
     change_of = {}
     for k in present_K.nonzero().flatten().tolist():
         g = {name: block[k] for name, block in jacobian.items()}
-        with perturbed(parameters, _ascent(parameters, g, rho, adaptive)):
-            there = gradient(k)
-        change_of[k] = {name: there[name] - g[name] for name in g}
+        with perturbed_weights(parameters, _ascent(parameters, g, rho, adaptive)):
+            perturbed_gradient = gradient(k)
+        change_of[k] = {name: perturbed_gradient[name] - g[name] for name in g}
     zero = {name: torch.zeros_like(block[0]) for name, block in jacobian.items()}
     sharp = {name: torch.stack([change_of.get(k, zero)[name] for k in range(len(present_K))]) for name in jacobian}
     gram_KK = masked_gram(jacobian, present_K)
-    plain, bent = combine(jacobian, mix(gram_KK)), combine(sharp, mix(masked_gram(sharp, present_K)))
-    return {name: plain[name] + bent[name] for name in plain}, gram_KK
+    mean_part, sharpness_part = combine(jacobian, mix(gram_KK)), combine(sharp, mix(masked_gram(sharp, present_K)))
+    return {name: mean_part[name] + sharpness_part[name] for name in mean_part}, gram_KK
 
 
 def samo(
@@ -93,23 +93,25 @@ def samo(
     p_K     the user's preference over the present tasks, any scale
     noise   z, one tensor per parameter in their order; the same numbers at each call (a seed is kept, not z)
     """
-    seen = []
+    probe_losses = []
     for sign in (probe, -probe):
-        with perturbed(parameters, {name: sign * z for name, z in zip(parameters, noise(), strict=True)}):
-            seen.append(losses())
-    slope_K = torch.nan_to_num((seen[0] - seen[1]) / (2 * probe), nan=0.0)
+        with perturbed_weights(parameters, {name: sign * z for name, z in zip(parameters, noise(), strict=True)}):
+            probe_losses.append(losses())
+    slope_K = torch.nan_to_num((probe_losses[0] - probe_losses[1]) / (2 * probe), nan=0.0)
     share_K = torch.where(present_K, p_K, 0.0)
     mean = combine(jacobian, share_K / share_K.sum())
-    there = {name: torch.zeros_like(block) for name, block in jacobian.items()}
+    perturbed_gradients = {name: torch.zeros_like(block) for name, block in jacobian.items()}
     for k in present_K.nonzero().flatten().tolist():
         towards = {}
         for (name, g0), z in zip(mean.items(), noise(), strict=True):
             estimate = torch.sign(slope_K[k]) * z.to(g0) / z.norm().clamp(min=1e-30).to(g0)
             towards[name] = (1 - beta) * g0 + beta * g0.norm() * estimate
-        with perturbed(parameters, _ascent(parameters, towards, rho, adaptive=False)):
+        with perturbed_weights(parameters, _ascent(parameters, towards, rho, adaptive=False)):
             for name, value in gradient(k).items():
-                there[name][k] = value
-    return combine(there, mix(masked_gram(there, present_K))), masked_gram(jacobian, present_K)
+                perturbed_gradients[name][k] = value
+    return combine(perturbed_gradients, mix(masked_gram(perturbed_gradients, present_K))), masked_gram(
+        jacobian, present_K
+    )
 
 
 def masked_gram(jacobian: Mapping[str, Tensor], present_K: Tensor) -> Tensor:

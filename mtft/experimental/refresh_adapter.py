@@ -30,7 +30,7 @@ from mtft.evaluation.evaluate_recipe import with_adapter
 from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.evaluation.heldout_loss import BatchLayout, evaluate_model
 from mtft.gradients.capture.task_gradients import TaskGradients
-from mtft.gradients.forgetting import forgetting, module_of, most_forgetful, totals
+from mtft.gradients.forgetting import forgetting, module_of, select_forgetful_modules, totals
 from mtft.losses.task_reduction import coefficients, step_counts, task_coefficients
 from mtft.losses.token_nll import token_nll
 from mtft.models.loading import load_base, pad_id
@@ -97,7 +97,7 @@ def refresh(
         parts = forgetting(
             at_start, _task_gradients(model, inputs, layout), {name: here[name] - start[name] for name in here}
         )
-        chosen = most_forgetful(parts, old, share)
+        chosen = select_forgetful_modules(parts, old, share)
         lost = dict(zip(recipe.task_names, totals(parts).tolist(), strict=True))
         done.append(Round(chosen, len(parts), lost))
         told = ", ".join(f"{task} {value:+.3f}" for task, value in lost.items())

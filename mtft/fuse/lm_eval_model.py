@@ -11,7 +11,6 @@ which never makes a [batch, length, vocabulary] tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -117,36 +116,6 @@ class FusedLM(cast("type[Any]", HFLM)):  # the decorator that registers HFLM hid
 
 
 register_model("mtft_fused")(FusedLM)
-
-
-def run_lm_eval(
-    fused: FusedCausalLM,
-    tasks: Sequence[str],
-    *,
-    include_path: str | Path | None = None,
-    include_defaults: bool = True,
-    batch_size: int = AUTO_BATCH,
-    limit: int | None = None,
-    **options: Any,
-) -> dict[str, dict[str, Any]]:
-    """lm-eval's `results` of a loaded fused model: {task: {metric: value}}. include_path: a folder of task files.
-
-    include_defaults = False: only those, which saves the half minute that lm-eval takes to find its own.
-    """
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    evaluate: Any = lm_eval.simple_evaluate  # a decorator hides its parameters
-    found = evaluate(
-        model=FusedLM(fused=fused, batch_size=batch_size),
-        tasks=list(tasks),
-        task_manager=TaskManager(
-            include_path=None if include_path is None else str(include_path), include_defaults=include_defaults
-        ),
-        limit=limit,
-        **options,
-    )
-    return found["results"]
 
 
 if __name__ == "__main__":

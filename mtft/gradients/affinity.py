@@ -70,19 +70,19 @@ class Affinity:
         """
         G = gram_KK.detach().double().cpu()
         L = loss_K.detach().double().cpu()
-        seen = G.isfinite() & (L.isfinite()[:, None] & L.isfinite()[None, :])
+        measured = G.isfinite() & (L.isfinite()[:, None] & L.isfinite()[None, :])
         self.measures, self.step = self.measures + 1, torch.tensor(step)
-        self.together_KK = self.together_KK + seen
-        self.conflicts_KK = self.conflicts_KK + (seen & (G < 0) & ~torch.eye(len(self.tasks), dtype=torch.bool))
-        self.gram_KK = self._mean(self.gram_KK, G, seen)
-        moved = seen & (L[None, :] > 0)  # a loss of 0 has no relative change
+        self.together_KK = self.together_KK + measured
+        self.conflicts_KK = self.conflicts_KK + (measured & (G < 0) & ~torch.eye(len(self.tasks), dtype=torch.bool))
+        self.gram_KK = self._mean(self.gram_KK, G, measured)
+        moved = measured & (L[None, :] > 0)  # a loss of 0 has no relative change
         self.transfer_KK = self._mean(self.transfer_KK, learning_rate * G / L[None, :], moved)
 
-    def _mean(self, old: Tensor, new: Tensor, seen: Tensor) -> Tensor:
+    def _mean(self, old: Tensor, new: Tensor, measured: Tensor) -> Tensor:
         """The mean after one more measure; together_KK has it counted already."""
         keep_KK = (1 - 1 / self.together_KK.clamp(min=1).double()).clamp(max=self.keep)
         moved = torch.where(old.isnan(), new, keep_KK * old + (1 - keep_KK) * new)
-        return torch.where(seen, moved, old)
+        return torch.where(measured, moved, old)
 
     def cosine(self) -> Tensor:
         """[K, K] in [-1, 1], 1 on the diagonal; NaN where unknown, or where a gradient was 0."""
@@ -141,12 +141,14 @@ class Affinity:
             "measured_together": self.together_KK.tolist(),
         }
         if int(self.measures) >= FEWEST and len(self.tasks) > 1:
-            found = self.clusters()
+            clustering = self.clusters()
             out["clusters"] = {
-                "groups": {f"group-{g + 1}": [self.tasks[k] for k in group] for g, group in enumerate(found.groups)},
-                "heights": found.heights,
-                "silhouette": None if math.isnan(found.silhouette) else found.silhouette,
-                "guessed": [[self.tasks[i], self.tasks[j]] for i, j in found.guessed],
+                "groups": {
+                    f"group-{g + 1}": [self.tasks[k] for k in group] for g, group in enumerate(clustering.groups)
+                },
+                "heights": clustering.heights,
+                "silhouette": None if math.isnan(clustering.silhouette) else clustering.silhouette,
+                "guessed": [[self.tasks[i], self.tasks[j]] for i, j in clustering.guessed],
             }
         return out
 
@@ -207,23 +209,23 @@ def read_groups(path: Path, tasks: Sequence[str]) -> dict[str, list[str]]:
     """{group: [task, ...]} out of a run's affinity.json, for `loss.balancer.groups`. Raises UserError."""
     where = str(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"can't be read: {error.strerror}", where=where, do="train with loss.gradients: {every: 20} first"
         ) from None
     except ValueError as error:
         raise UserError(f"not valid JSON: {error}", where=where) from None
-    if "clusters" not in found:
+    if "clusters" not in data:
         raise UserError(
-            f"holds no groups: only {found.get('measures', 0)} measurements of at least {FEWEST}",
+            f"holds no groups: only {data.get('measures', 0)} measurements of at least {FEWEST}",
             where=where,
             do="measure more often (loss.gradients.every), or train longer",
         )
-    groups = {name: [task for task in group if task in tasks] for name, group in found["clusters"]["groups"].items()}
+    groups = {name: [task for task in group if task in tasks] for name, group in data["clusters"]["groups"].items()}
     if not any(groups.values()):
         raise UserError(
-            f"is of other tasks: {', '.join(found['tasks'])}", where=where, do=f"tasks here: {', '.join(tasks)}"
+            f"is of other tasks: {', '.join(data['tasks'])}", where=where, do=f"tasks here: {', '.join(tasks)}"
         )
     return {name: group for name, group in groups.items() if group}
 

@@ -46,7 +46,7 @@ def forgetting(before: Named, after: Named, change: Named) -> dict[str, Tensor]:
     return parts
 
 
-def most_forgetful(parts: Named, old: Sequence[int], share: float) -> list[str]:
+def select_forgetful_modules(parts: Named, old: Sequence[int], share: float) -> list[str]:
     """The fewest modules that hold `share` of the old tasks' forgetting, worst first; [] if nothing was forgotten.
 
     A module's forgetting is the sum of its positive F over the old tasks: what it gave one task does not make up for

@@ -50,10 +50,10 @@ def resolve_path(path: str) -> Literal["gather", "fused"]:
 
 def _has_fused_head() -> bool:
     try:
-        found = version("trl")
+        installed = version("trl")
     except PackageNotFoundError:
         return False
-    major, minor, *_ = found.split(".")
+    major, minor, *_ = installed.split(".")
     return (int(major), int(minor)) >= (1, 15)
 
 

@@ -9,7 +9,7 @@ import pytest
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.bounds import Infeasible
 from data_mixers.mixture.mixture import Mixture
-from mtft.data.planning import asked_mixture, make_plan, task_sizes
+from mtft.data.planning import make_plan, requested_mixture, task_sizes
 from mtft.data.summary.render_console import summary_text
 from mtft.data.summary.summarize import summarize_data
 from mtft.recipe.schema.recipe import Recipe
@@ -40,7 +40,7 @@ def recipe(**mixture):
 
 def asked(**mixture):
     wanted = recipe(**mixture)
-    return asked_mixture(wanted, task_sizes(wanted, STORES)).shares.round(4).tolist()
+    return requested_mixture(wanted, task_sizes(wanted, STORES)).shares.round(4).tolist()
 
 
 @pytest.mark.parametrize(

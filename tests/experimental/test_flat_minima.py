@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtft.experimental.flat_minima import f_mtl, perturbed, samo
+from mtft.experimental.flat_minima import f_mtl, perturbed_weights, samo
 from mtft.gradients.aggregators import make_aggregator
 from mtft.gradients.gramian import combine
 
@@ -118,10 +118,10 @@ def test_restore_bit_equal():
     theta = torch.tensor([1e-8, 1.0, 3e7, -0.1])
     kept, change = theta.clone(), {"theta": torch.tensor([1.0, 1e-7, 0.3, 7.7])}
     assert not torch.equal(theta + change["theta"] - change["theta"], theta)
-    with perturbed({"theta": theta}, change):
+    with perturbed_weights({"theta": theta}, change):
         assert torch.equal(theta, kept + change["theta"])
     assert torch.equal(theta, kept)
-    with pytest.raises(RuntimeError, match="on the way"), perturbed({"theta": theta}, change):
+    with pytest.raises(RuntimeError, match="on the way"), perturbed_weights({"theta": theta}, change):
         raise RuntimeError("on the way")
     assert torch.equal(theta, kept)
 

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.fused_model import FusedCausalLM
-from mtft.fuse.lm_eval_model import FusedLM, run_lm_eval
+from mtft.fuse.lm_eval_model import FusedLM
 from tests.fuse import tiny
 
 CHOICE = """
@@ -89,9 +91,12 @@ def test_two_task_types_from_local_files(fused, tmp_path):
     data.write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "choice.yaml").write_text(CHOICE.format(data=data))
     (tmp_path / "until.yaml").write_text(UNTIL.format(data=data))
-    results = run_lm_eval(
-        fused, ["toy_choice", "toy_until"], include_path=tmp_path, include_defaults=False, bootstrap_iters=0
-    )
+    results = simple_evaluate(
+        model=FusedLM(fused=fused, batch_size=8),
+        tasks=["toy_choice", "toy_until"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+    )["results"]
     assert results["toy_choice"]["acc,none"] == 0.5  # the same question, the answers half and half
     assert results["toy_until"]["exact_match,none"] in (0.0, 1.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtft.gradients.forgetting import forgetting, module_of, most_forgetful, totals
+from mtft.gradients.forgetting import forgetting, module_of, select_forgetful_modules, totals
 
 A, B = "base.layers.0.q_proj.lora_A.default.weight", "base.layers.0.q_proj.lora_B.default.weight"
 C = "base.layers.1.up_proj.lora_A.default.weight"
@@ -55,13 +55,17 @@ def test_adds_up_to_the_change_of_the_loss_on_quadratics():
 
 def test_fewest_modules_that_hold_the_share():
     parts = {"a": fp64(1.0, 9.0), "b": fp64(5.0, 0.0), "c": fp64(-8.0, 0.0), "d": fp64(4.0, -9.0), "e": fp64(0.0, 0.0)}
-    assert most_forgetful(parts, [0], 0.5) == ["b"]
-    assert most_forgetful(parts, [0], 0.51) == ["b", "d"]
-    assert most_forgetful(parts, [0], 1.0) == ["b", "d", "a"]  # c gained: that does not make up for the others
-    assert most_forgetful(parts, [0, 1], 0.5) == ["a"]
-    assert most_forgetful({"c": fp64(-8.0)}, [0], 0.5) == []
+    assert select_forgetful_modules(parts, [0], 0.5) == ["b"]
+    assert select_forgetful_modules(parts, [0], 0.51) == ["b", "d"]
+    assert select_forgetful_modules(parts, [0], 1.0) == [
+        "b",
+        "d",
+        "a",
+    ]  # c gained: that does not make up for the others
+    assert select_forgetful_modules(parts, [0, 1], 0.5) == ["a"]
+    assert select_forgetful_modules({"c": fp64(-8.0)}, [0], 0.5) == []
     with pytest.raises(ValueError, match="share"):
-        most_forgetful(parts, [0], 0.0)
+        select_forgetful_modules(parts, [0], 0.0)
 
 
 def test_other_parameters_are_an_error():

@@ -84,8 +84,10 @@ def _declared(task: TaskSection, declared: dict[str, str], columns: list[str], t
         near = nearest(role, roles)
         do = f"did you mean {near!r}?" if near else f"use some of {', '.join(sorted(roles))}"
         raise UserError(f"format has an unknown role {role!r}", where=where, do=do)
-    given = set(declared) | ({"text" if set(declared) <= {"text"} else "prompt"} if template is not None else set())
-    fitting = [name for name, form in FORMATS.items() if set(form.needs) <= given <= {*form.needs, *form.may}]
+    roles_filled = set(declared) | (
+        {"text" if set(declared) <= {"text"} else "prompt"} if template is not None else set()
+    )
+    fitting = [name for name, form in FORMATS.items() if set(form.needs) <= roles_filled <= {*form.needs, *form.may}]
     if not fitting:
         ways = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in FORMATS.items())
         raise UserError(
@@ -122,9 +124,9 @@ def _named(task: TaskSection, wanted: str, rows: Sequence[Mapping], columns: lis
     for row in rows:
         for name in candidates:
             form = FORMATS[name]
-            found = {role: next((c for c in COLUMNS.get(role, (role,)) if c in row), None) for role in form.needs}
-            if all(found.values()):
-                mapping = {role: str(column) for role, column in found.items()}
+            columns_of = {role: next((c for c in COLUMNS.get(role, (role,)) if c in row), None) for role in form.needs}
+            if all(columns_of.values()):
+                mapping = {role: str(column) for role, column in columns_of.items()}
                 used = set(mapping.values())
                 mapping |= {role: role for role in form.may if role in columns and role not in used}
                 if name == "sharegpt" and _role_content(row.get(mapping["conversations"])):

@@ -9,7 +9,7 @@ SHOWN = 10
 LIMIT = 0.01  # share of a file's rows that policy `skip` puts up with
 
 
-class BadRows:
+class BadRowCollector:
     """Collects the bad rows of one task. policy: "error" or "skip"."""
 
     def __init__(self, where: str, policy: str) -> None:

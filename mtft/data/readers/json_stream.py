@@ -16,7 +16,7 @@ _NEAR_END = 12  # an error so near the end of what was read may be one of what w
 _SPACE = " \t\r\n"
 
 
-class Element(NamedTuple):
+class ArrayElement(NamedTuple):
     """One element: the line it starts in (from 1), its value, and the text that it was."""
 
     line: int
@@ -24,7 +24,7 @@ class Element(NamedTuple):
     text: str
 
 
-class Broken(NamedTuple):
+class ArrayError(NamedTuple):
     """Where the array can't be read any further."""
 
     line: int
@@ -32,20 +32,20 @@ class Broken(NamedTuple):
     text: str
 
 
-def elements(file: BinaryIO) -> Iterator[Element | Broken]:
-    """Elements of the array that starts with the next `[`; after a Broken nothing follows.
+def iter_array(file: BinaryIO) -> Iterator[ArrayElement | ArrayError]:
+    """Elements of the array that starts with the next `[`; after a ArrayError nothing follows.
 
     Bytes that are not UTF-8 become lone surrogates (\\udc80 to \\udcff) in the text.
     """
-    reader = _Reader(file)
+    reader = _TextCursor(file)
     decoder = json.JSONDecoder()
     if not reader.skip() or reader.take() != "[":
-        yield Broken(reader.line, "broken JSON: no array", reader.shown())
+        yield ArrayError(reader.line, "broken JSON: no array", reader.shown())
         return
     first = True
     while True:
         if not reader.skip():
-            yield Broken(reader.line, "broken JSON: the file ends inside the array", "")
+            yield ArrayError(reader.line, "broken JSON: the file ends inside the array", "")
             return
         if first and reader.peek() == "]":
             reader.take()
@@ -56,25 +56,25 @@ def elements(file: BinaryIO) -> Iterator[Element | Broken]:
         except (ValueError, RecursionError) as error:  # brackets without end; an integer of 5000 digits
             what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             place = getattr(error, "pos", reader.position)
-            yield Broken(reader.line_at(place), f"broken JSON: {what}", reader.shown())
+            yield ArrayError(reader.line_at(place), f"broken JSON: {what}", reader.shown())
             return
-        yield Element(line, value, reader.text[reader.position : end])
+        yield ArrayElement(line, value, reader.text[reader.position : end])
         first = False
         reader.move_to(end)
         if not reader.skip():
-            yield Broken(reader.line, "broken JSON: the file ends inside the array", "")
+            yield ArrayError(reader.line, "broken JSON: the file ends inside the array", "")
             return
         mark = reader.take()
         if mark == "]":
             break
         if mark != ",":
-            yield Broken(reader.line, "broken JSON: expected ',' or ']' behind a row", mark + reader.shown())
+            yield ArrayError(reader.line, "broken JSON: expected ',' or ']' behind a row", mark + reader.shown())
             return
     if reader.skip():
-        yield Broken(reader.line, "broken JSON: something stands behind the array", reader.shown())
+        yield ArrayError(reader.line, "broken JSON: something stands behind the array", reader.shown())
 
 
-def _one(decoder: json.JSONDecoder, reader: _Reader) -> tuple[object, int]:
+def _one(decoder: json.JSONDecoder, reader: _TextCursor) -> tuple[object, int]:
     """(value, its end) at the reader's position; ValueError for what more text would not mend."""
     while True:
         try:
@@ -90,7 +90,7 @@ def _one(decoder: json.JSONDecoder, reader: _Reader) -> tuple[object, int]:
             return value, end  # anything else behind it is told by the caller; a number might go on
 
 
-class _Reader:
+class _TextCursor:
     """Text of a file from a position on, and the line of that position."""
 
     def __init__(self, file: BinaryIO) -> None:

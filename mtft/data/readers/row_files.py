@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from mtft.common.errors import UserError
-from mtft.data.readers.json_stream import Broken, elements
+from mtft.data.readers.json_stream import ArrayError, iter_array
 
 
 def _open_zst(path: str, mode: str) -> BinaryIO:
@@ -118,13 +118,13 @@ def _read_json(path: str, name: str) -> Iterator[FileRow | RowProblem]:
         yield from _one_object(path, name) if start.startswith(b"{") else _read_jsonl(path, name)
         return
     with _open(path) as file:
-        for found in elements(file):
-            if isinstance(found, Broken):  # nothing behind a break in an array can be trusted
-                yield RowProblem(name, found.line, found.what, value=found.text or None)
-            elif (bad := _not_utf8(found.text)) is not None:
-                yield RowProblem(name, found.line, "invalid UTF-8", value=bad)
+        for element in iter_array(file):
+            if isinstance(element, ArrayError):  # nothing behind a break in an array can be trusted
+                yield RowProblem(name, element.line, element.what, value=element.text or None)
+            elif (bad := _not_utf8(element.text)) is not None:
+                yield RowProblem(name, element.line, "invalid UTF-8", value=bad)
             else:
-                yield _checked(name, found.line, found.value)
+                yield _checked(name, element.line, element.value)
 
 
 def _one_object(path: str, name: str) -> Iterator[FileRow | RowProblem]:

@@ -88,14 +88,14 @@ def _files(entry: str, split: str | None, which: str, key: str) -> list[SourcePa
         near = [p.name for p in path.parent.glob("*") if p.is_file()][:5] if path.parent.is_dir() else []
         hint = f"; in {path.parent} there are: {', '.join(sorted(near))}" if near else ""
         raise UserError(f"no file matches {entry!r}{hint}", where=key, do="relative paths start at the recipe's folder")
-    for found in paths:
-        if suffix(found) not in READERS:
+    for file in paths:
+        if suffix(file) not in READERS:
             raise UserError(
-                f"{found}: unknown kind of file {suffix(found) or '(no suffix)'!r}",
+                f"{file}: unknown kind of file {suffix(file) or '(no suffix)'!r}",
                 where=key,
                 do=f"use {', '.join(READERS)} (also with {', '.join(COMPRESSED)} on top), or a folder of save_to_disk",
             )
-    return [SourcePart(found, found) for found in paths]
+    return [SourcePart(file, file) for file in paths]
 
 
 def _saved(path: Path, split: str | None, which: str, key: str) -> SourcePart:
@@ -137,12 +137,12 @@ def _pick(splits: list[str], split: str | None, which: str, key: str) -> str:
             f"no split {split!r}; there are {', '.join(splits)}", where=f"{task}.split", do="name one of them"
         )
     customary = ("train",) if which == "train" else ("validation", "valid", "dev", "eval", "test")
-    found = next((name for name in customary if name in splits), splits[0] if len(splits) == 1 else None)
-    if found is None:
+    chosen = next((name for name in customary if name in splits), splits[0] if len(splits) == 1 else None)
+    if chosen is None:
         what = f"none of the splits {', '.join(splits)} is called {' or '.join(customary)}"
         do = f"name one in {task}.split" if which == "train" else "save the held-out rows to a file and name that"
         raise UserError(what, where=key, do=do)
-    return found
+    return chosen
 
 
 def _quickstart(name: str, which: str, cache_dir: Path, key: str) -> str:

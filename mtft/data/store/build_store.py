@@ -15,12 +15,12 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from mtft.common.errors import UserError
-from mtft.data.readers.bad_rows import BadRows
+from mtft.data.readers.bad_rows import BadRowCollector
 from mtft.data.readers.row_files import FileRow
 from mtft.data.readers.sources import SourcePart
 from mtft.data.store.progress import progress
 from mtft.data.tokenize.encode import Example, draw
-from mtft.data.tokenize.parallel_encode import RowEncoder, blocks_of, parallel_encode, processes_for
+from mtft.data.tokenize.parallel_encode import RowEncoder, batch_rows, num_processes, parallel_encode
 from mtft.recipe.schema.task import TaskSection
 
 PEEK = 50  # rows that decide how columns are read
@@ -48,20 +48,20 @@ def build_store(
     """
     expected = limit if total is None else min(total, limit or total)
     encoder = _encoder(task, parts, tokenizer)
-    bad = BadRows(f"tasks.{task.name}.{'data' if which == 'train' else 'eval_data'}", bad_rows)
-    cut = ExampleCutter(max_length, too_long, tokenizer.bos_token_id)
+    bad = BadRowCollector(f"tasks.{task.name}.{'data' if which == 'train' else 'eval_data'}", bad_rows)
+    fit_length = LengthPolicy(max_length, too_long, tokenizer.bos_token_id)
     notes: Counter[str] = Counter()
     first: Example | None = None
     taken = 0
     with (
         StoreWriter(folder, len(tokenizer)) as writer,
         progress(f"tokenising {task.name} ({which})", expected) as advance,
-        parallel_encode(encoder, processes or processes_for(expected)) as run,
+        parallel_encode(encoder, processes or num_processes(expected)) as run,
     ):
         for part in parts:
             writer.start_file(part.name)
             rows = 0
-            blocks = blocks_of(part.rows(), None if limit is None else limit - taken)
+            blocks = batch_rows(part.rows(), None if limit is None else limit - taken)
             # once the build is bound to fail, rows are still read for the sake of the other bad ones
             for block, encoded in run(blocks, lambda: not bad.fatal):
                 for index, problem in encoded.problems:
@@ -70,19 +70,19 @@ def build_store(
                 for index, example in () if bad.fatal else encoded.examples:
                     row = block[index]
                     first = first or example
-                    kept = cut(example, f"{row.file}:{row.line}")
-                    if kept is not None and isinstance(row, FileRow):
-                        writer.add(kept, row)
+                    trimmed = fit_length(example, f"{row.file}:{row.line}")
+                    if trimmed is not None and isinstance(row, FileRow):
+                        writer.add(trimmed, row)
                 rows, taken = rows + len(block), taken + len(block) - len(encoded.problems)
                 notes.update(encoded.notes)
                 advance(len(block))
             if bad.empty is not None and not taken:
-                bad.example = encoder.draw_empty(bad.empty)
+                bad.example = encoder.preview_empty_row(bad.empty)
             bad.end_of_file(part.name, rows)
         bad.finish()
-        cut.finish(bad.where)
+        fit_length.finish(bad.where)
         if not writer.examples:
-            _nothing_learnt(task, bad.where, cut, first, tokenizer, taken)
+            _nothing_learnt(task, bad.where, fit_length, first, tokenizer, taken)
         stats = {
             "rows": taken,
             "examples": writer.examples,
@@ -90,9 +90,9 @@ def build_store(
             "supervised": writer.learnt,
             "longest": writer.longest,
             "largest_id": writer.largest_id,
-            "truncated": cut.truncated,
-            "dropped": cut.dropped + cut.unsupervised,
-            "unsupervised": cut.unsupervised,
+            "truncated": fit_length.truncated,
+            "dropped": fit_length.dropped + fit_length.unsupervised,
+            "unsupervised": fit_length.unsupervised,
             "skipped": bad.count,
             "notes": dict(notes),
         }
@@ -100,7 +100,7 @@ def build_store(
         writer.finish({"fingerprint": fingerprint, **about, "stats": stats})
 
 
-class ExampleCutter:
+class LengthPolicy:
     """What happens to examples longer than max_length: drop, truncate_left, truncate_right or error. Counted.
 
     truncate_left keeps the end, and the BOS in front of it: models look at that token whatever follows.
@@ -216,20 +216,20 @@ def _encoder(task: TaskSection, parts: Sequence[SourcePart], tokenizer: Any) -> 
     rows = (row.data for part in parts for row in part.rows() if isinstance(row, FileRow))
     peeked = list(itertools.islice(rows, PEEK))
     columns = {column for row in peeked for column in row}
-    names = {column: found for column in columns for part in parts if (found := part.label_names(column))}
+    names = {column: label_names for column in columns for part in parts if (label_names := part.label_names(column))}
     return RowEncoder(tokenizer, task, peeked, names)
 
 
 def _nothing_learnt(
-    task: TaskSection, where: str, cut: ExampleCutter, first: Example | None, tokenizer: Any, taken: int
+    task: TaskSection, where: str, fit_length: LengthPolicy, first: Example | None, tokenizer: Any, taken: int
 ) -> NoReturn:
     """Refuse a task that would train on nothing (elsewhere: loss 0.0 and "success")."""
     if first is None:
         raise UserError(f"task {task.name} has no rows", where=where, do="check the files, or leave the task out")
     what = (
-        f"all {cut.dropped} examples are longer than max_length {cut.max_length}"
-        if cut.dropped >= taken
-        else f"no supervised token is left within max_length {cut.max_length} (too_long: {cut.policy})"
+        f"all {fit_length.dropped} examples are longer than max_length {fit_length.max_length}"
+        if fit_length.dropped >= taken
+        else f"no supervised token is left within max_length {fit_length.max_length} (too_long: {fit_length.policy})"
     )
     raise UserError(
         f"task {task.name} has nothing to learn: {what}. The first example, learnt parts between ⟦ and ⟧, "

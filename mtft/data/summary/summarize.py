@@ -62,7 +62,7 @@ def summarize_data(
     looked_at = np.unique(np.linspace(0, plan.steps - 1, LAID_OUT).astype(int)).tolist()
     real, positions = np.sum([source.padding(s) for s in looked_at], axis=0)
     rows = sum(entry["rows"] for entry in plan.table())
-    found = DataSummary(
+    summary = DataSummary(
         name=recipe.name,
         tasks=tasks,
         unit=plan.unit,
@@ -78,8 +78,8 @@ def summarize_data(
         spans=tuple(realized_spans(plan)),
         warnings=(),
     )
-    warnings = [*_warnings(stores, found), *_outside(recipe, plan.mixture), *_leaks(stores, held_out)]
-    return DataSummary(**{**vars(found), "warnings": tuple(warnings)})
+    warnings = [*_warnings(stores, summary), *_outside(recipe, plan.mixture), *_leaks(stores, held_out)]
+    return DataSummary(**{**vars(summary), "warnings": tuple(warnings)})
 
 
 def _played(stores: Sequence[TokenStore], plan: MixturePlan | ReplannedPlan) -> tuple[np.ndarray, np.ndarray]:
@@ -129,29 +129,33 @@ def _task(
     )
 
 
-def _warnings(stores: Sequence[TokenStore], found: DataSummary) -> list[str]:
+def _warnings(stores: Sequence[TokenStore], summary: DataSummary) -> list[str]:
     """What is legal, and often a mistake."""
-    said = [line for store in stores for line in store.warnings()]
-    for task in found.tasks:
+    warnings = [line for store in stores for line in store.warnings()]
+    for task in summary.tasks:
         if task.asked_share == 0:
-            said.append(f"{task.name}: its share is 0, so it is never trained")
+            warnings.append(f"{task.name}: its share is 0, so it is never trained")
         elif abs(task.asked_share - task.realised_share) > 0.01:
-            why = "a task gets whole steps only" if found.batch_style == "alternating" else "epoch caps"
-            said.append(f"{task.name}: share {task.asked_share:.3f} asked, {task.realised_share:.3f} played ({why})")
-        if 0 < task.examples_per_step < 1 and found.batch_style != "alternating":
-            said.append(
+            why = "a task gets whole steps only" if summary.batch_style == "alternating" else "epoch caps"
+            warnings.append(
+                f"{task.name}: share {task.asked_share:.3f} asked, {task.realised_share:.3f} played ({why})"
+            )
+        if 0 < task.examples_per_step < 1 and summary.batch_style != "alternating":
+            warnings.append(
                 f"{task.name}: absent from {1 - task.examples_per_step:.0%} of the steps; raise train.batch_tokens"
             )
         if task.epochs > 4:
-            said.append(f"{task.name}: every row is seen {task.epochs:.1f} times; mixture.max_epochs sets a limit")
+            warnings.append(f"{task.name}: every row is seen {task.epochs:.1f} times; mixture.max_epochs sets a limit")
         if task.supervised_tokens < 0.02 * task.tokens:
-            said.append(f"{task.name}: only {task.supervised_tokens / task.tokens:.1%} of its tokens are learnt")
-    if all(task.eval_examples is None for task in found.tasks):
-        said.append("no task has eval_data: nothing will be evaluated")
-    if found.padding_share > 0.2:
-        way = "lower train.max_length or raise train.micro_batch_tokens" if found.packing else "set train.packing: true"
-        said.append(f"{found.padding_share:.0%} of all positions are padding: {way}")
-    return said
+            warnings.append(f"{task.name}: only {task.supervised_tokens / task.tokens:.1%} of its tokens are learnt")
+    if all(task.eval_examples is None for task in summary.tasks):
+        warnings.append("no task has eval_data: nothing will be evaluated")
+    if summary.padding_share > 0.2:
+        way = (
+            "lower train.max_length or raise train.micro_batch_tokens" if summary.packing else "set train.packing: true"
+        )
+        warnings.append(f"{summary.padding_share:.0%} of all positions are padding: {way}")
+    return warnings
 
 
 def _outside(recipe: Recipe, mixture: Mixture) -> list[str]:
@@ -164,7 +168,7 @@ def _outside(recipe: Recipe, mixture: Mixture) -> list[str]:
 
 def _leaks(stores: Sequence[TokenStore], held_out: Sequence[TokenStore | None]) -> list[str]:
     """Held-out examples that some task trains on: their scores would say nothing. Looks at LOOKED_AT rows a task."""
-    said = []
+    warnings = []
     for held in held_out:
         if held is None:
             continue
@@ -172,8 +176,8 @@ def _leaks(stores: Sequence[TokenStore], held_out: Sequence[TokenStore | None]) 
         sizes = {len(ids) // 4 for ids in tested}
         for store in stores:
             same_size = np.flatnonzero(np.isin(store.lengths[:LOOKED_AT], list(sizes)))
-            seen = tested & {store.example(int(i)).input_ids.tobytes() for i in same_size}
-            if seen:
-                share = f"{len(seen):,} of {len(tested):,} held-out examples"
-                said.append(f"{held.task}: {share} are among the training rows of {store.task}")
-    return said
+            shared = tested & {store.example(int(i)).input_ids.tobytes() for i in same_size}
+            if shared:
+                share = f"{len(shared):,} of {len(tested):,} held-out examples"
+                warnings.append(f"{held.task}: {share} are among the training rows of {store.task}")
+    return warnings

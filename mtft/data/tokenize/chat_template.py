@@ -80,7 +80,7 @@ class ChatRenderer:
         self.default = tokenizer.chat_template is None
         self.template: str | None = DEFAULT_TEMPLATE if self.default else None
         self.notes: Counter[str] = Counter()  # conversations, by what was done to them
-        self._said: set[str] = set()
+        self._current_notes: set[str] = set()
         self.special = tuple({*tokenizer.all_special_tokens, *_special_added(tokenizer)})
         self._special = re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
         # A template writes its own BOS; where there is none, the tokenizer's habit decides. Never both.
@@ -96,24 +96,26 @@ class ChatRenderer:
                 )
         self._fold = not self._shows([{"role": "system", "content": "Zq7x"}, {"role": "user", "content": "a"}])
         call = {"type": "function", "function": {"name": "Zq7x", "arguments": {"a": "b"}}}
-        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        tool_use = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         # some templates (DeepSeek) take the arguments as text, most as an object
-        self._text_calls = not self._shows(asked) and self._shows([_with_text_calls(message) for message in asked])
+        self._text_calls = not self._shows(tool_use) and self._shows(
+            [_with_text_calls(message) for message in tool_use]
+        )
         self._tools = self._shows([{"role": "user", "content": "a"}], ({"type": "function", "function": _PROBE},))
 
     def render(self, conversation: Conversation) -> list[RenderedChat]:
         """One example, or several where the template rewrites earlier turns. RowError if the template refuses."""
         if conversation.text is not None:
             return [self._plain(conversation.text)]
-        self._said = {"default_template"} if self.default else set()
+        self._current_notes = {"default_template"} if self.default else set()
         messages, tools = list(conversation.messages), conversation.tools
         if tools and not self._tools:
-            self._said.add("tools_ignored")
+            self._current_notes.add("tools_ignored")
         if self._fold and messages[0]["role"] in ("system", "developer"):
             messages = _fold(messages)
-            self._said.add("system_folded")
+            self._current_notes.add("system_folded")
         if any(self._special.search(message["content"]) for message in messages):
-            self._said.add("special_in_text")
+            self._current_notes.add("special_in_text")
         if self._text_calls:
             messages = [_with_text_calls(message) for message in messages]
         turns = [self._turn(messages, i, tools) for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -122,9 +124,9 @@ class ChatRenderer:
             turns = turns[1:]
         examples = _group(turns, self.special, can_end=bool(self.tokenizer.eos_token))
         if len(examples) > 1:
-            self._said.add("split")
+            self._current_notes.add("split")
         examples = [self._finish(example) for example in examples]
-        self.notes.update(self._said)
+        self.notes.update(self._current_notes)
         return examples
 
     def _check_shown(self, messages: list[Message], turns: list[tuple[str, int]]) -> None:
@@ -137,7 +139,7 @@ class ChatRenderer:
                         "the chat template does not show the assistant's tool calls: take a model whose template does"
                     )
             if any(message.get(key) and message[key] not in upto for key in REASONING):
-                self._said.add("reasoning_ignored")
+                self._current_notes.add("reasoning_ignored")
 
     def _turn(self, messages: list[Message], i: int, tools: Any) -> tuple[str, int]:
         """(upto_i, where the learnt part starts in it)."""
@@ -153,7 +155,7 @@ class ChatRenderer:
                 f"the chat template changes what stands before assistant turn {i} when that turn is added, so it can't "
                 "be said which tokens are the answer"
             )
-        self._said.add("opened")
+        self._current_notes.add("opened")
         start = _common(upto, before)
         # an answer that happens to start like the rest of the generation prompt is still an answer
         content = messages[i]["content"].strip()
@@ -169,7 +171,7 @@ class ChatRenderer:
             body = text[start:end].rstrip()
             spans.append((start, start + len(body)) if body.endswith(self.special) else (start, end))
         if not text[: spans[-1][1]].endswith(self.special) and self.tokenizer.eos_token:
-            self._said.add("eos_appended")
+            self._current_notes.add("eos_appended")
             text = text[: spans[-1][1]] + self.tokenizer.eos_token
             spans[-1] = (spans[-1][0], len(text))
         return RenderedChat(text, tuple(spans))

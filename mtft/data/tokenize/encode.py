@@ -40,11 +40,11 @@ def encode(tokenizer: Any, rendered: Sequence[RenderedChat]) -> list[Example]:
         supervised = np.zeros(len(ids), dtype=bool)
         for start, end in one.spans:
             supervised[slice(*_tokens(batch, index, start, end, len(one.text), len(ids)))] = True
-        examples.append(Example(ids, unlearn_first(supervised)))
+        examples.append(Example(ids, clear_first_token(supervised)))
     return examples
 
 
-def unlearn_first(supervised: np.ndarray) -> np.ndarray:
+def clear_first_token(supervised: np.ndarray) -> np.ndarray:
     """The first token of an example is predicted from nothing, so it can't be learnt."""
     supervised[:1] = False
     return supervised
@@ -93,4 +93,4 @@ def _in_pieces(tokenizer: Any, one: RenderedChat) -> Example:
             where="model.path",
             do="use the fast tokenizer of this model (a tokenizer.json)",
         )
-    return Example(np.asarray(ids, dtype=np.int32), unlearn_first(np.asarray(supervised, dtype=bool)))
+    return Example(np.asarray(ids, dtype=np.int32), clear_first_token(np.asarray(supervised, dtype=bool)))

@@ -31,7 +31,7 @@ MOST_PROCESSES = 16
 Block = list[FileRow | RowProblem]
 
 
-class EncodedRow(NamedTuple):
+class EncodedBlock(NamedTuple):
     """What became of a block: examples and problems with the index of their row, and the renderer's notes."""
 
     examples: list[tuple[int, Example]]
@@ -50,7 +50,7 @@ class RowEncoder:
         # without a row that can be read the reader is never called: the problems speak for themselves
         self.reader = make_reader(task, rows, label_names.get) if rows else RowReader("text", {})
 
-    def __call__(self, block: Block, tokenise: bool = True) -> EncodedRow:
+    def __call__(self, block: Block, tokenise: bool = True) -> EncodedBlock:
         """tokenise=False only looks for problems."""
         texts: list[tuple[int, RenderedChat]] = []
         problems: list[tuple[int, RowProblem]] = []
@@ -64,9 +64,9 @@ class RowEncoder:
             except RowError as error:
                 problems.append((index, RowProblem(row.file, row.line, error.what, error.column, error.value)))
         examples = encode(self.tokenizer, [text for _, text in texts]) if tokenise else []
-        return EncodedRow([(i, one) for (i, _), one in zip(texts, examples)], problems, Counter(self.renderer.notes))
+        return EncodedBlock([(i, one) for (i, _), one in zip(texts, examples)], problems, Counter(self.renderer.notes))
 
-    def draw_empty(self, row: FileRow) -> str:
+    def preview_empty_row(self, row: FileRow) -> str:
         """How the example of a row without an answer would look."""
 
         def fill(value: Any) -> Any:
@@ -80,7 +80,7 @@ class RowEncoder:
         return draw(self.tokenizer, encode(self.tokenizer, rendered)[0])
 
 
-def blocks_of(rows: Iterable[FileRow | RowProblem], limit: int | None) -> Iterator[Block]:
+def batch_rows(rows: Iterable[FileRow | RowProblem], limit: int | None) -> Iterator[Block]:
     """At most `limit` rows in blocks, bounded in number and in characters."""
     block: Block = []
     size = 0
@@ -94,13 +94,13 @@ def blocks_of(rows: Iterable[FileRow | RowProblem], limit: int | None) -> Iterat
         yield block
 
 
-def processes_for(rows: int | None) -> int:
+def num_processes(rows: int | None) -> int:
     """How many processes pay for so many rows (None = unknown)."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, min(cores, MOST_PROCESSES, (rows or 0) // ROWS_PER_PROCESS))
 
 
-Run = Callable[[Iterable[Block], Callable[[], bool]], Iterator[tuple[Block, EncodedRow]]]
+Run = Callable[[Iterable[Block], Callable[[], bool]], Iterator[tuple[Block, EncodedBlock]]]
 
 
 @contextmanager
@@ -112,8 +112,8 @@ def parallel_encode(encoder: RowEncoder, processes: int) -> Iterator[Run]:
     context = get_context("spawn")  # a fork would inherit the threads of torch and of the tokenizer in unknown states
     pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=encoder.arguments)
 
-    def run(blocks: Iterable[Block], tokenise: Callable[[], bool]) -> Iterator[tuple[Block, EncodedRow]]:
-        waiting: deque[tuple[Block, Future[EncodedRow] | None]] = deque()
+    def run(blocks: Iterable[Block], tokenise: Callable[[], bool]) -> Iterator[tuple[Block, EncodedBlock]]:
+        waiting: deque[tuple[Block, Future[EncodedBlock] | None]] = deque()
         for block in blocks:
             waiting.append((block, submit(block, tokenise())))
             if len(waiting) > 2 * processes:  # what is in flight stays small, however large the file
@@ -122,13 +122,13 @@ def parallel_encode(encoder: RowEncoder, processes: int) -> Iterator[Run]:
             yield result(*waiting.popleft())
 
     # A dead pool (a worker killed for memory; a script that can't be imported again) costs time, not the build.
-    def submit(block: Block, tokenise: bool) -> Future[EncodedRow] | None:
+    def submit(block: Block, tokenise: bool) -> Future[EncodedBlock] | None:
         try:
             return pool.submit(_encode, block, tokenise)
         except BrokenProcessPool:
             return None
 
-    def result(block: Block, future: Future[EncodedRow] | None) -> tuple[Block, EncodedRow]:
+    def result(block: Block, future: Future[EncodedBlock] | None) -> tuple[Block, EncodedBlock]:
         try:
             return block, future.result() if future is not None else encoder(block)
         except BrokenProcessPool:
@@ -149,7 +149,7 @@ def _start(*arguments: Any) -> None:
     _worker = RowEncoder(*arguments)
 
 
-def _encode(block: Block, tokenise: bool) -> EncodedRow:
+def _encode(block: Block, tokenise: bool) -> EncodedBlock:
     if _worker is None:
         raise RuntimeError("the worker process was not started by encoding()")
     return _worker(block, tokenise)

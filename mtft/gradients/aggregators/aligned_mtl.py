@@ -26,8 +26,8 @@ class AlignedMtl(Aggregator):
 
     def solve(self, gram: np.ndarray, p: np.ndarray, step: int) -> np.ndarray:
         value, vector = np.linalg.eigh(gram)
-        kept = value > value.max() * len(p) * np.finfo(float).eps
-        value, vector = value[kept], vector[:, kept]
+        positive = value > value.max() * len(p) * np.finfo(float).eps
+        value, vector = value[positive], vector[:, positive]
         # The lower one of two medians, as torch has it.
         scale = {"min": value[0], "median": value[(len(value) - 1) // 2], "rmse": value.mean()}[self.scale]
         return np.sqrt(scale) * vector @ (vector.T @ p / np.sqrt(value))

@@ -81,8 +81,8 @@ class SamGs(Aggregator):
             self.momentum[name] = torch.where(here, MOMENTUM * old + (1 - MOMENTUM) * block, old)
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {"momentum": dict(self.momentum), "seen": self.seen_K, "spread": self.spread, "steps": self.steps}
-        return {**super().state_dict(), **kept}
+        own_state = {"momentum": dict(self.momentum), "seen": self.seen_K, "spread": self.spread, "steps": self.steps}
+        return {**super().state_dict(), **own_state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

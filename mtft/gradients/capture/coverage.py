@@ -45,7 +45,7 @@ def gradient_coverage(model: nn.Module, *, fused_head: bool = False) -> Gradient
                 left_out.setdefault(name, reason)
             elif isinstance(module, nn.Linear):
                 linears[name].append(module)
-    return GradientCoverage({name: found for name, found in linears.items() if name not in left_out}, left_out)
+    return GradientCoverage({name: layers for name, layers in linears.items() if name not in left_out}, left_out)
 
 
 def in_words(left_out: dict[str, str]) -> list[str]:
@@ -54,8 +54,8 @@ def in_words(left_out: dict[str, str]) -> list[str]:
     for name, reason in left_out.items():
         names.setdefault(reason, []).append(name)
     return [
-        f"{', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}: {reason}"
-        for reason, found in names.items()
+        f"{', '.join(parameters[:3])}{f' and {len(parameters) - 3} more' if len(parameters) > 3 else ''}: {reason}"
+        for reason, parameters in names.items()
     ]
 
 
@@ -74,7 +74,7 @@ def _used_by_their_layer(model: nn.Module) -> dict[str, str]:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -90,5 +90,5 @@ def _used_by_their_layer(model: nn.Module) -> dict[str, str]:
             variant = variants.get(parts[-1] if len(parts) == 2 else "")
             why = reason or (variant and f"LoRA of the variant {variant}, which uses the weights itself")
             if why:
-                found[f"{path}.{inner}" if path else inner] = why
-    return found
+                reasons[f"{path}.{inner}" if path else inner] = why
+    return reasons

@@ -36,7 +36,7 @@ from mtft.common.errors import UserError
 from mtft.gradients.capture.accumulators import GradientAccumulators
 from mtft.gradients.capture.coverage import gradient_coverage, in_words
 from mtft.gradients.capture.self_check import SelfCheck
-from mtft.gradients.capture.token_order import TokenOrder, task_order
+from mtft.gradients.capture.token_order import TokenOrder, order_by_task
 from mtft.gradients.gramian import ranks_of
 
 
@@ -65,16 +65,16 @@ class TaskGradients:
         fused_head: bool = False,
         gram_only: bool = False,
     ) -> None:
-        found = gradient_coverage(model, fused_head=fused_head)
-        if found.left_out and not partial:
-            raise _refuse(found.left_out, some=bool(found.linears))
-        if not found.linears:
-            raise _refuse(found.left_out, some=False)
+        coverage = gradient_coverage(model, fused_head=fused_head)
+        if coverage.left_out and not partial:
+            raise _refuse(coverage.left_out, some=bool(coverage.linears))
+        if not coverage.linears:
+            raise _refuse(coverage.left_out, some=False)
         self.num_tasks, self.isolated, self.gram_only = num_tasks, isolated, gram_only
-        self.left_out = found.left_out
-        self.covered: tuple[str, ...] = tuple(found.linears)
-        self._linears = found.linears
-        self._blocks = GradientAccumulators(found.linears, num_tasks, dtype)
+        self.left_out = coverage.left_out
+        self.covered: tuple[str, ...] = tuple(coverage.linears)
+        self._linears = coverage.linears
+        self._blocks = GradientAccumulators(coverage.linears, num_tasks, dtype)
         self._hooks: list[RemovableHandle] = []
         self._uses: dict[str, int] = {}  # contributions of a layer in one backward, as learned from whole ones
         self._checks: SelfCheck | None = None
@@ -106,9 +106,9 @@ class TaskGradients:
         self._learn_uses()
         if not self.isolated:
             _one_task_a_row(task_ids_BT)
-        orders = [task_order(task_ids_BT, self.num_tasks)]
+        orders = [order_by_task(task_ids_BT, self.num_tasks)]
         if supervised_BT is not None:
-            orders.append(task_order(task_ids_BT[supervised_BT], self.num_tasks))
+            orders.append(order_by_task(task_ids_BT[supervised_BT], self.num_tasks))
         self._orders = {order.rows: order for order in reversed(orders)}
         self._sides = list(task_ids_BT.shape)
         one_process = ranks_of() == 1

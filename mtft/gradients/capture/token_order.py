@@ -23,7 +23,7 @@ class TokenOrder(NamedTuple):
     parts: list[tuple[int, int, int]]
 
 
-def task_order(task_ids: Tensor, num_tasks: int) -> TokenOrder:
+def order_by_task(task_ids: Tensor, num_tasks: int) -> TokenOrder:
     """Order of tokens with these task ids (int, any shape, row-major; -1 = padding).
 
     Tokens lie in runs of one task (an example is never torn apart), and a run is a slice that costs no copy. With many

@@ -14,7 +14,7 @@ from mtft.losses.balancers.dwa import DynamicWeightAverage
 from mtft.losses.balancers.famo import Famo
 from mtft.losses.balancers.focal import Focal
 from mtft.losses.balancers.gradnorm import GradNorm
-from mtft.losses.balancers.lagged_gradients import Lagged
+from mtft.losses.balancers.lagged_gradients import LaggedAggregation
 from mtft.losses.balancers.scalarization import GeometricMean, SmoothTchebycheff
 from mtft.losses.balancers.self_paced import SelfPaced
 from mtft.losses.balancers.static import Fixed, Random, Temperature, Uniform
@@ -41,7 +41,7 @@ BALANCERS: dict[str, type[Balancer]] = {
         GeometricMean,
         SmoothTchebycheff,
         GradNorm,
-        Lagged,
+        LaggedAggregation,
         VisAtb,
     )
 }

@@ -35,7 +35,7 @@ class BalancerNeeds(NamedTuple):
     valid_every  validation losses every so many steps (one micro-batch), and of the whole validation set at step 0
     gram_every   the Gram matrix of the task gradients every so many steps
     after_step   the losses of the same batch after the optimizer step: one more forward
-    token_probs  Observation.train_prob_K (reduce.task_probs): free
+    token_probs  Observation.train_prob_K (task_reduction.task_probs): free
     """
 
     step_loss: bool = False
@@ -53,7 +53,7 @@ class Observation(NamedTuple):
     gram_KK       inner products of the task gradients of this step, if measured
     after_loss_K  loss of the same batch after the step, if asked for
     train_prob_K  mean over samples of the mean token probability, if asked for
-    share_K       each task's part of the loss at equal weights (reduce.task_coefficients), with gram_KK
+    share_K       each task's part of the loss at equal weights (task_reduction.task_coefficients), with gram_KK
     All float64 on the CPU, NaN = absent, the same on all ranks.
     """
 
@@ -115,7 +115,7 @@ class Balancer(ABC):
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
         """b_K: float64, >= 0, any positive scale."""
 
-    def observe(self, seen: Observation) -> None:  # noqa: B027 - many look at nothing
+    def observe(self, observation: Observation) -> None:  # noqa: B027 - many look at nothing
         """Take in one step. Numbers are finite or NaN."""
 
     def figures(self) -> dict[str, float]:
@@ -129,16 +129,16 @@ class Balancer(ABC):
         w_K = self.user_K * self.balance(step, None if step_loss_K is None else step_loss_K.double().cpu())
         return _checked_weights("weight", w_K / w_K.mean(), self.run.tasks, where=f"balancer {self.NAME}, step {step}")
 
-    def update(self, seen: Observation) -> None:
-        """Take in what step `seen.step` brought. An observation that holds an infinity is ignored and counted."""
-        given = [value for value in seen if isinstance(value, Tensor)]
-        for value in given:
+    def update(self, observation: Observation) -> None:
+        """Take in what step `observation.step` brought. One that holds an infinity is ignored and counted."""
+        tensors = [value for value in observation if isinstance(value, Tensor)]
+        for value in tensors:
             if value.shape[0] != self.K:
                 raise ValueError(f"balancer {self.NAME} has {self.K} tasks, observed {tuple(value.shape)}")
-        if any(value.isinf().any() for value in given):
+        if any(value.isinf().any() for value in tensors):
             self.ignored += 1
             return
-        self.observe(seen)
+        self.observe(observation)
 
     def state_dict(self) -> dict[str, Any]:
         """Name, task names and every tensor of the state. Values are Tensor, str or list[str]: no pickle needed."""
@@ -196,14 +196,14 @@ def _checked_weights(what: str, w_K: Tensor, tasks: tuple[str, ...], where: str)
     return w_K
 
 
-def fill_absent(w_K: Tensor) -> Tensor:
+def fill_missing_weights(w_K: Tensor) -> Tensor:
     """Weights with the mean of the known ones where unknown (NaN); ones if none is known."""
     known_K = w_K[w_K.isfinite()]
     return torch.where(w_K.isfinite(), w_K, known_K.mean() if len(known_K) else 1.0)
 
 
 @dataclass(eq=False)
-class LossDriven(Balancer):
+class LossWeightedBalancer(Balancer):
     """Base of the methods whose weights are a function of the current losses.
 
     step_loss  lagged: a running mean over earlier steps stands in for the step's losses; free, and the same for any
@@ -221,15 +221,15 @@ class LossDriven(Balancer):
     def reset(self) -> None:
         self.mean_K = torch.full((self.K,), torch.nan, dtype=torch.float64)
 
-    def observe(self, seen: Observation) -> None:
-        self.mean_K = running_mean(self.mean_K, seen.train_loss_K, self.smoothing)
+    def observe(self, observation: Observation) -> None:
+        self.mean_K = update_moving_average(self.mean_K, observation.train_loss_K, self.smoothing)
 
     def losses(self, step_loss_K: Tensor | None) -> Tensor:
         """Losses to weigh by: the step's own if given, else the running mean; NaN = never seen."""
         return self.mean_K if step_loss_K is None else torch.where(step_loss_K.isnan(), self.mean_K, step_loss_K)
 
 
-def running_mean(mean_K: Tensor, seen_K: Tensor, keep: float) -> Tensor:
+def update_moving_average(mean_K: Tensor, seen_K: Tensor, keep: float) -> Tensor:
     """keep * mean + (1 - keep) * seen; the first value starts the mean, NaN in `seen_K` leaves it."""
     moved_K = torch.where(mean_K.isnan(), seen_K, keep * mean_K + (1 - keep) * seen_K)
     return torch.where(seen_K.isnan(), mean_K, moved_K)

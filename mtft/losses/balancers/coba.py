@@ -64,14 +64,14 @@ class CoBa(Balancer):
         self.factor = torch.ones((), dtype=torch.float64)  # DF, for logs
         self.current_K = torch.ones(self.K, dtype=torch.float64)
 
-    def observe(self, seen: Observation) -> None:
-        if seen.valid_loss_K is None:
+    def observe(self, observation: Observation) -> None:
+        if observation.valid_loss_K is None:
             return
         if self.start_K.isnan().all():
-            self._start(seen.valid_loss_K)
+            self._start(observation.valid_loss_K)
             return
-        ratio_K = seen.valid_loss_K / self.start_K
-        self.steps_N = torch.cat([self.steps_N, torch.tensor([seen.step])])
+        ratio_K = observation.valid_loss_K / self.start_K
+        self.steps_N = torch.cat([self.steps_N, torch.tensor([observation.step])])
         self.ratio_NK = torch.cat([self.ratio_NK, ratio_K[None]])
 
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:

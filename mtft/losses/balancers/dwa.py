@@ -42,11 +42,11 @@ class DynamicWeightAverage(Balancer):
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
         return torch.softmax(self.rate_K / self.temperature, dim=0)
 
-    def observe(self, seen: Observation) -> None:
-        if seen.step == 0:
+    def observe(self, observation: Observation) -> None:
+        if observation.step == 0:
             return
-        present_K = seen.train_loss_K.isfinite()
-        self.sum_K = self.sum_K + torch.where(present_K, seen.train_loss_K, 0.0)
+        present_K = observation.train_loss_K.isfinite()
+        self.sum_K = self.sum_K + torch.where(present_K, observation.train_loss_K, 0.0)
         self.count_K = self.count_K + present_K
         self.steps = self.steps + 1
         if int(self.steps) % self.window == 0:

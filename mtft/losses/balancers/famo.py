@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mtft.losses.balancers.base import BalancerNeeds, Observation, fill_absent, running_mean
+from mtft.losses.balancers.base import BalancerNeeds, Observation, fill_missing_weights, update_moving_average
 from mtft.losses.balancers.uncertainty import LearnedBalancer
 
 EPSILON = 1e-8
@@ -61,17 +61,17 @@ class Famo(LearnedBalancer):
 
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
         loss_K = self.mean_K if step_loss_K is None else torch.where(step_loss_K.isnan(), self.mean_K, step_loss_K)
-        return fill_absent(torch.softmax(self.value_K, dim=0) / self._distance(loss_K))
+        return fill_missing_weights(torch.softmax(self.value_K, dim=0) / self._distance(loss_K))
 
-    def observe(self, seen: Observation) -> None:
-        mean_K = running_mean(self.mean_K, seen.train_loss_K, self.smoothing)
-        if self.after == "exact" and seen.after_loss_K is not None:
-            self._learn(seen.train_loss_K, seen.after_loss_K)
+    def observe(self, observation: Observation) -> None:
+        mean_K = update_moving_average(self.mean_K, observation.train_loss_K, self.smoothing)
+        if self.after == "exact" and observation.after_loss_K is not None:
+            self._learn(observation.train_loss_K, observation.after_loss_K)
         elif self.after == "reuse":
             self._learn(self.mean_K, mean_K)
-        elif self.after == "valid" and seen.valid_loss_K is not None:
-            self._learn(self.valid_K, seen.valid_loss_K)
-            self.valid_K = torch.where(seen.valid_loss_K.isnan(), self.valid_K, seen.valid_loss_K)
+        elif self.after == "valid" and observation.valid_loss_K is not None:
+            self._learn(self.valid_K, observation.valid_loss_K)
+            self.valid_K = torch.where(observation.valid_loss_K.isnan(), self.valid_K, observation.valid_loss_K)
         self.mean_K = mean_K
 
     def _learn(self, before_K: Tensor, after_K: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mtft.losses.balancers.base import Balancer, BalancerNeeds, Observation, fill_absent, running_mean
+from mtft.losses.balancers.base import Balancer, BalancerNeeds, Observation, fill_missing_weights, update_moving_average
 
 
 @dataclass(eq=False)
@@ -38,11 +38,11 @@ class Focal(Balancer):
 
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
         # The floor: every task certain (p = 1) must not leave all weights 0.
-        return fill_absent((1 - self.prob_K).clamp(min=1e-6) ** self.gamma)
+        return fill_missing_weights((1 - self.prob_K).clamp(min=1e-6) ** self.gamma)
 
-    def observe(self, seen: Observation) -> None:
-        if seen.step == 0:
+    def observe(self, observation: Observation) -> None:
+        if observation.step == 0:
             return
-        if seen.train_prob_K is None:
+        if observation.train_prob_K is None:
             raise ValueError("balancer focal needs Observation.train_prob_K")
-        self.prob_K = running_mean(self.prob_K, seen.train_prob_K, self.smoothing)
+        self.prob_K = update_moving_average(self.prob_K, observation.train_prob_K, self.smoothing)

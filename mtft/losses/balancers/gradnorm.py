@@ -40,11 +40,11 @@ class GradNorm(LearnedBalancer):
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
         return torch.softmax(self.value_K, dim=0)
 
-    def observe(self, seen: Observation) -> None:
-        self.start_K = torch.where(self.start_K.isnan(), seen.train_loss_K, self.start_K)
-        if seen.gram_KK is None:
+    def observe(self, observation: Observation) -> None:
+        self.start_K = torch.where(self.start_K.isnan(), observation.train_loss_K, self.start_K)
+        if observation.gram_KK is None:
             return
-        norm_K, rate_K = seen.gram_KK.diagonal().clamp(min=0).sqrt(), seen.train_loss_K / self.start_K
+        norm_K, rate_K = observation.gram_KK.diagonal().clamp(min=0).sqrt(), observation.train_loss_K / self.start_K
         _, gradient_K = gradnorm_gradient(self.value_K, norm_K, rate_K, self.alpha)
         self.descend(gradient_K)
 

@@ -21,13 +21,13 @@ from pydantic import Field
 from torch import Tensor
 
 from mtft.gradients.aggregators import make_aggregator
-from mtft.losses.balancers.base import Balancer, BalancerNeeds, Observation, fill_absent, running_mean
+from mtft.losses.balancers.base import Balancer, BalancerNeeds, Observation, fill_missing_weights, update_moving_average
 
 FLOOR = 1e-3  # of the mean weight: a task that gets none is not seen by the next measurement either
 
 
 @dataclass(eq=False)
-class Lagged(Balancer):
+class LaggedAggregation(Balancer):
     """`aggregator` with its `options`; `gram_every` steps between measures; `smoothing`: share of the old mean kept."""
 
     aggregator: str = "upgrad"
@@ -52,18 +52,18 @@ class Lagged(Balancer):
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
         return self.current_K
 
-    def observe(self, seen: Observation) -> None:
-        if seen.gram_KK is None:
+    def observe(self, observation: Observation) -> None:
+        if observation.gram_KK is None:
             return
         self.measures = self.measures + 1
-        self.gram_KK = running_mean(self.gram_KK, seen.gram_KK, self.smoothing)
-        present_K = seen.gram_KK.diagonal().isfinite()
-        share_K = torch.ones_like(self.share_K) if seen.share_K is None else seen.share_K
-        self.share_K = running_mean(self.share_K, torch.where(present_K, share_K, torch.nan), self.smoothing)
+        self.gram_KK = update_moving_average(self.gram_KK, observation.gram_KK, self.smoothing)
+        present_K = observation.gram_KK.diagonal().isfinite()
+        share_K = torch.ones_like(self.share_K) if observation.share_K is None else observation.share_K
+        self.share_K = update_moving_average(self.share_K, torch.where(present_K, share_K, torch.nan), self.smoothing)
         p_K = torch.nan_to_num(self.share_K, nan=0.0) * self.user_K
         if not (p_K > 0).any():
             return
-        alpha_K = self.method.weights(nearest_gram(self.gram_KK), p_K, step=seen.step)
+        alpha_K = self.method.weights(nearest_gram(self.gram_KK), p_K, step=observation.step)
         self.current_K = self._relative(alpha_K, p_K / p_K.sum())
 
     def figures(self) -> dict[str, float]:
@@ -78,7 +78,7 @@ class Lagged(Balancer):
             return torch.ones_like(ratio_K)
         ratio_K = ratio_K / mean
         self.clamped = self.clamped + (ratio_K < FLOOR).sum()
-        return fill_absent(ratio_K.clamp(min=FLOOR))
+        return fill_missing_weights(ratio_K.clamp(min=FLOOR))
 
 
 def nearest_gram(gram_KK: Tensor) -> Tensor:

@@ -17,23 +17,23 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mtft.losses.balancers.base import LossDriven, fill_absent
+from mtft.losses.balancers.base import LossWeightedBalancer, fill_missing_weights
 
 SMALLEST_LOSS = 1e-8
 
 
 @dataclass(eq=False)
-class GeometricMean(LossDriven):
+class GeometricMean(LossWeightedBalancer):
     """Every task's relative improvement counts the same, whatever the size of its loss."""
 
     NAME: ClassVar[str] = "gls"
 
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
-        return fill_absent(1 / self.losses(step_loss_K).clamp(min=SMALLEST_LOSS))
+        return fill_missing_weights(1 / self.losses(step_loss_K).clamp(min=SMALLEST_LOSS))
 
 
 @dataclass(eq=False)
-class SmoothTchebycheff(LossDriven):
+class SmoothTchebycheff(LossWeightedBalancer):
     """The worst task counts most: `mu` -> 0 looks at it alone, large mu is uniform.
 
     `ideal`: {task: z}, the best loss hoped for; 0 where not given.
@@ -51,4 +51,4 @@ class SmoothTchebycheff(LossDriven):
         gap_K = self.losses(step_loss_K) - self.ideal_K
         known_K = gap_K[gap_K.isfinite()]
         highest = known_K.max() if len(known_K) else 0.0
-        return fill_absent(torch.exp((gap_K - highest) / (self.K * self.mu)))
+        return fill_missing_weights(torch.exp((gap_K - highest) / (self.K * self.mu)))

@@ -39,12 +39,12 @@ class SelfPaced(Balancer):
         self.steps_N = torch.zeros(0, dtype=torch.int64)
         self.loss_NK = torch.zeros(0, self.K, dtype=torch.float64)
 
-    def observe(self, seen: Observation) -> None:
-        if seen.valid_loss_K is None or seen.step == 0:
+    def observe(self, observation: Observation) -> None:
+        if observation.valid_loss_K is None or observation.step == 0:
             return
-        recent_N = self.steps_N > seen.step - self.window
-        self.steps_N = torch.cat([self.steps_N[recent_N], torch.tensor([seen.step])])
-        self.loss_NK = torch.cat([self.loss_NK[recent_N], seen.valid_loss_K[None]])
+        recent_N = self.steps_N > observation.step - self.window
+        self.steps_N = torch.cat([self.steps_N[recent_N], torch.tensor([observation.step])])
+        self.loss_NK = torch.cat([self.loss_NK[recent_N], observation.valid_loss_K[None]])
 
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
         uniform_K = torch.ones(self.K, dtype=torch.float64)

@@ -50,12 +50,18 @@ class TaskGroupBalancer(Balancer):
         per_task_G = torch.where(group_user_G > 0, b_G / group_user_G.clamp(min=1e-300), 0.0)
         return (self.share_GK > 0).double().T @ per_task_G
 
-    def observe(self, seen: Observation) -> None:
-        rest = (seen.train_loss_K, seen.valid_loss_K, seen.gram_KK, seen.after_loss_K, seen.train_prob_K)
+    def observe(self, observation: Observation) -> None:
+        rest = (
+            observation.train_loss_K,
+            observation.valid_loss_K,
+            observation.gram_KK,
+            observation.after_loss_K,
+            observation.train_prob_K,
+        )
         train_G, valid_G, gram_GG, after_G, prob_G = (None if x is None else self._mean(x) for x in rest)
         assert train_G is not None
-        share_G = None if seen.share_K is None else (self.share_GK > 0).double() @ seen.share_K
-        self.inner.update(Observation(seen.step, train_G, valid_G, gram_GG, after_G, prob_G, share_G))
+        share_G = None if observation.share_K is None else (self.share_GK > 0).double() @ observation.share_K
+        self.inner.update(Observation(observation.step, train_G, valid_G, gram_GG, after_G, prob_G, share_G))
 
     def figures(self) -> dict[str, float]:
         return self.inner.figures()

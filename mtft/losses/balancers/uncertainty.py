@@ -59,8 +59,8 @@ class UncertaintyWeighting(LearnedBalancer):
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
         return torch.exp(-self.value_K)
 
-    def observe(self, seen: Observation) -> None:
-        self.descend(uw_gradient(self.value_K, seen.train_loss_K))
+    def observe(self, observation: Observation) -> None:
+        self.descend(uw_gradient(self.value_K, observation.train_loss_K))
 
 
 @dataclass(eq=False)
@@ -72,8 +72,8 @@ class ImpartialLoss(LearnedBalancer):
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
         return torch.exp(self.value_K)
 
-    def observe(self, seen: Observation) -> None:
-        self.descend(imtl_l_gradient(self.value_K, seen.train_loss_K))
+    def observe(self, observation: Observation) -> None:
+        self.descend(imtl_l_gradient(self.value_K, observation.train_loss_K))
 
 
 def uw_gradient(s_K: Tensor, loss_K: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from data_mixers.sweep.runner import SweepResult, make_trials, run_sweep
 from data_mixers.sweep.trial import Trial
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
-from mtft.data.planning import asked_mixture, epoch_caps, groups, make_plan, task_sizes
+from mtft.data.planning import epoch_caps, groups, make_plan, requested_mixture, task_sizes
 from mtft.pipeline.stages import derived_recipes
 from mtft.recipe.load import fingerprint
 from mtft.recipe.schema.recipe import Recipe
@@ -58,7 +58,7 @@ class MixtureSpace:
 def space(recipe: Recipe, stores: list[Any]) -> MixtureSpace:
     """The space of mixtures of a recipe over its training stores."""
     sizes = task_sizes(recipe, stores)
-    current = asked_mixture(recipe, sizes)
+    current = requested_mixture(recipe, sizes)
     # The run's length does not depend on the mixture with unit tokens, and hardly with unit examples.
     unbounded = derived_recipes.override_section(
         recipe, mixture=derived_recipes.override_section(recipe.mixture, on_cap="redistribute")

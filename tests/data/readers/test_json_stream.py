@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtft.data.readers import json_stream
-from mtft.data.readers.json_stream import Broken, Element, elements
+from mtft.data.readers.json_stream import ArrayElement, ArrayError, iter_array
 from mtft.data.readers.row_files import FileRow, RowProblem, read_file
 
 VALUES = st.recursive(
@@ -29,10 +29,10 @@ def test_any_array_in_any_pieces(values, indent, ascii_only, chunk):
     whole = json_stream.CHUNK
     json_stream.CHUNK = chunk
     try:
-        found = list(elements(io.BytesIO(raw)))
+        found = list(iter_array(io.BytesIO(raw)))
     finally:
         json_stream.CHUNK = whole
-    assert all(isinstance(element, Element) for element in found)
+    assert all(isinstance(element, ArrayElement) for element in found)
     assert json.dumps([element.value for element in found]) == json.dumps(values)
     if indent is not None:
         rows = raw.decode().split("\n")
@@ -60,9 +60,9 @@ def test_breaks(monkeypatch, text, good, line, what, chunk):
     if len(text) > 1000 and chunk < 1000:
         pytest.skip("one character at a time")
     monkeypatch.setattr(json_stream, "CHUNK", chunk)
-    *rows, last = elements(io.BytesIO(text.encode()))
-    assert [type(row) for row in rows] == [Element] * good
-    assert isinstance(last, Broken)
+    *rows, last = iter_array(io.BytesIO(text.encode()))
+    assert [type(row) for row in rows] == [ArrayElement] * good
+    assert isinstance(last, ArrayError)
     assert last.line == line
     assert what in last.what
 

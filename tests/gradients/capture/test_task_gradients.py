@@ -10,7 +10,7 @@ from torch import nn
 from mtft.common.errors import UserError
 from mtft.data.batching.batch import IGNORE
 from mtft.gradients.capture.task_gradients import TaskGradients
-from mtft.gradients.capture.token_order import task_order
+from mtft.gradients.capture.token_order import order_by_task
 from mtft.gradients.gramian import gram
 from mtft.losses.task_reduction import NORMALISATIONS
 from mtft.losses.token_nll import token_nll
@@ -392,10 +392,10 @@ def test_misuse_is_named():
 
 
 def test_order_of_tokens():
-    assert task_order(torch.tensor([[0, 0, 2], [2, -1, 1]]), 3) == (6, None, [(0, 0, 2), (2, 2, 4), (1, 5, 6)])
+    assert order_by_task(torch.tensor([[0, 0, 2], [2, -1, 1]]), 3) == (6, None, [(0, 0, 2), (2, 2, 4), (1, 5, 6)])
     mixed = torch.tensor(list(itertools.islice(itertools.cycle([2, 0, -1, 1]), 40)))
-    rows, index_N, parts = task_order(mixed, 3)
+    rows, index_N, parts = order_by_task(mixed, 3)
     assert rows == 40
     assert parts == [(0, 0, 10), (1, 10, 20), (2, 20, 30)]
     assert mixed[index_N].tolist() == [0] * 10 + [1] * 10 + [2] * 10
-    assert task_order(torch.zeros(0, dtype=torch.long), 3) == (0, None, [])
+    assert order_by_task(torch.zeros(0, dtype=torch.long), 3) == (0, None, [])

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 DATA = Path(os.environ.get("MTFT_SHARED_DATA") or ROOT.parent / "shared" / "data")
 
 from data_mixers.common.csv_tables import read_table  # noqa: E402
-from data_mixers.fitting.scale_transfer import calibrate, fit_scale, for_mixtures, predict_large, small_scale_mean  # noqa: E402
+from data_mixers.fitting.scale_transfer import calibrate, fit_scale, for_mixtures, for_other_scale, small_scale_mean  # noqa: E402
 from data_mixers.fitting.surrogate_fits import SurrogateFits, fit_surrogates  # noqa: E402
 from data_mixers.mixture.mixture import Mixture  # noqa: E402
 from data_mixers.propose.from_csv import fit_csv  # noqa: E402
@@ -181,7 +181,10 @@ def scale(options: argparse.Namespace) -> None:
         for target, truth in large.items():
             note(f"{target} 1B, --same-scale", spearman(fits[target].model.mean(large_X), truth))
             note(f"{target} 1B, by default", spearman(other[target].model.mean(large_X), truth))
-        note("mean of losses at 1B, m = 0", spearman(predict_large(fits, large_X)[0].mean(axis=0), average))
+        note(
+            "mean of losses at 1B, m = 0",
+            spearman(small_scale_mean(for_other_scale(fits), large_X).mean(axis=0), average),
+        )
         small, spread = (
             small_scale_mean(fits, large_X),
             np.array([f.model.mean(X).var() for f in fits.targets.values()]),

@@ -37,13 +37,12 @@ LAW_RHO = 90.0  # a law that ranks the small trials at least as well as this ext
 
 @dataclass
 class ScaleMap:
-    """Small-scale predictions -> large scale, per target. `calibrated` is False without large runs."""
+    """Small-scale predictions -> large scale, per target."""
 
     targets: tuple[str, ...]
     slope_J: Floats
     offset_J: Floats
     pooled: float
-    calibrated: bool
     _centre: Floats
     _scale: Floats
     _u: Floats  # [m, K]
@@ -51,8 +50,6 @@ class ScaleMap:
 
     def residual(self, X: ArrayLike) -> Floats:
         """Correction [J, q] of the linear map at mixtures X [q, K]."""
-        if not self.calibrated:
-            return np.zeros((len(self.targets), len(np.atleast_2d(X))))
         u = (np.log(np.atleast_2d(X) + OFFSET) - self._centre) / self._scale
         return self._dual @ (self._u @ u.T) / u.shape[1]
 
@@ -75,13 +72,10 @@ def fit_scale(
     [J, m] what was measured; pool_variance [J]: variance of each surrogate over the mixtures one would choose from.
 
     method: "plain" (least squares per target), "shrunk" (slopes towards the pooled one), "residual" (and the kernel
-    ridge). m = 0 gives the identity with `calibrated` False; 1 to 3 runs are refused.
+    ridge). Fewer than 4 runs are refused.
     """
     X, small, large = (np.atleast_2d(np.asarray(a, dtype=np.float64)) for a in (X, small, large))
-    J, m = len(targets), large.shape[1] if large.size else 0
-    if m == 0:
-        nothing = np.zeros((0, 0))
-        return ScaleMap(targets, np.ones(J), np.zeros(J), 1.0, False, np.zeros(1), np.ones(1), nothing, nothing)
+    J, m = len(targets), large.shape[1]
     if m < MINIMUM_RUNS:
         raise MixError(f"{m} large runs", do=f"at least {MINIMUM_RUNS}, or none")
     if small.shape != (J, m) or large.shape != (J, m) or len(X) != m:
@@ -101,7 +95,7 @@ def fit_scale(
     left = large - slope[:, None] * small - offset[:, None]
     kernel = u @ u.T / u.shape[1]
     dual = np.linalg.solve(kernel + ridge * np.eye(m), left.T).T if method == "residual" else np.zeros_like(left)
-    return ScaleMap(targets, slope, offset, pooled, True, centre, scale, u, dual)
+    return ScaleMap(targets, slope, offset, pooled, centre, scale, u, dual)
 
 
 def small_scale_mean(fits: SurrogateFits, X: ArrayLike) -> Floats:
@@ -217,7 +211,7 @@ def calibrate(fits: SurrogateFits, large_X: ArrayLike, large_scores: ArrayLike) 
     small = small_scale_mean(fits, rows)
     trials = [fitted.arrays.X / fitted.arrays.X.sum(axis=1, keepdims=True) for fitted in fits.targets.values()]
     spread_J = np.array([fitted.model.mean(X).var() for fitted, X in zip(fits.targets.values(), trials, strict=True)])
-    found = fit_scale(names, rows, small, scores, spread_J)
+    scale_map = fit_scale(names, rows, small, scores, spread_J)
     error = np.full(scores.shape, np.nan)
     for run in range(m):
         others = np.delete(np.arange(m), run)
@@ -226,19 +220,4 @@ def calibrate(fits: SurrogateFits, large_X: ArrayLike, large_scores: ArrayLike) 
             error[:, run] = scores[:, run] - part.predict(rows[[run]], small[:, [run]])[:, 0]
         else:  # four runs: the error of the map without its slope, which is larger
             error[:, run] = scores[:, run] - scores[:, others].mean(axis=1)
-    return ScaledFits(fits, found, np.sqrt(np.mean(error**2, axis=1)), m)
-
-
-def predict_large(
-    fits: SurrogateFits, X: ArrayLike, *, large_X: ArrayLike | None = None, large_scores: ArrayLike | None = None
-) -> tuple[Floats, ScaleMap]:
-    """(scores [J, q] at the large scale, the map) for mixtures X [q, K]. large_X [m, K] and large_scores [J, m]: the
-    large runs, if any; without them each target is ranked by `for_other_scale` and the map says not calibrated."""
-    names = tuple(fits.targets)
-    if large_X is None or large_scores is None or not len(np.atleast_2d(large_scores)[0]):
-        return small_scale_mean(for_other_scale(fits), X), fit_scale(
-            names, np.zeros((0, 1)), np.zeros((0, 0)), np.zeros((0, 0)), np.zeros(0)
-        )
-    small = small_scale_mean(fits, X)
-    scale_map = fit_scale(names, large_X, small_scale_mean(fits, large_X), large_scores, small.var(axis=1))
-    return scale_map.predict(X, small), scale_map
+    return ScaledFits(fits, scale_map, np.sqrt(np.mean(error**2, axis=1)), m)

@@ -49,7 +49,7 @@ class VaryingQuota(ExactQuota):
         exact_SK = np.vstack([np.zeros(self.tasks), np.cumsum(share_SK, axis=0)]) * batch
         if owed_K is not None:
             exact_SK += owed_K
-        self.ideal = _whole(exact_SK, self.unit, batch)  # [S + 1, K], in units
+        self.ideal = _integer_units(exact_SK, self.unit, batch)  # [S + 1, K], in units
 
     def exact(self, step: int) -> NDArray[np.float64]:
         """A_k (with what was owed)."""
@@ -76,7 +76,7 @@ class VaryingQuota(ExactQuota):
         return rows, count_K
 
 
-def _whole(exact_SK: Floats, unit: int, batch: int) -> Ints:
+def _integer_units(exact_SK: Floats, unit: int, batch: int) -> Ints:
     """Units [S + 1, K] that add up to whole steps. What is a whole number of rows stays one; what rounding leaves over
     goes to the task that is farthest from one.
     """

@@ -1,8 +1,8 @@
 """Bring your own trials: CSV files in, a mixture out (`mtft mix fit` and `mtft mix propose` without a recipe).
 
 Trials of one scale are fitted as they are. Is the mixture meant for runs of another scale (a larger model, a longer
-run), say so: with a few large runs the small-scale predictions are mapped to theirs (scale.py), without any a law is
-taken for each target whose small trials it ranks.
+run), say so: with a few large runs the small-scale predictions are mapped to theirs (scale_transfer.py), without any a
+law is taken for each target whose small trials it ranks.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def fit_csv(
     level: float = 0.9,
     other_scale: bool = False,
 ) -> SurrogateFits:
-    """fit on trials from two CSV files joined on `index` (see TrialLedger.from_csv). other_scale: the fits are to rank
-    runs of another scale than the trials' (scale.for_other_scale: a law instead of the stack, where it may be taken).
+    """fit_surrogates on trials from two CSV files joined on `index` (see TrialLedger.from_csv). other_scale: the fits
+    are to rank runs of another scale than the trials' (for_other_scale: a law instead of the stack, where it may be
+    taken).
     """
     ledger = TrialLedger.from_csv(mixtures_csv, scores_csv, index, goal)
     if targets != "all":
@@ -98,12 +99,12 @@ def predict_csv(
 ) -> int:
     """Predict the rows of a mixtures CSV; write `index, <target>, <target>_lower, <target>_upper`. Returns the rows.
 
-    scale: "auto" looks at how the mixtures are drawn (scale.for_mixtures); "as_fitted" takes the fits as they are,
+    scale: "auto" looks at how the mixtures are drawn (for_mixtures); "as_fitted" takes the fits as they are,
     as do fits that are mapped to large runs.
     """
     table = mixtures_to_predict(mixtures_csv, fits.names, index=index)
     rows = table.values[:, [table.columns.index(name) for name in fits.names]]
-    rows = shares(rows, renormalise=False)
+    rows = shares(rows, renormalize=False)
     if scale == "auto" and isinstance(fits, SurrogateFits):
         fits = for_mixtures(fits, rows, where=str(mixtures_csv))
     predictions = fits.predict(rows, level=level)
@@ -198,7 +199,7 @@ def read_sizes(path: str | Path, names: Sequence[str]) -> dict[str, float]:
     return dict(pairs)
 
 
-def say_few(fits: SurrogateFits) -> None:
+def warn_few_trials(fits: SurrogateFits) -> None:
     """A warning where the trials are too few for what is said about them."""
     n, K = min(len(fitted.arrays.y) for fitted in fits.targets.values()), len(fits.names)
     if n < FEW:

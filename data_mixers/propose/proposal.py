@@ -5,7 +5,7 @@
 
 Caps belong in the solve, not in the design (Olmix, arXiv 2602.12237, from which kl = 0.05; there the targets are losses
 in bits per byte, here they are standardised, so 0.05 is a weaker pull). The surrogate's own optimum is never presented
-as a result: the gain comes from cross-fitting (verdict.py).
+as a result: the gain comes from cross-fitting (significance.py).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from data_mixers.design.designs import candidate_mixtures
 from data_mixers.fitting.surrogate_fits import SurrogateFits, objective_sd
 from data_mixers.mixture.bounds import Bounds
 from data_mixers.mixture.mixture import Floats, Mixture, check_names
-from data_mixers.propose import significance as verdicts
 from data_mixers.propose.optimizer import kl_to, minimize, minimize_convex
+from data_mixers.propose.significance import judge
 from data_mixers.surrogates.parametric_laws import ExpLaw
 
 Objective = Literal["mean", "worst"] | Mapping[str, float]
@@ -118,7 +118,7 @@ def target_weights(fits: SurrogateFits, objective: Objective) -> Floats:
     return weight_J / weight_J.sum()
 
 
-def standardised(fits: SurrogateFits, rows: Floats) -> Floats:
+def standardized(fits: SurrogateFits, rows: Floats) -> Floats:
     """g [J, m]: predictions centred and divided by the spread over the trials, turned so that lower is better."""
     sd_J = objective_sd(fits)
     out = []
@@ -151,7 +151,7 @@ def propose_mixture(
     worst = objective == "worst"
 
     def value(rows: Floats) -> Floats:
-        g = standardised(fits, rows)
+        g = standardized(fits, rows)
         return g.max(axis=0) if worst else weight_J @ g
 
     trials = np.unique(np.vstack([fitted.arrays.X for fitted in fits.targets.values()]), axis=0)
@@ -167,7 +167,7 @@ def propose_mixture(
             best_K, objective_value = exact_K, exact
 
     candidates = np.vstack([best_K, allowed_trials, pool])
-    found = verdicts.judge(
+    verdict = judge(
         fits,
         weight_J,
         candidates,
@@ -179,7 +179,7 @@ def propose_mixture(
         worst=worst,
         seed=seed,
     )
-    if found.word == "no signal":
+    if verdict.word == "no signal":
         best_K, objective_value = bounds.project(prior), float("nan")
     mixture = Mixture(names, best_K)
     return Proposal(
@@ -188,17 +188,17 @@ def propose_mixture(
         prior=prior,
         predicted=_predicted(fits, mixture, level),
         predicted_current=_predicted(fits, current, level),
-        gain=found.gain,
-        verdict=found.word,
-        probability=found.probability,
-        text=found.text,
+        gain=verdict.gain,
+        verdict=verdict.word,
+        probability=verdict.probability,
+        text=verdict.text,
         epochs=_epochs(bounds, mixture),
         kl_to_prior=float(kl_to(prior.shares, mixture.shares[None])[0]),
         l1_spread=_spread(fits, weight_J, candidates, mixture, kl=kl, prior_K=prior.shares, seed=seed),
         binding=_binding(bounds, mixture.shares),
         objective=objective_value if np.isfinite(objective_value) else 0.0,
         details={
-            **verdicts.as_dict(found),
+            **verdict.as_dict(),
             "kl": kl,
             "level": level,
             "min_gain": min_gain,

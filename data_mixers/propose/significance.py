@@ -39,6 +39,17 @@ class Verdict:
     more_trials: int | None
     text: str
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return {
+            "word": self.word,
+            "gain": list(self.gain),
+            "probability": self.probability,
+            "detectable": None if math.isnan(self.detectable) else self.detectable,
+            "more_trials": self.more_trials,
+            "text": self.text,
+        }
+
 
 def judge(
     fits: SurrogateFits,
@@ -77,7 +88,7 @@ def judge(
     rng = np.random.default_rng(seed)
     means, deviations = [], []
     for _ in range(SPLITS):
-        halves = _halves(fits, rng)
+        halves = _split_halves(fits, rng)
         surfaces = [[_surface(f, half, rows) for _, f in usable] for half in halves]
         for choosing, judging in ((0, 1), (1, 0)):
             chosen_by = np.stack([mean_m for mean_m, _ in surfaces[choosing]])
@@ -96,7 +107,9 @@ def judge(
             deviations.append(math.sqrt(variance))
     gain, sd = np.array(means), np.maximum(np.array(deviations), 1e-12)
     draws = (gain + sd * rng.standard_normal((DRAWS // len(gain), len(gain)))).ravel()
-    above = min(float(np.mean(norm.sf(min_gain, gain, sd))), _itself(usable, weights, rows, min_gain, worst))
+    above = min(
+        float(np.mean(norm.sf(min_gain, gain, sd))), _proposal_probability(usable, weights, rows, min_gain, worst)
+    )
     below = float(np.mean(norm.cdf(0.0, gain, sd)))
     lower, upper = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     spread = float(draws.std())
@@ -112,11 +125,11 @@ def judge(
         word = "not distinguishable from your current mixture"
         if average > min_gain:  # the spread falls with the root of the number of trials
             more = max(1, math.ceil(n * (detectable / (average - min_gain)) ** 2) - n)
-    text = _words(word, average, (float(lower), float(upper)), above, detectable, more, level)
+    text = _verdict_text(word, average, (float(lower), float(upper)), above, detectable, more, level)
     return Verdict(word, (average, float(lower), float(upper)), above, detectable, more, text)
 
 
-def _itself(
+def _proposal_probability(
     usable: list[tuple[float, TargetFit]], weights: Floats, rows: Floats, min_gain: float, worst: bool
 ) -> float:
     """Probability that the proposal (first row) beats the current mixture (last row) by the GPs on all trials."""
@@ -134,7 +147,7 @@ def _itself(
     return float(norm.sf(min_gain, now - best, max(math.sqrt(variance), 1e-12)))
 
 
-def _words(
+def _verdict_text(
     word: str,
     gain: float,
     interval: tuple[float, float],
@@ -159,7 +172,7 @@ def _words(
     return text
 
 
-def _halves(fits: SurrogateFits, rng: np.random.Generator) -> tuple[set[bytes], set[bytes]]:
+def _split_halves(fits: SurrogateFits, rng: np.random.Generator) -> tuple[set[bytes], set[bytes]]:
     """Two sets of mixtures (as bytes of their rows): the same split for all targets."""
     keys = sorted({_key(row) for f in fits.targets.values() for row in f.arrays.X})
     order = rng.permutation(len(keys))
@@ -193,15 +206,3 @@ def _difference_variance(process: GaussianProcess | None, fitted: TargetFit, a: 
         return 0.0
     scale = max(1.0, fitted.model.quantile(0.9) / GAUSSIAN_90)
     return (scale / fitted.sd) ** 2 * process.difference_variance(a, b)
-
-
-def as_dict(verdict: Verdict) -> dict[str, Any]:
-    """JSON-serialisable."""
-    return {
-        "word": verdict.word,
-        "gain": list(verdict.gain),
-        "probability": verdict.probability,
-        "detectable": None if math.isnan(verdict.detectable) else verdict.detectable,
-        "more_trials": verdict.more_trials,
-        "text": verdict.text,
-    }

@@ -13,7 +13,7 @@ q = the ceil(level (n + 1))-th smallest of |error| / sigma; Barber et al. 2021).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,24 +32,6 @@ class Prediction(NamedTuple):
     upper: Floats
 
 
-class Surrogate(Protocol):
-    """The contract; see the module's text."""
-
-    def fit(
-        self,
-        X: ArrayLike,
-        y: ArrayLike,
-        *,
-        groups: ArrayLike | None = None,
-        progress: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-    ) -> Self: ...
-
-    def predict(self, X: ArrayLike, *, progress: ArrayLike | None = None, level: float = 0.9) -> Prediction: ...
-
-    def sample(self, X: ArrayLike, size: int, seed: int) -> Floats: ...
-
-
 def grouped_folds(groups: NDArray[np.int64], cv: int, seed: int) -> list[NDArray[np.intp]]:
     """Rows of each fold; rows of one group stay together; groups shuffled by seed. No more folds than groups."""
     unique = np.unique(groups)
@@ -65,14 +47,14 @@ def conformal_quantile(ratio_n: Floats, level: float) -> float:
     return float(ordered[min(rank, len(ordered)) - 1])
 
 
-def shares(X: ArrayLike, *, renormalise: bool) -> Floats:
+def shares(X: ArrayLike, *, renormalize: bool) -> Floats:
     """X as float64 [n, K], checked; rows divided by their sum unless a published model took them raw."""
     rows = np.array(X, dtype=np.float64, ndmin=2)
     if not np.all(np.isfinite(rows)) or np.any(rows < 0):
         raise MixError("mixtures with a NaN or negative share", do="shares are numbers >= 0")
     if np.any(np.abs(rows.sum(axis=1) - 1) > 0.25):  # tables rounded to 0.1 (DaMo) add up to 0.8 ... 1.0
         raise MixError(f"a mixture adds up to {rows.sum(axis=1)[np.argmax(np.abs(rows.sum(axis=1) - 1))]:.4g}, not 1")
-    return rows / rows.sum(axis=1, keepdims=True) if renormalise else rows
+    return rows / rows.sum(axis=1, keepdims=True) if renormalize else rows
 
 
 @dataclass
@@ -83,7 +65,7 @@ class PointSurrogate:
     """
 
     name: ClassVar[str]
-    renormalise: ClassVar[bool] = True
+    renormalize: ClassVar[bool] = True
 
     data: dict[str, Any] = field(init=False, repr=False, default_factory=dict)  # X, y, groups, tau, weights of the fit
     constant: float | None = field(init=False, repr=False, default=None)  # the score, where all trials have the same
@@ -109,7 +91,7 @@ class PointSurrogate:
         weights: ArrayLike | None = None,
     ) -> Self:
         """Fit on trials; MixError for fewer than 3, a NaN, or shapes that do not match. Constant y predicts itself."""
-        rows, y_n, group_n, tau_n = checked(X, y, groups, progress, renormalise=self.renormalise)
+        rows, y_n, group_n, tau_n = checked(X, y, groups, progress, renormalize=self.renormalize)
         weight_n = np.ones(len(y_n)) if weights is None else np.asarray(weights, dtype=np.float64)
         self.data = {"X": rows, "y": y_n, "groups": group_n, "tau": tau_n, "weights": weight_n}
         self._folds, self._ratios = [], None
@@ -130,7 +112,7 @@ class PointSurrogate:
 
     def mean(self, X: ArrayLike, progress: ArrayLike | None = None) -> Floats:
         """Predicted score [m]."""
-        rows = shares(X, renormalise=self.renormalise)
+        rows = shares(X, renormalize=self.renormalize)
         if not self.data:
             raise ValueError(f"{type(self).__name__}: predict before fit")
         if rows.shape[1] != self.data["X"].shape[1]:
@@ -178,7 +160,7 @@ class PointSurrogate:
         if self.constant is not None:
             return Prediction(mean, mean.copy(), mean.copy())
         sigma = np.sqrt(
-            self._spread(shares(X, renormalise=False), tau_of(progress, len(mean), self.data["tau"])) ** 2
+            self._spread(shares(X, renormalize=False), tau_of(progress, len(mean), self.data["tau"])) ** 2
             + self._noise**2
         )
         half = conformal_quantile(self.ratios, level) * sigma
@@ -189,17 +171,17 @@ class PointSurrogate:
         mean = self.mean(X)
         if self.constant is not None:
             return np.tile(mean, (size, 1))
-        directions = self._deviations(shares(X, renormalise=False), tau_of(None, len(mean), self.data["tau"]))
+        directions = self._deviations(shares(X, renormalize=False), tau_of(None, len(mean), self.data["tau"]))
         return mean + np.random.default_rng(seed).standard_normal((size, len(directions))) @ directions
 
 
 def checked(
-    X: ArrayLike, y: ArrayLike, groups: ArrayLike | None, progress: ArrayLike | None, *, renormalise: bool
+    X: ArrayLike, y: ArrayLike, groups: ArrayLike | None, progress: ArrayLike | None, *, renormalize: bool
 ) -> tuple[Floats, Floats, NDArray[np.int64], Floats | None]:
     """Arrays of a fit, checked. Without `groups`, equal mixtures are one group: else CV would measure memory."""
     from data_mixers.sweep.ledger import group_rows
 
-    rows, y_n = shares(X, renormalise=renormalise), np.array(y, dtype=np.float64)
+    rows, y_n = shares(X, renormalize=renormalize), np.array(y, dtype=np.float64)
     if y_n.shape != (len(rows),):
         raise MixError(f"{len(rows)} mixtures and scores of shape {y_n.shape}")
     if len(y_n) < MINIMUM_TRIALS:

@@ -140,11 +140,11 @@ class GaussianProcess(PointSurrogate):
         """Variance [m] of a new observation, in units of y squared; X as it comes."""
         if self.constant is not None:
             return np.zeros(len(X))
-        return self.variance(shares(X, renormalise=True), tau) + self.noise_variance
+        return self.variance(shares(X, renormalize=True), tau) + self.noise_variance
 
     def covariance(self, X: Floats) -> Floats:
         """Joint posterior covariance [m, m] of the noise-free score, in units of y squared."""
-        (theta, (_, _, _, scale)), rows = self._fitted, shares(X, renormalise=True)
+        (theta, (_, _, _, scale)), rows = self._fitted, shares(X, renormalize=True)
         z, d = self.features(rows, tau_of(None, len(rows), self.data["tau"])), self._z.shape[1]
         half = solve_triangular(self._chol, self._cross(z).T, lower=True, check_finite=False)
         matern, _ = _matern(z / np.exp(theta[:d]))
@@ -190,14 +190,14 @@ class GaussianProcess(PointSurrogate):
         mean = self.mean(X, progress)
         if self.constant is not None:
             return Prediction(mean, mean.copy(), mean.copy())
-        rows = shares(X, renormalise=self.renormalise)
+        rows = shares(X, renormalize=self.renormalize)
         sigma = np.sqrt(self.variance(rows, tau_of(progress, len(rows), self.data["tau"])) + self.noise_variance)
         half = conformal_quantile(self.ratios, level) * sigma
         return Prediction(mean, mean - half, mean + half)
 
     def sample(self, X: Floats, size: int, seed: int) -> Floats:
         """[size, m] exact joint draws of the noise-free score."""
-        rows = shares(X, renormalise=self.renormalise)
+        rows = shares(X, renormalize=self.renormalize)
         if self.constant is not None:
             return np.full((size, len(rows)), self.constant)
         values, vectors = np.linalg.eigh(self.covariance(rows))

@@ -41,7 +41,7 @@ class LightGBM(PointSurrogate):
     """1000 trees (or `trees`), no evaluation data. Below 40 trials smaller leaves, else it predicts a constant."""
 
     name: ClassVar[str] = "lightgbm"
-    renormalise: ClassVar[bool] = False  # as published; shares of rounded tables add up to 0.997 ... 1.003
+    renormalize: ClassVar[bool] = False  # as published; shares of rounded tables add up to 0.997 ... 1.003
     trees: int = 1000
     learning_rate: float = 0.01
 
@@ -84,7 +84,7 @@ class RegMix(LightGBM):
             "regmix early-stops on the data it is scored on: use it for parity with the paper only", stacklevel=4
         )
         lightgbm = _lightgbm()
-        evaluation = (shares(self.evaluation[0], renormalise=False), np.asarray(self.evaluation[1], dtype=np.float64))
+        evaluation = (shares(self.evaluation[0], renormalize=False), np.asarray(self.evaluation[1], dtype=np.float64))
         model = lightgbm.LGBMRegressor(**SETTINGS, num_iterations=self.trees, learning_rate=self.learning_rate)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found `num_iterations`|The argument 'eval_set'")

@@ -18,7 +18,7 @@ class LinearSurrogate(PointSurrogate):
     """Shares are taken as they stand in the table (rounded ones do not add up to 1), as the published baseline does."""
 
     name: ClassVar[str] = "linear"
-    renormalise: ClassVar[bool] = False
+    renormalize: ClassVar[bool] = False
 
     _coefficients: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros(0))
     _centre: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros(0))

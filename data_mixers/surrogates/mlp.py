@@ -22,7 +22,7 @@ class MLP(PointSurrogate):
     """The network sees raw shares times progress; `random_state` is its only seed."""
 
     name: ClassVar[str] = "mlp"
-    renormalise: ClassVar[bool] = False
+    renormalize: ClassVar[bool] = False
     random_state: int = 1
 
     _network: Any = field(init=False, repr=False, default=None)

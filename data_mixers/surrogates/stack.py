@@ -63,7 +63,7 @@ class Stack(PointSurrogate):
     """`candidates`: {label: unfitted surrogate}; all get a weight from `folds`-fold grouped CV with `seed`."""
 
     name: ClassVar[str] = "stack"
-    renormalise: ClassVar[bool] = False  # each candidate takes the shares as its own rule says
+    renormalize: ClassVar[bool] = False  # each candidate takes the shares as its own rule says
     candidates: Mapping[str, PointSurrogate] = field(default_factory=dict)
     folds: int = 5
     seed: int = 0
@@ -198,7 +198,7 @@ class Stack(PointSurrogate):
 
     def moments(self, X: ArrayLike, progress: ArrayLike | None = None) -> tuple[Floats, Floats]:
         """Mean and uncalibrated sd [m] of a new observation."""
-        rows = shares(X, renormalise=False)
+        rows = shares(X, renormalize=False)
         tau = tau_of(progress, len(rows), self.data["tau"])
         if self.constant is not None:
             return np.full(len(rows), self.constant), np.zeros(len(rows))
@@ -236,7 +236,7 @@ class Stack(PointSurrogate):
     def sample(self, X: ArrayLike, size: int, seed: int) -> Floats:
         """[size, m] joint draws of the noise-free score: the mean, the GP's posterior around it, and the disagreement
         of the candidates (one Gaussian step per candidate, sqrt(w_j) (f_j - f))."""
-        rows = shares(X, renormalise=False)
+        rows = shares(X, renormalize=False)
         mean = self.mean(rows)
         if self.constant is not None:
             return np.tile(mean, (size, 1))

@@ -103,7 +103,14 @@ def mix_propose(
             where="command line",
             do="mtft mix propose RECIPE, or: mtft mix propose --mixtures x.csv --scores y.csv --out mixture.yaml",
         )
-    from data_mixers.propose.from_csv import ShareLimits, fit_csv, parse_limits, propose_from, read_sizes, say_few
+    from data_mixers.propose.from_csv import (
+        ShareLimits,
+        fit_csv,
+        parse_limits,
+        propose_from,
+        read_sizes,
+        warn_few_trials,
+    )
 
     with _warnings_said():
         targets = "all" if not target or target == ["all"] else target
@@ -111,7 +118,7 @@ def mix_propose(
             mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv,
             other_scale=other_scale,
         )  # fmt: skip
-        say_few(found)
+        warn_few_trials(found)
         limits = ShareLimits(
             parse_limits(cap or [], "--cap"),
             parse_limits(floor or [], "--floor"),
@@ -165,7 +172,7 @@ def mix_fit(
     and predictions for other mixtures.
     """
     from data_mixers.common.csv_tables import read_table
-    from data_mixers.propose.from_csv import fit_csv, large_runs, mixtures_to_predict, predict_csv, say_few
+    from data_mixers.propose.from_csv import fit_csv, large_runs, mixtures_to_predict, predict_csv, warn_few_trials
     from mtft.common.errors import UserError
 
     if (predict is None) != (out is None):
@@ -182,7 +189,7 @@ def mix_fit(
             mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv,
             other_scale=bool(other_scale) and large_mixtures is None,
         )  # fmt: skip
-        say_few(found)
+        warn_few_trials(found)
         if large_mixtures is not None and large_scores is not None:
             found = large_runs(found, large_mixtures, large_scores, index=index, goal=goal)
         typer.echo(found.text())

@@ -74,7 +74,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     from mtft.losses.balancers import make_balancer
     from mtft.models.loading import load_tokenizer
     from mtft.training.memory.estimate import estimate_memory, read_config
-    from mtft.training.online_mixture import in_words, make_controller
+    from mtft.training.online_mixture import describe_online_mixture, make_controller
 
     tokenizer, config = load_tokenizer(recipe.model), read_config(recipe.model)
     stores, held_out = open_stores(recipe, tokenizer, "train"), open_stores(recipe, tokenizer, "eval")
@@ -102,7 +102,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
         longest=max((task.longest for task in data.tasks), default=None),
         ranks=LaunchConfig.from_environment().ranks,
     )
-    online = in_words(recipe, make_controller(recipe, plan)) if isinstance(plan, ReplannedPlan) else None
+    online = describe_online_mixture(recipe, make_controller(recipe, plan)) if isinstance(plan, ReplannedPlan) else None
     return CheckReport(data, memory, tuple(warnings), online)
 
 

@@ -32,7 +32,7 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.callbacks.early_stopping import EarlyStopping
 from mtft.training.checkpoint.checkpoint import check_identity
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
-from mtft.training.online_mixture import OnlineMixture, in_words, make_controller
+from mtft.training.online_mixture import OnlineMixture, describe_online_mixture, make_controller
 from mtft.training.optim.optimizers import own_optimizer
 from mtft.training.optim.schedule_free import ScheduleFreePoint
 from mtft.training.run_files import run_dir as folder
@@ -240,6 +240,6 @@ def print_summary(
             f"{row['rows']} of {row['size']} rows ({row['epochs']:.2f} epochs)"
         )
     if trainer.online is not None:
-        say(in_words(recipe, trainer.online.decider))
+        say(describe_online_mixture(recipe, trainer.online.controller))
     if checkpoint is not None:
         say(f"goes on from {checkpoint.name}")

@@ -41,32 +41,32 @@ if TYPE_CHECKING:
 class OnlineMixture:
     """Watches the steps of a run and changes `chain`. stream: held-out rows, for a method that measures."""
 
-    def __init__(self, decider: MixtureController, stream: ValidationStream | None = None) -> None:
-        self.decider, self.stream = decider, stream
-        self._said: set[str] = set()
+    def __init__(self, controller: MixtureController, stream: ValidationStream | None = None) -> None:
+        self.controller, self.stream = controller, stream
+        self._reported: set[str] = set()
 
     @property
     def chain(self) -> ReplannedPlan:
-        return self.decider.chain
+        return self.controller.chain
 
     def step(self, trainer: MultiTaskTrainer, step: int, loss_K: Tensor | None, part_K: Sequence[float]) -> dict:
         """After optimizer step `step`; loss_K: None where it was skipped. Returns {"mixture": ...} for the metrics
         where the shares change or something stood in their way, else {}. A collective call."""
-        decider = self.decider
+        controller = self.controller
         if loss_K is not None:
-            decider.observe(step, loss_K.tolist(), part_K)
-        if not decider.due(step):
+            controller.observe(step, loss_K.tolist(), part_K)
+        if not controller.due(step):
             return {}
-        number = decider.measures(step)
+        number = controller.measures(step)
         valid_K = None if number is None else valid_losses(trainer, number, self.stream).tolist()
-        decision = _of_the_first_rank(decider.propose(step, valid_K))
+        decision = _broadcast_from_first_rank(controller.propose(step, valid_K))
         if decision is None:
             return {}
-        decider.play(decision)
+        controller.play(decision)
         for note in decision.notes:
-            if note not in self._said:
+            if note not in self._reported:
                 trainer.run_log.say(f"step {step}: {note}")
-                self._said.add(note)
+                self._reported.add(note)
         names = trainer.tasks
         line: dict[str, Any] = {"from": decision.first + 1}
         if decision.shares is not None:
@@ -75,20 +75,20 @@ class OnlineMixture:
         return {"mixture": {**line, "notes": list(decision.notes)} if decision.notes else line}
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        return self.decider.state(step)
+        return self.controller.state(step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.decider.restore(state)
+        self.controller.restore(state)
 
 
-def _of_the_first_rank(decision: Decision | None) -> Decision | None:
+def _broadcast_from_first_rank(decision: Decision | None) -> Decision | None:
     """What rank 0 decided. The losses are equal on all ranks, so the others did too, up to what their libraries round
     otherwise; the plans must be equal to the bit."""
     if not dist.is_initialized():
         return decision
-    found: list[Any] = [decision]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    decisions: list[Any] = [decision]
+    dist.broadcast_object_list(decisions, src=0)
+    return decisions[0]
 
 
 def make_controller(recipe: Recipe, chain: ReplannedPlan) -> MixtureController:
@@ -145,11 +145,11 @@ def reference_losses(recipe: Recipe) -> list[float]:
     return found
 
 
-def in_words(recipe: Recipe, decider: MixtureController) -> str:
+def describe_online_mixture(recipe: Recipe, controller: MixtureController) -> str:
     """When the shares will change, by what, and between which limits; a paragraph for people."""
     asked = recipe.mixture.online
     assert asked is not None
-    steps, chain = decisions(recipe, decider), decider.chain
+    steps, chain = decision_steps(recipe, controller), controller.chain
     when = f"after steps {', '.join(map(str, steps[:3]))}" + (f", ... {steps[-1]}" if len(steps) > 3 else "")
     when = f"decides {len(steps)} times, {when}" if steps else "decides nothing: the run is too short"
     looks = {
@@ -158,17 +158,17 @@ def in_words(recipe: Recipe, decider: MixtureController) -> str:
         "linear_law": "held-out losses around a probe of each task, which "
         f"{len(chain.names) * (asked.probe_steps or PROBE_STEPS)} steps of every {asked.every} are used for",
     }[asked.name]
-    bounds, notes = decider.bounds(0)
+    bounds, notes = controller.bounds(0)
     limits = zip(chain.names, bounds.lower(), bounds.upper(), strict=True)
     told = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, low, high in limits)
     return "; ".join([f"mixture.online: {asked.name} by {looks}; {when}; shares may move: {told}", *notes])
 
 
-def decisions(recipe: Recipe, decider: MixtureController) -> list[int]:
+def decision_steps(recipe: Recipe, controller: MixtureController) -> list[int]:
     """The steps after which something is decided (linear_law: after which a round begins)."""
-    asked, steps = recipe.mixture.online, decider.chain.steps
+    asked, steps = recipe.mixture.online, controller.chain.steps
     assert asked is not None
     found = range(asked.every, steps, asked.every)
     if asked.name != "linear_law":
         return [step for step in found if step > asked.warmup]
-    return [step for step in found if decider.due(step)]
+    return [step for step in found if controller.due(step)]

@@ -15,7 +15,7 @@ from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.errors import UserError
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.online_mixture import decisions, make_controller, reference_losses
+from mtft.training.online_mixture import decision_steps, make_controller, reference_losses
 from mtft.training.run_training import train
 from tests.slow import slow
 from tests.training.test_run_training import kill_at_step, picture, run
@@ -86,7 +86,7 @@ def test_the_next_steps_play_what_was_decided(recipe, tmp_path, name):
     said = shares_over_time(found)
     whole = recipe_of(recipe, name)
     fresh = ReplannedPlan(plan.changes[0].shares, plan._sizes, steps=STEPS, batch=8, seed=0)
-    due = decisions(whole, make_controller(whole, fresh))
+    due = decision_steps(whole, make_controller(whole, fresh))
     assert due == ([2, 4, 6, 8, 10, 12] if name != "linear_law" else [5, 10])
     assert [change.first for change in plan.changes[1:]] == list(said)
     assert set(said) >= {5, 6, 7, 8} if name == "linear_law" else said.keys() <= set(due)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_mixers import MixError
-from data_mixers.fitting.scale_transfer import fit_scale, for_mixtures, for_other_scale, predict_large
+from data_mixers.fitting.scale_transfer import calibrate, fit_scale, for_mixtures, for_other_scale, small_scale_mean
 from data_mixers.fitting.surrogate_fits import fit_surrogates
 from data_mixers.surrogates.stack import spearman
 from data_mixers.sweep.trial import TrialRecord
@@ -40,10 +40,7 @@ def test_a_planted_map_is_found_exactly():
         np.testing.assert_allclose(found.predict(new_X, new_small), new_large, atol=1e-9)
 
 
-def test_no_runs_is_the_identity_and_says_so_and_few_are_refused():
-    found = fit_scale(("a",), np.zeros((0, 4)), np.zeros((1, 0)), np.zeros((1, 0)), [0.1])
-    assert not found.calibrated
-    np.testing.assert_array_equal(found.predict(np.full((2, 4), 0.25), [[1.0, 2.0]]), [[1.0, 2.0]])
+def test_few_runs_are_refused():
     X, small, large = planted(3)
     with pytest.raises(MixError, match="3 large runs"):
         fit_scale(("a", "b"), X, small, large, [0.1, 0.1])
@@ -104,7 +101,7 @@ def test_a_law_is_taken_only_where_it_ranks_the_trials():
     assert for_other_scale(fits)["y"] is fits["y"]
 
 
-def test_large_runs_calibrate_and_without_them_it_says_so():
+def test_large_runs_calibrate():
     rng = np.random.default_rng(1)
     X = rng.dirichlet(np.ones(3), 40)
     small, new = np.exp(-2 * X[:, 0]), rng.dirichlet(np.ones(3), 30)
@@ -113,9 +110,6 @@ def test_large_runs_calibrate_and_without_them_it_says_so():
         for i, (x, v) in enumerate(zip(X, small, strict=True))
     ]
     fits, truth = fit_surrogates(rows, surrogate="gp"), 0.5 * np.exp(-2 * new[:, 0]) + 3
-    alone, scale_map = predict_large(fits, new)
-    assert not scale_map.calibrated
-    assert spearman(alone[0], truth) > 99
-    predicted, scale_map = predict_large(fits, new, large_X=new[:6], large_scores=truth[None, :6])
-    assert scale_map.calibrated
-    np.testing.assert_allclose(predicted[0], truth, atol=0.02)
+    assert spearman(small_scale_mean(for_other_scale(fits), new)[0], truth) > 99
+    mapped = calibrate(fits, new[:6], truth[None, :6])
+    np.testing.assert_allclose(mapped.predict(new)["y"].mean, truth, atol=0.02)

@@ -9,7 +9,7 @@ import pytest
 from data_mixers import Bounds, Group, Infeasible, MixError, Mixture, uniform
 from data_mixers.fitting.surrogate_fits import fit_surrogates
 from data_mixers.propose.optimizer import minimize, minimize_convex
-from data_mixers.propose.proposal import propose_mixture, standardised
+from data_mixers.propose.proposal import propose_mixture, standardized
 from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.trial import Trial, done_records
 
@@ -184,7 +184,7 @@ def test_worst_balances_two_targets_that_pull_apart():
     fits = fit_surrogates(ledger, surrogate="gp")
     worst = propose_mixture(fits, "worst", prior=uniform(NAMES), current=CURRENT, kl=0.0)
     assert worst.verdict == "better"
-    a, b = standardised(fits, worst.mixture.shares[None])[:, 0]
+    a, b = standardized(fits, worst.mixture.shares[None])[:, 0]
     assert a == pytest.approx(b, abs=0.02)  # the minimum of a maximum lies where the two are equal
     assert worst.mixture["c"] < 0.05
     only_a = propose_mixture(fits, {"a/loss": 1.0}, prior=uniform(NAMES), kl=0.0)

@@ -6,7 +6,7 @@ import pytest
 from data_mixers import Mixture
 from data_mixers.fitting.surrogate_fits import fit_surrogates
 from data_mixers.propose.proposal import propose_mixture
-from data_mixers.propose.significance import AFFORDABLE, _words, judge
+from data_mixers.propose.significance import AFFORDABLE, _verdict_text, judge
 from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.trial import TrialRecord
 
@@ -40,7 +40,7 @@ def verdict(rows, scores, seed, kl):
     ],
 )
 def test_says_how_many_more_trials_only_where_somebody_could_run_them(more, expected):
-    text = _words("not distinguishable from your current mixture", 0.1, (-1.0, 1.0), 0.5, 1.0, more, 0.9)
+    text = _verdict_text("not distinguishable from your current mixture", 0.1, (-1.0, 1.0), 0.5, 1.0, more, 0.9)
     assert expected in text
     assert str(AFFORDABLE + 1) not in text
 

@@ -147,14 +147,14 @@ def adapter_names(strong: Any, tuned: PeftModel, ids: Tensor, tokens: int) -> St
     """Base and expert rows in one pass by PEFT, solved by us: what the rows engine saves shows alone."""
     caches = [DynamicCache(config=model.config) for model in (strong, tuned)]
     names = ["default"] * len(ids) + ["__base__"] * len(ids)
-    times, block, space = [], ids, FusionBuffers()
+    times, block, buffers = [], ids, FusionBuffers()
 
     def step() -> None:
         nonlocal block
         large = strong(block, cache=caches[0], use_cache=True, logits_to_keep=1).logits[:, -1]
         rows = {"cache": caches[1], "use_cache": True, "logits_to_keep": 1, "adapter_names": names}
         expert, base = tuned(block.repeat(2, 1), **rows).logits[:, -1].chunk(2)
-        fused = fuse_logits(large, expert[None], base, FusionSpec(), space=space)
+        fused = fuse_logits(large, expert[None], base, FusionSpec(), buffers=buffers)
         block = fused.logprobs_NV.argmax(-1, keepdim=True)
 
     for _ in range(tokens):
@@ -252,7 +252,7 @@ def bench_step(places: dict[str, Any], args: argparse.Namespace, judge: Judge) -
 @torch.no_grad()
 def passes(fused: FusedCausalLM, ids: Tensor) -> dict[str, float]:
     """CPU ms of each part of a step."""
-    sides, last = fused.sides(), ids[:, -1:]
+    sides, last = fused.cached_models(), ids[:, -1:]
     logits = [x[:, -1] for x in flat(sides.read(ids))]
     specs = [fused.spec] * len(ids)
     parts = {
@@ -272,10 +272,10 @@ def bench_solver(args: argparse.Namespace, judge: Judge) -> None:
         for rows in (1, 8):
             generator = torch.Generator().manual_seed(vocabulary + rows)
             strong, base, noise = (torch.randn(rows, vocabulary, generator=generator) for _ in range(3))
-            strong, expert, space = 2 * strong, base + 0.8 * noise, FusionBuffers()
+            strong, expert, buffers = 2 * strong, base + 0.8 * noise, FusionBuffers()
 
-            def ours(rule: str, s: Tensor = strong, e: Tensor = expert, b: Tensor = base, w: Any = space) -> Any:
-                return fuse_logits(s, e[None], b, FusionSpec(alpha_rule=rule), space=w)  # as FusedCausalLM does
+            def ours(rule: str, s: Tensor = strong, e: Tensor = expert, b: Tensor = base, w: Any = buffers) -> Any:
+                return fuse_logits(s, e[None], b, FusionSpec(alpha_rule=rule), buffers=w)  # as FusedCausalLM does
 
             ways: dict[str, Callable[[], Steps]] = {
                 "21 grid": lambda s=strong, e=expert, b=base: [timed(lambda: naive_grid(s, e, b)) for _ in range(5)]
@@ -388,7 +388,7 @@ def speculation(
             same[kind] += torch.equal(outputs[kind], outputs["plain"])
             if clock.steps:
                 steps[kind].append([sum(part) / len(clock.steps) for part in zip(*clock.steps, strict=True)])
-            last = fused.last_gamma
+            last = fused.last_draft_length
             if gamma is not None and last is not None:
                 counts[kind][0] += last.accepted
                 counts[kind][1] += last.drafted

@@ -34,7 +34,7 @@ from mtft.evaluation.score_cache import Scores, load_or_score
 from mtft.evaluation.task_scores import TaskScores
 from mtft.fuse.alpha.spec import RULES
 from mtft.fuse.decoding.score_text import AlphaStats, fused_scores
-from mtft.fuse.from_recipe import open_fusion
+from mtft.fuse.from_recipe import load_fusion
 from mtft.pipeline.stages.derived_recipes import joint_recipe, override_section, strong_recipe
 from mtft.recipe.load import load_recipe
 from mtft.recipe.schema.recipe import Recipe
@@ -69,7 +69,7 @@ def one_seed(recipe: Recipe, rules: list[str], root: Path, finished: Path | None
 def fused(recipe: Recipe, rule: str, expert: Path, root: Path) -> Scores:
     assert recipe.fuse is not None
     section = override_section(recipe.fuse, alpha_rule=rule, alpha=1.0)
-    model = open_fusion(override_section(recipe, fuse=section), [expert])
+    model = load_fusion(override_section(recipe, fuse=section), [expert])
     on_strong, stats = override_section(recipe, model=recipe.fuse.strong), AlphaStats()
     stores = open_stores(on_strong, model.tokenizer, "eval")
     layout = BatchLayout(recipe.train.micro_batch_tokens, recipe.train.max_length, 0, packing=False)

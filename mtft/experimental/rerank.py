@@ -128,7 +128,7 @@ class ExpertScorer:
     def __init__(self, fused: FusedCausalLM, expert: int = 0) -> None:
         if not 0 <= expert < fused.experts:
             raise FusionError(f"expert {expert} of {fused.experts}", do="count from 0")
-        if fused.bridge is not None:
+        if fused.token_map is not None:
             raise FusionError("the expert has another tokenizer", do="score with minimum_bayes_risk, or a classifier")
         self.fused, self.expert = fused, expert
 
@@ -144,7 +144,7 @@ class ExpertScorer:
         if count == 0:
             return 0.0  # an empty answer: expert and base have nothing to differ on
         ids_1L = torch.tensor([ids], device=self.fused.device)
-        experts, base = self.fused.sides().read_weak(ids_1L, keep=count + 1)
+        experts, base = self.fused.cached_models().read_weak(ids_1L, keep=count + 1)
         tuned, plain = (x[0, :-1].float().log_softmax(-1) for x in (experts[self.expert], base))
         known = [(at, token) for at, token in enumerate(ids[-count:]) if token < base.shape[-1]]
         return sum(float(tuned[at, token] - plain[at, token]) for at, token in known) / count

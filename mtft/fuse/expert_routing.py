@@ -2,7 +2,7 @@
 
 The router reads the base's state at the prompt's last token and says how likely the prompt belongs to each task
 (Twin-Merging, Lu et al., NeurIPS 2024, 2406.15479; nearest centroid or a network of two layers, mtft/merge). These
-weights hold for the whole answer; what they mean is in alpha.py.
+weights hold for the whole answer; what they mean is in alpha/fused_logits.py.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class PromptRouter:
                 do="take the router of merge.experts.kind: twin, or weights: active",
             )
         self.router = router
-        self.order = [_number(Path(expert), router.names) for expert in experts]
+        self.order = [_router_index(Path(expert), router.names) for expert in experts]
         if sorted(self.order) != list(range(len(router.names))):
             raise FusionError(
                 f"the router knows {', '.join(router.names)}; the experts are {', '.join(map(str, experts))}",
                 where=str(path),
                 do="give one expert for each name",
             )
-        _check_whole(Path(path).parent, [Path(expert) for expert in experts])
+        _refuse_residuals(Path(path).parent, [Path(expert) for expert in experts])
 
     @torch.no_grad()
     def weights(self, weak: WeakModel, prompt_L: Tensor) -> tuple[float, ...]:
@@ -63,16 +63,16 @@ class PromptRouter:
         self, weak: WeakModel, ids_BL: Tensor, mask_BL: Tensor | None, specs: Sequence[FusionSpec]
     ) -> list[FusionSpec]:
         """The specs with weights in the place of `router`. Each prompt is read by itself: no padding, no neighbours."""
-        found = []
+        routed_specs = []
         for row, spec in enumerate(specs):
             prompt_L = ids_BL[row] if mask_BL is None else ids_BL[row][mask_BL[row].bool()]
             if spec.weights == "router" and len(prompt_L):  # a row of padding has nothing to fuse
                 spec = replace(spec, weights="user", user_weights=self.weights(weak, prompt_L))
-            found.append(spec)
-        return found
+            routed_specs.append(spec)
+        return routed_specs
 
 
-def _number(expert: Path, names: Sequence[str]) -> int:
+def _router_index(expert: Path, names: Sequence[str]) -> int:
     """Which name the expert has: its folder's, or that of a folder above; `expert_NAME`, as merges write it, counts."""
     for part in reversed(expert.parts):
         if part.removeprefix("expert_") in names:
@@ -86,10 +86,10 @@ def _number(expert: Path, names: Sequence[str]) -> int:
     )
 
 
-def _check_whole(folder: Path, experts: Sequence[Path]) -> None:
+def _refuse_residuals(folder: Path, experts: Sequence[Path]) -> None:
     """Residuals of a twin merge are no experts by themselves."""
-    facts = folder / "twin.json"
-    if not facts.is_file() or json.loads(facts.read_text("utf-8"))["with_shared"]:
+    metadata = folder / "twin.json"
+    if not metadata.is_file() or json.loads(metadata.read_text("utf-8"))["with_shared"]:
         return
     if any(expert.resolve().parent == folder.resolve() for expert in experts):
         raise FusionError(

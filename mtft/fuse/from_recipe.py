@@ -25,7 +25,7 @@ def fuse_section(recipe: Recipe) -> FuseSection:
     return recipe.fuse
 
 
-def spec_of(section: FuseSection) -> FusionSpec:
+def fusion_spec(section: FuseSection) -> FusionSpec:
     return FusionSpec(
         alpha_rule=section.alpha_rule,
         alpha=section.alpha,
@@ -37,31 +37,31 @@ def spec_of(section: FuseSection) -> FusionSpec:
     )
 
 
-def adapters_of(recipe: Recipe, adapters: Sequence[str | Path] | None = None) -> list[str]:
+def adapter_paths(recipe: Recipe, adapters: Sequence[str | Path] | None = None) -> list[str]:
     """`adapters` as given, else those of the recipe, else the joint adapter that its training left behind."""
     section = fuse_section(recipe)
-    chosen = list(map(str, adapters or section.adapters or ()))
-    if not chosen:
-        places = [Path(recipe.output.dir) / "train" / "joint" / "adapter", Path(recipe.output.dir) / "adapter"]
-        chosen = [str(place) for place in places if place.is_dir()][:1]
-    if not chosen:
+    paths = list(map(str, adapters or section.adapters or ()))
+    if not paths:
+        candidates = [Path(recipe.output.dir) / "train" / "joint" / "adapter", Path(recipe.output.dir) / "adapter"]
+        paths = [str(place) for place in candidates if place.is_dir()][:1]
+    if not paths:
         raise FusionError(
             "no expert: fuse.adapters is not given, and there is no trained adapter",
             where=recipe.output.dir,
             do="train first, or set fuse.adapters",
         )
-    return chosen
+    return paths
 
 
-def open_fusion(recipe: Recipe, adapters: Sequence[str | Path] | None = None) -> FusedCausalLM:
+def load_fusion(recipe: Recipe, adapters: Sequence[str | Path] | None = None) -> FusedCausalLM:
     """Load the fused model of a recipe. `adapters`: in place of the recipe's own."""
     section = fuse_section(recipe)
     strong, base = section.strong, section.base or recipe.model
     return FusedCausalLM.load(
         strong.path,
         base.path,
-        adapters_of(recipe, adapters),
-        spec_of(section),
+        adapter_paths(recipe, adapters),
+        fusion_spec(section),
         dtype=strong.dtype,
         quantization=strong.quantise,
         base_dtype=base.dtype,
@@ -77,30 +77,30 @@ def open_fusion(recipe: Recipe, adapters: Sequence[str | Path] | None = None) ->
 def fingerprint(recipe: Recipe, adapters: Sequence[str | Path] | None = None) -> str:
     """sha256 of all that decides a fused answer: the fuse section, the seed and the weights."""
     section = fuse_section(recipe)
-    wish = section.model_dump(mode="json", exclude={"adapters"})
-    parts: dict[str, Any] = {"fuse": wish, "spec": asdict(spec_of(section)), "seed": recipe.seed}
+    settings = section.model_dump(mode="json", exclude={"adapters"})
+    parts: dict[str, Any] = {"fuse": settings, "spec": asdict(fusion_spec(section)), "seed": recipe.seed}
     base = section.base or recipe.model
-    parts["weights"] = [_weights(section.strong), _weights(base)]
+    parts["weights"] = [_model_identity(section.strong), _model_identity(base)]
     if section.router is not None:
         if not Path(section.router).is_file():
             raise FusionError("no router there", where=section.router, do="give a router.safetensors of `mtft merge`")
         parts["router"] = hashlib.sha256(Path(section.router).read_bytes()).hexdigest()
-    parts["adapters"] = [_folder(Path(adapter)) for adapter in adapters_of(recipe, adapters)]
+    parts["adapters"] = [_folder_identity(Path(adapter)) for adapter in adapter_paths(recipe, adapters)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _weights(section: ModelSection) -> Any:
+def _model_identity(section: ModelSection) -> Any:
     folder = Path(expand_quickstart(section.path))
-    return _folder(folder) if folder.is_dir() else [section.path, section.revision]
+    return _folder_identity(folder) if folder.is_dir() else [section.path, section.revision]
 
 
-def _folder(folder: Path) -> list[Any]:
+def _folder_identity(folder: Path) -> list[Any]:
     """Name, size and a hash of both ends of every file that makes the model: hashing 7B whole takes a minute."""
-    found: list[Any] = []
+    parts: list[Any] = []
     for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("tokenizer.json"))):
         with path.open("rb") as file:
             size = path.stat().st_size
             head = file.read(_PROBE_BYTES)
             file.seek(max(0, size - _PROBE_BYTES))
-            found.append([path.name, size, hashlib.sha256(head + file.read()).hexdigest()])
-    return found
+            parts.append([path.name, size, hashlib.sha256(head + file.read()).hexdigest()])
+    return parts

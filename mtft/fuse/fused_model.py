@@ -27,12 +27,13 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.decoding import score_text
-from mtft.fuse.decoding.decode import direct
-from mtft.fuse.decoding.generate_request import Observer, per_row, prepare, row_specs
+from mtft.fuse.decoding.decode import decode_step_by_step
+from mtft.fuse.decoding.generate_request import Observer, expand_per_row, prepare_request, row_specs
+from mtft.fuse.expert_routing import PromptRouter
 from mtft.fuse.fusion_core import MERGE_FIRST, NO_ROUTER, FusionCore
-from mtft.fuse.load_models import agreement, check_experts, load_model, load_weak_model
-from mtft.fuse.speculative.speculative import draft_and_judge
-from mtft.fuse.tokenizers.vocabulary_match import agree
+from mtft.fuse.load_models import argmax_agreement, check_experts, load_model, load_weak_model
+from mtft.fuse.speculative.speculative import speculative_decode
+from mtft.fuse.tokenizers.vocabulary_match import match_vocabularies
 from mtft.models.loading import load_tokenizer
 from mtft.recipe.schema.model import ModelSection
 
@@ -68,21 +69,17 @@ class FusedCausalLM(FusionCore):
         """Load all models. adapters: PEFT LoRA folders on `base` (or folders of whole fine-tuned models).
 
         dtype auto | fp32 | bf16 | fp16; quantization none | nf4 | int8 of the strong model. base_* default to the
-        strong model's, except that the base is not quantised. tokens: see tokens.py. router: a file of `mtft merge`
-        for weights: router (route.py). Raises FusionError.
+        strong model's, except that the base is not quantised. tokens: see vocabulary_match.py. router: a file of
+        `mtft merge` for weights: router (expert_routing.py). Raises FusionError.
         """
         spec = FusionSpec() if spec is None else spec
         check_experts(adapters)
-        prompt_router = None
-        if router is not None:
-            from mtft.fuse.expert_routing import PromptRouter  # needs mtft.merge, which nothing else here does
-
-            prompt_router = PromptRouter(router, adapters)
-        elif spec.weights == "router":
+        prompt_router = None if router is None else PromptRouter(router, adapters)
+        if prompt_router is None and spec.weights == "router":
             raise FusionError(NO_ROUTER, do=MERGE_FIRST)
         tokenizer = load_tokenizer(ModelSection(path=str(strong), revision=revision))
         small = load_tokenizer(ModelSection(path=str(base), revision=base_revision))
-        vocab_size, shared, bridge = agree(tokenizer, small, tokens or spec.tokens)
+        vocab_size, shared, token_map = match_vocabularies(tokenizer, small, tokens or spec.tokens)
         strong_model = load_model(
             strong,
             dtype=dtype,
@@ -102,7 +99,7 @@ class FusedCausalLM(FusionCore):
             attention=base_attention or attention,
             revision=base_revision,
         )
-        share = 1.0 if bridge is not None else agreement(strong_model, weak, tokenizer, shared)
+        share = 1.0 if token_map is not None else argmax_agreement(strong_model, weak, tokenizer, shared)
         if share < STRANGERS:
             warnings.warn(
                 f"strong model and base have the same favourite token at {share:.0%} of the positions of a probe text: "
@@ -110,7 +107,7 @@ class FusedCausalLM(FusionCore):
                 stacklevel=2,
             )
         name = f"{strong} + {', '.join(map(str, adapters))}"
-        ids: dict[str, Any] = {"vocab_size": vocab_size, "shared": shared, "bridge": bridge}
+        ids: dict[str, Any] = {"vocab_size": vocab_size, "shared": shared, "token_map": token_map}
         return cls(strong_model, weak, tokenizer, spec, name=name, router=prompt_router, **ids)
 
     def eval(self) -> FusedCausalLM:
@@ -132,7 +129,9 @@ class FusedCausalLM(FusionCore):
             )
         if self.spec.weights == "router":
             raise FusionError("a router needs to know where the prompt ends", do="use score() or generate()")
-        strong_BLV, experts, base_BLM = self.sides().read(self._checked(input_ids), attention_mask, logits_to_keep)
+        strong_BLV, experts, base_BLM = self.cached_models().read(
+            self.check_ids(input_ids), attention_mask, logits_to_keep
+        )
         rows, length, width = strong_BLV.shape
         out_NV = torch.empty(rows * length, width, dtype=torch.promote_types(strong_BLV.dtype, torch.float32))
         out_NV = out_NV.to(strong_BLV.device)
@@ -187,15 +186,15 @@ class FusedCausalLM(FusionCore):
         alpha, alpha_rule, expert_weights: change the model's spec for all rows, or for each (a list, one entry per
         prompt); a bare alpha means alpha_rule fixed. specs: a whole FusionSpec per prompt instead. seed: of sampling.
         speculative: drafts per round, or auto (speculative.py); the output is the same.
-        trace: an observer (trace.py). expert_input_ids: another prompt for the small models, left-padded.
+        trace: an observer (token_trace.py). expert_input_ids: another prompt for the small models, left-padded.
         """
         if model is not self.strong:
             raise FusionError("decode was given another model than the strong one", do="call fused.generate")
         if specs is None:
             wanted = row_specs(self.spec, len(input_ids), self.experts, alpha, alpha_rule, expert_weights)
         else:
-            wanted = per_row("specs", list(specs), len(input_ids))
-        request = prepare(
+            wanted = expand_per_row("specs", list(specs), len(input_ids))
+        request = prepare_request(
             self,
             input_ids,
             logits_processor,
@@ -211,8 +210,8 @@ class FusedCausalLM(FusionCore):
             model_kwargs=model_kwargs,
         )
         if speculative is None or speculative is False:
-            return direct(self, request)
-        return draft_and_judge(self, request, speculative)
+            return decode_step_by_step(self, request)
+        return speculative_decode(self, request, speculative)
 
     def score(
         self,
@@ -221,6 +220,6 @@ class FusedCausalLM(FusionCore):
         score_mask_BL: Tensor | None = None,
         *,
         chunk: int | None = None,
-    ) -> score_text.Score:
-        """Log-probability of given text under the fused model (see scoring.score)."""
-        return score_text.score(self, self._checked(input_ids_BL), attention_mask_BL, score_mask_BL, chunk=chunk)
+    ) -> score_text.TextScore:
+        """Log-probability of given text under the fused model (see score_text.score)."""
+        return score_text.score(self, self.check_ids(input_ids_BL), attention_mask_BL, score_mask_BL, chunk=chunk)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +16,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from mtft.fuse.alpha.buffers import FusionBuffers
 from mtft.fuse.alpha.per_row import fuse_rows
-from mtft.fuse.alpha.spec import Fused, FusionError, FusionSpec
+from mtft.fuse.alpha.spec import FusionError, FusionOutput, FusionSpec
 from mtft.fuse.decoding.mapped_state import MappedModels
 from mtft.fuse.decoding.model_state import CachedModel, CachedModels
 from mtft.fuse.decoding.multi_lora import BASE
+from mtft.fuse.expert_routing import PromptRouter
 from mtft.fuse.load_models import WeakModel
 from mtft.fuse.speculative.draft_length import DraftLength
 from mtft.fuse.tokenizers.token_map import TokenMap
-
-if TYPE_CHECKING:
-    from mtft.fuse.expert_routing import PromptRouter
 
 MAX_LOGIT_BYTES = 256 << 20
 NO_ROUTER, MERGE_FIRST = "weights is 'router', and there is no router", "give the router.safetensors of an `mtft merge`"
@@ -49,22 +47,22 @@ class FusionCore:
         shared: int | None = None,
         name: str = "fused",
         max_logit_bytes: int = MAX_LOGIT_BYTES,
-        bridge: TokenMap | None = None,
+        token_map: TokenMap | None = None,
         router: PromptRouter | None = None,
     ) -> None:
         self.strong, self.weak, self.spec = strong, weak, spec
         self.tokenizer: Any = tokenizer  # None only in code that never touches text
         self.vocab_size, self.shared = vocab_size, vocab_size if shared is None else shared
-        self.bridge = bridge  # the small models have another tokenizer; then `shared` counts its ids
+        self.token_map = token_map  # the small models have another tokenizer; then `shared` counts its ids
         self.name_or_path, self.max_logit_bytes = name, max_logit_bytes
-        self.last_gamma: DraftLength | None = None  # of the last speculative call: acceptance and times
-        self.gammas: dict[
+        self.last_draft_length: DraftLength | None = None  # of the last speculative call: acceptance and times
+        self.draft_lengths: dict[
             int, DraftLength
         ] = {}  # the last `auto` one by number of rows: what it has learnt serves the next
         self._space = FusionBuffers()
         self.experts = len(weak.order)
         spec.check_experts(self.experts)
-        if router is not None and bridge is not None:
+        if router is not None and token_map is not None:
             raise FusionError("a router reads the small model's own tokens", do="use weights: active with tokens: map")
         self.router = router
         smalls = [weak.model, *weak.own]
@@ -105,7 +103,7 @@ class FusionCore:
         ends = self.generation_config.eos_token_id
         return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
-    def sides(self) -> CachedModels:
+    def cached_models(self) -> CachedModels:
         """Fresh caches for one decode."""
         rows = [group for index, group in self.weak.order if index < 0]
         known = self.known if self.known < self.vocab_size else None  # None: no id is strange to the small models
@@ -113,16 +111,16 @@ class FusionCore:
         strong = CachedModel(self.strong, (0,), width=self.vocab_size)
         weak = CachedModel(self.weak.model, (*rows, BASE), layout=self.weak.layout, **cut)
         own = [CachedModel(model, (0,), **cut) for model in self.weak.own]
-        if self.bridge is None:
+        if self.token_map is None:
             return CachedModels(strong, weak, own, self.weak.order)
         smalls = [self.weak.model, *self.weak.own]
         context = min(small.config.get_text_config().max_position_embeddings for small in smalls)
-        sides = MappedModels(strong, weak, own, self.weak.order, self.bridge, context)
-        if not sides.movable:
+        models = MappedModels(strong, weak, own, self.weak.order, self.token_map, context)
+        if not models.movable:
             raise FusionError("tokens: map rolls caches back, which one of these models can't", do="take other models")
-        return sides
+        return models
 
-    def routed(self, specs: Sequence[FusionSpec], ids_BL: Tensor, mask_BL: Tensor | None) -> list[FusionSpec]:
+    def route_prompts(self, specs: Sequence[FusionSpec], ids_BL: Tensor, mask_BL: Tensor | None) -> list[FusionSpec]:
         """The specs of these prompts, with weights in the place of `weights: router`."""
         if all(spec.weights != "router" for spec in specs):
             return list(specs)
@@ -132,11 +130,11 @@ class FusionCore:
             ids_BL = ids_BL.masked_fill(ids_BL >= self.known, self._substitute())
         return self.router.specs(self.weak, ids_BL, mask_BL, specs)
 
-    def over_strong_ids(self, logits_NM: Tensor) -> Tensor:
+    def to_strong_vocabulary(self, logits_NM: Tensor) -> Tensor:
         """Logits of a small model with another tokenizer, as log-probabilities at the strong ids that it can say."""
-        if self.bridge is None:
+        if self.token_map is None:
             return logits_NM
-        return self.bridge.spread(torch.log_softmax(logits_NM.float(), -1), -torch.inf)
+        return self.token_map.spread(torch.log_softmax(logits_NM.float(), -1), -torch.inf)
 
     def _substitute(self) -> int:
         """What a small model reads in place of an id that it does not have."""
@@ -145,18 +143,18 @@ class FusionCore:
 
     def fuse(
         self, strong_NV: Tensor, experts_TNM: Sequence[Tensor], base_NM: Tensor, specs: Sequence[FusionSpec]
-    ) -> Fused:
+    ) -> FusionOutput:
         """Fuse N positions, each with its own spec (equal specs are solved together).
 
         The answer's logprobs_NV stand in memory that the next call writes over: copy what must last.
         """
-        return fuse_rows(strong_NV, experts_TNM, base_NM, specs, self._space, self.bridge)
+        return fuse_rows(strong_NV, experts_TNM, base_NM, specs, self._space, self.token_map)
 
     def positions_at_once(self, element_size: int = 4) -> int:
         """How many positions keep all [*, V] buffers, at most 2T + 8 of them, under max_logit_bytes."""
         return max(1, self.max_logit_bytes // ((2 * self.experts + 8) * self.vocab_size * element_size))
 
-    def _checked(self, input_ids: Tensor) -> Tensor:
+    def check_ids(self, input_ids: Tensor) -> Tensor:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise FusionError(
                 f"input_ids has shape {list(input_ids.shape)}: an empty prompt", do="give at least one token"

@@ -89,17 +89,17 @@ def load_weak_model(
     order: list[tuple[int, int]] = []
     for expert in map(Path, experts):
         if not (expert / "adapter_config.json").is_file():
-            _tell(expert, "it is a whole model")
+            _warn_separate(expert, "it is a whole model")
             order.append((len(own), 0))
             own.append(load_model(expert, **options))
             continue
-        adapter, reason = _plain(expert, model)
+        adapter, reason = _as_rows(expert, model)
         _check_base(expert, base, allow_base_mismatch)
         if adapter is not None:
             order.append((-1, len(rows)))
             rows.append(adapter)
             continue
-        _tell(expert, reason)
+        _warn_separate(expert, reason)
         order.append((len(own), 0))
         own.append(freeze(_own_expert(load_model(base, **options), expert, options.get("quantise", "none") != "none")))
     layout = attach_multi_lora(model, rows) if rows else MultiLoraLayout(0)
@@ -107,7 +107,9 @@ def load_weak_model(
 
 
 @torch.no_grad()
-def agreement(strong: PreTrainedModel, weak: WeakModel, tokenizer: PreTrainedTokenizerBase, shared: int) -> float:
+def argmax_agreement(
+    strong: PreTrainedModel, weak: WeakModel, tokenizer: PreTrainedTokenizerBase, shared: int
+) -> float:
     """Share of positions of the probe's whole lines where strong model and base have the same favourite token."""
     same = count = 0
     for line in whole_lines():
@@ -123,7 +125,7 @@ def agreement(strong: PreTrainedModel, weak: WeakModel, tokenizer: PreTrainedTok
     return same / max(count, 1)
 
 
-def _plain(expert: Path, model: nn.Module) -> tuple[LoraAdapter | None, str]:
+def _as_rows(expert: Path, model: nn.Module) -> tuple[LoraAdapter | None, str]:
     """The adapter if it can run as rows, else the reason why not."""
     config = json.loads((expert / "adapter_config.json").read_text("utf-8"))
     if config.get("peft_type") != "LORA":
@@ -153,8 +155,8 @@ def _check_base(expert: Path, base: str | Path, allow: bool) -> None:
     named = json.loads((expert / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
     if allow or not named:
         return
-    left, right = (Path(expand_quickstart(name)).name for name in (named, base))
-    if left != right:
+    trained_on, used = (Path(expand_quickstart(name)).name for name in (named, base))
+    if trained_on != used:
         raise FusionError(
             f"the adapter was trained on {named!r}, the base is {str(base)!r}",
             where=str(expert),
@@ -173,5 +175,5 @@ def _own_expert(model: PreTrainedModel, expert: Path, quantised: bool) -> nn.Mod
     return tuned.merge_and_unload()
 
 
-def _tell(expert: Path, reason: str) -> None:
+def _warn_separate(expert: Path, reason: str) -> None:
     warnings.warn(f"expert {str(expert)!r} runs as a model of its own, not as rows of the base: {reason}", stacklevel=3)

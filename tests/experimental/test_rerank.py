@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from mtft.experimental import rerank
 from mtft.fuse.alpha.spec import FusionError
-from mtft.fuse.from_recipe import open_fusion
+from mtft.fuse.from_recipe import load_fusion
 from tests.fuse import tiny
 from tests.fuse.batch.test_jsonl_commands import recipe_of
 
@@ -17,7 +17,7 @@ from tests.fuse.batch.test_jsonl_commands import recipe_of
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory):
     root = tmp_path_factory.mktemp("select")
-    return open_fusion(recipe_of(tiny.folders_with_text(root), root))
+    return load_fusion(recipe_of(tiny.folders_with_text(root), root))
 
 
 def test_chrf_by_hand():

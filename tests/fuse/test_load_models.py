@@ -88,9 +88,9 @@ def test_4_bit(tmp_path):
     for model in (fused.strong, fused.weak.model):
         assert "Linear4bit" in {type(module).__name__ for module in model.modules()}
     ids = torch.tensor([[5, 6, 7]])
-    _, experts, base = fused.sides().read(ids, keep=0)
+    _, experts, base = fused.cached_models().read(ids, keep=0)
     whole = load(places)
-    _, exact, plain = whole.sides().read(ids, keep=0)
+    _, exact, plain = whole.cached_models().read(ids, keep=0)
     gained, expected = experts[0] - base, exact[0] - plain
     assert float((gained - expected).norm() / expected.norm()) < 0.5  # the rounding of 4 bits, not a lost adapter
     out = fused.generate(input_ids=ids, max_new_tokens=4, do_sample=False)

@@ -15,9 +15,9 @@ class FusionBuffers:
 
     def like(self, name: str, x: Tensor) -> Tensor:
         """An uninitialised contiguous tensor of the shape, dtype and device of `x`."""
-        known = self._shaped.get(name)
-        if known is not None and known.shape == x.shape and known.dtype == x.dtype and known.device == x.device:
-            return known
+        buffer = self._shaped.get(name)
+        if buffer is not None and buffer.shape == x.shape and buffer.dtype == x.dtype and buffer.device == x.device:
+            return buffer
         memory = self._memory.get(name)
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
             if memory is None or memory.numel() < x.numel() or memory.dtype != x.dtype or memory.device != x.device:

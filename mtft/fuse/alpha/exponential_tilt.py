@@ -24,7 +24,7 @@ HOT = 40.0  # a * d above this: e^{a d} * p leaves what fp32 resolves
 FLAT = 1e-12  # Var_P[d] at or below this: the direction is constant where P lives
 
 
-class Moments(NamedTuple):
+class TiltMoments(NamedTuple):
     """At one a per row, float64: log-normaliser A and mean m of d under P_a."""
 
     A_N: Tensor
@@ -45,10 +45,10 @@ class ExponentialTilt:
         d_NV: Tensor,
         a_max_N: Tensor,
         reach: float = float("inf"),
-        space: FusionBuffers | None = None,
+        buffers: FusionBuffers | None = None,
     ) -> None:
         self.logp_NV, self.p_NV, self.d_NV = logp_NV, p_NV, d_NV
-        s = self._scratch_NV = (space or FusionBuffers()).like("scratch", d_NV)
+        s = self._scratch_NV = (buffers or FusionBuffers()).like("scratch", d_NV)
         d_NV -= torch.mul(p_NV, d_NV, out=s).sum(-1, keepdim=True)
         self.variance_N = torch.mul(p_NV, d_NV, out=s).mul_(d_NV).sum(-1).double()
         self.third_N = s.mul_(d_NV).sum(-1).double()  # E_P[d^3] = A'''(0)
@@ -81,7 +81,7 @@ class ExponentialTilt:
                 part._hot = here, self._hot[1].take(place_N[rows][here])
         return part
 
-    def __call__(self, a_N: Tensor) -> Moments:
+    def __call__(self, a_N: Tensor) -> TiltMoments:
         """Moments at a_N [N] (float64). One streaming pass over V."""
         if self.d_NV.dtype == torch.float64:
             return self._log_domain(a_N)
@@ -94,7 +94,7 @@ class ExponentialTilt:
         if self._hot is not None:
             hot, tilt = self._hot
             A_N[hot], m_N[hot] = tilt(a_N[hot])
-        return Moments(A_N, m_N)
+        return TiltMoments(A_N, m_N)
 
     def spread(self) -> Tensor:
         """s2_N = Var[d] at the step of the last call; what it left in the scratch is used up."""
@@ -107,7 +107,7 @@ class ExponentialTilt:
             s2_N[self._hot[0]] = self._hot[1].spread()
         return s2_N
 
-    def _log_domain(self, a_N: Tensor) -> Moments:
+    def _log_domain(self, a_N: Tensor) -> TiltMoments:
         s, d = self._scratch_NV, self.d_NV
         torch.mul(d, a_N[:, None], out=s)
         s += self.logp_NV
@@ -115,7 +115,7 @@ class ExponentialTilt:
         s.sub_(A_N[:, None]).exp_()
         m_N = torch.linalg.vecdot(s, d)
         self._last = A_N, m_N
-        return Moments(A_N, m_N)
+        return TiltMoments(A_N, m_N)
 
     def logprobs(self, a_N: Tensor, A_N: Tensor, out: Tensor) -> Tensor:
         """log P_a [N, V], given A at the same a. Ids with P(v) = 0 stay at -inf."""

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from mtft.fuse.alpha.buffers import FusionBuffers
 from mtft.fuse.alpha.exponential_tilt import ExponentialTilt
-from mtft.fuse.alpha.root_solver import Step, solve_paper, solve_paper_grid, solve_root
-from mtft.fuse.alpha.spec import Fused, FusionError, FusionSpec, check_weights
+from mtft.fuse.alpha.root_solver import TiltStep, solve_paper, solve_paper_grid, solve_root
+from mtft.fuse.alpha.spec import FusionError, FusionOutput, FusionSpec, check_weights
 from mtft.fuse.tokenizers.token_map import TokenMap
 
 
@@ -53,36 +53,36 @@ def fuse_logits(
     spec: FusionSpec,
     weights_NT: Tensor | None = None,
     alpha_NT: Tensor | None = None,
-    space: FusionBuffers | None = None,
-    bridge: TokenMap | None = None,
-) -> Fused:
+    buffers: FusionBuffers | None = None,
+    token_map: TokenMap | None = None,
+) -> FusionOutput:
     """Fuse N positions; pure, and the only place with the maths.
 
     strong_NV [N, V], experts_TNV [T, N, M] (or a sequence of T tensors [N, M]), base_NV [N, M]: raw logits, already cut
     to real vocabularies. M < V: the small models know the first M ids; the others are not shifted.
     weights_NT: per row, for weights = user | router. alpha_NT: per row, for alpha_rule = fixed.
-    bridge: the small models have another tokenizer (bridge.py), and M is the number of its ids.
-    space: memory of an earlier call to use again; then logprobs_NV is part of it, and the next call writes over it.
+    token_map: the small models have another tokenizer (token_map.py), and M is the number of its ids.
+    buffers: memory of an earlier call to use again; then logprobs_NV is part of it, and the next call writes over it.
     fp16 and bf16 are lifted to fp32; fp64 stays fp64 (the reference). Raises FusionError for NaN, naming model and row.
     """
-    _check_shapes(strong_NV, experts_TNV, base_NV, bridged=bridge is not None)
+    _check_shapes(strong_NV, experts_TNV, base_NV, bridged=token_map is not None)
     experts, rows, vocabulary = len(experts_TNV), len(strong_NV), strong_NV.shape[1]
     spec.check_experts(experts)
     dtype = torch.float64 if strong_NV.dtype == torch.float64 else torch.float32
     device = strong_NV.device
 
-    space = FusionBuffers() if space is None else space
-    base, shifts, lse = _normalise(base_NV.to(dtype), space, "base"), [], {}
+    buffers = FusionBuffers() if buffers is None else buffers
+    base, shifts, lse = _normalise(base_NV.to(dtype), buffers, "base"), [], {}
     lse["the small base"] = base.lse_N1
     for t, expert_NV in enumerate(experts_TNV):  # one by one: of their [N, V] buffers only d stays
-        expert = _normalise(expert_NV.to(dtype), space, "expert")
+        expert = _normalise(expert_NV.to(dtype), buffers, "expert")
         lse[f"expert {t}"] = expert.lse_N1
-        shift = _shift(expert, base, spec.d_max, space, f"shift {t}")
-        shifts.append(shift._replace(d_NV=_over_strong_ids(shift.d_NV, vocabulary, bridge)))
-    strong = _normalise(strong_NV.to(dtype), space, "strong")
+        shift = _shift(expert, base, spec.d_max, buffers, f"shift {t}")
+        shifts.append(shift._replace(d_NV=_to_strong_vocabulary(shift.d_NV, vocabulary, token_map)))
+    strong = _normalise(strong_NV.to(dtype), buffers, "strong")
     _check_finite({"the strong model": strong.lse_N1} | lse)
     p_NV = strong.p_NV
-    logp_NV = torch.sub(strong.logits_NV, strong.lse_N1, out=space.like("log strong", p_NV))
+    logp_NV = torch.sub(strong.logits_NV, strong.lse_N1, out=buffers.like("log strong", p_NV))
     c_NT, reverse_c_NT = _columns([s.c_N for s in shifts]), _columns([s.reverse_c_N for s in shifts])
     clamped_N = shifts[0].clamped_N if experts == 1 else torch.stack([shift.clamped_N for shift in shifts]).sum(0)
 
@@ -90,22 +90,22 @@ def fuse_logits(
     w_NT = ones_N[:, None] if experts == 1 else _weights(spec, c_NT, weights_NT)
     if spec.alpha_rule == "fixed":
         alpha_NT = _fixed_alpha(spec, w_NT, alpha_NT)
-        theta_NV = _combine(shifts, alpha_NT, space)
-        tilt = ExponentialTilt(logp_NV, p_NV, theta_NV, ones_N, space=space)
+        theta_NV = _combine(shifts, alpha_NT, buffers)
+        tilt = ExponentialTilt(logp_NV, p_NV, theta_NV, ones_N, buffers=buffers)
         at = tilt(ones_N)
-        step = Step(ones_N, at.A_N, at.m_N, torch.zeros_like(ones_N, dtype=torch.bool), 1)
+        step = TiltStep(ones_N, at.A_N, at.m_N, torch.zeros_like(ones_N, dtype=torch.bool), 1)
         effective_NT, evaluations, clipped_N = alpha_NT, 1, step.clipped_N
         flat_N = tilt.flat_N
     elif experts == 1:
-        tilt, step = _own_step(logp_NV, p_NV, shifts[0], spec, space)
+        tilt, step = _own_step(logp_NV, p_NV, shifts[0], spec, buffers)
         effective_NT, evaluations, clipped_N = step.a_N[:, None], step.evaluations, step.clipped_N
         flat_N = tilt.flat_N | (shifts[0].c_N <= 0)
     else:
-        steps = [_own_step(logp_NV, p_NV, shift, spec, space)[1] for shift in shifts]
+        steps = [_own_step(logp_NV, p_NV, shift, spec, buffers)[1] for shift in shifts]
         own_NT = torch.stack([own.a_N for own in steps], -1) * w_NT
         reached_N = (torch.stack([own.kl_forward_N for own in steps], -1) * w_NT).sum(-1)
         lam_max_N = 1 / w_NT.amax(-1)
-        tilt = ExponentialTilt(logp_NV, p_NV, _combine(shifts, own_NT, space), lam_max_N, space=space)
+        tilt = ExponentialTilt(logp_NV, p_NV, _combine(shifts, own_NT, buffers), lam_max_N, buffers=buffers)
         step = solve_root(tilt, "forward", reached_N, lam_max_N, spec.rtol)
         effective_NT = step.a_N[:, None] * own_NT
         evaluations = step.evaluations + sum(own.evaluations for own in steps)
@@ -113,10 +113,10 @@ def fuse_logits(
         clipped_N = step.clipped_N | (clipped_NT & (w_NT > 0)).any(-1)
         flat_N = tilt.flat_N | (reached_N <= 0)
 
-    logprobs_NV = tilt.logprobs(step.a_N, step.A_N, space.like("fused", p_NV))
+    logprobs_NV = tilt.logprobs(step.a_N, step.A_N, buffers.like("fused", p_NV))
     if spec.plausibility > 0:
         logprobs_NV = _plausible(logprobs_NV, logp_NV, spec.plausibility)
-    return Fused(
+    return FusionOutput(
         logprobs_NV=logprobs_NV,
         alpha_NT=effective_NT,
         scale_N=step.a_N if experts > 1 and spec.alpha_rule != "fixed" else ones_N,
@@ -132,12 +132,12 @@ def fuse_logits(
 
 
 def _own_step(
-    logp_NV: Tensor, p_NV: Tensor, shift: _Shift, spec: FusionSpec, space: FusionBuffers
-) -> tuple[ExponentialTilt, Step]:
+    logp_NV: Tensor, p_NV: Tensor, shift: _Shift, spec: FusionSpec, buffers: FusionBuffers
+) -> tuple[ExponentialTilt, TiltStep]:
     """The step of one expert alone under the chosen rule."""
     a_max_N = torch.full_like(shift.c_N, spec.alpha_max)
     reach = 2 * shift.far * spec.alpha_max  # of a d once d is centred: its mean is no larger than its bound
-    tilt = ExponentialTilt(logp_NV, p_NV, shift.d_NV, a_max_N, reach, space)
+    tilt = ExponentialTilt(logp_NV, p_NV, shift.d_NV, a_max_N, reach, buffers)
     if spec.alpha_rule == "paper":
         return tilt, solve_paper(tilt, shift.c_N, shift.reverse_c_N, a_max_N, spec.rtol)
     if spec.alpha_rule == "paper_grid":
@@ -154,9 +154,9 @@ class _Model(NamedTuple):
     p_NV: Tensor
 
 
-def _normalise(logits_NV: Tensor, space: FusionBuffers, name: str) -> _Model:
+def _normalise(logits_NV: Tensor, buffers: FusionBuffers, name: str) -> _Model:
     """torch's softmax reads a row once; its largest entry is 1 / sum exp(logits - top), which gives the logsumexp."""
-    p_NV = torch.softmax(logits_NV, -1, out=space.like(name, logits_NV))
+    p_NV = torch.softmax(logits_NV, -1, out=buffers.like(name, logits_NV))
     return _Model(logits_NV, logits_NV.amax(-1, keepdim=True) - p_NV.amax(-1, keepdim=True).log(), p_NV)
 
 
@@ -173,20 +173,20 @@ def _check_finite(lse: dict[str, Tensor]) -> None:
             )
 
 
-def _shift(expert: _Model, base: _Model, d_max: float, space: FusionBuffers, name: str) -> _Shift:
+def _shift(expert: _Model, base: _Model, d_max: float, buffers: FusionBuffers, name: str) -> _Shift:
     """d = log Q_E - log Q, clamped; c = sum Q_E (d + expm1(-d)) and c' = sum Q (expm1(d) - d).
 
     Without clamps these equal the KL divergences; they are never negative, and an error in the normalisers enters
     squared only, so no digits cancel when expert and base nearly agree. Then, too, Q_E = Q (1 + k) with k = expm1(d),
     so that c = sum Q k d - c': one exponential gives both.
     """
-    d_NM = torch.sub(expert.logits_NV, base.logits_NV, out=space.like(name, expert.p_NV))
+    d_NM = torch.sub(expert.logits_NV, base.logits_NV, out=buffers.like(name, expert.p_NV))
     d_NM -= expert.lse_N1 - base.lse_N1
     far = max(float(d_NM.amax()), -float(d_NM.amin()))  # aminmax is ten times slower than both; NaN goes to the else
     if far <= d_max and not math.isnan(far):
         clamped_N = torch.zeros(len(d_NM), dtype=torch.long, device=d_NM.device)
         k_NM = torch.expm1(d_NM, out=expert.p_NV)  # which nobody needs any more
-        scratch_NM = space.like("scratch", d_NM)
+        scratch_NM = buffers.like("scratch", d_NM)
         reverse_c_N = torch.sub(k_NM, d_NM, out=scratch_NM).mul_(base.p_NV).sum(-1).double()
         c_N = k_NM.mul_(base.p_NV).mul_(d_NM).sum(-1).double() - reverse_c_N
     else:
@@ -197,10 +197,10 @@ def _shift(expert: _Model, base: _Model, d_max: float, space: FusionBuffers, nam
     return _Shift(d_NM, c_N.clamp_(min=0), reverse_c_N.clamp_(min=0), clamped_N, far)
 
 
-def _over_strong_ids(d_NM: Tensor, vocabulary: int, bridge: TokenMap | None) -> Tensor:
+def _to_strong_vocabulary(d_NM: Tensor, vocabulary: int, token_map: TokenMap | None) -> Tensor:
     """What the small models do not know is not shifted."""
-    if bridge is not None:
-        return bridge.spread(d_NM, 0.0)
+    if token_map is not None:
+        return token_map.spread(d_NM, 0.0)
     missing = vocabulary - d_NM.shape[1]
     return torch.nn.functional.pad(d_NM, (0, missing)) if missing else d_NM
 
@@ -210,11 +210,11 @@ def _columns(parts_TN: list[Tensor]) -> Tensor:
     return parts_TN[0][:, None] if len(parts_TN) == 1 else torch.stack(parts_TN, -1)
 
 
-def _combine(shifts: list[_Shift], factor_NT: Tensor, space: FusionBuffers) -> Tensor:
+def _combine(shifts: list[_Shift], factor_NT: Tensor, buffers: FusionBuffers) -> Tensor:
     """sum_t factor_t d_t [N, V], in a buffer of its own."""
     first_NV = shifts[0].d_NV
     factor_NT = factor_NT.to(first_NV.dtype)
-    theta_NV = torch.mul(first_NV, factor_NT[:, 0:1], out=space.like("joint shift", first_NV))
+    theta_NV = torch.mul(first_NV, factor_NT[:, 0:1], out=buffers.like("joint shift", first_NV))
     for t, shift in enumerate(shifts[1:], start=1):
         theta_NV.addcmul_(shift.d_NV, factor_NT[:, t : t + 1])
     return theta_NV

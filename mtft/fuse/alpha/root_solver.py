@@ -1,6 +1,7 @@
 """Find the step a of every row: the root of a matching rule, or the minimum of the paper's objective.
 
-With g = KL(P_a || P) = a m - A and h = KL(P || P_a) = A (d centred, see tilt.py) every rule matches a non-decreasing f:
+With g = KL(P_a || P) = a m - A and h = KL(P || P_a) = A (d centred, see exponential_tilt.py) every rule matches
+a non-decreasing f:
 
 | rule     | f(a)  | f'(a)      |
 |---|---|---|
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtft.fuse.alpha.exponential_tilt import ExponentialTilt, Moments
+from mtft.fuse.alpha.exponential_tilt import ExponentialTilt, TiltMoments
 from mtft.fuse.alpha.spec import FusionError
 
 MAX_STEPS = 60  # each step halves the miss or the bracket, so this is never reached
@@ -33,7 +34,7 @@ BRACKET = 1e-7  # of a_max: no answer needs a finer a
 
 
 @dataclass
-class Step:
+class TiltStep:
     """The step of N rows (float64): a, A(a), m(a); whether it stopped at a_max below its target; passes over V."""
 
     a_N: Tensor
@@ -42,12 +43,12 @@ class Step:
     clipped_N: Tensor
     evaluations: int
 
-    def put(self, rows_N: Tensor | None, a_N: Tensor, at: Moments) -> None:
+    def put(self, rows_N: Tensor | None, a_N: Tensor, moments: TiltMoments) -> None:
         """Take in an evaluation of rows_N (None: of all rows)."""
         if rows_N is None:
-            self.a_N, self.A_N, self.m_N = a_N, at.A_N, at.m_N
+            self.a_N, self.A_N, self.m_N = a_N, moments.A_N, moments.m_N
             return
-        self.a_N[rows_N], self.A_N[rows_N], self.m_N[rows_N] = a_N, at.A_N, at.m_N
+        self.a_N[rows_N], self.A_N[rows_N], self.m_N[rows_N] = a_N, moments.A_N, moments.m_N
 
     @property
     def kl_forward_N(self) -> Tensor:
@@ -58,22 +59,22 @@ class Step:
         return self.A_N.clamp(min=0)
 
 
-def match(rule: str, a_N: Tensor, at: Moments) -> Tensor:
+def matching_function(rule: str, a_N: Tensor, moments: TiltMoments) -> Tensor:
     """f(a) of a matching rule."""
     if rule == "forward":
-        return a_N * at.m_N - at.A_N
+        return a_N * moments.m_N - moments.A_N
     if rule == "reverse":
-        return at.A_N
-    return a_N * at.m_N
+        return moments.A_N
+    return a_N * moments.m_N
 
 
-def slope(rule: str, a_N: Tensor, at: Moments, tilt: ExponentialTilt) -> Tensor:
+def matching_slope(rule: str, a_N: Tensor, moments: TiltMoments, tilt: ExponentialTilt) -> Tensor:
     """f'(a) of a matching rule, right after the evaluation at a."""
     if rule == "forward":
         return a_N * tilt.spread()
     if rule == "reverse":
-        return at.m_N
-    return torch.addcmul(at.m_N, a_N, tilt.spread())
+        return moments.m_N
+    return torch.addcmul(moments.m_N, a_N, tilt.spread())
 
 
 BEND = {"forward": 1 / 3, "reverse": 1 / 6, "jeffreys": 1 / 4}
@@ -86,11 +87,11 @@ def _start(rule: str, tilt: ExponentialTilt, rho_N: Tensor) -> Tensor:
     return 2 * linear_N / (1 + bend_N.mul_(4 * BEND[rule]).add_(1).clamp_(0.25, 2.8).sqrt_())
 
 
-def solve_root(tilt: ExponentialTilt, rule: str, target_N: Tensor, a_max_N: Tensor, rtol: float) -> Step:
+def solve_root(tilt: ExponentialTilt, rule: str, target_N: Tensor, a_max_N: Tensor, rtol: float) -> TiltStep:
     """Smallest a in [0, a_max] with f(a) = target; a_max where f stays below; 0 where flat or target 0."""
-    asked_N, end_N, flat_N = target_N, a_max_N, tilt.flat_N
+    all_targets_N, all_a_max_N, flat_N = target_N, a_max_N, tilt.flat_N
     zero = torch.zeros_like(a_max_N)
-    step = Step(zero, zero, zero, torch.zeros_like(flat_N), 0)
+    step = TiltStep(zero, zero, zero, torch.zeros_like(flat_N), 0)
     done_N = flat_N | (target_N <= 0)
     # off the CPU a look at `done` waits for the device, so it is taken every eighth pass only
     every = 1 if a_max_N.device.type == "cpu" else 8
@@ -102,20 +103,20 @@ def solve_root(tilt: ExponentialTilt, rule: str, target_N: Tensor, a_max_N: Tens
     miss_N = high_N  # |r - rho| at the last evaluation
     rows_N = None  # of `step`, once some rows have been left behind
     for count in range(1, MAX_STEPS + 1):
-        at = tilt(a_N)
+        moments = tilt(a_N)
         step.evaluations += 1
-        f_N = match(rule, a_N, at)
+        f_N = matching_function(rule, a_N, moments)
         over_N = f_N - target_N
         above_N = over_N > 0
         high_N, low_N = torch.where(above_N, a_N, high_N), torch.where(above_N, low_N, a_N)
         done_N = done_N | (over_N.abs() <= slack_N) | (low_N >= a_max_N) | (high_N - low_N < tiny_N)
         left = len(done_N) - int(done_N.sum()) if count % every == 0 else len(done_N)
         if left == 0:
-            step.put(rows_N, a_N, at)
+            step.put(rows_N, a_N, moments)
             break
-        slope_N = slope(rule, a_N, at, tilt)
+        slope_N = matching_slope(rule, a_N, moments, tilt)
         if left <= len(done_N) // 2:
-            step.put(rows_N, a_N, at)
+            step.put(rows_N, a_N, moments)
             keep = (~done_N).nonzero().squeeze(-1)
             rows_N, tilt = keep if rows_N is None else rows_N[keep], tilt.take(keep)
             done_N, a_N, low_N, high_N = done_N[keep], a_N[keep], low_N[keep], high_N[keep]
@@ -135,14 +136,14 @@ def solve_root(tilt: ExponentialTilt, rule: str, target_N: Tensor, a_max_N: Tens
             f"target {float(target_N[row]):.6g}, bracket {float(low_N[row]):.6g} to {float(high_N[row]):.6g})",
             do="check the logits of this row; alpha_rule=fixed needs no search",
         )
-    reached_N = match(rule, step.a_N, Moments(step.A_N, step.m_N))
-    step.clipped_N = ~flat_N & (step.a_N >= end_N) & (reached_N < asked_N * (1 - rtol))
+    reached_N = matching_function(rule, step.a_N, TiltMoments(step.A_N, step.m_N))
+    step.clipped_N = ~flat_N & (step.a_N >= all_a_max_N) & (reached_N < all_targets_N * (1 - rtol))
     return step
 
 
 def solve_paper(
     tilt: ExponentialTilt, c_N: Tensor, reverse_c_N: Tensor, a_max_N: Tensor, rtol: float, points: int = 9
-) -> Step:
+) -> TiltStep:
     """Global argmin of J over [0, a_max]: both roots, `points` between them, then Gauss-Newton in the best cell."""
     forward = solve_root(tilt, "forward", c_N, a_max_N, rtol)
     reverse = solve_root(tilt, "reverse", reverse_c_N, a_max_N, rtol)
@@ -158,12 +159,12 @@ def solve_paper(
     right_N = mesh.gather(0, (cell_N + 1).clamp(max=points - 1)[None])[0]
     a_N = best.a_N
     for _ in range(MAX_STEPS):
-        _, at = best.try_(a_N)
+        _, moments = best.try_(a_N)
         s2_N = tilt.spread()
-        u_N, w_N = a_N * at.m_N - at.A_N - c_N, at.A_N - reverse_c_N
-        slope_N = u_N * a_N * s2_N + w_N * at.m_N  # J'/2
+        u_N, w_N = a_N * moments.m_N - moments.A_N - c_N, moments.A_N - reverse_c_N
+        slope_N = u_N * a_N * s2_N + w_N * moments.m_N  # J'/2
         right_N, left_N = torch.where(slope_N > 0, a_N, right_N), torch.where(slope_N > 0, left_N, a_N)
-        next_N = a_N - slope_N / ((a_N * s2_N).square() + at.m_N.square())
+        next_N = a_N - slope_N / ((a_N * s2_N).square() + moments.m_N.square())
         inside_N = (next_N > left_N) & (next_N < right_N)
         next_N = torch.where(inside_N, next_N, (left_N + right_N) / 2)
         moved_N = torch.minimum((next_N - a_N).abs(), right_N - left_N)
@@ -171,10 +172,12 @@ def solve_paper(
             break
         a_N = next_N
     clipped_N = forward.clipped_N & reverse.clipped_N
-    return Step(best.a_N, best.A_N, best.m_N, clipped_N, forward.evaluations + reverse.evaluations + best.evaluations)
+    return TiltStep(
+        best.a_N, best.A_N, best.m_N, clipped_N, forward.evaluations + reverse.evaluations + best.evaluations
+    )
 
 
-def solve_paper_grid(tilt: ExponentialTilt, c_N: Tensor, reverse_c_N: Tensor, a_max_N: Tensor) -> Step:
+def solve_paper_grid(tilt: ExponentialTilt, c_N: Tensor, reverse_c_N: Tensor, a_max_N: Tensor) -> TiltStep:
     """The paper's search: argmin of J on 0, 0.1, ... a_max; ties to the smaller a."""
     best = _Best(tilt, c_N, reverse_c_N)
     count = int(float(a_max_N.max()) / 0.1 + 1e-6)
@@ -186,7 +189,7 @@ def solve_paper_grid(tilt: ExponentialTilt, c_N: Tensor, reverse_c_N: Tensor, a_
     # the grid cannot tell whether J would fall further: clipped when its last point won below both targets
     at_end_N = best.a_N >= count / 10 - 1e-9
     clipped_N = at_end_N & (best.a_N * best.m_N - best.A_N < c_N) & (reverse_c_N > best.A_N)
-    return Step(best.a_N, best.A_N, best.m_N, clipped_N, best.evaluations)
+    return TiltStep(best.a_N, best.A_N, best.m_N, clipped_N, best.evaluations)
 
 
 class _Best:
@@ -198,13 +201,13 @@ class _Best:
         self.J_N = torch.full_like(c_N, torch.inf)
         self.evaluations = 0
 
-    def try_(self, a_N: Tensor) -> tuple[Tensor, Moments]:
+    def try_(self, a_N: Tensor) -> tuple[Tensor, TiltMoments]:
         """Evaluate J at a; keep a where it is strictly better, or equal and smaller."""
-        at = self.tilt(a_N)
+        moments = self.tilt(a_N)
         self.evaluations += 1
-        J_N = (a_N * at.m_N - at.A_N - self.c_N).square() + (at.A_N - self.reverse_c_N).square()
+        J_N = (a_N * moments.m_N - moments.A_N - self.c_N).square() + (moments.A_N - self.reverse_c_N).square()
         better_N = (J_N < self.J_N) | ((J_N == self.J_N) & (a_N < self.a_N))
         self.J_N = torch.where(better_N, J_N, self.J_N)
         self.a_N = torch.where(better_N, a_N, self.a_N)
-        self.A_N, self.m_N = torch.where(better_N, at.A_N, self.A_N), torch.where(better_N, at.m_N, self.m_N)
-        return better_N, at
+        self.A_N, self.m_N = torch.where(better_N, moments.A_N, self.A_N), torch.where(better_N, moments.m_N, self.m_N)
+        return better_N, moments

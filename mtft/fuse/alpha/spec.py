@@ -1,4 +1,4 @@
-"""What fusion is asked to do (`FusionSpec`), what it did (`Fused`), and the error that a user reads (`FusionError`)."""
+"""What fusion is asked to do (`FusionSpec`), what it did (`FusionOutput`), and its error (`FusionError`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALPHA_LIMIT = 10.0  # no published use goes past 2; beyond 10 a typing error is 
 
 
 class FusionError(UserError):
-    """A wish that fusion cannot fulfil, or input that makes no sense: exit code 2."""
+    """A request that fusion cannot serve, or input that makes no sense: exit code 2."""
 
 
 def choose(value: str, known: Iterable[str], key: str) -> str:
@@ -33,7 +33,7 @@ def choose(value: str, known: Iterable[str], key: str) -> str:
 
 @dataclass(frozen=True)
 class FusionSpec:
-    """How far each token is moved from the strong model P towards the experts (formulas in alpha.py).
+    """How far each token is moved from the strong model P towards the experts (formulas in fused_logits.py).
 
     alpha_rule    how alpha is found at every position: fixed, forward, jeffreys, paper, paper_grid
     alpha         the constant of `fixed`: one number for all experts (shared out by `weights`), or one per expert
@@ -43,7 +43,7 @@ class FusionSpec:
     weights       how several experts share the step: active, onehot, uniform, user, router
     user_weights  one weight per expert for `user`; >= 0, adding up to 1
     plausibility  drop tokens with P(v) < plausibility * max P after fusion; 0 = off (contrastive decoding, 2210.15097)
-    tokens        how much the tokenizers must agree (tokens.py)
+    tokens        how much the tokenizers must agree (vocabulary_match.py)
     """
 
     alpha_rule: str = "jeffreys"
@@ -96,7 +96,7 @@ def _within(key: str, value: float, low: float, high: float) -> None:
 
 
 @dataclass(frozen=True)
-class Fused:
+class FusionOutput:
     """The fused distribution of N positions, and how it came about. T experts, V ids.
 
     logprobs_NV         log P~, in the dtype of the solve (fp32 or fp64)

@@ -1,4 +1,4 @@
-"""`mtft fuse generate` and `mtft fuse score`: JSONL to JSONL, resumable (jsonl.py).
+"""`mtft fuse generate` and `mtft fuse score`: JSONL to JSONL, resumable (resumable_jsonl.py).
 
 generate   {"prompt" | "messages", id?, max_tokens?, alpha?, alpha_rule?, expert_weights?, seed?, trace?}
         -> {index, id, text, finish_reason, tokens, alpha_mean, clipped_share, trace?}    or    {index, id, error}
@@ -20,13 +20,13 @@ from transformers import StoppingCriteria
 
 from data_mixers.common.suggest import did_you_mean
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
-from mtft.fuse.batch.resumable_jsonl import BatchSummary, JsonlRequest, check_places, read_jobs, run
+from mtft.fuse.batch.resumable_jsonl import BatchSummary, JsonlRequest, check_paths, read_requests, run_buckets
 from mtft.fuse.decoding.generate_request import row_specs
 from mtft.fuse.decoding.gumbel_sampling import key
 from mtft.fuse.decoding.prompts import encode_prompt, left_pad
 from mtft.fuse.decoding.score_text import score as score_text
 from mtft.fuse.decoding.token_trace import Observers, RowStats, TokenTrace
-from mtft.fuse.from_recipe import fingerprint, fuse_section, open_fusion
+from mtft.fuse.from_recipe import fingerprint, fuse_section, load_fusion
 from mtft.fuse.fused_model import FusedCausalLM
 from mtft.recipe.schema.recipe import Recipe
 
@@ -46,16 +46,16 @@ def generate(
 ) -> BatchSummary:
     """Answer every row of `source` into `target`. Bad rows become {"error"} lines and are counted in `failed`."""
     section = fuse_section(recipe)
-    check_places(source=Path(source), target=Path(target), overwrite=overwrite)
-    print_ = fingerprint(recipe, adapters)
-    model = open_fusion(recipe, adapters) if fused is None else fused
+    check_paths(source=Path(source), target=Path(target), overwrite=overwrite)
+    identity = fingerprint(recipe, adapters)
+    model = load_fusion(recipe, adapters) if fused is None else fused
 
     def prepare(index: int, row: dict[str, Any]) -> int:
         _check_keys(row, GENERATE)
         row["_ids"] = encode_prompt(model.tokenizer, row.get("prompt"), row.get("messages"))
-        row["_max"] = _whole("max_tokens", row.get("max_tokens", section.max_new_tokens), 1)
+        row["_max"] = _whole_number("max_tokens", row.get("max_tokens", section.max_new_tokens), 1)
         row["_spec"] = row_fusion_spec(model, row)
-        row["_seed"] = _whole("seed", row["seed"], 0) if "seed" in row else key(recipe.seed, index, 0)
+        row["_seed"] = _whole_number("seed", row["seed"], 0) if "seed" in row else key(recipe.seed, index, 0)
         if len(row["_ids"]) + row["_max"] > model.context:
             raise FusionError(
                 f"the prompt has {len(row['_ids'])} tokens: with max_tokens {row['_max']} it goes past the smaller "
@@ -72,10 +72,10 @@ def generate(
     def work(jobs: list[JsonlRequest]) -> list[dict[str, Any]]:
         return generate_bucket(model, [job.row for job in jobs], sampling)
 
-    return run(
-        read_jobs(Path(source), prepare),
+    return run_buckets(
+        read_requests(Path(source), prepare),
         Path(target),
-        f"generate {print_}",
+        f"generate {identity}",
         work,
         bucket=section.batch_size,
         overwrite=overwrite,
@@ -93,9 +93,9 @@ def score(
 ) -> BatchSummary:
     """Log-probability of every row's response given its prompt, under the fused model."""
     section = fuse_section(recipe)
-    check_places(source=Path(source), target=Path(target), overwrite=overwrite)
-    print_ = fingerprint(recipe, adapters)
-    model = open_fusion(recipe, adapters) if fused is None else fused
+    check_paths(source=Path(source), target=Path(target), overwrite=overwrite)
+    identity = fingerprint(recipe, adapters)
+    model = load_fusion(recipe, adapters) if fused is None else fused
 
     def prepare(index: int, row: dict[str, Any]) -> int:
         _check_keys(row, SCORE)
@@ -112,10 +112,10 @@ def score(
     def work(jobs: list[JsonlRequest]) -> list[dict[str, Any]]:
         return score_bucket(model, [job.row for job in jobs])
 
-    return run(
-        read_jobs(Path(source), prepare),
+    return run_buckets(
+        read_requests(Path(source), prepare),
         Path(target),
-        f"score {print_}",
+        f"score {identity}",
         work,
         bucket=section.batch_size,
         overwrite=overwrite,
@@ -157,20 +157,20 @@ def generate_bucket(
 def score_bucket(model: FusedCausalLM, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Scores of prepared rows (_ids, _response, _spec)."""
     ids_BL, mask_BL = left_pad([row["_ids"] + row["_response"] for row in rows], 0, model.device)
-    wanted_BL = torch.zeros_like(mask_BL)
+    score_mask_BL = torch.zeros_like(mask_BL)
     for i, row in enumerate(rows):
-        wanted_BL[i, ids_BL.shape[1] - len(row["_response"]) :] = 1
-    found = score_text(model, ids_BL, mask_BL, wanted_BL, specs=[row["_spec"] for row in rows])
+        score_mask_BL[i, ids_BL.shape[1] - len(row["_response"]) :] = 1
+    scores = score_text(model, ids_BL, mask_BL, score_mask_BL, specs=[row["_spec"] for row in rows])
     answers = []
     for i, row in enumerate(rows):
         count = len(row["_response"])
         answers.append(
             {
-                "logprob": float(found.logprob_BL[i, -count:].sum()),
+                "logprob": float(scores.logprob_BL[i, -count:].sum()),
                 "tokens": count,
-                "greedy": bool(found.greedy_BL[i, -count:].all()),
-                "alpha_mean": float(found.alpha_BL[i, -count:].mean()),
-                "kl_mean": float(found.kl_BL[i, -count:].mean()),
+                "greedy": bool(scores.greedy_BL[i, -count:].all()),
+                "alpha_mean": float(scores.alpha_BL[i, -count:].mean()),
+                "kl_mean": float(scores.kl_BL[i, -count:].mean()),
             }
         )
     return answers
@@ -203,7 +203,7 @@ def _check_keys(row: dict[str, Any], known: Iterable[str]) -> None:
             raise FusionError(f"unknown key {name!r}{did_you_mean(name, known)}")
 
 
-def _whole(name: str, value: Any, least: int) -> int:
+def _whole_number(name: str, value: Any, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise FusionError(f"{name} is {value!r}: must be a whole number >= {least}")
     return value

@@ -39,7 +39,7 @@ class BatchSummary:
     resumed: int
 
 
-def check_places(*, source: Path | None, target: Path, overwrite: bool) -> None:
+def check_paths(*, source: Path | None, target: Path, overwrite: bool) -> None:
     """Can the input be read and the output be written? Asked before any weight is loaded."""
     if source is not None and not source.is_file():
         raise FusionError("there is no such input", where=str(source), do="give a UTF-8 JSONL file")
@@ -49,7 +49,7 @@ def check_places(*, source: Path | None, target: Path, overwrite: bool) -> None:
         )
 
 
-def read_jobs(source: Path, prepare: Callable[[int, dict[str, Any]], int]) -> list[JsonlRequest]:
+def read_requests(source: Path, prepare: Callable[[int, dict[str, Any]], int]) -> list[JsonlRequest]:
     """All rows of `source`. `prepare(index, row)` checks a row and returns its cost; its FusionError marks the row."""
     try:
         lines = [line for line in source.read_text("utf-8").splitlines() if line.strip()]
@@ -76,43 +76,43 @@ def read_jobs(source: Path, prepare: Callable[[int, dict[str, Any]], int]) -> li
     return jobs
 
 
-def run(
+def run_buckets(
     jobs: Sequence[JsonlRequest], target: Path, fingerprint: str, work: Work, *, bucket: int, overwrite: bool = False
 ) -> BatchSummary:
     """Do all jobs and write `target`, sorted by index. `work` gets one bucket and returns one answer per job."""
-    check_places(source=None, target=target, overwrite=overwrite)
+    check_paths(source=None, target=target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     done = _resume(part, fingerprint, jobs)
     resumed = len(done)
-    fine = sorted((job for job in jobs if job.error is None), key=lambda job: (job.cost, job.index))
-    buckets = [fine[start : start + bucket] for start in range(0, len(fine), bucket)]
+    valid = sorted((job for job in jobs if job.error is None), key=lambda job: (job.cost, job.index))
+    buckets = [valid[start : start + bucket] for start in range(0, len(valid), bucket)]
     with part.open("a", encoding="utf-8") as file:
         if not file.tell():
             _append(file, [{"fingerprint": fingerprint}])
-        broken = [job for job in jobs if job.error is not None and job.index not in done]
-        _append(file, [_line(job, {"error": job.error}) for job in broken])
-        done |= {job.index: _line(job, {"error": job.error}) for job in broken}
+        invalid = [job for job in jobs if job.error is not None and job.index not in done]
+        _append(file, [_line(job, {"error": job.error}) for job in invalid])
+        done |= {job.index: _line(job, {"error": job.error}) for job in invalid}
         for group in buckets:
-            left = [job for job in group if job.index not in done]
-            if not left:
+            pending = [job for job in group if job.index not in done]
+            if not pending:
                 continue
-            answers = dict(zip((job.index for job in group), _guarded(group, work), strict=True))
-            lines = [_line(job, answers[job.index]) for job in left]
+            answers = dict(zip((job.index for job in group), _work_isolated(group, work), strict=True))
+            lines = [_line(job, answers[job.index]) for job in pending]
             _append(file, lines)
             done |= {line["index"]: line for line in lines}
     _finish(target, part, done)
     return BatchSummary(len(jobs), sum("error" in line for line in done.values()), resumed)
 
 
-def _guarded(group: list[JsonlRequest], work: Work) -> list[dict[str, Any]]:
+def _work_isolated(group: list[JsonlRequest], work: Work) -> list[dict[str, Any]]:
     """The answers of a bucket; if it fails as a whole, each row alone, so that one bad row stays one bad row."""
     try:
         return work(group)
     except FusionError as error:
         if len(group) == 1:
             return [{"error": error.what}]
-    return [answer for job in group for answer in _guarded([job], work)]
+    return [answer for job in group for answer in _work_isolated([job], work)]
 
 
 def _line(job: JsonlRequest, answer: dict[str, Any]) -> dict[str, Any]:
@@ -131,11 +131,11 @@ def _resume(part: Path, fingerprint: str, jobs: Sequence[JsonlRequest]) -> dict[
     if not part.exists():
         return {}
     text = part.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
+    complete = text[: text.rfind(b"\n") + 1]
+    if len(complete) < len(text):
         with part.open("r+b") as file:
-            file.truncate(len(whole))
-    lines = [json.loads(line) for line in whole.splitlines()]
+            file.truncate(len(complete))
+    lines = [json.loads(line) for line in complete.splitlines()]
     if lines and lines[0].get("fingerprint") != fingerprint:
         raise FusionError(
             "a broken-off run with another recipe, seed or other weights stands here",
@@ -147,9 +147,9 @@ def _resume(part: Path, fingerprint: str, jobs: Sequence[JsonlRequest]) -> dict[
 
 
 def _finish(target: Path, part: Path, done: dict[int, dict[str, Any]]) -> None:
-    whole = target.with_name(target.name + ".sorted")
-    with whole.open("w", encoding="utf-8") as file:
+    complete = target.with_name(target.name + ".sorted")
+    with complete.open("w", encoding="utf-8") as file:
         lines = [{key: value for key, value in done[index].items() if key != "request"} for index in sorted(done)]
         _append(file, lines)
-    whole.replace(target)
+    complete.replace(target)
     part.unlink()

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
 from transformers.generation import logits_process as hf
 
-from mtft.fuse.alpha.spec import Fused, FusionError, FusionSpec
+from mtft.fuse.alpha.spec import FusionError, FusionOutput, FusionSpec
 
 if TYPE_CHECKING:
     from mtft.fuse.fusion_core import FusionCore
@@ -40,10 +40,16 @@ STATELESS = (
 
 
 class Observer(Protocol):
-    """Sees every generated token: for statistics and traces (trace.py)."""
+    """Sees every generated token: for statistics and traces (token_trace.py)."""
 
     def step(
-        self, rows: list[int], fused: Fused, tokens_N: Tensor, strong_NV: Tensor, experts: list[Tensor], base_NM: Tensor
+        self,
+        rows: list[int],
+        fused: FusionOutput,
+        tokens_N: Tensor,
+        strong_NV: Tensor,
+        experts: list[Tensor],
+        base_NM: Tensor,
     ) -> None: ...
 
 
@@ -70,8 +76,8 @@ class GenerateRequest:
 def row_specs(spec: FusionSpec, rows: int, experts: int, alpha: Any, rule: Any, weights: Any) -> list[FusionSpec]:
     """The spec of every row: `alpha`, `rule` and `weights` for all rows, or a list, one entry per row (or prompt)."""
     nested = weights is not None and len(weights) and not isinstance(weights[0], (int, float))
-    alphas, rules = per_row("alpha", alpha, rows), per_row("alpha_rule", rule, rows)
-    all_weights = per_row("expert_weights", list(weights or ()) if nested else None, rows)
+    alphas, rules = expand_per_row("alpha", alpha, rows), expand_per_row("alpha_rule", rule, rows)
+    all_weights = expand_per_row("expert_weights", list(weights or ()) if nested else None, rows)
     specs = []
     for row in range(rows):
         change: dict[str, Any] = {}
@@ -88,7 +94,7 @@ def row_specs(spec: FusionSpec, rows: int, experts: int, alpha: Any, rule: Any, 
     return specs
 
 
-def per_row(key: str, value: Any, rows: int) -> list[Any]:
+def expand_per_row(key: str, value: Any, rows: int) -> list[Any]:
     if not isinstance(value, list):
         return [value] * rows
     if not value or rows % len(value):
@@ -96,7 +102,7 @@ def per_row(key: str, value: Any, rows: int) -> list[Any]:
     return [entry for entry in value for _ in range(rows // len(value))]
 
 
-def prepare(
+def prepare_request(
     fused: FusionCore,
     ids_BL: Tensor,
     processors: LogitsProcessorList,
@@ -138,7 +144,7 @@ def prepare(
         criteria=criteria,
         config=config,
         pad=int(pad),
-        specs=fused.routed(specs, *small),
+        specs=fused.route_prompts(specs, *small),
         seeds=[(int(s), sample) for s in seeds for sample in range(each)],
         seeded=seeded,
         compact=all(type(processor) in STATELESS for processor in processors),
@@ -151,7 +157,7 @@ def prepare(
 
 def _refuse(config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:
     past = model_kwargs.get("cache")
-    wishes = {
+    unsupported = {
         "num_beams > 1": ((config.num_beams or 1) > 1, "do_sample=True with num_return_sequences, or greedy"),
         "penalty_alpha": (bool(config.penalty_alpha), "plausibility in FusionSpec"),
         "prompt lookup": (config.prompt_lookup_num_tokens is not None, "fused.generate without it"),
@@ -164,8 +170,8 @@ def _refuse(config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str,
         "labels": (model_kwargs.get("labels") is not None, "fused.score"),
         "inputs_embeds": (model_kwargs.get("inputs_embeds") is not None, "input_ids"),
     }
-    for name, (wanted, instead) in wishes.items():
-        if wanted:
+    for name, (requested, instead) in unsupported.items():
+        if requested:
             raise FusionError(f"fused decoding does not take {name}", do=f"use {instead}")
 
 
@@ -181,7 +187,7 @@ def _check_prompt(
         raise FusionError(
             f"the {name} has {longest} tokens, the smaller context holds {fused.context}", do="shorten the prompt"
         )
-    fused._checked(ids_BL)
+    fused.check_ids(ids_BL)
 
 
 def _expand(x_BL: Tensor, rows: int) -> Tensor:

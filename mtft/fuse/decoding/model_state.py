@@ -1,7 +1,7 @@
 """One model in a decode: its rows, its cache, its mask and its positions.
 
-The strong model is a side with one group of rows; the small base is a side whose groups are the experts and itself;
-an expert that can't be rows is a side of its own. A side may hold its own prompt: only the continuation is shared.
+The strong model has one group of rows; the groups of the small base are the experts and itself; an expert that can't be
+rows is a CachedModel of its own. Each may hold its own prompt: only the continuation is shared.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CachedModel:
         self.width, self.known, self.substitute = width, known, substitute
         self.cache: Any = preallocated_cache(model)  # its layers differ by model; we use keys and values
         self.mask_BC: Any = None  # a Tensor after the first read; 1 = a token, 0 = padding or a rejected draft
-        self.holes = False  # any zero in mask_BC
+        self.has_gaps = False  # any zero in mask_BC
 
     @property
     def length(self) -> int:
@@ -56,8 +56,8 @@ class CachedModel:
             ids_BL = ids_BL.masked_fill(ids_BL >= self.known, self.substitute)
         new_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL.to(ids_BL)
         if mask_BL is not None:
-            self.holes = self.holes or not bool(new_BL.all())
-        if self.holes:
+            self.has_gaps = self.has_gaps or not bool(new_BL.all())
+        if self.has_gaps:
             before_B1 = 0 if self.mask_BC is None else self.mask_BC.sum(-1, keepdim=True)
             positions_BL = (before_B1 + new_BL.cumsum(-1) - 1).clamp(min=0)
         else:
@@ -68,7 +68,7 @@ class CachedModel:
             self.layout.set(self.groups, rows)
         logits = self.model(
             input_ids=ids_BL if count == 1 else ids_BL.repeat(count, 1),
-            attention_mask=self.mask_BC.repeat(count, 1) if self.holes else None,
+            attention_mask=self.mask_BC.repeat(count, 1) if self.has_gaps else None,
             position_ids=positions_BL if count == 1 else positions_BL.repeat(count, 1),
             cache=self.cache,
             use_cache=True,
@@ -81,7 +81,7 @@ class CachedModel:
         keep = keep.to(self.mask_BC.device)
         rows = self.mask_BC.shape[0]
         self.mask_BC = self.mask_BC[keep]
-        self.holes = self.holes and not bool(self.mask_BC.all())
+        self.has_gaps = self.has_gaps and not bool(self.mask_BC.all())
         self.cache.batch_select_indices(torch.cat([group * rows + keep for group in range(len(self.groups))]))
 
     def crop(self, columns: int) -> None:
@@ -90,52 +90,52 @@ class CachedModel:
             self.cache.crop(-columns)
             self.mask_BC = self.mask_BC[:, :-columns]
 
-    def reject(self, columns_BL: Tensor) -> None:
+    def mask_last(self, columns_BL: Tensor) -> None:
         """Leave some of the last L columns in the cache, but never attend to them again (bool, True = rejected)."""
         length = columns_BL.shape[1]
         mask_BC = self.mask_BC.clone()
         mask_BC[:, -length:] *= ~columns_BL.to(mask_BC.device)
-        self.mask_BC, self.holes = mask_BC, self.holes or bool(columns_BL.any())
+        self.mask_BC, self.has_gaps = mask_BC, self.has_gaps or bool(columns_BL.any())
 
-    def forget(self, counts: Sequence[int]) -> None:
+    def drop_last(self, counts: Sequence[int]) -> None:
         """Never attend again to the last tokens of each prompt, so many."""
         if not any(counts):
             return
-        if not self.holes and len(set(counts)) == 1:
+        if not self.has_gaps and len(set(counts)) == 1:
             self.crop(counts[0])
             return
         counts_B1 = torch.tensor(counts, device=self.mask_BC.device)[:, None]
         from_right_BC = self.mask_BC.flip(-1).cumsum(-1).flip(-1)
-        self.mask_BC, self.holes = self.mask_BC * (from_right_BC > counts_B1), True
+        self.mask_BC, self.has_gaps = self.mask_BC * (from_right_BC > counts_B1), True
         if float(self.mask_BC.sum()) < 0.75 * self.mask_BC.numel():
-            self.squeeze()
+            self.drop_gaps()
 
-    def squeeze(self) -> None:
+    def drop_gaps(self) -> None:
         """Drop what is never attended to: each row's tokens move to the right, in order, behind left padding."""
         length = int(self.mask_BC.sum(-1).max())
         order_BC = self.mask_BC.argsort(dim=-1, stable=True)[:, -length:]  # zeros first
         self.mask_BC = self.mask_BC.gather(-1, order_BC)
-        self.holes = not bool(self.mask_BC.all())
+        self.has_gaps = not bool(self.mask_BC.all())
         index_RC = order_BC.repeat(len(self.groups), 1)[:, None, :, None]
         self._replace_cache(lambda x_RHCD: x_RHCD.gather(2, index_RC.expand(-1, x_RHCD.shape[1], -1, x_RHCD.shape[3])))
 
     def split(self, group: int) -> CachedModel:
-        """Give the rows of one group to a side of its own, which reads on by itself."""
+        """Give the rows of one group to a CachedModel of its own, which reads on by itself."""
         at, rows = self.groups.index(group), self.mask_BC.shape[0]
         mine = slice(at * rows, (at + 1) * rows)
-        other = self._twin((group,))
+        other = self._copy_for((group,))
         other._replace_cache(lambda x: x[mine], self.cache)
         self.groups = tuple(g for g in self.groups if g != group)
         self._replace_cache(lambda x: torch.cat([x[: mine.start], x[mine.stop :]]))
         return other
 
     def join(self, other: CachedModel, at: int) -> None:
-        """Take back a side that was split off, as group number `at`. Both must have read the same tokens."""
-        for side in (self, other):
-            if side.holes:
-                side.squeeze()
+        """Take back a group that was split off, as group number `at`. Both must have read the same tokens."""
+        for cached in (self, other):
+            if cached.has_gaps:
+                cached.drop_gaps()
         if not torch.equal(self.mask_BC, other.mask_BC):
-            raise ValueError("only sides that have read the same tokens can be joined")
+            raise ValueError("only models that have read the same tokens can be joined")
         rows = self.mask_BC.shape[0]
         self.groups = (*self.groups[:at], *other.groups, *self.groups[at:])
         pairs = iter([(layer.keys, layer.values) for layer in other.cache.layers])
@@ -146,10 +146,10 @@ class CachedModel:
             cache.update(keys, values, index)
         self.cache = cache
 
-    def absorb(self, other: CachedModel) -> None:
-        """Take in the prompts of another side of the same model and groups, behind left padding where needed."""
+    def append_rows(self, other: CachedModel) -> None:
+        """Take in the prompts of another cache of the same model and groups, behind left padding where needed."""
         length = max(self.length, other.length)
-        both = [F.pad(side.mask_BC, (length - side.length, 0)) for side in (self, other)]
+        both = [F.pad(cached.mask_BC, (length - cached.length, 0)) for cached in (self, other)]
         cache = preallocated_cache(self.model)
         layers: list[Any] = list(zip(self.cache.layers, other.cache.layers, strict=True))
         for index, (mine, theirs) in enumerate(layers):
@@ -159,12 +159,12 @@ class CachedModel:
                 grown.append(torch.cat(parts, 1).flatten(0, 1))
             cache.update(*grown, index)
         self.cache, self.mask_BC = cache, torch.cat(both)
-        self.holes = not bool(self.mask_BC.all())
+        self.has_gaps = not bool(self.mask_BC.all())
 
-    def _twin(self, groups: tuple[int, ...]) -> CachedModel:
+    def _copy_for(self, groups: tuple[int, ...]) -> CachedModel:
         cut = {"width": self.width, "layout": self.layout, "known": self.known, "substitute": self.substitute}
         twin = CachedModel(self.model, groups, **cut)
-        twin.mask_BC, twin.holes = self.mask_BC, self.holes
+        twin.mask_BC, twin.has_gaps = self.mask_BC, self.has_gaps
         return twin
 
     def _replace_cache(self, change: Callable[[Tensor], Tensor], source: Any = None) -> None:
@@ -176,7 +176,7 @@ class CachedModel:
 
 
 class CachedModels:
-    """All the models of one fused decode: strong, then the weak sides. The last group of `weak` is the base."""
+    """All the models of one fused decode: strong, then the small ones. The last group of `weak` is the base."""
 
     def __init__(
         self, strong: CachedModel, weak: CachedModel, own: Sequence[CachedModel], order: Sequence[tuple[int, int]]
@@ -210,19 +210,19 @@ class CachedModels:
         """The small models alone: (T experts, base)."""
         device = self.strong.model.device
         weak_GBKM = self.weak.read(ids_BL, mask_BL, keep).to(device)
-        own = [side.read(ids_BL, mask_BL, keep)[0].to(device) for side in self.own]
+        own = [cached.read(ids_BL, mask_BL, keep)[0].to(device) for cached in self.own]
         return [weak_GBKM[group] if index < 0 else own[index] for index, group in self.order], weak_GBKM[-1]
 
     def select(self, keep: Tensor) -> None:
-        for side in self.all:
-            side.select(keep)
+        for cached in self.all:
+            cached.select(keep)
 
-    def absorb(self, other: CachedModels) -> None:
-        for side, more in zip(self.all, other.all, strict=True):
-            side.absorb(more)
+    def append_rows(self, other: CachedModels) -> None:
+        for cached, more in zip(self.all, other.all, strict=True):
+            cached.append_rows(more)
 
     @property
     def movable(self) -> bool:
         """All keys and values are kept as they are: rows may be merged, cut and split."""
-        caches = [side.cache for side in self.all]
+        caches = [cached.cache for cached in self.all]
         return all(cache.is_croppable and not any(cache.is_sliding) and not any(cache.is_linear) for cache in caches)

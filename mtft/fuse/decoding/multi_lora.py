@@ -30,8 +30,8 @@ class MultiLoraLayout:
         self.groups: tuple[int, ...] = (BASE,)
         self.size = 0
         self.adapted: tuple[int, ...] = ()
-        self.pick: slice | list[int] = slice(0, 0)
-        self.whole = False  # all experts, in order: nothing to pick
+        self.index: slice | list[int] = slice(0, 0)
+        self.all_experts = False  # all experts, in order: nothing to pick
 
     def set(self, groups: Sequence[int], size: int) -> None:
         """Expert groups first (any experts, each once), then BASE or not."""
@@ -42,15 +42,16 @@ class MultiLoraLayout:
         if any(not 0 <= group < self.experts for group in adapted):
             raise ValueError(f"groups {groups}: there are {self.experts} experts")
         self.groups, self.size, self.adapted = groups, size, adapted
-        self.whole = adapted == tuple(range(self.experts))
-        run = bool(adapted) and adapted == tuple(range(adapted[0], adapted[0] + len(adapted)))
-        self.pick = slice(adapted[0], adapted[0] + len(adapted)) if run else list(adapted)  # a slice copies nothing
+        self.all_experts = adapted == tuple(range(self.experts))
+        contiguous = bool(adapted) and adapted == tuple(range(adapted[0], adapted[0] + len(adapted)))
+        # a slice copies nothing
+        self.index = slice(adapted[0], adapted[0] + len(adapted)) if contiguous else list(adapted)
 
 
 class MultiLoraLinear(nn.Module):
     """`linear` for all rows plus each expert's low-rank update on its own rows. Inference only.
 
-    factors: one Factors or None (module untouched) per expert; smaller ranks are padded with zeros.
+    factors: one LoraFactors or None (module untouched) per expert; smaller ranks are padded with zeros.
     """
 
     A_TNR: Tensor
@@ -79,30 +80,30 @@ class MultiLoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [rows, ..., in] -> [rows, ..., out], rows = len(groups) * size (or a multiple, if the model flattens)."""
         layout = self.layout
-        count, rows, wanted = len(layout.adapted), x.shape[0], len(layout.groups) * layout.size
-        if wanted and rows != wanted and (x.dim() > 2 or rows % wanted):
+        count, rows, expected = len(layout.adapted), x.shape[0], len(layout.groups) * layout.size
+        if expected and rows != expected and (x.dim() > 2 or rows % expected):
             raise ValueError(f"{rows} rows for {len(layout.groups)} groups of {layout.size}")
         y = self.linear(x)
         if not count:
             return y
         A_TNR, B_TRM = self.A_TNR, self.B_TRM
-        if not layout.whole:
-            A_TNR, B_TRM = A_TNR[layout.pick], B_TRM[layout.pick]
-        mine, part = x, y
+        if not layout.all_experts:
+            A_TNR, B_TRM = A_TNR[layout.index], B_TRM[layout.index]
+        adapted_x, adapted_y = x, y
         if count < len(layout.groups):
             rows = count * (rows // len(layout.groups))
-            mine, part = x[:rows], y[:rows]
-        mine, part = mine.reshape(count, -1, x.shape[-1]), part.view(count, -1, y.shape[-1])
-        low_TLR = torch.bmm(mine if mine.dtype == A_TNR.dtype else mine.to(A_TNR.dtype), A_TNR)
-        if part.dtype == low_TLR.dtype:
-            part.baddbmm_(low_TLR, B_TRM)
+            adapted_x, adapted_y = x[:rows], y[:rows]
+        adapted_x, adapted_y = adapted_x.reshape(count, -1, x.shape[-1]), adapted_y.view(count, -1, y.shape[-1])
+        low_TLR = torch.bmm(adapted_x if adapted_x.dtype == A_TNR.dtype else adapted_x.to(A_TNR.dtype), A_TNR)
+        if adapted_y.dtype == low_TLR.dtype:
+            adapted_y.baddbmm_(low_TLR, B_TRM)
         else:  # a quantised base may answer in another precision than its factors have
-            part.add_(torch.bmm(low_TLR, B_TRM))
+            adapted_y.add_(torch.bmm(low_TLR, B_TRM))
         return y
 
 
 def attach_multi_lora(model: nn.Module, adapters: Sequence[LoraAdapter]) -> MultiLoraLayout:
-    """Put RowsLinear in the place of every linear that any adapter touches. Returns the layout that they share."""
+    """Put MultiLoraLinear in the place of every linear that any adapter touches. Returns the layout that they share."""
     layout = MultiLoraLayout(len(adapters))
     for name in sorted({module for adapter in adapters for module in adapter.modules}):
         linear = _linear(model, name)
@@ -145,7 +146,7 @@ def multi_lora_refusal(adapter: LoraAdapter, model: nn.Module) -> str | None:
         try:
             module = model.get_submodule(name)
         except AttributeError:
-            continue  # attach() says that the base is another one
+            continue  # attach_multi_lora says that the base is another one
         if not isinstance(module, nn.Linear):
             return f"{name} is a {type(module).__name__}"
     return None

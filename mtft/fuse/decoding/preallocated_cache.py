@@ -33,33 +33,33 @@ class PreallocatedLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._keys_space: Tensor | None = None
-        self._values_space: Tensor | None = None
+        self._keys_buffer: Tensor | None = None
+        self._values_buffer: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values, the new ones behind the old ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, self._keys_space = _append(self.keys, key_states, self._keys_space)
-        self.values, self._values_space = _append(self.values, value_states, self._values_space)
+        self.keys, self._keys_buffer = _append(self.keys, key_states, self._keys_buffer)
+        self.values, self._values_buffer = _append(self.values, value_states, self._values_buffer)
         return self.keys, self.values
 
 
-def _append(old: Tensor | None, new: Tensor, space: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _append(old: Tensor | None, new: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(old and new columns as one tensor, the buffer that it is the front of: None for short ones)."""
     before = 0 if old is None or not old.numel() else old.shape[-2]
     after = before + new.shape[-2]
     if after <= SHORT:
         return torch.cat([old, new] if old is not None and before else [new], -2), None
-    if space is None or not _is_front(old, space) or after > space.shape[-2]:
-        space = new.new_empty(*new.shape[:-2], after + max(COLUMNS, after // SHARE), new.shape[-1])
+    if buffer is None or not _is_front(old, buffer) or after > buffer.shape[-2]:
+        buffer = new.new_empty(*new.shape[:-2], after + max(COLUMNS, after // SHARE), new.shape[-1])
         if old is not None and before:
-            space[..., :before, :] = old
-    space[..., before:after, :] = new
-    return space[..., :after, :], space
+            buffer[..., :before, :] = old
+    buffer[..., before:after, :] = new
+    return buffer[..., :after, :], buffer
 
 
-def _is_front(part: Tensor | None, space: Tensor) -> bool:
-    if part is None or part.dim() != space.dim() or part.shape[:-2] != space.shape[:-2]:
+def _is_front(part: Tensor | None, buffer: Tensor) -> bool:
+    if part is None or part.dim() != buffer.dim() or part.shape[:-2] != buffer.shape[:-2]:
         return False
-    return part.data_ptr() == space.data_ptr() and part.stride() == space.stride()
+    return part.data_ptr() == buffer.data_ptr() and part.stride() == buffer.stride()

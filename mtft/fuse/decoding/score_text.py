@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mtft.fuse.alpha.spec import Fused, FusionError, FusionSpec
+from mtft.fuse.alpha.spec import FusionError, FusionOutput, FusionSpec
 
 if TYPE_CHECKING:
     from mtft.data.batching.batch import Batch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Score:
+class TextScore:
     """Per position of the input, 0 where it was not scored (the first token has no prefix, so it never is).
 
     logprob_BL  log P~(token | prefix)         greedy_BL  the token is the argmax
@@ -44,7 +44,7 @@ class AlphaStats:
     kl: float = 0.0
     tv: float = 0.0
 
-    def add(self, fused: Fused, logp_NV: Tensor | None = None) -> None:
+    def add(self, fused: FusionOutput, logp_NV: Tensor | None = None) -> None:
         """Take in positions; logp_NV (log P) also gives the total variation between P~ and P."""
         self.alpha.append(fused.alpha_NT.sum(-1).cpu())
         self.clipped += int(fused.clipped_N.sum())
@@ -84,30 +84,30 @@ def score(
     chunk: int | None = None,
     stats: AlphaStats | None = None,
     specs: Sequence[FusionSpec] | None = None,
-) -> Score:
+) -> TextScore:
     """Score the tokens at score_mask_BL (default: all that have a prefix). Padding may be on either side.
 
     chunk: positions read at once; default: as many as max_logit_bytes allows. The result does not depend on it.
     specs: one per row, in place of the model's.
     """
     mask = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
-    wanted = mask.bool() if score_mask_BL is None else score_mask_BL.bool() & mask.bool()
+    scored_BL = mask.bool() if score_mask_BL is None else score_mask_BL.bool() & mask.bool()
     # the token at t is predicted from t - 1, which must be a token of the same row
-    predict_BL = torch.zeros_like(wanted)
-    predict_BL[:, :-1] = wanted[:, 1:] & mask.bool()[:, :-1]
+    predict_BL = torch.zeros_like(scored_BL)
+    predict_BL[:, :-1] = scored_BL[:, 1:] & mask.bool()[:, :-1]
     target_BL = torch.roll(ids_BL, -1, 1)
     out = {
         name: torch.zeros(ids_BL.shape, dtype=torch.float64, device=ids_BL.device) for name in ("logp", "alpha", "kl")
     }
-    greedy_BL = torch.zeros_like(wanted)
-    for row_N, column_N, step in positions(fused, ids_BL, mask_BL, predict_BL, chunk, stats, specs):
+    greedy_BL = torch.zeros_like(scored_BL)
+    for row_N, column_N, step in fused_positions(fused, ids_BL, mask_BL, predict_BL, chunk, stats, specs):
         token_N = target_BL[row_N, column_N].to(step.logprobs_NV.device)
         at = row_N, column_N + 1
         out["logp"][at] = step.logprobs_NV.gather(-1, token_N[:, None])[:, 0].to(out["logp"])
         greedy_BL[at] = (step.logprobs_NV.argmax(-1) == token_N).to(greedy_BL.device)
         out["alpha"][at] = step.alpha_NT.sum(-1).to(out["alpha"])
         out["kl"][at] = step.kl_forward_N.to(out["kl"])
-    return Score(out["logp"], greedy_BL, out["alpha"], out["kl"])
+    return TextScore(out["logp"], greedy_BL, out["alpha"], out["kl"])
 
 
 @torch.no_grad()
@@ -125,14 +125,16 @@ def fused_scores(
     hit_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
     mask_BT = (batch.segment_ids_BT >= 0).long()
     specs = None if spec is None else [spec] * len(labels_BT)
-    for row_N, column_N, step in positions(fused, batch.input_ids_BT, mask_BT, labels_BT >= 0, None, stats, specs):
+    for row_N, column_N, step in fused_positions(
+        fused, batch.input_ids_BT, mask_BT, labels_BT >= 0, None, stats, specs
+    ):
         label_N = labels_BT[row_N, column_N].to(step.logprobs_NV.device)
         nll_BT[row_N, column_N] = -step.logprobs_NV.gather(-1, label_N[:, None])[:, 0].to(nll_BT)
         hit_BT[row_N, column_N] = (step.logprobs_NV.argmax(-1) == label_N).to(hit_BT.device)
     return nll_BT, hit_BT
 
 
-def positions(
+def fused_positions(
     fused: FusionCore,
     ids_BL: Tensor,
     mask_BL: Tensor | None,
@@ -140,7 +142,7 @@ def positions(
     chunk: int | None,
     stats: AlphaStats | None,
     specs: Sequence[FusionSpec] | None = None,
-) -> Iterator[tuple[Tensor, Tensor, Fused]]:
+) -> Iterator[tuple[Tensor, Tensor, FusionOutput]]:
     """(row, column, Fused) of all positions to predict from, chunk by chunk; what is not asked for is never fused."""
     columns = predict_BL.any(0).nonzero().squeeze(-1)
     if len(columns) == 0:
@@ -153,21 +155,21 @@ def positions(
     # the prompt: up to the first position that is judged
     prompt_BL = torch.arange(predict_BL.shape[1], device=predict_BL.device) <= predict_BL.long().argmax(1, keepdim=True)
     prompt_BL = prompt_BL if mask_BL is None else prompt_BL & mask_BL.bool()
-    specs = fused.routed(specs or [fused.spec] * rows, ids_BL, prompt_BL)
+    specs = fused.route_prompts(specs or [fused.spec] * rows, ids_BL, prompt_BL)
     element_size = 8 if fused.dtype == torch.float64 else 4
     if chunk is None:
         chunk = max(1, fused.positions_at_once(element_size) // rows)
-    sides = fused.sides()
+    models = fused.cached_models()
     if first > 0:  # the context: its logits are never made
-        sides.read(ids_BL[:, :first], None if mask_BL is None else mask_BL[:, :first], 1)
+        models.read(ids_BL[:, :first], None if mask_BL is None else mask_BL[:, :first], 1)
     for start in range(first, last + 1, chunk):
         stop = min(start + chunk, last + 1)
-        logits = sides.read(ids_BL[:, start:stop], None if mask_BL is None else mask_BL[:, start:stop], 0)
+        logits = models.read(ids_BL[:, start:stop], None if mask_BL is None else mask_BL[:, start:stop], 0)
         row_N, column_N = predict_BL[:, start:stop].nonzero(as_tuple=True)
         if len(row_N):
-            here = row_N.to(fused.device), column_N.to(fused.device)
-            strong_NV, base_NM = logits[0][here], logits[2][here]
-            experts = [expert[here] for expert in logits[1]]
+            rows_columns = row_N.to(fused.device), column_N.to(fused.device)
+            strong_NV, base_NM = logits[0][rows_columns], logits[2][rows_columns]
+            experts = [expert[rows_columns] for expert in logits[1]]
             del logits
             step = fused.fuse(strong_NV, experts, base_NM, [specs[row] for row in row_N.tolist()])
             if stats is not None:

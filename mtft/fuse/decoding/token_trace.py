@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtft.fuse.alpha.spec import Fused
+from mtft.fuse.alpha.spec import FusionOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,13 @@ class Observers:
         self.observers = observers
 
     def step(
-        self, rows: list[int], fused: Fused, tokens_N: Tensor, strong_NV: Tensor, experts: list[Tensor], base_NM: Tensor
+        self,
+        rows: list[int],
+        fused: FusionOutput,
+        tokens_N: Tensor,
+        strong_NV: Tensor,
+        experts: list[Tensor],
+        base_NM: Tensor,
     ) -> None:
         for observer in self.observers:
             observer.step(rows, fused, tokens_N, strong_NV, experts, base_NM)
@@ -41,7 +47,13 @@ class RowStats:
         self.tokens, self._alpha, self._clipped = [0] * rows, [0.0] * rows, [0] * rows
 
     def step(
-        self, rows: list[int], fused: Fused, tokens_N: Tensor, strong_NV: Tensor, experts: list[Tensor], base_NM: Tensor
+        self,
+        rows: list[int],
+        fused: FusionOutput,
+        tokens_N: Tensor,
+        strong_NV: Tensor,
+        experts: list[Tensor],
+        base_NM: Tensor,
     ) -> None:
         for row, alpha, clipped in zip(rows, fused.alpha_NT.sum(-1).tolist(), fused.clipped_N.tolist(), strict=True):
             self.tokens[row] += 1
@@ -67,7 +79,13 @@ class TokenTrace:
         self.tokenizer = tokenizer
 
     def step(
-        self, rows: list[int], fused: Fused, tokens_N: Tensor, strong_NV: Tensor, experts: list[Tensor], base_NM: Tensor
+        self,
+        rows: list[int],
+        fused: FusionOutput,
+        tokens_N: Tensor,
+        strong_NV: Tensor,
+        experts: list[Tensor],
+        base_NM: Tensor,
     ) -> None:
         for at, row in enumerate(rows):
             if row in self.tokens:
@@ -82,7 +100,7 @@ class TokenTrace:
                 )
 
     def _record(
-        self, position: int, at: int, fused: Fused, token: int, models: dict[str, Tensor], experts: list[Tensor]
+        self, position: int, at: int, fused: FusionOutput, token: int, models: dict[str, Tensor], experts: list[Tensor]
     ) -> dict[str, Any]:
         shift = models["fused"].exp() - models["strong"].to(models["fused"]).exp()
         return {

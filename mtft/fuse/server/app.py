@@ -3,7 +3,7 @@
     /health  /metrics  /v1/models  /v1/completions  /v1/chat/completions
 
 Models: the fusion under the recipe's name, `strong`, and every expert alone. It listens on the loopback interface
-unless there is a bearer token; there is no CORS, and prompts are never logged. One thread decodes (engine.py).
+unless there is a bearer token; there is no CORS, and prompts are never logged. One thread decodes (batch_engine.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from mtft.fuse.alpha.spec import FusionError
-from mtft.fuse.from_recipe import open_fusion
+from mtft.fuse.from_recipe import load_fusion
 from mtft.fuse.fusion_core import FusionCore
 from mtft.fuse.server.batch_engine import BatchEngine
 from mtft.fuse.server.jobs import ServerBusy, ServerStopping
@@ -39,7 +39,7 @@ def make_app(fused: FusionCore, name: str, *, token: str | None = None, limits: 
     limits = limits or ServerLimits()
     engine = BatchEngine(fused, rows=limits.rows, queue=limits.queue, wait=limits.wait_seconds)
     models: dict[str, str | int] = {name: "fused", "strong": "strong"}
-    if fused.bridge is None:  # else the experts speak other tokens than the server
+    if fused.token_map is None:  # else the experts speak other tokens than the server
         models |= {f"expert:{Path(expert).name}-{t}": t for t, expert in enumerate(fused.weak.names)}
 
     @asynccontextmanager
@@ -48,38 +48,38 @@ def make_app(fused: FusionCore, name: str, *, token: str | None = None, limits: 
         yield
         await asyncio.to_thread(engine.stop)
 
-    leaving = RequestError("the server is shutting down", status=503, code="shutting_down")
+    shutting_down = RequestError("the server is shutting down", status=503, code="shutting_down")
     app = FastAPI(title="mtft", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.engine = engine
     started = int(time.time())
 
     @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> JSONResponse:
+    async def on_request_error(request: Request, error: RequestError) -> JSONResponse:
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
-    def admit(request: Request) -> None:
+    def check_token(request: Request) -> None:
         if token is None:
             return
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        authorization = request.headers.get("authorization", "")
+        if not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
             raise RequestError("the bearer token is missing or wrong", status=401, code="invalid_api_key")
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         if engine.draining:
-            raise leaving
+            raise shutting_down
         return {"status": "ok"}
 
     @app.get("/metrics")
     async def metrics(request: Request) -> PlainTextResponse:
-        admit(request)
+        check_token(request)
         now = vars(engine.metrics) | {"waiting": engine.waiting, "running": engine.running}
         return PlainTextResponse("".join(f"mtft_fuse_{key} {value}\n" for key, value in now.items()))
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> dict[str, Any]:
-        admit(request)
+        check_token(request)
         rows = [{"id": key, "object": "model", "created": started, "owned_by": "mtft"} for key in models]
         return {"object": "list", "data": rows}
 
@@ -92,20 +92,21 @@ def make_app(fused: FusionCore, name: str, *, token: str | None = None, limits: 
         return await answer(request, chat=True)
 
     async def answer(request: Request, *, chat: bool) -> Any:
-        admit(request)
-        wish = read_completion_request(await read_json(request, limits.body_bytes), fused, models, limits, chat=chat)
-        wish.created, wish.id = int(time.time()), f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        call = ResponseStream(fused, engine, wish)
+        check_token(request)
+        body = await read_json(request, limits.body_bytes)
+        checked = read_completion_request(body, fused, models, limits, chat=chat)
+        checked.created, checked.id = int(time.time()), f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        response = ResponseStream(fused, engine, checked)
         try:
-            call.start()
+            response.start()
         except ServerBusy:
             raise RequestError("the server is busy: its queue is full", status=429, code="queue_full") from None
         except ServerStopping:
-            raise leaving from None
-        if wish.stream:
-            first = await call.next()  # so that a failure still has its status
-            return StreamingResponse(call.stream(first), media_type="text/event-stream")
-        return JSONResponse(await call.whole(request))
+            raise shutting_down from None
+        if checked.body.stream:
+            first = await response.next()  # so that a failure still has its status
+            return StreamingResponse(response.stream(first), media_type="text/event-stream")
+        return JSONResponse(await response.complete(request))
 
     return app
 
@@ -140,14 +141,14 @@ def bind(host: str, port: int) -> socket.socket:
     """The address, taken before any weight is loaded. FusionError if it can't be had."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        taken = socket.socket(family, kind, protocol)
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
         raise FusionError(
             f"{host}:{port} can't be listened on: {error.strerror or error}", do="give another --port"
         ) from error
-    return taken
+    return bound
 
 
 def serve(
@@ -160,7 +161,7 @@ def serve(
     limits: ServerLimits | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve a recipe's fusion until SIGTERM or SIGINT; what runs then is finished first (shutdown.py).
+    """Serve a recipe's fusion until SIGTERM or SIGINT; what runs then is finished first (graceful_shutdown.py).
 
     announce: is told the address as soon as requests are answered.
     """
@@ -172,11 +173,11 @@ def serve(
     if api_key_env and not token:
         raise FusionError(f"the environment variable {api_key_env} is empty", do=f"export {api_key_env}=...")
     check_binding(host, token)
-    with bind(host, port) as taken:
-        app = make_app(open_fusion(recipe, adapters), recipe.name, token=token, limits=limits)
+    with bind(host, port) as bound:
+        app = make_app(load_fusion(recipe, adapters), recipe.name, token=token, limits=limits)
         # what still runs when the engine is done are answers on the wire
         config = Config(app, log_level="warning", timeout_graceful_shutdown=10)
         server = DrainingServer(config, app.state.engine)
         if announce is not None:
-            announce(f"serving {recipe.name} on http://{host}:{taken.getsockname()[1]}; SIGTERM or Ctrl-C ends it")
-        server.run(sockets=[taken])
+            announce(f"serving {recipe.name} on http://{host}:{bound.getsockname()[1]}; SIGTERM or Ctrl-C ends it")
+        server.run(sockets=[bound])

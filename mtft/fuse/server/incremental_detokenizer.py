@@ -24,18 +24,18 @@ class IncrementalDetokenizer:
         """Take a token; the text that is certain now and has not been shown."""
         self.tokens.append(token)
         self.text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
-        found = [at for stop in self.stops if (at := self.text.find(stop)) >= 0]
-        if found:
-            self.text, self.finished = self.text[: min(found)], True
+        stop_starts = [at for stop in self.stops if (at := self.text.find(stop)) >= 0]
+        if stop_starts:
+            self.text, self.finished = self.text[: min(stop_starts)], True
             return self.rest()
         safe = self.text.rstrip(UNFINISHED)
-        return self._show(len(safe) - self._held(safe))
+        return self._show(len(safe) - self._held_back(safe))
 
     def rest(self) -> str:
         """What was held back: at the end nothing can change it any more."""
         return self._show(len(self.text))
 
-    def _held(self, text: str) -> int:
+    def _held_back(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""
         longest = max((len(stop) - 1 for stop in self.stops), default=0)
         for length in range(min(longest, len(text)), 0, -1):

@@ -39,7 +39,7 @@ class GenerationJob:
     ids: list[int]
     max_tokens: int
     spec: FusionSpec
-    tell: Callable[[StreamEvent], None]
+    on_event: Callable[[StreamEvent], None]
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0

@@ -6,8 +6,10 @@ What the server can't do is refused by name (400), never ignored: a client must 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from data_mixers.common.suggest import closest_match
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
@@ -16,22 +18,6 @@ from mtft.fuse.decoding.prompts import encode_prompt
 from mtft.fuse.fusion_core import FusionCore
 from mtft.fuse.server.jobs import TokenScore
 
-SAMPLING = (
-    "model",
-    "n",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "seed",
-    "stop",
-    "stream",
-    "stream_options",
-    "user",
-)
-STEERING = ("alpha", "alpha_rule", "expert_weights", "trace")
-COMPLETION = (*SAMPLING, *STEERING, "prompt", "logprobs", "echo")
-CHAT = (*SAMPLING, *STEERING, "messages", "max_completion_tokens", "logprobs", "top_logprobs")
 UNSUPPORTED = (
     *("tools", "tool_choice", "functions", "function_call", "response_format", "best_of", "logit_bias", "suffix"),
     *("presence_penalty", "frequency_penalty", "parallel_tool_calls", "modalities", "audio", "prediction"),
@@ -64,32 +50,76 @@ class ServerLimits:
     rows: int = 8
 
 
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError("stop must be a text or a list of texts")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"stop has {len(stops)} texts: at most {MAX_STOPS}")
+    return tuple(stops)
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool | None = None
+
+
+class RequestBody(BaseModel):
+    """Fields of both endpoints; null stands for the default. Fields of type Any are checked against the models."""
+
+    model_config = ConfigDict(strict=True)
+
+    n: int = Field(1, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, ge=1e-6, le=1, allow_inf_nan=False)
+    top_k: int = Field(0, ge=0)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings)] = ()
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    alpha: Any = None
+    alpha_rule: str | None = None
+    expert_weights: list[float] | None = None
+    trace: bool = False
+    model: Any = None
+    user: Any = None
+
+
+class CompletionBody(RequestBody):
+    """Body of /v1/completions."""
+
+    prompt: Any = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    echo: bool = False
+
+
+class ChatBody(RequestBody):
+    """Body of /v1/chat/completions."""
+
+    messages: Any = None
+    max_completion_tokens: int | None = Field(None, ge=0)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_TOP)
+
+
 @dataclass
 class CompletionRequest:
-    """A checked request."""
+    """A checked request: its body, and what came out of it. texts: of the prompts, for echo; top: best tokens shown."""
 
     chat: bool
+    body: RequestBody
     model: str
     source: str | int
     prompts: list[list[int]]
-    texts: list[str]  # of the prompts, for echo
+    texts: list[str]
     spec: FusionSpec
-    n: int
     max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
-    stops: tuple[str, ...]
-    stream: bool
-    usage: bool
     logprobs: bool
     top: int
     echo: bool
-    trace: bool
     created: int = 0
     id: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def read_completion_request(
@@ -98,19 +128,33 @@ def read_completion_request(
     """Check a request body. RequestError names the parameter."""
     if not isinstance(body, dict):
         raise RequestError("the body is no JSON object")
-    _check_names(body, CHAT if chat else COMPLETION)
+    parsed = _validate(body, ChatBody if chat else CompletionBody)
     model = body.get("model", next(iter(models)))
-    if model not in models:
+    if not isinstance(model, str) or model not in models:
         raise RequestError(
             f"no model {model!r}: {', '.join(models)}", status=404, param="model", code="model_not_found"
         )
-    n = _number(body, "n", 1, 1, limits.answers, whole=True)
-    asked = "max_completion_tokens" if chat and "max_completion_tokens" in body else "max_tokens"
-    echo = _flag(body, "echo")
-    max_tokens = _number(body, asked, None, 0 if echo else 1, None, whole=True)
+    if parsed.n > limits.answers:
+        raise RequestError(f"n is {parsed.n}: must be from 1 to {limits.answers}", param="n")
+    if isinstance(parsed, ChatBody):
+        limit_name = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+        logprobs, top, echo = parsed.logprobs, parsed.top_logprobs, False
+        if top and not logprobs:
+            raise RequestError("top_logprobs needs logprobs", param="top_logprobs")
+    else:
+        limit_name, echo = "max_tokens", parsed.echo
+        logprobs, top = parsed.logprobs is not None, parsed.logprobs or 0
+    max_tokens = getattr(parsed, limit_name)
+    if max_tokens == 0 and not echo:
+        raise RequestError(f"{limit_name} is 0: must be from 1 to the context", param=limit_name)
+    if parsed.stream_options is not None and not parsed.stream:
+        raise RequestError("stream_options takes include_usage, with stream", param="stream_options")
+    if parsed.stream and echo:
+        raise RequestError("echo is not streamed", param="echo", code="unsupported_parameter")
+    alpha = tuple(parsed.alpha) if isinstance(parsed.alpha, list) else parsed.alpha
     try:
-        prompts, texts = _prompts(body, fused, chat)
-        spec = row_specs(fused.spec, 1, fused.experts, *_steering(body))[0]
+        prompts = _encode_prompts(body, fused, chat)
+        spec = row_specs(fused.spec, 1, fused.experts, alpha, parsed.alpha_rule, parsed.expert_weights or None)[0]
     except FusionError as error:
         raise RequestError(f"{error.what}: {error.do}" if error.do else error.what) from error
     longest = max(map(len, prompts))
@@ -119,39 +163,19 @@ def read_completion_request(
     if longest + max_tokens > fused.context or max_tokens < 0:
         raise RequestError(
             f"the prompt has {longest} tokens and max_tokens is {max_tokens}: the context holds {fused.context}",
-            param=asked,
+            param=limit_name,
             code="context_length_exceeded",
         )
-    if len(prompts) * n > limits.queue:
-        raise RequestError(f"{len(prompts)} prompts with n = {n} are more than the queue of {limits.queue}", param="n")
-    logprobs, top = _logprobs(body, chat)
-    stream = _flag(body, "stream")
-    if stream and echo:
-        raise RequestError("echo is not streamed", param="echo", code="unsupported_parameter")
-    return CompletionRequest(
-        chat=chat,
-        model=model,
-        source=models[model],
-        prompts=prompts,
-        texts=texts,
-        spec=spec,
-        n=n,
-        max_tokens=max_tokens,
-        temperature=_number(body, "temperature", 1.0, 0, 2),
-        top_p=_number(body, "top_p", 1.0, 1e-6, 1),
-        top_k=_number(body, "top_k", 0, 0, None, whole=True),
-        seed=_number(body, "seed", None, -(2**63), 2**63 - 1, whole=True),
-        stops=_stops(body.get("stop")),
-        stream=stream,
-        usage=_include_usage(body.get("stream_options"), stream),
-        logprobs=logprobs,
-        top=top,
-        echo=echo,
-        trace=_flag(body, "trace"),
-    )
+    if len(prompts) * parsed.n > limits.queue:
+        raise RequestError(
+            f"{len(prompts)} prompts with n = {parsed.n} are more than the queue of {limits.queue}", param="n"
+        )
+    texts = [fused.tokenizer.decode(ids) for ids in prompts]
+    return CompletionRequest(chat, parsed, model, models[model], prompts, texts, spec, max_tokens, logprobs, top, echo)
 
 
-def _check_names(body: dict[str, Any], known: tuple[str, ...]) -> None:
+def _validate(body: dict[str, Any], schema: type[ChatBody] | type[CompletionBody]) -> ChatBody | CompletionBody:
+    known = tuple(schema.model_fields)
     for name, value in body.items():
         if name in UNSUPPORTED and value not in (None, False, 0, 0.0, [], {}, "none", 1) and value != {"type": "text"}:
             raise RequestError(f"{name} is not supported", param=name, code="unsupported_parameter")
@@ -159,78 +183,30 @@ def _check_names(body: dict[str, Any], known: tuple[str, ...]) -> None:
             near = closest_match(name, known)
             hint = f": did you mean {near}?" if near else ""
             raise RequestError(f"unknown parameter {name}{hint}", param=name, code="unknown_parameter")
+    try:
+        return schema.model_validate({name: value for name, value in body.items() if value is not None})
+    except ValidationError as invalid:
+        error = invalid.errors(include_url=False)[0]
+        name = str(error["loc"][0])
+        message = f"{name} is {body[name]!r}: {error['msg'].replace('Input should be', 'must be')}"
+        if error["type"] == "value_error":
+            message = str(error["ctx"]["error"])
+        elif name == "stream_options":
+            message = "stream_options takes include_usage, with stream"
+        raise RequestError(message, param=name) from invalid
 
 
-def _number(
-    body: dict[str, Any], name: str, default: Any, low: float | None, high: float | None, *, whole: bool = False
-) -> Any:
-    value = body.get(name)
-    if value is None:
-        return default
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-        raise RequestError(f"{name} is {value!r}: must be a {'whole ' if whole else ''}number", param=name)
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise RequestError(
-            f"{name} is {value}: must be from {low} to {high if high is not None else 'the context'}", param=name
-        )
-    return value
-
-
-def _flag(body: dict[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise RequestError(f"{name} is {value!r}: must be true or false", param=name)
-    return bool(value)
-
-
-def _steering(body: dict[str, Any]) -> tuple[Any, Any, Any]:
-    alpha, rule, weights = (body.get(name) for name in STEERING[:3])
-    if rule is not None and not isinstance(rule, str):
-        raise RequestError(f"alpha_rule is {rule!r}: must be a name", param="alpha_rule")
-    if weights is not None and not (isinstance(weights, list) and all(isinstance(w, int | float) for w in weights)):
-        raise RequestError(f"expert_weights is {weights!r}: must be a list of numbers", param="expert_weights")
-    return tuple(alpha) if isinstance(alpha, list) else alpha, rule, weights or None
-
-
-def _prompts(body: dict[str, Any], fused: FusionCore, chat: bool) -> tuple[list[list[int]], list[str]]:
+def _encode_prompts(body: dict[str, Any], fused: FusionCore, chat: bool) -> list[list[int]]:
     if chat:
-        ids = [encode_prompt(fused.tokenizer, messages=body.get("messages") or [])]
+        prompts = [encode_prompt(fused.tokenizer, messages=body.get("messages") or [])]
     else:
         prompt: Any = body.get("prompt")
         several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
-        ids = [encode_prompt(fused.tokenizer, one) for one in (prompt if several else [prompt])]
-    for row in ids:
-        if min(row) < 0 or max(row) >= fused.vocab_size:
+        prompts = [encode_prompt(fused.tokenizer, one) for one in (prompt if several else [prompt])]
+    for ids in prompts:
+        if min(ids) < 0 or max(ids) >= fused.vocab_size:
             raise FusionError(f"the prompt holds an id outside of 0 ... {fused.vocab_size - 1}")
-    return ids, [fused.tokenizer.decode(row) for row in ids]
-
-
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-        raise RequestError("stop must be a text or a list of texts", param="stop")
-    if len(stops) > MAX_STOPS:
-        raise RequestError(f"stop has {len(stops)} texts: at most {MAX_STOPS}", param="stop")
-    return tuple(stops)
-
-
-def _include_usage(options: Any, stream: bool) -> bool:
-    if options is None:
-        return False
-    if not stream or not isinstance(options, dict) or set(options) - {"include_usage"}:
-        raise RequestError("stream_options takes include_usage, with stream", param="stream_options")
-    return bool(options.get("include_usage"))
-
-
-def _logprobs(body: dict[str, Any], chat: bool) -> tuple[bool, int]:
-    if not chat:
-        top = _number(body, "logprobs", None, 0, MAX_TOP, whole=True)
-        return top is not None, top or 0
-    wanted, top = _flag(body, "logprobs"), _number(body, "top_logprobs", 0, 0, MAX_TOP, whole=True)
-    if top and not wanted:
-        raise RequestError("top_logprobs needs logprobs", param="top_logprobs")
-    return wanted, top
+    return prompts
 
 
 def completion_logprobs(fused: FusionCore, scores: list[TokenScore], offset: int = 0) -> dict[str, Any]:

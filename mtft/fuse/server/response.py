@@ -24,39 +24,39 @@ GONE = 0.25  # seconds between two looks whether a client is still there
 class ResponseStream:
     """One request on its way: its jobs, and their events as they come."""
 
-    def __init__(self, fused: FusionCore, engine: BatchEngine, wish: CompletionRequest) -> None:
-        self.fused, self.engine, self.wish = fused, engine, wish
+    def __init__(self, fused: FusionCore, engine: BatchEngine, request: CompletionRequest) -> None:
+        self.fused, self.engine, self.request = fused, engine, request
         self.events: asyncio.Queue[tuple[int, StreamEvent]] = asyncio.Queue()
         self.jobs: list[GenerationJob] = []
 
     def start(self) -> None:
-        wish, loop = self.wish, asyncio.get_running_loop()
-        seed = secrets.randbits(63) if wish.seed is None else wish.seed
-        for i, ids in enumerate(wish.prompts):
-            for sample in range(wish.n):
-                index = i * wish.n + sample
+        """Hand in the jobs: n samples of every prompt."""
+        request, body, loop = self.request, self.request.body, asyncio.get_running_loop()
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        for i, ids in enumerate(request.prompts):
+            for sample in range(body.n):
 
-                def tell(event: StreamEvent, index: int = index) -> None:
+                def on_event(event: StreamEvent, index: int = i * body.n + sample) -> None:
                     loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
 
                 self.jobs.append(
                     GenerationJob(
                         ids,
-                        wish.max_tokens,
-                        wish.spec,
-                        tell,
-                        temperature=wish.temperature,
-                        top_p=wish.top_p,
-                        top_k=wish.top_k,
+                        request.max_tokens,
+                        request.spec,
+                        on_event,
+                        temperature=body.temperature,
+                        top_p=body.top_p,
+                        top_k=body.top_k,
                         seed=seed,
                         sample=sample,
-                        stops=wish.stops,
-                        top=wish.top,
-                        source=wish.source,
-                        trace=TokenTrace([0], self.fused.tokenizer) if wish.trace else None,
+                        stops=body.stop,
+                        top=request.top,
+                        source=request.source,
+                        trace=TokenTrace([0], self.fused.tokenizer) if body.trace else None,
                     )
                 )
-        if wish.max_tokens:
+        if request.max_tokens:
             self.engine.submit(self.jobs)
 
     def cancel(self) -> None:
@@ -70,12 +70,12 @@ class ResponseStream:
             raise RequestError(event.error, status=event.status)
         return index, event
 
-    async def whole(self, request: Request) -> dict[str, Any]:
+    async def complete(self, request: Request) -> dict[str, Any]:
         """The answer in one piece; a client that leaves frees its rows."""
         texts, reasons = [""] * len(self.jobs), ["length"] * len(self.jobs)
         scores: list[list[TokenScore]] = [[] for _ in self.jobs]
-        left = len(self.jobs) if self.wish.max_tokens else 0
-        while left:
+        unfinished = len(self.jobs) if self.request.max_tokens else 0
+        while unfinished:
             try:
                 index, event = await asyncio.wait_for(self.next(), GONE)
             except TimeoutError:
@@ -87,60 +87,60 @@ class ResponseStream:
             scores[index] += event.tokens
             if event.finish_reason is not None:
                 reasons[index] = event.finish_reason
-                left -= 1
+                unfinished -= 1
         choices = []
         for index in range(len(self.jobs)):
-            echoed = await asyncio.to_thread(self._echo, index // self.wish.n) if self.wish.echo else []
+            echoed = await asyncio.to_thread(self._echo, index // self.request.body.n) if self.request.echo else []
             choices.append(self._choice(index, texts[index], scores[index], reasons[index], echoed))
-        head = self._head("chat.completion" if self.wish.chat else "text_completion")
+        head = self._head("chat.completion" if self.request.chat else "text_completion")
         return head | {"choices": choices, "usage": self._usage(sum(map(len, scores)))}
 
     async def stream(self, first: tuple[int, StreamEvent]) -> AsyncIterator[str]:
         """Server-sent events: chunks, the usage if asked for, [DONE]."""
-        wish, made = self.wish, 0
-        kind = "chat.completion.chunk" if wish.chat else "text_completion"
+        request, generated = self.request, 0
+        kind = "chat.completion.chunk" if request.chat else "text_completion"
         try:
-            if wish.chat:
+            if request.chat:
                 for index in range(len(self.jobs)):
                     role = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
                     yield _sse(self._head(kind) | {"choices": [role]})
-            left, news = len(self.jobs), first
+            unfinished, item = len(self.jobs), first
             while True:
-                index, event = news
-                made += len(event.tokens)
-                left -= event.finish_reason is not None
+                index, event = item
+                generated += len(event.tokens)
+                unfinished -= event.finish_reason is not None
                 yield _sse(self._head(kind) | {"choices": [self._chunk(index, event)]})
-                if not left:
+                if not unfinished:
                     break
                 try:
-                    news = await self.next()
+                    item = await self.next()
                 except RequestError as error:  # the status is out already: the error goes into the stream
                     yield _sse(error.body())
                     return
-            if wish.usage:
-                yield _sse(self._head(kind) | {"choices": [], "usage": self._usage(made)})
+            if request.body.stream_options is not None and request.body.stream_options.include_usage:
+                yield _sse(self._head(kind) | {"choices": [], "usage": self._usage(generated)})
             yield "data: [DONE]\n\n"
         finally:
             self.cancel()
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.wish.id, "object": kind, "created": self.wish.created, "model": self.wish.model}
+        return {"id": self.request.id, "object": kind, "created": self.request.created, "model": self.request.model}
 
-    def _usage(self, made: int) -> dict[str, int]:
-        prompt = sum(map(len, self.wish.prompts))
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    def _usage(self, generated: int) -> dict[str, int]:
+        prompt = sum(map(len, self.request.prompts))
+        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
     def _choice(
         self, index: int, text: str, scores: list[TokenScore], reason: str, echoed: list[TokenScore]
     ) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
-        if self.wish.chat:
+        if self.request.chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-            choice["logprobs"] = chat_logprobs(self.fused, scores) if self.wish.logprobs else None
+            choice["logprobs"] = chat_logprobs(self.fused, scores) if self.request.logprobs else None
         else:
-            prompt = self.wish.texts[index // self.wish.n] if self.wish.echo else ""
+            prompt = self.request.texts[index // self.request.body.n] if self.request.echo else ""
             choice["text"] = prompt + text
-            if self.wish.logprobs:
+            if self.request.logprobs:
                 choice["logprobs"] = completion_logprobs(self.fused, echoed + scores)
         trace = self.jobs[index].trace
         return choice if trace is None else choice | {"trace": trace.tokens[0]}
@@ -148,12 +148,12 @@ class ResponseStream:
     def _chunk(self, index: int, event: StreamEvent) -> dict[str, Any]:
         chunk: dict[str, Any] = {"index": index, "finish_reason": event.finish_reason, "logprobs": None}
         scores = list(event.tokens)
-        if self.wish.chat:
+        if self.request.chat:
             chunk["delta"] = {"content": event.text} if event.text else {}
-            chunk["logprobs"] = chat_logprobs(self.fused, scores) if self.wish.logprobs else None
+            chunk["logprobs"] = chat_logprobs(self.fused, scores) if self.request.logprobs else None
         else:
             chunk["text"] = event.text
-            chunk["logprobs"] = completion_logprobs(self.fused, scores) if self.wish.logprobs else None
+            chunk["logprobs"] = completion_logprobs(self.fused, scores) if self.request.logprobs else None
         trace = self.jobs[index].trace
         if trace is not None and event.finish_reason is not None:
             chunk["trace"] = trace.tokens[0]
@@ -161,7 +161,7 @@ class ResponseStream:
 
     def _echo(self, prompt: int) -> list[TokenScore]:
         """Scores of the prompt's own tokens; the first has no prefix, so it has none."""
-        return self.engine.score_prompt(self.jobs[prompt * self.wish.n]) if self.wish.logprobs else []
+        return self.engine.score_prompt(self.jobs[prompt * self.request.body.n]) if self.request.logprobs else []
 
 
 def _sse(data: dict[str, Any]) -> str:

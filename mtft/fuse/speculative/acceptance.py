@@ -19,42 +19,46 @@ from torch import Tensor
 from mtft.fuse.decoding import gumbel_sampling
 
 COUPLINGS = ("greedy", "gumbel", "max")
-Place = tuple[int, int, int]  # (seed, sample, position) of a token
+NoiseKey = tuple[int, int, int]  # (seed, sample, position) of a token
 
 
-def draw(coupling: str, scores_NV: Tensor, places: list[Place]) -> Tensor:
+def sample_tokens(coupling: str, scores_NV: Tensor, noise_keys: list[NoiseKey]) -> Tensor:
     """A token per row from softmax(scores): of the draft, or of p where nothing was drafted."""
     if coupling == "greedy":
         return scores_NV.argmax(-1)
-    keys = [gumbel_sampling.key(*place) for place in places]
+    keys = [gumbel_sampling.key(*noise_key) for noise_key in noise_keys]
     return gumbel_sampling.sample(scores_NV, gumbel_sampling.gumbel(keys, scores_NV.shape[-1], scores_NV.device))
 
 
-def settle(coupling: str, p_NV: Tensor, q_NV: Tensor, drafts_N: Tensor, places: list[Place]) -> tuple[Tensor, Tensor]:
+def verify_drafts(
+    coupling: str, p_NV: Tensor, q_NV: Tensor, drafts_N: Tensor, noise_keys: list[NoiseKey]
+) -> tuple[Tensor, Tensor]:
     """(accepted bool [N], token [N]): the draft where accepted, else what is emitted in its place.
 
     p_NV, q_NV: processed scores (unnormalised log-probabilities). Each row is judged by itself; the caller stops at a
     row's first rejection.
     """
     if coupling != "max":
-        truth_N = draw(coupling, p_NV, places)
-        return truth_N == drafts_N, truth_N
+        target_N = sample_tokens(coupling, p_NV, noise_keys)
+        return target_N == drafts_N, target_N
     p, q = torch.log_softmax(p_NV.double(), -1).exp(), torch.log_softmax(q_NV.double(), -1).exp()
     u_N = gumbel_sampling.uniform(
-        [gumbel_sampling.key(*place, gumbel_sampling.ACCEPT) for place in places], 1, p.device
+        [gumbel_sampling.key(*noise_key, gumbel_sampling.ACCEPT) for noise_key in noise_keys], 1, p.device
     )[:, 0]
-    at = drafts_N[:, None]
+    index_N1 = drafts_N[:, None]
     # strict: where p(x) = 0 nothing is accepted, even for u = 0
-    accepted_N = u_N * q.gather(-1, at)[:, 0] < p.gather(-1, at)[:, 0]
-    rest = (p - q).clamp(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # all of it rounded away: then p = q
+    accepted_N = u_N * q.gather(-1, index_N1)[:, 0] < p.gather(-1, index_N1)[:, 0]
+    residual_NV = (p - q).clamp(min=0)
+    residual_NV = torch.where(
+        residual_NV.sum(-1, keepdim=True) > 0, residual_NV, p
+    )  # all of it rounded away: then p = q
     noise = gumbel_sampling.gumbel(
-        [gumbel_sampling.key(*place, gumbel_sampling.RESIDUAL) for place in places], p.shape[-1], p.device
+        [gumbel_sampling.key(*noise_key, gumbel_sampling.RESIDUAL) for noise_key in noise_keys], p.shape[-1], p.device
     )
-    return accepted_N, torch.where(accepted_N, drafts_N, gumbel_sampling.sample(rest.log(), noise))
+    return accepted_N, torch.where(accepted_N, drafts_N, gumbel_sampling.sample(residual_NV.log(), noise))
 
 
-def chance(coupling: str, p_NV: Tensor, q_NV: Tensor) -> Tensor:
+def acceptance_probability(coupling: str, p_NV: Tensor, q_NV: Tensor) -> Tensor:
     """Probability that a draft from q would be accepted, [N], known without drafting: 1 - TV, or argmax equality."""
     if coupling == "greedy":
         return (p_NV.argmax(-1) == q_NV.argmax(-1)).double()

@@ -29,33 +29,33 @@ class DraftLength:
         self.fixed, self.maximum, self.draft_share = fixed, maximum, draft_share
         self.current = 0 if fixed is None else fixed
         self.beta: float | None = None
-        self._tests = self._stood = 0.0  # fading sums: a few looks count fully from the start
+        self._judged = self._accepted = 0.0  # fading sums: a few looks count fully from the start
         self.plain: deque[float] = deque(maxlen=WINDOW)
         self.draft: deque[float] = deque(maxlen=WINDOW)
         self.verify: dict[int, deque[float]] = {}
-        self.given: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # tokens of a round: counted, and expected
+        self.yields: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # tokens of a round: counted, and expected
         self.rounds = self.drafted = self.accepted = 0
         self._since, self._patience = 0, 4  # the first choice comes after four plain steps
         self._changes = 0
 
-    def learn(self, other: DraftLength) -> None:
+    def warm_start(self, other: DraftLength) -> None:
         """Begin with the times and the acceptance of an earlier call with as many rows."""
         if other.beta is None or not other.plain:
             return
-        self._tests, self._stood, self.beta = other._tests / 2, other._stood / 2, other.beta
+        self._judged, self._accepted, self.beta = other._judged / 2, other._accepted / 2, other.beta
         self.plain, self.draft, self.verify = other.plain.copy(), other.draft.copy(), dict(other.verify)
-        self.given = other.given.copy()
+        self.yields = other.yields.copy()
         self._changes, self._patience = 1, 4
         self.current = self._best()
 
-    def saw(self, tests: float, accepted: float) -> None:
+    def record_acceptance(self, tests: float, accepted: float) -> None:
         """Acceptance of one round: how many drafts were judged (or would have been), and how many stood."""
         if tests > 0:
-            self._tests = MEMORY * self._tests + tests
-            self._stood = MEMORY * self._stood + accepted
-            self.beta = self._stood / self._tests
+            self._judged = MEMORY * self._judged + tests
+            self._accepted = MEMORY * self._accepted + accepted
+            self.beta = self._accepted / self._judged
 
-    def took(
+    def record_times(
         self, gamma: int, *, plain: float = 0.0, draft: float = 0.0, verify: float = 0.0, tokens: float | None = None
     ) -> None:
         """Seconds of one round: `plain` for gamma 0, else one drafting step and one verification. tokens: per row."""
@@ -67,7 +67,7 @@ class DraftLength:
             self.draft.append(draft)
             self.verify.setdefault(gamma + 1, deque(maxlen=WINDOW)).append(verify)
             if tokens is not None:
-                self.given.append((tokens, self._expected(gamma)))
+                self.yields.append((tokens, self._expected_tokens(gamma)))
 
     def next(self) -> int:
         """gamma of the next round."""
@@ -89,18 +89,18 @@ class DraftLength:
         if gamma == 0:
             return plain
         step = median(self.draft) if self.draft else self.draft_share * plain
-        tokens = self._expected(gamma)
-        if len(self.given) >= ENOUGH:
-            counted, expected = map(sum, zip(*self.given, strict=True))
+        tokens = self._expected_tokens(gamma)
+        if len(self.yields) >= ENOUGH:
+            counted, expected = map(sum, zip(*self.yields, strict=True))
             tokens *= min(1.0, counted / expected)
-        return ((gamma + beta**gamma) * step + self._pass(gamma + 1, plain)) / tokens
+        return ((gamma + beta**gamma) * step + self._verify_time(gamma + 1, plain)) / tokens
 
-    def _expected(self, gamma: int) -> float:
+    def _expected_tokens(self, gamma: int) -> float:
         """E(gamma)."""
         beta = min(self.beta or 0.0, 0.999)
         return (1 - beta ** (gamma + 1)) / (1 - beta)
 
-    def _pass(self, length: int, plain: float) -> float:
+    def _verify_time(self, length: int, plain: float) -> float:
         """v(length): measured, or the nearest measured one and a guess per further position."""
         if not self.verify:
             return plain * (1 + PER_POSITION * (length - 1))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria
 
-from mtft.fuse.decoding.decode import Kept
+from mtft.fuse.decoding.decode import ScoreCollector
 from mtft.fuse.decoding.generate_request import GenerateRequest
 
 
@@ -26,7 +26,7 @@ class ReleasedToken:
     id: int
     scores_V: Tensor | None = None
     logprobs_V: Tensor | None = None
-    tell: Callable[[int], None] | None = None
+    notify: Callable[[int], None] | None = None
 
 
 @dataclass
@@ -45,10 +45,12 @@ class Lockstep:
         self.finished_B = torch.zeros(rows, dtype=torch.bool, device=ids_BL.device)
         self.made: list[list[int]] = [[] for _ in range(rows)]  # all tokens of a row, shown or waiting
         self.over = [False] * rows
-        self.kept = Kept(self.request, self.width)
+        self.collector = ScoreCollector(self.request, self.width)
         self._waiting: list[deque[ReleasedToken]] = [deque() for _ in range(rows)]
         criteria = self.request.criteria
-        self._ends = {i for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.flatten().tolist()}
+        self._end_ids = {
+            i for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.flatten().tolist()
+        }
         limits = [c.max_length - self.prompt for c in criteria if isinstance(c, MaxLengthCriteria)]
         self.limit = min(limits, default=None)
 
@@ -64,7 +66,7 @@ class Lockstep:
         """Take a token; False if the row is over now."""
         self.made[row].append(token.id)
         self._waiting[row].append(token)
-        self.over[row] = token.id in self._ends or self.room(row) <= 0
+        self.over[row] = token.id in self._end_ids or self.room(row) <= 0
         return not self.over[row]
 
     def release(self) -> None:
@@ -78,15 +80,15 @@ class Lockstep:
             next_B = torch.full_like(self.tokens_BL[:, 0], request.pad)
             next_B[live] = torch.tensor([column[row].id for row in live], device=next_B.device)
             for row, token in column.items():
-                if token.tell is not None:
-                    token.tell(row)
+                if token.notify is not None:
+                    token.notify(row)
             if column[live[0]].logprobs_V is not None:
                 rows_A = torch.tensor(live, device=next_B.device)
                 scores_AV = torch.stack([column[row].scores_V for row in live])
-                self.kept.add(rows_A, scores_AV, torch.stack([column[row].logprobs_V for row in live]))
+                self.collector.add(rows_A, scores_AV, torch.stack([column[row].logprobs_V for row in live]))
             self.tokens_BL = torch.cat([self.tokens_BL, next_B[:, None]], -1)
             if request.streamer is not None:
                 request.streamer.put(next_B.cpu())
-            self.finished_B = self.finished_B | request.criteria(self.tokens_BL, self.kept.scores)
+            self.finished_B = self.finished_B | request.criteria(self.tokens_BL, self.collector.scores)
             for row in self.finished_B.nonzero().squeeze(-1).tolist():
                 self.over[row] = True

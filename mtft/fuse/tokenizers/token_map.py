@@ -23,7 +23,7 @@ TORN = "\ufffd"  # what the decoder makes of half a character
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+def token_strings(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
     """Token string of every id; None where an id has no token."""
     vocabulary = tokenizer.get_vocab()
     tokens: list[str | None] = [None] * (max(vocabulary.values()) + 1)
@@ -32,25 +32,25 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
     return tokens
 
 
-def surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """The bytes that each id stands for in a text; None for special tokens and ids without one."""
     backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
     decoder = None if backend is None else json.loads(backend.to_str()).get("decoder")
-    kinds = json.dumps(decoder, ensure_ascii=False)
-    table = _byte_table() if '"ByteLevel"' in kinds else None
-    spaced = "\u2581" in kinds
+    decoder_json = json.dumps(decoder, ensure_ascii=False)
+    byte_of_char = _byte_table() if '"ByteLevel"' in decoder_json else None
+    spaced = "\u2581" in decoder_json
     special = set(tokenizer.all_special_ids)
-    found: list[bytes | None] = []
-    for index, token in enumerate(tokens_of(tokenizer)):
+    byte_strings: list[bytes | None] = []
+    for index, token in enumerate(token_strings(tokenizer)):
         if token is None or index in special:
-            found.append(None)
-        elif table is not None and all(char in table for char in token):
-            found.append(bytes(table[char] for char in token))
+            byte_strings.append(None)
+        elif byte_of_char is not None and all(char in byte_of_char for char in token):
+            byte_strings.append(bytes(byte_of_char[char] for char in token))
         elif spaced and (byte := _BYTE.fullmatch(token)):
-            found.append(bytes([int(byte[1], 16)]))
+            byte_strings.append(bytes([int(byte[1], 16)]))
         else:
-            found.append((token.replace("\u2581", " ") if spaced else token).encode())
-    return found
+            byte_strings.append((token.replace("\u2581", " ") if spaced else token).encode())
+    return byte_strings
 
 
 def _byte_table() -> dict[str, int]:
@@ -70,16 +70,18 @@ class TokenMap:
     @cached_property
     def small_id_V(self) -> Tensor:
         """int64 [V]: the small id that says what a strong id says, -1 where there is none."""
-        known = {surface: index for index, surface in reversed(list(enumerate(surfaces(self.small)))) if surface}
-        ids = [known.get(surface, -1) if surface else -1 for surface in surfaces(self.strong)]
-        for index, other in self._special.items():
-            ids[index] = other
+        id_of_bytes = {
+            surface: index for index, surface in reversed(list(enumerate(token_bytes(self.small)))) if surface
+        }
+        ids = [id_of_bytes.get(surface, -1) if surface else -1 for surface in token_bytes(self.strong)]
+        for index, small_id in self._special.items():
+            ids[index] = small_id
         return torch.tensor(ids)
 
     @property
     def width(self) -> int:
         """Ids of the small tokenizer."""
-        return len(tokens_of(self.small))
+        return len(token_strings(self.small))
 
     @cached_property
     def _special(self) -> dict[int, int]:
@@ -88,9 +90,9 @@ class TokenMap:
         named = zip(self.strong.all_special_ids, map(self.strong.convert_ids_to_tokens, self.strong.all_special_ids))
         pairs = {index: strings[token] for index, token in named if token in strings}
         for role in ("eos_token_id", "bos_token_id"):
-            mine, theirs = getattr(self.strong, role), getattr(self.small, role)
-            if mine is not None and theirs is not None:
-                pairs[mine] = theirs
+            strong_id, small_role_id = getattr(self.strong, role), getattr(self.small, role)
+            if strong_id is not None and small_role_id is not None:
+                pairs[strong_id] = small_role_id
         return pairs
 
     @cached_property
@@ -105,21 +107,21 @@ class TokenMap:
 
         Then the small ids stop before that character. opening: begin as the small tokenizer begins every text.
         """
-        out: list[int] = []
+        small_ids: list[int] = []
         if opening and self._opening and (not ids or self._special.get(ids[0]) != self._opening[0]):
-            out += self._opening
+            small_ids += self._opening
         begin, whole = 0, True
         for end in [*(at for at, index in enumerate(ids) if index in self._special), len(ids)]:
             if begin < end:
-                part = list(ids[begin:end])
-                text = str(self.strong.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+                segment = list(ids[begin:end])
+                text = str(self.strong.decode(segment, skip_special_tokens=False, clean_up_tokenization_spaces=False))
                 if end == len(ids) and text.endswith(TORN):
                     text, whole = text.rstrip(TORN), False
-                out += self.small.encode(text, add_special_tokens=False)
+                small_ids += self.small.encode(text, add_special_tokens=False)
             if end < len(ids):
-                out.append(self._special[ids[end]])
+                small_ids.append(self._special[ids[end]])
             begin = end + 1
-        return out, whole
+        return small_ids, whole
 
     def spread(self, small_NM: Tensor, empty: float) -> Tensor:
         """Values of small ids, put where the strong ids with the same text are; `empty` elsewhere."""

@@ -4,7 +4,7 @@
 |---|---|
 | strict | every id has the same token string, bos/eos/pad are equal, and a built-in probe text is encoded alike |
 | prefix | equal on a common prefix of ids, which holds all of the probe's ids; extras (added tokens) only at the end |
-| map    | enough of the strong tokens of the probe have a small token with the same text (bridge.py)         |
+| map    | enough of the strong tokens of the probe have a small token with the same text (token_map.py)         |
 
 Ids without a counterpart are not shifted: log Q_t - log Q = 0 there.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mtft.fuse.alpha.spec import TOKENS, FusionError, choose
 from mtft.fuse.tokenizers.probe_text import probe_lines
-from mtft.fuse.tokenizers.token_map import TokenMap, surfaces, tokens_of
+from mtft.fuse.tokenizers.token_map import TokenMap, token_bytes, token_strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,24 +75,31 @@ class VocabularyMatch:
 
 def compare_vocabularies(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase) -> VocabularyMatch:
     """Compare two tokenizers on all ids and on the probe."""
-    strong_tokens, small_tokens = tokens_of(strong), tokens_of(small)
+    strong_tokens, small_tokens = token_strings(strong), token_strings(small)
     common = 0
     for left, right in zip(strong_tokens, small_tokens, strict=False):
         if left is None or left != right:
             break
         common += 1
     known = (TokenMap(strong, small).small_id_V >= 0).tolist()
-    missing = [token for token, there in zip(strong_tokens, known, strict=True) if token is not None and not there]
-    same = count = covered = edges = shared = 0
-    lines, sizes = probe_lines(), [[len(text or b"") for text in surfaces(side)] for side in (strong, small)]
+    missing = [
+        token for token, is_known in zip(strong_tokens, known, strict=True) if token is not None and not is_known
+    ]
+    same = count = covered = boundaries = shared = 0
+    lines, sizes = (
+        probe_lines(),
+        [[len(text or b"") for text in token_bytes(tokenizer)] for tokenizer in (strong, small)],
+    )
     for line in lines:
         left = strong.encode(line, add_special_tokens=False)
         right = small.encode(line, add_special_tokens=False)
         same += left == right and strong.encode(line) == small.encode(line)
         count += len(left)
         covered += sum(known[i] for i in left)
-        ours, theirs = ({*accumulate(size[i] for i in ids)} for size, ids in zip(sizes, (left, right), strict=True))
-        edges, shared = edges + len(ours), shared + len(ours & theirs)
+        strong_ends, small_ends = (
+            {*accumulate(size[i] for i in ids)} for size, ids in zip(sizes, (left, right), strict=True)
+        )
+        boundaries, shared = boundaries + len(strong_ends), shared + len(strong_ends & small_ends)
     return VocabularyMatch(
         strong=len(strong_tokens),
         small=len(small_tokens),
@@ -101,27 +108,27 @@ def compare_vocabularies(strong: PreTrainedTokenizerBase, small: PreTrainedToken
         lines=len(lines),
         same=same,
         covered=covered / max(count, 1),
-        boundaries=shared / max(edges, 1),
+        boundaries=shared / max(boundaries, 1),
         unmapped=tuple(missing[:20]),
         special=_special(strong, small),
     )
 
 
-def agree(
+def match_vocabularies(
     strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase, level: str = "strict"
 ) -> tuple[int, int, TokenMap | None]:
-    """(V, M, bridge): ids of the strong model; how many of the first ids the small models share, or, with a bridge
+    """(V, M, token map): ids of the strong model; how many of the first ids the small models share, or, with a map
     between different tokenizers, how many they have. FusionError if refused.
     """
     choose(level, TOKENS, "tokens")
-    coverage = compare_vocabularies(strong, small)
-    accepted = coverage.accepted_by
+    match = compare_vocabularies(strong, small)
+    accepted = match.accepted_by
     if accepted == "strict" or (accepted == "prefix" and level != "strict"):
-        return coverage.strong, coverage.common, None
+        return match.strong, match.common, None
     if accepted == "map" and level == "map":
-        return coverage.strong, coverage.small, TokenMap(strong, small)
+        return match.strong, match.small, TokenMap(strong, small)
     raise FusionError(
-        f"the strong and the small tokenizer differ (tokens: {level})\n         {coverage}",
+        f"the strong and the small tokenizer differ (tokens: {level})\n         {match}",
         do=f"set tokens: {accepted}" if accepted else "take a small model of the strong model's family",
     )
 

@@ -50,10 +50,10 @@ def fuse_stage(
     def work() -> None:
         from mtft.evaluation.heldout_loss import BatchLayout, score_tasks
         from mtft.fuse.decoding.score_text import AlphaStats, fused_scores
-        from mtft.fuse.from_recipe import open_fusion
+        from mtft.fuse.from_recipe import load_fusion
 
         alone = strong_alone()
-        fused = open_fusion(recipe, list(experts.values()))
+        fused = load_fusion(recipe, list(experts.values()))
         stores, stats = _held_out(strong_recipe, fused), AlphaStats()
         layout = BatchLayout(recipe.train.rows_at_once, recipe.train.max_length, 0, packing=False)
         score = partial(fused_scores, fused, stats=stats)

@@ -7,7 +7,7 @@ import torch
 
 from mtft.fuse.alpha.exponential_tilt import ExponentialTilt
 from mtft.fuse.alpha.fused_logits import fuse_logits
-from mtft.fuse.alpha.root_solver import match, solve_root
+from mtft.fuse.alpha.root_solver import matching_function, solve_root
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 
 A = ([2, 1, 0, -1, 0.5], [0.4, 1.6, 0.1, -0.8, 0.9], [1, 0.5, 0.2, -0.3, 0])
@@ -133,7 +133,7 @@ def test_rows_on_which_plain_newton_runs_in_circles(rule):
     a_max = torch.full_like(target, 2.0)
     tilt = ExponentialTilt(p.log(), p, d, a_max)
     step = solve_root(tilt, rule, target, a_max, 1e-4)
-    reached = match(rule, step.a_N, tilt(step.a_N))
+    reached = matching_function(rule, step.a_N, tilt(step.a_N))
     assert (((reached - target).abs() <= 1.01e-4 * target) | step.clipped_N).all()
     assert (~step.clipped_N).any()
     assert step.evaluations <= 16

@@ -10,7 +10,7 @@ import torch
 from mtft.adapters.routers import CentroidRouter
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.batch import jsonl_commands, resumable_jsonl
-from mtft.fuse.from_recipe import fingerprint, open_fusion
+from mtft.fuse.from_recipe import fingerprint, load_fusion
 from mtft.recipe.schema.recipe import Recipe
 from tests.fuse import tiny
 
@@ -46,7 +46,7 @@ def recipe_of(places, out, **fuse):
 
 @pytest.fixture(scope="module")
 def fused(places, tmp_path_factory):
-    return open_fusion(recipe_of(places, tmp_path_factory.mktemp("out")))
+    return load_fusion(recipe_of(places, tmp_path_factory.mktemp("out")))
 
 
 def write(path: Path, rows) -> Path:
@@ -192,7 +192,7 @@ def test_temperature_zero_is_greedy(ask, places, fused):
 
 def test_missing_adapter(places, tmp_path):
     with pytest.raises(FusionError, match="no expert"):
-        open_fusion(recipe_of(places, tmp_path, adapters=None))
+        load_fusion(recipe_of(places, tmp_path, adapters=None))
 
 
 def test_a_recipe_with_a_router(places, tmp_path):
@@ -202,7 +202,7 @@ def test_a_recipe_with_a_router(places, tmp_path):
     CentroidRouter.fit({"two": states[0], "expert": states[1]}).save(file)
     experts = {"adapters": [str(places["expert"]), str(two)], "temperature": 0.0}
     recipe = recipe_of(places, tmp_path, weights="router", router=str(file), **experts)
-    fused, rows = open_fusion(recipe), [{"prompt": "the quick"}, {"prompt": "dog"}]
+    fused, rows = load_fusion(recipe), [{"prompt": "the quick"}, {"prompt": "dog"}]
     jsonl_commands.generate(recipe, write(tmp_path / "x.jsonl", rows), tmp_path / "routed.jsonl", fused=fused)
     for row in rows:
         weights = fused.router.weights(fused.weak, torch.tensor(fused.tokenizer.encode(row["prompt"])))

@@ -120,7 +120,7 @@ def test_compaction_changes_nothing(double, monkeypatch, sample):
     options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
     options |= {"stopping_criteria": [stop], "do_sample": sample, "seed": 1, "repetition_penalty": 1.3}
     sizes = []
-    read = type(double.sides().strong).read
+    read = type(double.cached_models().strong).read
     monkeypatch.setattr(
         "mtft.fuse.decoding.model_state.CachedModel.read",
         lambda self, ids, *rest, **more: sizes.append(len(ids)) or read(self, ids, *rest, **more),

@@ -68,7 +68,7 @@ def test_memory_stays_under_the_bound(single, monkeypatch):
     """No call into a model makes more positions than the bound allows, and the sum does not change."""
     expected = single.score(IDS, MASK)
     sizes = []
-    read = type(single.sides().strong).read
+    read = type(single.cached_models().strong).read
 
     def watched(self, ids, mask=None, keep=1):
         out = read(self, ids, mask, keep)

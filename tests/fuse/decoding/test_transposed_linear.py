@@ -42,11 +42,11 @@ def test_a_small_head_is_left_alone():
 
 
 def test_a_workspace_gives_the_same_memory_again_also_outside_of_inference_mode():
-    space = FusionBuffers()
+    buffers = FusionBuffers()
     with torch.inference_mode():
-        first = space.like("a", torch.zeros(3, 4))
+        first = buffers.like("a", torch.zeros(3, 4))
     first.fill_(1)
-    assert space.like("a", torch.zeros(3, 4)) is first
-    assert space.like("a", torch.zeros(2, 4)).data_ptr() == first.data_ptr()
-    assert space.like("b", torch.zeros(3, 4)).data_ptr() != first.data_ptr()
-    assert space.like("a", torch.zeros(5, 4, dtype=torch.float64)).dtype == torch.float64
+    assert buffers.like("a", torch.zeros(3, 4)) is first
+    assert buffers.like("a", torch.zeros(2, 4)).data_ptr() == first.data_ptr()
+    assert buffers.like("b", torch.zeros(3, 4)).data_ptr() != first.data_ptr()
+    assert buffers.like("a", torch.zeros(5, 4, dtype=torch.float64)).dtype == torch.float64

@@ -272,7 +272,7 @@ def test_stop_drains(fused):
 
 
 def test_while_it_drains_the_server_finishes_and_refuses(fused):
-    """The application alone; the signal and the exit status: test_shutdown.py."""
+    """The application alone; the signal and the exit status: test_graceful_shutdown.py."""
     from fastapi.testclient import TestClient
 
     app = make_app(fused, "fusion")
@@ -289,7 +289,7 @@ def test_while_it_drains_the_server_finishes_and_refuses(fused):
 def test_a_failing_batch_is_heard_and_the_next_one_works(fused, monkeypatch):
     events = []
     engine = BatchEngine(fused)
-    monkeypatch.setattr(engine, "_pick", lambda *_: (_ for _ in ()).throw(FusionError("broken")))
+    monkeypatch.setattr(engine, "_next_token", lambda *_: (_ for _ in ()).throw(FusionError("broken")))
     engine.start()
     engine.submit([GenerationJob([5, 6], 3, fused.spec, events.append)])
     while not events:

@@ -8,7 +8,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, MistralConfig, Mi
 
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.load_models import freeze
-from mtft.fuse.speculative.acceptance import chance, draw, settle
+from mtft.fuse.speculative.acceptance import acceptance_probability, sample_tokens, verify_drafts
 from mtft.fuse.speculative.draft_length import DraftLength
 from tests.fuse import tiny
 from tests.slow import slow
@@ -52,10 +52,10 @@ def test_greedy_is_token_identical_on_500_prompts_in_fp32(folders):
 
 @pytest.mark.parametrize("sample", [True, *slow(False)])
 def test_changing_gamma_on_the_way(double, monkeypatch, sample):
-    monkeypatch.setattr("mtft.fuse.speculative.speculative.Gamma", Every)
+    monkeypatch.setattr("mtft.fuse.speculative.speculative.DraftLength", Every)
     call = CALL | {"max_new_tokens": 40, "do_sample": sample, "seed": 1, "alpha_rule": ["jeffreys", "fixed"] * 2}
     assert torch.equal(double.generate(**call, speculative="auto"), double.generate(**call))
-    assert double.last_gamma.rounds > 14
+    assert double.last_draft_length.rounds > 14
 
 
 def test_a_good_drafter_is_accepted_and_saves_passes(folders, monkeypatch):
@@ -65,7 +65,7 @@ def test_a_good_drafter_is_accepted_and_saves_passes(folders, monkeypatch):
     call = CALL | {"eos_token_id": None}
     expected = fused.generate(**call)
     passes = []
-    read = type(fused.sides().strong).read
+    read = type(fused.cached_models().strong).read
 
     def counted(self, *arguments, **options):
         passes.append(self.model is fused.strong)
@@ -73,7 +73,7 @@ def test_a_good_drafter_is_accepted_and_saves_passes(folders, monkeypatch):
 
     monkeypatch.setattr("mtft.fuse.decoding.model_state.CachedModel.read", counted)
     assert torch.equal(fused.generate(**call, speculative=4), expected)
-    assert fused.last_gamma.accepted == fused.last_gamma.drafted
+    assert fused.last_draft_length.accepted == fused.last_draft_length.drafted
     assert sum(passes) == 1 + 4  # the prompt gives one token, then four rounds of five; the last stops at the limit
 
 
@@ -203,8 +203,8 @@ def test_emitted_tokens_follow_p(coupling):
     """Chi-square of what comes out of one judgement against p, V = 6, one id impossible under p and likely under q."""
     places = [(seed, 0, position) for seed in range(40) for position in range(500)]
     p, q = P.log().expand(len(places), -1), Q.log().expand(len(places), -1)
-    drafts = draw("gumbel", q, places)
-    accepted, tokens = settle(coupling, p, q, drafts, places)
+    drafts = sample_tokens("gumbel", q, places)
+    accepted, tokens = verify_drafts(coupling, p, q, drafts, places)
     counts = torch.bincount(tokens, minlength=6).double()
     assert counts[3] == 0
     assert not accepted[drafts == 3].any()
@@ -213,7 +213,7 @@ def test_emitted_tokens_follow_p(coupling):
     assert float(((counts[possible] - expected) ** 2 / expected).sum()) < 18.47  # 4 degrees of freedom, p = 1e-3
     seen, overlap = float(accepted.double().mean()), float(torch.minimum(P, Q).sum())
     bound = overlap if coupling == "max" else overlap / (2 - overlap)
-    assert float(chance(coupling, p[:1], q[:1])) == pytest.approx(bound)
+    assert float(acceptance_probability(coupling, p[:1], q[:1])) == pytest.approx(bound)
     assert seen == pytest.approx(overlap, abs=0.015) if coupling == "max" else seen > bound - 0.01
 
 
@@ -223,10 +223,10 @@ def test_drafted_and_accepted_pairs_are_exact_jointly():
     counts = Counter()
     trials = 20000
     places = [(1, n, 0) for n in range(trials)]
-    first = draw("gumbel", Q.log().expand(trials, -1), places)
-    accepted, tokens = settle("max", P.log().expand(trials, -1), Q.log().expand(trials, -1), first, places)
+    first = sample_tokens("gumbel", Q.log().expand(trials, -1), places)
+    accepted, tokens = verify_drafts("max", P.log().expand(trials, -1), Q.log().expand(trials, -1), first, places)
     second_p = torch.stack([after[int(x)] for x in tokens]).log()
-    bonus = draw("gumbel", second_p, [(1, n, 1) for n in range(trials)])
+    bonus = sample_tokens("gumbel", second_p, [(1, n, 1) for n in range(trials)])
     for a, b in zip(tokens.tolist(), bonus.tolist(), strict=True):
         counts[a, b] += 1
     expected = {(a, b): float(P[a] * after[a][b]) * trials for a in range(6) for b in range(6)}
@@ -240,7 +240,7 @@ def test_p_equal_to_q_accepts_everything():
     places = [(0, 0, position) for position in range(200)]
     logits = Q.log().expand(200, -1)
     for coupling in ("max", "gumbel"):
-        assert settle(coupling, logits, logits, draw("gumbel", logits, places), places)[0].all()
+        assert verify_drafts(coupling, logits, logits, sample_tokens("gumbel", logits, places), places)[0].all()
 
 
 def test_unseeded_sampling_by_max_coupling(single):
@@ -266,18 +266,18 @@ def test_unseeded_sampling_by_max_coupling(single):
 def test_gamma_takes_the_cheapest():
     gamma = DraftLength(maximum=4)
     for _ in range(20):
-        gamma.took(0, plain=1.0)
-    gamma.saw(100, 95)
+        gamma.record_times(0, plain=1.0)
+    gamma.record_acceptance(100, 95)
     gamma.draft.append(0.1)
     assert gamma.next() == 4
     for _ in range(40):
-        gamma.took(4, draft=0.1, verify=1.1)
-        gamma.saw(4, 0)
+        gamma.record_times(4, draft=0.1, verify=1.1)
+        gamma.record_acceptance(4, 0)
     assert gamma.next() == 0
     slow = DraftLength(maximum=4)
     for _ in range(20):
-        slow.took(0, plain=1.0)
-    slow.saw(10, 9)
+        slow.record_times(0, plain=1.0)
+    slow.record_acceptance(10, 9)
     slow.draft.append(0.9)  # a drafter as slow as the model itself
     assert slow.next() == 0
 
@@ -287,12 +287,12 @@ def test_gamma_counts_what_rounds_give():
     believing, counting = DraftLength(), DraftLength()
     for gamma in (believing, counting):
         for _ in range(20):
-            gamma.took(0, plain=0.8)
-        gamma.saw(100, 85)
+            gamma.record_times(0, plain=0.8)
+        gamma.record_acceptance(100, 85)
         for at in range(64):
             stand = 6 * (at % 2)
-            gamma.saw(min(stand + 1, 6), stand)
-            gamma.took(6, draft=0.35, verify=1.2, tokens=1 + stand if gamma is counting else None)
+            gamma.record_acceptance(min(stand + 1, 6), stand)
+            gamma.record_times(6, draft=0.35, verify=1.2, tokens=1 + stand if gamma is counting else None)
     assert believing.time_per_token(6) == pytest.approx(3.44 / 4.6, rel=0.05)
     assert counting.time_per_token(6) == pytest.approx(3.44 / 4, rel=0.05)
     assert believing.next() > 0
@@ -301,8 +301,8 @@ def test_gamma_counts_what_rounds_give():
 
 def test_gamma_has_patience():
     gamma = DraftLength()
-    gamma.saw(1, 1)
-    gamma.took(0, plain=1.0)
+    gamma.record_acceptance(1, 1)
+    gamma.record_times(0, plain=1.0)
     assert gamma.next() == 0  # too early to change
 
 
@@ -311,17 +311,17 @@ def test_gamma_begins_with_what_an_earlier_call_learnt():
     first, bad = DraftLength(), DraftLength()
     for gamma, beta in ((first, 0.95), (bad, 0.05)):
         for _ in range(4):
-            gamma.took(0, plain=1.0)
-        gamma.saw(100, 100 * beta)
+            gamma.record_times(0, plain=1.0)
+        gamma.record_acceptance(100, 100 * beta)
         gamma.draft.append(0.1)
     again, still = DraftLength(), DraftLength()
-    again.learn(first)
-    still.learn(bad)
+    again.warm_start(first)
+    still.warm_start(bad)
     assert DraftLength().next() == 0
     assert again.next() == 6
     assert still.next() == 0
     untaught = DraftLength()
-    untaught.learn(DraftLength())
+    untaught.warm_start(DraftLength())
     assert (untaught.beta, untaught.next()) == (None, 0)
 
 
@@ -329,4 +329,4 @@ def test_a_second_auto_call_gives_the_same_tokens(single):
     expected = single.generate(**CALL)
     for _ in range(3):
         assert torch.equal(single.generate(**CALL, speculative="auto"), expected)
-    assert single.gammas[len(IDS)] is single.last_gamma
+    assert single.draft_lengths[len(IDS)] is single.last_draft_length

@@ -7,8 +7,8 @@ from mtft.fuse.alpha.fused_logits import fuse_logits
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.decoding.prompts import left_pad
 from mtft.fuse.fused_model import FusedCausalLM
-from mtft.fuse.tokenizers.token_map import TokenMap, surfaces, tokens_of
-from mtft.fuse.tokenizers.vocabulary_match import agree
+from mtft.fuse.tokenizers.token_map import TokenMap, token_bytes, token_strings
+from mtft.fuse.tokenizers.vocabulary_match import match_vocabularies
 from tests.fuse import tiny
 from tests.fuse.tokenizers.test_vocabulary_match import train
 
@@ -31,16 +31,16 @@ def bridged(tmp_path_factory, strong, other):
     root = tmp_path_factory.mktemp("bridge")
     base = tiny.base(root / "base", vocab_size=320)
     small = tiny.weak(base, [tiny.adapter(root / "one", base, 11), tiny.adapter(root / "two", base, 12)])
-    bridge = TokenMap(strong, other)
+    token_map = TokenMap(strong, other)
     large = tiny.model(7, vocab_size=320)
-    sizes = {"vocab_size": len(tokens_of(strong)), "shared": bridge.width}
-    return FusedCausalLM(large, small, strong, FusionSpec(), **sizes, bridge=bridge)
+    sizes = {"vocab_size": len(token_strings(strong)), "shared": token_map.width}
+    return FusedCausalLM(large, small, strong, FusionSpec(), **sizes, token_map=token_map)
 
 
 def by_hand(fused, ids):
     """The fused distribution after `ids`, from text alone: no cache, no batch."""
-    bridge = fused.bridge
-    small_ids, whole = bridge.encode(ids)
+    token_map = fused.token_map
+    small_ids, whole = token_map.encode(ids)
     experts, base = [], None
     fused.weak.layout.set((0, 1, -1), 1)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def by_hand(fused, ids):
     experts, base = rows[:2, None], rows[2:]
     if not whole:
         experts = base[None].expand(2, -1, -1)
-    return fuse_logits(strong, experts, base, fused.spec, bridge=bridge).logprobs_NV[0]
+    return fuse_logits(strong, experts, base, fused.spec, token_map=token_map).logprobs_NV[0]
 
 
 def test_surfaces_of_byte_level_and_sentencepiece():
@@ -60,9 +60,9 @@ def test_surfaces_of_byte_level_and_sentencepiece():
     raw = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], unk_token="<unk>"))
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     other = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
-    assert surfaces(other) == [None, b" the", b"a", b"A", "é".encode()]
+    assert token_bytes(other) == [None, b" the", b"a", b"A", "é".encode()]
     ours = tiny.tokenizer()
-    found = surfaces(ours)
+    found = token_bytes(ours)
     assert all(found[ours.convert_tokens_to_ids(token)] is None for token in ("<pad>", "<s>", "</s>"))
     for text in ("the quick", " brown", "é"):
         ids = ours.encode(text, add_special_tokens=False)
@@ -74,7 +74,7 @@ def test_surfaces_of_byte_level_and_sentencepiece():
 
 def test_map_is_by_text_and_by_role(strong, other):
     small_id_V = TokenMap(strong, other).small_id_V.tolist()
-    ours, theirs = surfaces(strong), surfaces(other)
+    ours, theirs = token_bytes(strong), token_bytes(other)
     for index, small in enumerate(small_id_V):
         if ours[index] is not None:
             assert small == (theirs.index(ours[index]) if ours[index] in theirs else -1)
@@ -82,17 +82,17 @@ def test_map_is_by_text_and_by_role(strong, other):
 
 
 def test_half_a_character_is_not_read(strong, other):
-    bridge, ids = TokenMap(strong, other), strong.encode("café")
-    assert bridge.encode(ids) == (other.encode("café"), True)
-    assert bridge.encode(ids[:-1]) == (other.encode("caf"), False)
+    token_map, ids = TokenMap(strong, other), strong.encode("café")
+    assert token_map.encode(ids) == (other.encode("café"), True)
+    assert token_map.encode(ids[:-1]) == (other.encode("caf"), False)
 
 
 def test_equal_tokenizers_give_what_strict_gives(tmp_path):
     places = tiny.folders_with_text(tmp_path)
     strict = FusedCausalLM.load(places["strong"], places["small"], [places["expert"]], dtype="fp64", device="cpu")
-    bridge = TokenMap(strict.tokenizer, strict.tokenizer)
+    token_map = TokenMap(strict.tokenizer, strict.tokenizer)
     sizes = {"vocab_size": strict.vocab_size, "shared": strict.shared}
-    mapped = FusedCausalLM(strict.strong, strict.weak, strict.tokenizer, FusionSpec(), **sizes, bridge=bridge)
+    mapped = FusedCausalLM(strict.strong, strict.weak, strict.tokenizer, FusionSpec(), **sizes, token_map=token_map)
     # only what is the tokenizer's own way to write its text: other ids are read differently, as they should be
     ids = torch.tensor([strict.tokenizer.encode("the quick brown fox jumps over 123")])
     torch.testing.assert_close(mapped.forward(ids).logits[:, -1], strict.forward(ids).logits[:, -1], atol=1e-8, rtol=0)
@@ -144,7 +144,7 @@ def test_a_prompt_of_the_small_models_own(bridged, other):
     )
     plain = bridged.generate(input_ids=torch.tensor([prompt]), **call)
     same = bridged.generate(
-        input_ids=torch.tensor([prompt]), expert_input_ids=torch.tensor([bridged.bridge.encode(prompt)[0]]), **call
+        input_ids=torch.tensor([prompt]), expert_input_ids=torch.tensor([bridged.token_map.encode(prompt)[0]]), **call
     )
     assert torch.equal(same, plain)
     assert out.shape == plain.shape
@@ -163,11 +163,11 @@ def test_no_speculation_and_what_else_is_refused(bridged):
 
 
 def test_agree_gives_a_bridge_or_says_what_is_missing(strong, other):
-    v, m, bridge = agree(strong, other, "map")
+    v, m, token_map = match_vocabularies(strong, other, "map")
     assert (v, m) == (len(strong), len(other))
-    assert bridge == TokenMap(strong, other)
+    assert token_map == TokenMap(strong, other)
     with pytest.raises(FusionError, match="level that accepts: map") as refused:
-        agree(strong, other, "prefix")
+        match_vocabularies(strong, other, "prefix")
     assert refused.value.do == "set tokens: map"
 
 
@@ -178,6 +178,6 @@ def test_a_trace_names_tokens_of_the_strong_model(bridged):
     trace = TokenTrace([0], bridged.tokenizer)
     bridged.generate(input_ids=ids, max_new_tokens=3, do_sample=False, pad_token_id=0, trace=trace)
     for record in trace.tokens[0]:
-        mapped = int(bridged.bridge.small_id_V[record["token"]])
+        mapped = int(bridged.token_map.small_id_V[record["token"]])
         assert (record["logprob"]["base"] is None) == (mapped < 0)
-        assert all(int(bridged.bridge.small_id_V[top["token"]]) >= 0 for top in record["top"]["base"])
+        assert all(int(bridged.token_map.small_id_V[top["token"]]) >= 0 for top in record["top"]["base"])

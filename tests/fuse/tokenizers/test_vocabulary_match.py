@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.tokenizers.probe_text import probe_lines
-from mtft.fuse.tokenizers.vocabulary_match import agree, compare_vocabularies
+from mtft.fuse.tokenizers.vocabulary_match import compare_vocabularies, match_vocabularies
 
 
 def train(size=400, text=None, specials=("<pad>", "<s>", "</s>")):
@@ -33,7 +33,7 @@ def test_probe_is_200_different_lines():
 
 
 def test_equal(tokenizer):
-    assert agree(tokenizer, train()) == (400, 400, None)
+    assert match_vocabularies(tokenizer, train()) == (400, 400, None)
     assert compare_vocabularies(tokenizer, train()).accepted_by == "strict"
 
 
@@ -43,16 +43,16 @@ def test_extras_at_the_end_need_prefix(tokenizer, side):
     extended.add_tokens(["<tool>", "<think>"])
     pair = (extended, tokenizer) if side == "strong" else (tokenizer, extended)
     with pytest.raises(FusionError, match="level that accepts: prefix") as refused:
-        agree(*pair)
+        match_vocabularies(*pair)
     assert refused.value.do == "set tokens: prefix"
-    assert agree(*pair, "prefix") == agree(*pair, "map") == (len(pair[0]), 400, None)
+    assert match_vocabularies(*pair, "prefix") == match_vocabularies(*pair, "map") == (len(pair[0]), 400, None)
 
 
 def test_another_tokenizer_is_refused_with_a_report(tokenizer):
     words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "a", "b", "0", "x"])}
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")))
     with pytest.raises(FusionError) as refused:
-        agree(tokenizer, other, "map")
+        match_vocabularies(tokenizer, other, "map")
     text = str(refused.value)
     assert "level that accepts: none" in text
     assert "take a small model of the strong model's family" in text
@@ -75,4 +75,4 @@ def test_different_end_token(tokenizer):
     other = train()
     other.eos_token = "<s>"
     with pytest.raises(FusionError, match=r"eos: '</s>' \(2\) \| '<s>' \(1\)"):
-        agree(tokenizer, other, "prefix")
+        match_vocabularies(tokenizer, other, "prefix")

@@ -338,8 +338,9 @@ def run_mtft(
     from mtft.data.planning import make_plan
     from mtft.models.lora import add_lora
     from mtft.recipe.schema.recipe import Recipe
-    from mtft.training.build_trainer import TrainingInputs, build_trainer
     from mtft.training.run_files.metrics_log import MetricsLog
+    from mtft.training.trainer import build_trainer
+    from mtft.training.trainer_parts import TrainingInputs
     from mtft.training.training_arguments import training_arguments
 
     with tempfile.TemporaryDirectory() as folder:

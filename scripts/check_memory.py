@@ -67,9 +67,10 @@ def train(shape: dict[str, Any], sections: dict[str, Any], **settings: Any) -> A
     from mtft.data.planning import make_plan
     from mtft.recipe.schema.recipe import Recipe
     from mtft.training.build_model import load_for_training
-    from mtft.training.build_trainer import TrainingInputs, build_trainer
     from mtft.training.memory.estimate import estimate_memory
     from mtft.training.run_files.metrics_log import MetricsLog
+    from mtft.training.trainer import build_trainer
+    from mtft.training.trainer_parts import TrainingInputs
     from mtft.training.training_arguments import training_arguments
 
     whole = bench.Shape(**shape, heads=4, median=96)

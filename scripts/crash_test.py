@@ -118,8 +118,6 @@ def main() -> int:
         folder = Path(scratch)
         os.environ["MTFT_CACHE"] = str(folder / "cache")
         unbroken = small_recipe(folder, folder / "unbroken")
-        import mtft.training.build_trainer
-        import mtft.training.finalize  # noqa: F401  (the forks have it imported)
         from mtft.training.run_training import train
 
         begin = time.perf_counter()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from transformers import Trainer
+    from accelerate import Accelerator
 
 
 def sharding_of_launch() -> dict[str, Any]:
@@ -51,13 +51,13 @@ def fsdp_settings(dtype: torch.dtype) -> dict[str, Any]:
     return {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "mixed_precision_policy": policy}
 
 
-def check_sharded(trainer: Trainer) -> None:
+def check_sharded(model: nn.Module) -> None:
     """Refuses a run that asked for FSDP and did not get it: each rank would hold everything, or train alone."""
     from torch.distributed.tensor import DTensor
 
     if engine() != "fsdp":
         return
-    whole = [name for name, parameter in trainer.model.named_parameters() if not isinstance(parameter, DTensor)]
+    whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     if whole:
         raise UserError(
             f"FSDP was asked for, but {len(whole)} parameters are not sharded, for example {whole[0]}",
@@ -119,14 +119,14 @@ def placed_moments(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "state": {index: of(parameters[index], moments) for index, moments in state["state"].items()}}
 
 
-def whole_weights(trainer: Trainer, model: nn.Module) -> Mapping[str, Tensor] | None:
+def whole_weights(accelerator: Accelerator, model: nn.Module, *, fsdp: bool, keep: bool) -> Mapping[str, Tensor] | None:
     """The trained weights, gathered on the CPU of the writing rank, where the engine shards them; else None.
 
-    A collective call.
+    A collective call; only ranks that `keep` get them.
     """
-    if trainer.is_fsdp_enabled:
-        return gathered(trainable(resting(model)), keep=trainer.args.should_save)
-    plugin = trainer.accelerator.state.deepspeed_plugin
+    if fsdp:
+        return gathered(trainable(resting(model)), keep=keep)
+    plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
         return None
     import deepspeed
@@ -134,12 +134,11 @@ def whole_weights(trainer: Trainer, model: nn.Module) -> Mapping[str, Tensor] | 
     whole = {}
     for name, parameter in trainable(model).items():  # one at a time: the whole may not fit on a GPU
         with deepspeed.zero.GatheredParameters([parameter]):
-            if trainer.args.should_save:
+            if keep:
                 whole[name] = parameter.detach().cpu().clone()
     return whole
 
 
-def save_engine_state(trainer: Trainer, folder: Path) -> None:
+def save_engine_state(deepspeed_engine: Any, folder: Path) -> None:
     """DeepSpeed's own checkpoint (its files are pickles): weights that are trained, optimizer. A collective call."""
-    deepspeed_engine: Any = trainer.model_wrapped
     deepspeed_engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)

@@ -47,13 +47,13 @@ def evaluate_model(
 
     autocast: run the forward pass in this precision (as training did). The model comes back in the mode it was in.
     """
-    from mtft.losses.token_nll import token_scores
+    from mtft.losses.token_nll import is_isolated, token_scores
 
-    device = next(model.parameters()).device
+    device, isolated = next(model.parameters()).device, is_isolated(model, attention)
 
     def score(batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            return token_scores(model, batch, attention=attention)
+            return token_scores(model, batch, attention=attention, isolated=isolated)
 
     with evaluation_mode(model):
         return score_tasks(score, stores, layout, device=device)

@@ -13,7 +13,6 @@ come back bit for bit. z is a function of (seed, step), the same on every rank a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -23,9 +22,7 @@ from mtft.common.state_tree import random_state, restore_random_state
 from mtft.data.batching.batch import Batch
 from mtft.distributed.sharding import trainable
 from mtft.losses.task_reduction import TaskCounts, TaskSums, task_sums
-
-if TYPE_CHECKING:
-    from mtft.training.trainer import MultiTaskTrainer
+from mtft.training.step.objective import StepContext
 
 
 def directions(parameters: Sequence[Tensor], seed: int, step: int) -> Iterator[Tensor]:
@@ -37,7 +34,7 @@ def directions(parameters: Sequence[Tensor], seed: int, step: int) -> Iterator[T
 
 
 def mezo_step(
-    trainer: MultiTaskTrainer,
+    context: StepContext,
     model: nn.Module,
     batches: Sequence[Batch],
     counts: TaskCounts,
@@ -51,8 +48,8 @@ def mezo_step(
 
     A collective call: the loss is that of all ranks.
     """
-    parameters = list(trainable(trainer.model).values())
-    random = random_state()
+    parameters = list(trainable(context.model).values())
+    objective, random = context.objective, random_state()
     sides: list[list[TaskSums]] = []
     losses: list[float] = []
     with torch.no_grad():
@@ -63,13 +60,13 @@ def mezo_step(
                 parameter.copy_(start + sign * epsilon * z)
             loss, parts = torch.zeros((), dtype=torch.float64), []
             for batch in batches:
-                nll_BT = trainer.token_losses(model, batch)
-                loss += trainer.objective.loss(nll_BT, batch, counts, w_K, step).double().cpu()
-                parts.append(task_sums(nll_BT, batch, len(trainer.tasks)))
+                nll_BT = objective.nll(model, batch)
+                loss += objective.loss(nll_BT, batch, counts, w_K, step).double().cpu()
+                parts.append(task_sums(nll_BT, batch, len(context.tasks)))
             if dist.is_initialized():
-                loss = loss.to(trainer.args.device)
+                loss = loss.to(context.device)
                 dist.all_reduce(loss)
-            penalty = trainer.objective.penalty(model)
+            penalty = objective.penalty(model)
             losses.append(float(loss) + (0.0 if penalty is None else float(penalty)))
             sides.append(parts)
         for parameter, start in zip(parameters, aside, strict=True):
@@ -77,5 +74,5 @@ def mezo_step(
         slope = (losses[0] - losses[1]) / (2 * epsilon)
         for parameter, z in zip(parameters, directions(parameters, seed, step), strict=True):
             parameter.grad = (slope * z).to(parameter.dtype)
-    trainer.accelerator.gradient_state._set_sync_gradients(True)
+    context.accelerator.gradient_state._set_sync_gradients(True)
     return [TaskSums(*((one + two) / 2 for one, two in zip(*pair, strict=True))) for pair in zip(*sides, strict=True)]

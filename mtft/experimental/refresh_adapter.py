@@ -24,6 +24,7 @@ from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
 from mtft.data.batching.batch import IGNORE
 from mtft.data.batching.batches import eval_batches
+from mtft.data.batching.packed_attention import packing_refusal
 from mtft.data.planning import make_plan
 from mtft.distributed.launch import world_size
 from mtft.evaluation.evaluate_recipe import with_adapter
@@ -35,9 +36,10 @@ from mtft.losses.task_reduction import coefficients, step_counts, task_coefficie
 from mtft.losses.token_nll import token_nll
 from mtft.models.loading import load_base, pad_id
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.build_trainer import TrainingInputs, build_trainer, may_pack, read_training_inputs
 from mtft.training.export.export import export_model
 from mtft.training.run_files.metrics_log import MetricsLog, finite
+from mtft.training.trainer import build_trainer
+from mtft.training.trainer_parts import TrainingInputs, read_training_inputs
 from mtft.training.training_arguments import training_arguments
 
 FILE = "refresh.json"
@@ -145,7 +147,10 @@ def _buffered(recipe: Recipe, new: Sequence[str], out: Path, *, rows: int, steps
 
 def _layout(recipe: Recipe, model: Any, inputs: TrainingInputs, say: Callable[[str], None]) -> BatchLayout:
     asked = recipe.train
-    packing = asked.packing and may_pack(model.config, model.config._attn_implementation, say=say)
+    refusal = packing_refusal(model.config, model.config._attn_implementation)
+    packing = asked.packing and refusal is None
+    if asked.packing and refusal is not None:
+        say(f"packing is off: {refusal}")
     return BatchLayout(asked.rows_at_once, asked.max_length, pad_id(inputs.tokenizer), packing=packing)
 
 

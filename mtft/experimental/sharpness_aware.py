@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,30 +20,37 @@ from mtft.data.batching.batch import IGNORE, Batch
 from mtft.experimental.flat_minima import RHO, Mix, Named, f_mtl, samo
 from mtft.gradients.gramian import ranks_of, sum_over_ranks
 from mtft.losses.task_reduction import TaskCounts, coefficients
+from mtft.recipe.schema.loss import FlatMinimaSection
 from mtft.training.step.extra_losses import global_losses
-
-if TYPE_CHECKING:
-    from mtft.training.trainer import MultiTaskTrainer
+from mtft.training.step.objective import StepContext
 
 
 class SharpnessAwareStep:
     """One step's passes; called with its captured gradients it gives the direction to follow.
 
+    section  loss.gradients.flat;  factor  what the engine multiplies gradients by (TaskGradients.factor)
     batches  this rank's micro-batches;  counts  of all ranks;  random  the random state before the step's forward
     """
 
     def __init__(
-        self, trainer: MultiTaskTrainer, batches: Sequence[Batch], counts: TaskCounts, random: dict[str, Any], step: int
+        self,
+        context: StepContext,
+        section: FlatMinimaSection,
+        batches: Sequence[Batch],
+        counts: TaskCounts,
+        random: dict[str, Any],
+        step: int,
+        factor: float,
     ) -> None:
-        self.trainer, self.batches, self.counts, self.random, self.step = trainer, batches, counts, random, step
+        self.context, self.section, self.factor = context, section, factor
+        self.batches, self.counts, self.random, self.step = batches, counts, random, step
         now = random_state()  # dropout on the way: every row has its part of the random numbers
         self.drew = any(not torch.equal(random[name], now[name]) for name in ("torch", "cuda") if name in now)
 
     def __call__(self, jacobian: Named, mix: Mix, p_K: Tensor) -> tuple[Named, Tensor]:
         """(direction, Gram matrix of the unmoved gradients). p_K: 0 for tasks that take no part. Collective."""
-        section = self.trainer.surgery.flat
-        assert section is not None
-        every = dict(self.trainer.model.named_parameters())
+        section = self.section
+        every = dict(self.context.model.named_parameters())
         self.parameters = {name: every[name] for name in jacobian}
         rho = RHO[section.name] if section.rho is None else section.rho
         present_K = p_K > 0
@@ -56,36 +63,35 @@ class SharpnessAwareStep:
 
     def gradient(self, task: int) -> Named:
         """Gradient of the task's loss (its mean as the objective has it) at the weights as they are. Collective."""
-        trainer, names = self.trainer, list(self.parameters)
-        factor = trainer.surgery.taps.factor if trainer.surgery.taps is not None else 1.0
-        alone_K = torch.zeros(len(trainer.tasks), dtype=torch.float64)
+        context, factor, names = self.context, self.factor, list(self.parameters)
+        alone_K = torch.zeros(len(context.tasks), dtype=torch.float64)
         alone_K[task] = 1.0
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
-        here = random_state()
+        present = random_state()
         restore_random_state(self.random)
         for batch in self.batches:
             batch = batch if self.drew else rows_of(batch, task)
             if batch is None:
                 continue
-            nll_BT = trainer.token_losses(trainer.model, batch)
-            c_BT = coefficients(batch, self.counts, alone_K, trainer.objective.normalise)
+            nll_BT = context.objective.nll(context.model, batch)
+            c_BT = coefficients(batch, self.counts, alone_K, context.objective.normalise)
             loss = (c_BT * nll_BT).sum() * factor  # as large as the engine makes it: fp16 would lose small gradients
-            found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-            for name, value in zip(names, found, strict=True):
+            gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+            for name, value in zip(names, gradients, strict=True):
                 if value is not None:
                     total[name] += value.float() / factor
-        restore_random_state(here)
+        restore_random_state(present)
         if ranks_of() > 1:
             sum_over_ranks(total.values())
         return total
 
     def losses(self) -> Tensor:
         """Losses of all tasks at the weights as they are, with the step's own random numbers. Collective."""
-        return global_losses(self.trainer, self.trainer.model, self.batches, self.random)
+        return global_losses(self.context, self.context.model, self.batches, self.random)
 
     def noise(self) -> Iterator[Tensor]:
         """Normal numbers for each parameter, the same on every rank and at every call."""
-        generator = torch.Generator().manual_seed(1_000_003 * self.trainer.args.seed + self.step)
+        generator = torch.Generator().manual_seed(1_000_003 * self.context.seed + self.step)
         for parameter in self.parameters.values():
             yield torch.randn(parameter.shape, generator=generator).to(parameter.device)
 

@@ -9,6 +9,14 @@ fused   (for GPUs, needs trl) trl's fused head: projection and softmax in tiles,
         bare model must be prepared with `add_fused_head` before PEFT wraps it. Without Triton it is slower than gather.
 
 Labels are aligned (the token to predict *from* a position), so nothing is shifted here.
+
+Training takes the cross-entropy in the memory of the logits, one [n, V] buffer from the forward to the gradient, where
+F.cross_entropy holds three (logits, log-probabilities, gradient):
+
+    nll = log sum e + max - logit[label],   e = exp(logits - max)
+    d nll / d logits = e / sum e - onehot(label)
+
+About a quarter less time for head and loss together on a CPU, where fresh memory is dear (scripts/bench_losses.py).
 """
 
 from __future__ import annotations
@@ -20,17 +28,29 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from mtft.common.errors import UserError
 from mtft.data.batching.batch import IGNORE, Batch
 from mtft.data.batching.packed_attention import model_inputs, packing_refusal
-from mtft.losses.in_place_cross_entropy import row_nll_in_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Path = Literal["auto", "gather", "fused"]
+# What made the logits, if nothing needs their values any more: these operations keep their inputs, not their result.
+_RESULT_IS_FREE = frozenset(
+    {
+        "MmBackward0",
+        "AddmmBackward0",
+        "UnsafeViewBackward0",
+        "MulBackward0",
+        "DivBackward0",
+        "ToCopyBackward0",
+        "IndexBackward0",
+    }
+)
 
 
 def resolve_path(path: str) -> Literal["gather", "fused"]:
@@ -70,6 +90,7 @@ def token_nll(
     *,
     path: str = "auto",
     attention: str | None = None,
+    isolated: bool | None = None,
     inputs: dict[str, Any] | None = None,
     chunk_rows: int | None = None,
     label_smoothing: float = 0.0,
@@ -80,6 +101,7 @@ def token_nll(
 
     path             `gather` or `fused` (see the module); `auto` is gather
     attention        the model's attention implementation; None reads it from the model's config
+    isolated         `is_isolated(model, attention)`, for callers who ask it once and not at each forward
     inputs           keyword arguments of the model's forward; None =
     mtft.data.batching.packed_attention.model_inputs(batch, ...)
     chunk_rows       supervised tokens whose fp32 softmax exists at a time (recomputed in the backward); None = all.
@@ -88,7 +110,7 @@ def token_nll(
     z_loss           adds z * logsumexp(logits)^2, which keeps the normaliser near 1 (PaLM, arXiv 2204.02311: 1e-4)
     many_backwards   allow several backward passes through one forward (retain_graph), for a third buffer of logits
     """
-    inputs = _inputs(model, batch, attention) if inputs is None else inputs
+    inputs = _inputs(model, batch, attention, isolated) if inputs is None else inputs
     supervised_BT = batch.labels_BT != IGNORE
     if path == "fused":
         if label_smoothing or z_loss:
@@ -115,6 +137,7 @@ def token_scores(
     batch: Batch,
     *,
     attention: str | None = None,
+    isolated: bool | None = None,
     inputs: dict[str, Any] | None = None,
     chunk_rows: int = 1024,
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +145,7 @@ def token_scores(
 
     No gradient. One forward, whatever the batch holds, so that ranks stay together; `chunk_rows` = fp32 rows at a time.
     """
-    inputs = _inputs(model, batch, attention) if inputs is None else inputs
+    inputs = _inputs(model, batch, attention, isolated) if inputs is None else inputs
     supervised_BT = batch.labels_BT != IGNORE
     logits_NV = _supervised_logits(model, inputs, supervised_BT)
     labels_N = batch.labels_BT[supervised_BT]
@@ -151,10 +174,16 @@ def _supervised_logits(model: nn.Module, inputs: dict[str, Any], supervised_BT: 
     return logits
 
 
-def _inputs(model: nn.Module, batch: Batch, attention: str | None) -> dict[str, Any]:
+def is_isolated(model: nn.Module, attention: str | None = None) -> bool:
+    """Whether attention is proven not to cross the examples of a row (mtft.data.batching.packed_attention)."""
     config: Any = _bare(model).config
-    kind: str = attention or config._attn_implementation
-    return model_inputs(batch, kind, packed_ok=packing_refusal(config, kind) is None)
+    return packing_refusal(config, attention or config._attn_implementation) is None
+
+
+def _inputs(model: nn.Module, batch: Batch, attention: str | None, isolated: bool | None) -> dict[str, Any]:
+    if attention is None:
+        attention = _bare(model).config._attn_implementation  # pyright: ignore
+    return model_inputs(batch, attention, packed_ok=is_isolated(model, attention) if isolated is None else isolated)
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -162,3 +191,32 @@ def _bare(model: nn.Module) -> nn.Module:
     from transformers import PreTrainedModel
 
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
+def row_nll_in_place(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """fp32 [n]: -log softmax(logits)[label] of each row. Destroys `logits_NV` (a copy of it where autograd needs it).
+
+    One backward only: a second one through the same graph is torch's error about an in-place operation.
+    """
+    logits_NV = logits_NV.float()
+    if logits_NV.grad_fn is None or logits_NV.grad_fn.name() not in _RESULT_IS_FREE:
+        logits_NV = logits_NV.clone()
+    return _RowNLL.apply(logits_NV, labels_N)
+
+
+class _RowNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+        highest_N1 = logits_NV.amax(dim=1, keepdim=True)
+        label_logit_N1 = logits_NV.gather(1, labels_N[:, None])
+        e_NV = logits_NV.sub_(highest_N1).exp_()
+        sum_N1 = e_NV.sum(dim=1, keepdim=True)
+        ctx.save_for_backward(e_NV, sum_N1, labels_N)
+        return (sum_N1.log() + highest_N1 - label_logit_N1)[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        e_NV, sum_N1, labels_N = ctx.saved_tensors
+        gradient_NV = e_NV.mul_(grad_N[:, None] / sum_N1)
+        return gradient_NV.scatter_add_(1, labels_N[:, None], -grad_N[:, None]), None

@@ -22,8 +22,8 @@ from mtft.training.run_training import SCORES
 if TYPE_CHECKING:
     from data_mixers.plan.mixture_plan import MixturePlan
     from data_mixers.plan.replanned import ReplannedPlan
-    from mtft.training.build_trainer import TrainingInputs
     from mtft.training.trainer import MultiTaskTrainer
+    from mtft.training.trainer_parts import TrainingInputs
 
 
 def finalize_run(
@@ -39,7 +39,7 @@ def finalize_run(
     run_dir, steps = Path(recipe.output.dir), trainer.state.global_step
     chosen = load_best_weights(trainer, recipe.output.export)
     model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    state = whole_weights(trainer, model)
+    state = whole_weights(trainer.accelerator, model, fsdp=trainer.is_fsdp_enabled, keep=trainer.args.should_save)
     logits = probe_logits(model, trainer.args.device) if prove else None
     with ExitStack() as cleanup:
         proof = None

@@ -13,9 +13,9 @@ the trainer reads its steps one by one (no loader processes). A checkpoint after
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -33,9 +33,7 @@ from mtft.losses.validation_stream import ValidationStream
 from mtft.recipe.rules.mixture_rules import PROBE_SHARE, PROBE_STEPS
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.step.extra_losses import valid_losses
-
-if TYPE_CHECKING:
-    from mtft.training.trainer import MultiTaskTrainer
+from mtft.training.step.objective import StepContext
 
 
 class OnlineMixture:
@@ -49,7 +47,14 @@ class OnlineMixture:
     def chain(self) -> ReplannedPlan:
         return self.controller.chain
 
-    def step(self, trainer: MultiTaskTrainer, step: int, loss_K: Tensor | None, part_K: Sequence[float]) -> dict:
+    def step(
+        self,
+        context: StepContext,
+        step: int,
+        loss_K: Tensor | None,
+        part_K: Sequence[float],
+        say: Callable[[str], None],
+    ) -> dict[str, Any]:
         """After optimizer step `step`; loss_K: None where it was skipped. Returns {"mixture": ...} for the metrics
         where the shares change or something stood in their way, else {}. A collective call."""
         controller = self.controller
@@ -58,20 +63,21 @@ class OnlineMixture:
         if not controller.due(step):
             return {}
         number = controller.measures(step)
-        valid_K = None if number is None else valid_losses(trainer, number, self.stream).tolist()
+        valid_K = None
+        if number is not None and self.stream is not None:
+            valid_K = valid_losses(context, self.stream, number).tolist()
         decision = _broadcast_from_first_rank(controller.propose(step, valid_K))
         if decision is None:
             return {}
         controller.play(decision)
         for note in decision.notes:
             if note not in self._reported:
-                trainer.run_log.say(f"step {step}: {note}")
+                say(f"step {step}: {note}")
                 self._reported.add(note)
-        names = trainer.tasks
         line: dict[str, Any] = {"from": decision.first + 1}
         if decision.shares is not None:
-            line["shares"] = dict(zip(names, decision.shares, strict=True))
-            line["wanted"] = dict(zip(names, decision.wanted, strict=True))
+            line["shares"] = dict(zip(context.tasks, decision.shares, strict=True))
+            line["wanted"] = dict(zip(context.tasks, decision.wanted, strict=True))
         return {"mixture": {**line, "notes": list(decision.notes)} if decision.notes else line}
 
     def state_dict(self, step: int) -> dict[str, Any]:

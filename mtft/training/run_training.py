@@ -54,13 +54,14 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     from mtft.data.planning import make_plan
     from mtft.distributed.stop_signal import EXIT_CODES, StopSignal
     from mtft.training.build_model import load_for_training
-    from mtft.training.build_trainer import build_trainer, print_summary, read_training_inputs, start_run_dir
     from mtft.training.callbacks.best_weights import BestWeights, ended_before
     from mtft.training.checkpoint.checkpoint_files import checkpoint_step
     from mtft.training.export.export import CHANGE_THE_BASE, save_initial
     from mtft.training.finalize import finalize_run
     from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
     from mtft.training.run_files.metrics_log import MetricsLog
+    from mtft.training.trainer import build_trainer
+    from mtft.training.trainer_parts import print_summary, read_training_inputs, start_run_dir
     from mtft.training.training_arguments import training_arguments
 
     inputs = read_training_inputs(recipe)
@@ -85,7 +86,7 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
         decides = recipe.train.patience or recipe.train.task_patience
         if checkpoint is not None and decides and ended_before(checkpoint):
             trainer.steps.until = args.max_steps = checkpoint_step(checkpoint)
-        print_summary(recipe, plan, trainer, checkpoint)
+        print_summary(recipe, plan, model, args, trainer.online, checkpoint, say=log.say)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:

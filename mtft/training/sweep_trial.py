@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from data_mixers.sweep.early_termination import StopRule
     from data_mixers.sweep.trial import Trial
-    from mtft.training.build_trainer import TrainingInputs
     from mtft.training.trainer import MultiTaskTrainer
+    from mtft.training.trainer_parts import TrainingInputs
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def run_trial(
     from mtft.common.errors import UserError
     from mtft.data.planning import make_plan
     from mtft.training.build_model import load_for_training
-    from mtft.training.build_trainer import build_trainer
     from mtft.training.run_files.metrics_log import MetricsLog
+    from mtft.training.trainer import build_trainer
     from mtft.training.training_arguments import training_arguments
 
     if threads is not None:
@@ -125,7 +125,7 @@ def _keep(recipe: Recipe, eval_limit: int | None) -> _Kept:
     """What the trials of this recipe share; kept until a trial of another recipe comes."""
     from mtft.models.loading import load_base
     from mtft.recipe.load import fingerprint
-    from mtft.training.build_trainer import read_training_inputs
+    from mtft.training.trainer_parts import read_training_inputs
 
     global _kept
     key = f"{fingerprint(recipe, without=('seed', 'mixture', 'output', 'name'))} {eval_limit}"

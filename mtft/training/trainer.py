@@ -15,43 +15,56 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 
 from mtft.common.state_tree import random_state
 from mtft.data.batching.batch import Batch
+from mtft.data.batching.batches import BatchSource
 from mtft.distributed.launch import check_ranks
+from mtft.distributed.sharding import check_sharded
 from mtft.distributed.stop_signal import StopSignal
 from mtft.evaluation.task_scores import TaskScores
 from mtft.experimental.mezo import mezo_step
 from mtft.experimental.sharpness_aware import SharpnessAwareStep
 from mtft.losses.balancers import Balancer, Observation
-from mtft.losses.task_reduction import TaskSums, reduce_sums, step_counts, task_coefficients, task_losses, task_probs
+from mtft.losses.task_reduction import (
+    TaskCounts,
+    TaskSums,
+    reduce_sums,
+    step_counts,
+    task_coefficients,
+    task_losses,
+    task_probs,
+)
 from mtft.training.callbacks.early_stopping import EarlyStopping
-from mtft.training.callbacks.step_end import NonFiniteSteps, StepEndCallback
-from mtft.training.checkpoint import checkpoint
+from mtft.training.callbacks.non_finite_steps import NonFiniteSteps
+from mtft.training.checkpoint.checkpoint import RunState
 from mtft.training.online_mixture import OnlineMixture
-from mtft.training.optim.schedule_free import evaluation_weights
 from mtft.training.run_files.metrics_log import MetricsLog, flat, step_line
-from mtft.training.step.extra_losses import global_losses, valid_losses
-from mtft.training.step.forward_backward import forward_backward
-from mtft.training.step.objective import Objective
-from mtft.training.step.step_dataset import StepDataset
+from mtft.training.run_trainer import RunTrainer
+from mtft.training.step.extra_losses import global_losses, heldout_losses, valid_losses
+from mtft.training.step.objective import Objective, StepContext, forward_backward
 from mtft.training.step.task_gradients import TaskGradientStep
+from mtft.training.trainer_parts import TrainingInputs, trainer_parts
+
+if TYPE_CHECKING:
+    from data_mixers.plan.mixture_plan import MixturePlan
+    from data_mixers.plan.replanned import ReplannedPlan
+    from mtft.recipe.schema.recipe import Recipe
 
 
-class MultiTaskTrainer(Trainer):
+class MultiTaskTrainer(RunTrainer):
     """Trains `model` on `steps`, once through.
 
     tasks       names, in the order of the batches' task ids
-    surgery     measures the gradients of single tasks, and steps along a mix of them; None: never
+    gradient_step  measures the gradients of single tasks, and steps along a mix of them; None: never
     score       model -> scores of each task on its held-out examples, over all ranks; None: no evaluation
     log         where metrics go (silent on all ranks but one)
     stopping    what held-out losses decide: tasks that are dropped (weight 0), the end of the run
@@ -71,12 +84,12 @@ class MultiTaskTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        steps: StepDataset,
+        steps: BatchSource,
         tasks: Sequence[str],
         objective: Objective,
         balancer: Balancer,
         log: MetricsLog,
-        surgery: TaskGradientStep | None = None,
+        gradient_step: TaskGradientStep | None = None,
         stopping: EarlyStopping | None = None,
         online: OnlineMixture | None = None,
         score: Callable[[nn.Module], dict[str, TaskScores]] | None = None,
@@ -89,21 +102,21 @@ class MultiTaskTrainer(Trainer):
     ) -> None:
         super().__init__(model, args, train_dataset=steps, eval_dataset=(), callbacks=callbacks)  # pyright: ignore
         self.remove_callback(PrinterCallback)
-        self.add_callback(StepEndCallback(self))
+        self.add_callback(_StepCallback(self))
         check_ranks(self.accelerator)
-        self.steps, self.run_dir = steps, Path(str(args.output_dir))
+        self.steps = steps
         self.tasks, self.objective, self.balancer = tuple(tasks), objective, balancer
-        self.run_log, self.stop, self.identity = log, stop or StopSignal(), identity or {}
-        self.keep = keep
+        self.run_log, self.stop = log, stop or StopSignal()
+        self.identity, self.keep = identity or {}, keep
         self.evaluations: dict[int, dict[str, TaskScores]] = {}
         self._bad = NonFiniteSteps(most=max_bad_steps)
         self._score = score
         self._line: dict[str, Any] = {}
         self._trouble: str | None = None
-        self.surgery = surgery or TaskGradientStep(model, tasks)
+        self.gradient_step = gradient_step
         self.stopping = stopping or EarlyStopping(tasks)
         self.online, self.mezo = online, mezo
-        if balancer.needs.gram_every != self.surgery.gram_every:
+        if balancer.needs.gram_every != (None if gradient_step is None else gradient_step.gram_every):
             raise ValueError(
                 f"balancer {balancer.NAME} needs the task gradients every {balancer.needs.gram_every} steps"
             )
@@ -112,6 +125,20 @@ class MultiTaskTrainer(Trainer):
     def bad_steps(self) -> dict[str, int]:
         """Steps that were skipped so far, by reason."""
         return self._bad.counts
+
+    def context(self) -> StepContext:
+        """What the parts of a step see of this run, as it is now: engines wrap the model when training begins."""
+        return StepContext(
+            self.model,
+            self.model_wrapped,
+            self.objective,
+            self.accelerator,
+            self.tasks,
+            self.args.device,
+            self.optimizer,
+            self.args.seed,
+            bool(self.is_deepspeed_enabled),
+        )
 
     # ---- data
 
@@ -138,40 +165,49 @@ class MultiTaskTrainer(Trainer):
         """Forward and backward of a step's micro-batches. Returns the loss of the whole step, equal on all ranks."""
         model.train()
         step, K, device = self.state.global_step + 1, len(self.tasks), self.args.device
-        batches = [batch.to(device) for batch in inputs]
+        self._context = context = self.context()
+        batches = inputs if device.type == "cpu" else [batch.to(device) for batch in inputs]
         counts = step_counts(batches, K, device=device)
         needs, normalise = self.balancer.needs, self.objective.normalise
         self._random = random_state() if needs.after_step else None
-        step_loss_K = global_losses(self, model, batches) if needs.step_loss else None
-        w_K = self.stopping.weigh(self.balancer.weights(step, step_loss_K))
+        step_loss_K = global_losses(context, model, batches) if needs.step_loss else None
+        w_K = self.balancer.weights(step, step_loss_K)
+        if self.stopping.dropped:
+            w_K = self.stopping.weigh(w_K)
         share_K = task_coefficients(counts, w_K, normalise)
-        parts: list[TaskSums] = []
-        if float(share_K.sum()) > 0:  # on every rank; else nothing in the whole step counts, and nothing is run
-            used_K = self.surgery.weights(step, w_K, counts.tokens_K > 0)
-            before = random_state() if self.surgery.flat is not None else None
-            with self.surgery.watch(step, floored=used_K is not w_K) as taps:
-                if self.mezo is None:
-                    parts = forward_backward(self, model, batches, counts, used_K, step, taps)
-                else:
-                    parts = mezo_step(self, model, batches, counts, used_K, step, **self.mezo)
-            passes = None if before is None else SharpnessAwareStep(self, batches, counts, before, step)
-            self.surgery.finish(step, task_coefficients(counts, used_K, normalise), share_K, passes)
-        else:
-            batches = []
+        empty = float(share_K.sum()) == 0  # on every rank: nothing in the whole step counts, and nothing is run
+        parts = [] if empty else self._gradients(model, batches, counts, w_K, share_K, step)
         sums = reduce_sums(parts, K, device=device)
         loss_K = task_losses(sums, counts, normalise)
         loss = float(torch.where(share_K > 0, share_K * loss_K, 0.0).sum())
-        self._trouble = "empty" if float(share_K.sum()) == 0 else None if np.isfinite(loss) else "non-finite"
+        self._trouble = "empty" if empty else None if np.isfinite(loss) else "non-finite"
         even_K = task_coefficients(counts, torch.ones_like(w_K), normalise)
-        self._seen = batches, loss_K, task_probs(sums, counts) if needs.token_probs else None, even_K
-        held, rate = self.steps.content(step - 1), self._get_learning_rate()
-        self._line = step_line(step, self.tasks, held, rate, loss, loss_K, w_K, share_K, counts.tokens_K)
+        probs_K = task_probs(sums, counts) if needs.token_probs else None
+        self._last = [] if empty else batches, loss_K, probs_K, even_K
+        content, rate = self.steps.content(step - 1), self._get_learning_rate()
+        self._line = step_line(step, self.tasks, content, rate, loss, loss_K, w_K, share_K, counts.tokens_K)
         return torch.tensor(loss, device=device)
 
-    def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """fp32 [B, T], in the precision of the run."""
-        with self.compute_loss_context_manager():
-            return self.objective.nll(model, batch)
+    def _gradients(
+        self, model: nn.Module, batches: list[Batch], counts: TaskCounts, w_K: Tensor, share_K: Tensor, step: int
+    ) -> list[TaskSums]:
+        """The gradient of the step, in .grad; the task sums of its micro-batches."""
+        context, gradient_step = self._context, self.gradient_step
+        if self.mezo is not None:
+            return mezo_step(context, model, batches, counts, w_K, step, **self.mezo)
+        if gradient_step is None:
+            return forward_backward(context, model, batches, counts, w_K, step)
+        used_K = gradient_step.weights(step, w_K, counts.tokens_K > 0)
+        before = random_state() if gradient_step.flat is not None else None
+        with gradient_step.watch(step, floored=used_K is not w_K) as taps:
+            measured = None if taps is None else (gradient_step, taps)
+            parts = forward_backward(context, model, batches, counts, used_K, step, measured)
+        passes = None
+        if gradient_step.flat is not None and before is not None:
+            factor = 1.0 if gradient_step.taps is None else gradient_step.taps.factor
+            passes = SharpnessAwareStep(context, gradient_step.flat, batches, counts, before, step, factor)
+        gradient_step.finish(step, task_coefficients(counts, used_K, self.objective.normalise), share_K, passes)
+        return parts
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
         """The norm before clipping. A step that is empty or not finite loses its gradients here, so nothing moves.
@@ -179,8 +215,8 @@ class MultiTaskTrainer(Trainer):
         Called by Trainer between clipping and the optimizer step. Without gradients an optimizer leaves weights,
         moments and decay alone; the schedule goes on.
         """
-        found = super()._get_grad_norm(model, grad_norm)
-        norm = None if found is None else float(found)
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = None if norm is None else float(norm)
         if self._trouble is None and norm is not None and not np.isfinite(norm):
             self._trouble = "non-finite"
         if self._trouble is not None and not self.is_deepspeed_enabled:  # whose engine has taken the step already
@@ -189,25 +225,32 @@ class MultiTaskTrainer(Trainer):
         return norm
 
     def finish_step(self, control: TrainerControl) -> None:
-        """After the optimizer step: balancer, metrics, bad steps, signals. Called by `Flow` on every rank."""
-        batches, loss_K, probs_K, even_K = self._seen
+        """After the optimizer step: balancer, metrics, bad steps, signals. On every rank."""
+        context = self._context
+        batches, loss_K, probs_K, even_K = self._last
         if self._trouble is None:
-            step, needs = self.state.global_step, self.balancer.needs
-            gradients = self.surgery.record(step, loss_K, self._line["learning_rate"])
-            if gradients is not None:
-                self._line["gradients"] = gradients
-            valid_K = valid_losses(self, step) if needs.valid_every and step % needs.valid_every == 0 else None
-            gram_KK = self.surgery.gram_for_balancer(step)
-            after_K = global_losses(self, self.model_wrapped, batches, self._random) if needs.after_step else None
+            step, needs, valid_K, gram_KK = self.state.global_step, self.balancer.needs, None, None
+            if self.gradient_step is not None:
+                gradients = self.gradient_step.record(step, loss_K, self._line["learning_rate"])
+                if gradients is not None:
+                    self._line["gradients"] = gradients
+                gram_KK = self.gradient_step.gram_for_balancer(step)
+            if needs.valid_every and step % needs.valid_every == 0 and self.objective.valid is not None:
+                valid_K = valid_losses(context, self.objective.valid, step)
+            after_K = global_losses(context, self.model_wrapped, batches, self._random) if needs.after_step else None
             self.balancer.update(Observation(step, loss_K, valid_K, gram_KK, after_K, probs_K, even_K))
             if figures := self.balancer.figures():
                 self._line["balancer"] = figures
         else:
             self._line["skipped"] = self._trouble
         if self.online is not None:
-            parts = [values["share"] for values in self._line["tasks"].values()]
-            self._line |= self.online.step(self, self.state.global_step, None if self._trouble else loss_K, parts)
-        self._bad.note(self._trouble)
+            part_K = [values["share"] for values in self._line["tasks"].values()]
+            told_K = None if self._trouble else loss_K
+            self._line |= self.online.step(context, self.state.global_step, told_K, part_K, self.run_log.say)
+        if self._trouble is None:
+            self._bad.in_a_row = 0
+        else:
+            self._bad.count(self._trouble)
         seconds = time.perf_counter() - self._clock
         self._line |= {"seconds": seconds, "tokens_per_second": self._line["tokens"] / seconds}
         if self.args.device.type == "cuda":
@@ -223,50 +266,61 @@ class MultiTaskTrainer(Trainer):
             control.should_training_stop = True
             control.should_save = self.args.save_strategy != "no"
 
-    # ---- evaluation
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Scores every task on its held-out examples; once a step. Returns flat metrics for callbacks and trackers."""
-        step = self.state.global_step
-        if self._score is None:
-            raise ValueError("no held-out examples to evaluate on")
-        if step not in self.evaluations:
-            with evaluation_weights(self.optimizer):
-                self.evaluations = {step: self._score(self.model)}
-            found = {task: scores.summary() for task, scores in self.evaluations[step].items()}
-            self.run_log.evaluation(step, found)
-        metrics = flat({"tasks": {task: scores.summary() for task, scores in self.evaluations[step].items()}}, "eval_")
-        if self.args.report_to:
-            self.callback_handler.on_log(self.args, self.state, self.control, metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's own summary goes to the trackers; it keeps no history in memory."""
-        if self.args.report_to:
-            self.callback_handler.on_log(self.args, self.state, self.control, logs)
+    def observe_start(self) -> None:
+        """Step 0 for balancers that watch validation: the loss of every held-out example, before training."""
+        if self.balancer.needs.valid_every is None or self.state.global_step > 0:
+            return
+        if 0 not in self.evaluations:
+            self.evaluate()
+        valid_K = heldout_losses([self.evaluations[0][task] for task in self.tasks], self.objective.normalise)
+        self.balancer.update(Observation(0, torch.full_like(valid_K, torch.nan), valid_K))
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
-    # ---- checkpoints (their content is in mtft.training.checkpoint.checkpoint)
+    def run_state(self) -> RunState:
+        return RunState(
+            self.context(),
+            self.lr_scheduler,
+            self.balancer,
+            self.gradient_step,
+            self.stopping,
+            self.online,
+            self.bad_steps,
+        )
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        checkpoint.save(self)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoint.load_weights(self, Path(resume_from_checkpoint))
+def build_trainer(
+    recipe: Recipe,
+    inputs: TrainingInputs,
+    plan: MixturePlan | ReplannedPlan,
+    model: Any,
+    args: TrainingArguments,
+    *,
+    log: MetricsLog,
+    stop: StopSignal | None = None,
+) -> MultiTaskTrainer:
+    """The trainer of a recipe on `model`."""
+    parts = trainer_parts(recipe, inputs, plan, model, args, log=log, stop=stop)
+    return MultiTaskTrainer.from_parts(model, args, parts)
 
-    def _load_optimizer_and_scheduler(self, checkpoint_: str | None) -> None:
-        if checkpoint_ is not None:
-            checkpoint.load_state(self, Path(checkpoint_))
 
-    def _load_rng_state(self, checkpoint_: str | None) -> None:
-        if checkpoint_ is not None:
-            checkpoint.load_random_state(self, Path(checkpoint_))
+class _StepCallback(TrainerCallback):
+    """Calls the trainer back after each optimizer step, and keeps the progress bar."""
 
-    def _load_scaler(self, checkpoint_: str | None) -> None:
-        """With the optimizer's state."""
+    def __init__(self, trainer: MultiTaskTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        check_sharded(self.trainer.model)
+        self.trainer.run_log.start(state.global_step)
+        self.trainer.observe_start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.finish_step(control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.run_log.close()
 
 
 def _only(items: list) -> Any:

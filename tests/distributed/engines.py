@@ -54,17 +54,31 @@ def poisoned(what, step):
     """On the last rank, a loss (or a gradient only) that is not a number in this step."""
 
     def wrap(before):
-        def token_losses(self, model, batch):
-            nll_BT = before(self, model, batch)
-            here = torch.is_grad_enabled() and self.state.global_step + 1 == step
-            if here and rank() == self.accelerator.num_processes - 1:
+        def training_step(self, *args, **kwargs):
+            objective = self.objective
+            self.objective = Poisoned(objective, self.accelerator, self.state.global_step + 1 == step)
+            try:
+                return before(self, *args, **kwargs)
+            finally:
+                self.objective = objective
+
+        return training_step
+
+    class Poisoned:
+        def __init__(self, objective, accelerator, now):
+            self.objective, self.now = objective, now and rank() == accelerator.num_processes - 1
+
+        def __getattr__(self, name):
+            return getattr(self.objective, name)
+
+        def nll(self, model, batch):
+            nll_BT = self.objective.nll(model, batch)
+            if self.now and torch.is_grad_enabled():
                 # The square root of 0 is 0, and its gradient 0/0.
                 return nll_BT * float("nan") if what == "loss" else nll_BT + (nll_BT * 0).sqrt()
             return nll_BT
 
-        return token_losses
-
-    return changed("token_losses", wrap)
+    return changed("training_step", wrap)
 
 
 def stopped(recipe, step):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtft.losses.in_place_cross_entropy import row_nll_in_place
+from mtft.losses.token_nll import row_nll_in_place
 
 HEADS = {  # how models make logits of [n, H] and [V, H]
     "linear": lambda h, W: h @ W.T,

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import mtft.training.build_trainer
-import mtft.training.finalize  # noqa: F401  (imported here, so that the forks need not)
 from mtft.common.errors import UserError
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_training import train

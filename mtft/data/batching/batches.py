@@ -40,6 +40,9 @@ class RowPlan(Protocol):
     @property
     def steps(self) -> int: ...
 
+    @property
+    def unit(self) -> str: ...
+
     def step(self, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
 
@@ -52,12 +55,38 @@ class ExampleStore(Protocol):
     @property
     def lengths(self) -> np.ndarray: ...
 
+    @property
+    def ids(self) -> Sequence[str]: ...
+
     def example(self, i: int) -> Example: ...
+
+
+class PlannedStep(NamedTuple):
+    """The examples of an optimizer step over all ranks, in the plan's order: task, row of its store, tokens; int64 [n].
+
+    Computed once a step, and the same on every rank.
+    """
+
+    task: np.ndarray
+    row: np.ndarray
+    lengths: np.ndarray
+
+
+class StepContent(NamedTuple):
+    """What an optimizer step holds over all ranks, for each task: [K].
+
+    examples_K  int64;  tokens_K  int64, prompt and response;  share_K  part of the step, in the mixture's unit
+    """
+
+    examples_K: np.ndarray
+    tokens_K: np.ndarray
+    share_K: np.ndarray
 
 
 class BatchSource:
     """`source[s]`: the micro-batches of optimizer step s for one rank. A map-style dataset of plan.steps items.
 
+    until               number of steps after which the run ends, where that is earlier than the plan does
     micro_batch_tokens  bound on B x T of a micro-batch, padding included
     max_length          longest packed row
     packing             several examples in a row; else one, with rows of similar length together
@@ -84,57 +113,73 @@ class BatchSource:
         self.stores, self.plan = list(stores), plan
         self.micro_batch_tokens, self.capacity = micro_batch_tokens, min(max_length, micro_batch_tokens)
         self.packing, self.pad_id, self.unmixed, self.rank, self.world = packing, pad_id, unmixed, rank, world
+        self.until: int | None = None
+        self._dealt: tuple[int, PlannedStep] | None = None  # the last step that was dealt out
 
     def __len__(self) -> int:
-        return self.plan.steps
+        return self.plan.steps if self.until is None else self.until
 
-    def examples(self, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(task, epoch, row) int64 [n] of all examples of step s, over all ranks, in the plan's order."""
-        return self.plan.step(s)
+    def step(self, s: int) -> PlannedStep:
+        """The examples of step s, by asking the plan."""
+        task, _, row = self.plan.step(s)
+        lengths = np.empty(len(task), dtype=np.int64)
+        for k in np.unique(task):
+            lengths[task == k] = self.stores[k].lengths[row[task == k]]
+        return PlannedStep(task, row, lengths)
 
-    def layout(self, s: int) -> list[list[list[list[int]]]]:
-        """[rank][micro-batch][row] -> indices into `examples(s)`. The same on every rank."""
-        lengths, task = self._lengths(s), self.examples(s)[0]
+    def layout(self, step: PlannedStep) -> list[list[list[list[int]]]]:
+        """[rank][micro-batch][row] -> indices into the arrays of the step. The same on every rank."""
+        task, _, lengths = step
         if not self.unmixed:
-            return deal_micro_batches(
-                lengths, _rows(lengths, self.capacity, self.packing), self.micro_batch_tokens, self.world
-            )
-        rows: list[list[int]] = []
+            rows = _rows(lengths, self.capacity, self.packing)
+            return deal_micro_batches(lengths, rows, self.micro_batch_tokens, self.world)
+        rows = []
         for k in np.unique(task):
             own = np.flatnonzero(task == k)
             rows += [own[row].tolist() for row in _rows(lengths[own], self.capacity, self.packing)]
-        return deal_micro_batches(
-            lengths, rows, self.micro_batch_tokens, self.world, kinds=[int(task[row[0]]) for row in rows]
-        )
+        kinds = [int(task[row[0]]) for row in rows]
+        return deal_micro_batches(lengths, rows, self.micro_batch_tokens, self.world, kinds=kinds)
 
     def padding(self, s: int) -> tuple[int, int]:
         """(real tokens, positions) of step s over all ranks."""
-        lengths = self._lengths(s)
+        step = self.step(s)
         positions = 0
-        for micro_batches in self.layout(s):
+        for micro_batches in self.layout(step):
             for rows in micro_batches:
-                positions += len(rows) * max((int(lengths[row].sum()) for row in rows), default=EMPTY_ROW)
-        return int(lengths.sum()), positions
+                positions += len(rows) * max((int(step.lengths[row].sum()) for row in rows), default=EMPTY_ROW)
+        return int(step.lengths.sum()), positions
 
     def __getitem__(self, s: int) -> list[Batch]:
         if not 0 <= s < len(self):
             raise IndexError(f"step {s} of {len(self)}")
-        task, _, row = self.examples(s)
+        step = self.step(s)
+        self._dealt = s, step
+        dealt = self.layout(step)[self.rank]
+        examples = {
+            i: (self.stores[step.task[i]].example(int(step.row[i])), int(step.task[i]))
+            for rows in dealt
+            for indices in rows
+            for i in indices
+        }
+        return [collate([[examples[i] for i in indices] for indices in rows], self.pad_id) for rows in dealt]
 
-        def example(i: int) -> tuple[Example, int]:
-            return self.stores[task[i]].example(int(row[i])), int(task[i])
+    def content(self, s: int) -> StepContent:
+        """What step s holds, told from the plan alone."""
+        task, _, lengths = self._planned(s)
+        examples_K = np.bincount(task, minlength=len(self.stores))
+        tokens_K = np.array([int(lengths[task == k].sum()) for k in range(len(self.stores))])
+        part_K = tokens_K if self.plan.unit == "tokens" else examples_K
+        return StepContent(examples_K, tokens_K, part_K / max(part_K.sum(), 1))
 
-        return [
-            collate([[example(i) for i in indices] for indices in rows], self.pad_id)
-            for rows in self.layout(s)[self.rank]
-        ]
+    def names(self, s: int) -> list[dict[str, str]]:
+        """Which examples step s holds, by task and id."""
+        step = self._planned(s)
+        stores = [self.stores[k] for k in step.task]
+        return [{"task": store.task, "id": str(store.ids[int(i)])} for store, i in zip(stores, step.row, strict=True)]
 
-    def _lengths(self, s: int) -> np.ndarray:
-        task, _, row = self.examples(s)
-        lengths = np.empty(len(task), dtype=np.int64)
-        for k in np.unique(task):
-            lengths[task == k] = self.stores[k].lengths[row[task == k]]
-        return lengths
+    def _planned(self, s: int) -> PlannedStep:
+        """A step as it was dealt out: what a mixture decides later never changes it."""
+        return self._dealt[1] if self._dealt is not None and self._dealt[0] == s else self.step(s)
 
 
 class EvalBatch(NamedTuple):

@@ -84,7 +84,7 @@ def model_inputs(batch: Batch, attention: str, *, packed_ok: bool = True) -> dic
     attention: the model's attention implementation. packed_ok: `packing_refusal(...) is None`; a packed batch for
     another model is a ValueError, not a leak.
     """
-    if batch.packed and not packed_ok:
+    if not packed_ok and batch.packed:
         raise ValueError("this model must not get several examples in a row: see packing_refusal()")
     inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT, "use_cache": False}
     if not packed_ok:
@@ -92,7 +92,7 @@ def model_inputs(batch: Batch, attention: str, *, packed_ok: bool = True) -> dic
     inputs["position_ids"] = batch.position_ids_BT
     if attention in _BY_LENGTHS:
         return inputs | _borders(batch)
-    if batch.packed and attention not in _BY_POSITIONS:
+    if attention not in _BY_POSITIONS and batch.packed:
         raise ValueError(f"packed rows are not isolated with attention {attention!r}")
     return inputs
 

@@ -71,7 +71,7 @@ def summarize_data(
         examples=rows,
         tokens=round(float(played_K.sum())),
         tokens_per_step=float(played_K.sum() / plan.steps),
-        micro_batches_per_step=float(np.mean([len(source.layout(s)[0]) for s in looked_at])),
+        micro_batches_per_step=float(np.mean([len(source.layout(source.step(s))[0]) for s in looked_at])),
         packing=recipe.train.packing,
         batch_style=recipe.train.batch_style,
         padding_share=float(1 - real / positions),

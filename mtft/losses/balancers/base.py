@@ -13,7 +13,6 @@ NaN = the task was absent. A balancer declares in `needs` what it costs; the tra
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -83,7 +82,7 @@ class BalancerContext(NamedTuple):
 
 
 @dataclass(eq=False)
-class Balancer(ABC):
+class Balancer:
     """Base of all balancers.
 
     A subclass declares its options as dataclass fields (checked by their annotations), builds its state in `reset`,
@@ -108,14 +107,14 @@ class Balancer(ABC):
         """What this balancer costs, from its options."""
         return BalancerNeeds()
 
-    def reset(self) -> None:  # noqa: B027 - many have no state
+    def reset(self) -> None:
         """Build the state, as it is before the first step."""
 
-    @abstractmethod
     def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
-        """b_K: float64, >= 0, any positive scale."""
+        """b_K: float64, >= 0, any positive scale; even where a method does not say otherwise."""
+        return torch.ones(self.K, dtype=torch.float64)
 
-    def observe(self, observation: Observation) -> None:  # noqa: B027 - many look at nothing
+    def observe(self, observation: Observation) -> None:
         """Take in one step. Numbers are finite or NaN."""
 
     def figures(self) -> dict[str, float]:

@@ -21,9 +21,6 @@ class Uniform(Balancer):
 
     NAME: ClassVar[str] = "uniform"
 
-    def balance(self, step: int, step_loss_K: Tensor | None) -> Tensor:
-        return torch.ones(self.K, dtype=torch.float64)
-
 
 @dataclass(eq=False)
 class Fixed(Balancer):

@@ -9,8 +9,10 @@ is a pure function of s; with mixture.online, of s and the changes so far, which
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,50 +35,77 @@ from mtft.training.checkpoint.checkpoint_files import (
     prune_checkpoints,
     save_tree,
 )
+from mtft.training.online_mixture import OnlineMixture
+from mtft.training.step.objective import StepContext
+from mtft.training.step.task_gradients import TaskGradientStep
 
 if TYPE_CHECKING:
-    from mtft.training.trainer import MultiTaskTrainer
+    from accelerate import Accelerator
+    from torch import nn
+    from transformers import TrainerState
 
 WEIGHTS, TRAINER_STATE = "weights.safetensors", "trainer_state.json"
+NO_GRADIENTS = {"aggregator": None, "affinity": None}  # of a run that measures none
 
 
-def save(trainer: MultiTaskTrainer) -> Path:
+class Stateful(Protocol):
+    """A part of a run that a checkpoint holds."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint holds of a run beside weights and random numbers. bad_steps: counters, changed in place."""
+
+    context: StepContext
+    scheduler: Stateful
+    balancer: Stateful
+    gradient_step: TaskGradientStep | None
+    stopping: Stateful
+    online: OnlineMixture | None
+    bad_steps: dict[str, int]
+
+
+def save(
+    run: RunState, run_dir: Path, trainer_state: TrainerState, identity: dict[str, Any], *, writer: bool, keep: int
+) -> None:
     """Writes checkpoint-<step>. A collective call: one rank writes, and under DeepSpeed every rank its own part."""
     from safetensors.torch import save_file
 
-    run_dir, step = trainer.run_dir, trainer.state.global_step
+    context, step = run.context, trainer_state.global_step
     random_states = _gather(random_state())
-    writer, own_files = trainer.args.should_save, bool(trainer.is_deepspeed_enabled)
-    scaler = trainer.accelerator.scaler
-    model = resting(trainer.model)
+    own_files, scaler = context.deepspeed, context.accelerator.scaler
+    model = resting(context.model)
     tree = {
         "step": step,
-        "identity": trainer.identity,
+        "identity": identity,
         "engine": sharding_of_launch(),
-        "tasks": list(trainer.tasks),
-        "optimizer": None if own_files else gathered(trainer.optimizer.state_dict(), keep=writer),
-        "scheduler": trainer.lr_scheduler.state_dict(),
+        "tasks": list(context.tasks),
+        "optimizer": None if own_files else gathered(context.optimizer.state_dict(), keep=writer),
+        "scheduler": run.scheduler.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
-        "balancer": trainer.balancer.state_dict(),
-        "gradients": trainer.surgery.state_dict(),
-        "stopping": trainer.stopping.state_dict(),
-        "online": None if trainer.online is None else trainer.online.state_dict(step),
-        "bad_steps": trainer.bad_steps,
+        "balancer": run.balancer.state_dict(),
+        "gradients": NO_GRADIENTS if run.gradient_step is None else run.gradient_step.state_dict(),
+        "stopping": run.stopping.state_dict(),
+        "online": None if run.online is None else run.online.state_dict(step),
+        "bad_steps": run.bad_steps,
         "random": random_states,
     }
     with atomic_checkpoint_dir(checkpoint_folder(run_dir, step), writer=writer, barrier=_barrier) as folder:
         if own_files:
-            save_engine_state(trainer, folder)
+            save_engine_state(context.wrapped, folder)
         weights = {} if own_files else gathered(trainable(model), keep=writer)
         if writer:
             if not own_files:
                 weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
                 save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
             save_tree(folder, tree)
-            trainer.state.save_to_json(str(folder / TRAINER_STATE))
+            trainer_state.save_to_json(str(folder / TRAINER_STATE))
     if writer:
-        prune_checkpoints(run_dir, trainer.keep)
-    return checkpoint_folder(run_dir, step)
+        prune_checkpoints(run_dir, keep)
 
 
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:
@@ -103,11 +132,11 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def load_weights(trainer: MultiTaskTrainer, folder: Path) -> None:
+def load_weights(bare: nn.Module, folder: Path) -> None:
     """Puts the saved weights into the model, which must have the same trainable parameters."""
     from safetensors.torch import load_file
 
-    saved, model = load_file(folder / WEIGHTS), trainable(resting(trainer.model))
+    saved, model = load_file(folder / WEIGHTS), trainable(resting(bare))
     if saved.keys() != model.keys():
         raise ValueError(f"{folder / WEIGHTS} holds other parameters: {sorted(saved.keys() ^ model.keys())[:4]}")
     with torch.no_grad():
@@ -115,28 +144,29 @@ def load_weights(trainer: MultiTaskTrainer, folder: Path) -> None:
             model[name].copy_(placed(value, model[name]))
 
 
-def load_state(trainer: MultiTaskTrainer, folder: Path) -> None:
+def load_state(run: RunState, folder: Path) -> None:
     """Optimizer (DeepSpeed has loaded its own), schedule, scaler, balancer and counters."""
-    tree = load_tree(folder)
+    tree, optimizer, scaler = load_tree(folder), run.context.optimizer, run.context.accelerator.scaler
     if tree["optimizer"] is not None:
-        trainer.optimizer.load_state_dict(placed_moments(trainer.optimizer, tree["optimizer"]))
-    trainer.lr_scheduler.load_state_dict(tree["scheduler"])
-    if trainer.accelerator.scaler is not None and tree["scaler"] is not None:
-        trainer.accelerator.scaler.load_state_dict(tree["scaler"])
-    trainer.balancer.load_state_dict(tree["balancer"])
-    trainer.stopping.load_state_dict(tree["stopping"])
-    if trainer.online is not None:
-        trainer.online.load_state_dict(tree["online"])
-    trainer.surgery.load_state_dict(tree["gradients"])
-    trainer.bad_steps.update(tree["bad_steps"])
+        optimizer.load_state_dict(placed_moments(optimizer, tree["optimizer"]))
+    run.scheduler.load_state_dict(tree["scheduler"])
+    if scaler is not None and tree["scaler"] is not None:
+        scaler.load_state_dict(tree["scaler"])
+    run.balancer.load_state_dict(tree["balancer"])
+    run.stopping.load_state_dict(tree["stopping"])
+    if run.online is not None:
+        run.online.load_state_dict(tree["online"])
+    if run.gradient_step is not None:
+        run.gradient_step.load_state_dict(tree["gradients"])
+    run.bad_steps.update(tree["bad_steps"])
 
 
-def load_random_state(trainer: MultiTaskTrainer, folder: Path) -> None:
+def load_random_state(accelerator: Accelerator, folder: Path, *, say: Callable[[str], None]) -> None:
     """This rank's random state. With another number of ranks there is none: dropout then differs, nothing else does."""
-    states, rank = load_tree(folder)["random"], trainer.accelerator.process_index
-    if len(states) != trainer.accelerator.num_processes:
-        trainer.run_log.say(
-            f"the checkpoint is of {len(states)} processes, this run has {trainer.accelerator.num_processes}: "
+    states, rank = load_tree(folder)["random"], accelerator.process_index
+    if len(states) != accelerator.num_processes:
+        say(
+            f"the checkpoint is of {len(states)} processes, this run has {accelerator.num_processes}: "
             "dropout draws other numbers from here on"
         )
         return

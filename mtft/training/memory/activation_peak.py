@@ -90,7 +90,7 @@ def activation_peak(
     from peft import PeftModel
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from mtft.losses.in_place_cross_entropy import row_nll_in_place
+    from mtft.losses.token_nll import row_nll_in_place
 
     with FakeTensorMode():
         _take_off_meta(model)

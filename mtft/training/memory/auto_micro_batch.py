@@ -34,7 +34,7 @@ from mtft.training.memory.estimate import estimate_memory
 from mtft.training.optim.optimizers import state_bytes
 
 if TYPE_CHECKING:
-    from mtft.training.build_trainer import TrainingInputs
+    from mtft.training.trainer_parts import TrainingInputs
 
 KEY = "micro_batch_tokens"
 GPU_SHARE, CPU_SHARE = 0.9, 0.7  # of the memory that a step may take

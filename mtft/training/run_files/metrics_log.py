@@ -32,7 +32,7 @@ from mtft.common.atomic_io import write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mtft.training.step.step_dataset import StepContent
+    from mtft.data.batching.batches import StepContent
 
 METRICS, EVALS = "metrics.jsonl", "eval.jsonl"
 

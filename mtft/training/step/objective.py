@@ -1,19 +1,33 @@
-"""What is minimised, apart from the task weights: from a batch to its token losses and their coefficients."""
+"""What is minimized, apart from the task weights, and its ordinary gradient.
+
+Objective          from a batch to its token losses and their coefficients
+StepContext        what the parts of an optimizer step get to see of a run
+forward_backward   one forward and one backward pass a micro-batch
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from mtft.data.batching.batch import Batch
 from mtft.losses.orthogonality_penalty import adapter_orthogonality
 from mtft.losses.sample_weights import SampleWeights
-from mtft.losses.task_reduction import TaskCounts, coefficients
+from mtft.losses.task_reduction import TaskCounts, TaskSums, coefficients, task_sums
 from mtft.losses.token_nll import token_nll
 from mtft.losses.validation_stream import ValidationStream
 from mtft.training.step.neftune import Neftune
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from mtft.gradients.capture.task_gradients import TaskGradients
+    from mtft.training.step.task_gradients import TaskGradientStep
 
 
 @dataclass(frozen=True)
@@ -23,6 +37,7 @@ class Objective:
     normalise  what the mean runs over (mtft.losses.task_reduction)
     path       how the per-token losses are computed (mtft.losses.token_nll)
     attention  attention implementation of the model
+    isolated   it is proven not to cross the examples of a row; None: asked at each forward
     valid      held-out micro-batches of a step, for balancers that ask for them (Needs.valid_every)
     noise      NEFTune's, which is drawn while the model is in training
     sample_weights, label_smoothing, z_loss, orthogonal: as in the recipe
@@ -31,6 +46,7 @@ class Objective:
     normalise: str
     path: str
     attention: str
+    isolated: bool | None = None
     valid: ValidationStream | None = None
     sample_weights: SampleWeights | None = None
     label_smoothing: float = 0.0
@@ -46,6 +62,7 @@ class Objective:
                 batch,
                 path=self.path,
                 attention=self.attention,
+                isolated=self.isolated,
                 label_smoothing=self.label_smoothing,
                 z_loss=self.z_loss,
             )
@@ -60,3 +77,59 @@ class Objective:
     def penalty(self, model: nn.Module) -> Tensor | None:
         """What is added to the loss of the whole step, whatever is in it; None: nothing."""
         return self.orthogonal * adapter_orthogonality(model) if self.orthogonal > 0 else None
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the parts of an optimizer step see of a run.
+
+    model      the bare model (under FSDP: sharded in place)
+    wrapped    what the engine made of it
+    tasks      names, in the order of the batches' task ids
+    optimizer  None before training (an evaluation alone)
+    """
+
+    model: nn.Module
+    wrapped: nn.Module
+    objective: Objective
+    accelerator: Accelerator
+    tasks: tuple[str, ...]
+    device: torch.device
+    optimizer: Any
+    seed: int
+    deepspeed: bool
+
+
+def forward_backward(
+    context: StepContext,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    counts: TaskCounts,
+    w_K: Tensor,
+    step: int,
+    measured: tuple[TaskGradientStep, TaskGradients] | None = None,
+) -> list[TaskSums]:
+    """Gradients of step `step` in .grad (or in the engine), averaged over ranks once; the task sums of its batches.
+
+    counts: of the whole step, over all ranks. measured: captures the task gradients on the way
+    (mtft.gradients.capture.task_gradients).
+    """
+    objective, accelerator = context.objective, context.accelerator
+    parts: list[TaskSums] = []
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        accelerator.gradient_state._set_sync_gradients(last)
+        with nullcontext() if last else accelerator.no_sync(model):
+            if measured is not None:
+                measured[0].begin(batch, last=last)
+            nll_BT = objective.nll(model, batch)
+            # Gradients are averaged over ranks but the coefficients are those of the global step: times R.
+            loss = objective.loss(nll_BT, batch, counts, w_K, step) * accelerator.num_processes
+            penalty = objective.penalty(model)
+            if penalty is not None:  # the same on every rank, so the average over ranks is right
+                loss = loss + penalty / len(batches)
+            if measured is not None:
+                measured[1].watch(loss)
+            accelerator.backward(loss, **({"scale_wrt_gas": False} if context.deepspeed else {}))
+        parts.append(task_sums(nll_BT, batch, len(context.tasks)))
+    return parts

@@ -248,10 +248,12 @@ def make_task_gradient_step(
     isolated: bool,
     run_dir: Path | None,
     say: Callable[[str], None],
-) -> TaskGradientStep:
-    """The task gradients that a recipe's loss asks for. UserError where they can't be had."""
+) -> TaskGradientStep | None:
+    """The task gradients that a recipe's loss asks for; None: none. UserError where they can't be had."""
     loss = recipe.loss
-    if (loss.gradients is not None or gram_every is not None) and loss.orthogonal > 0:
+    if loss.gradients is None and gram_every is None:
+        return None
+    if loss.orthogonal > 0:
         raise UserError(
             "loss.orthogonal is a penalty on the weights: it belongs to no task, and task gradients would lack it",
             where="loss.orthogonal",

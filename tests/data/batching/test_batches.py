@@ -84,7 +84,7 @@ FIELDS = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "task_ids_BT", "l
 def test_any_split_holds_the_examples_of_the_plan(packing, world, micro):
     sources = [source_of(rank=rank, world=world, packing=packing, micro=micro) for rank in range(world)]
     for s in range(len(sources[0])):
-        task, _, row = sources[0].examples(s)
+        task, row, _ = sources[0].step(s)
         per_rank = [source[s] for source in sources]
         assert len({len(batches) for batches in per_rank}) == 1  # no rank can hang another (R8)
         batches = [batch for batches in per_rank for batch in batches]
@@ -105,7 +105,7 @@ def test_unmixed_micro_batches_hold_one_task_and_the_step_holds_them_all(packing
         assert len({len(batches) for batches in ranks}) == 1  # no rank waits for another
         held = [examples_in(batch) for batches in ranks for batch in batches]
         assert all(len({task for task, _ in batch}) <= 1 for batch in held)
-        task, _, row = sources[0].examples(s)
+        task, row, _ = sources[0].step(s)
         assert sorted(example for batch in held for example in batch) == sorted(zip(task.tolist(), row.tolist()))
         assert all(batch.input_ids_BT.numel() <= micro for batches in ranks for batch in batches)
     mixed = source_of(stores, micro=1000)
@@ -131,7 +131,7 @@ def test_unmixed_layout_of_any_step(examples, budget, world, packing):
     start = np.searchsorted(task, np.arange(5))
     stores = [Toy(f"t{k}", length[task == k], k) for k in range(5)]
     layout = source_of(stores, plan=Whole, world=world, micro=budget, max_length=40, packing=packing, unmixed=True)
-    ranks = layout.layout(0)
+    ranks = layout.layout(layout.step(0))
     assert len({len(batches) for batches in ranks}) == 1
     batches = [rows for batches in ranks for rows in batches]
     assert sorted(i for rows in batches for row in rows for i in row) == list(range(len(task)))
@@ -160,7 +160,8 @@ def test_alternating_steps_hold_one_task_each(unit):
 def test_rows_do_not_depend_on_the_split():
     rows = []
     for world, micro in ((1, 64), (2, 64), (3, 200)):
-        layout = source_of(world=world, micro=micro).layout(2)
+        source = source_of(world=world, micro=micro)
+        layout = source.layout(source.step(2))
         rows.append(sorted(row for rank in layout for batch in rank for row in batch))
     assert rows[0] == rows[1] == rows[2]
 
@@ -202,7 +203,7 @@ def test_interleave_datasets_misses_the_shares():
 
     stores = [Toy(f"t{k}", [4] * n, k) for k, n in enumerate(sizes)]
     capped = plan_of(stores, steps=10, batch=100, shares=shares, max_epochs=4, on_cap="redistribute")
-    tasks = np.concatenate([source_of(stores, plan=capped, micro=1000).examples(s)[0] for s in range(10)])
+    tasks = np.concatenate([source_of(stores, plan=capped, micro=1000).step(s)[0] for s in range(10)])
     assert (tasks == 2).sum() <= 4 * sizes[2]
 
 
@@ -212,7 +213,7 @@ def test_order_differs_by_epoch_and_is_reproducible():
     orders = []
     for _ in range(2):
         source = source_of(stores, plan=plan_of(stores, steps=6, batch=8, shares=(1.0,)))
-        orders.append(np.concatenate([source.examples(s)[2] for s in range(6)]))
+        orders.append(np.concatenate([source.step(s)[1] for s in range(6)]))
     np.testing.assert_array_equal(*orders)
     first, second = orders[0][:24], orders[0][24:]
     assert sorted(first) == sorted(second) == list(range(24))

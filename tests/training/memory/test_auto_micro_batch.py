@@ -10,9 +10,9 @@ from mtft.common.state_tree import random_state
 from mtft.data.planning import make_plan
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
-from mtft.training.build_trainer import read_training_inputs
 from mtft.training.memory.auto_micro_batch import fastest, find_micro_batch, full_batch, largest, sizes
 from mtft.training.run_training import train
+from mtft.training.trainer_parts import read_training_inputs
 from tests.slow import slow
 from tests.training.test_run_training import kill_at_step, picture, recipe_in, run
 from tests.training.test_trainer import first_gradients

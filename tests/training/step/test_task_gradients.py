@@ -15,10 +15,11 @@ from mtft.gradients.gramian import gram
 from mtft.recipe.schema.loss import GradientSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
-from mtft.training.build_trainer import build_trainer, read_training_inputs
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.run_training import train
 from mtft.training.step.task_gradients import TaskGradientStep, make_task_gradient_step
+from mtft.training.trainer import build_trainer
+from mtft.training.trainer_parts import read_training_inputs
 from mtft.training.training_arguments import training_arguments
 from tests.slow import slow
 from tests.training.conftest import write_model
@@ -114,7 +115,7 @@ def test_halves_are_for_the_affinity_alone(recipe, tmp_path):
         asked = {"steps": 2, "train": {"micro_batch_tokens": 64}}  # several micro-batches
         trainer = trainer_for(recipe, tmp_path / name, loss={"gradients": {"every": 1, "split": split}}, **asked)
         trainer.train()
-        found[name] = trainer.surgery.affinity.gram_KK.numpy()
+        found[name] = trainer.gradient_step.affinity.gram_KK.numpy()
     off = ~np.eye(3, dtype=bool)
     assert found["halves"][off] == pytest.approx(found["plain"][off], rel=1e-4, abs=1e-7)
     own = []
@@ -163,7 +164,7 @@ def directed(recipe, tmp_path, aggregator, **changes):
     seen = Gradients()
     loss = {**changes.pop("loss", {}), "gradients": {"aggregator": "upgrad"}}
     trainer = trainer_for(recipe, tmp_path, loss=loss, callback=seen, **changes)
-    trainer.surgery.aggregator = aggregator
+    trainer.gradient_step.aggregator = aggregator
     return trainer, seen
 
 
@@ -381,9 +382,9 @@ def test_partial_direct_leaves_the_rest_its_plain_gradient(recipe, tmp_path, pat
     trainer_for(recipe, tmp_path / "plain", callback=seen, loss={"path": path}, **asked).train()
     loss = {"path": path, "gradients": {"aggregator": "upgrad", "partial": True}}
     trainer = trainer_for(recipe, tmp_path / "direct", callback=found, loss=loss, **asked)
-    trainer.surgery.aggregator = Third()
+    trainer.gradient_step.aggregator = Third()
     trainer.train()
     same = [name for name, gradient in seen.steps[0].items() if torch.equal(gradient, found.steps[0][name])]
-    assert set(same) == set(trainer.surgery.taps.left_out)
+    assert set(same) == set(trainer.gradient_step.taps.left_out)
     assert len(same) > 2
     assert ("lm_head.weight" in same) == (path == "fused")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,12 +39,10 @@ from mtft.training.run_files import run_dir as folder
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.step.neftune import Neftune, NeftuneStep
 from mtft.training.step.objective import Objective
-from mtft.training.step.step_dataset import StepDataset
 from mtft.training.step.task_gradients import make_task_gradient_step
-from mtft.training.trainer import MultiTaskTrainer
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     from data_mixers.plan.mixture_plan import MixturePlan
 
@@ -65,12 +63,12 @@ class TrainingInputs:
         return {"plan": plan.fingerprint, **{f"data of {store.task}": store.fingerprint for store in self.stores}}
 
 
-def read_training_inputs(recipe: Recipe, *, eval_limit: int | None = None) -> TrainingInputs:
+def read_training_inputs(recipe: Recipe, *, eval_limit: int | None = None, tokenizer: Any = None) -> TrainingInputs:
     """Tokenizer and token stores of a recipe; the stores are built by one process where they don't stand yet.
 
-    eval_limit: only the first held-out rows of each task.
+    eval_limit: only the first held-out rows of each task. tokenizer: in place of the model's own.
     """
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
     held_out = open_stores(recipe, tokenizer, "eval", limit=eval_limit)
     return TrainingInputs(tokenizer, open_stores(recipe, tokenizer, "train"), held_out)
 
@@ -103,7 +101,15 @@ def start_run_dir(
     return found[0]
 
 
-def build_trainer(
+class TrainerParts(NamedTuple):
+    """Keyword arguments of MultiTaskTrainer, what its `optimizer_cls_and_kwargs` becomes, and callbacks to add."""
+
+    options: dict[str, Any]
+    optimizer: tuple[Any, dict[str, Any]] | None
+    callbacks: list[TrainerCallback]
+
+
+def trainer_parts(
     recipe: Recipe,
     inputs: TrainingInputs,
     plan: MixturePlan | ReplannedPlan,
@@ -112,20 +118,23 @@ def build_trainer(
     *,
     log: MetricsLog,
     stop: StopSignal | None = None,
-) -> MultiTaskTrainer:
-    """The trainer of a recipe on `model`; this rank's part of every step is decided here."""
+) -> TrainerParts:
+    """The parts of a recipe's trainer on `model`; this rank's part of every step is decided here."""
     asked, dtype = recipe.train, compute_dtype(recipe.model)
     check_vocabulary([*inputs.stores, *inputs.held_out], inputs.tokenizer, model.config)
     check_router_loss(model.config)
     if (warning := router_warning(model.config, trainable(model))) is not None:
         log.say(f"warning: {warning}")
     attention = model.config._attn_implementation
-    isolated = packing_refusal(model.config, attention) is None
+    refusal = packing_refusal(model.config, attention)
+    isolated = refusal is None
+    if asked.packing and refusal is not None:
+        log.say(f"packing is off: {refusal}")
     layout = BatchLayout(
         asked.rows_at_once,
         asked.max_length,
         pad_id(inputs.tokenizer),
-        packing=asked.packing and may_pack(model.config, attention, say=log.say),
+        packing=asked.packing and isolated,
     )
     source = BatchSource(
         inputs.stores,
@@ -168,78 +177,73 @@ def build_trainer(
         measures = recipe.mixture.online.name == "linear_law"
         stream = held_out_stream(recipe.mixture.online.tokens) if measures else None
         online = OnlineMixture(make_controller(recipe, plan), stream)
-    surgery = make_task_gradient_step(
+    gradient_step = make_task_gradient_step(
         recipe, model, gram_every=balancer.needs.gram_every, isolated=isolated, run_dir=log.run_dir, say=log.say
     )
     loss = recipe.loss
-    path = resolve_path(loss.path)
 
     def score(network: nn.Module) -> dict[str, TaskScores]:
         autocast = None if dtype == torch.float32 else dtype
         return evaluate_model(network, inputs.held_out, layout, attention=attention, autocast=autocast)
 
-    trainer = MultiTaskTrainer(
-        model,
-        args,
-        steps=StepDataset(source, plan),
-        tasks=recipe.task_names,
-        objective=Objective(
-            loss.normalise,
-            path,
-            attention,
-            valid,
-            sample_weights=SampleWeights(**loss.sample_weights.model_dump()) if loss.sample_weights else None,
-            label_smoothing=loss.label_smoothing,
-            z_loss=loss.z_loss,
-            orthogonal=loss.orthogonal,
-            noise=Neftune(model, asked.neftune, recipe.seed) if asked.neftune else None,
-        ),
-        balancer=balancer,
-        log=log,
-        surgery=surgery,
-        stopping=EarlyStopping(recipe.task_names, asked.watch, asked.patience, asked.task_patience, asked.min_delta),
-        online=online,
-        score=score,
-        mezo=None if asked.mezo is None else {"epsilon": asked.mezo, "seed": recipe.seed},
-        stop=stop,
-        identity=inputs.identity(plan),
-        max_bad_steps=asked.max_bad_steps,
-        keep=recipe.output.keep,
+    objective = Objective(
+        loss.normalise,
+        resolve_path(loss.path),
+        attention,
+        isolated,
+        valid,
+        sample_weights=SampleWeights(**loss.sample_weights.model_dump()) if loss.sample_weights else None,
+        label_smoothing=loss.label_smoothing,
+        z_loss=loss.z_loss,
+        orthogonal=loss.orthogonal,
+        noise=Neftune(model, asked.neftune, recipe.seed) if asked.neftune else None,
     )
-    trainer.optimizer_cls_and_kwargs = own_optimizer(recipe, args)
-    if trainer.objective.noise is not None:
-        trainer.add_callback(NeftuneStep(trainer.objective.noise))
+    callbacks: list[TrainerCallback] = [] if objective.noise is None else [NeftuneStep(objective.noise)]
     if asked.optimizer.startswith("schedule_free"):
-        trainer.add_callback(ScheduleFreePoint())
-    return trainer
-
-
-def may_pack(config: Any, attention: str, *, say: Callable[[str], None]) -> bool:
-    """Whether several examples may share a row of this model; says why not."""
-    refusal = packing_refusal(config, attention)
-    if refusal is not None:
-        say(f"packing is off: {refusal}")
-    return refusal is None
+        callbacks.append(ScheduleFreePoint())
+    options = {
+        "steps": source,
+        "tasks": recipe.task_names,
+        "objective": objective,
+        "balancer": balancer,
+        "log": log,
+        "gradient_step": gradient_step,
+        "stopping": EarlyStopping(recipe.task_names, asked.watch, asked.patience, asked.task_patience, asked.min_delta),
+        "online": online,
+        "score": score,
+        "mezo": None if asked.mezo is None else {"epsilon": asked.mezo, "seed": recipe.seed},
+        "stop": stop,
+        "identity": inputs.identity(plan),
+        "max_bad_steps": asked.max_bad_steps,
+        "keep": recipe.output.keep,
+    }
+    return TrainerParts(options, own_optimizer(recipe, args), callbacks)
 
 
 def print_summary(
-    recipe: Recipe, plan: MixturePlan | ReplannedPlan, trainer: MultiTaskTrainer, checkpoint: Path | None
+    recipe: Recipe,
+    plan: MixturePlan | ReplannedPlan,
+    model: nn.Module,
+    args: TrainingArguments,
+    online: OnlineMixture | None,
+    checkpoint: Path | None,
+    *,
+    say: Callable[[str], None],
 ) -> None:
     """Says what is derived from the recipe before the first step."""
-    say = trainer.run_log.say
-    trained = sum(parameter.numel() for parameter in trainable(trainer.model).values())
-    total = sum(parameter.numel() for parameter in trainer.model.parameters())
-    processes = trainer.accelerator.num_processes
+    trained = sum(parameter.numel() for parameter in trainable(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    processes = args.world_size
     say(
         f"{recipe.name}: {plan.steps} steps of {plan.batch} {plan.unit}, {trained:,} of {total:,} parameters trained, "
-        f"{processes} process{'es' if processes > 1 else ''} on {trainer.args.device.type}"
+        f"{processes} process{'es' if processes > 1 else ''} on {args.device.type}"
     )
     for row in plan.table():
         say(
             f"  {row['task']}: share {row['asked']:.3f} asked, {row['realised']:.3f} realised, "
             f"{row['rows']} of {row['size']} rows ({row['epochs']:.2f} epochs)"
         )
-    if trainer.online is not None:
-        say(describe_online_mixture(recipe, trainer.online.controller))
+    if online is not None:
+        say(describe_online_mixture(recipe, online.controller))
     if checkpoint is not None:
         say(f"goes on from {checkpoint.name}")

@@ -1,39 +1,14 @@
-"""When the trainer is called back, and when a run that goes wrong is ended."""
+"""Steps that were skipped, and when a run that goes wrong is ended."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from transformers.trainer_callback import TrainerCallback
+from typing import Any, NoReturn
 
 from mtft.common.errors import UserError
-from mtft.distributed.sharding import check_sharded
 from mtft.training.run_files.metrics_log import finite
-from mtft.training.step.extra_losses import observe_start
-
-if TYPE_CHECKING:
-    from mtft.training.trainer import MultiTaskTrainer
-
-
-class StepEndCallback(TrainerCallback):
-    """Calls the trainer back after each optimizer step, and keeps the progress bar."""
-
-    def __init__(self, trainer: MultiTaskTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        check_sharded(self.trainer)
-        self.trainer.run_log.start(state.global_step)
-        observe_start(self.trainer)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.finish_step(control)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.run_log.close()
 
 
 @dataclass
@@ -44,11 +19,10 @@ class NonFiniteSteps:
     counts: dict[str, int] = field(default_factory=lambda: {"non-finite": 0, "empty": 0})
     in_a_row: int = 0
 
-    def note(self, trouble: str | None) -> None:
-        """One step more; None: a good one."""
-        self.in_a_row = 0 if trouble is None else self.in_a_row + 1
-        if trouble is not None:
-            self.counts[trouble] += 1
+    def count(self, trouble: str) -> None:
+        """One more of them, after the last ones or after a good one (which sets `in_a_row` to 0)."""
+        self.in_a_row += 1
+        self.counts[trouble] += 1
 
     def give_up(self, line: dict[str, Any], examples: list[dict[str, str]], run_dir: Path | None) -> NoReturn:
         """Ends the run. The step's metrics and examples go to bad-step-N.json in run_dir (None: nowhere)."""

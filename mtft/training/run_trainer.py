@@ -1,0 +1,149 @@
+"""What a run asks of transformers' Trainer besides its steps: how it is made, evaluation by task, our own checkpoints.
+
+Checkpoints are those of mtft.training.checkpoint.checkpoint, which resume bit for bit.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from mtft.evaluation.task_scores import TaskScores
+from mtft.training.checkpoint.checkpoint import RunState, load_random_state, load_state, load_weights, save
+from mtft.training.from_datasets import Rows, prepare_run, recipe_of_datasets
+from mtft.training.optim.schedule_free import evaluation_weights
+from mtft.training.run_files.metrics_log import MetricsLog, flat
+from mtft.training.trainer_parts import TrainerParts, trainer_parts
+
+if TYPE_CHECKING:
+    from mtft.recipe.schema.recipe import Recipe
+
+
+class RunTrainer(Trainer):
+    """Trainer calls these where it evaluates, writes a checkpoint or continues from one.
+
+    evaluations  {step: {task: scores}}: the last one
+    identity  what a checkpoint must agree on to be continued (fingerprints), kept with it
+    keep      checkpoints that stay on disk
+    """
+
+    model: nn.Module
+    identity: dict[str, Any]
+    keep: int
+    optimizer: Any
+    run_log: MetricsLog
+    evaluations: dict[int, dict[str, TaskScores]]
+    _score: Callable[[nn.Module], dict[str, TaskScores]] | None
+
+    @classmethod
+    def from_parts(cls, model: Any, args: TrainingArguments, parts: TrainerParts) -> Self:
+        """A trainer of ready-made parts."""
+        trainer = cls(model, args, **parts.options)
+        trainer.optimizer_cls_and_kwargs = parts.optimizer  # pyright: ignore[reportAttributeAccessIssue]
+        for callback in parts.callbacks:
+            trainer.add_callback(callback)
+        return trainer
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, *, model: Any = None, tokenizer: Any = None) -> Self:
+        """The trainer of a recipe, ready for `train()`; `train` also resumes, exports and scores.
+
+        Args:
+            recipe: as `load_recipe` gives it.
+            model: a loaded model, with its adapter, in place of the one that the recipe names.
+            tokenizer: in place of the model's own.
+
+        Raises:
+            UserError: for data or a model that can't be used.
+        """
+        run = prepare_run(recipe, model=model, tokenizer=tokenizer)
+        parts = trainer_parts(run.recipe, run.inputs, run.plan, run.model, run.args, log=run.log)
+        return cls.from_parts(run.model, run.args, parts)
+
+    @classmethod
+    def from_datasets(
+        cls,
+        model: Any,
+        datasets: Mapping[str, Rows],
+        *,
+        shares: str | Mapping[str, float] = "natural",
+        tokenizer: Any = None,
+        args: Any = None,
+        eval_datasets: Mapping[str, Rows] | None = None,
+        **sections: Mapping[str, Any],
+    ) -> Self:
+        """A trainer of several data sets at once, from Python objects.
+
+        Args:
+            model: a path or hub name, which gets a LoRA adapter; or a loaded model, trained in what requires gradients.
+            datasets: {task: rows}; rows are a `datasets.Dataset` or dicts, in any format that a recipe's data may have.
+            shares: part of each task in every step: {task: share} adding up to 1, "natural" or "uniform".
+            tokenizer: in place of the model's own.
+            args: a dict (output_dir, seed, max_steps, learning_rate, batch_tokens, max_length, ...: the keys of the
+                recipe's `train`), or a TrainingArguments or SFTConfig, of which the common settings are read.
+            eval_datasets: held-out rows of the tasks.
+            sections: further sections of the recipe: lora={"r": 8}, loss={"balancer": {"name": "famo"}}.
+
+        Raises:
+            UserError: for rows or settings that can't be used; it says which.
+        """
+        recipe = recipe_of_datasets(
+            model, datasets, shares=shares, args=args, eval_datasets=eval_datasets, sections=sections
+        )
+        loaded = None if isinstance(model, str | Path) else model
+        return cls.from_recipe(recipe, model=loaded, tokenizer=tokenizer)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    @abstractmethod
+    def run_state(self) -> RunState:
+        """What a checkpoint holds, as it is now."""
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Scores every task on its held-out examples; once a step. Returns flat metrics for callbacks and trackers."""
+        step = self.state.global_step
+        if self._score is None:
+            raise ValueError("no held-out examples to evaluate on")
+        if step not in self.evaluations:
+            with evaluation_weights(self.optimizer):
+                self.evaluations = {step: self._score(self.model)}
+            self.run_log.evaluation(step, _summaries(self.evaluations[step]))
+        metrics = flat({"tasks": _summaries(self.evaluations[step])}, "eval_")
+        if self.args.report_to:
+            self.callback_handler.on_log(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's own summary goes to the trackers; it keeps no history in memory."""
+        if self.args.report_to:
+            self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        writer = bool(self.args.should_save)
+        save(self.run_state(), self.run_dir, self.state, self.identity, writer=writer, keep=self.keep)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_state(self.run_state(), Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_random_state(self.accelerator, Path(checkpoint), say=self.run_log.say)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """With the optimizer's state."""
+
+
+def _summaries(scores: dict[str, TaskScores]) -> dict[str, Any]:
+    return {task: of_task.summary() for task, of_task in scores.items()}

@@ -33,7 +33,8 @@ class TokenBalancedOrder:
     block_rows = BLOCK
 
     def __init__(self, spec: PlanSpec, lengths: list[Ints], on_cap: OnCap) -> None:
-        self.spec, self._lengths, self._on_cap = spec, lengths, on_cap
+        self.spec, self._lengths = spec, lengths
+        self._on_cap: OnCap = on_cap
         self._check_lengths()
         K = len(spec.names)
         self._owed_K = np.zeros(K) if spec.carry is None else np.array(spec.carry)

@@ -183,7 +183,8 @@ def is_isolated(model: nn.Module, attention: str | None = None) -> bool:
 def _inputs(model: nn.Module, batch: Batch, attention: str | None, isolated: bool | None) -> dict[str, Any]:
     if attention is None:
         attention = _bare(model).config._attn_implementation  # pyright: ignore
-    return model_inputs(batch, attention, packed_ok=is_isolated(model, attention) if isolated is None else isolated)
+    packed_ok = is_isolated(model, attention) if isolated is None else isolated
+    return model_inputs(batch, attention, packed_ok=packed_ok)  # pyright: ignore[reportArgumentType]
 
 
 def _bare(model: nn.Module) -> nn.Module:

@@ -145,7 +145,7 @@ class MultiTaskTrainer(RunTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Steps 0, 1, ... of the source. Not prepared by accelerate: every rank already reads its own part."""
         return DataLoader(
-            self.steps,
+            self.steps,  # pyright: ignore[reportArgumentType]  (map-style by __getitem__ and __len__)
             batch_size=1,
             shuffle=False,
             collate_fn=_only,

@@ -26,7 +26,7 @@ def merge_command(
         ),
     ] = None,
     experts: Annotated[
-        Literal["build_twin", "arrow"] | None, typer.Option(help="Keep the adapters apart, for a server that routes.")
+        Literal["twin", "arrow"] | None, typer.Option(help="Keep the adapters apart, for a server that routes.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the merged adapter.")] = None,
     overwrite: Overwrite = False,

@@ -199,7 +199,7 @@ def test_a_killed_merge_leaves_no_half_adapter(tmp_path, paths, monkeypatch):
 
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(merge_api, "write_card", die)
+        monkeypatch.setattr(merge_api, "write_merge_card", die)
         merge_adapters(paths, tmp_path / "out")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not (tmp_path / "out").exists()

@@ -3,12 +3,12 @@
     python scripts/trace_step.py            ->    {"files": ..., "switches": ..., "merge_methods": ...}
     python scripts/trace_step.py --list     also the files
 
-A tiny run (quickstart's weak model, LoRA, four tasks, two micro-batches a step, on the CPU) is profiled from the end of one
-optimizer step to the end of the next one, in the middle of the run:
+A tiny run (quickstart's weak model, LoRA, four tasks, two micro-batches a step, on the CPU) is profiled from the end of
+one optimizer step to the end of the next one, in the middle of the run:
 
     files           files of mtft and data_mixers in which a function is called
     switches        consecutive calls, in the order of time, that are in different files
-    merge_methods   modules of mtft.merge.methods that a fresh interpreter holds after the imports of `mtft fuse generate`
+    merge_methods   modules of mtft.merge.methods in a fresh interpreter after the imports of `mtft fuse generate`
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mtft.common.errors import UserError
-from mtft.pipeline import run_stages
+from mtft.pipeline import run_recipe
 from mtft.recipe.schema.recipe import Recipe
 
 STAGES = ["base", "single", "joint uniform", "joint predicted", "merged", "strong base", "fused", "strong tuned"]
@@ -28,7 +28,7 @@ for folder in sys.argv[2:]:
 @pytest.fixture(scope="module")
 def finished(whole_recipe):
     recipe = Recipe.model_validate(whole_recipe)
-    page = run_stages(recipe)
+    page = run_recipe(recipe)
     return recipe, page, Path(recipe.output.dir)
 
 
@@ -62,7 +62,7 @@ def test_second_call_runs_nothing_again(finished):
     watched += [root / "fuse/fusion.json", *root.glob("*/scores/*.jsonl")]
     before = {path: path.stat().st_mtime_ns for path in watched}
     results = (root / "results.json").read_text()
-    assert run_stages(recipe) == page
+    assert run_recipe(recipe) == page
     assert {path: path.stat().st_mtime_ns for path in watched} == before
     assert (root / "results.json").read_text() == results
 
@@ -71,8 +71,8 @@ def test_a_changed_recipe_is_refused_and_fresh_keeps_the_old_run(finished):
     recipe, _, root = finished
     longer = recipe.model_copy(update={"merge": recipe.merge.model_copy(update={"scale": 0.5})})
     with pytest.raises(UserError, match=r"merge\.scale was 1\.0, is 0\.5"):
-        run_stages(longer)
+        run_recipe(longer)
     joint = (root / "train/joint/metrics.jsonl").stat().st_mtime_ns
-    run_stages(longer, fresh=True)
+    run_recipe(longer, fresh=True)
     assert (root / "merge.old-1" / "adapter").is_dir()
     assert (root / "train/joint/metrics.jsonl").stat().st_mtime_ns == joint

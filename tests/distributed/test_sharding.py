@@ -1,7 +1,5 @@
 """What every engine shares, on one rank: parts of weights made whole and cut again, and a launch that did not shard."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -69,13 +67,13 @@ def test_an_optimizer_s_state_goes_through_a_file_and_back_onto_its_parts(one_ra
 
 
 def test_fsdp_that_did_not_happen_is_refused(monkeypatch, one_rank):
-    trainer = SimpleNamespace(model=network())
-    check_sharded(trainer)  # nobody asked
+    model = network()
+    check_sharded(model)  # nobody asked
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="4 parameters are not sharded"):
-        check_sharded(trainer)
-    fully_shard(trainer.model)
-    check_sharded(trainer)
+        check_sharded(model)
+    fully_shard(model)
+    check_sharded(model)
 
 
 def test_gradients_are_averaged_in_fp32():

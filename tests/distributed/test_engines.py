@@ -191,12 +191,16 @@ def test_full_fine_tuning_equals_one_process(alone, launched):
 
 
 def test_frozen_bf16_base_and_checkpointed_activations(alone, launched):
-    """FSDP2 gathers the base in bf16 and averages the adapter's gradients in fp32, as one process has them."""
+    """FSDP2 gathers the base in bf16 and averages the adapter's gradients in fp32, as one process has them.
+
+    The ranks' products in bf16 have other shapes, so how they round is the processor's choice: 8e-8 and 1.6e-5 were
+    seen on two of them. Averaged in bf16 the adapters differ by 1.4e-3.
+    """
     engine, folder = launched
     if engine == "fsdp2":
         found = lines(folder / "bf16")
-        assert [line["loss"] for line in found] == pytest.approx([x["loss"] for x in lines(alone / "bf16")], rel=1e-5)
-        assert distance(weights(alone / "bf16"), weights(folder / "bf16")) <= 1e-5
+        assert [line["loss"] for line in found] == pytest.approx([x["loss"] for x in lines(alone / "bf16")], rel=1e-4)
+        assert distance(weights(alone / "bf16"), weights(folder / "bf16")) <= 2e-4
 
 
 def test_quantised_base_under_ddp(alone, launched):

@@ -299,7 +299,7 @@ def test_bad_data_of_all_tasks_in_one_error(tmp_path, made):
 WRITE = """
 import sys
 from pathlib import Path
-from mtft.data.readers.sources import Part
+from mtft.data.readers.sources import SourcePart
 from mtft.data.store.token_store import open_store, open_stores
 from mtft.recipe.schema.task import TaskSection
 from tests.data.toy_examples import TEMPLATES, tokenizer
@@ -307,12 +307,12 @@ import mtft.data.store.build_store as build
 folder = Path(sys.argv[1])
 if len(sys.argv) > 2:  # dawdle in the middle of the writing
     import time
-    finish = build.Writer.finish
+    finish = build.StoreWriter.finish
     def slow(self, meta):
         (folder / "writing").touch()
         time.sleep(60)
         finish(self, meta)
-    build.Writer.finish = slow
+    build.StoreWriter.finish = slow
 store = open_store(TaskSection(name="sums", data=str(folder / "a.jsonl")), "train",
                    tokenizer(TEMPLATES["chatml"]), max_length=512, cache_dir=folder / "cache")
 print(store.num_examples, store.path.stat().st_ino)

@@ -130,7 +130,7 @@ def test_a_sweep_gives_up_bad_trials_and_the_fit_uses_them(plain, tmp_path):
 DRIVER = """
 import sys
 from functools import partial
-from data_mixers.sweep.early_termination import Stopping
+from data_mixers.sweep.early_termination import EarlyTermination
 from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.runner import run_sweep
 from tests.data_mixers import toy_trials as toys
@@ -138,7 +138,7 @@ from tests.data_mixers.sweep.test_early_termination import trials
 
 if __name__ == "__main__":
     run = partial(toys.checked_slow, sys.argv[2])
-    run_sweep(trials(), run, TrialLedger(sys.argv[1]), workers=2, stopping=Stopping(), seed=3)
+    run_sweep(trials(), run, TrialLedger(sys.argv[1]), workers=2, stopping=EarlyTermination(), seed=3)
 """
 
 

@@ -190,7 +190,7 @@ def _validate(body: dict[str, Any], schema: type[ChatBody] | type[CompletionBody
         name = str(error["loc"][0])
         message = f"{name} is {body[name]!r}: {error['msg'].replace('Input should be', 'must be')}"
         if error["type"] == "value_error":
-            message = str(error["ctx"]["error"])
+            message = str(error.get("ctx", {})["error"])
         elif name == "stream_options":
             message = "stream_options takes include_usage, with stream"
         raise RequestError(message, param=name) from invalid

@@ -69,24 +69,24 @@ def run_weight_search(
         raise MergeError(f"unknown search {by!r}", where="by", do=f"one of {', '.join(WAYS)}")
     K = len(names)
     _check_preference(prefer)
-    ledger = SearchLedger(
+    search = SearchLedger(
         names, evaluate, base, single, worst=worst, prefer=prefer, path=ledger, penalty=0.05 if by == "lorahub" else 0.0
     )
-    uniform = ledger.trial([1.0] * K)
+    uniform = search.trial([1.0] * K)
     for scale in SCALES:
-        ledger.trial([scale] * K)
+        search.trial([scale] * K)
     if by in ("cobyqa", "lorahub"):
-        _cobyqa(ledger, K, by, budget)
+        _cobyqa(search, K, by, budget)
     elif by == "cma":
-        _cma(ledger, K, budget, seed)
+        _cma(search, K, budget, seed)
     elif by == "front":
-        for weights in front_weights(K, budget - len(SCALES), best_scale(ledger.trials), seed):
-            ledger.trial(weights)
-    best = min(ledger.trials, key=lambda trial: trial.objective)
-    common = min((t for t in ledger.trials if len(set(t.weights)) == 1), key=lambda t: t.objective)
+        for weights in front_weights(K, budget - len(SCALES), best_scale(search.trials), seed):
+            search.trial(weights)
+    best = min(search.trials, key=lambda trial: trial.objective)
+    common = min((t for t in search.trials if len(set(t.weights)) == 1), key=lambda t: t.objective)
     data = "on the data it was chosen on" if check is None else "on data the search has not seen"
-    chosen, gain, error, text = judge_search([uniform, common, best], check or evaluate, ledger.objective)
-    return SearchResult(chosen.weights, best, uniform, gain, error, f"{text} {data}", ledger.trials)
+    chosen, gain, error, text = judge_search([uniform, common, best], check or evaluate, search.objective)
+    return SearchResult(chosen.weights, best, uniform, gain, error, f"{text} {data}", search.trials)
 
 
 def best_scale(trials: Sequence[SearchTrial]) -> float:

@@ -51,7 +51,7 @@ def _with_markers(text: inspect.Signature) -> list[str]:
 
 
 def entry(package: str, name: str) -> str:
-    """One name: heading, signature, docstring, and the public methods of a class that it defines itself."""
+    """One name: heading, signature, docstring, and of a class its constructors and public methods."""
     value = getattr(sys.modules[package], name)
     lines = [f"### `{package}.{name}`", "", "```python", signature(name, value), "```", ""]
     doc = inspect.getdoc(value)
@@ -59,14 +59,29 @@ def entry(package: str, name: str) -> str:
         raise SystemExit(f"error: {package}.{name} has no docstring\n  do:    write one, then run this again")
     lines += ["```text", doc, "```", ""]
     if inspect.isclass(value):
-        for method, raw in vars(value).items():
-            function = raw.__func__ if isinstance(raw, classmethod | staticmethod) else raw
-            if method.startswith("_") or not inspect.isfunction(function) or not inspect.getdoc(function):
-                continue
-            first = inspect.getdoc(function).split("\n\n")[0].replace("\n", " ")
-            lines.append(f"- `{method}`: {first}")
+        methods = _methods(value)
+        for method, function in methods.items():
+            if inspect.ismethod(function):  # a classmethod: another way to make one
+                shown = signature(f"{name}.{method}", function)
+                lines += ["```python", shown, "```", "", "```text", inspect.getdoc(function) or "", "```", ""]
+        for method, function in methods.items():
+            if not inspect.ismethod(function):
+                first = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
+                lines.append(f"- `{method}`: {first}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _methods(value: type) -> dict[str, Any]:
+    """Public methods with a docstring that the class or a base of ours defines."""
+    ours = [base for base in reversed(value.__mro__) if base.__module__.startswith(("mtft.", "data_mixers."))]
+    names = {name: None for base in ours for name in vars(base) if not name.startswith("_")}
+    methods = {name: getattr(value, name) for name in names}
+    return {
+        name: method
+        for name, method in methods.items()
+        if (inspect.isfunction(method) or inspect.ismethod(method)) and inspect.getdoc(method)
+    }
 
 
 def page() -> str:

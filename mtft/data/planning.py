@@ -86,6 +86,19 @@ def epoch_caps(recipe: Recipe) -> dict[str, float]:
     return {name: cap for name, cap in caps.items() if cap is not None}
 
 
+def _mean_length(stores: Sequence[SizedTask], requested: Mixture | MixtureSchedule) -> float:
+    """Tokens of an example, on average under the mixture (of a schedule: its mean)."""
+    shares = requested.mean().shares if isinstance(requested, MixtureSchedule) else requested.shares
+    lengths = [np.asarray(store.lengths) for store in stores]
+    return sum(share * float(length.mean()) for share, length in zip(shares, lengths) if share > 0)
+
+
+def batch_tokens_of(recipe: Recipe, stores: Sequence[SizedTask], examples: int) -> int:
+    """train.batch_tokens of steps that hold so many examples."""
+    mean = _mean_length(stores, requested_shares(recipe, task_sizes(recipe, stores)))
+    return int(examples * mean) + 1  # less than one example more
+
+
 def make_plan(
     recipe: Recipe, stores: Sequence[SizedTask], mixture: Mixture | None = None
 ) -> MixturePlan | ReplannedPlan:
@@ -99,9 +112,8 @@ def make_plan(
     """
     by_examples = recipe.mixture.unit == "examples"
     requested = mixture or requested_shares(recipe, task_sizes(recipe, stores))
-    shares = requested.mean().shares if isinstance(requested, MixtureSchedule) else requested.shares
     lengths = [np.asarray(store.lengths) for store in stores]
-    mean = sum(share * float(length.mean()) for share, length in zip(shares, lengths) if share > 0)
+    mean = _mean_length(stores, requested)
     batch = max(1, int(recipe.train.batch_tokens // mean)) if by_examples else recipe.train.batch_tokens
     steps, epochs = recipe.train.steps, recipe.train.epochs
     if steps is None:

@@ -14,29 +14,29 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
-from mtft.data.planning import make_plan
+from mtft.data.planning import batch_tokens_of, make_plan
 from mtft.distributed.launch import is_main_process
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.trainer_parts import TrainingInputs, read_training_inputs
 from mtft.training.training_arguments import training_arguments
+from mtft.training.transformers_arguments import read_transformers_arguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 Rows = Iterable[Mapping[str, Any]]
-# Names that a user of transformers or TRL writes -> keys of the recipe's `train` section.
+# Names that a user of transformers or TRL writes in a dict -> keys of the recipe's `train` section.
 _ALIASES = {
     "max_steps": "steps",
+    "num_train_epochs": "epochs",
     "warmup_steps": "warmup",
-    "warmup_ratio": "warmup",
     "adam_beta1": "beta1",
     "adam_beta2": "beta2",
 }
-# What is read of a TrainingArguments (or SFTConfig) object; the rest of it is decided by the recipe's defaults.
-_READ = ("max_steps", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,17 @@ class PreparedRun:
     log: MetricsLog
 
 
-def prepare_run(recipe: Recipe, *, model: Any = None, tokenizer: Any = None, quiet: bool = True) -> PreparedRun:
-    """Reads data, makes the plan, loads the model (or takes `model`, which has its adapter already)."""
+def prepare_run(
+    recipe: Recipe, *, model: Any = None, tokenizer: Any = None, examples: int | None = None, quiet: bool = True
+) -> PreparedRun:
+    """Reads data, makes the plan, loads the model (or takes `model`, which has its adapter already).
+
+    examples: of one step, in place of the recipe's train.batch_tokens.
+    """
     inputs = read_training_inputs(recipe, tokenizer=tokenizer)
+    if examples is not None:
+        tokens = batch_tokens_of(recipe, inputs.stores, examples)
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_tokens": tokens})})
     plan = make_plan(recipe, inputs.stores)
     run_dir = Path(recipe.output.dir)
     if is_main_process():
@@ -70,38 +78,43 @@ def recipe_of_datasets(
     datasets: Mapping[str, Rows],
     *,
     shares: str | Mapping[str, float] = "natural",
+    tokenizer: Any = None,
     args: Any = None,
     eval_datasets: Mapping[str, Rows] | None = None,
     sections: Mapping[str, Any] | None = None,
-) -> Recipe:
-    """The recipe of `MultiTaskTrainer.from_datasets`, with the rows written where it says. UserError for bad input."""
+) -> tuple[Recipe, int | None]:
+    """The recipe of `MultiTaskTrainer.from_datasets`, with the rows written where it says; examples in a step, or None.
+
+    Raises:
+        UserError: for bad input.
+    """
     if not isinstance(datasets, Mapping) or not datasets:
         raise UserError("datasets must be {task: rows}", where="datasets", do='for example {"sql": sql_rows}')
     held_out = dict(eval_datasets or {})
     if unknown := [name for name in held_out if name not in datasets]:
         raise UserError(f"no task {unknown[0]!r}", where="eval_datasets", do=f"tasks: {', '.join(datasets)}")
-    path = model if isinstance(model, str | Path) else _base_path(model)
-    output, seed, train = _settings(args)
-    run_dir = Path(output)
-    tasks = []
+    content, examples = _settings(args)
+    run_dir = Path(content["output"].setdefault("dir", "runs/from_datasets"))
+    content["name"] = run_dir.name
+    if isinstance(model, str | Path):
+        model = {"path": str(model)}
+    if isinstance(model, Mapping):
+        content["model"] |= model
+    else:
+        content["model"]["path"] = _base_path(model, tokenizer)
+        if not hasattr(model, "peft_config"):
+            content["lora"] = None  # the model as it is; what requires gradients is trained
+    content["mixture"] = {"shares": shares if isinstance(shares, str) else dict(shares)}
+    content["tasks"] = []
     for name, rows in datasets.items():
         task = {"name": name, "data": str(_write_rows(run_dir, name, "train", rows))}
         if name in held_out:
             task["eval_data"] = str(_write_rows(run_dir, name, "eval", held_out[name]))
-        tasks.append(task)
-    content: dict[str, Any] = {
-        "name": run_dir.name,
-        "seed": seed,
-        "model": {"path": str(path)},
-        "tasks": tasks,
-        "mixture": {"shares": shares if isinstance(shares, str) else dict(shares)},
-        "train": train,
-        "output": {"dir": str(run_dir)},
-    }
+        content["tasks"].append(task)
     for section, values in (sections or {}).items():
-        content[section] = {**content[section], **values} if section in content else values
+        content[section] = {**content[section], **values} if content.get(section) else values
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(content), examples
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -112,45 +125,27 @@ def recipe_of_datasets(
         ) from error
 
 
-def _settings(args: Any) -> tuple[str, int, dict[str, Any]]:
-    """(output_dir, seed, the recipe's `train`) of a dict or of a TrainingArguments object."""
-    if args is None or isinstance(args, Mapping):
-        given = dict(args or {})
-    else:
-        given = _read_arguments(args)
-    output, seed = str(given.pop("output_dir", "runs/from_datasets")), int(given.pop("seed", 17))
-    train = {"batch_tokens": 4096, **{_ALIASES.get(name, name): value for name, value in given.items()}}
-    if "steps" not in train:
+def _settings(args: Any) -> tuple[dict[str, Any], int | None]:
+    """Sections of the recipe, and the examples of a step if they are counted, of a dict or a TrainingArguments."""
+    if args is not None and not isinstance(args, Mapping):
+        return read_transformers_arguments(args)
+    train = {_ALIASES.get(name, name): value for name, value in (args or {}).items()}
+    output = {"dir": str(train.pop("output_dir"))} if "output_dir" in train else {}
+    content = {"model": {}, "output": output, **({"seed": train.pop("seed")} if "seed" in train else {})}
+    if "steps" not in train and "epochs" not in train:
         raise UserError("how long should it train?", where="args", do='give args {"max_steps": 100, ...}')
-    if "learning_rate" not in train:
-        train["learning_rate"] = 2e-4
-    return output, seed, train
+    return {**content, "train": train}, None
 
 
-def _read_arguments(args: Any) -> dict[str, Any]:
-    """What is used of a TrainingArguments or SFTConfig: a step has as many tokens as its rows have at full length."""
-    settings = args.to_dict()
-    if not settings.get("max_steps", -1) > 0:
-        raise UserError("max_steps is not set: a multi-task run has a length in steps", where="args.max_steps")
-    given = {name: settings[name] for name in _READ if settings.get(name) is not None}
-    rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    max_length = settings.get("max_length") or 1024
-    given |= {"max_length": max_length, "batch_tokens": rows * max_length}
-    given |= {"output_dir": settings["output_dir"] or "runs/from_datasets", "seed": settings["seed"]}
-    return given
-
-
-def _base_path(model: Any) -> str:
+def _base_path(model: Any, tokenizer: Any) -> str:
     path = str(model.config._name_or_path)
-    if not path:
-        raise UserError(
-            "the model does not say where it was loaded from", where="model", do="give its path or hub name"
-        )
-    return path
+    if not path and tokenizer is None:
+        raise UserError("the model does not say where its tokenizer is", where="tokenizer", do="give the tokenizer")
+    return path or type(model).__name__
 
 
 def _write_rows(run_dir: Path, task: str, split: str, rows: Rows) -> Path:
-    """<run_dir>/data/<task>.<split>.jsonl, absolute. Written by one process where it differs or is not there."""
+    """<run_dir>/data/<task>.<split>.jsonl, absolute. Every rank puts the same bytes in place, so none waits."""
     lines = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -168,7 +163,5 @@ def _write_rows(run_dir: Path, task: str, split: str, rows: Rows) -> Path:
     if not lines:
         raise UserError(f"task {task} has no rows", where=f"datasets.{task}")
     path = (run_dir / "data" / f"{task}.{split}.jsonl").absolute()
-    if is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return path

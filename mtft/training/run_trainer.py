@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from mtft.evaluation.task_scores import TaskScores
 from mtft.training.checkpoint.checkpoint import RunState, load_random_state, load_state, load_weights, save
-from mtft.training.from_datasets import Rows, prepare_run, recipe_of_datasets
+from mtft.training.from_datasets import PreparedRun, Rows, prepare_run, recipe_of_datasets
 from mtft.training.optim.schedule_free import evaluation_weights
 from mtft.training.run_files.metrics_log import MetricsLog, flat
 from mtft.training.trainer_parts import TrainerParts, trainer_parts
@@ -61,9 +61,7 @@ class RunTrainer(Trainer):
         Raises:
             UserError: for data or a model that can't be used.
         """
-        run = prepare_run(recipe, model=model, tokenizer=tokenizer)
-        parts = trainer_parts(run.recipe, run.inputs, run.plan, run.model, run.args, log=run.log)
-        return cls.from_parts(run.model, run.args, parts)
+        return cls._from_run(prepare_run(recipe, model=model, tokenizer=tokenizer))
 
     @classmethod
     def from_datasets(
@@ -80,23 +78,36 @@ class RunTrainer(Trainer):
         """A trainer of several data sets at once, from Python objects.
 
         Args:
-            model: a path or hub name, which gets a LoRA adapter; or a loaded model, trained in what requires gradients.
+            model: a path or hub name, or {"path": ..., "dtype": ..., "quantise": ...}, which gets a LoRA adapter; or a
+                loaded model, of which what requires gradients is trained: an adapter (PeftModel), or the whole.
             datasets: {task: rows}; rows are a `datasets.Dataset` or dicts, in any format that a recipe's data may have.
             shares: part of each task in every step: {task: share} adding up to 1, "natural" or "uniform".
             tokenizer: in place of the model's own.
             args: a dict (output_dir, seed, max_steps, learning_rate, batch_tokens, max_length, ...: the keys of the
-                recipe's `train`), or a TrainingArguments or SFTConfig, of which the common settings are read.
+                recipe's `train`), or a TrainingArguments or SFTConfig: its settings are taken, or refused by name.
             eval_datasets: held-out rows of the tasks.
             sections: further sections of the recipe: lora={"r": 8}, loss={"balancer": {"name": "famo"}}.
 
         Raises:
             UserError: for rows or settings that can't be used; it says which.
         """
-        recipe = recipe_of_datasets(
-            model, datasets, shares=shares, args=args, eval_datasets=eval_datasets, sections=sections
+        recipe, examples = recipe_of_datasets(
+            model,
+            datasets,
+            shares=shares,
+            tokenizer=tokenizer,
+            args=args,
+            eval_datasets=eval_datasets,
+            sections=sections,
         )
-        loaded = None if isinstance(model, str | Path) else model
-        return cls.from_recipe(recipe, model=loaded, tokenizer=tokenizer)
+        loaded = None if isinstance(model, str | Path | Mapping) else model
+        return cls._from_run(prepare_run(recipe, model=loaded, tokenizer=tokenizer, examples=examples))
+
+    @classmethod
+    def _from_run(cls, run: PreparedRun) -> Self:
+        return cls.from_parts(
+            run.model, run.args, trainer_parts(run.recipe, run.inputs, run.plan, run.model, run.args, log=run.log)
+        )
 
     @property
     def run_dir(self) -> Path:

@@ -1,12 +1,20 @@
 """A trainer from Python objects is the trainer of the recipe that names files with the same rows."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from trl import SFTConfig
 
 from mtft.common.errors import UserError
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.build_model import load_for_training
+from mtft.training.from_datasets import recipe_of_datasets
 from mtft.training.trainer import MultiTaskTrainer
 
 
@@ -15,25 +23,172 @@ def lines_of(run_dir):
     return [(line["loss"], line["grad_norm"], line["tasks"]) for line in lines]
 
 
-def test_same_losses_as_the_recipe(recipe, task_files, tmp_path):
-    args = {**recipe["train"], "max_steps": 4, "output_dir": str(tmp_path / "objects"), "seed": 17}
-    args.pop("steps")
-    rows = {
+@pytest.fixture
+def rows(task_files):
+    return {
         task: [json.loads(line) for line in Path(train).read_text().splitlines()]
         for task, (train, _) in task_files.items()
     }
-    trainer = MultiTaskTrainer.from_datasets(
-        recipe["model"]["path"], rows, shares=recipe["mixture"]["shares"], args=args, lora=recipe["lora"]
-    )
-    trainer.train()
-    trainer.save_model(str(tmp_path / "saved"))
-    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+
+
+def settings(recipe, folder):
+    given = {**recipe["train"], "max_steps": 4, "output_dir": str(folder), "seed": 17}
+    given.pop("steps")
+    return given
+
+
+@pytest.fixture
+def from_files(recipe, task_files, tmp_path):
+    """Lines of the recipe's own run, on files with the same rows."""
     tasks = [{"name": task, "data": train} for task, (train, _) in task_files.items()]
     train = {**recipe["train"], "steps": 4}
     whole = {**recipe, "tasks": tasks, "train": train, "output": {"dir": str(tmp_path / "files")}}
     MultiTaskTrainer.from_recipe(Recipe.model_validate(whole)).train()
-    assert lines_of(tmp_path / "objects") == lines_of(tmp_path / "files")
-    assert len(lines_of(tmp_path / "files")) == 4
+    return lines_of(tmp_path / "files")
+
+
+@pytest.mark.parametrize("kind", ["dicts", "Dataset"])
+def test_same_losses_as_the_recipe(recipe, rows, from_files, tmp_path, kind):
+    if kind == "Dataset":
+        rows = {task: Dataset.from_list(of_task) for task, of_task in rows.items()}
+    trainer = MultiTaskTrainer.from_datasets(
+        recipe["model"],
+        rows,
+        shares=recipe["mixture"]["shares"],
+        args=settings(recipe, tmp_path / "objects"),
+        lora=recipe["lora"],
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+    assert lines_of(tmp_path / "objects") == from_files
+    assert len(from_files) == 4
+
+
+def test_loaded_models(recipe, rows, from_files, tmp_path):
+    """An adapter of PEFT is trained as ours from the same start; a bare model is trained whole (`lora: null`)."""
+    path, shares = recipe["model"]["path"], recipe["mixture"]["shares"]
+    ours = load_for_training(Recipe.model_validate({**recipe, "model": {"path": path, "dtype": "fp32"}}))
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), config)
+    theirs.load_state_dict(ours.state_dict())
+    args = settings(recipe, tmp_path / "peft")
+    trainer = MultiTaskTrainer.from_datasets(theirs, rows, shares=shares, args=args)
+    trainer.train()
+    assert lines_of(tmp_path / "peft") == from_files
+    bare = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    before = {name: value.clone() for name, value in bare.state_dict().items()}
+    args = settings(recipe, tmp_path / "bare")
+    MultiTaskTrainer.from_datasets(bare, rows, shares=shares, args=args).train()
+    assert all(not torch.equal(value, before[name]) for name, value in bare.state_dict().items())
+
+
+def test_a_model_made_in_memory(recipe, rows, tmp_path):
+    """It has no folder to read a tokenizer from, and says so."""
+    path = recipe["model"]["path"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+    model.config._name_or_path = ""
+    args = settings(recipe, tmp_path / "memory")
+    with pytest.raises(UserError, match="tokenizer"):
+        MultiTaskTrainer.from_datasets(model, rows, args=args)
+    MultiTaskTrainer.from_datasets(model, rows, args=args, tokenizer=AutoTokenizer.from_pretrained(path)).train()
+    assert len(lines_of(tmp_path / "memory")) == 4
+
+
+def test_examples_of_transformers_arguments(recipe, rows, tmp_path):
+    """A step has batch size * accumulation examples; the number of steps follows from the epochs."""
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        num_train_epochs=0.5,
+        use_cpu=True,
+    )
+    trainer = MultiTaskTrainer.from_datasets(recipe["model"]["path"], rows, args=args)
+    assert trainer.args.max_steps == round(0.5 * 180 / 12)
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {sum(task["examples"] for task in line["tasks"].values()) for line in lines} == {12}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_sft_config(packing, tmp_path):
+    """Every setting that was changed arrives."""
+    config = SFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        packing=packing,
+        max_length=64,
+        max_steps=7,
+        learning_rate=3e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        weight_decay=0.1,
+        adam_beta1=0.8,
+        adam_beta2=0.95,
+        max_grad_norm=0.3,
+        optim="lion_32bit",
+        activation_checkpointing=False,
+        neftune_noise_alpha=5,
+        label_smoothing_factor=0.1,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_steps=5,
+        save_total_limit=1,
+        bf16=False,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        seed=3,
+        logging_steps=1,
+    )
+    recipe, examples = recipe_of_datasets("model", {"a": [{"prompt": "x", "response": "y"}]}, args=config)
+    assert examples == (None if packing else 8)
+    train = recipe.train
+    assert train.batch_tokens == 512
+    assert (train.steps, train.learning_rate, train.schedule, train.warmup) == (7, 3e-4, "cosine", 2)
+    assert (train.weight_decay, train.beta1, train.beta2, train.max_grad_norm) == (0.1, 0.8, 0.95, 0.3)
+    assert (train.optimizer, train.gradient_checkpointing, train.neftune) == ("lion_32bit", False, 5)
+    assert (train.eval_every, train.micro_batch_tokens, train.packing, train.too_long) == (
+        3,
+        128,
+        packing,
+        "truncate_right",
+    )
+    assert (recipe.output.save_every, recipe.output.keep, recipe.loss.label_smoothing) == (5, 1, 0.1)
+    assert (recipe.model.dtype, recipe.seed) == ("fp32", 3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"adam_epsilon": 1e-6}, "adam_epsilon"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 500}, "load_best_model_at_end"),
+        ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type"),
+        ({"save_strategy": "epoch"}, "save_strategy"),
+    ],
+)
+def test_settings_that_a_run_does_not_have(changed, name, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **changed)
+    with pytest.raises(UserError) as caught:
+        MultiTaskTrainer.from_datasets("model", {"a": [{"prompt": "x", "response": "y"}]}, args=args)
+    assert caught.value.where == f"args.{name}"
+
+
+def test_the_example_of_the_readme(recipe, rows, tmp_path, monkeypatch):
+    """As it is printed, but for the model and the number of steps."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.S) if "from_datasets" in block]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/sql.train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows["copy"]))
+    small = example.replace("Qwen/Qwen3-0.6B", recipe["model"]["path"]).replace('"max_steps": 200', '"max_steps": 2')
+    assert small != example
+    exec(compile(small, "README.md", "exec"), {})
+    assert Path("runs/python/adapter/adapter_model.safetensors").is_file()
+    assert len(lines_of(Path("runs/python"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """For all tests: a deprecation that a library logs is a failure, and a failing run says which versions moved."""
 
 import logging
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 from scripts.make_constraints import differences
+
+# As scripts/test.sh has it, for a plain `pytest` too: tests fork, and a child of a process with OpenMP threads hangs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CONSTRAINTS = Path(__file__).parents[1] / "scripts" / "constraints.txt"
 LIBRARIES = ("transformers", "peft", "accelerate", "datasets", "trl")

@@ -149,10 +149,10 @@ def upward_arrows(files: Sources) -> Edges:
     return broken
 
 
-def circles(files: Sources, without: Edges | None = None) -> list[list[str]]:
+def circles(files: Sources) -> list[list[str]]:
     """Groups of files that import one another: the strongly connected components (Tarjan 1972) of two and more."""
     graph: dict[str, list[str]] = {module: [] for module in files}
-    for module, target in sorted(import_edges(files) - (without or set())):
+    for module, target in sorted(import_edges(files)):
         graph[module].append(target)
     order: dict[str, int] = {}
     lowest: dict[str, int] = {}
@@ -252,20 +252,6 @@ def model_loaders(files: Sources) -> list[str]:
     return broken
 
 
-# What is still to be cut, with the room that does it.
-KNOWN_ARROWS: dict[tuple[str, str], str] = {}
-KNOWN_CIRCLES = {
-    ("mtft.experimental.mezo", "mtft.training.trainer"): "training",
-    ("mtft.experimental.sharpness_aware", "mtft.training.trainer"): "training",
-    ("mtft.training.callbacks.step_end", "mtft.training.trainer"): "training",
-    ("mtft.training.checkpoint.checkpoint", "mtft.training.trainer"): "training",
-    ("mtft.training.online_mixture", "mtft.training.trainer"): "training",
-    ("mtft.training.step.extra_losses", "mtft.training.trainer"): "training",
-    ("mtft.training.step.forward_backward", "mtft.training.trainer"): "training",
-    ("mtft.training.finalize", "mtft.training.run_training"): "training",
-}
-
-
 def test_the_reader_of_imports_sees_them():
     edges = import_edges(sources())
     assert ("mtft.recipe.load", "mtft.common.errors") in edges
@@ -274,11 +260,11 @@ def test_the_reader_of_imports_sees_them():
 
 def test_arrows_run_down():
     assert {room_of(module) for module in sources()} - {None} <= LEVEL.keys(), "a new room needs a layer"
-    assert upward_arrows(sources()) - KNOWN_ARROWS.keys() == set()
+    assert upward_arrows(sources()) == set()
 
 
 def test_no_circles():
-    assert circles(sources(), without=set(KNOWN_CIRCLES)) == []
+    assert circles(sources()) == []
 
 
 CHECKS = [shadowed_modules, foreign_imports, model_loaders, file_twins, class_twins, long_files]

@@ -15,9 +15,8 @@ from mtft.distributed.sharding import whole_weights
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.callbacks.best_weights import load_best_weights
 from mtft.training.export.export import ReloadResult, export_model, probe_logits, write_card
-from mtft.training.run_files import run_dir as folder
 from mtft.training.run_files.metrics_log import finite
-from mtft.training.run_training import SCORES
+from mtft.training.run_files.run_dir import RESULT, SCORES, write_plan
 
 if TYPE_CHECKING:
     from data_mixers.plan.mixture_plan import MixturePlan
@@ -52,19 +51,19 @@ def finalize_run(
             trainer.evaluate()
         scores = trainer.evaluations.get(steps, {})
         if is_main_process():
-            for task, found in scores.items():
-                found.save(run_dir / SCORES / f"{task}.jsonl")
+            for task, task_scores in scores.items():
+                task_scores.save(run_dir / SCORES / f"{task}.jsonl")
             equal = None if proof is None else proof.result()
             unquantised = None if proof is None else proof.unquantised
             write_card(export_dir, recipe, plan, scores, proof=equal, unquantised=unquantised, step=chosen)
             seconds = time.perf_counter() - begin
-            summaries = {task: found.summary() for task, found in scores.items()}
+            summaries = {task: task_scores.summary() for task, task_scores in scores.items()}
             content = {"steps": steps, "seconds": seconds, "export": export_dir.name, "proof": equal}
             content |= {"tasks": summaries, "skipped_steps": trainer.bad_steps, "exported_step": chosen}
             content |= {"ended": trainer.stopping.ended, "dropped_tasks": trainer.stopping.dropped}
             if recipe.model.quantise != "none":
                 content["unquantised_base"] = unquantised
-            folder.write_plan(run_dir, recipe, plan)  # a mixture that changed online: what came of it
-            write_json(run_dir / folder.RESULT, finite(content))
+            write_plan(run_dir, recipe, plan)  # a mixture that changed online: what came of it
+            write_json(run_dir / RESULT, finite(content))
     if dist.is_initialized():
         dist.barrier()

@@ -16,9 +16,7 @@ from pathlib import Path
 from mtft.distributed.launch import is_main_process
 from mtft.evaluation.task_scores import TaskScores
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.run_files import run_dir as folder
-
-SCORES = "scores"
+from mtft.training.run_files.run_dir import RESULT, SCORES, check_recipe, chosen_size, read_result_file
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     """
     run_dir = Path(recipe.output.dir)
     if not fresh:
-        folder.check_recipe(run_dir, recipe)
+        check_recipe(run_dir, recipe)
         if (result := read_result(run_dir)) is not None:
             if is_main_process() and not quiet:
                 print(f"finished already: {run_dir}", file=sys.stderr)
@@ -71,7 +69,7 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
         log.say(f"warning: {line}")
     evaluates = any(store is not None for store in inputs.held_out)
     args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=evaluates, saves=True)  # joins the ranks
-    size = None if fresh else folder.chosen_size(run_dir)
+    size = None if fresh else chosen_size(run_dir)
     checkpoint = start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh)
     args.eval_on_start = evaluates and recipe.train.eval_on_start and checkpoint is None
     with StopSignal() as stop:
@@ -99,13 +97,13 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     finalize_run(recipe, inputs, plan, trainer, begin=begin, prove=prove)
     result = read_result(run_dir)
     if result is None:
-        raise RuntimeError(f"{run_dir / folder.RESULT} can't be seen by this process: is it on a shared disk?")
+        raise RuntimeError(f"{run_dir / RESULT} can't be seen by this process: is it on a shared disk?")
     return result
 
 
 def read_result(run_dir: Path) -> TrainResult | None:
     """The result of a finished run, from its folder; None if it isn't finished."""
-    content = folder.read_result(run_dir)
+    content = read_result_file(run_dir)
     if content is None:
         return None
     scores = {task: TaskScores.load(run_dir / SCORES / f"{task}.jsonl") for task in content["tasks"]}

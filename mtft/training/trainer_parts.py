@@ -35,8 +35,8 @@ from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
 from mtft.training.online_mixture import OnlineMixture, describe_online_mixture, make_controller
 from mtft.training.optim.optimizers import own_optimizer
 from mtft.training.optim.schedule_free import ScheduleFreePoint
-from mtft.training.run_files import run_dir as folder
 from mtft.training.run_files.metrics_log import MetricsLog
+from mtft.training.run_files.run_dir import move_aside, write_start
 from mtft.training.step.neftune import Neftune, NeftuneStep
 from mtft.training.step.objective import Objective
 from mtft.training.step.task_gradients import make_task_gradient_step
@@ -83,22 +83,22 @@ def start_run_dir(
     fresh: bool,
 ) -> Path | None:
     """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call."""
-    found: list[Any] = [None]
+    outcome: list[Any] = [None]  # the checkpoint, or the error, of the main process
     if is_main_process():
         try:
             if fresh:
-                folder.move_aside(run_dir)
-            found[0] = latest_checkpoint(run_dir, say=log.say)
-            if found[0] is not None:
-                check_identity(found[0], identity)
-            folder.write_start(run_dir, recipe, plan, identity)
+                move_aside(run_dir)
+            outcome[0] = latest_checkpoint(run_dir, say=log.say)
+            if outcome[0] is not None:
+                check_identity(outcome[0], identity)
+            write_start(run_dir, recipe, plan, identity)
         except UserError as error:  # the other ranks must learn of it: they would wait for ever
-            found[0] = error
+            outcome[0] = error
     if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+        dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
 
 
 class TrainerParts(NamedTuple):

@@ -34,7 +34,9 @@ def run(recipe, prepare=lambda: None):
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     process.join(120)
-    assert process.exitcode is not None, "the run hangs"
+    if process.is_alive():
+        process.kill()
+        pytest.fail("the run hangs")
     return process.exitcode
 
 

@@ -24,7 +24,7 @@ from mtft.pipeline.stages import derived_recipes
 from mtft.pipeline.stages.stage_cache import move_aside
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.run_files.run_dir import check_recipe, read_result
+from mtft.training.run_files.run_dir import check_recipe, read_result_file
 
 if TYPE_CHECKING:
     from mtft.training.run_training import TrainResult
@@ -104,7 +104,7 @@ def train_runs(
         folder = Path(recipe.output.dir)
         if fresh:
             _clear_if_other(folder, recipe)
-        finished = read_result(folder) is not None
+        finished = read_result_file(folder) is not None
         if not finished:
             say(f"train: {name}")
             if launch is not None:
@@ -128,7 +128,7 @@ def _launched(recipe: Recipe, folder: Path, launch: str) -> None:
     written.write_text(dump_recipe(recipe), encoding="utf-8")
     command = [*shlex.split(launch), "-m", "mtft", "train", str(written)]
     code = subprocess.run(command, check=False).returncode
-    if code != 0 or read_result(folder) is None:
+    if code != 0 or read_result_file(folder) is None:
         print(f"the command was: {shlex.join(command)}", file=sys.stderr)
         raise UserError(
             f"the launched run of {folder.name} ended with exit code {code} before it was finished",

@@ -23,7 +23,7 @@ from mtft.common.errors import UserError
 from mtft.distributed.launch import world_size
 from mtft.recipe.schema.recipe import Recipe
 
-RECIPE, RESULT = "recipe.yaml", "result.json"
+RECIPE, RESULT, SCORES = "recipe.yaml", "result.json", "scores"
 # What may differ when a run goes on: it changes what is written and shown, never the weights.
 _FREE = (
     "name",
@@ -59,7 +59,7 @@ def check_recipe(run_dir: Path, recipe: Recipe) -> None:
         )
 
 
-def read_result(run_dir: Path) -> dict[str, Any] | None:
+def read_result_file(run_dir: Path) -> dict[str, Any] | None:
     """result.json of a finished run, else None."""
     path = run_dir / RESULT
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -69,8 +69,8 @@ def fuse_serve(
     from mtft.fuse.server.openai_protocol import ServerLimits
 
     limits = ServerLimits(rows=rows, queue=queue, wait_seconds=wait, body_bytes=body_bytes)
-    asked = load(recipe, overrides, "fuse", files=False)
-    serve(asked, host=host, port=port, api_key_env=api_key_env, limits=limits, announce=say)
+    loaded = load(recipe, overrides, "fuse", files=False)
+    serve(loaded, host=host, port=port, api_key_env=api_key_env, limits=limits, announce=say)
 
 
 def _summarise(done: BatchSummary, out: Path) -> None:

@@ -20,8 +20,8 @@ app = typer.Typer(
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over; what is there moves aside.")]
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"mtft {mtft.__version__}")
         raise typer.Exit
 
@@ -52,15 +52,15 @@ def check(
 
     if not is_main_process():  # under a launcher, whose engine is a part of what is checked
         return
-    found = check_recipe(load_recipe(recipe, overrides or []))
+    checked = check_recipe(load_recipe(recipe, overrides or []))
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
+        typer.echo(json.dumps(checked.as_dict(), indent=2))
     elif sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(found.render())
+        Console().print(checked.render())
     else:
-        typer.echo(found.text())
+        typer.echo(checked.text())
 
 
 @app.command()
@@ -123,13 +123,13 @@ def refresh(
     from mtft.experimental.refresh_adapter import refresh as run_refresh
 
     loaded = load(recipe, overrides, "train")
-    found = run_refresh(
+    refreshed = run_refresh(
         loaded, before, after, out, new=new, rounds=rounds, steps=steps, rows=rows, share=share, say=say
     )
-    for task, first in found.losses["before"].items():
-        then, now = found.losses["after"][task], found.losses["refreshed"][task]
+    for task, first in refreshed.losses["before"].items():
+        then, now = refreshed.losses["after"][task], refreshed.losses["refreshed"][task]
         say(f"{task}: held-out loss {first:.4f} before, {then:.4f} after, {now:.4f} refreshed")
-    say(f"adapter: {found.adapter}")
+    say(f"adapter: {refreshed.adapter}")
 
 
 @app.command()

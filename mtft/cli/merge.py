@@ -121,9 +121,9 @@ def _merge_models(
         from mtft.merge.full_models.extract_lora import twin_models
 
         width = rank if isinstance(rank, int) else 16
-        found = twin_models(base, models, out, method, width, options=options, weights=weights, overwrite=overwrite)
+        twins = twin_models(base, models, out, method, width, options=options, weights=weights, overwrite=overwrite)
         lines = [f"merged {len(models)} models by {method} into {out / 'shared'}"]
-        return "\n".join([*lines, *(f"{name}: {held.text()}" for name, held in found.items())])
+        return "\n".join([*lines, *(f"{name}: {held.text()}" for name, held in twins.items())])
     if rank != "auto":
         from mtft.merge.full_models.extract_lora import extract_adapter
 

@@ -114,24 +114,24 @@ def mix_propose(
 
     with _warnings_said():
         targets = "all" if not target or target == ["all"] else target
-        found = fit_csv(
+        fits = fit_csv(
             mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv,
             other_scale=other_scale,
         )  # fmt: skip
-        warn_few_trials(found)
+        warn_few_trials(fits)
         limits = ShareLimits(
             parse_limits(cap or [], "--cap"),
             parse_limits(floor or [], "--floor"),
             max_epochs,
-            None if sizes is None else read_sizes(sizes, found.names),
+            None if sizes is None else read_sizes(sizes, fits.names),
             total,
         )
         weights = _weights(weight)
         proposal = propose_from(
-            found, objective=weights or objective, limits=limits, prior=prior, current=current, kl=kl,
+            fits, objective=weights or objective, limits=limits, prior=prior, current=current, kl=kl,
             min_gain=min_gain, seed=seed,
         )  # fmt: skip
-    typer.echo(found.text())
+    typer.echo(fits.text())
     typer.echo("")
     typer.echo(proposal.table())
     if out is not None:
@@ -185,17 +185,17 @@ def mix_fit(
         mixtures_to_predict(predict, read_table(mixtures, index).columns, index=index)
     with _warnings_said():
         targets = "all" if target == ["all"] else target
-        found = fit_csv(
+        fits = fit_csv(
             mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv,
             other_scale=bool(other_scale) and large_mixtures is None,
         )  # fmt: skip
-        warn_few_trials(found)
+        warn_few_trials(fits)
         if large_mixtures is not None and large_scores is not None:
-            found = large_runs(found, large_mixtures, large_scores, index=index, goal=goal)
-        typer.echo(found.text())
+            fits = large_runs(fits, large_mixtures, large_scores, index=index, goal=goal)
+        typer.echo(fits.text())
         if predict is not None and out is not None:
             unsaid = other_scale is None and large_mixtures is None
-            rows = predict_csv(found, predict, out, index=index, scale="auto" if unsaid else "as_fitted")
+            rows = predict_csv(fits, predict, out, index=index, scale="auto" if unsaid else "as_fitted")
             say(f"{rows} predictions in {out}")
 
 
@@ -222,14 +222,14 @@ def mix_relevance(
     sources = [name for name in table.columns if name != target]
     columns = dict(zip(table.columns, table.values.T, strict=True))
     W = table.values[:, [table.columns.index(name) for name in sources]]
-    found = relevance(W, columns[target], method, noise=noise, seed=seed)
-    counts = None if rows is None else found.rows(rows)
+    solved = relevance(W, columns[target], method, noise=noise, seed=seed)
+    counts = None if rows is None else solved.rows(rows)
     typer.echo(f"{'task':<24}{'weight':>10}{'share':>8}" + ("" if counts is None else f"{'rows':>10}"))
-    weights = np.round(found.nu, 4) + 0.0  # no -0.0000
+    weights = np.round(solved.nu, 4) + 0.0  # no -0.0000
     for number, name in enumerate(sources):
         tail = "" if counts is None else f"{int(counts[number]):10d}"
-        typer.echo(f"{name:<24}{weights[number]:10.4f}{found.shares[number]:8.4f}{tail}")
-    typer.echo(f"residual {found.residual:.3g} of the target's size")
+        typer.echo(f"{name:<24}{weights[number]:10.4f}{solved.shares[number]:8.4f}{tail}")
+    typer.echo(f"residual {solved.residual:.3g} of the target's size")
 
 
 def _weights(entries: list[str] | None) -> dict[str, float]:

@@ -114,7 +114,7 @@ def refresh(
         "before": str(before),
         "after": str(after),
         "new": list(new),
-        "rounds": [vars(found) for found in done],
+        "rounds": [vars(finished) for finished in done],
         "losses": losses,
     }
     write_json(out / FILE, finite(content))
@@ -146,12 +146,12 @@ def _buffered(recipe: Recipe, new: Sequence[str], out: Path, *, rows: int, steps
 
 
 def _layout(recipe: Recipe, model: Any, inputs: TrainingInputs, say: Callable[[str], None]) -> BatchLayout:
-    asked = recipe.train
+    section = recipe.train
     refusal = packing_refusal(model.config, model.config._attn_implementation)
-    packing = asked.packing and refusal is None
-    if asked.packing and refusal is not None:
+    packing = section.packing and refusal is None
+    if section.packing and refusal is not None:
         say(f"packing is off: {refusal}")
-    return BatchLayout(asked.rows_at_once, asked.max_length, pad_id(inputs.tokenizer), packing=packing)
+    return BatchLayout(section.rows_at_once, section.max_length, pad_id(inputs.tokenizer), packing=packing)
 
 
 def _adapter(model: Any) -> dict[str, Tensor]:
@@ -196,7 +196,10 @@ def _task_gradients(model: Any, inputs: TrainingInputs, layout: BatchLayout) -> 
 
 
 def _held_out(model: Any, inputs: TrainingInputs, layout: BatchLayout) -> dict[str, float]:
-    return {task: found.summary()["loss"] for task, found in evaluate_model(model, inputs.held_out, layout).items()}
+    return {
+        task: task_scores.summary()["loss"]
+        for task, task_scores in evaluate_model(model, inputs.held_out, layout).items()
+    }
 
 
 def _tune(recipe: Recipe, inputs: TrainingInputs, model: Any, modules: Sequence[str], *, seed: int) -> None:

@@ -32,9 +32,9 @@ class CheckReport:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: the description's keys, with `memory` (bytes) and all warnings."""
-        found = self.data.as_dict()
-        found |= {"memory": self.memory.as_dict(), "warnings": [*found["warnings"], *self.warnings]}
-        return {**found, "online": self.online}
+        content = self.data.as_dict()
+        content |= {"memory": self.memory.as_dict(), "warnings": [*content["warnings"], *self.warnings]}
+        return {**content, "online": self.online}
 
     def render(self) -> Group:
         """For a rich console."""

@@ -141,11 +141,11 @@ def _trial_done(say, number: Iterator[int], trials: int, trial: Any, outcome: An
 
 
 def _single_task_scores(results: dict[str, TrainResult]) -> Scores:
-    found: Scores = {}
+    all_scores: Scores = {}
     for name, result in results.items():
         if name.startswith("single-"):
-            found |= result.scores
-    return found
+            all_scores |= result.scores
+    return all_scores
 
 
 def _adapters_to_merge(merge: MergeSection, results: dict[str, TrainResult]) -> dict[str, Path]:
@@ -175,10 +175,10 @@ def _report(root: Path, stages: dict[str, Scores], say) -> Path:
     from mtft.pipeline.results_table import print_results
     from mtft.report.page import write_report
 
-    found = table(stages)
-    write_json(root / "results.json", found)
+    results = table(stages)
+    write_json(root / "results.json", results)
     page = write_report([root])
-    print_results(found)
+    print_results(results)
     say("done")
     print(f"report: {page}")
     return page

@@ -151,19 +151,19 @@ def _short(rows: list[TaskRow], most: int) -> list[TaskRow]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
-    kept: list[TaskRow] = []
+    short: list[TaskRow] = []
     for start in range(0, len(rows), 1000):
         chunk = rows[start : start + 1000]
         prompts = tokenizer.encode_batch_fast([row.prompt for row in chunk])
         responses = tokenizer.encode_batch_fast([row.response for row in chunk])
-        kept += [
+        short += [
             row
             for row, prompt, response in zip(chunk, prompts, responses, strict=True)
             if len(prompt) <= PROMPT_TOKENS and len(response) <= RESPONSE_TOKENS
         ]
-        if len(kept) >= most:
+        if len(short) >= most:
             break
-    return kept[:most]
+    return short[:most]
 
 
 def _body(row: TaskRow) -> tuple[str, str]:

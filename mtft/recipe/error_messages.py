@@ -75,11 +75,11 @@ def explain(error: ValidationError, source: YamlSource) -> list[YamlProblem]:
         else:
             wrong.setdefault(path, _wrong(path, source))
     meant = {(*problem.path[:-1], _nearest(problem.path, source)) for problem in unknown}
-    found = unknown + [problem for problem in missing if problem.path not in meant] + list(wrong.values())
-    inner = {problem.path[:end] for problem in found for end in range(len(problem.path))}
+    problems = unknown + [problem for problem in missing if problem.path not in meant] + list(wrong.values())
+    inner = {problem.path[:end] for problem in problems for end in range(len(problem.path))}
     # A list whose items are all wrong is also reported as too short: its items say enough.
     return [
-        problem for problem in found if problem.path not in inner or not isinstance(source.value(problem.path), list)
+        problem for problem in problems if problem.path not in inner or not isinstance(source.value(problem.path), list)
     ]
 
 
@@ -88,7 +88,7 @@ def _located(error: ValidationError, source: YamlSource) -> list[tuple[KeyPath, 
 
     Of a union only the errors of the branch that the user meant count; if it has none, one error stands for all.
     """
-    kept: list[tuple[KeyPath, str]] = []
+    located: list[tuple[KeyPath, str]] = []
     unions: dict[KeyPath, bool] = {}  # those in meant branches of other unions: whether any error of theirs is kept
     for entry in error.errors(include_url=False, include_context=False, include_input=False):
         value: Any = source.values
@@ -107,9 +107,9 @@ def _located(error: ValidationError, source: YamlSource) -> list[tuple[KeyPath, 
             if not _is_meant(prefix, branch, source):
                 break
         else:
-            kept.append((path, entry["type"]))
+            located.append((path, entry["type"]))
             unions |= dict.fromkeys(tried, True)
-    return kept + [(prefix, "value") for prefix, told in unions.items() if not told]
+    return located + [(prefix, "value") for prefix, told in unions.items() if not told]
 
 
 def _is_meant(prefix: KeyPath, branch: str, source: YamlSource) -> bool:

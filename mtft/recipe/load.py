@@ -74,19 +74,21 @@ def _as_error(problems: Sequence[YamlProblem], source: YamlSource) -> UserError:
         known = unique.setdefault(problem.path, problem)
         if problem.do.startswith("did you mean") and not known.do:  # of two views of one key, the one that knows it
             unique[problem.path] = problem
-    found = list(unique.values())
+    distinct = list(unique.values())
 
     def sentence(problem: YamlProblem) -> str:
         shown = source.show(problem.path)
         return problem.what if problem.what.startswith("'") else f"{shown or 'the recipe'} {problem.what}"
 
-    if len(found) == 1:
-        origin = source.origin(found[0].path)
+    if len(distinct) == 1:
+        origin = source.origin(distinct[0].path)
         place = f"{source.file}, {origin}" if origin.startswith("line") else f"command line, {origin}"
-        key = source.show(found[0].path)
-        return UserError(sentence(found[0]), where=f"{place}, key {key}" if key else place, do=found[0].do or None)
-    lines = [f"{len(found)} problems in the recipe"]
-    for problem in found:
+        key = source.show(distinct[0].path)
+        return UserError(
+            sentence(distinct[0]), where=f"{place}, key {key}" if key else place, do=distinct[0].do or None
+        )
+    lines = [f"{len(distinct)} problems in the recipe"]
+    for problem in distinct:
         lines.append(f"  {source.origin(problem.path)}: {sentence(problem)}{'; ' + problem.do if problem.do else ''}")
     return UserError("\n".join(lines), where=str(source.file), do="mend these, then run `mtft check` on it")
 

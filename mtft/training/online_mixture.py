@@ -99,34 +99,34 @@ def _broadcast_from_first_rank(decision: Decision | None) -> Decision | None:
 
 def make_controller(recipe: Recipe, chain: ReplannedPlan) -> MixtureController:
     """What recipe.mixture.online says about the run of `chain`. Infeasible where nothing is within the bounds."""
-    asked = recipe.mixture.online
-    if asked is None:
+    online = recipe.mixture.online
+    if online is None:
         raise ValueError("the recipe has no mixture.online")
-    return MixtureController(chain, share_bounds(recipe), _method(recipe, chain), warmup=asked.warmup)
+    return MixtureController(chain, share_bounds(recipe), _method(recipe, chain), warmup=online.warmup)
 
 
 def _method(recipe: Recipe, chain: ReplannedPlan) -> OnlineRule:
-    asked, shares = recipe.mixture.online, chain.mixture.shares.tolist()
-    assert asked is not None
-    if asked.name == "bandit":
-        return Bandit(len(shares), every=asked.every, scale=10.0 if asked.scale is None else asked.scale)
-    if asked.name == "group_dro":
+    online, shares = recipe.mixture.online, chain.mixture.shares.tolist()
+    assert online is not None
+    if online.name == "bandit":
+        return Bandit(len(shares), every=online.every, scale=10.0 if online.scale is None else online.scale)
+    if online.name == "group_dro":
         return GroupDRO(
             shares,
             reference_losses(recipe),
-            every=asked.every,
-            eta=1.0 if asked.eta is None else asked.eta,
-            smoothing=1e-4 if asked.smoothing is None else asked.smoothing,
+            every=online.every,
+            eta=1.0 if online.eta is None else online.eta,
+            smoothing=1e-4 if online.smoothing is None else online.smoothing,
         )
     return LinearLaw(
         shares,
-        every=asked.every,
+        every=online.every,
         steps=chain.steps,
-        warmup=asked.warmup,
-        probe_steps=asked.probe_steps or PROBE_STEPS,
-        probe_share=asked.probe_share or PROBE_SHARE,
-        eta=0.5 if asked.eta is None else asked.eta,
-        ema=asked.ema,
+        warmup=online.warmup,
+        probe_steps=online.probe_steps or PROBE_STEPS,
+        probe_share=online.probe_share or PROBE_SHARE,
+        eta=0.5 if online.eta is None else online.eta,
+        ema=online.ema,
         seed=recipe.seed,
     )
 
@@ -136,7 +136,7 @@ def reference_losses(recipe: Recipe) -> list[float]:
     given = None if recipe.mixture.online is None else recipe.mixture.online.reference
     if not isinstance(given, str):
         return [0.0 if given is None else float(given[name]) for name in recipe.task_names]
-    found = []
+    losses = []
     for name in recipe.task_names:
         path = Path(given) / "scores" / f"{name}.jsonl"
         if not path.is_file():
@@ -147,34 +147,34 @@ def reference_losses(recipe: Recipe) -> list[float]:
             )
         scores = TaskScores.load(path)
         by_sample = recipe.loss.normalise in ("sample", "task_sample")
-        found.append(float(np.mean(scores.nll_N / scores.tokens_N)) if by_sample else scores.summary()["loss"])
-    return found
+        losses.append(float(np.mean(scores.nll_N / scores.tokens_N)) if by_sample else scores.summary()["loss"])
+    return losses
 
 
 def describe_online_mixture(recipe: Recipe, controller: MixtureController) -> str:
     """When the shares will change, by what, and between which limits; a paragraph for people."""
-    asked = recipe.mixture.online
-    assert asked is not None
+    online = recipe.mixture.online
+    assert online is not None
     steps, chain = decision_steps(recipe, controller), controller.chain
     when = f"after steps {', '.join(map(str, steps[:3]))}" + (f", ... {steps[-1]}" if len(steps) > 3 else "")
     when = f"decides {len(steps)} times, {when}" if steps else "decides nothing: the run is too short"
     looks = {
         "bandit": "training losses",
-        "group_dro": "training losses above their reference" if asked.reference is not None else "training losses",
+        "group_dro": "training losses above their reference" if online.reference is not None else "training losses",
         "linear_law": "held-out losses around a probe of each task, which "
-        f"{len(chain.names) * (asked.probe_steps or PROBE_STEPS)} steps of every {asked.every} are used for",
-    }[asked.name]
+        f"{len(chain.names) * (online.probe_steps or PROBE_STEPS)} steps of every {online.every} are used for",
+    }[online.name]
     bounds, notes = controller.bounds(0)
     limits = zip(chain.names, bounds.lower(), bounds.upper(), strict=True)
     told = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, low, high in limits)
-    return "; ".join([f"mixture.online: {asked.name} by {looks}; {when}; shares may move: {told}", *notes])
+    return "; ".join([f"mixture.online: {online.name} by {looks}; {when}; shares may move: {told}", *notes])
 
 
 def decision_steps(recipe: Recipe, controller: MixtureController) -> list[int]:
     """The steps after which something is decided (linear_law: after which a round begins)."""
-    asked, steps = recipe.mixture.online, controller.chain.steps
-    assert asked is not None
-    found = range(asked.every, steps, asked.every)
-    if asked.name != "linear_law":
-        return [step for step in found if step > asked.warmup]
-    return [step for step in found if controller.due(step)]
+    online, steps = recipe.mixture.online, controller.chain.steps
+    assert online is not None
+    decisions = range(online.every, steps, online.every)
+    if online.name != "linear_law":
+        return [step for step in decisions if step > online.warmup]
+    return [step for step in decisions if controller.due(step)]

@@ -64,13 +64,13 @@ def run_trial(
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = recipe.model_copy(update={"seed": trial.seed, "output": recipe.output.model_copy(update={"trackers": ()})})
-    kept = _keep(recipe, eval_limit)
-    plan = make_plan(recipe, kept.inputs.stores, trial.mixture)
+    shared = _keep(recipe, eval_limit)
+    plan = make_plan(recipe, shared.inputs.stores, trial.mixture)
     with tempfile.TemporaryDirectory(prefix="mtft-trial-") as scratch:
         args = training_arguments(recipe, Path(scratch), steps=plan.steps, evaluates=False, saves=False)
-        model = load_for_training(recipe, base=copy.deepcopy(kept.base))
+        model = load_for_training(recipe, base=copy.deepcopy(shared.base))
         log = MetricsLog(None, steps=plan.steps, quiet=True)
-        trainer = build_trainer(recipe, kept.inputs, plan, model, args, log=log)
+        trainer = build_trainer(recipe, shared.inputs, plan, model, args, log=log)
         course = _Course(plan.steps, checks, stop)
         trainer.add_callback(course.callback(trainer))
         try:
@@ -78,7 +78,7 @@ def run_trial(
         except UserError:
             if trainer.bad_steps["non-finite"] < recipe.train.max_bad_steps:
                 raise
-            names = [store.task for store in kept.inputs.held_out if store is not None]
+            names = [store.task for store in shared.inputs.held_out if store is not None]
             return [(1.0, {f"{task}/loss": float("nan") for task in names})]
         if not course.hopeless:
             trainer.evaluate()
@@ -88,8 +88,9 @@ def run_trial(
 
 def _scores(trainer: MultiTaskTrainer) -> dict[str, float]:
     """{"task/loss": ..., "task/token_accuracy": ...} of the evaluation at the present step."""
-    summaries = {task: found.summary() for task, found in trainer.evaluations[trainer.state.global_step].items()}
-    return {f"{task}/{key}": found[key] for task, found in summaries.items() for key in ("loss", "token_accuracy")}
+    evaluation = trainer.evaluations[trainer.state.global_step]
+    summaries = {task: scores.summary() for task, scores in evaluation.items()}
+    return {f"{task}/{key}": summary[key] for task, summary in summaries.items() for key in ("loss", "token_accuracy")}
 
 
 class _Course:

@@ -120,7 +120,7 @@ def trainer_parts(
     stop: StopSignal | None = None,
 ) -> TrainerParts:
     """The parts of a recipe's trainer on `model`; this rank's part of every step is decided here."""
-    asked, dtype = recipe.train, compute_dtype(recipe.model)
+    section, dtype = recipe.train, compute_dtype(recipe.model)
     check_vocabulary([*inputs.stores, *inputs.held_out], inputs.tokenizer, model.config)
     check_router_loss(model.config)
     if (warning := router_warning(model.config, trainable(model))) is not None:
@@ -128,13 +128,13 @@ def trainer_parts(
     attention = model.config._attn_implementation
     refusal = packing_refusal(model.config, attention)
     isolated = refusal is None
-    if asked.packing and refusal is not None:
+    if section.packing and refusal is not None:
         log.say(f"packing is off: {refusal}")
     layout = BatchLayout(
-        asked.rows_at_once,
-        asked.max_length,
+        section.rows_at_once,
+        section.max_length,
         pad_id(inputs.tokenizer),
-        packing=asked.packing and isolated,
+        packing=section.packing and isolated,
     )
     source = BatchSource(
         inputs.stores,
@@ -143,7 +143,7 @@ def trainer_parts(
         max_length=layout.max_length,
         packing=layout.packing,
         pad_id=layout.pad_id,
-        unmixed=asked.batch_style == "unmixed",
+        unmixed=section.batch_style == "unmixed",
         rank=args.process_index,
         world=args.world_size,
     )
@@ -162,7 +162,7 @@ def trainer_parts(
             inputs.held_out,
             tasks=recipe.task_names,
             # Not of the micro-batch: what is measured must not depend on how a step is split.
-            tokens=max(tokens or min(asked.batch_tokens, VALID_TOKENS), layout.max_length),
+            tokens=max(tokens or min(section.batch_tokens, VALID_TOKENS), layout.max_length),
             max_length=layout.max_length,
             packing=layout.packing,
             pad_id=layout.pad_id,
@@ -196,10 +196,10 @@ def trainer_parts(
         label_smoothing=loss.label_smoothing,
         z_loss=loss.z_loss,
         orthogonal=loss.orthogonal,
-        noise=Neftune(model, asked.neftune, recipe.seed) if asked.neftune else None,
+        noise=Neftune(model, section.neftune, recipe.seed) if section.neftune else None,
     )
     callbacks: list[TrainerCallback] = [] if objective.noise is None else [NeftuneStep(objective.noise)]
-    if asked.optimizer.startswith("schedule_free"):
+    if section.optimizer.startswith("schedule_free"):
         callbacks.append(ScheduleFreePoint())
     options = {
         "steps": source,
@@ -208,13 +208,15 @@ def trainer_parts(
         "balancer": balancer,
         "log": log,
         "gradient_step": gradient_step,
-        "stopping": EarlyStopping(recipe.task_names, asked.watch, asked.patience, asked.task_patience, asked.min_delta),
+        "stopping": EarlyStopping(
+            recipe.task_names, section.watch, section.patience, section.task_patience, section.min_delta
+        ),
         "online": online,
         "score": score,
-        "mezo": None if asked.mezo is None else {"epsilon": asked.mezo, "seed": recipe.seed},
+        "mezo": None if section.mezo is None else {"epsilon": section.mezo, "seed": recipe.seed},
         "stop": stop,
         "identity": inputs.identity(plan),
-        "max_bad_steps": asked.max_bad_steps,
+        "max_bad_steps": section.max_bad_steps,
         "keep": recipe.output.keep,
     }
     return TrainerParts(options, own_optimizer(recipe, args), callbacks)

@@ -29,8 +29,8 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
     """
     from transformers import TrainingArguments
 
-    asked = recipe.train
-    optimizer = optimizer_name(asked.optimizer)
+    section = recipe.train
+    optimizer = optimizer_name(section.optimizer)
     check_compatibility(recipe, stage="train")  # for callers from Python; the command line has asked already
     on_cpu = not torch.cuda.is_available()
     shards_on_cpu = on_cpu and engine() != "ddp" and world_size() > 1
@@ -46,21 +46,21 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
         max_steps=steps,
         per_device_train_batch_size=1,  # not a size: the loader's item is the step
         gradient_accumulation_steps=1,
-        learning_rate=asked.learning_rate,
-        **schedule_arguments(asked, steps),
+        learning_rate=section.learning_rate,
+        **schedule_arguments(section, steps),
         optim="adamw_torch" if optimizer == MUON else optimizer,  # muon is made by mtft.training.optim.optimizers
-        weight_decay=asked.weight_decay,
-        adam_beta1=asked.beta1,
-        adam_beta2=asked.beta2,
-        max_grad_norm=asked.max_grad_norm,
-        activation_checkpointing=asked.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if asked.gradient_checkpointing else None,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.beta1,
+        adam_beta2=section.beta2,
+        max_grad_norm=section.max_grad_norm,
+        activation_checkpointing=section.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if section.gradient_checkpointing else None,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=on_cpu and not (shards_on_cpu and engine() == "deepspeed"),
         accelerator_config={"use_configured_state": True} if shards_on_cpu else None,
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=asked.eval_every or steps,
+        eval_steps=section.eval_every or steps,
         save_strategy="steps" if saves else "no",
         save_steps=recipe.output.save_every or steps,
         logging_strategy="no",  # ours writes every step; what Trainer would log is a part of it

@@ -61,13 +61,13 @@ class RowSubset:
 
 def select_examples(scores: Scores, ids: Mapping[str, Sequence[str]]) -> Scores:
     """The scores of the examples in `ids` (task -> ids); other tasks as they are."""
-    found = {}
+    selected = {}
     for task, of in scores.items():
-        kept = set(ids.get(task, of.ids))
-        at = np.array([i for i, name in enumerate(of.ids) if name in kept], dtype=np.int64)
+        wanted = set(ids.get(task, of.ids))
+        at = np.array([i for i, name in enumerate(of.ids) if name in wanted], dtype=np.int64)
         names = tuple(of.ids[int(i)] for i in at)
-        found[task] = TaskScores(task, names, of.nll_N[at], of.tokens_N[at], of.correct_N[at])
-    return found
+        selected[task] = TaskScores(task, names, of.nll_N[at], of.tokens_N[at], of.correct_N[at])
+    return selected
 
 
 class AdapterEvaluator:

@@ -31,8 +31,8 @@ def override_section(section: SectionT, **values: object) -> SectionT:
 
 def joint_recipe(recipe: Recipe, mixture: Mixture | None, folder: Path) -> Recipe:
     """All tasks in the shares of `mixture`, which stay; None: as the recipe asks."""
-    asked = {} if mixture is None else {"shares": mixture.as_dict(), "online": None}
-    return _training_recipe(recipe, folder, mixture=override_section(recipe.mixture, **asked))
+    changes = {} if mixture is None else {"shares": mixture.as_dict(), "online": None}
+    return _training_recipe(recipe, folder, mixture=override_section(recipe.mixture, **changes))
 
 
 def single_task_recipe(recipe: Recipe, task: str, share: float, folder: Path) -> Recipe:

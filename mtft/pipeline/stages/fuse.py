@@ -57,12 +57,12 @@ def fuse_stage(
         stores, stats = _held_out(strong_recipe, fused), AlphaStats()
         layout = BatchLayout(recipe.train.rows_at_once, recipe.train.max_length, 0, packing=False)
         score = partial(fused_scores, fused, stats=stats)
-        found = score_tasks(score, stores, layout, device=fused.device)
-        for task, scores in found.items():
+        task_scores = score_tasks(score, stores, layout, device=fused.device)
+        for task, scores in task_scores.items():
             scores.save(folder / "scores" / f"{task}.jsonl")
         content = {
             "rule": fuse.alpha_rule,
-            "gap": _gaps(alone, found, tuned or {}, recipe.seed),
+            "gap": _gaps(alone, task_scores, tuned or {}, recipe.seed),
             "alpha": stats.summary(),
             "samples": [_sample(fused, store) for store in stores[:SAMPLES] if store is not None],
         }

@@ -55,12 +55,12 @@ class MergeOutcome:
 
 def rows_needed(section: MergeSection) -> int:
     """Rows of each task that this merge wants to see, 0 = none."""
-    asked = [part.rows for part in (section.search, section.gates) if part is not None]
+    row_counts = [part.rows for part in (section.search, section.gates) if part is not None]
     if section.experts is not None and section.experts.kind == "twin":
-        asked.append(section.experts.rows)
+        row_counts.append(section.experts.rows)
     if section.method == "regmean" and "grams" not in section.options:
-        asked.append(64)
-    return max(asked, default=0)
+        row_counts.append(64)
+    return max(row_counts, default=0)
 
 
 class RecipeMerge:
@@ -108,15 +108,15 @@ class RecipeMerge:
 
         assert self.section.search is not None
         trials = Path(self.recipe.output.dir) / "merge-trials"
-        found = search_weights(self.recipe, self.section.search, self.adapters, self.adapted, trials)
-        self._change(weights=found.weights)
+        search = search_weights(self.recipe, self.section.search, self.adapters, self.adapted, trials)
+        self._change(weights=search.weights)
         names = [adapter.name for adapter in self.adapters]
-        weights = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, found.weights, strict=True))
-        self.said.append(f"search: {len(found.trials)} merges tried; {found.verdict}; weights {weights}")
-        if len(found.uniform.losses) > 1:
+        weights = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, search.weights, strict=True))
+        self.said.append(f"search: {len(search.trials)} merges tried; {search.verdict}; weights {weights}")
+        if len(search.uniform.losses) > 1:
             from mtft.report.sections.pareto import save_front
 
-            facts = pareto_facts(names, found)
+            facts = pareto_facts(names, search)
             write_json(self.out.parent / "front.json", facts)
             self.said.append(f"trade-offs: {save_front(facts, self.out.parent / 'front.png')}")
 
@@ -200,8 +200,8 @@ def merge_models(recipe: Recipe, base: str, out: Path) -> MergeOutcome:
 
         how = {"options": dict(section.options), "weights": section.weights, "scale": section.scale}
         rank = section.experts.rank
-        found = twin_models(base, models, out, section.method, rank, overwrite=section.overwrite, **how)
-        lines = [f"{name}: {held.text()}" for name, held in found.items()]
+        twins = twin_models(base, models, out, section.method, rank, overwrite=section.overwrite, **how)
+        lines = [f"{name}: {held.text()}" for name, held in twins.items()]
         return MergeOutcome(
             None, out, [f"merged {len(models)} models by {section.method} into {out / 'shared'}", *lines]
         )
@@ -265,20 +265,20 @@ def merge_stage(
             )  # a broken-off try
             report = merge_recipe(again, named, folder / "adapter", adapted=adapted() if rows else None).as_dict()
             write_json(folder / "report.json", report)
-        found = load_or_score(folder / "scores", tuple(base), scores)
+        merged = load_or_score(folder / "scores", tuple(base), scores)
         if singles:
-            write_json(folder / "retention.json", _retention(report, found))
+            write_json(folder / "retention.json", _retention(report, merged))
 
-    def _retention(report: dict, found: Scores) -> dict:
+    def _retention(report: dict, merged: Scores) -> dict:
         from mtft.pipeline.stages.adapter_evaluator import select_examples
 
         unseen = adapted().ids("rest") if rows else {}
-        some = [select_examples(scores, unseen) for scores in (base, singles, found)]
+        some = [select_examples(scores, unseen) for scores in (base, singles, merged)]
         others = {name: select_examples(scores, unseen) for name, scores in beside.items()}
         share = retention(*some, others=others, seed=recipe.seed)
         facts: dict[str, Any] = {key: report[key] for key in ("method", "rank", "energy", "diagnostics")}
         rows_of = {
-            task: {"seen": len(found[task].ids) - len(ids), "reported": len(ids)} for task, ids in unseen.items()
+            task: {"seen": len(merged[task].ids) - len(ids), "reported": len(ids)} for task, ids in unseen.items()
         }
         return {**share.as_dict(**facts), "rows": rows_of}
 

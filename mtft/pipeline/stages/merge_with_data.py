@@ -34,14 +34,14 @@ def task_of(adapter: LoraAdapter, adapted: AdapterEvaluator) -> str | None:
 
 def tasks_of(adapters: Sequence[LoraAdapter], adapted: AdapterEvaluator, what: str) -> dict[str, str]:
     """{adapter's name: its task}; UserError if one of them has none."""
-    found = {adapter.name: task_of(adapter, adapted) for adapter in adapters}
-    if lost := [name for name, task in found.items() if task is None]:
+    task_of_adapter = {adapter.name: task_of(adapter, adapted) for adapter in adapters}
+    if lost := [name for name, task in task_of_adapter.items() if task is None]:
         known = ", ".join(adapted.tasks)
         do = f"name the adapter's folder after its task, as `mtft run` does; tasks with held-out rows: {known}"
         raise UserError(
             f"{what} needs each adapter's own rows, and {lost[0]!r} is no task", where="merge.adapters", do=do
         )
-    return {name: task for name, task in found.items() if task is not None}
+    return {name: task for name, task in task_of_adapter.items() if task is not None}
 
 
 def search_weights(
@@ -89,7 +89,7 @@ def search_weights(
 
 
 def _losses(scores: Scores) -> dict[str, float]:
-    return {task: found.summary()["loss"] for task, found in scores.items()}
+    return {task: task_scores.summary()["loss"] for task, task_scores in scores.items()}
 
 
 def _key(recipe: Recipe, how: WeightSearch, adapters: Sequence[LoraAdapter]) -> str:

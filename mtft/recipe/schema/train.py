@@ -77,5 +77,5 @@ class TrainSection(RecipeSection):
     @property
     def rows_at_once(self) -> int:
         """micro_batch_tokens as a number where nothing was tried (evaluation, trials): 8192, or one row, for auto."""
-        asked = self.micro_batch_tokens
-        return max(8192, self.max_length) if asked == "auto" else asked
+        size = self.micro_batch_tokens
+        return max(8192, self.max_length) if size == "auto" else size

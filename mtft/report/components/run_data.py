@@ -40,13 +40,16 @@ class TrainRunData:
     def share_curves(self) -> dict[str, tuple[list[int], list[float]]]:
         """Steps and asked share of each task, as a staircase, where mixture.online has changed it; else {}."""
         changes = [*self.plan.get("changes", []), *(line["mixture"] for line in self.steps if "mixture" in line)]
-        found = {change["from"]: change["shares"] for change in changes if "shares" in change}
-        if len(found) < 2:
+        shares_from = {change["from"]: change["shares"] for change in changes if "shares" in change}
+        if len(shares_from) < 2:
             return {}
-        firsts = sorted(found)
+        firsts = sorted(shares_from)
         ends = [*firsts[1:], max(firsts[-1], self.steps[-1]["step"] if self.steps else 0)]
         x = [at for first, end in zip(firsts, ends, strict=True) for at in (first, end)]
-        return {task: (x, [found[first].get(task, 0.0) for first in firsts for _ in "ab"]) for task in found[firsts[0]]}
+        return {
+            task: (x, [shares_from[first].get(task, 0.0) for first in firsts for _ in "ab"])
+            for task in shares_from[firsts[0]]
+        }
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -130,8 +133,8 @@ def _load_train(folder: Path, name: str) -> TrainRunData:
 
 def _curve(lines: list[dict], task: str, key: str) -> tuple[list[int], list[float]]:
     points = [(line["step"], line.get("tasks", {}).get(task, {}).get(key)) for line in lines]
-    kept = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
-    return [step for step, _ in kept], [value for _, value in kept]
+    finite = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+    return [step for step, _ in finite], [value for _, value in finite]
 
 
 def _text(path: Path) -> str:

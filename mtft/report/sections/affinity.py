@@ -27,13 +27,13 @@ def affinity(run: RunData) -> PageSection | None:
 
 
 def _parts(train: TrainRunData) -> list:
-    found = train.affinity
-    groups = found.get("clusters", {}).get("groups", {})
-    tasks = [task for group in groups.values() for task in group] or found["tasks"]
-    place = [found["tasks"].index(task) for task in tasks]
+    measured = train.affinity
+    groups = measured.get("clusters", {}).get("groups", {})
+    tasks = [task for group in groups.values() for task in group] or measured["tasks"]
+    place = [measured["tasks"].index(task) for task in tasks]
 
     def matrix(name: str) -> list[list[float | None]]:
-        return [[found[name][i][j] for j in place] for i in place]
+        return [[measured[name][i][j] for j in place] for i in place]
 
     blocks = [len(group) for group in groups.values()] if len(groups) > 1 else []
     transfer = matrix("transfer")
@@ -51,30 +51,30 @@ def _parts(train: TrainRunData) -> list:
                         ylabel="step on", xlabel="effect on the loss of")),
     ]  # fmt: skip
     parts: list = [
-        Paragraph(_verdict(found, groups), "verdict"),
+        Paragraph(_verdict(measured, groups), "verdict"),
         Paragraph(
-            f"Mean of {found['measures']} measurements, old ones fading (the last at step {found['step']:,}). "
-            f"{SPLIT if found.get('split') else NOISY} Transfer is first order, for a plain gradient step; Adam's "
+            f"Mean of {measured['measures']} measurements, old ones fading (the last at step {measured['step']:,}). "
+            f"{SPLIT if measured.get('split') else NOISY} Transfer is first order, for a plain gradient step; Adam's "
             "steps differ. A dash: never measured together.",
             "note",
         ),
         Plots(maps),
     ]
-    curves = _norms(train, found["tasks"])
+    curves = _norms(train, measured["tasks"])
     if curves:
         parts.append(Plots([Plot("Length of each task's gradient", plots.line_plot(curves, ylabel="gradient norm"))]))
-    pairs = _pairs(found)
+    pairs = _pairs(measured)
     if pairs:
         parts += [Paragraph("Pairs that conflict most", "heading"),
                   table(["tasks", "cosine", "conflict rate", "measured together"], pairs)]  # fmt: skip
     return parts
 
 
-def _verdict(found: dict, groups: dict[str, list[str]]) -> str:
+def _verdict(measured: dict, groups: dict[str, list[str]]) -> str:
     if not groups:
-        return f"{found['measures']} measurements are too few to group the tasks (at least 5)."
+        return f"{measured['measures']} measurements are too few to group the tasks (at least 5)."
     if len(groups) == 1:
-        opposed = _opposed(found)
+        opposed = _opposed(measured)
         if opposed:
             return (
                 f"No group of tasks stands apart from the others, but these point against each other too often for "
@@ -85,9 +85,9 @@ def _verdict(found: dict, groups: dict[str, list[str]]) -> str:
             "or for gradient surgery."
         )
     named = "; ".join(", ".join(group) for group in groups.values())
-    score = found["clusters"].get("silhouette")
+    score = measured["clusters"].get("silhouette")
     clear = "" if score is None else f" (silhouette {score:.2f}; above 0.5 is clear, below 0.25 is noise)"
-    guessed = found["clusters"].get("guessed")
+    guessed = measured["clusters"].get("guessed")
     unsure = f" Pairs never measured together count as unrelated here ({len(guessed)})." if guessed else ""
     return (
         f"Groups whose gradients pull together: {named}{clear}.{unsure} Worth a try: one adapter a group, then "
@@ -95,12 +95,12 @@ def _verdict(found: dict, groups: dict[str, list[str]]) -> str:
     )
 
 
-def _opposed(found: dict) -> list[str]:
+def _opposed(measured: dict) -> list[str]:
     """Pairs whose conflict rate is three standard deviations or more above a coin's."""
-    tasks, out = found["tasks"], []
+    tasks, out = measured["tasks"], []
     for i in range(len(tasks)):
         for j in range(i + 1, len(tasks)):
-            rate, times = found["conflict_rate"][i][j], found["measured_together"][i][j]
+            rate, times = measured["conflict_rate"][i][j], measured["measured_together"][i][j]
             if rate is not None and (rate - 0.5) * 2 * math.sqrt(times) >= 3:
                 out.append(f"{tasks[i]} and {tasks[j]} ({rate:.0%} of {times})")
     return out
@@ -111,15 +111,15 @@ def _norms(train: TrainRunData, tasks: list[str]) -> dict[str, tuple[list[int], 
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for task in tasks:
         points = [(line["step"], line.get("gradients", {}).get("norm", {}).get(task)) for line in train.steps]
-        kept = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
-        if len(kept) > 1:
-            curves[task] = ([step for step, _ in kept], [value for _, value in kept])
+        finite = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+        if len(finite) > 1:
+            curves[task] = ([step for step, _ in finite], [value for _, value in finite])
     return curves
 
 
-def _pairs(found: dict, most: int = 10) -> list[list[object]]:
+def _pairs(measured: dict, most: int = 10) -> list[list[object]]:
     """The pairs with the lowest cosines, if below 0."""
-    tasks, cosine = found["tasks"], found["cosine"]
+    tasks, cosine = measured["tasks"], measured["cosine"]
     pairs = [
         (cosine[i][j], i, j)
         for i in range(len(tasks))
@@ -127,6 +127,6 @@ def _pairs(found: dict, most: int = 10) -> list[list[object]]:
         if cosine[i][j] is not None and cosine[i][j] < 0
     ]
     return [
-        [f"{tasks[i]} – {tasks[j]}", value, found["conflict_rate"][i][j], found["measured_together"][i][j]]
+        [f"{tasks[i]} – {tasks[j]}", value, measured["conflict_rate"][i][j], measured["measured_together"][i][j]]
         for value, i, j in sorted(pairs)[:most]
     ]

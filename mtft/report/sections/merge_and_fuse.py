@@ -24,8 +24,8 @@ def merging(run: RunData) -> PageSection | None:
     for metric, title in (("loss", "Held-out loss"), ("accuracy", "Token accuracy")):
         rows = [[task, *_retained(row[metric])] for task, row in tasks.items()]
         parts += [Paragraph(title, "heading"), table(["task", "base", "single", "merged", "retained share"], rows)]
-    kept = {task: row["loss"]["retained"]["value"] for task, row in tasks.items()}
-    drawn = [Plot("Share of the single-task adapter's gain in loss that the merged adapter keeps", _bars(kept))]
+    retained = {task: row["loss"]["retained"]["value"] for task, row in tasks.items()}
+    drawn = [Plot("Share of the single-task adapter's gain in loss that the merged adapter keeps", _bars(retained))]
     cosines = run.retention.get("cosines")
     if cosines and len(cosines["names"]) > 1:
         caption = "Cosine between the adapters' updates, over all modules"

@@ -159,8 +159,11 @@ def trials(run: RunData) -> PageSection | None:
     rows, every = [], []
     for name, target in targets.items():
         candidates = target["candidates"]
-        chosen = sorted((found for found in candidates if found["weight"] > 0.005), key=lambda found: -found["weight"])
-        used = ", ".join(f"{found['name']} {found['weight']:.2f}" for found in chosen[:3])
+        chosen = sorted(
+            (candidate for candidate in candidates if candidate["weight"] > 0.005),
+            key=lambda candidate: -candidate["weight"],
+        )
+        used = ", ".join(f"{candidate['name']} {candidate['weight']:.2f}" for candidate in chosen[:3])
         used += f" + {len(chosen) - 3} more" if len(chosen) > 3 else ""
         quality = [
             _digits(target["rho"], 0),
@@ -170,7 +173,10 @@ def trials(run: RunData) -> PageSection | None:
             target["sd"],
         ]
         rows.append([name, target["n"], used or "none beats the mean", *quality])
-        every += [[name, found["name"], _digits(found["rho"], 0), found["r2"], found["weight"]] for found in candidates]
+        every += [
+            [name, candidate["name"], _digits(candidate["rho"], 0), candidate["r2"], candidate["weight"]]
+            for candidate in candidates
+        ]
     head = [
         "target",
         "trials",

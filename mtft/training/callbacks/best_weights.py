@@ -36,13 +36,13 @@ class BestWeights(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, step = self.trainer, state.global_step
-        stopping, found = trainer.stopping, trainer.evaluations[step]
+        stopping, evaluation = trainer.stopping, trainer.evaluations[step]
         if step <= stopping.last:
             return
-        for line in stopping.observe(step, {task: scores.summary()["loss"] for task, scores in found.items()}):
+        for line in stopping.observe(step, {task: scores.summary()["loss"] for task, scores in evaluation.items()}):
             trainer.run_log.say(line)
         if self.keep_best and stopping.better(step):
-            save_best(trainer, step, found)
+            save_best(trainer, step, evaluation)
         if stopping.ended is not None:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
@@ -59,8 +59,8 @@ def save_best(trainer: MultiTaskTrainer, step: int, scores: dict[str, TaskScores
         with evaluation_weights(trainer.optimizer):
             weights = {name: value.detach().cpu().clone() for name, value in trainable(trainer.model).items()}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-        for task, found in scores.items():
-            found.save(folder / f"{task}.jsonl")
+        for task, task_scores in scores.items():
+            task_scores.save(folder / f"{task}.jsonl")
         text = json.dumps({"step": step, "watch": trainer.stopping.watch, "tasks": list(scores)})
         (folder / "best.json").write_text(text, encoding="utf-8")
 
@@ -88,14 +88,14 @@ def load_best_weights(trainer: MultiTaskTrainer, export: str) -> int:
             where=str(trainer.run_dir),
             do="set output.export: last, or start over with --fresh",
         )
-    kept = json.loads((folder / "best.json").read_text(encoding="utf-8"))
-    if kept["step"] != best:
-        raise RuntimeError(f"{folder} holds step {kept['step']}, but step {best} was the best")
+    record = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+    if record["step"] != best:
+        raise RuntimeError(f"{folder} holds step {record['step']}, but step {best} was the best")
     saved, model = load_file(folder / WEIGHTS), trainable(trainer.model)
     with torch.no_grad():
         for name, value in saved.items():
             model[name].copy_(value)
-    trainer.evaluations = {last: {task: TaskScores.load(folder / f"{task}.jsonl") for task in kept["tasks"]}}
+    trainer.evaluations = {last: {task: TaskScores.load(folder / f"{task}.jsonl") for task in record["tasks"]}}
     return best
 
 

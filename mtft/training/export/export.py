@@ -138,15 +138,15 @@ class ReloadResult:
         out, errors = self._process.communicate()
         if self._process.returncode != 0:
             raise RuntimeError(f"{self._folder} can't be loaded in a fresh process:\n{errors[-2000:]}")
-        found = json.loads(out.strip().splitlines()[-1])
-        largest = max(found["largest"], 1e-9)
-        relative = found["difference"] / largest
+        report = json.loads(out.strip().splitlines()[-1])
+        largest = max(report["largest"], 1e-9)
+        relative = report["difference"] / largest
         if not relative <= self._tolerance:
             raise RuntimeError(
                 f"{self._folder}: logits of the reloaded export differ from the trained model's by {relative:.2g} "
                 f"of the largest logit ({self._tolerance:.0e} allowed)"
             )
-        if (plain := found.get("unquantised")) is not None:
+        if (plain := report.get("unquantised")) is not None:
             self.unquantised = {"logits": plain["difference"] / largest, "same_top_token": plain["same_top"]}
         return relative
 
@@ -196,8 +196,8 @@ def write_card(
     lines += ["", f"{plan.steps} steps of {plan.batch} {plan.unit} were planned.{of_step}", ""]
     if scores:
         lines += ["## Held-out results", "", f"| task | {' | '.join(METRICS)} | examples |", "|---|---|---|---|---|"]
-        for task, found in scores.items():
-            summary = found.summary()
+        for task, task_scores in scores.items():
+            summary = task_scores.summary()
             cells = " | ".join(f"{summary[metric]:.4f}" for metric in METRICS)
             lines.append(f"| {task} | {cells} | {summary['examples']} |")
         lines.append("")
@@ -210,24 +210,24 @@ def write_card(
     write_text(folder / "README.md", "\n".join(lines))
 
 
-def _on_the_unquantised(found: Mapping[str, float] | None) -> str:
-    if found is None:
+def _on_the_unquantised(unquantised: Mapping[str, float] | None) -> str:
+    if unquantised is None:
         return (
             "How it does on the unquantised base was not measured: evaluate it there before merging or serving it so."
         )
     return (
-        f"On the unquantised base its logits differ by up to {found['logits']:.1e} of the largest logit, and the most "
-        f"likely token is the same at {found['same_top_token']:.0%} of the positions of the probe."
+        f"On the unquantised base its logits differ by up to {unquantised['logits']:.1e} of the largest logit, and "
+        f"the most likely token is the same at {unquantised['same_top_token']:.0%} of the positions of the probe."
     )
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Quantisation settings as keyword arguments that survive JSON."""
-    kept = (
+    settings_of_peft = (
         "load_in_4bit",
         "load_in_8bit",
         "bnb_4bit_quant_type",
         "bnb_4bit_use_double_quant",
         "bnb_4bit_compute_dtype",
     )
-    return {key: value for key, value in settings.items() if key in kept}
+    return {key: value for key, value in settings.items() if key in settings_of_peft}

@@ -49,19 +49,19 @@ def main(folder: str, probe_file: str, device: str) -> None:
 
     expected = probe["logits"]
     model = load(device, **options)
-    found: dict[str, Any] = {"difference": float((logits_of(model, device) - expected).abs().max())}
-    found["largest"] = float(expected.abs().max())
+    report: dict[str, Any] = {"difference": float((logits_of(model, device) - expected).abs().max())}
+    report["largest"] = float(expected.abs().max())
     if settings["quantisation"]:
         needed = int(1.2 * model.num_parameters() * getattr(torch, settings["dtype"]).itemsize)
         del model, options["quantization_config"], options["device_map"]
         gc.collect()
         place = device_with(needed, device)
-        found["unquantised"] = None
+        report["unquantised"] = None
         if place is not None:
             logits = logits_of(load(place, **options), place)
             same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
-            found["unquantised"] = {"difference": float((logits - expected).abs().max()), "same_top": float(same)}
-    print(json.dumps(found))
+            report["unquantised"] = {"difference": float((logits - expected).abs().max()), "same_top": float(same)}
+    print(json.dumps(report))
 
 
 def device_with(needed: int, device: str) -> str | None:

@@ -110,7 +110,7 @@ def activation_peak(
                     inputs["attention_mask"] = torch.ones(rows, 1, width, width, dtype=torch.bool)
                 with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
                     hidden_BTD = body.base_model(**inputs).last_hidden_state
-                    kept = live.now
+                    activations = live.now
                     logits_NV = body.get_output_embeddings()(hidden_BTD.flatten(0, 1)[place_N]).float()
                 del hidden_BTD, inputs
                 if plain_loss or forward_only:
@@ -118,12 +118,12 @@ def activation_peak(
                 else:
                     nll_N = row_nll_in_place(logits_NV, labels_N)
                 del logits_NV
-                logits = live.now - kept
+                logits = live.now - activations
                 if not forward_only:
                     nll_N.sum().backward()
         except (RuntimeError, NotImplementedError, TypeError):  # data-dependent code, or an operation without shapes
             return None
-        return ActivationPeak(kept, max(0, logits), live.peak)
+        return ActivationPeak(activations, max(0, logits), live.peak)
 
 
 def _take_off_meta(model: nn.Module) -> None:

@@ -49,10 +49,10 @@ def with_auto_micro_batch(
     before  what an earlier start found (folder.chosen_size); that of the writing rank counts. A collective call: all
             ranks get the same number.
     """
-    found: list[Any] = [before]
+    agreed: list[Any] = [before]
     if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    size = found[0]
+        dist.broadcast_object_list(agreed, src=0)
+    size = agreed[0]
     if size is None:
         size = _agree(find_micro_batch(recipe, model, inputs))
         say(f"{KEY}: {size} fits and is fast; written to env.json")
@@ -92,10 +92,10 @@ def find_micro_batch(recipe: Recipe, model: Any, inputs: TrainingInputs) -> int:
 
 def sizes(width: int, most: int) -> list[int]:
     """Whole rows: 1, 2, 4, ... of `width` tokens, and the first count that holds `most`."""
-    found = [width]
-    while found[-1] < most:
-        found.append(min(2 * found[-1], -(-most // width) * width))
-    return found
+    widths = [width]
+    while widths[-1] < most:
+        widths.append(min(2 * widths[-1], -(-most // width) * width))
+    return widths
 
 
 def largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int:

@@ -101,7 +101,7 @@ def estimate_memory(
     )
     rows, width = _layout(recipe, longest, ranks)
     supervised = max(1, round(rows * width * learnt_share))
-    found = activation_peak(
+    peak = activation_peak(
         model,
         rows=rows,
         width=width,
@@ -113,13 +113,13 @@ def estimate_memory(
         plain_loss=bool(recipe.loss.label_smoothing or recipe.loss.z_loss),
         forward_only=train.mezo is not None,
     )
-    if found is None:
+    if peak is None:
         activations, logits = None, supervised * model.config.vocab_size * 4
     else:
         dequantised = 0 if section.quantise == "none" else largest * dtype.itemsize
         backward = gradients if train.mezo is None else 0  # MeZO's come after its passes
-        above = max(0, found.peak + dequantised - backward)  # what is there at the highest point beside the gradients
-        logits = min(found.logits, above)
+        above = max(0, peak.peak + dequantised - backward)  # what is there at the highest point beside the gradients
+        logits = min(peak.logits, above)
         activations = above - logits
     return MemoryEstimate(
         parameters=parameters,

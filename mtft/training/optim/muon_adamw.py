@@ -72,8 +72,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _numbered(self) -> list[tuple[int, torch.optim.Optimizer]]:
         """Each part, with the number of its first parameter."""
-        first, found = 0, []
+        first, parts = 0, []
         for part in self.parts:
-            found.append((first, part))
+            parts.append((first, part))
             first += sum(len(group["params"]) for group in part.param_groups)
-        return found
+        return parts

@@ -77,8 +77,8 @@ class MetricsLog:
         if self.run_dir is not None:
             _cut(self.run_dir / EVALS, step - 1)
         self._append(EVALS, {"step": step, "tasks": tasks})
-        found = "  ".join(f"{task} {_short(values['loss'])}" for task, values in tasks.items())
-        self.say(f"step {step}: held-out loss {found}")
+        losses = "  ".join(f"{task} {_short(values['loss'])}" for task, values in tasks.items())
+        self.say(f"step {step}: held-out loss {losses}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -146,14 +146,14 @@ def _cut(path: Path, step: int) -> None:
     """Keeps the lines up to `step`; drops a line that a dying process left unfinished."""
     if not path.is_file():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                lines.append(line)
         except ValueError:
             continue
-    write_text(path, "".join(f"{line}\n" for line in kept))
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _short(value: float | None) -> str:

@@ -80,8 +80,8 @@ def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, An
 
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / RECIPE, dump_recipe(recipe))
-    kept = {"micro_batch_tokens": size} if (size := chosen_size(run_dir)) is not None else {}
-    write_json(run_dir / "env.json", {**environment(), "seed": recipe.seed, "fingerprints": identity, **kept})
+    chosen = {"micro_batch_tokens": size} if (size := chosen_size(run_dir)) is not None else {}
+    write_json(run_dir / "env.json", {**environment(), "seed": recipe.seed, "fingerprints": identity, **chosen})
     write_plan(run_dir, recipe, plan)
 
 
@@ -110,10 +110,10 @@ def environment() -> dict[str, Any]:
     """What the numbers of a run depend on beside its recipe and data."""
     import torch
 
-    found = {name: _version(name) for name in (*_PACKAGES, *_EXTRAS)}
+    versions = {name: _version(name) for name in (*_PACKAGES, *_EXTRAS)}
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "versions": {name: value for name, value in found.items() if value is not None},
+        "versions": {name: value for name, value in versions.items() if value is not None},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "command": sys.argv,

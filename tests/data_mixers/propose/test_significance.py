@@ -69,7 +69,7 @@ def test_a_proposal_that_the_judge_does_not_believe_in_is_not_better():
 
 @pytest.mark.slow
 def test_shuffled_scores_are_not_called_better():
-    wrong, cases = 0, 100
+    wrong, cases = 0, 40
     for case in range(cases):
         rng = np.random.default_rng(case)
         rows = rng.dirichlet(np.ones(4), 32)
@@ -80,7 +80,7 @@ def test_shuffled_scores_are_not_called_better():
 @pytest.mark.slow
 def test_a_gain_of_three_noise_sd_is_found():
     noise = surface(CURRENT.shares[None])[0] / 3
-    found, cases = 0, 30
+    found, cases = 0, 15
     for case in range(cases):
         rng = np.random.default_rng(1000 + case)
         rows = rng.dirichlet(np.ones(4), 48)

@@ -1,4 +1,7 @@
-"""1,000 random constraint problems: feasible to 1e-9, within 1e-6 of a convex solver; what is infeasible is named."""
+"""Random constraint problems: feasible to 1e-9, within 1e-6 of a convex solver; what is infeasible is named.
+
+`PROBLEMS = 1000` holds too, in some minutes.
+"""
 
 import re
 from dataclasses import replace
@@ -10,7 +13,7 @@ from data_mixers import Bounds, Group, Infeasible
 from data_mixers.propose.optimizer import minimize_convex
 
 pytestmark = pytest.mark.slow
-PROBLEMS = 1000
+PROBLEMS = 250
 
 
 def random_problem(rng):
@@ -89,7 +92,7 @@ def clash_of(bounds):
     return ""
 
 
-def test_a_convex_solver_agrees_on_a_thousand_problems():
+def test_a_convex_solver_agrees_on_random_problems():
     import cvxpy
 
     rng, solved, named, worst = np.random.default_rng(11), 0, 0, 0.0
@@ -114,5 +117,5 @@ def test_a_convex_solver_agrees_on_a_thousand_problems():
         worst = max(worst, reached - oracle)
         solved += 1
     assert worst <= 1e-6
-    assert solved >= 500
-    assert named >= 100
+    assert solved >= PROBLEMS / 2
+    assert named >= PROBLEMS / 10

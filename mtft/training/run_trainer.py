@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from mtft.evaluation.task_scores import TaskScores
 from mtft.training.checkpoint.checkpoint import RunState, load_random_state, load_state, load_weights, save
@@ -105,9 +106,10 @@ class RunTrainer(Trainer):
 
     @classmethod
     def _from_run(cls, run: PreparedRun) -> Self:
-        return cls.from_parts(
-            run.model, run.args, trainer_parts(run.recipe, run.inputs, run.plan, run.model, run.args, log=run.log)
-        )
+        parts = trainer_parts(run.recipe, run.inputs, run.plan, run.model, run.args, log=run.log)
+        trainer = cls.from_parts(run.model, run.args, parts)
+        trainer.processing_class = run.inputs.tokenizer  # saved with the model
+        return trainer
 
     @property
     def run_dir(self) -> Path:
@@ -136,6 +138,10 @@ class RunTrainer(Trainer):
         """Trainer's own summary goes to the trackers; it keeps no history in memory."""
         if self.args.report_to:
             self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.run_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         writer = bool(self.args.should_save)

@@ -24,9 +24,9 @@ def test_the_plain_sum_is_stuck():
 @pytest.mark.slow
 def test_famo_reaches_the_front():
     """From the start where the sum is stuck, and from two more; from the other two that the papers draw it does not."""
-    end_S2 = famo([(9.0, -1.0), (0.0, 0.0), (-7.5, -0.5)], 50_000)[-1]
-    assert end_S2[0].tolist() == pytest.approx([6.231, -8.417], abs=0.01)
+    end_S2 = famo([(9.0, -1.0), (0.0, 0.0), (-7.5, -0.5)], 20_000)[-1]
+    assert end_S2[0].tolist() == pytest.approx([6.231, -8.417], abs=0.02)
     losses = toy_losses(end_S2).tolist()
-    assert losses[0] == pytest.approx([-1.993, -2.491], abs=5e-3)
-    assert losses[1] == pytest.approx([-0.248, -19.931], abs=5e-3)
-    assert losses[2] == pytest.approx([-0.248, -19.931], abs=5e-3)
+    assert losses[0] == pytest.approx([-1.993, -2.491], abs=1e-2)
+    assert losses[1] == pytest.approx([-0.248, -19.931], abs=1e-2)
+    assert losses[2] == pytest.approx([-0.248, -19.931], abs=1e-2)

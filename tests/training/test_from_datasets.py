@@ -60,7 +60,9 @@ def test_same_losses_as_the_recipe(recipe, rows, from_files, tmp_path, kind):
     )
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
-    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+    saved = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= saved
+    assert not any(name.endswith((".bin", ".pt")) for name in saved)  # no pickles
     assert lines_of(tmp_path / "objects") == from_files
     assert len(from_files) == 4
 

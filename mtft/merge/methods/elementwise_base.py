@@ -63,11 +63,6 @@ def kept_count(density: float, size: int, what: str) -> int:
     return count
 
 
-def check_density(density: float, name: str = "density") -> None:
-    if not 0 < density <= 1:
-        raise MergeError(f"{name} is {density}", where=f"options.{name}", do="a share in (0, 1]")
-
-
 def magnitude_thresholds(stream: DeltaStream, density: float, what: str) -> list[float]:
     """For each task the |x| of its k-th largest entry, k = int(density * size); 0 for density 1."""
     count = kept_count(density, stream.size, what)

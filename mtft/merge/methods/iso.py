@@ -14,10 +14,11 @@ directions arbitrary, so here U, S, V are those of the support only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import CoreSpace, polar, svd
 from mtft.merge.methods.base import CoreSpaceMethod
 
@@ -35,11 +36,7 @@ class IsoC(CoreSpaceMethod):
 class IsoCts(CoreSpaceMethod):
     """common: share of the sum's rank that is kept as common directions."""
 
-    common: float = 0.8
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.common <= 1:
-            raise MergeError(f"common is {self.common}", where="options.common", do="a share between 0 and 1, as 0.8")
+    common: Annotated[float, Field(ge=0, le=1)] = 0.8
 
     def rule(self, core: CoreSpace) -> np.ndarray:
         U, S, Vt = svd(core.sum())

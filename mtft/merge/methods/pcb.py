@@ -16,10 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.streamed_delta import Rule, order_statistics
-from mtft.merge.methods.base import ModulePass
-from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, task_delta
+from mtft.merge.methods.base import ModulePass, Scope, Share
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, task_delta
 
 Ends = tuple[float, float]
 """Least and largest value of a clamp."""
@@ -41,13 +40,8 @@ class Pcb(ElementwiseMethod):
     scope: order statistics per `module`, or `global`.
     """
 
-    ratio: float = 0.1
-    scope: str = "module"
-
-    def __post_init__(self) -> None:
-        check_density(self.ratio, "ratio")
-        if self.scope not in ("module", "global"):
-            raise MergeError(f"scope is {self.scope!r}", where="options.scope", do="module or global")
+    ratio: Share = 0.1
+    scope: Scope = "module"
 
     def survey(self, modules: ModulePass) -> OrderStatistics | None:
         """For `global`: the order statistics over all modules."""

@@ -17,21 +17,17 @@ import numpy as np
 from mtft.adapters.lora_factors import LoraFactors
 from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import MergedCore, to_core
-from mtft.merge.methods.base import MergeMethod, ModuleInputs
-from mtft.merge.methods.elementwise_base import check_density, kept_count
+from mtft.merge.methods.base import MergeMethod, ModuleInputs, Share
+from mtft.merge.methods.elementwise_base import kept_count
 
 
 @dataclass(frozen=True)
 class RobustMerge(MergeMethod):
     """density: share of each factor's entries kept. level: position of the floor of c among its sorted values."""
 
-    density: float = 0.2
-    level: float = 0.8
+    density: Share = 0.2
+    level: Share = 0.8
     space = "factors"
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_density(self.level, "level")
 
     def merge(self, parts: ModuleInputs, seen: object = None) -> MergedCore:
         ranks = {f.rank for f in parts.factors}

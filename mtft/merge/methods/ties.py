@@ -17,39 +17,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.streamed_delta import Rule
-from mtft.merge.methods.base import ModulePass
+from mtft.merge.methods.base import ModulePass, Scope, Share
 from mtft.merge.methods.elementwise_base import (
     ElementwiseMethod,
     TaskDelta,
-    check_density,
     global_thresholds,
     lazily,
     magnitude_thresholds,
     task_delta,
 )
 
-VARIANTS = ("paper", "mergekit", "peft")
+Variant = Literal["paper", "mergekit", "peft"]
+Value = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
 class Ties(ElementwiseMethod):
     """density: share of entries kept. variant, value: above. scope: trim per `module` (peers) or `global` (paper)."""
 
-    density: float = 0.2
-    variant: str = "paper"
-    value: str = "mean"
-    scope: str = "module"
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_election(self.variant, self.value)
-        if self.scope not in ("module", "global"):
-            raise MergeError(f"scope is {self.scope!r}", where="options.scope", do="module or global")
+    density: Share = 0.2
+    variant: Variant = "paper"
+    value: Value = "mean"
+    scope: Scope = "module"
 
     def survey(self, modules: ModulePass) -> tuple[dict[str, float], float] | None:
         """For `global`: every adapter's threshold over all of its modules, and the majority sign."""
@@ -79,13 +73,6 @@ Cut = Callable[[int, list[np.ndarray]], list[np.ndarray]]
 def keep_above(thresholds: list[float]) -> Cut:
     """Keep |x| >= threshold."""
     return lambda start, blocks: [x * (np.abs(x) >= t) for x, t in zip(blocks, thresholds)]
-
-
-def check_election(variant: str, value: str) -> None:
-    if variant not in VARIANTS:
-        raise MergeError(f"variant is {variant!r}", where="options.variant", do=f"one of {', '.join(VARIANTS)}")
-    if value not in ("mean", "sum"):
-        raise MergeError(f"value is {value!r}", where="options.value", do="mean or sum")
 
 
 def sign_balance(task: TaskDelta, cut: Cut, weights_K: np.ndarray) -> float:

@@ -6,7 +6,6 @@ caller's policy decides on. What is none of these is refused: a merge must not d
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from mtft.adapters.lora_config import LoraSettings, read_settings
 from mtft.adapters.safetensors_io import TensorFile
 from mtft.common.errors import MergeError
+from mtft.common.fingerprint import content_hash, file_hash
 
 WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
@@ -223,11 +223,8 @@ def _layout(module: str, kind: str, settings: LoraSettings, files: dict[str, Ten
 
 def _sha256(files: dict[str, TensorFile]) -> str:
     """Of the weights file; of the shards' hashes in order of their names, if there are several."""
-    hashes = []
-    for path in sorted({file.path for file in files.values()}):
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    hashes = [file_hash(path) for path in sorted({file.path for file in files.values()})]
+    return hashes[0] if len(hashes) == 1 else content_hash("".join(hashes))
 
 
 def read_adapters(adapters: Sequence[str | Path | LoraAdapter]) -> list[LoraAdapter]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ import numpy as np
 from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype, servable_rank
 from mtft.adapters.lora_factors import WEIGHTS, LoraAdapter, read_adapters
 from mtft.common.errors import MergeError
+from mtft.common.fingerprint import file_hash
 from mtft.merge.engine.full_tensors import merge_full_tensors
 from mtft.merge.engine.interference import diagnose
 from mtft.merge.engine.merge_module import ModuleResult, merge_modules, survey
@@ -114,7 +114,7 @@ def merge_adapters(
                 "seed": seed,
                 "vllm": vllm,
                 "command": command,
-                "output_sha256": _file_hash(folder / WEIGHTS),
+                "output_sha256": file_hash(folder / WEIGHTS),
                 "versions": {"mtft": _version(), "numpy": np.__version__},
             },
             warnings=_short(warnings),
@@ -220,11 +220,6 @@ def _short(warnings: Sequence[str]) -> list[str]:
             seen.add(name)
             short.append(text + (f", and {counts[name] - 1} more modules" if counts[name] > 1 else ""))
     return short
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version() -> str:

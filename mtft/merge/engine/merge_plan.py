@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from mtft.adapters.lora_factors import AdapterLayout, LoraAdapter
 from mtft.common.errors import MergeError
+from mtft.common.fingerprint import content_hash
 from mtft.merge.methods import make_method
 from mtft.merge.methods.base import MergeMethod
 
@@ -117,7 +117,7 @@ def _check_base_copies(adapters: Sequence[LoraAdapter]) -> None:
     seen: dict[str, tuple[str, LoraAdapter]] = {}
     for adapter in adapters:
         for key in adapter.base_copies:
-            digest = hashlib.sha256(np.ascontiguousarray(adapter.read(key, np.float32)).data).hexdigest()
+            digest = content_hash(np.ascontiguousarray(adapter.read(key, np.float32)).data)
             known, owner = seen.setdefault(key, (digest, adapter))
             if known != digest:
                 raise MergeError(

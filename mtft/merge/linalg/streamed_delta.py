@@ -7,12 +7,12 @@ full rank; the range finder of Halko, Martinsson & Tropp (2011) gives its leadin
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from mtft.adapters.lora_factors import LoraFactors
+from mtft.common.fingerprint import hash_number
 from mtft.merge.linalg.core_space import ExplicitBasis, HouseholderBasis, IdentityBasis, MergedCore, too_large
 
 BLOCK_BYTES = 2 << 20
@@ -140,7 +140,7 @@ def compress(stream: DeltaStream, rule: Rule, rank: int, label: str = "") -> Mer
     if min(stream.m, stream.n) <= max(EXACT_SIDE, rank + OVERSAMPLE):
         W = np.vstack([rule(start, blocks) for start, blocks in stream])
         return MergedCore(W, IdentityBasis(stream.m), IdentityBasis(stream.n))
-    random = np.random.Generator(np.random.Philox(key=_key(f"range finder|{label}")))
+    random = np.random.Generator(np.random.Philox(key=hash_number(f"range finder|{label}", "little")))
     V = _orthonormal(random.standard_normal((stream.n, rank + OVERSAMPLE)).astype(stream.dtype))
     rows = _merged_rows(stream, rule)
     for _ in range(POWER):
@@ -167,10 +167,6 @@ def _orthonormal(X: np.ndarray) -> np.ndarray:
     return HouseholderBasis(X).apply(np.eye(X.shape[1], dtype=X.dtype))
 
 
-def _key(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-
-
 class BernoulliMask:
     """Bernoulli draws for a matrix of n columns, the same for any split into row blocks.
 
@@ -178,7 +174,7 @@ class BernoulliMask:
     """
 
     def __init__(self, seed: int, name: str, module: str, n: int, key: int | None = None) -> None:
-        self._key = _key(f"{seed}|{name}|{module}") if key is None else key
+        self._key = hash_number(f"{seed}|{name}|{module}", "little") if key is None else key
         self._n, self._width = n, -(-n // 4) * 4  # Philox makes 4 numbers at a time
 
     def uniform(self, start: int, rows: int) -> np.ndarray:

@@ -107,6 +107,6 @@ def merge_delta(adapters, module, method="linear", options=None, weights=None, s
         return np.zeros((index.layout.m, 0)), np.zeros((0, index.layout.n)), 1.0
     merged = plan.methods[0].merge(inputs, seen[0])
     spectrum, square = final_spectrum(merged, inputs, scale)
-    cut = type(spectrum)(spectrum.U[:, :rank], spectrum.S[:rank], spectrum.Vt[:rank])
+    cut = spectrum.cut(rank)
     B, A = balanced_factors(cut, merged.rows, merged.cols)
     return B, A, float(np.sum(cut.S**2) / square) if square else 1.0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mtft import __version__
 from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype, servable_rank
 from mtft.adapters.lora_factors import WEIGHTS, LoraAdapter, read_adapters
 from mtft.common.errors import MergeError
@@ -115,7 +115,7 @@ def merge_adapters(
                 "vllm": vllm,
                 "command": command,
                 "output_sha256": file_hash(folder / WEIGHTS),
-                "versions": {"mtft": _version(), "numpy": np.__version__},
+                "versions": {"mtft": __version__, "numpy": np.__version__},
             },
             warnings=_short(warnings),
             seconds=0.0,
@@ -210,19 +210,7 @@ def _input(adapter: LoraAdapter, weight: float) -> dict[str, object]:
 
 def _short(warnings: Sequence[str]) -> list[str]:
     """Equal warnings once; of many all-zero modules of one adapter, the first and the count."""
-    counts = Counter(text.split(":")[0] for text in warnings if "all zero" in text)
-    short, seen = [], set()
+    alike: dict[str, list[str]] = {}
     for text in dict.fromkeys(warnings):
-        name = text.split(":")[0] if "all zero" in text else None
-        if name is None:
-            short.append(text)
-        elif name not in seen:
-            seen.add(name)
-            short.append(text + (f", and {counts[name] - 1} more modules" if counts[name] > 1 else ""))
-    return short
-
-
-def _version() -> str:
-    import mtft
-
-    return mtft.__version__
+        alike.setdefault(text.split(":")[0] if "all zero" in text else text, []).append(text)
+    return [first + (f", and {len(others)} more modules" if others else "") for first, *others in alike.values()]

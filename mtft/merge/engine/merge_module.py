@@ -65,9 +65,7 @@ def merge_module(plan: MergePlan, module: ModulePlan, seen: object, rank: int | 
         spectrum, square = final_spectrum(merged, parts, plan.scale)
         if rank is not None:
             keep = min(x for x in (rank or len(spectrum.S), module.rank, len(spectrum.S)) if x is not None)
-            B, A = balanced_factors(
-                Spectrum(spectrum.U[:, :keep], spectrum.S[:keep], spectrum.Vt[:keep]), merged.rows, merged.cols
-            )
+            B, A = balanced_factors(spectrum.cut(keep), merged.rows, merged.cols)
     return ModuleResult(module.name, spectrum.S, square, B, A, bias_M, tuple(warnings))
 
 
@@ -84,10 +82,9 @@ def final_spectrum(merged: MergedCore, parts: ModuleInputs, scale: float) -> tup
     if not np.isfinite(merged.square):
         raise too_large(parts.module)
     if real == 0:
-        return Spectrum(spectrum.U[:, :0], spectrum.S[:0], spectrum.Vt[:0]), 0.0
-    return Spectrum(
-        np.sign(scale) * spectrum.U[:, :real], abs(scale) * spectrum.S[:real], spectrum.Vt[:real]
-    ), merged.square * scale**2
+        return spectrum.cut(0), 0.0
+    U, S, Vt = spectrum.cut(real)
+    return Spectrum(np.sign(scale) * U, abs(scale) * S, Vt), merged.square * scale**2
 
 
 def survey(plan: MergePlan, cap: int) -> list[object]:

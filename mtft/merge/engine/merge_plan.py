@@ -55,21 +55,10 @@ class MergePlan:
 
 def check_together(adapters: Sequence[LoraAdapter], *, allow_base_mismatch: bool = False) -> list[str]:
     """Do these adapters belong to one base? Returns warnings; MergeError if they can't be added up."""
+    _check_modules(adapters)
     first, warnings = adapters[0], []
     for other in adapters[1:]:
-        where = f"{first.path} and {other.path}"
-        if other.settings.fan_in_fan_out != first.settings.fan_in_fan_out:
-            raise MergeError("fan_in_fan_out differs", where=where, do="merge adapters of the same base")
-        for module in first.modules.keys() & other.modules.keys():
-            a, b = first.modules[module], other.modules[module]
-            if (a.m, a.n, a.kind) != (b.m, b.n, b.kind):
-                raise MergeError(
-                    f"{module} is {a.m} x {a.n} ({a.kind}) in one and {b.m} x {b.n} ({b.kind}) in the other",
-                    where=where,
-                    do="merge adapters of the same base",
-                )
-        warnings += _base_warnings(first, other, where, allow_base_mismatch)
-    _check_pairs_beyond_first(adapters)
+        warnings += _base_warnings(first, other, f"{first.path} and {other.path}", allow_base_mismatch)
     _check_base_copies(adapters)
     hashes: dict[str, str] = {}
     for adapter in adapters:
@@ -81,15 +70,21 @@ def check_together(adapters: Sequence[LoraAdapter], *, allow_base_mismatch: bool
     return warnings
 
 
-def _check_pairs_beyond_first(adapters: Sequence[LoraAdapter]) -> None:
-    """Modules that the first adapter lacks must agree among the others."""
+def _check_modules(adapters: Sequence[LoraAdapter]) -> None:
+    """A module has one shape and kind in all adapters that have it, and all store it the same way round."""
     seen: dict[str, tuple[AdapterLayout, LoraAdapter]] = {}
     for adapter in adapters:
-        for module, layout in adapter.modules.items():
-            known, owner = seen.setdefault(module, (layout, adapter))
-            if (known.m, known.n, known.kind) != (layout.m, layout.n, layout.kind):
-                where = f"{owner.path} and {adapter.path}"
-                raise MergeError(f"{module} differs in shape", where=where, do="merge adapters of the same base")
+        if adapter.settings.fan_in_fan_out != adapters[0].settings.fan_in_fan_out:
+            raise _other_base("fan_in_fan_out differs", adapters[0], adapter)
+        for module, b in adapter.modules.items():
+            a, owner = seen.setdefault(module, (b, adapter))
+            if (a.m, a.n, a.kind) != (b.m, b.n, b.kind):
+                what = f"{module} is {a.m} x {a.n} ({a.kind}) in one and {b.m} x {b.n} ({b.kind}) in the other"
+                raise _other_base(what, owner, adapter)
+
+
+def _other_base(what: str, one: LoraAdapter, other: LoraAdapter) -> MergeError:
+    return MergeError(what, where=f"{one.path} and {other.path}", do="merge adapters of the same base")
 
 
 def _base_warnings(first: LoraAdapter, other: LoraAdapter, where: str, allow: bool) -> list[str]:
@@ -120,11 +115,8 @@ def _check_base_copies(adapters: Sequence[LoraAdapter]) -> None:
             digest = content_hash(np.ascontiguousarray(adapter.read(key, np.float32)).data)
             known, owner = seen.setdefault(key, (digest, adapter))
             if known != digest:
-                raise MergeError(
-                    f"the copies of the base in {key} differ: these adapters were trained on different weights",
-                    where=f"{owner.path} and {adapter.path}",
-                    do="merge adapters of the same base",
-                )
+                what = f"the copies of the base in {key} differ: these adapters were trained on different weights"
+                raise _other_base(what, owner, adapter)
 
 
 def check_weights(

@@ -26,7 +26,7 @@ from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.engine.merge_plan import MergePlan, make_merge_plan
 from mtft.merge.engine.report import MergeReport
 from mtft.merge.experts.arrow_prototypes import arrow_router as prototypes_of
-from mtft.merge.linalg.core_space import Spectrum, one_thread, svd, to_core
+from mtft.merge.linalg.core_space import balanced_factors, one_thread, svd, to_core
 
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -153,12 +153,12 @@ def _write_experts(
                 for k, (factor, writer) in enumerate(zip(factors, writers)):
                     E = (next(deltas) if factor is not None else np.zeros_like(S)) - S
                     spectrum = svd(E)
-                    cut = Spectrum(spectrum.U[:, :expert_rank], spectrum.S[:expert_rank], spectrum.Vt[:expert_rank])
+                    cut = spectrum.cut(expert_rank)
                     kept[k] += np.sum(cut.S**2)
                     squares[k] += np.sum(spectrum.S**2)
                     if whole:
                         cut = svd((cut.U * cut.S) @ cut.Vt + S)
-                    B, A = core.lift(cut.U[:, :rank], cut.S[:rank], cut.Vt[:rank])
+                    B, A = balanced_factors(cut.cut(rank), core.rows, core.cols)
                     bias = _bias(factor, base, whole) if module.layout.has_bias else None
                     writer.add(module.name, B, A, bias)
         for writer in writers:

@@ -29,7 +29,7 @@ from mtft.merge.full_models.merge_checkpoints import (
     merge_checkpoints,
     read_checkpoint,
 )
-from mtft.merge.linalg.core_space import Spectrum, balanced_factors, one_thread, svd
+from mtft.merge.linalg.core_space import balanced_factors, one_thread, svd
 from mtft.merge.linalg.streamed_delta import DeltaStream, compress
 from mtft.merge.methods.lines import layer_of
 
@@ -158,6 +158,5 @@ def _stream(root: FullCheckpoint, tuned: FullCheckpoint, key: str) -> DeltaStrea
 def _leading(root: FullCheckpoint, tuned: FullCheckpoint, key: str, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
     """(B, A, ||D||^2) of the leading `rank` triples."""
     merged = compress(_stream(root, tuned, key), lambda start, blocks: blocks[0], rank, key)
-    U, S, Vt = svd(merged.X)
-    B, A = balanced_factors(Spectrum(U[:, :rank], S[:rank], Vt[:rank]), merged.rows, merged.cols)
+    B, A = balanced_factors(svd(merged.X).cut(rank), merged.rows, merged.cols)
     return B, A, merged.square

@@ -162,6 +162,10 @@ class Spectrum(NamedTuple):
     S: np.ndarray
     Vt: np.ndarray
 
+    def cut(self, rank: int | None) -> Spectrum:
+        """Its leading `rank` triples; None: all."""
+        return Spectrum(self.U[:, :rank], self.S[:rank], self.Vt[:rank])
+
 
 @dataclass(frozen=True)
 class CoreSpace:
@@ -191,10 +195,6 @@ class CoreSpace:
 
     def sum(self) -> np.ndarray:
         return np.sum(self.cores, axis=0)
-
-    def lift(self, U: np.ndarray, S: np.ndarray, Vt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B [m, r], A [r, n]) with B A = rows U diag(S) Vt cols^T, split evenly; see `balanced`."""
-        return balanced_factors(Spectrum(U, S, Vt), self.rows, self.cols)
 
 
 @dataclass(frozen=True)
@@ -247,8 +247,7 @@ def svd(X: np.ndarray, tolerance: float | None = None) -> Spectrum:
     """SVD of the numerical rank only: sigma_i > tolerance * sigma_1 (default: by dtype)."""
     U, S, Vt = np.linalg.svd(X, full_matrices=False)
     limit = (rank_tolerance(X.dtype) if tolerance is None else tolerance) * (S[0] if S.size else 0)
-    rank = int(np.count_nonzero(limit < S))
-    return Spectrum(U[:, :rank], S[:rank], Vt[:rank])
+    return Spectrum(U, S, Vt).cut(int(np.count_nonzero(limit < S)))
 
 
 def polar(X: np.ndarray) -> np.ndarray:

@@ -15,8 +15,8 @@ import numpy as np
 
 from mtft.merge.linalg.streamed_delta import BernoulliMask, Rule
 from mtft.merge.methods.base import Share
-from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, lazily
-from mtft.merge.methods.ties import Cut, Value, Variant, elect_signs, sign_balance
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta
+from mtft.merge.methods.ties import Cut, Value, Variant, elect_signs
 
 Then = Literal["linear", "ties"]
 Rescale = Literal["inverse", "l1"]
@@ -58,5 +58,4 @@ def after_drop(task: TaskDelta, cut: Cut, options) -> Rule:
     if options.then == "linear":
         weights_K = task.weights_K.astype(task.stream.dtype)
         return lambda start, blocks: np.sum([w * x for w, x in zip(weights_K, cut(start, blocks))], axis=0)
-    majority = lazily(lambda: float(np.sign(sign_balance(task, cut, task.weights_K))))
-    return elect_signs(task, cut, options.variant, options.value, majority)
+    return elect_signs(task, cut, options.variant, options.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,15 +94,3 @@ def global_thresholds(modules: ModulePass, density: float) -> dict[str, float]:
 
         thresholds[name] = order_statistics(blocks, [[place]])[0][0] if place else 0.0
     return thresholds
-
-
-def lazily(compute: Callable[[], float]) -> Callable[[], float]:
-    """Compute once, when first asked."""
-    held: list[float] = []
-
-    def value() -> float:
-        if not held:
-            held.append(compute())
-        return held[0]
-
-    return value

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from pydantic import FiniteFloat
 
-from mtft.merge.linalg.core_space import MergedCore, Spectrum, balanced_factors, svd
+from mtft.merge.linalg.core_space import MergedCore, balanced_factors, svd
 from mtft.merge.methods.base import MergeMethod, ModuleInputs, ModulePass
 from mtft.merge.methods.inner_method import InnerName, core_method
 
@@ -65,8 +65,7 @@ class Lines(MergeMethod):
         """Squared Frobenius norm, or L1 norm in row blocks."""
         if self.norm == "frobenius":
             return merged.square
-        spectrum = svd(merged.X)
-        B, A = balanced_factors(Spectrum(*spectrum), merged.rows, merged.cols)
+        B, A = balanced_factors(svd(merged.X), merged.rows, merged.cols)
         return float(sum(np.abs(B[i : i + ROWS] @ A).sum() for i in range(0, len(B), ROWS)))
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -27,7 +28,6 @@ from mtft.merge.methods.elementwise_base import (
     ElementwiseMethod,
     TaskDelta,
     global_thresholds,
-    lazily,
     magnitude_thresholds,
     task_delta,
 )
@@ -54,15 +54,14 @@ class Ties(ElementwiseMethod):
         for parts in modules():
             task = task_delta(parts)
             majority += sign_balance(task, keep_above([thresholds[name] for name in parts.names]), task.weights_K)
-        return thresholds, float(np.sign(majority))
+        return thresholds, majority
 
     def rule(self, task: TaskDelta, seen: tuple[dict[str, float], float] | None = None) -> Rule:
         if seen is None:
             cut = keep_above(magnitude_thresholds(task.stream, self.density, task.module))
-            majority = lazily(lambda: float(np.sign(sign_balance(task, cut, task.weights_K))))
-        else:
-            cut = keep_above([seen[0][name] for name in task.names])
-            majority = lazily(lambda: seen[1])
+            return elect_signs(task, cut, self.variant, self.value)
+        thresholds, majority = seen
+        cut = keep_above([thresholds[name] for name in task.names])
         return elect_signs(task, cut, self.variant, self.value, majority)
 
 
@@ -87,10 +86,12 @@ def _weighted_sum(blocks: list[np.ndarray], weights_K: np.ndarray) -> np.ndarray
     return np.sum([x.dtype.type(w) * x for w, x in zip(weights_K, blocks)], axis=0)
 
 
-def elect_signs(task: TaskDelta, cut: Cut, variant: str, value: str, majority: Callable[[], float]) -> Rule:
-    """The election among the blocks that `cut` leaves. majority: the sign that breaks ties in variant `paper`."""
+def elect_signs(task: TaskDelta, cut: Cut, variant: str, value: str, majority: float | None = None) -> Rule:
+    """The election among the blocks that `cut` leaves. majority: the sign that breaks ties in variant `paper`
+    (None: of this module, at the price of a pass when the first tie is met)."""
     weights_K = task.weights_K.astype(task.stream.dtype)
     by_own = variant == "peft"
+    tie_sign = cache(lambda: sign_balance(task, cut, task.weights_K) if majority is None else majority)
 
     def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:
         kept = cut(start, blocks)
@@ -103,7 +104,7 @@ def elect_signs(task: TaskDelta, cut: Cut, variant: str, value: str, majority: C
         if variant != "paper":
             sign[zero] = 1
         elif any(np.logical_and(zero, x).any() for x in kept):  # exact cancellation: rare, costs a pass
-            sign[zero] = majority()
+            sign[zero] = np.sign(tie_sign())
         result, share = np.zeros_like(total), np.zeros_like(total)
         for w, x in zip(weights_K, voting):
             along = x * sign

@@ -6,7 +6,6 @@ caller's policy decides on. What is none of these is refused: a merge must not d
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,12 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from mtft.adapters.lora_config import LoraSettings, read_settings
-from mtft.adapters.safetensors_io import TensorFile
+from mtft.adapters.safetensors_io import TensorFile, open_tensors
 from mtft.common.errors import MergeError
 from mtft.common.fingerprint import content_hash, file_hash
 
 WEIGHTS = "adapter_model.safetensors"
-INDEX = "adapter_model.safetensors.index.json"
 PREFIX = "base_model.model."
 _NAME = re.compile(r"[\w.\-]+")
 
@@ -123,11 +121,9 @@ def _default_name(folder: Path) -> str:
 
 
 def _open_files(folder: Path) -> dict[str, TensorFile]:
-    if (folder / WEIGHTS).is_file():
-        file = TensorFile(folder / WEIGHTS)
-        return dict.fromkeys(file.entries, file)
-    if (folder / INDEX).is_file():
-        return _open_shards(folder)
+    files = open_tensors(folder, WEIGHTS, "save the adapter again")
+    if files is not None:
+        return files
     if (folder / "adapter_model.bin").exists():
         raise MergeError(
             "adapter_model.bin is a pickle, which can run code when it is read",
@@ -135,23 +131,6 @@ def _open_files(folder: Path) -> dict[str, TensorFile]:
             do="load it with PEFT where you trust it and save_pretrained(..., safe_serialization=True)",
         )
     raise MergeError(f"no {WEIGHTS}", where=str(folder), do="give the folder that save_pretrained wrote")
-
-
-def _open_shards(folder: Path) -> dict[str, TensorFile]:
-    where = str(folder / INDEX)
-    try:
-        weight_map = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MergeError(f"the shard index can't be read: {error}", where=where, do="save the adapter again") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise MergeError(f"shard {name!r} is no plain file name", where=where, do="save the adapter again")
-    shards = {name: TensorFile(folder / name) for name in names}
-    for key, name in weight_map.items():
-        if key not in shards[name].entries:
-            raise MergeError(f"{key!r} is not in {name}", where=where, do="save the adapter again")
-    return {key: shards[name] for key, name in weight_map.items()}
 
 
 def _sort_keys(

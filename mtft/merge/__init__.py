@@ -1,7 +1,7 @@
 """Merge: several LoRA adapters into one plain PEFT adapter, exactly, in seconds, without the base model.
 
     linalg/        core_space.py turns one module of all adapters into small matrices; streamed_delta.py goes over dense
-                   deltas in row blocks
+                   deltas in row blocks; module_factors.py has the factors of adapters beside a running model's modules
     methods/       one merge method a file; METHODS names them
     engine/        plan, merge module by module, write, report
     search/        weights found on held-out rows, and what the merged adapter kept of each task

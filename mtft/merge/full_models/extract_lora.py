@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mtft.adapters.adapter_writer import DTYPES, atomic_folder, plain_config, servable_rank
+from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype, plain_config, servable_rank
 from mtft.adapters.lora_config import CONFIG
-from mtft.adapters.lora_factors import PREFIX, WEIGHTS
-from mtft.adapters.safetensors_io import TensorWriter
+from mtft.adapters.lora_factors import AdapterLayout
 from mtft.common.errors import MergeError
 from mtft.merge.full_models.merge_checkpoints import (
     CheckpointDelta,
@@ -66,40 +65,34 @@ def extract_adapter(
         raise MergeError(f"rank is {rank!r}", where="rank", do="a whole number > 0, as 16")
     root, tuned = read_checkpoint(base), read_checkpoint(model)
     check_same_tensors(root, [tuned])
-    names = [key for key in root.files if _is_block_matrix(root, key)]
+    matrices = [key for key in root.files if _is_block_matrix(root, key)]
     wide = servable_rank(rank)
-    entries = []
-    for key in names:
-        m, n = root.shape(key)
-        stem = PREFIX + key.removesuffix(".weight")
-        entries += [(f"{stem}.lora_A.weight", DTYPES[dtype], (wide, n))]
-        entries += [(f"{stem}.lora_B.weight", DTYPES[dtype], (m, wide))]
+    layouts = {key.removesuffix(".weight"): AdapterLayout(*root.shape(key), wide, "linear", False) for key in matrices}
     kept = squares = other = 0.0
     with atomic_folder(Path(out), overwrite=overwrite, inputs=[root.path, tuned.path]) as folder:
-        writer = TensorWriter(folder / WEIGHTS, entries)
+        writer = AdapterWriter(folder, (), layouts, wide, disk_dtype((), dtype), {})
         try:
-            for key in names:
+            for key, module in zip(matrices, layouts, strict=True):
                 with one_thread():
                     B, A, square = _leading(root, tuned, key, rank)
-                stem = PREFIX + key.removesuffix(".weight")
-                short = wide - A.shape[0]
-                writer.write(f"{stem}.lora_A.weight", np.pad(A, ((0, short), (0, 0))))
-                writer.write(f"{stem}.lora_B.weight", np.pad(B, ((0, 0), (0, short))))
+                writer.add(module, B, A, None)
                 kept, squares = kept + float(np.sum((B**2).sum(axis=0) ** 2)), squares + square  # sigma = |b|^2
-            writer.close()
+            writer.finish()
         finally:
             writer.abort()
-        for key in root.files.keys() - set(names):
-            other += sum(float(np.sum(x[0].astype(np.float64) ** 2)) for _, x in _stream(root, tuned, key))
+        for key in root.files:
+            if key not in matrices:
+                other += sum(float(np.sum(x[0].astype(np.float64) ** 2)) for _, x in _stream(root, tuned, key))
         if not squares:
             raise MergeError(
                 "no matrix inside a block differs", where=str(model), do="give a model tuned from this base"
             )
-        modules = [key.removesuffix(".weight") for key in names]
         facts = {"base": str(root.path), "model": str(tuned.path), "rank": rank}
         facts |= {"energy": min(1.0, kept / squares), "left_out": other / (other + squares)}
         (folder / "merge.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-        (folder / CONFIG).write_text(json.dumps(plain_config(wide, modules, str(root.path)), indent=2) + "\n", "utf-8")
+        (folder / CONFIG).write_text(
+            json.dumps(plain_config(wide, list(layouts), str(root.path)), indent=2) + "\n", "utf-8"
+        )
     return ExtractedLora(Path(out), rank, min(1.0, kept / squares), other / (other + squares))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mtft.adapters.adapter_writer import atomic_folder
-from mtft.adapters.safetensors_io import TensorFile, TensorWriter, as_matrix
+from mtft.adapters.safetensors_io import TensorFile, TensorWriter, as_matrix, open_tensors
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge_plan import check_weights
 from mtft.merge.linalg.core_space import CoreSpace, IdentityBasis, one_thread
@@ -26,7 +26,8 @@ from mtft.merge.methods.base import CoreSpaceMethod
 from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta
 from mtft.merge.methods.linear import LinearMerge
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 KEPT = (".json", ".txt", ".model", ".jinja")
 """Files of the base that go along (configuration and tokenizer)."""
 
@@ -70,24 +71,10 @@ class CheckpointDelta:
 def read_checkpoint(path: str | Path) -> FullCheckpoint:
     """Open a folder with model.safetensors or its shards. MergeError if it is none, or holds more than floats."""
     folder = Path(path)
-    if (folder / WEIGHTS).is_file():
-        file = TensorFile(folder / WEIGHTS)
-        return FullCheckpoint(folder, folder.name, dict.fromkeys(file.entries, file))
-    if not (folder / INDEX).is_file():
+    files = open_tensors(folder, WEIGHTS, "save the model again")
+    if files is None:
         raise MergeError(f"no {WEIGHTS}", where=str(folder), do="give the folder of a model in safetensors")
-    try:
-        weight_map = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-            raise ValueError("a shard is no plain file name")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        where = str(folder / INDEX)
-        raise MergeError(f"the shard index can't be read: {error}", where=where, do="save the model again") from None
-    shards = {name: TensorFile(folder / name) for name in names}
-    for key, name in weight_map.items():
-        if key not in shards[name].entries:
-            raise MergeError(f"{key!r} is not in {name}", where=str(folder), do="save the model again")
-    return FullCheckpoint(folder, folder.name, {key: shards[name] for key, name in weight_map.items()})
+    return FullCheckpoint(folder, folder.name, files)
 
 
 def merge_checkpoints(

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -119,7 +120,7 @@ def _umask() -> int:
 
 
 class AdapterWriter:
-    """Streams modules into `folder`/adapter_model.safetensors at a uniform rank.
+    """Streams modules into `folder`/adapter_model.safetensors at a uniform rank; a context: whole at the block's end.
 
     Args:
         folder: There already; empty.
@@ -155,22 +156,27 @@ class AdapterWriter:
         kind = self.layouts[name].kind
         key_A, key_B, key_bias = factor_keys(name, kind)
         short = self.rank - A_RN.shape[0]
+        self._write(key_A, np.pad(A_RN, ((0, short), (0, 0))))
+        self._write(key_B, np.pad(B_MR, ((0, 0), (0, short))))
+        if self.with_bias and kind == "linear":
+            self._write(key_bias, np.zeros(B_MR.shape[0]) if bias_M is None else bias_M)
+
+    def _write(self, key: str, values: np.ndarray) -> None:
         try:
-            self._writer.write(key_A, np.pad(A_RN, ((0, short), (0, 0))))
-            self._writer.write(key_B, np.pad(B_MR, ((0, 0), (0, short))))
-            if self.with_bias and kind == "linear":
-                self._writer.write(key_bias, np.zeros(B_MR.shape[0]) if bias_M is None else bias_M)
-        except OverflowError as error:
-            raise MergeError(str(error), where=name, do="write bf16 or fp32 (dtype)") from None
-
-    def finish(self) -> None:
-        """Write the saved tensors and close the file."""
-        for key, values in self.saved.items():
             self._writer.write(key, values)
-        self._writer.close()
+        except OverflowError as error:
+            raise MergeError(str(error), where=key, do="write bf16 or fp32 (dtype)") from None
 
-    def abort(self) -> None:
-        self._writer.abort()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            self._writer.__exit__(kind, *rest)
+            return
+        with self._writer:
+            for key, values in self.saved.items():
+                self._write(key, values)
 
     def write_config(self) -> None:
         """Comes last: a folder without its config is no adapter."""

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -139,7 +139,8 @@ def to_disk(values: np.ndarray, dtype: str) -> np.ndarray:
 class TensorWriter:
     """Writes the tensors of a .safetensors file one after the other, in the order of `entries`.
 
-    entries: (key, type name, shape). The header goes out first, so memory never holds more than one tensor.
+    entries: (key, type name, shape). The header goes out first, so memory never holds more than one tensor. As a
+    context: closed at the end of the block, whole or not.
     """
 
     def __init__(self, path: Path, entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> None:
@@ -182,5 +183,10 @@ class TensorWriter:
         os.fsync(self._file.fileno())
         self._file.close()
 
-    def abort(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
         self._file.close()

@@ -68,23 +68,17 @@ def merge_adapters(
     warnings = check_together(opened, allow_base_mismatch=allow_base_mismatch)
     plan = make_merge_plan(opened, method, options, weights, scale, average, per_module, precision, seed)
     rank = _check_policy(rank, energy, min_energy, plan)
-    kept = merge_full_tensors(opened, plan.weights_K, saved)
+    full = merge_full_tensors(opened, plan.weights_K, saved)
     if vllm:
-        _check_vllm(plan, kept)
+        _check_vllm(plan, full)
     with atomic_folder(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened]) as folder:
         results, final_rank = _spectra_and_rank(plan, rank, energy, workers)
-        writer = AdapterWriter(folder, opened, plan.layouts, final_rank, disk_dtype(opened, dtype), kept)
         spectra = {}
-        try:
+        with AdapterWriter(folder, opened, plan.layouts, final_rank, disk_dtype(opened, dtype), full) as writer:
             for result in results:
                 spectra[result.name] = (result.S, result.square)
                 warnings += result.warnings
-                B, A = result.B_MR[:, :final_rank], result.A_RN[:final_rank]
-                writer.add(result.name, B, A, result.bias_M)
-            writer.finish()
-        except BaseException:
-            writer.abort()
-            raise
+                writer.add(result.name, result.B_MR[:, :final_rank], result.A_RN[:final_rank], result.bias_M)
         limits = {module.name: min(module.rank or final_rank, final_rank) for module in plan.modules}
         table, total = _energies(spectra, limits)
         if total < min_energy:
@@ -139,12 +133,11 @@ def _check_policy(rank: int | str, energy: float, min_energy: float, plan: Merge
     return rank
 
 
-def _check_vllm(plan: MergePlan, kept: Mapping[str, np.ndarray]) -> None:
+def _check_vllm(plan: MergePlan, full: Mapping[str, np.ndarray]) -> None:
     """What vLLM refuses at load time, refused before the work."""
-    if kept:
-        raise MergeError(
-            f"vLLM loads no full tensors, here {next(iter(kept))}", where="vllm", do="use PEFT, or drop them"
-        )
+    if full:
+        what = f"vLLM loads no full tensors, here {next(iter(full))}"
+        raise MergeError(what, where="vllm", do="use PEFT, or drop them")
     if any(module.layout.has_bias for module in plan.modules):
         raise MergeError("vLLM loads no LoRA biases", where="vllm", do="use PEFT, or train without lora_bias")
 

@@ -141,8 +141,8 @@ def _write_experts(
         writers = []
         for folder in folders:
             (scratch / folder).mkdir()
-            writers.append(AdapterWriter(scratch / folder, plan.adapters, plan.layouts, rank, dtype, {}))
-            stack.callback(writers[-1].abort)
+            writer = AdapterWriter(scratch / folder, plan.adapters, plan.layouts, rank, dtype, {})
+            writers.append(stack.enter_context(writer))
         for module in plan.modules:
             factors = [adapter.factors(module.name) for adapter in plan.adapters]
             base = common.factors(module.name)
@@ -161,10 +161,8 @@ def _write_experts(
                     B, A = balanced_factors(cut.cut(rank), core.rows, core.cols)
                     bias = _bias(factor, base, whole) if module.layout.has_bias else None
                     writer.add(module.name, B, A, bias)
-        for writer in writers:
-            writer.finish()
-            writer.write_config()
-        stack.pop_all()
+    for writer in writers:
+        writer.write_config()
     return {a.name: float(x / s) if s else 1.0 for a, x, s in zip(plan.adapters, kept, squares)}
 
 

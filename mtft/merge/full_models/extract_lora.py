@@ -70,16 +70,12 @@ def extract_adapter(
     layouts = {key.removesuffix(".weight"): AdapterLayout(*root.shape(key), wide, "linear", False) for key in matrices}
     kept = squares = other = 0.0
     with atomic_folder(Path(out), overwrite=overwrite, inputs=[root.path, tuned.path]) as folder:
-        writer = AdapterWriter(folder, (), layouts, wide, disk_dtype((), dtype), {})
-        try:
+        with AdapterWriter(folder, (), layouts, wide, disk_dtype((), dtype), {}) as writer:
             for key, module in zip(matrices, layouts, strict=True):
                 with one_thread():
                     B, A, square = _leading(root, tuned, key, rank)
                 writer.add(module, B, A, None)
                 kept, squares = kept + float(np.sum((B**2).sum(axis=0) ** 2)), squares + square  # sigma = |b|^2
-            writer.finish()
-        finally:
-            writer.abort()
         for key in root.files:
             if key not in matrices:
                 other += sum(float(np.sum(x[0].astype(np.float64) ** 2)) for _, x in _stream(root, tuned, key))

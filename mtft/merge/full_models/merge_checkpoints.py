@@ -112,19 +112,16 @@ def merge_checkpoints(
     norms = {}
     with atomic_folder(Path(out), overwrite=overwrite, inputs=[root.path, *(m.path for m in tuned)], own=own) as folder:
         for shard, keys in shards.items():
-            writer = TensorWriter(folder / shard, [(key, root.dtype(key), root.shape(key)) for key in keys])
+            entries = [(key, root.dtype(key), root.shape(key)) for key in keys]
             try:
-                for key in keys:
-                    with one_thread():
-                        merged = _merged(rule, root, used, key, seed, spectral)
+                with TensorWriter(folder / shard, entries) as writer, one_thread():
+                    for key in keys:
                         square: list[float] = []
+                        merged = _merged(rule, root, used, key, seed, spectral)
                         writer.write_rows(key, _added(root, key, merged, scale, square))
-                    norms[key] = float(np.sqrt(sum(square)))
-                writer.close()
+                        norms[key] = float(np.sqrt(sum(square)))
             except OverflowError as error:
                 raise MergeError(str(error), where=shard, do="lower scale") from None
-            finally:
-                writer.abort()
         if len(shards) > 1:
             total = sum(root.files[k].entries[k].end - root.files[k].entries[k].start for k in root.files)
             weight_map = {key: shard for shard, keys in shards.items() for key in keys}

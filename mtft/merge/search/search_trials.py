@@ -66,6 +66,10 @@ class SearchLedger:
             self.trials.append(made)
         return made
 
+    def best(self, *, common: bool = False) -> SearchTrial:
+        """The trial of the lowest objective; common: of those with one weight for all."""
+        return min((t for t in self.trials if not common or len(set(t.weights)) == 1), key=lambda t: t.objective)
+
     def objective(self, losses: Mapping[str, float]) -> float:
         shares = self._shares(losses)
         if self._prefer is not None:

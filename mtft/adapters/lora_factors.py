@@ -7,8 +7,9 @@ caller's policy decides on. What is none of these is refused: a merge must not d
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -212,11 +213,11 @@ def read_adapters(adapters: Sequence[str | Path | LoraAdapter]) -> list[LoraAdap
         raise TypeError("adapters is one adapter: give a list")
     if not adapters:
         raise MergeError("no adapter given", do="give the folders of one or more LoRA adapters")
-    opened = [item if isinstance(item, LoraAdapter) else read_adapter(item) for item in adapters]
-    seen: dict[str, int] = {}
-    named = []
-    for adapter in opened:
-        count = seen[adapter.name] = seen.get(adapter.name, 0) + 1
-        name = adapter.name if count == 1 else f"{adapter.name}-{count}"
-        named.append(LoraAdapter(**{**vars(adapter), "name": name}))
-    return named
+    counts: Counter[str] = Counter()
+    opened = []
+    for item in adapters:
+        adapter = item if isinstance(item, LoraAdapter) else read_adapter(item)
+        counts[adapter.name] += 1
+        count = counts[adapter.name]
+        opened.append(adapter if count == 1 else replace(adapter, name=f"{adapter.name}-{count}"))
+    return opened

@@ -6,7 +6,8 @@ The oracles below build D_k and nothing else of ours: no core, no factors. Bar: 
 import numpy as np
 import pytest
 
-from mtft.merge import LoraFactors, merge_adapters, read_adapter
+from mtft.adapters.lora_factors import LoraFactors, read_adapter
+from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.methods import make_method
 from mtft.merge.methods.regmean import regmean_factors
 from tests.merge import golden as g

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -138,6 +138,16 @@ def check_weights(
     return values
 
 
+class _Rule(NamedTuple):
+    """What per_module changes for the modules whose name `regex` finds."""
+
+    where: str
+    regex: re.Pattern[str]
+    method: int
+    weights_K: np.ndarray
+    rank: int | None
+
+
 def make_merge_plan(
     adapters: Sequence[LoraAdapter],
     method: str | MergeMethod,
@@ -163,11 +173,8 @@ def make_merge_plan(
     rules = []
     for index, (pattern, change) in enumerate(per_module):
         where = f"per_module[{index}] {pattern!r}"
-        unknown = set(change) - {"method", "options", "weights", "rank"}
-        if unknown:
-            raise MergeError(
-                f"unknown key {sorted(unknown)[0]!r}", where=where, do="keys: method, options, weights, rank"
-            )
+        if unknown := sorted(set(change) - {"method", "options", "weights", "rank"}):
+            raise MergeError(f"unknown key {unknown[0]!r}", where=where, do="keys: method, options, weights, rank")
         try:
             regex = re.compile(pattern)
         except re.error as error:
@@ -178,28 +185,23 @@ def make_merge_plan(
             methods.append(make_method(change.get("method", inherited), change.get("options")))
             number = len(methods) - 1
         weights_K = check_weights(change["weights"], adapters, where) if change.get("weights") else default_K
-        rules.append((regex, number, weights_K, _check_rank(change.get("rank"), where), where))
+        rank = change.get("rank")
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise MergeError(f"rank is {rank!r}", where=where, do="give a whole number > 0")
+        rules.append(_Rule(where, regex, number, weights_K, rank))
+    otherwise = _Rule("", re.compile(""), 0, default_K, None)
     modules, used = [], set()
     for name in sorted({name for adapter in adapters for name in adapter.modules}):
         layouts = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
-        has_bias = any(layout.has_bias for layout in layouts)
-        layout = AdapterLayout(layouts[0].m, layouts[0].n, sum(x.r for x in layouts), layouts[0].kind, has_bias)
-        hit = next((i for i, rule in enumerate(rules) if rule[0].search(name)), None)
-        used.add(hit)
-        _, number, weights_K, rank, _ = rules[hit] if hit is not None else (None, 0, default_K, None, None)
-        modules.append(ModulePlan(name, layout, number, weights_K, rank))
-    for index, rule in enumerate(rules):
-        if index not in used:
-            raise MergeError(
-                "no module is merged by this rule", where=rule[4], do="mend the pattern, or the order of the rules"
-            )
+        layout = replace(layouts[0], r=sum(x.r for x in layouts), has_bias=any(x.has_bias for x in layouts))
+        rule = next(rule for rule in (*rules, otherwise) if rule.regex.search(name))
+        used.add(rule.where)
+        modules.append(ModulePlan(name, layout, rule.method, rule.weights_K, rule.rank))
+    for rule in rules:
+        if rule.where not in used:
+            do = "mend the pattern, or the order of the rules"
+            raise MergeError("no module is merged by this rule", where=rule.where, do=do)
     if precision not in ("auto", "fp64", "fp32"):
         do = "auto, fp64 or fp32: sums in 16 bits lose the merge"
         raise MergeError(f"precision is {precision!r}", where="precision", do=do)
     return MergePlan(list(adapters), methods, modules, default_K, float(scale), precision, seed)
-
-
-def _check_rank(rank: object, where: str) -> int | None:
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise MergeError(f"rank is {rank!r}", where=where, do="give a whole number > 0")
-    return rank

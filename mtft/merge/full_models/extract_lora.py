@@ -141,7 +141,7 @@ def _is_block_matrix(root: FullCheckpoint, key: str) -> bool:
 
 
 def _stream(root: FullCheckpoint, tuned: FullCheckpoint, key: str) -> DeltaStream:
-    return DeltaStream.of_arrays([CheckpointDelta(tuned, root, key)])  # type: ignore[list-item]
+    return DeltaStream([CheckpointDelta(tuned, root, key)])  # type: ignore[list-item]
 
 
 def _leading(root: FullCheckpoint, tuned: FullCheckpoint, key: str, rank: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -176,7 +176,7 @@ def _merged(
 ) -> Iterator[np.ndarray]:
     """Row blocks of the merged delta."""
     weights_K = np.array([w for _, w in used])
-    stream = DeltaStream.of_arrays([CheckpointDelta(model, root, key) for model, _ in used])  # type: ignore[misc]
+    stream = DeltaStream([CheckpointDelta(model, root, key) for model, _ in used])  # type: ignore[misc]
     names = tuple(model.name for model, _ in used)
     if isinstance(rule, ElementwiseMethod):
         compute: Rule = rule.rule(TaskDelta(stream, weights_K, names, key, seed))

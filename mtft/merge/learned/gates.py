@@ -70,6 +70,7 @@ class Gates(nn.Module):
             raise MergeError(f"unknown gates {kind!r}", where="kind", do=f"one of {', '.join(GATE_KINDS)}")
         check_together(adapters)
         self.kind, self.names = kind, tuple(adapter.name for adapter in adapters)
+        self.layout, start = GATE_KINDS[kind][:2]
         self.modules_by_name = sorted({name for adapter in adapters for name in adapter.modules})
         self._factors = {
             name: [(k, f) for k, f in enumerate(module_factors(model, name, adapters)[1]) if f is not None]
@@ -78,7 +79,7 @@ class Gates(nn.Module):
         self._groups = {name: self._group(name) for name in self.modules_by_name}
         self._generator = torch.Generator().manual_seed(seed)
         self._dropped: dict[str, Tensor] = {}
-        K, start = len(adapters), GATE_KINDS[kind].start
+        K = len(adapters)
         start = 1 / K if start is None else start
         self.values = nn.ParameterDict()
         for name in self.modules_by_name:
@@ -105,19 +106,17 @@ class Gates(nn.Module):
         self._handles = []
 
     def _group(self, name: str) -> str:
-        layout = GATE_KINDS[self.kind].layout
-        if layout == "task":
+        if self.layout == "task":
             return "all"
-        if layout == "layer":
+        if self.layout == "layer":
             layer = layer_of(name)
             return "outside" if layer is None else f"layer{layer}"
         return name.replace(".", "/")  # parameter names hold no dots
 
     def _shape(self, name: str, K: int) -> tuple[int, ...]:
-        layout = GATE_KINDS[self.kind].layout
-        if layout == "vector":
+        if self.layout == "vector":
             return K, self._factors[name][0][1].B_MR.shape[0]
-        if layout == "rank":
+        if self.layout == "rank":
             return K, max(len(f.A_RN) for _, f in self._factors[name])
         return (K,)
 
@@ -155,14 +154,12 @@ class Gates(nn.Module):
         self._dropped.clear()
 
     def _hook(self, name: str):
-        layout = GATE_KINDS[self.kind].layout
-
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x, gates = inputs[0], self.of(name).to(output.dtype)
             for k, (A_RN, B_MR, bias_M) in self._factors[name]:
                 g = gates[k]
                 inner = x @ A_RN.T
-                if layout == "rank":
+                if self.layout == "rank":
                     output = output + (inner * g[: inner.shape[-1]]) @ B_MR.T
                     g = torch.ones((), dtype=output.dtype)
                 else:

@@ -68,9 +68,8 @@ def train_gates(
     if not batches:
         raise MergeError("no batches", where="batches", do="give a few examples of each task")
     forward = logits or (lambda net, batch: net(**batch.inputs).logits)
-    settings = GATE_KINDS.get(kind)
     gates = Gates(model, opened, kind, seed=seed)  # checks the kind
-    assert settings is not None
+    settings = GATE_KINDS[kind]
     warnings = _warn_few_examples(batches)
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     was_training = model.training
@@ -79,9 +78,8 @@ def train_gates(
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
         floor = 0.5 * _expert_entropy(model, opened, batches, forward, gates) if settings.entropy else None
-        rate = learning_rate or settings.learning_rate
-        kinds = {"self_positioning": torch.optim.SGD}
-        optimizer = kinds.get(kind, torch.optim.Adam)(gates.parameters(), lr=rate)
+        rule = torch.optim.SGD if kind == "self_positioning" else torch.optim.Adam
+        optimizer = rule(gates.parameters(), lr=learning_rate or settings.learning_rate)
         history: list[float] = []
         for step in range(steps if steps is not None else settings.steps):
             batch = batches[step % len(batches)]
@@ -125,12 +123,9 @@ def _warn_few_examples(batches: Sequence[GateBatch]) -> list[str]:
     counts: Counter[str] = Counter()
     for batch in batches:
         counts[batch.task] += len(batch.labels_BT)
-    short = sorted(task for task, count in counts.items() if count < FEW)
-    return (
-        [f"fewer than {FEW} examples for {', '.join(map(repr, short))}: the gates may fit them by chance"]
-        if short
-        else []
-    )
+    if few := [repr(task) for task in sorted(counts) if counts[task] < FEW]:
+        return [f"fewer than {FEW} examples for {', '.join(few)}: the gates may fit them by chance"]
+    return []
 
 
 def _expert_entropy(model, adapters, batches, forward, gates: Gates) -> float:

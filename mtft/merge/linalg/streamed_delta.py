@@ -30,9 +30,12 @@ Rule = Callable[[int, list[np.ndarray]], np.ndarray]
 
 
 class DeltaStream:
-    """Row blocks of the unweighted D_k [m, n]. Block sizes hang on shapes only, so every pass sees equal bits."""
+    """Row blocks of the unweighted D_k = lefts[k] rights[k], or lefts[k] alone, [m, n].
 
-    def __init__(self, lefts: Sequence[np.ndarray], rights: Sequence[np.ndarray] | None) -> None:
+    Block sizes hang on shapes only, so every pass sees equal bits.
+    """
+
+    def __init__(self, lefts: Sequence[np.ndarray], rights: Sequence[np.ndarray] | None = None) -> None:
         self._lefts, self._rights = list(lefts), rights
         self.K = len(self._lefts)
         self.m = self._lefts[0].shape[0]
@@ -48,10 +51,6 @@ class DeltaStream:
             if not float(np.abs(left).max()) * float(np.abs(f.A_RN).max()) * f.rank < np.finfo(dtype).max:
                 raise too_large(where)
         return cls(lefts, [f.A_RN.astype(dtype, copy=False) for f in factors])
-
-    @classmethod
-    def of_arrays(cls, arrays: Sequence[np.ndarray]) -> DeltaStream:
-        return cls(arrays, None)
 
     @property
     def size(self) -> int:
@@ -77,7 +76,6 @@ def order_statistics(
         for values, wanted in zip(held, places):
             values.partition(sorted(set(wanted)))
         return [[float(values[place]) for place in wanted] for values, wanted in zip(held, places)]
-    bits = 0
     known: list[list[int]] = [[0] * len(wanted) for wanted in places]  # leading digits found so far
     left = [list(wanted) for wanted in places]  # place among the values with these leading digits
     done, width = 0, 32
@@ -92,8 +90,7 @@ def order_statistics(
                 for prefix in set(known[c]):
                     chosen = keys if done == 0 else keys[(keys >> (width - done)) == prefix]
                     digits = ((chosen >> (width - done - 16)) & 0xFFFF).astype(np.int64)
-                    found = np.bincount(digits, minlength=1 << 16)
-                    counts[c, prefix] = counts[c, prefix] + found if (c, prefix) in counts else found
+                    counts[c, prefix] = counts.get((c, prefix), 0) + np.bincount(digits, minlength=1 << 16)
         for c, wanted in enumerate(left):
             for q, place in enumerate(wanted):
                 running = np.cumsum(counts[c, known[c][q]])
@@ -101,8 +98,7 @@ def order_statistics(
                 left[c][q] = place - (int(running[digit - 1]) if digit else 0)
                 known[c][q] = (known[c][q] << 16) | digit
         done += 16
-    bits = width
-    return [[_value(key, bits, dtype) for key in channel] for channel in known]
+    return [[_value(key, width, dtype) for key in channel] for channel in known]
 
 
 def _gather(blocks: Iterable[Sequence[np.ndarray]], size: int) -> list[np.ndarray]:

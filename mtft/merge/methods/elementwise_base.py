@@ -45,7 +45,7 @@ class ElementwiseMethod(MergeMethod):
     def merge_arrays(self, arrays: Sequence[np.ndarray], weights_K: np.ndarray, **labels) -> np.ndarray:
         """The rule on matrices as they are. labels: names, module, seed."""
         labels = {"names": tuple(map(str, range(len(arrays)))), "module": "", "seed": 0, **labels}
-        task = TaskDelta(DeltaStream.of_arrays(arrays), np.asarray(weights_K), **labels)
+        task = TaskDelta(DeltaStream(arrays), np.asarray(weights_K), **labels)
         rule = self.rule(task)
         return np.vstack([rule(start, blocks) for start, blocks in task.stream])
 

@@ -30,10 +30,10 @@ def disk_dtype(adapters: Sequence[LoraAdapter], dtype: str | None) -> str:
         if dtype not in DTYPES:
             raise MergeError(f"dtype is {dtype!r}", where="dtype", do=f"one of {', '.join(DTYPES)}")
         return DTYPES[dtype]
-    found = set().union(*(adapter.dtypes for adapter in adapters))
-    if len(found) == 1:
-        return found.pop()
-    return "F64" if "F64" in found else "F32"
+    dtypes = set().union(*(adapter.dtypes for adapter in adapters))
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return "F64" if "F64" in dtypes else "F32"
 
 
 def servable_rank(rank: int) -> int:
@@ -56,11 +56,11 @@ def atomic_folder(
         )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise MergeError("there is a file or link of this name", where=str(out), do="choose another folder")
-    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if there and not overwrite:
+    present = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if present and not overwrite:
         raise MergeError("there is something already", where=str(out), do="choose another folder, or overwrite")
-    if there - own:
-        other = sorted(there - own)[0]
+    if present - own:
+        other = sorted(present - own)[0]
         raise MergeError(
             f"the folder also holds {other!r}; it is not replaced", where=str(out), do="choose another folder"
         )
@@ -75,7 +75,7 @@ def atomic_folder(
     try:
         yield scratch
         scratch.chmod(0o755 & ~_umask())
-        if there:
+        if present:
             old = Path(tempfile.mkdtemp(prefix=f"{_aside(target, 'old')}{os.getpid()}-", dir=target.parent))
             os.replace(target, old / "adapter")
             os.replace(scratch, target)
@@ -98,8 +98,8 @@ def _clear_left_over(target: Path) -> None:
     kinds = ("part", "old") if target.exists() else ("part",)
     names = "|".join(re.escape(_aside(target, kind)) for kind in kinds)
     for path in target.parent.iterdir():
-        found = re.fullmatch(rf"(?:{names})(\d+)-[^-]+", path.name)
-        if found is not None and path.is_dir() and not path.is_symlink() and not _alive(int(found[1])):
+        match = re.fullmatch(rf"(?:{names})(\d+)-[^-]+", path.name)
+        if match is not None and path.is_dir() and not path.is_symlink() and not _alive(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 
 

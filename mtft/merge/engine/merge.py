@@ -71,10 +71,10 @@ def merge_adapters(
     full = merge_full_tensors(opened, plan.weights_K, saved)
     if vllm:
         _check_vllm(plan, full)
-    with atomic_folder(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened]) as folder:
+    with atomic_folder(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened]) as scratch:
         results, final_rank = _spectra_and_rank(plan, rank, energy, workers)
         spectra = {}
-        with AdapterWriter(folder, opened, plan.layouts, final_rank, disk_dtype(opened, dtype), full) as writer:
+        with AdapterWriter(scratch, opened, plan.layouts, final_rank, disk_dtype(opened, dtype), full) as writer:
             for result in results:
                 spectra[result.name] = (result.S, result.square)
                 warnings += result.warnings
@@ -108,24 +108,24 @@ def merge_adapters(
                 "seed": seed,
                 "vllm": vllm,
                 "command": command,
-                "output_sha256": file_hash(folder / WEIGHTS),
+                "output_sha256": file_hash(scratch / WEIGHTS),
                 "versions": {"mtft": __version__, "numpy": np.__version__},
             },
             warnings=_short(warnings),
             seconds=0.0,
         )
         if diagnostics:
-            report.diagnostics = diagnose(opened, folder)
+            report.diagnostics = diagnose(opened, scratch)
         report.seconds = time.perf_counter() - started
-        write_merge_card(folder, report)
+        write_merge_card(scratch, report)
     return report
 
 
 def _check_policy(rank: int | str, energy: float, min_energy: float, plan: MergePlan) -> int | str:
     if rank == "auto" and plan.methods[0].default_rank:
         rank = plan.methods[0].default_rank
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and 0 < rank <= 65536
-    if not whole and rank not in ("auto", "lossless"):
+    is_number = isinstance(rank, int) and not isinstance(rank, bool) and 0 < rank <= 65536
+    if not is_number and rank not in ("auto", "lossless"):
         raise MergeError(f"rank is {rank!r}", where="rank", do="a whole number > 0, auto, or lossless")
     for name, value in (("energy", energy), ("min_energy", min_energy)):
         if not 0 <= value <= 1:
@@ -162,22 +162,22 @@ def _spectra_and_rank(plan: MergePlan, rank: int | str, energy: float, workers: 
 def _smallest_rank(spectra: Mapping[str, tuple[np.ndarray, float]], share: float) -> int | None:
     """The smallest uniform rank that keeps `share` of the squared norm over all modules, None if none does."""
     longest = max((len(S) for S, _ in spectra.values()), default=0)
-    kept = np.zeros(longest)
+    square_R = np.zeros(longest)
     for S, _ in spectra.values():
-        kept[: len(S)] += S.astype(np.float64) ** 2
+        square_R[: len(S)] += S.astype(np.float64) ** 2
     total = sum(square for _, square in spectra.values())
-    enough = np.nonzero(np.cumsum(kept) >= share * total * (1 - 1e-12))[0]
+    enough = np.nonzero(np.cumsum(square_R) >= share * total * (1 - 1e-12))[0]
     return int(enough[0]) + 1 if len(enough) else None
 
 
 def _energies(spectra: Mapping[str, tuple[np.ndarray, float]], limits: Mapping[str, int]):
-    table, kept_all, total_all = {}, 0.0, 0.0
+    table, held_all, total_all = {}, 0.0, 0.0
     for name, (S, square) in spectra.items():
-        kept = float(np.sum(S[: limits[name]].astype(np.float64) ** 2))
+        held = float(np.sum(S[: limits[name]].astype(np.float64) ** 2))
         rank = min(len(S), limits[name])
-        table[name] = {"rank": rank, "energy": min(1.0, kept / square) if square else 1.0, "norm": math.sqrt(square)}
-        kept_all, total_all = kept_all + kept, total_all + square
-    return table, min(1.0, kept_all / total_all) if total_all else 1.0
+        table[name] = {"rank": rank, "energy": min(1.0, held / square) if square else 1.0, "norm": math.sqrt(square)}
+        held_all, total_all = held_all + held, total_all + square
+    return table, min(1.0, held_all / total_all) if total_all else 1.0
 
 
 def _too_little(total: float, least: float, rank: int, spectra) -> MergeError:

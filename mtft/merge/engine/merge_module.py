@@ -39,17 +39,17 @@ def read_inputs(
     names, weights, factors, warnings = [], [], [], []
     bias_M = np.zeros(module.layout.m)
     for adapter, weight in zip(plan.adapters, module.weights_K, strict=True):
-        found = adapter.factors(module.name, dtype) if weight != 0 else None
-        if found is None:
+        own_factors = adapter.factors(module.name, dtype) if weight != 0 else None
+        if own_factors is None:
             continue
-        if found.bias_M is not None:
-            bias_M += (plan.scale * weight * found.scale) * found.bias_M
-        if not found.B_MR.any() or not found.A_RN.any():
+        if own_factors.bias_M is not None:
+            bias_M += (plan.scale * weight * own_factors.scale) * own_factors.bias_M
+        if not own_factors.B_MR.any() or not own_factors.A_RN.any():
             warnings.append(f"{adapter.name}: {module.name} is all zero (untrained?)")
             continue
         names.append(adapter.name)
         weights.append(weight)
-        factors.append(found)
+        factors.append(own_factors)
     labels = (module.name, tuple(names), np.array(weights), tuple(factors))
     return ModuleInputs(*labels, dtype, plan.seed, rank_cap), bias_M if module.layout.has_bias else None, warnings
 

@@ -24,6 +24,7 @@ def _readme(report: MergeReport) -> str:
         "tags: [lora, merge]",
         "---",
     ]
+    options = f" ({', '.join(f'{key} = {value}' for key, value in report.options.items())})" if report.options else ""
     rows = []
     for item in report.inputs:
         cells = [_cell(item["name"]), f"{item['weight']:g}", item["r"], f"{item['alpha']:g}", item["rslora"]]
@@ -33,7 +34,7 @@ def _readme(report: MergeReport) -> str:
         "",
         "# Merged LoRA adapter",
         "",
-        f"Method `{report.method}`{_options(report.options)}, scale {report.scale:g}, rank {report.rank}.",
+        f"Method `{report.method}`{options}, scale {report.scale:g}, rank {report.rank}.",
         f"The adapter holds {report.energy:.2%} of the squared norm of the merged deltas;"
         f" worst module: `{report.worst[0]}`, {report.worst[1]:.2%}.",
         "",
@@ -46,10 +47,6 @@ def _readme(report: MergeReport) -> str:
     if report.warnings:
         lines += ["", "Warnings:", "", *(f"- {_cell(text)}" for text in report.warnings)]
     return "\n".join(lines) + "\n"
-
-
-def _options(options: dict) -> str:
-    return f" ({', '.join(f'{key} = {value}' for key, value in options.items())})" if options else ""
 
 
 def _cell(text: str) -> str:

@@ -133,10 +133,10 @@ def _write_experts(
     expert_rank: int,
     rank: int,
     dtype: str,
-    whole: bool,
+    with_shared: bool,
 ) -> dict[str, float]:
     """All experts at once, module by module; returns the share of ||E_k||^2 that is kept."""
-    kept, squares = np.zeros(len(folders)), np.zeros(len(folders))
+    held, squares = np.zeros(len(folders)), np.zeros(len(folders))
     with ExitStack() as stack:
         writers = []
         for folder in folders:
@@ -154,18 +154,18 @@ def _write_experts(
                     E = (next(deltas) if factor is not None else np.zeros_like(S)) - S
                     spectrum = svd(E)
                     cut = spectrum.cut(expert_rank)
-                    kept[k] += np.sum(cut.S**2)
+                    held[k] += np.sum(cut.S**2)
                     squares[k] += np.sum(spectrum.S**2)
-                    if whole:
+                    if with_shared:
                         cut = svd((cut.U * cut.S) @ cut.Vt + S)
                     B, A = balanced_factors(cut.cut(rank), core.rows, core.cols)
-                    bias = _bias(factor, base, whole) if module.layout.has_bias else None
+                    bias = _bias(factor, base, with_shared) if module.layout.has_bias else None
                     writer.add(module.name, B, A, bias)
     for writer in writers:
         writer.write_config()
-    return {a.name: float(x / s) if s else 1.0 for a, x, s in zip(plan.adapters, kept, squares)}
+    return {a.name: float(x / s) if s else 1.0 for a, x, s in zip(plan.adapters, held, squares)}
 
 
-def _bias(factor, base, whole: bool) -> np.ndarray:
+def _bias(factor, base, with_shared: bool) -> np.ndarray:
     own = 0.0 if factor is None or factor.bias_M is None else factor.scale * factor.bias_M
-    return own + np.zeros_like(base.bias_M) if whole else own - base.bias_M
+    return own + np.zeros_like(base.bias_M) if with_shared else own - base.bias_M

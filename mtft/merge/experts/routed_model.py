@@ -131,16 +131,16 @@ def load_routed(model: Any, folder: str | Path) -> RoutedModel:
     MergeError if there is no router: then the folder is for a server that routes by itself.
     """
     folder = Path(folder)
-    found = next((folder / name for name in FACTS if (folder / name).is_file()), None)
-    if found is None:
+    facts_file = next((folder / name for name in FACTS if (folder / name).is_file()), None)
+    if facts_file is None:
         do = "give the folder that `mtft merge` wrote with merge.experts"
         raise MergeError("neither twin.json nor arrow.json is there", where=str(folder), do=do)
-    facts = json.loads(found.read_text("utf-8"))
+    facts = json.loads(facts_file.read_text("utf-8"))
     if not (folder / ROUTER).is_file():
         raise MergeError(f"no {ROUTER}", where=str(folder), do="merge with a recipe that names held-out rows")
     router = load_router(folder / ROUTER)
     experts = [read_adapter(folder / facts["experts"][name], name) for name in router.names]
-    shared = None if found.name == "arrow.json" or facts["with_shared"] else folder / "shared"
+    shared = None if facts_file.name == "arrow.json" or facts["with_shared"] else folder / "shared"
     return RoutedModel(
         model, experts, router, shared=shared, top=facts.get("top"), temperature=facts.get("temperature", 1.0)
     )

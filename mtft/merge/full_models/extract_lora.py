@@ -68,14 +68,14 @@ def extract_adapter(
     matrices = [key for key in root.files if _is_block_matrix(root, key)]
     wide = servable_rank(rank)
     layouts = {key.removesuffix(".weight"): AdapterLayout(*root.shape(key), wide, "linear", False) for key in matrices}
-    kept = squares = other = 0.0
-    with atomic_folder(Path(out), overwrite=overwrite, inputs=[root.path, tuned.path]) as folder:
-        with AdapterWriter(folder, (), layouts, wide, disk_dtype((), dtype), {}) as writer:
+    held = squares = other = 0.0
+    with atomic_folder(Path(out), overwrite=overwrite, inputs=[root.path, tuned.path]) as scratch:
+        with AdapterWriter(scratch, (), layouts, wide, disk_dtype((), dtype), {}) as writer:
             for key, module in zip(matrices, layouts, strict=True):
                 with one_thread():
                     B, A, square = _leading(root, tuned, key, rank)
                 writer.add(module, B, A, None)
-                kept, squares = kept + float(np.sum((B**2).sum(axis=0) ** 2)), squares + square  # sigma = |b|^2
+                held, squares = held + float(np.sum((B**2).sum(axis=0) ** 2)), squares + square  # sigma = |b|^2
         for key in root.files:
             if key not in matrices:
                 other += sum(float(np.sum(x[0].astype(np.float64) ** 2)) for _, x in _stream(root, tuned, key))
@@ -84,12 +84,12 @@ def extract_adapter(
                 "no matrix inside a block differs", where=str(model), do="give a model tuned from this base"
             )
         facts = {"base": str(root.path), "model": str(tuned.path), "rank": rank}
-        facts |= {"energy": min(1.0, kept / squares), "left_out": other / (other + squares)}
-        (folder / "merge.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-        (folder / CONFIG).write_text(
+        facts |= {"energy": min(1.0, held / squares), "left_out": other / (other + squares)}
+        (scratch / "merge.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        (scratch / CONFIG).write_text(
             json.dumps(plain_config(wide, list(layouts), str(root.path)), indent=2) + "\n", "utf-8"
         )
-    return ExtractedLora(Path(out), rank, min(1.0, kept / squares), other / (other + squares))
+    return ExtractedLora(Path(out), rank, min(1.0, held / squares), other / (other + squares))
 
 
 def twin_models(
@@ -115,15 +115,15 @@ def twin_models(
     own = frozenset({"shared", "twin.json", "router.safetensors", *folders.values()})
     with atomic_folder(out, overwrite=overwrite, inputs=[Path(base), *paths], own=own) as scratch:
         merge_checkpoints(base, paths, scratch / "shared", method, options, weights, scale)
-        found = {}
+        extracted = {}
         for path in paths:
             held = extract_adapter(scratch / "shared", path, scratch / folders[path.name], rank)
             _name_base(scratch / folders[path.name], out / "shared")
-            found[path.name] = ExtractedLora(out / folders[path.name], rank, held.energy, held.left_out)
-        energies = {name: held.energy for name, held in found.items()}
+            extracted[path.name] = ExtractedLora(out / folders[path.name], rank, held.energy, held.left_out)
+        energies = {name: held.energy for name, held in extracted.items()}
         facts = {"experts": folders, "expert_rank": rank, "expert_energy": energies, "with_shared": True}
         (scratch / "twin.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-    return found
+    return extracted
 
 
 def _name_base(adapter: Path, base: Path) -> None:

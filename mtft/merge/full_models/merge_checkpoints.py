@@ -62,10 +62,10 @@ class CheckpointDelta:
         return as_matrix(self.base.shape(self.key))
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        own, base = (
+        tuned, base = (
             x.files[self.key].rows(self.key, rows.start, rows.stop, np.float32) for x in (self.model, self.base)
         )
-        return own - base
+        return tuned - base
 
 
 def read_checkpoint(path: str | Path) -> FullCheckpoint:
@@ -110,11 +110,13 @@ def merge_checkpoints(
     shards = _shards(root, shard_bytes)
     own = frozenset({"merge.json", INDEX, WEIGHTS, *shards, *(path.name for path in _companions(root.path))})
     norms = {}
-    with atomic_folder(Path(out), overwrite=overwrite, inputs=[root.path, *(m.path for m in tuned)], own=own) as folder:
+    with atomic_folder(
+        Path(out), overwrite=overwrite, inputs=[root.path, *(m.path for m in tuned)], own=own
+    ) as scratch:
         for shard, keys in shards.items():
             entries = [(key, root.dtype(key), root.shape(key)) for key in keys]
             try:
-                with TensorWriter(folder / shard, entries) as writer, one_thread():
+                with TensorWriter(scratch / shard, entries) as writer, one_thread():
                     for key in keys:
                         square: list[float] = []
                         merged = _merged(rule, root, used, key, seed, spectral)
@@ -126,23 +128,22 @@ def merge_checkpoints(
             total = sum(root.files[k].entries[k].end - root.files[k].entries[k].start for k in root.files)
             weight_map = {key: shard for shard, keys in shards.items() for key in keys}
             text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-            (folder / INDEX).write_text(text + "\n", "utf-8")
+            (scratch / INDEX).write_text(text + "\n", "utf-8")
         for path in _companions(root.path):
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, scratch / path.name)
         facts = {"method": method, "options": rule.describe(), "scale": scale, "seed": seed, "base": str(root.path)}
         facts["models"] = [{"path": str(m.path), "weight": float(w)} for m, w in zip(tuned, weights_K)]
         facts["delta_norms"] = norms
-        (folder / "merge.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", "utf-8")
+        (scratch / "merge.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", "utf-8")
     return facts
 
 
 def check_same_tensors(root: FullCheckpoint, tuned: Sequence[FullCheckpoint]) -> None:
     for model in tuned:
-        if odd := sorted(model.files.keys() ^ root.files.keys()):
+        if unshared := sorted(model.files.keys() ^ root.files.keys()):
+            what = f"{len(unshared)} tensors are in one only, first {unshared[0]!r}"
             do = "merge models of this base, saved the same way"
-            raise MergeError(
-                f"{len(odd)} tensors are in one only, first {odd[0]!r}", where=f"{root.path}, {model.path}", do=do
-            )
+            raise MergeError(what, where=f"{root.path}, {model.path}", do=do)
         for key in root.files:
             if model.shape(key) != root.shape(key):
                 what = f"{key} is {list(root.shape(key))} in the base and {list(model.shape(key))}"

@@ -131,15 +131,15 @@ def _warn_few_examples(batches: Sequence[GateBatch]) -> list[str]:
 def _expert_entropy(model, adapters, batches, forward, gates: Gates) -> float:
     """Mean entropy of each expert alone on the batches of its own task (of all batches, if none bears its name)."""
     gates.remove()
-    found = []
+    entropies = []
     for adapter in adapters:
         alone = Gates(model, [adapter], "cat_gates")  # starts at 1/K = 1: the adapter as it is
-        own = [batch for batch in batches if batch.task == adapter.name] or list(batches)
+        own_batches = [batch for batch in batches if batch.task == adapter.name] or list(batches)
         with torch.no_grad():
-            found += [objective(forward(model, batch), batch, True).item() for batch in own]
+            entropies += [objective(forward(model, batch), batch, True).item() for batch in own_batches]
         alone.remove()
     gates.attach(model)
-    return float(np.mean(found))
+    return float(np.mean(entropies))
 
 
 @dataclass(frozen=True)

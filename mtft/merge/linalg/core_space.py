@@ -23,10 +23,7 @@ from threadpoolctl import ThreadpoolController
 from mtft.adapters.lora_factors import LoraFactors
 from mtft.common.errors import MergeError
 
-
-@cache
-def _threads() -> ThreadpoolController:
-    return ThreadpoolController()
+_threads = cache(ThreadpoolController)
 
 
 def one_thread():
@@ -36,11 +33,6 @@ def one_thread():
 
 ROWS = 8192
 """Taller stacks (vocabularies) are factored in chunks of so many rows first, to bound memory."""
-
-
-def rank_tolerance(dtype: np.dtype | type) -> float:
-    """Singular values below this share of the largest count as zero."""
-    return 1e-10 if np.dtype(dtype) == np.float64 else 1e-5
 
 
 class OrthonormalBasis(Protocol):
@@ -244,10 +236,11 @@ def too_large(where: str) -> MergeError:
 
 
 def svd(X: np.ndarray, tolerance: float | None = None) -> Spectrum:
-    """SVD of the numerical rank only: sigma_i > tolerance * sigma_1 (default: by dtype)."""
+    """SVD of the numerical rank only: sigma_i > tolerance * sigma_1 (default: 1e-10 in float64, else 1e-5)."""
     U, S, Vt = np.linalg.svd(X, full_matrices=False)
-    limit = (rank_tolerance(X.dtype) if tolerance is None else tolerance) * (S[0] if S.size else 0)
-    return Spectrum(U, S, Vt).cut(int(np.count_nonzero(limit < S)))
+    if tolerance is None:
+        tolerance = 1e-10 if X.dtype == np.float64 else 1e-5
+    return Spectrum(U, S, Vt).cut(int(np.count_nonzero(tolerance * S[:1] < S)))
 
 
 def polar(X: np.ndarray) -> np.ndarray:

@@ -43,12 +43,12 @@ class Della(ElementwiseMethod):
         divide = self.rescale == "inverse"
 
         def drop(start: int, blocks: list[np.ndarray]) -> list[np.ndarray]:
-            kept = []
+            thinned = []
             for mask, x in zip(masks, blocks):
                 p = self.probabilities(x)
                 y = np.where(mask.uniform(start, len(x)) < p, x, 0)
-                kept.append((y / p).astype(x.dtype) if divide else y)
-            return kept
+                thinned.append((y / p).astype(x.dtype) if divide else y)
+            return thinned
 
         return after_drop(task, drop if divide else keep_l1(task, drop), self)
 

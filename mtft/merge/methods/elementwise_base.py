@@ -69,10 +69,10 @@ def magnitude_thresholds(stream: DeltaStream, density: float, what: str) -> list
     if count == stream.size:
         return [0.0] * stream.K
     place = stream.size - count
-    found = order_statistics(
+    statistics = order_statistics(
         lambda: ([np.abs(x) for x in blocks] for _, blocks in stream), [[place]] * stream.K, stream.size
     )
-    return [values[0] for values in found]
+    return [values[0] for values in statistics]
 
 
 def global_thresholds(modules: ModulePass, density: float) -> dict[str, float]:

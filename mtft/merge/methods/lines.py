@@ -71,8 +71,8 @@ class Lines(MergeMethod):
 
 def layer_of(module: str) -> int | None:
     """The block's number: the first component of the name that is a number, None outside of blocks."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    return int(match[1]) if match else None
 
 
 def layer_factor(layer: int | None, depth: int, alpha: float, beta: float) -> float:

@@ -77,12 +77,12 @@ class Pcb(ElementwiseMethod):
             """Blocks with one array for each adapter of `sizes`, empty where it lacks the module."""
             for task in tasks():
                 for blocks in task.weighted():
-                    found = dict(zip(task.names, values(task, blocks)))
-                    yield [found.get(name, np.empty(0, dtype)) for name in sizes]
+                    value_of = dict(zip(task.names, values(task, blocks)))
+                    yield [value_of.get(name, np.empty(0, dtype)) for name in sizes]
 
         def ends(places: list[list[int]], values) -> dict[str, Ends]:
-            found = order_statistics(lambda: channels(values), places, largest)
-            return {name: (low, high) for name, (low, high) in zip(sizes, found)}
+            statistics = order_statistics(lambda: channels(values), places, largest)
+            return {name: (low, high) for name, (low, high) in zip(sizes, statistics)}
 
         edges = [[int(1e-4 * n), max(0, int((1 - 1e-4) * n - 1))] for n in sizes.values()]
         spans = ends(edges, lambda task, blocks: [np.abs(x) for x in blocks])

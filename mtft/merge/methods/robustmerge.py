@@ -38,8 +38,8 @@ class RobustMerge(MergeMethod):
         A, B, total = np.zeros((rank, parts.shape[1])), np.zeros((parts.shape[0], rank)), np.zeros(rank)
         for weight, f in zip(parts.weights_K, parts.factors):
             trimmed = self._trim(f.A_RN, parts.module)
-            kept = np.abs(trimmed).sum(axis=1)
-            c = np.abs(f.A_RN).sum(axis=1) / np.where(kept > 0, kept, 1)
+            row_sums = np.abs(trimmed).sum(axis=1)
+            c = np.abs(f.A_RN).sum(axis=1) / np.where(row_sums > 0, row_sums, 1)
             c = np.maximum(c, np.sort(c)[min(rank - 1, int(self.level * rank))])
             A = A + trimmed
             B = B + c * self._trim(weight * f.scale * f.B_MR, parts.module)

@@ -56,7 +56,7 @@ class Sce(ElementwiseMethod):
         if varied == 0:  # one task, or equal ones: nothing tells the entries apart
             return None
         place = task.stream.size - kept_count(self.density, varied, task.module)
-        found = order_statistics(
+        statistics = order_statistics(
             lambda: ([np.var(blocks, axis=0)] for blocks in task.weighted()), [[place]], task.stream.size
         )
-        return found[0][0]
+        return statistics[0][0]

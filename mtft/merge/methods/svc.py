@@ -32,9 +32,9 @@ class Svc(CoreSpaceMethod):
         total = np.zeros(len(S))
         for M in core.cores:
             rows = U.T @ M
-            own = np.sum(rows**2, axis=1)
+            strength = np.sum(rows**2, axis=1)
             shared = S * np.sum(Vt * rows, axis=1)
-            found = own > 1e-20 * np.sum(M**2)
-            p = np.where(found, shared / np.where(found, own, 1.0), self.alpha)
+            acts = strength > 1e-20 * np.sum(M**2)
+            p = np.where(acts, shared / np.where(acts, strength, 1.0), self.alpha)
             total += np.maximum(self.alpha, p)
         return (U * (S * len(core.cores) / total)) @ Vt

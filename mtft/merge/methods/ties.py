@@ -78,12 +78,9 @@ def sign_balance(task: TaskDelta, cut: Cut, weights_K: np.ndarray) -> float:
     """Sum of the elected signs over all entries: which sign is the more common one."""
     total = 0.0
     for start, blocks in task.stream:
-        total += float(np.sign(_weighted_sum(cut(start, blocks), weights_K)).sum(dtype=np.float64))
+        weighted = [x.dtype.type(w) * x for w, x in zip(weights_K, cut(start, blocks))]
+        total += float(np.sign(np.sum(weighted, axis=0)).sum(dtype=np.float64))
     return total
-
-
-def _weighted_sum(blocks: list[np.ndarray], weights_K: np.ndarray) -> np.ndarray:
-    return np.sum([x.dtype.type(w) * x for w, x in zip(weights_K, blocks)], axis=0)
 
 
 def elect_signs(task: TaskDelta, cut: Cut, variant: str, value: str, majority: float | None = None) -> Rule:
@@ -94,8 +91,8 @@ def elect_signs(task: TaskDelta, cut: Cut, variant: str, value: str, majority: f
     tie_sign = cache(lambda: sign_balance(task, cut, task.weights_K) if majority is None else majority)
 
     def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:
-        kept = cut(start, blocks)
-        voting = kept if by_own else [w * x for w, x in zip(weights_K, kept)]
+        trimmed = cut(start, blocks)
+        voting = trimmed if by_own else [w * x for w, x in zip(weights_K, trimmed)]
         total = voting[0].copy()
         for x in voting[1:]:
             total += x
@@ -103,7 +100,7 @@ def elect_signs(task: TaskDelta, cut: Cut, variant: str, value: str, majority: f
         zero = total == 0
         if variant != "paper":
             sign[zero] = 1
-        elif any(np.logical_and(zero, x).any() for x in kept):  # exact cancellation: rare, costs a pass
+        elif any(np.logical_and(zero, x).any() for x in trimmed):  # exact cancellation: rare, costs a pass
             sign[zero] = np.sign(tie_sign())
         result, share = np.zeros_like(total), np.zeros_like(total)
         for w, x in zip(weights_K, voting):

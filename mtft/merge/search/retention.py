@@ -53,7 +53,7 @@ class Retention:
         self, *, method: str, rank: int, energy: float | None = None, diagnostics: Mapping | None = None
     ) -> dict[str, object]:
         """What the report page reads (merge/retention.json); diagnostics: as diagnose() returns them."""
-        found: dict[str, object] = {
+        page: dict[str, object] = {
             "method": method,
             "rank": rank,
             "energy": energy,
@@ -64,11 +64,11 @@ class Retention:
         }
         if diagnostics:
             names = diagnostics["names"]
-            found["cosines"] = {"names": names, "values": diagnostics["cosines"]}
-            found["interference"] = dict(zip(names, diagnostics["interference"], strict=True))
-            found["norms"] = dict(zip(names, diagnostics["norms"], strict=True))
-            found["overlap"] = {side: diagnostics[f"overlap_{side}"] for side in ("left", "right")}
-        return found
+            page["cosines"] = {"names": names, "values": diagnostics["cosines"]}
+            page["interference"] = dict(zip(names, diagnostics["interference"], strict=True))
+            page["norms"] = dict(zip(names, diagnostics["norms"], strict=True))
+            page["overlap"] = {side: diagnostics[f"overlap_{side}"] for side in ("left", "right")}
+        return page
 
 
 def retention(

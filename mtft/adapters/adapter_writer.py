@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ import numpy as np
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS, AdapterLayout, LoraAdapter, factor_keys
 from mtft.adapters.safetensors_io import TensorWriter
+from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 
 OWN_FILES = frozenset({WEIGHTS, CONFIG, "README.md", "merge.json"})
@@ -180,7 +180,7 @@ class AdapterWriter:
 
     def write_config(self) -> None:
         """Comes last: a folder without its config is no adapter."""
-        (self.folder / CONFIG).write_text(json.dumps(self._config(), indent=2) + "\n", "utf-8")
+        write_json(self.folder / CONFIG, self._config(), indent=2)
 
     def _config(self) -> dict[str, object]:
         """The adapter_config.json: no patterns, alpha = r, every module by its full name so nothing else matches."""

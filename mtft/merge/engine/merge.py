@@ -18,8 +18,7 @@ from mtft.merge.engine.full_tensors import merge_full_tensors
 from mtft.merge.engine.interference import diagnose
 from mtft.merge.engine.merge_module import ModuleResult, merge_modules, survey
 from mtft.merge.engine.merge_plan import MergePlan, check_together, make_merge_plan
-from mtft.merge.engine.model_card import write_merge_card
-from mtft.merge.engine.report import MergeReport
+from mtft.merge.engine.report import MergeReport, write_merge_card
 from mtft.merge.methods.base import MergeMethod
 
 KEEP_BYTES = 256 << 20

@@ -20,6 +20,7 @@ import numpy as np
 from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype, plain_config, servable_rank
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import AdapterLayout
+from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 from mtft.merge.full_models.merge_checkpoints import (
     CheckpointDelta,
@@ -85,10 +86,8 @@ def extract_adapter(
             )
         facts = {"base": str(root.path), "model": str(tuned.path), "rank": rank}
         facts |= {"energy": min(1.0, held / squares), "left_out": other / (other + squares)}
-        (scratch / "merge.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-        (scratch / CONFIG).write_text(
-            json.dumps(plain_config(wide, list(layouts), str(root.path)), indent=2) + "\n", "utf-8"
-        )
+        write_json(scratch / "merge.json", facts, indent=2)
+        write_json(scratch / CONFIG, plain_config(wide, list(layouts), str(root.path)), indent=2)
     return ExtractedLora(Path(out), rank, min(1.0, held / squares), other / (other + squares))
 
 
@@ -122,7 +121,7 @@ def twin_models(
             extracted[path.name] = ExtractedLora(out / folders[path.name], rank, held.energy, held.left_out)
         energies = {name: held.energy for name, held in extracted.items()}
         facts = {"experts": folders, "expert_rank": rank, "expert_energy": energies, "with_shared": True}
-        (scratch / "twin.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        write_json(scratch / "twin.json", facts, indent=2)
     return extracted
 
 
@@ -130,7 +129,7 @@ def _name_base(adapter: Path, base: Path) -> None:
     """Its base is where the shared model will stand."""
     for name, key in ((CONFIG, "base_model_name_or_path"), ("merge.json", "base")):
         facts = json.loads((adapter / name).read_text("utf-8"))
-        (adapter / name).write_text(json.dumps({**facts, key: str(base)}, indent=2) + "\n", "utf-8")
+        write_json(adapter / name, {**facts, key: str(base)}, indent=2)
 
 
 def _is_block_matrix(root: FullCheckpoint, key: str) -> bool:

@@ -7,7 +7,6 @@ and pay full SVDs. Files may be sharded, in and out. No model code runs and noth
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 
 from mtft.adapters.adapter_writer import atomic_folder
 from mtft.adapters.safetensors_io import TensorFile, TensorWriter, as_matrix, open_tensors
+from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge_plan import check_weights
 from mtft.merge.linalg.core_space import CoreSpace, IdentityBasis, one_thread
@@ -127,14 +127,14 @@ def merge_checkpoints(
         if len(shards) > 1:
             total = sum(root.files[k].entries[k].end - root.files[k].entries[k].start for k in root.files)
             weight_map = {key: shard for shard, keys in shards.items() for key in keys}
-            text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-            (scratch / INDEX).write_text(text + "\n", "utf-8")
+            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(scratch / INDEX, content, indent=2)
         for path in _companions(root.path):
             shutil.copyfile(path, scratch / path.name)
         facts = {"method": method, "options": rule.describe(), "scale": scale, "seed": seed, "base": str(root.path)}
         facts["models"] = [{"path": str(m.path), "weight": float(w)} for m, w in zip(tuned, weights_K)]
         facts["delta_norms"] = norms
-        (scratch / "merge.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", "utf-8")
+        write_json(scratch / "merge.json", facts, indent=2)
     return facts
 
 

@@ -69,9 +69,8 @@ def run_weight_search(
         raise MergeError(f"unknown search {by!r}", where="by", do=f"one of {', '.join(WAYS)}")
     K = len(names)
     _check_preference(prefer)
-    search = SearchLedger(
-        names, evaluate, base, single, worst=worst, prefer=prefer, path=ledger, penalty=0.05 if by == "lorahub" else 0.0
-    )
+    path, penalty = Path(ledger) if ledger else None, 0.05 if by == "lorahub" else 0.0
+    search = SearchLedger(list(names), evaluate, base, single, worst, penalty, prefer, path)
     uniform = search.trial([1.0] * K)
     for scale in SCALES:
         search.trial([scale] * K)

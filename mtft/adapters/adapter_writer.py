@@ -74,7 +74,9 @@ def atomic_folder(
         ) from None
     try:
         yield scratch
-        scratch.chmod(0o755 & ~_umask())
+        mask = os.umask(0)
+        os.umask(mask)
+        scratch.chmod(0o755 & ~mask)
         if present:
             old = Path(tempfile.mkdtemp(prefix=f"{_aside(target, 'old')}{os.getpid()}-", dir=target.parent))
             os.replace(target, old / "adapter")
@@ -109,14 +111,8 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        return True
+        pass
     return True
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class AdapterWriter:

@@ -186,18 +186,9 @@ def _too_little(total: float, least: float, rank: int, spectra) -> MergeError:
 
 
 def _input(adapter: LoraAdapter, weight: float) -> dict[str, object]:
-    settings = adapter.settings
-    return {
-        "path": str(adapter.path),
-        "name": adapter.name,
-        "sha256": adapter.sha256,
-        "base": settings.base,
-        "revision": settings.revision,
-        "r": settings.r,
-        "alpha": settings.alpha,
-        "rslora": settings.rslora,
-        "weight": float(weight),
-    }
+    settings = {key: getattr(adapter.settings, key) for key in ("base", "revision", "r", "alpha", "rslora")}
+    about = {"path": str(adapter.path), "name": adapter.name, "sha256": adapter.sha256}
+    return {**about, **settings, "weight": float(weight)}
 
 
 def _short(warnings: Sequence[str]) -> list[str]:

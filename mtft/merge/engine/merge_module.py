@@ -71,7 +71,7 @@ def merge_module(plan: MergePlan, module: ModulePlan, seen: object, rank: int | 
 
 def final_spectrum(merged: MergedCore, parts: ModuleInputs, scale: float) -> tuple[Spectrum, float]:
     """SVD of scale * X and its squared norm; what is only rounding of the inputs (as in +D - D) counts as zero."""
-    if not np.isfinite(merged.X).all():
+    if not np.isfinite(merged.X).all() or not np.isfinite(merged.square):
         raise too_large(parts.module)
     spectrum = svd(merged.X)
     size = sum(
@@ -79,8 +79,6 @@ def final_spectrum(merged: MergedCore, parts: ModuleInputs, scale: float) -> tup
         for w, f in zip(parts.weights_K, parts.factors, strict=True)
     )
     real = int(np.count_nonzero(16 * np.finfo(parts.dtype).eps * size < spectrum.S))
-    if not np.isfinite(merged.square):
-        raise too_large(parts.module)
     if real == 0:
         return spectrum.cut(0), 0.0
     U, S, Vt = spectrum.cut(real)

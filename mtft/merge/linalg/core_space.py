@@ -218,16 +218,14 @@ def to_core(
         raise ValueError("no adapter has this module")
     cols = orthonormal_basis(np.concatenate([f.A_RN for f, _ in present]).astype(dtype, copy=False).T)
     rows = orthonormal_basis(np.concatenate([f.B_MR for f, _ in present], axis=1).astype(dtype, copy=False))
-    pairs, start = [], 0
-    for f, weight in present:
-        stop = start + f.rank
-        left = np.asarray((weight * f.scale) * rows.R[:, start:stop], dtype)
-        pairs.append((left, cols.R[:, start:stop]))
-        start = stop
+    stops = np.cumsum([f.rank for f, _ in present])
+    slices = [slice(stop - f.rank, stop) for (f, _), stop in zip(present, stops)]
+    lefts = [np.asarray((w * f.scale) * rows.R[:, part], dtype) for (f, w), part in zip(present, slices)]
+    pairs = tuple(zip(lefts, (cols.R[:, part] for part in slices)))
     cores = [left @ right.T for left, right in pairs]
     if not all(np.isfinite(core).all() for core in cores):
         raise too_large(str(labels.get("module", "")))
-    return CoreSpace(cores, rows, cols, np.array([w for _, w in present]), pairs=tuple(pairs), **labels)
+    return CoreSpace(cores, rows, cols, np.array([w for _, w in present]), pairs=pairs, **labels)
 
 
 def too_large(where: str) -> MergeError:

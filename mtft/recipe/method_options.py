@@ -15,18 +15,18 @@ from pydantic import TypeAdapter, ValidationError
 from data_mixers.common.suggest import did_you_mean
 from mtft.common.errors import UserError
 
-Kind = TypeVar("Kind", bound=type)
+Method = TypeVar("Method")
 
 
 def find_method(
-    methods: Mapping[str, Kind],
+    methods: Mapping[str, Method],
     name: str,
     what: str,
     where: str,
     *,
     error: type[UserError] = UserError,
     hint_below: bool = False,
-) -> Kind:
+) -> Method:
     """methods[name]; `error` for an unknown name. what: "balancer". hint_below: the hint stands in the line of `do`."""
     if name in methods:
         return methods[name]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +118,7 @@ def twin_models(
         for path in paths:
             held = extract_adapter(scratch / "shared", path, scratch / folders[path.name], rank)
             _name_base(scratch / folders[path.name], out / "shared")
-            extracted[path.name] = ExtractedLora(out / folders[path.name], rank, held.energy, held.left_out)
+            extracted[path.name] = replace(held, out=out / folders[path.name])
         energies = {name: held.energy for name, held in extracted.items()}
         facts = {"experts": folders, "expert_rank": rank, "expert_energy": energies, "with_shared": True}
         write_json(scratch / "twin.json", facts, indent=2)

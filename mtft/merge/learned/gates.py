@@ -29,6 +29,7 @@ from mtft.common.errors import MergeError
 from mtft.merge.engine.merge_plan import check_together
 from mtft.merge.linalg.module_factors import module_factors
 from mtft.merge.methods.lines import layer_of
+from mtft.recipe.method_options import find_method
 
 
 class GateKind(NamedTuple):
@@ -66,11 +67,9 @@ class Gates(nn.Module):
 
     def __init__(self, model: nn.Module, adapters: Sequence[LoraAdapter], kind: str, *, seed: int = 0) -> None:
         super().__init__()
-        if kind not in GATE_KINDS:
-            raise MergeError(f"unknown gates {kind!r}", where="kind", do=f"one of {', '.join(GATE_KINDS)}")
+        self.settings = find_method(GATE_KINDS, kind, "gates", "kind", error=MergeError)
         check_together(adapters)
         self.kind, self.names = kind, tuple(adapter.name for adapter in adapters)
-        self.layout, start = GATE_KINDS[kind][:2]
         self.modules_by_name = sorted({name for adapter in adapters for name in adapter.modules})
         self._factors = {
             name: [(k, f) for k, f in enumerate(module_factors(model, name, adapters)[1]) if f is not None]
@@ -79,7 +78,7 @@ class Gates(nn.Module):
         self._groups = {name: self._group(name) for name in self.modules_by_name}
         self._generator = torch.Generator().manual_seed(seed)
         self._dropped: dict[str, Tensor] = {}
-        K = len(adapters)
+        K, start = len(adapters), self.settings.start
         start = 1 / K if start is None else start
         self.values = nn.ParameterDict()
         for name in self.modules_by_name:
@@ -106,17 +105,17 @@ class Gates(nn.Module):
         self._handles = []
 
     def _group(self, name: str) -> str:
-        if self.layout == "task":
+        if self.settings.layout == "task":
             return "all"
-        if self.layout == "layer":
+        if self.settings.layout == "layer":
             layer = layer_of(name)
             return "outside" if layer is None else f"layer{layer}"
         return name.replace(".", "/")  # parameter names hold no dots
 
     def _shape(self, name: str, K: int) -> tuple[int, ...]:
-        if self.layout == "vector":
+        if self.settings.layout == "vector":
             return K, self._factors[name][0][1].B_MR.shape[0]
-        if self.layout == "rank":
+        if self.settings.layout == "rank":
             return K, max(len(f.A_RN) for _, f in self._factors[name])
         return (K,)
 
@@ -159,7 +158,7 @@ class Gates(nn.Module):
             for k, (A_RN, B_MR, bias_M) in self._factors[name]:
                 g = gates[k]
                 inner = x @ A_RN.T
-                if self.layout == "rank":
+                if self.settings.layout == "rank":
                     output = output + (inner * g[: inner.shape[-1]]) @ B_MR.T
                     g = torch.ones((), dtype=output.dtype)
                 else:

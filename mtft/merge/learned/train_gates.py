@@ -69,7 +69,6 @@ def train_gates(
         raise MergeError("no batches", where="batches", do="give a few examples of each task")
     forward = logits or (lambda net, batch: net(**batch.inputs).logits)
     gates = Gates(model, opened, kind, seed=seed)  # checks the kind
-    settings = GATE_KINDS[kind]
     warnings = _warn_few_examples(batches)
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     was_training = model.training
@@ -77,16 +76,16 @@ def train_gates(
         model.eval()
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
-        floor = 0.5 * _expert_entropy(model, opened, batches, forward, gates) if settings.entropy else None
+        floor = 0.5 * _expert_entropy(model, opened, batches, forward, gates) if gates.settings.entropy else None
         rule = torch.optim.SGD if kind == "self_positioning" else torch.optim.Adam
-        optimizer = rule(gates.parameters(), lr=learning_rate or settings.learning_rate)
+        optimizer = rule(gates.parameters(), lr=learning_rate or gates.settings.learning_rate)
         history: list[float] = []
-        for step in range(steps if steps is not None else settings.steps):
+        for step in range(steps if steps is not None else gates.settings.steps):
             batch = batches[step % len(batches)]
             gates.train()
             gates.next_step()
             optimizer.zero_grad()
-            loss = objective(forward(model, batch), batch, settings.entropy)
+            loss = objective(forward(model, batch), batch, gates.settings.entropy)
             for value in gates.values.values():
                 loss = loss + l1 * value.abs().sum() + l2 * value.square().sum()
             if floor is not None and loss.item() < floor:
@@ -95,7 +94,7 @@ def train_gates(
             loss.backward()
             optimizer.step()
             history.append(loss.item())
-            if settings.clamp:
+            if gates.settings.clamp:
                 with torch.no_grad():
                     for value in gates.values.values():
                         value.clamp_(0, 1)

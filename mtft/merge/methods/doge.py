@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat
 
 from mtft.merge.linalg.core_space import CoreSpace, MergedCore, svd
-from mtft.merge.linalg.streamed_delta import DeltaStream, Rule, compress
+from mtft.merge.linalg.streamed_delta import DeltaStream, compress
 from mtft.merge.methods.base import MergeMethod, ModuleInputs, ModulePass, Scope, Share
 from mtft.merge.methods.elementwise_base import global_thresholds, magnitude_thresholds
 
@@ -58,8 +58,7 @@ class Doge(MergeMethod):
             moved = [np.where(np.abs(x) >= t, w * x + X, 0) for w, x, t in zip(weights_K, blocks, thresholds)]
             return np.sum([c * x for c, x in zip(lam_K, moved)], axis=0).astype(parts.dtype)
 
-        checked: Rule = rule
-        return compress(stream, checked, parts.rank_cap, parts.module)
+        return compress(stream, rule, parts.rank_cap, parts.module)
 
     def descend(self, core: CoreSpace, lam_K: np.ndarray) -> tuple[np.ndarray, list[float]]:
         """Y [m, R] and the loss before each step."""

@@ -24,13 +24,8 @@ Ends = tuple[float, float]
 """Least and largest value of a clamp."""
 
 
-@dataclass(frozen=True)
-class OrderStatistics:
-    """Of each task: the clamp of |x|, the clamp of b; and K, the number of tasks that compete."""
-
-    spans: dict[str, Ends]
-    limits: dict[str, Ends]
-    K: int
+Clamps = tuple[dict[str, Ends], dict[str, Ends]]
+"""Of each task that competes: the clamp of |x|, and that of b."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +38,20 @@ class Pcb(ElementwiseMethod):
     ratio: Share = 0.1
     scope: Scope = "module"
 
-    def survey(self, modules: ModulePass) -> OrderStatistics | None:
-        """For `global`: the order statistics over all modules."""
-        return None if self.scope == "module" else self._facts(lambda: (task_delta(parts) for parts in modules()))
+    def survey(self, modules: ModulePass) -> Clamps | None:
+        """For `global`: the clamps over all modules."""
+        return None if self.scope == "module" else self._clamps(lambda: (task_delta(parts) for parts in modules()))
 
-    def rule(self, task: TaskDelta, seen: OrderStatistics | None = None) -> Rule:
-        facts = seen or self._facts(lambda: iter([task]))
-        spans, limits = ([table[name] for name in task.names] for table in (facts.spans, facts.limits))
+    def rule(self, task: TaskDelta, seen: Clamps | None = None) -> Rule:
+        clamps = seen or self._clamps(lambda: iter([task]))
+        K = len(clamps[0])
+        spans, limits = ([table[name] for name in task.names] for table in clamps)
         weights_K = task.weights_K.astype(task.stream.dtype)
 
         def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:
             blocks = [w * x for w, x in zip(weights_K, blocks)]
             top, bottom = np.zeros_like(blocks[0]), np.zeros_like(blocks[0])
-            for x, b, span, (least, most) in zip(blocks, balance(blocks, spans, facts.K), spans, limits):
+            for x, b, span, (least, most) in zip(blocks, balance(blocks, spans, K), spans, limits):
                 c = _minmax(np.maximum(b, least), least, most)
                 top += np.sign(x) * np.clip(np.abs(x), *span) * c
                 bottom += c
@@ -63,7 +59,7 @@ class Pcb(ElementwiseMethod):
 
         return rule
 
-    def _facts(self, tasks) -> OrderStatistics:
+    def _clamps(self, tasks) -> Clamps:
         """tasks(): a pass over the modules. Every order statistic is taken over all of them together."""
         sizes: dict[str, int] = {}
         dtype = np.dtype(np.float32)
@@ -91,7 +87,7 @@ class Pcb(ElementwiseMethod):
         def balanced(task: TaskDelta, blocks: list[np.ndarray]) -> list[np.ndarray]:
             return balance(blocks, [spans[name] for name in task.names], len(sizes))
 
-        return OrderStatistics(spans, ends(tops, balanced), len(sizes))
+        return spans, ends(tops, balanced)
 
 
 def balance(blocks: list[np.ndarray], spans: list[Ends], K: int) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ gap in loss and almost none in accuracy, so both are always reported.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,15 +53,7 @@ class Retention:
         self, *, method: str, rank: int, energy: float | None = None, diagnostics: Mapping | None = None
     ) -> dict[str, object]:
         """What the report page reads (merge/retention.json); diagnostics: as diagnose() returns them."""
-        page: dict[str, object] = {
-            "method": method,
-            "rank": rank,
-            "energy": energy,
-            "tasks": self.tasks,
-            "summary": self.summary,
-            "control": self.control,
-            "others": self.others,
-        }
+        page: dict[str, object] = {"method": method, "rank": rank, "energy": energy, **asdict(self)}
         if diagnostics:
             names = diagnostics["names"]
             page["cosines"] = {"names": names, "values": diagnostics["cosines"]}

@@ -79,8 +79,8 @@ class TaskGroupBalancer(Balancer):
         present_K = (x if x.dim() == 1 else x.diagonal()).isfinite()
         part_GK = self.share_GK * present_K
         part_GK = part_GK / part_GK.sum(dim=1, keepdim=True)  # 0/0 = NaN: nobody of the group is there
-        whole = torch.nan_to_num(x, nan=0.0)
-        return part_GK @ whole if x.dim() == 1 else part_GK @ whole @ part_GK.T
+        known = torch.nan_to_num(x, nan=0.0)
+        return part_GK @ known if x.dim() == 1 else part_GK @ known @ part_GK.T
 
 
 def read_groups(groups: Any, tasks: Sequence[str]) -> dict[str, list[int]]:

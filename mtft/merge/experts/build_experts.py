@@ -103,8 +103,8 @@ def export_arrow(
     folders = _folders(opened)
     router = prototypes_of(opened, common)
     modules = {name for adapter in opened for name in adapter.modules}
-    ranks = [[a.modules[name].r if name in a.modules else 0 for name in modules] for a in (*opened, *common)]
-    rank = servable_rank(max(max(own) for own in ranks[: len(opened)]) + sum(max(own) for own in ranks[len(opened) :]))
+    widest = [max(x.r if name in modules else 0 for name, x in a.modules.items()) for a in (*opened, *common)]
+    rank = servable_rank(max(widest[: len(opened)]) + sum(widest[len(opened) :]))
     own = frozenset({"router.safetensors", "arrow.json", *folders})
     weights = [1.0, *(-1 / len(common) for _ in common)]
     inputs = [adapter.path for adapter in (*opened, *common)]
@@ -167,5 +167,5 @@ def _write_experts(
 
 
 def _bias(factor, base, with_shared: bool) -> np.ndarray:
-    own = 0.0 if factor is None or factor.bias_M is None else factor.scale * factor.bias_M
-    return own + np.zeros_like(base.bias_M) if with_shared else own - base.bias_M
+    bias = 0.0 if factor is None or factor.bias_M is None else factor.scale * factor.bias_M
+    return bias + np.zeros_like(base.bias_M) if with_shared else bias - base.bias_M

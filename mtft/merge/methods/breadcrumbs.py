@@ -27,11 +27,11 @@ class Breadcrumbs(ElementwiseMethod):
 
     def rule(self, task: TaskDelta, seen: object = None) -> Rule:
         stream = task.stream
-        kept = kept_count(self.density, stream.size, task.module)
-        low = max(0, stream.size - kept - int(self.gamma * stream.size))
+        count = kept_count(self.density, stream.size, task.module)
+        low = max(0, stream.size - count - int(self.gamma * stream.size))
         bounds = order_statistics(
             lambda: ([np.abs(x) for x in blocks] for _, blocks in stream),
-            [[low, low + kept - 1]] * stream.K,
+            [[low, low + count - 1]] * stream.K,
             stream.size,
         )
         weights_K = task.weights_K.astype(stream.dtype)

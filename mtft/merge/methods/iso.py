@@ -46,9 +46,9 @@ class IsoCts(CoreSpaceMethod):
         common = U[:, :c]
         lefts, strengths, rights = [common], [S[:c]], [Vt[:c].T]
         for M in core.cores:
-            own = svd(M - common @ (common.T @ M))
-            lefts.append(own.U[:, :t])
-            strengths.append(own.S[:t])
-            rights.append(own.Vt[:t].T)
+            U, S, Vt = svd(M - common @ (common.T @ M)).cut(t)
+            lefts.append(U)
+            strengths.append(S)
+            rights.append(Vt.T)
         S = np.concatenate(strengths)
         return (S.mean() if S.size else 0.0) * (polar(np.hstack(lefts)) @ polar(np.hstack(rights)).T)

@@ -95,7 +95,7 @@ class Meter:
 
 
 def run_ours(job: dict, out: Path) -> dict:
-    from mtft.merge import merge_adapters
+    from mtft.merge.engine.merge import merge_adapters
 
     options = {"density": 0.2} if job["method"] == "ties" else None
     with Meter() as meter:

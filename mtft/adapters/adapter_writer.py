@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,12 +10,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS, AdapterLayout, LoraAdapter, factor_keys
 from mtft.adapters.safetensors_io import TensorWriter
+from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 
 OWN_FILES = frozenset({WEIGHTS, CONFIG, "README.md", "merge.json"})
@@ -29,10 +30,10 @@ def disk_dtype(adapters: Sequence[LoraAdapter], dtype: str | None) -> str:
         if dtype not in DTYPES:
             raise MergeError(f"dtype is {dtype!r}", where="dtype", do=f"one of {', '.join(DTYPES)}")
         return DTYPES[dtype]
-    found = set().union(*(adapter.dtypes for adapter in adapters))
-    if len(found) == 1:
-        return found.pop()
-    return "F64" if "F64" in found else "F32"
+    dtypes = set().union(*(adapter.dtypes for adapter in adapters))
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return "F64" if "F64" in dtypes else "F32"
 
 
 def servable_rank(rank: int) -> int:
@@ -55,11 +56,11 @@ def atomic_folder(
         )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise MergeError("there is a file or link of this name", where=str(out), do="choose another folder")
-    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if there and not overwrite:
+    present = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if present and not overwrite:
         raise MergeError("there is something already", where=str(out), do="choose another folder, or overwrite")
-    if there - own:
-        other = sorted(there - own)[0]
+    if present - own:
+        other = sorted(present - own)[0]
         raise MergeError(
             f"the folder also holds {other!r}; it is not replaced", where=str(out), do="choose another folder"
         )
@@ -73,8 +74,10 @@ def atomic_folder(
         ) from None
     try:
         yield scratch
-        scratch.chmod(0o755 & ~_umask())
-        if there:
+        mask = os.umask(0)
+        os.umask(mask)
+        scratch.chmod(0o755 & ~mask)
+        if present:
             old = Path(tempfile.mkdtemp(prefix=f"{_aside(target, 'old')}{os.getpid()}-", dir=target.parent))
             os.replace(target, old / "adapter")
             os.replace(scratch, target)
@@ -97,8 +100,8 @@ def _clear_left_over(target: Path) -> None:
     kinds = ("part", "old") if target.exists() else ("part",)
     names = "|".join(re.escape(_aside(target, kind)) for kind in kinds)
     for path in target.parent.iterdir():
-        found = re.fullmatch(rf"(?:{names})(\d+)-[^-]+", path.name)
-        if found is not None and path.is_dir() and not path.is_symlink() and not _alive(int(found[1])):
+        match = re.fullmatch(rf"(?:{names})(\d+)-[^-]+", path.name)
+        if match is not None and path.is_dir() and not path.is_symlink() and not _alive(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -108,18 +111,12 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        return True
+        pass
     return True
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 class AdapterWriter:
-    """Streams modules into `folder`/adapter_model.safetensors at a uniform rank.
+    """Streams modules into `folder`/adapter_model.safetensors at a uniform rank; a context: whole at the block's end.
 
     Args:
         folder: There already; empty.
@@ -155,26 +152,31 @@ class AdapterWriter:
         kind = self.layouts[name].kind
         key_A, key_B, key_bias = factor_keys(name, kind)
         short = self.rank - A_RN.shape[0]
+        self._write(key_A, np.pad(A_RN, ((0, short), (0, 0))))
+        self._write(key_B, np.pad(B_MR, ((0, 0), (0, short))))
+        if self.with_bias and kind == "linear":
+            self._write(key_bias, np.zeros(B_MR.shape[0]) if bias_M is None else bias_M)
+
+    def _write(self, key: str, values: np.ndarray) -> None:
         try:
-            self._writer.write(key_A, np.pad(A_RN, ((0, short), (0, 0))))
-            self._writer.write(key_B, np.pad(B_MR, ((0, 0), (0, short))))
-            if self.with_bias and kind == "linear":
-                self._writer.write(key_bias, np.zeros(B_MR.shape[0]) if bias_M is None else bias_M)
-        except OverflowError as error:
-            raise MergeError(str(error), where=name, do="write bf16 or fp32 (dtype)") from None
-
-    def finish(self) -> None:
-        """Write the saved tensors and close the file."""
-        for key, values in self.saved.items():
             self._writer.write(key, values)
-        self._writer.close()
+        except OverflowError as error:
+            raise MergeError(str(error), where=key, do="write bf16 or fp32 (dtype)") from None
 
-    def abort(self) -> None:
-        self._writer.abort()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            self._writer.__exit__(kind, *rest)
+            return
+        with self._writer:
+            for key, values in self.saved.items():
+                self._write(key, values)
 
     def write_config(self) -> None:
         """Comes last: a folder without its config is no adapter."""
-        (self.folder / CONFIG).write_text(json.dumps(self._config(), indent=2) + "\n", "utf-8")
+        write_json(self.folder / CONFIG, self._config(), indent=2)
 
     def _config(self) -> dict[str, object]:
         """The adapter_config.json: no patterns, alpha = r, every module by its full name so nothing else matches."""

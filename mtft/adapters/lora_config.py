@@ -9,9 +9,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from mtft.common.errors import MergeError
 
@@ -35,26 +45,44 @@ REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class LoraSettings:
+Number = TypeVar("Number", int, float)
+
+
+def _regex(pattern: str) -> str:
+    """A key of rank_pattern or alpha_pattern."""
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return pattern
+
+
+ModulePattern = Annotated[str, AfterValidator(_regex)]
+Whole = Annotated[PositiveInt, BeforeValidator(lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+
+
+class LoraSettings(BaseModel):
     """What a merge needs from adapter_config.json."""
 
-    r: int
-    alpha: float
-    rslora: bool
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    fan_in_fan_out: bool
-    bias: str
-    lora_bias: bool
-    modules_to_save: tuple[str, ...]
-    base: str | None
-    revision: str | None
-    task_type: str | None
-    auto_mapping: dict | None
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    r: Whole = 8
+    alpha: Positive = Field(8.0, alias="lora_alpha")
+    rslora: bool = Field(False, alias="use_rslora")
+    rank_pattern: dict[ModulePattern, Whole] = {}
+    alpha_pattern: dict[ModulePattern, Positive] = {}
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    lora_bias: bool = False
+    modules_to_save: list[str] = []
+    base: str | None = Field(None, alias="base_model_name_or_path")
+    revision: str | None = None
+    task_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
 
     def rank_of(self, module: str) -> int:
-        return int(_first_match(self.rank_pattern, module, self.r))
+        return _first_match(self.rank_pattern, module, self.r)
 
     def scale_of(self, module: str) -> float:
         """s = alpha/r, or alpha/sqrt(r) under rsLoRA; both after the patterns."""
@@ -62,7 +90,7 @@ class LoraSettings:
         return float(alpha / (math.sqrt(r) if self.rslora else r))
 
 
-def _first_match(pattern: dict, module: str, default: float) -> float:
+def _first_match(pattern: dict[str, Number], module: str, default: Number) -> Number:
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):  # PEFT's rule: the first key that matches the end of the name
             return value
@@ -103,51 +131,9 @@ def read_settings(folder: Path) -> LoraSettings:
             f"init_lora_weights = {init!r} changed the base weights, so the factors are no delta of the plain base",
             "re-save it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
-    return _typed(config, refuse)
-
-
-def _typed(config: dict, refuse) -> LoraSettings:
-    def number(key: str, value: Any, kind: str = "a number > 0") -> float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-        if not good or (kind != "a number > 0" and int(value) != value):
-            raise refuse(f"{key} is {value!r}: must be {kind}", "save the adapter again")
-        return value
-
-    def pattern(key: str, kind: str) -> dict:
-        found = config.get(key) or {}
-        if not isinstance(found, dict):
-            raise refuse(f"{key} must be an object, is {type(found).__name__}", "save the adapter again")
-        for name, value in found.items():
-            number(f"{key}[{name!r}]", value, kind)
-            try:
-                re.compile(rf"(.*\.)?({name})$")
-            except re.error as error:
-                raise refuse(
-                    f"{key} has {name!r}, not a regular expression: {error}", "save the adapter again"
-                ) from None
-        return found
-
-    def typed(key: str, types: type | tuple, default: object = None):
-        value = config.get(key, default)
-        if value is not None and not isinstance(value, types):
-            raise refuse(f"{key} is {value!r} ({type(value).__name__})", "save the adapter again")
-        return value
-
-    saved = typed("modules_to_save", list, []) or []
-    if not all(isinstance(name, str) for name in saved):
-        raise refuse("modules_to_save must be a list of names", "save the adapter again")
-    return LoraSettings(
-        r=int(number("r", config.get("r", 8), "a whole number > 0")),
-        alpha=float(number("lora_alpha", config.get("lora_alpha", 8))),
-        rslora=bool(typed("use_rslora", bool, False)),
-        rank_pattern=pattern("rank_pattern", "a whole number > 0"),
-        alpha_pattern=pattern("alpha_pattern", "a number > 0"),
-        fan_in_fan_out=bool(typed("fan_in_fan_out", bool, False)),
-        bias=typed("bias", str, "none") or "none",
-        lora_bias=bool(typed("lora_bias", bool, False)),
-        modules_to_save=tuple(saved),
-        base=typed("base_model_name_or_path", str),
-        revision=typed("revision", str),
-        task_type=typed("task_type", str),
-        auto_mapping=typed("auto_mapping", dict),
-    )
+    try:  # null: not set
+        return LoraSettings.model_validate({key: value for key, value in config.items() if value is not None})
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+        place = ".".join(map(str, error["loc"]))
+        raise refuse(f"{place} is {error['input']!r}: {error['msg'].lower()}", "save the adapter again") from None

@@ -6,21 +6,20 @@ caller's policy decides on. What is none of these is refused: a merge must not d
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from mtft.adapters.lora_config import LoraSettings, read_settings
-from mtft.adapters.safetensors_io import TensorFile
+from mtft.adapters.safetensors_io import TensorFile, open_tensors
 from mtft.common.errors import MergeError
+from mtft.common.fingerprint import content_hash, file_hash
 
 WEIGHTS = "adapter_model.safetensors"
-INDEX = "adapter_model.safetensors.index.json"
 PREFIX = "base_model.model."
 _NAME = re.compile(r"[\w.\-]+")
 
@@ -123,11 +122,9 @@ def _default_name(folder: Path) -> str:
 
 
 def _open_files(folder: Path) -> dict[str, TensorFile]:
-    if (folder / WEIGHTS).is_file():
-        file = TensorFile(folder / WEIGHTS)
-        return dict.fromkeys(file.entries, file)
-    if (folder / INDEX).is_file():
-        return _open_shards(folder)
+    files = open_tensors(folder, WEIGHTS, "save the adapter again")
+    if files is not None:
+        return files
     if (folder / "adapter_model.bin").exists():
         raise MergeError(
             "adapter_model.bin is a pickle, which can run code when it is read",
@@ -135,23 +132,6 @@ def _open_files(folder: Path) -> dict[str, TensorFile]:
             do="load it with PEFT where you trust it and save_pretrained(..., safe_serialization=True)",
         )
     raise MergeError(f"no {WEIGHTS}", where=str(folder), do="give the folder that save_pretrained wrote")
-
-
-def _open_shards(folder: Path) -> dict[str, TensorFile]:
-    where = str(folder / INDEX)
-    try:
-        weight_map = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MergeError(f"the shard index can't be read: {error}", where=where, do="save the adapter again") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise MergeError(f"shard {name!r} is no plain file name", where=where, do="save the adapter again")
-    shards = {name: TensorFile(folder / name) for name in names}
-    for key, name in weight_map.items():
-        if key not in shards[name].entries:
-            raise MergeError(f"{key!r} is not in {name}", where=where, do="save the adapter again")
-    return {key: shards[name] for key, name in weight_map.items()}
 
 
 def _sort_keys(
@@ -223,11 +203,8 @@ def _layout(module: str, kind: str, settings: LoraSettings, files: dict[str, Ten
 
 def _sha256(files: dict[str, TensorFile]) -> str:
     """Of the weights file; of the shards' hashes in order of their names, if there are several."""
-    hashes = []
-    for path in sorted({file.path for file in files.values()}):
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    hashes = [file_hash(path) for path in sorted({file.path for file in files.values()})]
+    return hashes[0] if len(hashes) == 1 else content_hash("".join(hashes))
 
 
 def read_adapters(adapters: Sequence[str | Path | LoraAdapter]) -> list[LoraAdapter]:
@@ -236,11 +213,11 @@ def read_adapters(adapters: Sequence[str | Path | LoraAdapter]) -> list[LoraAdap
         raise TypeError("adapters is one adapter: give a list")
     if not adapters:
         raise MergeError("no adapter given", do="give the folders of one or more LoRA adapters")
-    opened = [item if isinstance(item, LoraAdapter) else read_adapter(item) for item in adapters]
-    seen: dict[str, int] = {}
-    named = []
-    for adapter in opened:
-        count = seen[adapter.name] = seen.get(adapter.name, 0) + 1
-        name = adapter.name if count == 1 else f"{adapter.name}-{count}"
-        named.append(LoraAdapter(**{**vars(adapter), "name": name}))
-    return named
+    counts: Counter[str] = Counter()
+    opened = []
+    for item in adapters:
+        adapter = item if isinstance(item, LoraAdapter) else read_adapter(item)
+        counts[adapter.name] += 1
+        count = counts[adapter.name]
+        opened.append(adapter if count == 1 else replace(adapter, name=f"{adapter.name}-{count}"))
+    return opened

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -90,6 +90,32 @@ class TensorFile:
         return values
 
 
+def open_tensors(folder: Path, weights: str, redo: str) -> dict[str, TensorFile] | None:
+    """{key: its file} of `folder`/WEIGHTS, or of the shards in WEIGHTS.index.json; None if neither is there.
+
+    Raises MergeError for an index that is broken or leads out of the folder. redo: what to do about it.
+    """
+    if (folder / weights).is_file():
+        file = TensorFile(folder / weights)
+        return dict.fromkeys(file.entries, file)
+    index = folder / f"{weights}.index.json"
+    if not index.is_file():
+        return None
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise MergeError(f"the shard index can't be read: {error}", where=str(index), do=redo) from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise MergeError(f"shard {name!r} is no plain file name", where=str(index), do=redo)
+    shards = {name: TensorFile(folder / name) for name in names}
+    for key, name in weight_map.items():
+        if key not in shards[name].entries:
+            raise MergeError(f"{key!r} is not in {name}", where=str(index), do=redo)
+    return {key: shards[name] for key, name in weight_map.items()}
+
+
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of a tensor: its first dimension and the rest; vectors and scalars are one row."""
     return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
@@ -113,7 +139,8 @@ def to_disk(values: np.ndarray, dtype: str) -> np.ndarray:
 class TensorWriter:
     """Writes the tensors of a .safetensors file one after the other, in the order of `entries`.
 
-    entries: (key, type name, shape). The header goes out first, so memory never holds more than one tensor.
+    entries: (key, type name, shape). The header goes out first, so memory never holds more than one tensor. As a
+    context: closed at the end of the block, whole or not.
     """
 
     def __init__(self, path: Path, entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> None:
@@ -156,5 +183,10 @@ class TensorWriter:
         os.fsync(self._file.fileno())
         self._file.close()
 
-    def abort(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
         self._file.close()

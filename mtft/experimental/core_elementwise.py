@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtft.merge.linalg.core_space import CoreSpace, OrthonormalBasis, svd
-from mtft.merge.methods.base import CoreSpaceMethod
-from mtft.merge.methods.dare import Dare
+from mtft.merge.methods.base import CoreSpaceMethod, Share
+from mtft.merge.methods.dare import Dare, Then
 from mtft.merge.methods.elementwise_base import ElementwiseMethod
-from mtft.merge.methods.ties import Ties
+from mtft.merge.methods.ties import Ties, Value, Variant
 
 
 def on_cores(core: CoreSpace, inner: ElementwiseMethod) -> np.ndarray:
@@ -47,32 +47,20 @@ def _directions(columns: list[np.ndarray], basis: OrthonormalBasis) -> np.ndarra
 class CoreTies(CoreSpaceMethod):
     """density, variant, value: of TIES, on the entries of the cores."""
 
-    density: float = 0.2
-    variant: str = "paper"
-    value: str = "mean"
-
-    def __post_init__(self) -> None:
-        self._inner()
-
-    def _inner(self) -> Ties:
-        return Ties(self.density, self.variant, self.value)
+    density: Share = 0.2
+    variant: Variant = "paper"
+    value: Value = "mean"
 
     def rule(self, core: CoreSpace) -> np.ndarray:
-        return on_cores(core, self._inner())
+        return on_cores(core, Ties(self.density, self.variant, self.value))
 
 
 @dataclass(frozen=True)
 class CoreDare(CoreSpaceMethod):
     """density: of DARE. then: linear or ties."""
 
-    density: float = 0.5
-    then: str = "linear"
-
-    def __post_init__(self) -> None:
-        self._inner()
-
-    def _inner(self) -> Dare:
-        return Dare(self.density, self.then)
+    density: Share = 0.5
+    then: Then = "linear"
 
     def rule(self, core: CoreSpace) -> np.ndarray:
-        return on_cores(core, self._inner())
+        return on_cores(core, Dare(self.density, self.then))

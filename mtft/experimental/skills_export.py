@@ -52,16 +52,12 @@ def export_skills(
             gates = 1 / (1 + np.exp(-np.asarray(table, np.float64)))
             gates /= gates.sum(axis=1, keepdims=True)
             (scratch / task).mkdir()
-            writer = AdapterWriter(scratch / task, opened, plan.layouts, rank, disk_dtype(opened, dtype), {})
-            try:
+            with AdapterWriter(scratch / task, opened, plan.layouts, rank, disk_dtype(opened, dtype), {}) as writer:
                 for module in plan.modules:
                     factors = [f for adapter in opened if (f := adapter.factors(module.name)) is not None]
                     A = _mixed([f.A_RN.T for f in factors], gates).T
                     B = _mixed([f.scale * f.B_MR for f in factors], gates)
                     writer.add(module.name, B, A, None)
-                writer.finish()
-            finally:
-                writer.abort()
             writer.write_config()
     return [out / task for task in logits]
 

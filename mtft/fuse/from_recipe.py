@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mtft.common.fingerprint import content_hash, file_hash, json_hash
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.fused_model import FusedCausalLM
 from mtft.models.loading import expand_quickstart
@@ -84,9 +83,9 @@ def fingerprint(recipe: Recipe, adapters: Sequence[str | Path] | None = None) ->
     if section.router is not None:
         if not Path(section.router).is_file():
             raise FusionError("no router there", where=section.router, do="give a router.safetensors of `mtft merge`")
-        parts["router"] = hashlib.sha256(Path(section.router).read_bytes()).hexdigest()
+        parts["router"] = file_hash(Path(section.router))
     parts["adapters"] = [_folder_identity(Path(adapter)) for adapter in adapter_paths(recipe, adapters)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return json_hash(parts)
 
 
 def _model_identity(section: ModelSection) -> Any:
@@ -102,5 +101,5 @@ def _folder_identity(folder: Path) -> list[Any]:
             size = path.stat().st_size
             head = file.read(_PROBE_BYTES)
             file.seek(max(0, size - _PROBE_BYTES))
-            parts.append([path.name, size, hashlib.sha256(head + file.read()).hexdigest()])
+            parts.append([path.name, size, content_hash(head + file.read())])
     return parts

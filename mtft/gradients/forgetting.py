@@ -35,8 +35,8 @@ def forgetting(before: Named, after: Named, change: Named) -> dict[str, Tensor]:
     change         {parameter: weights after - weights before}
     """
     if not before.keys() == after.keys() == change.keys():
-        odd = sorted((before.keys() ^ after.keys()) | (before.keys() ^ change.keys()))
-        raise ValueError(f"gradients and change are not of the same parameters: {', '.join(odd[:3])}")
+        unshared = sorted((before.keys() ^ after.keys()) | (before.keys() ^ change.keys()))
+        raise ValueError(f"gradients and change are not of the same parameters: {', '.join(unshared[:3])}")
     parts: dict[str, Tensor] = {}
     for name, moved in change.items():
         mean_KD = (before[name].double() + after[name].double()).flatten(1) / 2

@@ -42,9 +42,9 @@ def block_gram(block: Tensor) -> Tensor:
 
 def combine(jacobian: Mapping[str, Tensor], alpha_K: Tensor) -> dict[str, Tensor]:
     """J^T alpha = sum_k alpha_k J_k by parameter; a task with alpha 0 counts as 0 whatever its row holds."""
-    here = alpha_K.nonzero().flatten().tolist()
+    tasks = alpha_K.nonzero().flatten().tolist()
     return {
-        name: sum((float(alpha_K[k]) * block[k] for k in here), start=torch.zeros_like(block[0]))
+        name: sum((float(alpha_K[k]) * block[k] for k in tasks), start=torch.zeros_like(block[0]))
         for name, block in jacobian.items()
     }
 

@@ -1,7 +1,7 @@
 """Merge: several LoRA adapters into one plain PEFT adapter, exactly, in seconds, without the base model.
 
     linalg/        core_space.py turns one module of all adapters into small matrices; streamed_delta.py goes over dense
-                   deltas in row blocks
+                   deltas in row blocks; module_factors.py has the factors of adapters beside a running model's modules
     methods/       one merge method a file; METHODS names them
     engine/        plan, merge module by module, write, report
     search/        weights found on held-out rows, and what the merged adapter kept of each task
@@ -14,7 +14,7 @@ Letters: K adapters, R rank, M outputs and N inputs of a module (`B_MR` is [m, r
 adapter k, U S V^T its singular value decomposition, w_k its weight; `rows` and `cols` are orthonormal bases of the
 output and the input side, X a matrix in their coordinates.
 
-The names below are imported on first use (PEP 562), so that `import mtft.merge` loads no merge method.
+`merge_adapters` is imported on first use (PEP 562), so that `import mtft.merge` loads no merge method.
 """
 
 from __future__ import annotations
@@ -23,36 +23,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mtft.adapters.lora_factors import LoraAdapter, LoraFactors, read_adapter
-    from mtft.common.errors import MergeError
     from mtft.merge.engine.merge import merge_adapters
-    from mtft.merge.engine.report import MergeReport
-    from mtft.merge.linalg.core_space import CoreSpace, to_core
-    from mtft.merge.methods import METHODS
 
 _MODULES = {
-    "METHODS": "mtft.merge.methods",
-    "CoreSpace": "mtft.merge.linalg.core_space",
-    "LoraAdapter": "mtft.adapters.lora_factors",
-    "LoraFactors": "mtft.adapters.lora_factors",
-    "MergeError": "mtft.common.errors",
-    "MergeReport": "mtft.merge.engine.report",
     "merge_adapters": "mtft.merge.engine.merge",
-    "read_adapter": "mtft.adapters.lora_factors",
-    "to_core": "mtft.merge.linalg.core_space",
 }
 
-__all__ = [
-    "METHODS",
-    "CoreSpace",
-    "LoraAdapter",
-    "LoraFactors",
-    "MergeError",
-    "MergeReport",
-    "merge_adapters",
-    "read_adapter",
-    "to_core",
-]
+__all__ = ["merge_adapters"]
 
 
 def __getattr__(name: str) -> Any:

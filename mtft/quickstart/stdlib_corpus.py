@@ -8,13 +8,14 @@ of Python, so base models trained on one version can be evaluated on another.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from mtft.common.fingerprint import content_hash, file_hash, hash_number
 
 # The band is 12 % wide. Its start was chosen once, by looking at the names that fall in: a few large packages,
 # and modules of many kinds (network, text, numbers, tools).
@@ -102,7 +103,7 @@ def group_of(name: str) -> str:
 
 def is_eval(group: str) -> bool:
     """Whether a group is held out. Pure function of its name."""
-    position = int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") / 2**32
+    position = hash_number(group, "big", 4) / 2**32
     return EVAL_BAND[0] <= position < EVAL_BAND[1]
 
 
@@ -182,8 +183,8 @@ def prose_file(root: Path | None = None) -> SourceFile:
 
 def fingerprint(files: Iterable[SourceFile]) -> str:
     """SHA-256 over the sorted (name, SHA-256 of the content) of `files`."""
-    rows = sorted((file.name, hashlib.sha256(file.path.read_bytes()).hexdigest()) for file in files)
-    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in rows).encode()).hexdigest()
+    rows = sorted((file.name, file_hash(file.path)) for file in files)
+    return content_hash("".join(f"{name} {digest}\n" for name, digest in rows))
 
 
 def _tops(files: Iterable[SourceFile]) -> set[str]:

@@ -15,7 +15,6 @@ but the library: the same Python gives the same rows.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import re
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mtft.common.atomic_io import write_text
+from mtft.common.fingerprint import content_hash, hash_number
 from mtft.quickstart import stdlib_corpus
 from mtft.quickstart.functions import Function, functions_of
 
@@ -71,7 +71,7 @@ def next_line(function: Function) -> TaskRow | None:
     starts = [i for i in function.starts if i >= 2 and len(function.body[i].strip()) >= 8]
     if not starts:
         return None
-    cut = starts[_hash(function.id) % len(starts)]
+    cut = starts[hash_number(function.id, "big") % len(starts)]
     before = [line for line in (*function.header, *function.body[:cut]) if line.strip()][-12:]
     row_id = f"{function.id}+{cut}"
     return TaskRow("Write the next line.\n\n" + "\n".join(before), function.body[cut].strip(), row_id)
@@ -143,7 +143,7 @@ def build_rows(files: Iterable[stdlib_corpus.SourceFile]) -> dict[str, tuple[lis
 def _shuffled(task: str, rows: Iterable[TaskRow]) -> list[TaskRow]:
     """Without repetitions of prompt and response, ordered by the hash of the id."""
     unique = {_body(row): row for row in sorted(rows, key=lambda row: row.id, reverse=True)}
-    return sorted(unique.values(), key=lambda row: _hash(f"{task} {row.id}"))
+    return sorted(unique.values(), key=lambda row: hash_number(f"{task} {row.id}", "big"))
 
 
 def _short(rows: list[TaskRow], most: int) -> list[TaskRow]:
@@ -171,16 +171,11 @@ def _body(row: TaskRow) -> tuple[str, str]:
     return " ".join(row.prompt.split()), " ".join(row.response.split())
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
 def _fingerprint(files: list[stdlib_corpus.SourceFile]) -> str:
     # The parser's version matters too: the same file may parse with one Python and not with another.
-    digest = hashlib.sha256(f"{platform.python_version()} {stdlib_corpus.fingerprint(files)}\n".encode())
-    for path in (TOKENIZER, *sorted(Path(__file__).parent.glob("*.py"))):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    versions = f"{platform.python_version()} {stdlib_corpus.fingerprint(files)}\n".encode()
+    own_files = (TOKENIZER, *sorted(Path(__file__).parent.glob("*.py")))
+    return content_hash(b"".join([versions, *(path.read_bytes() for path in own_files)]))
 
 
 def _standing(out: Path, fingerprint: str) -> dict[str, TaskFiles] | None:

@@ -7,9 +7,7 @@ Inputs (data, models, adapters, mixture files) are relative to the recipe's fold
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from mtft.common.errors import UserError
+from mtft.common.fingerprint import json_hash
 from mtft.recipe.cross_checks import check_files, check_source
 from mtft.recipe.error_messages import explain
 from mtft.recipe.schema.fuse import FuseSection
@@ -186,5 +185,4 @@ def fingerprint(recipe: Recipe, *, without: Sequence[str] = ()) -> str:
         for name in sections:
             section = section[name]
         del section[key]
-    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+    return json_hash(values, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from mtft.adapters.lora_factors import LoraFactors, read_adapter
+from mtft.common.errors import MergeError
 from mtft.experimental.skills_export import export_skills
-from mtft.merge import LoraFactors, MergeError, read_adapter
 from tests.merge import golden as g
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from mtft.adapters.lora_factors import read_adapters
-from mtft.merge import CoreSpace, LoraFactors, to_core
+from mtft.adapters.lora_factors import LoraFactors, read_adapters
 from mtft.merge.engine.merge_module import final_spectrum, read_inputs, survey
 from mtft.merge.engine.merge_plan import make_merge_plan
-from mtft.merge.linalg.core_space import balanced_factors
+from mtft.merge.linalg.core_space import CoreSpace, balanced_factors, to_core
 from mtft.merge.methods.base import ModuleInputs
 
 M, N, RANKS, SCALES = 12, 10, (2, 3, 1), (1.0, 2.0, 0.5)
@@ -107,6 +106,6 @@ def merge_delta(adapters, module, method="linear", options=None, weights=None, s
         return np.zeros((index.layout.m, 0)), np.zeros((0, index.layout.n)), 1.0
     merged = plan.methods[0].merge(inputs, seen[0])
     spectrum, square = final_spectrum(merged, inputs, scale)
-    cut = type(spectrum)(spectrum.U[:, :rank], spectrum.S[:rank], spectrum.Vt[:rank])
+    cut = spectrum.cut(rank)
     B, A = balanced_factors(cut, merged.rows, merged.cols)
     return B, A, float(np.sum(cut.S**2) / square) if square else 1.0

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtft.merge import LoraFactors
+from mtft.adapters.lora_factors import LoraFactors
 from mtft.merge.methods import make_method
 from tests.merge import golden as g
 

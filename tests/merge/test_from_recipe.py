@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from mtft.merge import MergeError, read_adapter
+from mtft.adapters.lora_factors import read_adapter
+from mtft.common.errors import MergeError
 from mtft.merge.from_recipe import merge_from_recipe
 from mtft.recipe.schema.recipe import Recipe
 from tests.merge import golden as g

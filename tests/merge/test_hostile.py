@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mtft.adapters.lora_config import CONFIG
-from mtft.adapters.lora_factors import WEIGHTS
-from mtft.merge import LoraFactors, MergeError, merge_adapters, read_adapter
+from mtft.adapters.lora_factors import WEIGHTS, LoraFactors, read_adapter
+from mtft.common.errors import MergeError
+from mtft.merge.engine.merge import merge_adapters
 from tests.merge import golden as g
 
 MODULES = {"layers.0.q": 0, "layers.1.q": 1}

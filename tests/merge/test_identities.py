@@ -6,7 +6,8 @@ The oracles below build D_k and nothing else of ours: no core, no factors. Bar: 
 import numpy as np
 import pytest
 
-from mtft.merge import LoraFactors, merge_adapters, read_adapter
+from mtft.adapters.lora_factors import LoraFactors, read_adapter
+from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.methods import make_method
 from mtft.merge.methods.regmean import regmean_factors
 from tests.merge import golden as g
@@ -115,12 +116,12 @@ def test_core_equals_full_space(name, case):
 def test_svd_is_the_best_of_its_rank(case):
     factors = SETS[case]()
     core = g.core([1.0] * len(factors), factors)
-    from mtft.merge.linalg.core_space import svd
+    from mtft.merge.linalg.core_space import balanced_factors, svd
 
     spectrum = svd(core.sum())
     U, S, Vt = np.linalg.svd(sum(g.delta(f) for f in factors), full_matrices=False)
     k = min(5, len(spectrum.S))
-    B, A = core.lift(spectrum.U[:, :k], spectrum.S[:k], spectrum.Vt[:k])
+    B, A = balanced_factors(spectrum.cut(k), core.rows, core.cols)
     np.testing.assert_allclose(spectrum.S[:k], S[:k], rtol=1e-10)
     best = (U[:, :k] * S[:k]) @ Vt[:k]
     assert np.linalg.norm(B @ A - best) <= 1e-10 * np.linalg.norm(best)

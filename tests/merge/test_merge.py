@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mtft.merge import LoraFactors, MergeError, merge_adapters, read_adapter
+from mtft.adapters.lora_factors import LoraFactors, read_adapter
+from mtft.common.errors import MergeError
 from mtft.merge.engine import merge as merge_api
+from mtft.merge.engine.merge import merge_adapters
 from tests.merge import golden as g
 
 

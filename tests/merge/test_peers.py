@@ -14,7 +14,9 @@ import peft
 import pytest
 import torch
 
-from mtft.merge import MergeError, merge_adapters, read_adapter
+from mtft.adapters.lora_factors import read_adapter
+from mtft.common.errors import MergeError
+from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.experts.build_experts import export_arrow
 from tests.merge.with_peft import deltas, expert, peft_merge, relative
 

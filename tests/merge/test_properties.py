@@ -7,7 +7,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtft.merge import LoraFactors, merge_adapters, read_adapter
+from mtft.adapters.lora_factors import LoraFactors, read_adapter
+from mtft.merge.engine.merge import merge_adapters
 from tests.merge import golden as g
 
 SIZES = st.integers(1, 12)

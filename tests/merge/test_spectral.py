@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from mtft.merge import LoraFactors, MergeError, merge_adapters, read_adapter
+from mtft.adapters.lora_factors import LoraFactors, read_adapter
+from mtft.common.errors import MergeError
+from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.linalg.core_space import CholeskyBasis, ChunkedBasis, HouseholderBasis, orthonormal_basis, to_core
 from mtft.merge.methods import METHODS, make_method
 from mtft.merge.methods.lines import layer_factor, layer_of

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mtft.merge import LoraFactors
+from mtft.adapters.lora_factors import LoraFactors
 from mtft.merge.methods import METHODS
 from tests.merge import golden as g
 

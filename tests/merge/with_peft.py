@@ -4,7 +4,7 @@ import numpy as np
 import peft
 import torch
 
-from mtft.merge import read_adapter
+from mtft.adapters.lora_factors import read_adapter
 
 
 def expert(base, folder, seed, **config):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtft.common.errors import UserError
+from mtft.common.fingerprint import blake2b
 from mtft.data.readers.row_files import COMPRESSED, READERS, FileRow, RowProblem, read_file, suffix
 from mtft.recipe.schema.task import TaskSection
 
@@ -40,7 +40,7 @@ class SourcePart:
 
     def content(self) -> SourceContent:
         """Digest and number of rows, in one pass over the bytes."""
-        hasher, lines = hashlib.blake2b(digest_size=16), 0
+        hasher, lines = blake2b(16), 0
         paths = [self.path] if self.dataset is None else sorted(item["filename"] for item in self.dataset.cache_files)
         for path in paths:
             with open(path, "rb") as file:

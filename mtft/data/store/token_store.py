@@ -15,7 +15,6 @@ under a lock that dies with it, into a temporary folder that is renamed when all
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from mtft.common.errors import UserError
+from mtft.common.fingerprint import json_hash
 from mtft.data.readers.sources import find_source_parts
 from mtft.data.tokenize.chat_template import NOTES
 from mtft.data.tokenize.encode import Example
@@ -290,8 +290,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def _fingerprint(**parts: Any) -> str:
-    text = json.dumps({"version": VERSION, **parts}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return json_hash({"version": VERSION, **parts}, default=str)
 
 
 def _sync(folder: Path) -> None:

@@ -6,7 +6,6 @@ are made from all requests, done or not, so a resumed run computes exactly what 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtft.common.fingerprint import content_hash
 from mtft.fuse.alpha.spec import FusionError
 
 Work = Callable[[list["JsonlRequest"]], list[dict[str, Any]]]
@@ -59,7 +59,7 @@ def read_requests(source: Path, prepare: Callable[[int, dict[str, Any]], int]) -
         ) from error
     jobs = []
     for index, line in enumerate(lines):
-        job = JsonlRequest(index, hashlib.sha256(line.encode()).hexdigest()[:16], {})
+        job = JsonlRequest(index, content_hash(line)[:16], {})
         try:
             row = json.loads(line)
             if not isinstance(row, dict):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from data_mixers.common.suggest import did_you_mean
 from mtft.common.errors import UserError
 from mtft.gradients.aggregators.aligned_mtl import AlignedMtl
 from mtft.gradients.aggregators.base import Aggregator
@@ -20,7 +19,7 @@ from mtft.gradients.aggregators.nash_mtl import NashMtl
 from mtft.gradients.aggregators.pcgrad import PCGrad
 from mtft.gradients.aggregators.sam_gs import SamGs
 from mtft.gradients.aggregators.upgrad import UPGrad
-from mtft.recipe.method_options import options_of
+from mtft.recipe.method_options import check_option_names, find_method, options_of
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
     kind.NAME: kind for kind in (UPGrad, DualProj, Mgda, PCGrad, CAGrad, ImtlG, NashMtl, AlignedMtl, SamGs)
@@ -43,21 +42,8 @@ def make_aggregator(
     if name in REFUSED:
         why, instead = REFUSED[name]
         raise UserError(why, where=f"{where}.aggregator", do=instead)
-    if name not in AGGREGATORS:
-        raise UserError(
-            f"unknown aggregator {name!r}{did_you_mean(name, AGGREGATORS)}",
-            where=f"{where}.aggregator",
-            do=f"one of {', '.join(AGGREGATORS)}",
-        )
-    kind, options = AGGREGATORS[name], dict(options or {})
-    for option in options:
-        if option not in options_of(kind):
-            known = ", ".join(options_of(kind)) or "none"
-            raise UserError(
-                f"aggregator {name} has no option {option!r}{did_you_mean(option, options_of(kind))}",
-                where=f"{where}.options.{option}",
-                do=f"its options: {known}",
-            )
+    kind, options = find_method(AGGREGATORS, name, "aggregator", f"{where}.aggregator"), dict(options or {})
+    check_option_names(f"aggregator {name}", options_of(kind), options, f"{where}.options")
     return kind(seed=seed, where=f"{where}.options", **options)
 
 

@@ -77,8 +77,8 @@ class SamGs(Aggregator):
         self.seen_K = present_K.long() if self.seen_K is None else self.seen_K + present_K
         for name, block in jacobian.items():
             old = self.momentum[name].to(block) if name in self.momentum else torch.zeros_like(block)
-            here = present_K.to(block.device).reshape(-1, *[1] * (block.dim() - 1))
-            self.momentum[name] = torch.where(here, MOMENTUM * old + (1 - MOMENTUM) * block, old)
+            is_present = present_K.to(block.device).reshape(-1, *[1] * (block.dim() - 1))
+            self.momentum[name] = torch.where(is_present, MOMENTUM * old + (1 - MOMENTUM) * block, old)
 
     def state_dict(self) -> dict[str, Any]:
         own_state = {"momentum": dict(self.momentum), "seen": self.seen_K, "spread": self.spread, "steps": self.steps}

@@ -69,12 +69,9 @@ class GradientAccumulators:
         if self._summed:
             return
         self._check_there()
-        filled = {}
-        for name in self.layers:
-            filled[name] = self._blocks[name] if name in self._blocks else self._empty(name)
-        self._blocks = filled
+        self._blocks = {name: self._blocks[name] if name in self._blocks else self._empty(name) for name in self.layers}
         if ranks_of(group) > 1:
-            sum_over_ranks(filled.values(), group)
+            sum_over_ranks(self._blocks.values(), group)
         self._summed = True
 
     def gram(self, group: dist.ProcessGroup | None) -> Tensor:

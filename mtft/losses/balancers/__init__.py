@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from data_mixers.common.suggest import did_you_mean
-from mtft.common.errors import UserError
 from mtft.losses.balancers.base import Balancer, BalancerContext, BalancerNeeds, Observation
 from mtft.losses.balancers.coba import CoBa
 from mtft.losses.balancers.dwa import DynamicWeightAverage
@@ -21,7 +19,7 @@ from mtft.losses.balancers.static import Fixed, Random, Temperature, Uniform
 from mtft.losses.balancers.task_groups import TaskGroupBalancer, read_groups
 from mtft.losses.balancers.uncertainty import ImpartialLoss, UncertaintyWeighting
 from mtft.losses.balancers.visatb import VisAtb
-from mtft.recipe.method_options import options_of
+from mtft.recipe.method_options import check_option_names, find_method, options_of
 from mtft.recipe.schema.loss import BalancerSection
 
 BALANCERS: dict[str, type[Balancer]] = {
@@ -89,22 +87,9 @@ def make_balancer(
 
 def balancer_class(section: BalancerSection) -> type[Balancer]:
     """The class behind `loss.balancer`; the names of the section's options are checked (for `mtft check`)."""
-    if section.name not in BALANCERS:
-        raise UserError(
-            f"unknown balancer {section.name!r}{did_you_mean(section.name, tuple(BALANCERS))}",
-            where="loss.balancer.name",
-            do=f"one of {', '.join(BALANCERS)}",
-        )
-    kind = BALANCERS[section.name]
-    options: Mapping[str, object] = section.model_extra or {}
-    for option in options:
-        if option not in (*options_of(kind), "groups"):
-            known = ", ".join((*options_of(kind), "groups"))
-            raise UserError(
-                f"balancer {section.name} has no option {option!r}{did_you_mean(option, options_of(kind))}",
-                where=f"loss.balancer.{option}",
-                do=f"its options: {known}",
-            )
+    kind = find_method(BALANCERS, section.name, "balancer", "loss.balancer.name")
+    known = (*options_of(kind), "groups")
+    check_option_names(f"balancer {section.name}", known, section.model_extra or {}, "loss.balancer")
     return kind
 
 

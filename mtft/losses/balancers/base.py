@@ -158,14 +158,10 @@ class Balancer:
                 where="tasks",
                 do="use the same tasks in the same order, or start over with --fresh",
             )
-        missing = [name for name in (*self.STATE, "ignored") if name not in state]
-        if missing:
+        if missing := [name for name in (*self.STATE, "ignored") if name not in state]:
             raise ValueError(f"balancer {self.NAME}: the state lacks {', '.join(missing)}")
         for name in (*self.STATE, "ignored"):
             setattr(self, name, state[name].clone())
-
-    def name_of(self, task: int) -> str:
-        return self.run.tasks[task]
 
     def per_task(self, option: str, values: Mapping[str, float], default: float | None = None) -> Tensor:
         """An option {task: number} as float64 [K]. Unknown tasks are an error; missing ones too, without `default`."""

@@ -86,9 +86,7 @@ class Famo(LearnedBalancer):
         low_K = distance_K <= 0
         if low_K.any():
             if not self.clamped:
-                log.warning("FAMO: the loss of %s is at its lower bound; lower lower_bounds", self._names(low_K))
+                names = ", ".join(self.run.tasks[k] for k in low_K.nonzero().flatten().tolist())
+                log.warning("FAMO: the loss of %s is at its lower bound; lower lower_bounds", names)
             self.clamped = self.clamped + low_K.sum()
         return distance_K.clamp(min=EPSILON)
-
-    def _names(self, which_K: Tensor) -> str:
-        return ", ".join(self.name_of(k) for k in which_K.nonzero().flatten().tolist())

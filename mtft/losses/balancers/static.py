@@ -72,7 +72,7 @@ class Temperature(Balancer):
             raise ValueError("balancer temperature: Context lacks the sizes of the tasks")
         size_K = size_K.double()
         if not bool((size_K > 0).all()):
-            empty = self.name_of(int(size_K.argmin()))
+            empty = self.run.tasks[int(size_K.argmin())]
             raise UserError(f"task {empty} has no data", where="loss.balancer", do="give it rows, or leave it out")
         self.tempered_K = (size_K / size_K.sum()) ** (1 / self.temperature)
         if normalise in ("token", "sample"):

@@ -51,17 +51,10 @@ class TaskGroupBalancer(Balancer):
         return (self.share_GK > 0).double().T @ per_task_G
 
     def observe(self, observation: Observation) -> None:
-        rest = (
-            observation.train_loss_K,
-            observation.valid_loss_K,
-            observation.gram_KK,
-            observation.after_loss_K,
-            observation.train_prob_K,
-        )
-        train_G, valid_G, gram_GG, after_G, prob_G = (None if x is None else self._mean(x) for x in rest)
-        assert train_G is not None
-        share_G = None if observation.share_K is None else (self.share_GK > 0).double() @ observation.share_K
-        self.inner.update(Observation(observation.step, train_G, valid_G, gram_GG, after_G, prob_G, share_G))
+        of_groups = {name: self._mean(x) for name, x in observation._asdict().items() if isinstance(x, Tensor)}
+        if observation.share_K is not None:  # parts add up
+            of_groups["share_K"] = (self.share_GK > 0).double() @ observation.share_K
+        self.inner.update(observation._replace(**of_groups))
 
     def figures(self) -> dict[str, float]:
         return self.inner.figures()
@@ -86,8 +79,8 @@ class TaskGroupBalancer(Balancer):
         present_K = (x if x.dim() == 1 else x.diagonal()).isfinite()
         part_GK = self.share_GK * present_K
         part_GK = part_GK / part_GK.sum(dim=1, keepdim=True)  # 0/0 = NaN: nobody of the group is there
-        whole = torch.nan_to_num(x, nan=0.0)
-        return part_GK @ whole if x.dim() == 1 else part_GK @ whole @ part_GK.T
+        known = torch.nan_to_num(x, nan=0.0)
+        return part_GK @ known if x.dim() == 1 else part_GK @ known @ part_GK.T
 
 
 def read_groups(groups: Any, tasks: Sequence[str]) -> dict[str, list[int]]:

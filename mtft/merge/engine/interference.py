@@ -65,11 +65,11 @@ def diagnose(adapters: Sequence[str | Path | LoraAdapter], merged: str | Path | 
         error_K[present] += (wrong * norms) ** 2
         square_K[present] += norms**2
         square_merged += float(np.sum(X**2))
-        here = [names[k] for k in present]
+        present_names = [names[k] for k in present]
         table[module] = {
-            "norms": dict(zip(here, norms.tolist(), strict=True)),
+            "norms": dict(zip(present_names, norms.tolist(), strict=True)),
             "merged_norm": float(np.linalg.norm(X)),
-            "interference": dict(zip(here, wrong.tolist(), strict=True)),
+            "interference": dict(zip(present_names, wrong.tolist(), strict=True)),
         }
     norms_K = np.sqrt(square_K)
     return {

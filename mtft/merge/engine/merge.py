@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mtft import __version__
 from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype, servable_rank
 from mtft.adapters.lora_factors import WEIGHTS, LoraAdapter, read_adapters
 from mtft.common.errors import MergeError
+from mtft.common.fingerprint import file_hash
 from mtft.merge.engine.full_tensors import merge_full_tensors
 from mtft.merge.engine.interference import diagnose
 from mtft.merge.engine.merge_module import ModuleResult, merge_modules, survey
 from mtft.merge.engine.merge_plan import MergePlan, check_together, make_merge_plan
-from mtft.merge.engine.model_card import write_merge_card
-from mtft.merge.engine.report import MergeReport
+from mtft.merge.engine.report import MergeReport, write_merge_card
 from mtft.merge.methods.base import MergeMethod
 
 KEEP_BYTES = 256 << 20
@@ -68,23 +67,17 @@ def merge_adapters(
     warnings = check_together(opened, allow_base_mismatch=allow_base_mismatch)
     plan = make_merge_plan(opened, method, options, weights, scale, average, per_module, precision, seed)
     rank = _check_policy(rank, energy, min_energy, plan)
-    kept = merge_full_tensors(opened, plan.weights_K, saved)
+    full = merge_full_tensors(opened, plan.weights_K, saved)
     if vllm:
-        _check_vllm(plan, kept)
-    with atomic_folder(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened]) as folder:
+        _check_vllm(plan, full)
+    with atomic_folder(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened]) as scratch:
         results, final_rank = _spectra_and_rank(plan, rank, energy, workers)
-        writer = AdapterWriter(folder, opened, plan.layouts, final_rank, disk_dtype(opened, dtype), kept)
         spectra = {}
-        try:
+        with AdapterWriter(scratch, opened, plan.layouts, final_rank, disk_dtype(opened, dtype), full) as writer:
             for result in results:
                 spectra[result.name] = (result.S, result.square)
                 warnings += result.warnings
-                B, A = result.B_MR[:, :final_rank], result.A_RN[:final_rank]
-                writer.add(result.name, B, A, result.bias_M)
-            writer.finish()
-        except BaseException:
-            writer.abort()
-            raise
+                writer.add(result.name, result.B_MR[:, :final_rank], result.A_RN[:final_rank], result.bias_M)
         limits = {module.name: min(module.rank or final_rank, final_rank) for module in plan.modules}
         table, total = _energies(spectra, limits)
         if total < min_energy:
@@ -114,24 +107,24 @@ def merge_adapters(
                 "seed": seed,
                 "vllm": vllm,
                 "command": command,
-                "output_sha256": _file_hash(folder / WEIGHTS),
-                "versions": {"mtft": _version(), "numpy": np.__version__},
+                "output_sha256": file_hash(scratch / WEIGHTS),
+                "versions": {"mtft": __version__, "numpy": np.__version__},
             },
             warnings=_short(warnings),
             seconds=0.0,
         )
         if diagnostics:
-            report.diagnostics = diagnose(opened, folder)
+            report.diagnostics = diagnose(opened, scratch)
         report.seconds = time.perf_counter() - started
-        write_merge_card(folder, report)
+        write_merge_card(scratch, report)
     return report
 
 
 def _check_policy(rank: int | str, energy: float, min_energy: float, plan: MergePlan) -> int | str:
     if rank == "auto" and plan.methods[0].default_rank:
         rank = plan.methods[0].default_rank
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and 0 < rank <= 65536
-    if not whole and rank not in ("auto", "lossless"):
+    is_number = isinstance(rank, int) and not isinstance(rank, bool) and 0 < rank <= 65536
+    if not is_number and rank not in ("auto", "lossless"):
         raise MergeError(f"rank is {rank!r}", where="rank", do="a whole number > 0, auto, or lossless")
     for name, value in (("energy", energy), ("min_energy", min_energy)):
         if not 0 <= value <= 1:
@@ -139,12 +132,11 @@ def _check_policy(rank: int | str, energy: float, min_energy: float, plan: Merge
     return rank
 
 
-def _check_vllm(plan: MergePlan, kept: Mapping[str, np.ndarray]) -> None:
+def _check_vllm(plan: MergePlan, full: Mapping[str, np.ndarray]) -> None:
     """What vLLM refuses at load time, refused before the work."""
-    if kept:
-        raise MergeError(
-            f"vLLM loads no full tensors, here {next(iter(kept))}", where="vllm", do="use PEFT, or drop them"
-        )
+    if full:
+        what = f"vLLM loads no full tensors, here {next(iter(full))}"
+        raise MergeError(what, where="vllm", do="use PEFT, or drop them")
     if any(module.layout.has_bias for module in plan.modules):
         raise MergeError("vLLM loads no LoRA biases", where="vllm", do="use PEFT, or train without lora_bias")
 
@@ -169,22 +161,22 @@ def _spectra_and_rank(plan: MergePlan, rank: int | str, energy: float, workers: 
 def _smallest_rank(spectra: Mapping[str, tuple[np.ndarray, float]], share: float) -> int | None:
     """The smallest uniform rank that keeps `share` of the squared norm over all modules, None if none does."""
     longest = max((len(S) for S, _ in spectra.values()), default=0)
-    kept = np.zeros(longest)
+    square_R = np.zeros(longest)
     for S, _ in spectra.values():
-        kept[: len(S)] += S.astype(np.float64) ** 2
+        square_R[: len(S)] += S.astype(np.float64) ** 2
     total = sum(square for _, square in spectra.values())
-    enough = np.nonzero(np.cumsum(kept) >= share * total * (1 - 1e-12))[0]
+    enough = np.nonzero(np.cumsum(square_R) >= share * total * (1 - 1e-12))[0]
     return int(enough[0]) + 1 if len(enough) else None
 
 
 def _energies(spectra: Mapping[str, tuple[np.ndarray, float]], limits: Mapping[str, int]):
-    table, kept_all, total_all = {}, 0.0, 0.0
+    table, held_all, total_all = {}, 0.0, 0.0
     for name, (S, square) in spectra.items():
-        kept = float(np.sum(S[: limits[name]].astype(np.float64) ** 2))
+        held = float(np.sum(S[: limits[name]].astype(np.float64) ** 2))
         rank = min(len(S), limits[name])
-        table[name] = {"rank": rank, "energy": min(1.0, kept / square) if square else 1.0, "norm": math.sqrt(square)}
-        kept_all, total_all = kept_all + kept, total_all + square
-    return table, min(1.0, kept_all / total_all) if total_all else 1.0
+        table[name] = {"rank": rank, "energy": min(1.0, held / square) if square else 1.0, "norm": math.sqrt(square)}
+        held_all, total_all = held_all + held, total_all + square
+    return table, min(1.0, held_all / total_all) if total_all else 1.0
 
 
 def _too_little(total: float, least: float, rank: int, spectra) -> MergeError:
@@ -194,40 +186,14 @@ def _too_little(total: float, least: float, rank: int, spectra) -> MergeError:
 
 
 def _input(adapter: LoraAdapter, weight: float) -> dict[str, object]:
-    settings = adapter.settings
-    return {
-        "path": str(adapter.path),
-        "name": adapter.name,
-        "sha256": adapter.sha256,
-        "base": settings.base,
-        "revision": settings.revision,
-        "r": settings.r,
-        "alpha": settings.alpha,
-        "rslora": settings.rslora,
-        "weight": float(weight),
-    }
+    settings = {key: getattr(adapter.settings, key) for key in ("base", "revision", "r", "alpha", "rslora")}
+    about = {"path": str(adapter.path), "name": adapter.name, "sha256": adapter.sha256}
+    return {**about, **settings, "weight": float(weight)}
 
 
 def _short(warnings: Sequence[str]) -> list[str]:
     """Equal warnings once; of many all-zero modules of one adapter, the first and the count."""
-    counts = Counter(text.split(":")[0] for text in warnings if "all zero" in text)
-    short, seen = [], set()
+    alike: dict[str, list[str]] = {}
     for text in dict.fromkeys(warnings):
-        name = text.split(":")[0] if "all zero" in text else None
-        if name is None:
-            short.append(text)
-        elif name not in seen:
-            seen.add(name)
-            short.append(text + (f", and {counts[name] - 1} more modules" if counts[name] > 1 else ""))
-    return short
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _version() -> str:
-    import mtft
-
-    return mtft.__version__
+        alike.setdefault(text.split(":")[0] if "all zero" in text else text, []).append(text)
+    return [first + (f", and {len(others)} more modules" if others else "") for first, *others in alike.values()]

@@ -39,17 +39,17 @@ def read_inputs(
     names, weights, factors, warnings = [], [], [], []
     bias_M = np.zeros(module.layout.m)
     for adapter, weight in zip(plan.adapters, module.weights_K, strict=True):
-        found = adapter.factors(module.name, dtype) if weight != 0 else None
-        if found is None:
+        own_factors = adapter.factors(module.name, dtype) if weight != 0 else None
+        if own_factors is None:
             continue
-        if found.bias_M is not None:
-            bias_M += (plan.scale * weight * found.scale) * found.bias_M
-        if not found.B_MR.any() or not found.A_RN.any():
+        if own_factors.bias_M is not None:
+            bias_M += (plan.scale * weight * own_factors.scale) * own_factors.bias_M
+        if not own_factors.B_MR.any() or not own_factors.A_RN.any():
             warnings.append(f"{adapter.name}: {module.name} is all zero (untrained?)")
             continue
         names.append(adapter.name)
         weights.append(weight)
-        factors.append(found)
+        factors.append(own_factors)
     labels = (module.name, tuple(names), np.array(weights), tuple(factors))
     return ModuleInputs(*labels, dtype, plan.seed, rank_cap), bias_M if module.layout.has_bias else None, warnings
 
@@ -65,15 +65,13 @@ def merge_module(plan: MergePlan, module: ModulePlan, seen: object, rank: int | 
         spectrum, square = final_spectrum(merged, parts, plan.scale)
         if rank is not None:
             keep = min(x for x in (rank or len(spectrum.S), module.rank, len(spectrum.S)) if x is not None)
-            B, A = balanced_factors(
-                Spectrum(spectrum.U[:, :keep], spectrum.S[:keep], spectrum.Vt[:keep]), merged.rows, merged.cols
-            )
+            B, A = balanced_factors(spectrum.cut(keep), merged.rows, merged.cols)
     return ModuleResult(module.name, spectrum.S, square, B, A, bias_M, tuple(warnings))
 
 
 def final_spectrum(merged: MergedCore, parts: ModuleInputs, scale: float) -> tuple[Spectrum, float]:
     """SVD of scale * X and its squared norm; what is only rounding of the inputs (as in +D - D) counts as zero."""
-    if not np.isfinite(merged.X).all():
+    if not np.isfinite(merged.X).all() or not np.isfinite(merged.square):
         raise too_large(parts.module)
     spectrum = svd(merged.X)
     size = sum(
@@ -81,13 +79,10 @@ def final_spectrum(merged: MergedCore, parts: ModuleInputs, scale: float) -> tup
         for w, f in zip(parts.weights_K, parts.factors, strict=True)
     )
     real = int(np.count_nonzero(16 * np.finfo(parts.dtype).eps * size < spectrum.S))
-    if not np.isfinite(merged.square):
-        raise too_large(parts.module)
     if real == 0:
-        return Spectrum(spectrum.U[:, :0], spectrum.S[:0], spectrum.Vt[:0]), 0.0
-    return Spectrum(
-        np.sign(scale) * spectrum.U[:, :real], abs(scale) * spectrum.S[:real], spectrum.Vt[:real]
-    ), merged.square * scale**2
+        return spectrum.cut(0), 0.0
+    U, S, Vt = spectrum.cut(real)
+    return Spectrum(np.sign(scale) * U, abs(scale) * S, Vt), merged.square * scale**2
 
 
 def survey(plan: MergePlan, cap: int) -> list[object]:

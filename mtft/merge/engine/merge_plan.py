@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mtft.adapters.lora_factors import AdapterLayout, LoraAdapter
 from mtft.common.errors import MergeError
+from mtft.common.fingerprint import content_hash
 from mtft.merge.methods import make_method
 from mtft.merge.methods.base import MergeMethod
 
@@ -55,21 +55,10 @@ class MergePlan:
 
 def check_together(adapters: Sequence[LoraAdapter], *, allow_base_mismatch: bool = False) -> list[str]:
     """Do these adapters belong to one base? Returns warnings; MergeError if they can't be added up."""
+    _check_modules(adapters)
     first, warnings = adapters[0], []
     for other in adapters[1:]:
-        where = f"{first.path} and {other.path}"
-        if other.settings.fan_in_fan_out != first.settings.fan_in_fan_out:
-            raise MergeError("fan_in_fan_out differs", where=where, do="merge adapters of the same base")
-        for module in first.modules.keys() & other.modules.keys():
-            a, b = first.modules[module], other.modules[module]
-            if (a.m, a.n, a.kind) != (b.m, b.n, b.kind):
-                raise MergeError(
-                    f"{module} is {a.m} x {a.n} ({a.kind}) in one and {b.m} x {b.n} ({b.kind}) in the other",
-                    where=where,
-                    do="merge adapters of the same base",
-                )
-        warnings += _base_warnings(first, other, where, allow_base_mismatch)
-    _check_pairs_beyond_first(adapters)
+        warnings += _base_warnings(first, other, f"{first.path} and {other.path}", allow_base_mismatch)
     _check_base_copies(adapters)
     hashes: dict[str, str] = {}
     for adapter in adapters:
@@ -81,15 +70,21 @@ def check_together(adapters: Sequence[LoraAdapter], *, allow_base_mismatch: bool
     return warnings
 
 
-def _check_pairs_beyond_first(adapters: Sequence[LoraAdapter]) -> None:
-    """Modules that the first adapter lacks must agree among the others."""
+def _check_modules(adapters: Sequence[LoraAdapter]) -> None:
+    """A module has one shape and kind in all adapters that have it, and all store it the same way round."""
     seen: dict[str, tuple[AdapterLayout, LoraAdapter]] = {}
     for adapter in adapters:
-        for module, layout in adapter.modules.items():
-            known, owner = seen.setdefault(module, (layout, adapter))
-            if (known.m, known.n, known.kind) != (layout.m, layout.n, layout.kind):
-                where = f"{owner.path} and {adapter.path}"
-                raise MergeError(f"{module} differs in shape", where=where, do="merge adapters of the same base")
+        if adapter.settings.fan_in_fan_out != adapters[0].settings.fan_in_fan_out:
+            raise _other_base("fan_in_fan_out differs", adapters[0], adapter)
+        for module, b in adapter.modules.items():
+            a, owner = seen.setdefault(module, (b, adapter))
+            if (a.m, a.n, a.kind) != (b.m, b.n, b.kind):
+                what = f"{module} is {a.m} x {a.n} ({a.kind}) in one and {b.m} x {b.n} ({b.kind}) in the other"
+                raise _other_base(what, owner, adapter)
+
+
+def _other_base(what: str, one: LoraAdapter, other: LoraAdapter) -> MergeError:
+    return MergeError(what, where=f"{one.path} and {other.path}", do="merge adapters of the same base")
 
 
 def _base_warnings(first: LoraAdapter, other: LoraAdapter, where: str, allow: bool) -> list[str]:
@@ -117,14 +112,11 @@ def _check_base_copies(adapters: Sequence[LoraAdapter]) -> None:
     seen: dict[str, tuple[str, LoraAdapter]] = {}
     for adapter in adapters:
         for key in adapter.base_copies:
-            digest = hashlib.sha256(np.ascontiguousarray(adapter.read(key, np.float32)).data).hexdigest()
+            digest = content_hash(np.ascontiguousarray(adapter.read(key, np.float32)).data)
             known, owner = seen.setdefault(key, (digest, adapter))
             if known != digest:
-                raise MergeError(
-                    f"the copies of the base in {key} differ: these adapters were trained on different weights",
-                    where=f"{owner.path} and {adapter.path}",
-                    do="merge adapters of the same base",
-                )
+                what = f"the copies of the base in {key} differ: these adapters were trained on different weights"
+                raise _other_base(what, owner, adapter)
 
 
 def check_weights(
@@ -144,6 +136,16 @@ def check_weights(
     if not np.isfinite(values).all() or not values.any():
         raise MergeError(f"weights {values.tolist()} are not finite or all zero", where=where, do="give finite weights")
     return values
+
+
+class _Rule(NamedTuple):
+    """What per_module changes for the modules whose name `regex` finds."""
+
+    where: str
+    regex: re.Pattern[str]
+    method: int
+    weights_K: np.ndarray
+    rank: int | None
 
 
 def make_merge_plan(
@@ -171,11 +173,8 @@ def make_merge_plan(
     rules = []
     for index, (pattern, change) in enumerate(per_module):
         where = f"per_module[{index}] {pattern!r}"
-        unknown = set(change) - {"method", "options", "weights", "rank"}
-        if unknown:
-            raise MergeError(
-                f"unknown key {sorted(unknown)[0]!r}", where=where, do="keys: method, options, weights, rank"
-            )
+        if unknown := sorted(set(change) - {"method", "options", "weights", "rank"}):
+            raise MergeError(f"unknown key {unknown[0]!r}", where=where, do="keys: method, options, weights, rank")
         try:
             regex = re.compile(pattern)
         except re.error as error:
@@ -186,28 +185,23 @@ def make_merge_plan(
             methods.append(make_method(change.get("method", inherited), change.get("options")))
             number = len(methods) - 1
         weights_K = check_weights(change["weights"], adapters, where) if change.get("weights") else default_K
-        rules.append((regex, number, weights_K, _check_rank(change.get("rank"), where), where))
+        rank = change.get("rank")
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise MergeError(f"rank is {rank!r}", where=where, do="give a whole number > 0")
+        rules.append(_Rule(where, regex, number, weights_K, rank))
+    otherwise = _Rule("", re.compile(""), 0, default_K, None)
     modules, used = [], set()
     for name in sorted({name for adapter in adapters for name in adapter.modules}):
         layouts = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
-        has_bias = any(layout.has_bias for layout in layouts)
-        layout = AdapterLayout(layouts[0].m, layouts[0].n, sum(x.r for x in layouts), layouts[0].kind, has_bias)
-        hit = next((i for i, rule in enumerate(rules) if rule[0].search(name)), None)
-        used.add(hit)
-        _, number, weights_K, rank, _ = rules[hit] if hit is not None else (None, 0, default_K, None, None)
-        modules.append(ModulePlan(name, layout, number, weights_K, rank))
-    for index, rule in enumerate(rules):
-        if index not in used:
-            raise MergeError(
-                "no module is merged by this rule", where=rule[4], do="mend the pattern, or the order of the rules"
-            )
+        layout = replace(layouts[0], r=sum(x.r for x in layouts), has_bias=any(x.has_bias for x in layouts))
+        rule = next(rule for rule in (*rules, otherwise) if rule.regex.search(name))
+        used.add(rule.where)
+        modules.append(ModulePlan(name, layout, rule.method, rule.weights_K, rule.rank))
+    for rule in rules:
+        if rule.where not in used:
+            do = "mend the pattern, or the order of the rules"
+            raise MergeError("no module is merged by this rule", where=rule.where, do=do)
     if precision not in ("auto", "fp64", "fp32"):
         do = "auto, fp64 or fp32: sums in 16 bits lose the merge"
         raise MergeError(f"precision is {precision!r}", where="precision", do=do)
     return MergePlan(list(adapters), methods, modules, default_K, float(scale), precision, seed)
-
-
-def _check_rank(rank: object, where: str) -> int | None:
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise MergeError(f"rank is {rank!r}", where=where, do="give a whole number > 0")
-    return rank

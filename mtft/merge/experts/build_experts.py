@@ -9,7 +9,6 @@ arrow: the experts as they are, one uniform rank, and prototypes that tell which
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,12 +20,13 @@ from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtyp
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
 from mtft.adapters.mlp_router import MlpRouter
 from mtft.adapters.routers import CentroidRouter
+from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.engine.merge_plan import MergePlan, make_merge_plan
 from mtft.merge.engine.report import MergeReport
 from mtft.merge.experts.arrow_prototypes import arrow_router as prototypes_of
-from mtft.merge.linalg.core_space import Spectrum, one_thread, svd, to_core
+from mtft.merge.linalg.core_space import balanced_factors, one_thread, svd, to_core
 
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -74,7 +74,7 @@ def build_twin(
             router.save(scratch / "router.safetensors")
         facts = {"experts": dict(zip((a.name for a in opened), folders)), "expert_energy": energies}
         facts |= {"expert_rank": expert_rank, "with_shared": with_shared}
-        (scratch / "twin.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        write_json(scratch / "twin.json", facts, indent=2)
     report.out = out
     report.settings |= facts
     return report
@@ -103,8 +103,8 @@ def export_arrow(
     folders = _folders(opened)
     router = prototypes_of(opened, common)
     modules = {name for adapter in opened for name in adapter.modules}
-    ranks = [[a.modules[name].r if name in a.modules else 0 for name in modules] for a in (*opened, *common)]
-    rank = servable_rank(max(max(own) for own in ranks[: len(opened)]) + sum(max(own) for own in ranks[len(opened) :]))
+    widest = [max(x.r if name in modules else 0 for name, x in a.modules.items()) for a in (*opened, *common)]
+    rank = servable_rank(max(widest[: len(opened)]) + sum(widest[len(opened) :]))
     own = frozenset({"router.safetensors", "arrow.json", *folders})
     weights = [1.0, *(-1 / len(common) for _ in common)]
     inputs = [adapter.path for adapter in (*opened, *common)]
@@ -113,7 +113,7 @@ def export_arrow(
             merge_adapters([adapter, *common], scratch / folder, weights=weights, rank=rank, dtype=dtype, vllm=True)
         router.save(scratch / "router.safetensors")
         facts = {"experts": dict(zip(router.names, folders)), "rank": rank, "top": top, "temperature": temperature}
-        (scratch / "arrow.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        write_json(scratch / "arrow.json", facts, indent=2)
     return out
 
 
@@ -133,16 +133,16 @@ def _write_experts(
     expert_rank: int,
     rank: int,
     dtype: str,
-    whole: bool,
+    with_shared: bool,
 ) -> dict[str, float]:
     """All experts at once, module by module; returns the share of ||E_k||^2 that is kept."""
-    kept, squares = np.zeros(len(folders)), np.zeros(len(folders))
+    held, squares = np.zeros(len(folders)), np.zeros(len(folders))
     with ExitStack() as stack:
         writers = []
         for folder in folders:
             (scratch / folder).mkdir()
-            writers.append(AdapterWriter(scratch / folder, plan.adapters, plan.layouts, rank, dtype, {}))
-            stack.callback(writers[-1].abort)
+            writer = AdapterWriter(scratch / folder, plan.adapters, plan.layouts, rank, dtype, {})
+            writers.append(stack.enter_context(writer))
         for module in plan.modules:
             factors = [adapter.factors(module.name) for adapter in plan.adapters]
             base = common.factors(module.name)
@@ -153,21 +153,19 @@ def _write_experts(
                 for k, (factor, writer) in enumerate(zip(factors, writers)):
                     E = (next(deltas) if factor is not None else np.zeros_like(S)) - S
                     spectrum = svd(E)
-                    cut = Spectrum(spectrum.U[:, :expert_rank], spectrum.S[:expert_rank], spectrum.Vt[:expert_rank])
-                    kept[k] += np.sum(cut.S**2)
+                    cut = spectrum.cut(expert_rank)
+                    held[k] += np.sum(cut.S**2)
                     squares[k] += np.sum(spectrum.S**2)
-                    if whole:
+                    if with_shared:
                         cut = svd((cut.U * cut.S) @ cut.Vt + S)
-                    B, A = core.lift(cut.U[:, :rank], cut.S[:rank], cut.Vt[:rank])
-                    bias = _bias(factor, base, whole) if module.layout.has_bias else None
+                    B, A = balanced_factors(cut.cut(rank), core.rows, core.cols)
+                    bias = _bias(factor, base, with_shared) if module.layout.has_bias else None
                     writer.add(module.name, B, A, bias)
-        for writer in writers:
-            writer.finish()
-            writer.write_config()
-        stack.pop_all()
-    return {a.name: float(x / s) if s else 1.0 for a, x, s in zip(plan.adapters, kept, squares)}
+    for writer in writers:
+        writer.write_config()
+    return {a.name: float(x / s) if s else 1.0 for a, x, s in zip(plan.adapters, held, squares)}
 
 
-def _bias(factor, base, whole: bool) -> np.ndarray:
-    own = 0.0 if factor is None or factor.bias_M is None else factor.scale * factor.bias_M
-    return own + np.zeros_like(base.bias_M) if whole else own - base.bias_M
+def _bias(factor, base, with_shared: bool) -> np.ndarray:
+    bias = 0.0 if factor is None or factor.bias_M is None else factor.scale * factor.bias_M
+    return bias + np.zeros_like(base.bias_M) if with_shared else bias - base.bias_M

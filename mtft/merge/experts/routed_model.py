@@ -24,6 +24,7 @@ from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
 from mtft.adapters.mlp_router import MlpRouter, load_router
 from mtft.adapters.routers import ArrowRouter, CentroidRouter
 from mtft.common.errors import MergeError
+from mtft.merge.linalg.module_factors import ModuleFactors, module_factors
 from mtft.models.hidden_states import last_token_states
 
 FACTS = ("twin.json", "arrow.json")
@@ -55,18 +56,12 @@ class RoutedModel:
         self.model, self.router, self.top, self.temperature = model, router, top, temperature
         self.probabilities_BK: Tensor | None = None  # of the current request
         self._on = True
-        self._handles = []
-        for name in sorted({name for adapter in (*opened, *always) for name in adapter.modules}):
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                self.remove()
-                raise MergeError(
-                    f"the model has no module {name!r}", where=name, do="give the adapters' base"
-                ) from None
-            pairs = [_factors(adapter, name, module) for adapter in opened]
-            fixed = [pair for pair in (_factors(adapter, name, module) for adapter in always) if pair is not None]
-            self._handles.append(module.register_forward_hook(self._hook(name, pairs, fixed)))
+        names = sorted({name for adapter in (*opened, *always) for name in adapter.modules})
+        loaded = {name: module_factors(model, name, (*opened, *always)) for name in names}
+        self._handles = [
+            module.register_forward_hook(self._hook(name, factors[: len(opened)], factors[len(opened) :]))
+            for name, (module, factors) in loaded.items()
+        ]
 
     def remove(self) -> None:
         """Take the experts off the model."""
@@ -99,17 +94,18 @@ class RoutedModel:
         finally:
             self._on = True
 
-    def _hook(self, name: str, pairs: list, fixed: list):
+    def _hook(self, name: str, routed: list[ModuleFactors | None], fixed: list[ModuleFactors | None]):
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not self._on:
                 return output
             x = inputs[0]
-            for pair in fixed:
-                output = output + _apply(pair, x)
+            for factors in fixed:
+                if factors is not None:
+                    output = output + _apply(factors, x)
             p = self._weights(name, x)
-            for k, pair in enumerate(pairs):
-                if pair is not None:
-                    output = output + p[..., k, None] * _apply(pair, x)
+            for k, factors in enumerate(routed):
+                if factors is not None:
+                    output = output + p[..., k, None] * _apply(factors, x)
             return output
 
         return add
@@ -135,33 +131,22 @@ def load_routed(model: Any, folder: str | Path) -> RoutedModel:
     MergeError if there is no router: then the folder is for a server that routes by itself.
     """
     folder = Path(folder)
-    found = next((folder / name for name in FACTS if (folder / name).is_file()), None)
-    if found is None:
+    facts_file = next((folder / name for name in FACTS if (folder / name).is_file()), None)
+    if facts_file is None:
         do = "give the folder that `mtft merge` wrote with merge.experts"
         raise MergeError("neither twin.json nor arrow.json is there", where=str(folder), do=do)
-    facts = json.loads(found.read_text("utf-8"))
+    facts = json.loads(facts_file.read_text("utf-8"))
     if not (folder / ROUTER).is_file():
         raise MergeError(f"no {ROUTER}", where=str(folder), do="merge with a recipe that names held-out rows")
     router = load_router(folder / ROUTER)
     experts = [read_adapter(folder / facts["experts"][name], name) for name in router.names]
-    shared = None if found.name == "arrow.json" or facts["with_shared"] else folder / "shared"
+    shared = None if facts_file.name == "arrow.json" or facts["with_shared"] else folder / "shared"
     return RoutedModel(
         model, experts, router, shared=shared, top=facts.get("top"), temperature=facts.get("temperature", 1.0)
     )
 
 
-def _factors(adapter: LoraAdapter, name: str, module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    found = adapter.factors(name)
-    if found is None:
-        return None
-    if found.kind != "linear":
-        raise MergeError("only linear modules are routed", where=name, do="leave embeddings out of target_modules")
-    to = {"dtype": module.weight.dtype, "device": module.weight.device}
-    bias = None if found.bias_M is None else torch.tensor(found.scale * found.bias_M, **to)
-    return torch.tensor(found.A_RN, **to), torch.tensor(found.scale * found.B_MR, **to), bias
-
-
-def _apply(pair: tuple[Tensor, Tensor, Tensor | None], x: Tensor) -> Tensor:
-    A, B, bias = pair
+def _apply(factors: ModuleFactors, x: Tensor) -> Tensor:
+    A, B, bias = factors
     y = (x.to(A.dtype) @ A.T) @ B.T
     return y if bias is None else y + bias

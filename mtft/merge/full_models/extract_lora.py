@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from mtft.adapters.adapter_writer import DTYPES, atomic_folder, plain_config, servable_rank
+from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype, plain_config, servable_rank
 from mtft.adapters.lora_config import CONFIG
-from mtft.adapters.lora_factors import PREFIX, WEIGHTS
-from mtft.adapters.safetensors_io import TensorWriter
+from mtft.adapters.lora_factors import AdapterLayout
+from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 from mtft.merge.full_models.merge_checkpoints import (
     CheckpointDelta,
@@ -29,7 +29,7 @@ from mtft.merge.full_models.merge_checkpoints import (
     merge_checkpoints,
     read_checkpoint,
 )
-from mtft.merge.linalg.core_space import Spectrum, balanced_factors, one_thread, svd
+from mtft.merge.linalg.core_space import balanced_factors, one_thread, svd
 from mtft.merge.linalg.streamed_delta import DeltaStream, compress
 from mtft.merge.methods.lines import layer_of
 
@@ -66,41 +66,29 @@ def extract_adapter(
         raise MergeError(f"rank is {rank!r}", where="rank", do="a whole number > 0, as 16")
     root, tuned = read_checkpoint(base), read_checkpoint(model)
     check_same_tensors(root, [tuned])
-    names = [key for key in root.files if _is_block_matrix(root, key)]
+    matrices = [key for key in root.files if _is_block_matrix(root, key)]
     wide = servable_rank(rank)
-    entries = []
-    for key in names:
-        m, n = root.shape(key)
-        stem = PREFIX + key.removesuffix(".weight")
-        entries += [(f"{stem}.lora_A.weight", DTYPES[dtype], (wide, n))]
-        entries += [(f"{stem}.lora_B.weight", DTYPES[dtype], (m, wide))]
-    kept = squares = other = 0.0
-    with atomic_folder(Path(out), overwrite=overwrite, inputs=[root.path, tuned.path]) as folder:
-        writer = TensorWriter(folder / WEIGHTS, entries)
-        try:
-            for key in names:
+    layouts = {key.removesuffix(".weight"): AdapterLayout(*root.shape(key), wide, "linear", False) for key in matrices}
+    held = squares = other = 0.0
+    with atomic_folder(Path(out), overwrite=overwrite, inputs=[root.path, tuned.path]) as scratch:
+        with AdapterWriter(scratch, (), layouts, wide, disk_dtype((), dtype), {}) as writer:
+            for key, module in zip(matrices, layouts, strict=True):
                 with one_thread():
                     B, A, square = _leading(root, tuned, key, rank)
-                stem = PREFIX + key.removesuffix(".weight")
-                short = wide - A.shape[0]
-                writer.write(f"{stem}.lora_A.weight", np.pad(A, ((0, short), (0, 0))))
-                writer.write(f"{stem}.lora_B.weight", np.pad(B, ((0, 0), (0, short))))
-                kept, squares = kept + float(np.sum((B**2).sum(axis=0) ** 2)), squares + square  # sigma = |b|^2
-            writer.close()
-        finally:
-            writer.abort()
-        for key in root.files.keys() - set(names):
-            other += sum(float(np.sum(x[0].astype(np.float64) ** 2)) for _, x in _stream(root, tuned, key))
+                writer.add(module, B, A, None)
+                held, squares = held + float(np.sum((B**2).sum(axis=0) ** 2)), squares + square  # sigma = |b|^2
+        for key in root.files:
+            if key not in matrices:
+                other += sum(float(np.sum(x[0].astype(np.float64) ** 2)) for _, x in _stream(root, tuned, key))
         if not squares:
             raise MergeError(
                 "no matrix inside a block differs", where=str(model), do="give a model tuned from this base"
             )
-        modules = [key.removesuffix(".weight") for key in names]
         facts = {"base": str(root.path), "model": str(tuned.path), "rank": rank}
-        facts |= {"energy": min(1.0, kept / squares), "left_out": other / (other + squares)}
-        (folder / "merge.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-        (folder / CONFIG).write_text(json.dumps(plain_config(wide, modules, str(root.path)), indent=2) + "\n", "utf-8")
-    return ExtractedLora(Path(out), rank, min(1.0, kept / squares), other / (other + squares))
+        facts |= {"energy": min(1.0, held / squares), "left_out": other / (other + squares)}
+        write_json(scratch / "merge.json", facts, indent=2)
+        write_json(scratch / CONFIG, plain_config(wide, list(layouts), str(root.path)), indent=2)
+    return ExtractedLora(Path(out), rank, min(1.0, held / squares), other / (other + squares))
 
 
 def twin_models(
@@ -126,22 +114,22 @@ def twin_models(
     own = frozenset({"shared", "twin.json", "router.safetensors", *folders.values()})
     with atomic_folder(out, overwrite=overwrite, inputs=[Path(base), *paths], own=own) as scratch:
         merge_checkpoints(base, paths, scratch / "shared", method, options, weights, scale)
-        found = {}
+        extracted = {}
         for path in paths:
             held = extract_adapter(scratch / "shared", path, scratch / folders[path.name], rank)
             _name_base(scratch / folders[path.name], out / "shared")
-            found[path.name] = ExtractedLora(out / folders[path.name], rank, held.energy, held.left_out)
-        energies = {name: held.energy for name, held in found.items()}
+            extracted[path.name] = replace(held, out=out / folders[path.name])
+        energies = {name: held.energy for name, held in extracted.items()}
         facts = {"experts": folders, "expert_rank": rank, "expert_energy": energies, "with_shared": True}
-        (scratch / "twin.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-    return found
+        write_json(scratch / "twin.json", facts, indent=2)
+    return extracted
 
 
 def _name_base(adapter: Path, base: Path) -> None:
     """Its base is where the shared model will stand."""
     for name, key in ((CONFIG, "base_model_name_or_path"), ("merge.json", "base")):
         facts = json.loads((adapter / name).read_text("utf-8"))
-        (adapter / name).write_text(json.dumps({**facts, key: str(base)}, indent=2) + "\n", "utf-8")
+        write_json(adapter / name, {**facts, key: str(base)}, indent=2)
 
 
 def _is_block_matrix(root: FullCheckpoint, key: str) -> bool:
@@ -152,12 +140,11 @@ def _is_block_matrix(root: FullCheckpoint, key: str) -> bool:
 
 
 def _stream(root: FullCheckpoint, tuned: FullCheckpoint, key: str) -> DeltaStream:
-    return DeltaStream.of_arrays([CheckpointDelta(tuned, root, key)])  # type: ignore[list-item]
+    return DeltaStream([CheckpointDelta(tuned, root, key)])  # type: ignore[list-item]
 
 
 def _leading(root: FullCheckpoint, tuned: FullCheckpoint, key: str, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
     """(B, A, ||D||^2) of the leading `rank` triples."""
     merged = compress(_stream(root, tuned, key), lambda start, blocks: blocks[0], rank, key)
-    U, S, Vt = svd(merged.X)
-    B, A = balanced_factors(Spectrum(U[:, :rank], S[:rank], Vt[:rank]), merged.rows, merged.cols)
+    B, A = balanced_factors(svd(merged.X).cut(rank), merged.rows, merged.cols)
     return B, A, merged.square

@@ -7,7 +7,6 @@ and pay full SVDs. Files may be sharded, in and out. No model code runs and noth
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from mtft.adapters.adapter_writer import atomic_folder
-from mtft.adapters.safetensors_io import TensorFile, TensorWriter, as_matrix
+from mtft.adapters.safetensors_io import TensorFile, TensorWriter, as_matrix, open_tensors
+from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge_plan import check_weights
 from mtft.merge.linalg.core_space import CoreSpace, IdentityBasis, one_thread
@@ -26,7 +26,8 @@ from mtft.merge.methods.base import CoreSpaceMethod
 from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta
 from mtft.merge.methods.linear import LinearMerge
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 KEPT = (".json", ".txt", ".model", ".jinja")
 """Files of the base that go along (configuration and tokenizer)."""
 
@@ -61,33 +62,19 @@ class CheckpointDelta:
         return as_matrix(self.base.shape(self.key))
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        own, base = (
+        tuned, base = (
             x.files[self.key].rows(self.key, rows.start, rows.stop, np.float32) for x in (self.model, self.base)
         )
-        return own - base
+        return tuned - base
 
 
 def read_checkpoint(path: str | Path) -> FullCheckpoint:
     """Open a folder with model.safetensors or its shards. MergeError if it is none, or holds more than floats."""
     folder = Path(path)
-    if (folder / WEIGHTS).is_file():
-        file = TensorFile(folder / WEIGHTS)
-        return FullCheckpoint(folder, folder.name, dict.fromkeys(file.entries, file))
-    if not (folder / INDEX).is_file():
+    files = open_tensors(folder, WEIGHTS, "save the model again")
+    if files is None:
         raise MergeError(f"no {WEIGHTS}", where=str(folder), do="give the folder of a model in safetensors")
-    try:
-        weight_map = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-            raise ValueError("a shard is no plain file name")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        where = str(folder / INDEX)
-        raise MergeError(f"the shard index can't be read: {error}", where=where, do="save the model again") from None
-    shards = {name: TensorFile(folder / name) for name in names}
-    for key, name in weight_map.items():
-        if key not in shards[name].entries:
-            raise MergeError(f"{key!r} is not in {name}", where=str(folder), do="save the model again")
-    return FullCheckpoint(folder, folder.name, {key: shards[name] for key, name in weight_map.items()})
+    return FullCheckpoint(folder, folder.name, files)
 
 
 def merge_checkpoints(
@@ -123,42 +110,40 @@ def merge_checkpoints(
     shards = _shards(root, shard_bytes)
     own = frozenset({"merge.json", INDEX, WEIGHTS, *shards, *(path.name for path in _companions(root.path))})
     norms = {}
-    with atomic_folder(Path(out), overwrite=overwrite, inputs=[root.path, *(m.path for m in tuned)], own=own) as folder:
+    with atomic_folder(
+        Path(out), overwrite=overwrite, inputs=[root.path, *(m.path for m in tuned)], own=own
+    ) as scratch:
         for shard, keys in shards.items():
-            writer = TensorWriter(folder / shard, [(key, root.dtype(key), root.shape(key)) for key in keys])
+            entries = [(key, root.dtype(key), root.shape(key)) for key in keys]
             try:
-                for key in keys:
-                    with one_thread():
-                        merged = _merged(rule, root, used, key, seed, spectral)
+                with TensorWriter(scratch / shard, entries) as writer, one_thread():
+                    for key in keys:
                         square: list[float] = []
+                        merged = _merged(rule, root, used, key, seed, spectral)
                         writer.write_rows(key, _added(root, key, merged, scale, square))
-                    norms[key] = float(np.sqrt(sum(square)))
-                writer.close()
+                        norms[key] = float(np.sqrt(sum(square)))
             except OverflowError as error:
                 raise MergeError(str(error), where=shard, do="lower scale") from None
-            finally:
-                writer.abort()
         if len(shards) > 1:
             total = sum(root.files[k].entries[k].end - root.files[k].entries[k].start for k in root.files)
             weight_map = {key: shard for shard, keys in shards.items() for key in keys}
-            text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-            (folder / INDEX).write_text(text + "\n", "utf-8")
+            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(scratch / INDEX, content, indent=2)
         for path in _companions(root.path):
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, scratch / path.name)
         facts = {"method": method, "options": rule.describe(), "scale": scale, "seed": seed, "base": str(root.path)}
         facts["models"] = [{"path": str(m.path), "weight": float(w)} for m, w in zip(tuned, weights_K)]
         facts["delta_norms"] = norms
-        (folder / "merge.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", "utf-8")
+        write_json(scratch / "merge.json", facts, indent=2)
     return facts
 
 
 def check_same_tensors(root: FullCheckpoint, tuned: Sequence[FullCheckpoint]) -> None:
     for model in tuned:
-        if odd := sorted(model.files.keys() ^ root.files.keys()):
+        if unshared := sorted(model.files.keys() ^ root.files.keys()):
+            what = f"{len(unshared)} tensors are in one only, first {unshared[0]!r}"
             do = "merge models of this base, saved the same way"
-            raise MergeError(
-                f"{len(odd)} tensors are in one only, first {odd[0]!r}", where=f"{root.path}, {model.path}", do=do
-            )
+            raise MergeError(what, where=f"{root.path}, {model.path}", do=do)
         for key in root.files:
             if model.shape(key) != root.shape(key):
                 what = f"{key} is {list(root.shape(key))} in the base and {list(model.shape(key))}"
@@ -192,7 +177,7 @@ def _merged(
 ) -> Iterator[np.ndarray]:
     """Row blocks of the merged delta."""
     weights_K = np.array([w for _, w in used])
-    stream = DeltaStream.of_arrays([CheckpointDelta(model, root, key) for model, _ in used])  # type: ignore[misc]
+    stream = DeltaStream([CheckpointDelta(model, root, key) for model, _ in used])  # type: ignore[misc]
     names = tuple(model.name for model, _ in used)
     if isinstance(rule, ElementwiseMethod):
         compute: Rule = rule.rule(TaskDelta(stream, weights_K, names, key, seed))

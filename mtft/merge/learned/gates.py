@@ -19,7 +19,6 @@ divided by its mean. train_gates.py folds the gates into the factors afterwards:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,9 @@ from torch import Tensor, nn
 from mtft.adapters.lora_factors import LoraAdapter
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge_plan import check_together
+from mtft.merge.linalg.module_factors import module_factors
 from mtft.merge.methods.lines import layer_of
+from mtft.recipe.method_options import find_method
 
 
 class GateKind(NamedTuple):
@@ -58,16 +59,6 @@ CONCRETE_COEFFICIENT = 0.3
 SCALEARN_DROPOUT = 0.3
 
 
-@dataclass(frozen=True)
-class _GatedFactors:
-    """One adapter on one module: y += s B (A x)."""
-
-    k: int
-    A_RN: Tensor
-    B_MR: Tensor  # times s
-    bias_M: Tensor | None  # times s
-
-
 class Gates(nn.Module):
     """Adapters hooked onto `model` with trainable gates. `remove()` takes the hooks off again.
 
@@ -76,16 +67,18 @@ class Gates(nn.Module):
 
     def __init__(self, model: nn.Module, adapters: Sequence[LoraAdapter], kind: str, *, seed: int = 0) -> None:
         super().__init__()
-        if kind not in GATE_KINDS:
-            raise MergeError(f"unknown gates {kind!r}", where="kind", do=f"one of {', '.join(GATE_KINDS)}")
+        self.settings = find_method(GATE_KINDS, kind, "gates", "kind", error=MergeError)
         check_together(adapters)
         self.kind, self.names = kind, tuple(adapter.name for adapter in adapters)
         self.modules_by_name = sorted({name for adapter in adapters for name in adapter.modules})
-        self._pairs = {name: self._load(model, adapters, name) for name in self.modules_by_name}
+        self._factors = {
+            name: [(k, f) for k, f in enumerate(module_factors(model, name, adapters)[1]) if f is not None]
+            for name in self.modules_by_name
+        }
         self._groups = {name: self._group(name) for name in self.modules_by_name}
         self._generator = torch.Generator().manual_seed(seed)
         self._dropped: dict[str, Tensor] = {}
-        K, start = len(adapters), GATE_KINDS[kind].start
+        K, start = len(adapters), self.settings.start
         start = 1 / K if start is None else start
         self.values = nn.ParameterDict()
         for name in self.modules_by_name:
@@ -103,7 +96,7 @@ class Gates(nn.Module):
     def attach(self, model: nn.Module) -> None:
         """Put the hooks on (the constructor does)."""
         self.remove()
-        self._handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self._pairs]
+        self._handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self._factors]
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -111,46 +104,19 @@ class Gates(nn.Module):
             handle.remove()
         self._handles = []
 
-    def _load(self, model: nn.Module, adapters: Sequence[LoraAdapter], name: str) -> list[_GatedFactors]:
-        try:
-            weight = model.get_submodule(name).weight
-        except AttributeError:
-            raise MergeError(
-                f"the model has no module {name!r}", where=name, do="give the adapters' own base"
-            ) from None
-        pairs = []
-        for k, adapter in enumerate(adapters):
-            factors = adapter.factors(name)
-            if factors is None:
-                continue
-            if factors.kind != "linear":
-                raise MergeError(
-                    "gates work on linear modules only", where=name, do="leave embeddings out of target_modules"
-                )
-            to = {"dtype": weight.dtype, "device": weight.device}
-            bias = None if factors.bias_M is None else torch.tensor(factors.scale * factors.bias_M, **to)
-            pairs.append(
-                _GatedFactors(
-                    k, torch.tensor(factors.A_RN, **to), torch.tensor(factors.scale * factors.B_MR, **to), bias
-                )
-            )
-        return pairs
-
     def _group(self, name: str) -> str:
-        layout = GATE_KINDS[self.kind].layout
-        if layout == "task":
+        if self.settings.layout == "task":
             return "all"
-        if layout == "layer":
+        if self.settings.layout == "layer":
             layer = layer_of(name)
             return "outside" if layer is None else f"layer{layer}"
         return name.replace(".", "/")  # parameter names hold no dots
 
     def _shape(self, name: str, K: int) -> tuple[int, ...]:
-        layout = GATE_KINDS[self.kind].layout
-        if layout == "vector":
-            return K, self._pairs[name][0].B_MR.shape[0]
-        if layout == "rank":
-            return K, max(pair.A_RN.shape[0] for pair in self._pairs[name])
+        if self.settings.layout == "vector":
+            return K, self._factors[name][0][1].B_MR.shape[0]
+        if self.settings.layout == "rank":
+            return K, max(len(f.A_RN) for _, f in self._factors[name])
         return (K,)
 
     def of(self, name: str) -> Tensor:
@@ -172,8 +138,8 @@ class Gates(nn.Module):
         else:
             mask = torch.sigmoid(logits)
         exists = torch.zeros_like(mask)  # adapters of lower rank have no component there
-        for pair in self._pairs[name]:
-            exists[pair.k, : pair.A_RN.shape[0]] = 1
+        for k, f in self._factors[name]:
+            exists[k, : len(f.A_RN)] = 1
         return CONCRETE_COEFFICIENT * mask / ((mask * exists).sum() / exists.sum()).clamp(min=1e-6)
 
     def _drawn(self, name: str, like: Tensor, make) -> Tensor:
@@ -187,20 +153,18 @@ class Gates(nn.Module):
         self._dropped.clear()
 
     def _hook(self, name: str):
-        layout = GATE_KINDS[self.kind].layout
-
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x, gates = inputs[0], self.of(name).to(output.dtype)
-            for pair in self._pairs[name]:
-                g = gates[pair.k]
-                inner = x @ pair.A_RN.T
-                if layout == "rank":
-                    output = output + (inner * g[: inner.shape[-1]]) @ pair.B_MR.T
+            for k, (A_RN, B_MR, bias_M) in self._factors[name]:
+                g = gates[k]
+                inner = x @ A_RN.T
+                if self.settings.layout == "rank":
+                    output = output + (inner * g[: inner.shape[-1]]) @ B_MR.T
                     g = torch.ones((), dtype=output.dtype)
                 else:
-                    output = output + g * (inner @ pair.B_MR.T)
-                if pair.bias_M is not None:
-                    output = output + g * pair.bias_M
+                    output = output + g * (inner @ B_MR.T)
+                if bias_M is not None:
+                    output = output + g * bias_M
             return output
 
         return add

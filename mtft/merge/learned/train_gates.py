@@ -68,9 +68,7 @@ def train_gates(
     if not batches:
         raise MergeError("no batches", where="batches", do="give a few examples of each task")
     forward = logits or (lambda net, batch: net(**batch.inputs).logits)
-    settings = GATE_KINDS.get(kind)
     gates = Gates(model, opened, kind, seed=seed)  # checks the kind
-    assert settings is not None
     warnings = _warn_few_examples(batches)
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     was_training = model.training
@@ -78,17 +76,16 @@ def train_gates(
         model.eval()
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
-        floor = 0.5 * _expert_entropy(model, opened, batches, forward, gates) if settings.entropy else None
-        rate = learning_rate or settings.learning_rate
-        kinds = {"self_positioning": torch.optim.SGD}
-        optimizer = kinds.get(kind, torch.optim.Adam)(gates.parameters(), lr=rate)
+        floor = 0.5 * _expert_entropy(model, opened, batches, forward, gates) if gates.settings.entropy else None
+        rule = torch.optim.SGD if kind == "self_positioning" else torch.optim.Adam
+        optimizer = rule(gates.parameters(), lr=learning_rate or gates.settings.learning_rate)
         history: list[float] = []
-        for step in range(steps if steps is not None else settings.steps):
+        for step in range(steps if steps is not None else gates.settings.steps):
             batch = batches[step % len(batches)]
             gates.train()
             gates.next_step()
             optimizer.zero_grad()
-            loss = objective(forward(model, batch), batch, settings.entropy)
+            loss = objective(forward(model, batch), batch, gates.settings.entropy)
             for value in gates.values.values():
                 loss = loss + l1 * value.abs().sum() + l2 * value.square().sum()
             if floor is not None and loss.item() < floor:
@@ -97,7 +94,7 @@ def train_gates(
             loss.backward()
             optimizer.step()
             history.append(loss.item())
-            if settings.clamp:
+            if gates.settings.clamp:
                 with torch.no_grad():
                     for value in gates.values.values():
                         value.clamp_(0, 1)
@@ -125,26 +122,23 @@ def _warn_few_examples(batches: Sequence[GateBatch]) -> list[str]:
     counts: Counter[str] = Counter()
     for batch in batches:
         counts[batch.task] += len(batch.labels_BT)
-    short = sorted(task for task, count in counts.items() if count < FEW)
-    return (
-        [f"fewer than {FEW} examples for {', '.join(map(repr, short))}: the gates may fit them by chance"]
-        if short
-        else []
-    )
+    if few := [repr(task) for task in sorted(counts) if counts[task] < FEW]:
+        return [f"fewer than {FEW} examples for {', '.join(few)}: the gates may fit them by chance"]
+    return []
 
 
 def _expert_entropy(model, adapters, batches, forward, gates: Gates) -> float:
     """Mean entropy of each expert alone on the batches of its own task (of all batches, if none bears its name)."""
     gates.remove()
-    found = []
+    entropies = []
     for adapter in adapters:
         alone = Gates(model, [adapter], "cat_gates")  # starts at 1/K = 1: the adapter as it is
-        own = [batch for batch in batches if batch.task == adapter.name] or list(batches)
+        own_batches = [batch for batch in batches if batch.task == adapter.name] or list(batches)
         with torch.no_grad():
-            found += [objective(forward(model, batch), batch, True).item() for batch in own]
+            entropies += [objective(forward(model, batch), batch, True).item() for batch in own_batches]
         alone.remove()
     gates.attach(model)
-    return float(np.mean(found))
+    return float(np.mean(entropies))
 
 
 @dataclass(frozen=True)
@@ -155,6 +149,9 @@ class GatedSum(MergeMethod):
     names: tuple[str, ...]
     kind: str
     space = "factors"
+
+    def __post_init__(self, where: str) -> None:
+        """Made by fold_gates, not from a recipe: nothing to check."""
 
     def describe(self) -> dict[str, object]:
         small = {name: value.tolist() for name, value in self.gates.items() if value.ndim == 1}

@@ -23,10 +23,7 @@ from threadpoolctl import ThreadpoolController
 from mtft.adapters.lora_factors import LoraFactors
 from mtft.common.errors import MergeError
 
-
-@cache
-def _threads() -> ThreadpoolController:
-    return ThreadpoolController()
+_threads = cache(ThreadpoolController)
 
 
 def one_thread():
@@ -36,11 +33,6 @@ def one_thread():
 
 ROWS = 8192
 """Taller stacks (vocabularies) are factored in chunks of so many rows first, to bound memory."""
-
-
-def rank_tolerance(dtype: np.dtype | type) -> float:
-    """Singular values below this share of the largest count as zero."""
-    return 1e-10 if np.dtype(dtype) == np.float64 else 1e-5
 
 
 class OrthonormalBasis(Protocol):
@@ -162,6 +154,10 @@ class Spectrum(NamedTuple):
     S: np.ndarray
     Vt: np.ndarray
 
+    def cut(self, rank: int | None) -> Spectrum:
+        """Its leading `rank` triples; None: all."""
+        return Spectrum(self.U[:, :rank], self.S[:rank], self.Vt[:rank])
+
 
 @dataclass(frozen=True)
 class CoreSpace:
@@ -191,10 +187,6 @@ class CoreSpace:
 
     def sum(self) -> np.ndarray:
         return np.sum(self.cores, axis=0)
-
-    def lift(self, U: np.ndarray, S: np.ndarray, Vt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B [m, r], A [r, n]) with B A = rows U diag(S) Vt cols^T, split evenly; see `balanced`."""
-        return balanced_factors(Spectrum(U, S, Vt), self.rows, self.cols)
 
 
 @dataclass(frozen=True)
@@ -226,16 +218,14 @@ def to_core(
         raise ValueError("no adapter has this module")
     cols = orthonormal_basis(np.concatenate([f.A_RN for f, _ in present]).astype(dtype, copy=False).T)
     rows = orthonormal_basis(np.concatenate([f.B_MR for f, _ in present], axis=1).astype(dtype, copy=False))
-    pairs, start = [], 0
-    for f, weight in present:
-        stop = start + f.rank
-        left = np.asarray((weight * f.scale) * rows.R[:, start:stop], dtype)
-        pairs.append((left, cols.R[:, start:stop]))
-        start = stop
+    stops = np.cumsum([f.rank for f, _ in present])
+    slices = [slice(stop - f.rank, stop) for (f, _), stop in zip(present, stops)]
+    lefts = [np.asarray((w * f.scale) * rows.R[:, part], dtype) for (f, w), part in zip(present, slices)]
+    pairs = tuple(zip(lefts, (cols.R[:, part] for part in slices)))
     cores = [left @ right.T for left, right in pairs]
     if not all(np.isfinite(core).all() for core in cores):
         raise too_large(str(labels.get("module", "")))
-    return CoreSpace(cores, rows, cols, np.array([w for _, w in present]), pairs=tuple(pairs), **labels)
+    return CoreSpace(cores, rows, cols, np.array([w for _, w in present]), pairs=pairs, **labels)
 
 
 def too_large(where: str) -> MergeError:
@@ -244,11 +234,11 @@ def too_large(where: str) -> MergeError:
 
 
 def svd(X: np.ndarray, tolerance: float | None = None) -> Spectrum:
-    """SVD of the numerical rank only: sigma_i > tolerance * sigma_1 (default: by dtype)."""
+    """SVD of the numerical rank only: sigma_i > tolerance * sigma_1 (default: 1e-10 in float64, else 1e-5)."""
     U, S, Vt = np.linalg.svd(X, full_matrices=False)
-    limit = (rank_tolerance(X.dtype) if tolerance is None else tolerance) * (S[0] if S.size else 0)
-    rank = int(np.count_nonzero(limit < S))
-    return Spectrum(U[:, :rank], S[:rank], Vt[:rank])
+    if tolerance is None:
+        tolerance = 1e-10 if X.dtype == np.float64 else 1e-5
+    return Spectrum(U, S, Vt).cut(int(np.count_nonzero(tolerance * S[:1] < S)))
 
 
 def polar(X: np.ndarray) -> np.ndarray:

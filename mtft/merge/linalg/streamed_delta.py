@@ -7,12 +7,12 @@ full rank; the range finder of Halko, Martinsson & Tropp (2011) gives its leadin
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from mtft.adapters.lora_factors import LoraFactors
+from mtft.common.fingerprint import hash_number
 from mtft.merge.linalg.core_space import ExplicitBasis, HouseholderBasis, IdentityBasis, MergedCore, too_large
 
 BLOCK_BYTES = 2 << 20
@@ -30,9 +30,12 @@ Rule = Callable[[int, list[np.ndarray]], np.ndarray]
 
 
 class DeltaStream:
-    """Row blocks of the unweighted D_k [m, n]. Block sizes hang on shapes only, so every pass sees equal bits."""
+    """Row blocks of the unweighted D_k = lefts[k] rights[k], or lefts[k] alone, [m, n].
 
-    def __init__(self, lefts: Sequence[np.ndarray], rights: Sequence[np.ndarray] | None) -> None:
+    Block sizes hang on shapes only, so every pass sees equal bits.
+    """
+
+    def __init__(self, lefts: Sequence[np.ndarray], rights: Sequence[np.ndarray] | None = None) -> None:
         self._lefts, self._rights = list(lefts), rights
         self.K = len(self._lefts)
         self.m = self._lefts[0].shape[0]
@@ -48,10 +51,6 @@ class DeltaStream:
             if not float(np.abs(left).max()) * float(np.abs(f.A_RN).max()) * f.rank < np.finfo(dtype).max:
                 raise too_large(where)
         return cls(lefts, [f.A_RN.astype(dtype, copy=False) for f in factors])
-
-    @classmethod
-    def of_arrays(cls, arrays: Sequence[np.ndarray]) -> DeltaStream:
-        return cls(arrays, None)
 
     @property
     def size(self) -> int:
@@ -77,7 +76,6 @@ def order_statistics(
         for values, wanted in zip(held, places):
             values.partition(sorted(set(wanted)))
         return [[float(values[place]) for place in wanted] for values, wanted in zip(held, places)]
-    bits = 0
     known: list[list[int]] = [[0] * len(wanted) for wanted in places]  # leading digits found so far
     left = [list(wanted) for wanted in places]  # place among the values with these leading digits
     done, width = 0, 32
@@ -92,8 +90,7 @@ def order_statistics(
                 for prefix in set(known[c]):
                     chosen = keys if done == 0 else keys[(keys >> (width - done)) == prefix]
                     digits = ((chosen >> (width - done - 16)) & 0xFFFF).astype(np.int64)
-                    found = np.bincount(digits, minlength=1 << 16)
-                    counts[c, prefix] = counts[c, prefix] + found if (c, prefix) in counts else found
+                    counts[c, prefix] = counts.get((c, prefix), 0) + np.bincount(digits, minlength=1 << 16)
         for c, wanted in enumerate(left):
             for q, place in enumerate(wanted):
                 running = np.cumsum(counts[c, known[c][q]])
@@ -101,8 +98,7 @@ def order_statistics(
                 left[c][q] = place - (int(running[digit - 1]) if digit else 0)
                 known[c][q] = (known[c][q] << 16) | digit
         done += 16
-    bits = width
-    return [[_value(key, bits, dtype) for key in channel] for channel in known]
+    return [[_value(key, width, dtype) for key in channel] for channel in known]
 
 
 def _gather(blocks: Iterable[Sequence[np.ndarray]], size: int) -> list[np.ndarray]:
@@ -140,7 +136,7 @@ def compress(stream: DeltaStream, rule: Rule, rank: int, label: str = "") -> Mer
     if min(stream.m, stream.n) <= max(EXACT_SIDE, rank + OVERSAMPLE):
         W = np.vstack([rule(start, blocks) for start, blocks in stream])
         return MergedCore(W, IdentityBasis(stream.m), IdentityBasis(stream.n))
-    random = np.random.Generator(np.random.Philox(key=_key(f"range finder|{label}")))
+    random = np.random.Generator(np.random.Philox(key=hash_number(f"range finder|{label}", "little")))
     V = _orthonormal(random.standard_normal((stream.n, rank + OVERSAMPLE)).astype(stream.dtype))
     rows = _merged_rows(stream, rule)
     for _ in range(POWER):
@@ -167,10 +163,6 @@ def _orthonormal(X: np.ndarray) -> np.ndarray:
     return HouseholderBasis(X).apply(np.eye(X.shape[1], dtype=X.dtype))
 
 
-def _key(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-
-
 class BernoulliMask:
     """Bernoulli draws for a matrix of n columns, the same for any split into row blocks.
 
@@ -178,7 +170,7 @@ class BernoulliMask:
     """
 
     def __init__(self, seed: int, name: str, module: str, n: int, key: int | None = None) -> None:
-        self._key = _key(f"{seed}|{name}|{module}") if key is None else key
+        self._key = hash_number(f"{seed}|{name}|{module}", "little") if key is None else key
         self._n, self._width = n, -(-n // 4) * 4  # Philox makes 4 numbers at a time
 
     def uniform(self, start: int, rows: int) -> np.ndarray:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any
 
-from data_mixers.common.suggest import closest_match
 from mtft.common.errors import MergeError
 from mtft.experimental.core_elementwise import CoreDare, CoreTies
 from mtft.merge.methods.base import MergeMethod
@@ -30,6 +26,7 @@ from mtft.merge.methods.svc import Svc
 from mtft.merge.methods.ties import Ties
 from mtft.merge.methods.tsv import Tsv
 from mtft.merge.methods.wudi import Wudi
+from mtft.recipe.method_options import check_option_names, find_method, options_of
 
 METHODS: dict[str, type[MergeMethod]] = {
     "linear": LinearMerge,
@@ -65,45 +62,7 @@ def make_method(name: str, options: Mapping[str, object] | None = None, *, key: 
 
     `key`: where both stand in a recipe ("merge."), for that message.
     """
-    if name not in METHODS:
-        raise MergeError(f"unknown merge method {name!r}", where=f"{key}method", do=_suggest(name, list(METHODS)))
-    kind = METHODS[name]
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
-    typed = {}
-    for option, value in (options or {}).items():
-        where = f"{key}options.{option} of method {name}"
-        if option not in fields:
-            do = _suggest(option, list(fields)) if fields else f"{name} has no options"
-            raise MergeError(f"{name} has no option {option!r}", where=where, do=do)
-        typed[option] = _typed(fields[option], value, where)
-    return kind(**typed)
-
-
-def _typed(field: dataclasses.Field, value: Any, where: str) -> object:
-    """The value as its option's type: 2.0 is a whole number, 1 a float."""
-    default = field.default
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if default is None:
-        good = value is None or (number and math.isfinite(value))
-    elif isinstance(default, bool):
-        good = isinstance(value, bool)
-    elif isinstance(default, int):
-        good = number and math.isfinite(value) and value == int(value)
-    elif isinstance(default, float):
-        good = number and math.isfinite(value)
-    elif isinstance(default, str):
-        good = isinstance(value, str)
-    else:
-        good = True
-    if not good:
-        raise MergeError(
-            f"{value!r} does not fit", where=where, do=f"give a {type(default).__name__}, as in the default {default!r}"
-        )
-    if default is None or isinstance(default, bool | str):
-        return value
-    return type(default)(value)  # type: ignore[arg-type]
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    close = closest_match(name, known)
-    return (f"did you mean {close!r}? " if close else "") + "known: " + ", ".join(known)
+    kind = find_method(METHODS, name, "merge method", f"{key}method", error=MergeError, hint_below=True)
+    options = dict(options or {})
+    check_option_names(name, options_of(kind), options, f"{key}options", error=MergeError)
+    return kind(where=f"{key}options", **options)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, field, fields
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
 from mtft.adapters.lora_factors import LoraFactors
+from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import CoreSpace, MergedCore, to_core
+from mtft.recipe.method_options import check_options
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Scope = Literal["module", "global"]
 
 
 @dataclass(frozen=True)
@@ -41,19 +47,25 @@ ModulePass = Callable[[], Iterator[ModuleInputs]]
 """A fresh pass over all modules that this method merges."""
 
 
+@dataclass(frozen=True)
 class MergeMethod:
-    """A rule that merges one module. Subclasses are frozen dataclasses whose fields are the method's options.
+    """A rule that merges one module. A subclass declares its options as fields, checked by their annotations.
 
     `space`: `core` (exact on cores), `dense` (elementwise, streamed), `factors` (needs A and B themselves).
+    `where`: the key that the options stand under, for error messages.
     """
 
+    where: InitVar[str] = field(default="options", kw_only=True)
     space: ClassVar[str]
     default_rank: ClassVar[str | None] = None
     """Rank policy that the name stands for, used when the caller leaves rank at `auto`."""
 
+    def __post_init__(self, where: str) -> None:
+        check_options(self, where, error=MergeError)
+
     def describe(self) -> dict[str, object]:
         """The options, for merge.json."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def survey(self, modules: ModulePass) -> object:
         """Facts about all modules together that `merge` needs (picklable). Most methods need none."""

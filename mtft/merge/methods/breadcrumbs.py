@@ -8,33 +8,30 @@ Davari & Belilovsky, "Model Breadcrumbs" (ECCV 2024, arXiv 2312.06795). gamma 0 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.streamed_delta import Rule, order_statistics
-from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, kept_count
+from mtft.merge.methods.base import Share
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, kept_count
 
 
 @dataclass(frozen=True)
 class Breadcrumbs(ElementwiseMethod):
     """density: share of entries kept. gamma: share of largest entries dropped first."""
 
-    density: float = 0.9
-    gamma: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        if not 0 <= self.gamma < 1:
-            raise MergeError(f"gamma is {self.gamma}", where="options.gamma", do="a share in [0, 1), as 0.01")
+    density: Share = 0.9
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.01
 
     def rule(self, task: TaskDelta, seen: object = None) -> Rule:
         stream = task.stream
-        kept = kept_count(self.density, stream.size, task.module)
-        low = max(0, stream.size - kept - int(self.gamma * stream.size))
+        count = kept_count(self.density, stream.size, task.module)
+        low = max(0, stream.size - count - int(self.gamma * stream.size))
         bounds = order_statistics(
             lambda: ([np.abs(x) for x in blocks] for _, blocks in stream),
-            [[low, low + kept - 1]] * stream.K,
+            [[low, low + count - 1]] * stream.K,
             stream.size,
         )
         weights_K = task.weights_K.astype(stream.dtype)

@@ -9,10 +9,11 @@ lam is searched in [0.2, 6]. With `tall`, the named task's own part of the sum i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, FiniteFloat
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.streamed_delta import Rule
 from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta
 
@@ -21,15 +22,9 @@ from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta
 class Consensus(ElementwiseMethod):
     """lam: how much a task must stand out. min_tasks: masks needed. tall: an adapter's name, for its mask alone."""
 
-    lam: float = 0.4
-    min_tasks: int = 2
+    lam: Annotated[FiniteFloat, Field(gt=0)] = 0.4
+    min_tasks: Annotated[int, Field(ge=1)] = 2
     tall: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.lam > 0 or self.min_tasks < 1:
-            raise MergeError(
-                f"lam {self.lam}, min_tasks {self.min_tasks}", where="options", do="lam > 0, min_tasks >= 1"
-            )
 
     def rule(self, task: TaskDelta, seen: object = None) -> Rule:
         weights_K = task.weights_K.astype(task.stream.dtype)

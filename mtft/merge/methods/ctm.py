@@ -11,13 +11,14 @@ root of the tolerance.)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import CoreSpace, ExplicitBasis
 from mtft.merge.methods.base import CoreSpaceMethod
-from mtft.merge.methods.inner_method import core_method
+from mtft.merge.methods.inner_method import InnerName, core_method
 
 SWEEPS = 50
 
@@ -26,13 +27,8 @@ SWEEPS = 50
 class Ctm(CoreSpaceMethod):
     """rank: of the common subspace. of: the rule inside it: linear, tsv, iso_c, iso_cts or wudi."""
 
-    rank: int = 16
-    of: str = "linear"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise MergeError(f"rank is {self.rank}", where="options.rank", do="a whole number > 0")
-        core_method(self.of)
+    rank: Annotated[int, Field(ge=1)] = 16
+    of: InnerName = "linear"
 
     def rule(self, core: CoreSpace) -> np.ndarray:
         U, V = common_subspace(core.cores, self.rank)

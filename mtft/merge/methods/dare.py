@@ -9,29 +9,28 @@ keeps its L1 norm exactly, not only in the mean. Masks hang on (seed, adapter's 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.streamed_delta import BernoulliMask, Rule
-from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, lazily
-from mtft.merge.methods.ties import Cut, check_election, elect_signs, sign_balance
+from mtft.merge.methods.base import Share
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta
+from mtft.merge.methods.ties import Cut, Value, Variant, elect_signs
+
+Then = Literal["linear", "ties"]
+Rescale = Literal["inverse", "l1"]
 
 
 @dataclass(frozen=True)
 class Dare(ElementwiseMethod):
     """density: d. then: `linear` or `ties` (with its variant and value). rescale: `inverse` (1/d) or `l1`."""
 
-    density: float = 0.5
-    then: str = "linear"
-    variant: str = "paper"
-    value: str = "mean"
-    rescale: str = "inverse"
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_drop_options(self.then, self.rescale)
-        check_election(self.variant, self.value)
+    density: Share = 0.5
+    then: Then = "linear"
+    variant: Variant = "paper"
+    value: Value = "mean"
+    rescale: Rescale = "inverse"
 
     def rule(self, task: TaskDelta, seen: object = None) -> Rule:
         masks = [BernoulliMask(task.seed, name, task.module, task.stream.n) for name in task.names]
@@ -42,13 +41,6 @@ class Dare(ElementwiseMethod):
         factor = 1 / self.density
         cut: Cut = lambda start, blocks: [x.dtype.type(factor) * x for x in drop(start, blocks)]  # noqa: E731
         return after_drop(task, keep_l1(task, drop) if self.rescale == "l1" else cut, self)
-
-
-def check_drop_options(then: str, rescale: str) -> None:
-    if then not in ("linear", "ties"):
-        raise MergeError(f"then is {then!r}", where="options.then", do="linear or ties")
-    if rescale not in ("inverse", "l1"):
-        raise MergeError(f"rescale is {rescale!r}", where="options.rescale", do="inverse or l1")
 
 
 def keep_l1(task: TaskDelta, drop: Cut) -> Cut:
@@ -66,5 +58,4 @@ def after_drop(task: TaskDelta, cut: Cut, options) -> Rule:
     if options.then == "linear":
         weights_K = task.weights_K.astype(task.stream.dtype)
         return lambda start, blocks: np.sum([w * x for w, x in zip(weights_K, cut(start, blocks))], axis=0)
-    majority = lazily(lambda: float(np.sign(sign_balance(task, cut, task.weights_K))))
-    return elect_signs(task, cut, options.variant, options.value, majority)
+    return elect_signs(task, cut, options.variant, options.value)

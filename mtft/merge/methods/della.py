@@ -8,33 +8,34 @@ Deep et al., "DELLA-Merging" (arXiv 2406.11617). `rescale: l1` is mergekit's way
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from mtft.common.errors import MergeError
 from mtft.merge.linalg.streamed_delta import BernoulliMask, Rule
-from mtft.merge.methods.dare import after_drop, check_drop_options, keep_l1
-from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density
-from mtft.merge.methods.ties import check_election
+from mtft.merge.methods.base import Share
+from mtft.merge.methods.dare import Rescale, Then, after_drop, keep_l1
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta
+from mtft.merge.methods.ties import Value, Variant
 
 
 @dataclass(frozen=True)
 class Della(ElementwiseMethod):
     """density: d, the mean probability. epsilon: half the spread. then, variant, value, rescale: as in `dare`."""
 
-    density: float = 0.5
-    epsilon: float = 0.15
-    then: str = "ties"
-    variant: str = "paper"
-    value: str = "mean"
-    rescale: str = "inverse"
+    density: Share = 0.5
+    epsilon: Annotated[float, Field(ge=0)] = 0.15
+    then: Then = "ties"
+    variant: Variant = "paper"
+    value: Value = "mean"
+    rescale: Rescale = "inverse"
 
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_drop_options(self.then, self.rescale)
-        check_election(self.variant, self.value)
-        if self.epsilon < 0 or not 0 < self.density - self.epsilon <= self.density + self.epsilon < 1:
-            where = "options.density, options.epsilon"
+    def __post_init__(self, where: str) -> None:
+        super().__post_init__(where)
+        if not 0 < self.density - self.epsilon <= self.density + self.epsilon < 1:
+            where = f"{where}.density, {where}.epsilon"
             raise MergeError("density +- epsilon must lie inside (0, 1)", where=where, do="as 0.5 and 0.15")
 
     def rule(self, task: TaskDelta, seen: object = None) -> Rule:
@@ -42,12 +43,12 @@ class Della(ElementwiseMethod):
         divide = self.rescale == "inverse"
 
         def drop(start: int, blocks: list[np.ndarray]) -> list[np.ndarray]:
-            kept = []
+            thinned = []
             for mask, x in zip(masks, blocks):
                 p = self.probabilities(x)
                 y = np.where(mask.uniform(start, len(x)) < p, x, 0)
-                kept.append((y / p).astype(x.dtype) if divide else y)
-            return kept
+                thinned.append((y / p).astype(x.dtype) if divide else y)
+            return thinned
 
         return after_drop(task, drop if divide else keep_l1(task, drop), self)
 

@@ -9,10 +9,11 @@ abstract was available to us: this is our form of it, not a reproduction.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, FiniteFloat
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import CoreSpace
 from mtft.merge.methods.base import CoreSpaceMethod
 
@@ -21,11 +22,7 @@ from mtft.merge.methods.base import CoreSpaceMethod
 class DeltaNorm(CoreSpaceMethod):
     """power: p; 0 = plain average."""
 
-    power: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.power < 0:
-            raise MergeError(f"power is {self.power}", where="options.power", do="0 or more, as 1.0")
+    power: Annotated[FiniteFloat, Field(ge=0)] = 1.0
 
     def rule(self, core: CoreSpace) -> np.ndarray:
         return np.sum([w * M for w, M in zip(self.weights(core), core.cores)], axis=0)

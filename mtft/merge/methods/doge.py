@@ -14,36 +14,28 @@ whole model (`scope: global`) or per module.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, FiniteFloat
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import CoreSpace, MergedCore, svd
-from mtft.merge.linalg.streamed_delta import DeltaStream, Rule, compress
-from mtft.merge.methods.base import MergeMethod, ModuleInputs, ModulePass
-from mtft.merge.methods.elementwise_base import check_density, global_thresholds, magnitude_thresholds
+from mtft.merge.linalg.streamed_delta import DeltaStream, compress
+from mtft.merge.methods.base import MergeMethod, ModuleInputs, ModulePass, Scope, Share
+from mtft.merge.methods.elementwise_base import global_thresholds, magnitude_thresholds
 
 
 @dataclass(frozen=True)
 class Doge(MergeMethod):
     """eta: size of a task. steps, learning_rate: of Adam. shared: protected part of the rank. density: the mask's."""
 
-    eta: float = 0.07
-    steps: int = 400
-    learning_rate: float = 1e-4
-    shared: float = 1 / 6
-    density: float = 0.3
-    scope: str = "global"
+    eta: Annotated[FiniteFloat, Field(gt=0)] = 0.07
+    steps: Annotated[int, Field(ge=0)] = 400
+    learning_rate: Annotated[FiniteFloat, Field(gt=0)] = 1e-4
+    shared: Annotated[float, Field(ge=0, le=1)] = 1 / 6
+    density: Share = 0.3
+    scope: Scope = "global"
     space = "dense"
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        if self.scope not in ("module", "global"):
-            raise MergeError(f"scope is {self.scope!r}", where="options.scope", do="module or global")
-        if self.eta <= 0 or self.steps < 0 or self.learning_rate <= 0 or not 0 <= self.shared <= 1:
-            raise MergeError(
-                "eta, steps, learning_rate or shared out of range", where="options", do="see docs/papers.md"
-            )
 
     def survey(self, modules: ModulePass) -> dict[str, float] | None:
         """For `global`: each adapter's threshold over all of its modules."""
@@ -66,8 +58,7 @@ class Doge(MergeMethod):
             moved = [np.where(np.abs(x) >= t, w * x + X, 0) for w, x, t in zip(weights_K, blocks, thresholds)]
             return np.sum([c * x for c, x in zip(lam_K, moved)], axis=0).astype(parts.dtype)
 
-        checked: Rule = rule
-        return compress(stream, checked, parts.rank_cap, parts.module)
+        return compress(stream, rule, parts.rank_cap, parts.module)
 
     def descend(self, core: CoreSpace, lam_K: np.ndarray) -> tuple[np.ndarray, list[float]]:
         """Y [m, R] and the loss before each step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,7 @@ class ElementwiseMethod(MergeMethod):
     def merge_arrays(self, arrays: Sequence[np.ndarray], weights_K: np.ndarray, **labels) -> np.ndarray:
         """The rule on matrices as they are. labels: names, module, seed."""
         labels = {"names": tuple(map(str, range(len(arrays)))), "module": "", "seed": 0, **labels}
-        task = TaskDelta(DeltaStream.of_arrays(arrays), np.asarray(weights_K), **labels)
+        task = TaskDelta(DeltaStream(arrays), np.asarray(weights_K), **labels)
         rule = self.rule(task)
         return np.vstack([rule(start, blocks) for start, blocks in task.stream])
 
@@ -63,21 +63,16 @@ def kept_count(density: float, size: int, what: str) -> int:
     return count
 
 
-def check_density(density: float, name: str = "density") -> None:
-    if not 0 < density <= 1:
-        raise MergeError(f"{name} is {density}", where=f"options.{name}", do="a share in (0, 1]")
-
-
 def magnitude_thresholds(stream: DeltaStream, density: float, what: str) -> list[float]:
     """For each task the |x| of its k-th largest entry, k = int(density * size); 0 for density 1."""
     count = kept_count(density, stream.size, what)
     if count == stream.size:
         return [0.0] * stream.K
     place = stream.size - count
-    found = order_statistics(
+    statistics = order_statistics(
         lambda: ([np.abs(x) for x in blocks] for _, blocks in stream), [[place]] * stream.K, stream.size
     )
-    return [values[0] for values in found]
+    return [values[0] for values in statistics]
 
 
 def global_thresholds(modules: ModulePass, density: float) -> dict[str, float]:
@@ -99,15 +94,3 @@ def global_thresholds(modules: ModulePass, density: float) -> dict[str, float]:
 
         thresholds[name] = order_statistics(blocks, [[place]])[0][0] if place else 0.0
     return thresholds
-
-
-def lazily(compute: Callable[[], float]) -> Callable[[], float]:
-    """Compute once, when first asked."""
-    held: list[float] = []
-
-    def value() -> float:
-        if not held:
-            held.append(compute())
-        return held[0]
-
-    return value

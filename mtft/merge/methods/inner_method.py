@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from mtft.common.errors import MergeError
+from typing import Literal
+
 from mtft.merge.methods.base import CoreSpaceMethod
 from mtft.merge.methods.iso import IsoC, IsoCts
 from mtft.merge.methods.linear import LinearMerge
 from mtft.merge.methods.tsv import Tsv
 from mtft.merge.methods.wudi import Wudi
 
-INNER: dict[str, type[CoreSpaceMethod]] = {
+InnerName = Literal["linear", "tsv", "iso_c", "iso_cts", "wudi"]
+INNER: dict[InnerName, type[CoreSpaceMethod]] = {
     "linear": LinearMerge,
     "tsv": Tsv,
     "iso_c": IsoC,
@@ -18,8 +20,6 @@ INNER: dict[str, type[CoreSpaceMethod]] = {
 }
 
 
-def core_method(name: str) -> CoreSpaceMethod:
-    """The method `name` with its defaults; MergeError if it can't be built on."""
-    if name not in INNER:
-        raise MergeError(f"of is {name!r}", where="options.of", do=f"one of {', '.join(INNER)}")
+def core_method(name: InnerName) -> CoreSpaceMethod:
+    """The method `name` with its defaults."""
     return INNER[name]()

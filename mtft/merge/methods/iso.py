@@ -14,10 +14,11 @@ directions arbitrary, so here U, S, V are those of the support only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import CoreSpace, polar, svd
 from mtft.merge.methods.base import CoreSpaceMethod
 
@@ -35,11 +36,7 @@ class IsoC(CoreSpaceMethod):
 class IsoCts(CoreSpaceMethod):
     """common: share of the sum's rank that is kept as common directions."""
 
-    common: float = 0.8
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.common <= 1:
-            raise MergeError(f"common is {self.common}", where="options.common", do="a share between 0 and 1, as 0.8")
+    common: Annotated[float, Field(ge=0, le=1)] = 0.8
 
     def rule(self, core: CoreSpace) -> np.ndarray:
         U, S, Vt = svd(core.sum())
@@ -49,9 +46,9 @@ class IsoCts(CoreSpaceMethod):
         common = U[:, :c]
         lefts, strengths, rights = [common], [S[:c]], [Vt[:c].T]
         for M in core.cores:
-            own = svd(M - common @ (common.T @ M))
-            lefts.append(own.U[:, :t])
-            strengths.append(own.S[:t])
-            rights.append(own.Vt[:t].T)
+            U, S, Vt = svd(M - common @ (common.T @ M)).cut(t)
+            lefts.append(U)
+            strengths.append(S)
+            rights.append(Vt.T)
         S = np.concatenate(strengths)
         return (S.mean() if S.size else 0.0) * (polar(np.hstack(lefts)) @ polar(np.hstack(rights)).T)

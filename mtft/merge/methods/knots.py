@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtft.merge.linalg.core_space import CoreSpace, IdentityBasis, MergedCore, svd
-from mtft.merge.methods.base import CoreSpaceMethod
-from mtft.merge.methods.dare import Dare
+from mtft.merge.methods.base import CoreSpaceMethod, Share
+from mtft.merge.methods.dare import Dare, Then
 from mtft.merge.methods.elementwise_base import ElementwiseMethod
-from mtft.merge.methods.ties import Ties
+from mtft.merge.methods.ties import Ties, Value, Variant
 
 CUT = 1e-5
 
@@ -42,34 +42,22 @@ def knots(core: CoreSpace, inner: ElementwiseMethod, pre_scale: bool) -> MergedC
 class KnotsTies(CoreSpaceMethod):
     """density, variant, value: of TIES. pre_scale: merge S V_k (the authors' code) or V_k."""
 
-    density: float = 0.2
-    variant: str = "paper"
-    value: str = "mean"
+    density: Share = 0.2
+    variant: Variant = "paper"
+    value: Value = "mean"
     pre_scale: bool = True
 
-    def __post_init__(self) -> None:
-        self._inner()
-
-    def _inner(self) -> Ties:
-        return Ties(self.density, self.variant, self.value)
-
     def merge_core(self, core: CoreSpace, seen: object = None) -> MergedCore:
-        return knots(core, self._inner(), self.pre_scale)
+        return knots(core, Ties(self.density, self.variant, self.value), self.pre_scale)
 
 
 @dataclass(frozen=True)
 class KnotsDare(CoreSpaceMethod):
     """density: of DARE. then: linear or ties. pre_scale: as above."""
 
-    density: float = 0.5
-    then: str = "ties"
+    density: Share = 0.5
+    then: Then = "ties"
     pre_scale: bool = True
 
-    def __post_init__(self) -> None:
-        self._inner()
-
-    def _inner(self) -> Dare:
-        return Dare(self.density, self.then)
-
     def merge_core(self, core: CoreSpace, seen: object = None) -> MergedCore:
-        return knots(core, self._inner(), self.pre_scale)
+        return knots(core, Dare(self.density, self.then), self.pre_scale)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+from pydantic import FiniteFloat
 
-from mtft.common.errors import MergeError
-from mtft.merge.linalg.core_space import MergedCore, Spectrum, balanced_factors, svd
+from mtft.merge.linalg.core_space import MergedCore, balanced_factors, svd
 from mtft.merge.methods.base import MergeMethod, ModuleInputs, ModulePass
-from mtft.merge.methods.inner_method import core_method
+from mtft.merge.methods.inner_method import InnerName, core_method
 
 ROWS = 256
 
@@ -28,16 +29,11 @@ ROWS = 256
 class Lines(MergeMethod):
     """of: linear, tsv, iso_c, iso_cts or wudi. alpha, beta: see above. norm: frobenius or l1."""
 
-    of: str = "linear"
-    alpha: float | None = None
-    beta: float | None = None
-    norm: str = "frobenius"
+    of: InnerName = "linear"
+    alpha: FiniteFloat | None = None
+    beta: FiniteFloat | None = None
+    norm: Literal["frobenius", "l1"] = "frobenius"
     space = "core"
-
-    def __post_init__(self) -> None:
-        core_method(self.of)
-        if self.norm not in ("frobenius", "l1"):
-            raise MergeError(f"norm is {self.norm!r}", where="options.norm", do="frobenius or l1")
 
     def survey(self, modules: ModulePass) -> dict[str, float]:
         """The factor of every module."""
@@ -69,15 +65,14 @@ class Lines(MergeMethod):
         """Squared Frobenius norm, or L1 norm in row blocks."""
         if self.norm == "frobenius":
             return merged.square
-        spectrum = svd(merged.X)
-        B, A = balanced_factors(Spectrum(*spectrum), merged.rows, merged.cols)
+        B, A = balanced_factors(svd(merged.X), merged.rows, merged.cols)
         return float(sum(np.abs(B[i : i + ROWS] @ A).sum() for i in range(0, len(B), ROWS)))
 
 
 def layer_of(module: str) -> int | None:
     """The block's number: the first component of the name that is a number, None outside of blocks."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    return int(match[1]) if match else None
 
 
 def layer_factor(layer: int | None, depth: int, alpha: float, beta: float) -> float:

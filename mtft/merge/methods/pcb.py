@@ -16,22 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.streamed_delta import Rule, order_statistics
-from mtft.merge.methods.base import ModulePass
-from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, task_delta
+from mtft.merge.methods.base import ModulePass, Scope, Share
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, task_delta
 
 Ends = tuple[float, float]
 """Least and largest value of a clamp."""
 
 
-@dataclass(frozen=True)
-class OrderStatistics:
-    """Of each task: the clamp of |x|, the clamp of b; and K, the number of tasks that compete."""
-
-    spans: dict[str, Ends]
-    limits: dict[str, Ends]
-    K: int
+Clamps = tuple[dict[str, Ends], dict[str, Ends]]
+"""Of each task that competes: the clamp of |x|, and that of b."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +35,23 @@ class Pcb(ElementwiseMethod):
     scope: order statistics per `module`, or `global`.
     """
 
-    ratio: float = 0.1
-    scope: str = "module"
+    ratio: Share = 0.1
+    scope: Scope = "module"
 
-    def __post_init__(self) -> None:
-        check_density(self.ratio, "ratio")
-        if self.scope not in ("module", "global"):
-            raise MergeError(f"scope is {self.scope!r}", where="options.scope", do="module or global")
+    def survey(self, modules: ModulePass) -> Clamps | None:
+        """For `global`: the clamps over all modules."""
+        return None if self.scope == "module" else self._clamps(lambda: (task_delta(parts) for parts in modules()))
 
-    def survey(self, modules: ModulePass) -> OrderStatistics | None:
-        """For `global`: the order statistics over all modules."""
-        return None if self.scope == "module" else self._facts(lambda: (task_delta(parts) for parts in modules()))
-
-    def rule(self, task: TaskDelta, seen: OrderStatistics | None = None) -> Rule:
-        facts = seen or self._facts(lambda: iter([task]))
-        spans, limits = ([table[name] for name in task.names] for table in (facts.spans, facts.limits))
+    def rule(self, task: TaskDelta, seen: Clamps | None = None) -> Rule:
+        clamps = seen or self._clamps(lambda: iter([task]))
+        K = len(clamps[0])
+        spans, limits = ([table[name] for name in task.names] for table in clamps)
         weights_K = task.weights_K.astype(task.stream.dtype)
 
         def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:
             blocks = [w * x for w, x in zip(weights_K, blocks)]
             top, bottom = np.zeros_like(blocks[0]), np.zeros_like(blocks[0])
-            for x, b, span, (least, most) in zip(blocks, balance(blocks, spans, facts.K), spans, limits):
+            for x, b, span, (least, most) in zip(blocks, balance(blocks, spans, K), spans, limits):
                 c = _minmax(np.maximum(b, least), least, most)
                 top += np.sign(x) * np.clip(np.abs(x), *span) * c
                 bottom += c
@@ -69,7 +59,7 @@ class Pcb(ElementwiseMethod):
 
         return rule
 
-    def _facts(self, tasks) -> OrderStatistics:
+    def _clamps(self, tasks) -> Clamps:
         """tasks(): a pass over the modules. Every order statistic is taken over all of them together."""
         sizes: dict[str, int] = {}
         dtype = np.dtype(np.float32)
@@ -83,12 +73,12 @@ class Pcb(ElementwiseMethod):
             """Blocks with one array for each adapter of `sizes`, empty where it lacks the module."""
             for task in tasks():
                 for blocks in task.weighted():
-                    found = dict(zip(task.names, values(task, blocks)))
-                    yield [found.get(name, np.empty(0, dtype)) for name in sizes]
+                    value_of = dict(zip(task.names, values(task, blocks)))
+                    yield [value_of.get(name, np.empty(0, dtype)) for name in sizes]
 
         def ends(places: list[list[int]], values) -> dict[str, Ends]:
-            found = order_statistics(lambda: channels(values), places, largest)
-            return {name: (low, high) for name, (low, high) in zip(sizes, found)}
+            statistics = order_statistics(lambda: channels(values), places, largest)
+            return {name: (low, high) for name, (low, high) in zip(sizes, statistics)}
 
         edges = [[int(1e-4 * n), max(0, int((1 - 1e-4) * n - 1))] for n in sizes.values()]
         spans = ends(edges, lambda task, blocks: [np.abs(x) for x in blocks])
@@ -97,7 +87,7 @@ class Pcb(ElementwiseMethod):
         def balanced(task: TaskDelta, blocks: list[np.ndarray]) -> list[np.ndarray]:
             return balance(blocks, [spans[name] for name in task.names], len(sizes))
 
-        return OrderStatistics(spans, ends(tops, balanced), len(sizes))
+        return spans, ends(tops, balanced)
 
 
 def balance(blocks: list[np.ndarray], spans: list[Ends], K: int) -> list[np.ndarray]:

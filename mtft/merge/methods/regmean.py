@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, FiniteFloat
 from scipy.linalg import cho_factor, cho_solve
 
 from mtft.adapters.lora_factors import LoraFactors
@@ -29,13 +31,9 @@ class RegMean(MergeMethod):
     """grams: folder of the G_k. rho: shrinks off-diagonals (in use: 0.1 to 1). ridge: share of the mean diagonal."""
 
     grams: str = ""
-    rho: float = 0.9
-    ridge: float = 1e-6
+    rho: Annotated[float, Field(ge=0, le=1)] = 0.9
+    ridge: Annotated[FiniteFloat, Field(ge=0)] = 1e-6
     space = "factors"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rho <= 1 or self.ridge < 0:
-            raise MergeError(f"rho {self.rho}, ridge {self.ridge}", where="options", do="rho in [0, 1], ridge >= 0")
 
     def describe(self) -> dict[str, object]:
         return {**super().describe(), "grams": Path(self.grams).name}  # a folder's place is no property of the merge

@@ -17,21 +17,17 @@ import numpy as np
 from mtft.adapters.lora_factors import LoraFactors
 from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import MergedCore, to_core
-from mtft.merge.methods.base import MergeMethod, ModuleInputs
-from mtft.merge.methods.elementwise_base import check_density, kept_count
+from mtft.merge.methods.base import MergeMethod, ModuleInputs, Share
+from mtft.merge.methods.elementwise_base import kept_count
 
 
 @dataclass(frozen=True)
 class RobustMerge(MergeMethod):
     """density: share of each factor's entries kept. level: position of the floor of c among its sorted values."""
 
-    density: float = 0.2
-    level: float = 0.8
+    density: Share = 0.2
+    level: Share = 0.8
     space = "factors"
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_density(self.level, "level")
 
     def merge(self, parts: ModuleInputs, seen: object = None) -> MergedCore:
         ranks = {f.rank for f in parts.factors}
@@ -42,8 +38,8 @@ class RobustMerge(MergeMethod):
         A, B, total = np.zeros((rank, parts.shape[1])), np.zeros((parts.shape[0], rank)), np.zeros(rank)
         for weight, f in zip(parts.weights_K, parts.factors):
             trimmed = self._trim(f.A_RN, parts.module)
-            kept = np.abs(trimmed).sum(axis=1)
-            c = np.abs(f.A_RN).sum(axis=1) / np.where(kept > 0, kept, 1)
+            row_sums = np.abs(trimmed).sum(axis=1)
+            c = np.abs(f.A_RN).sum(axis=1) / np.where(row_sums > 0, row_sums, 1)
             c = np.maximum(c, np.sort(c)[min(rank - 1, int(self.level * rank))])
             A = A + trimmed
             B = B + c * self._trim(weight * f.scale * f.B_MR, parts.module)

@@ -14,17 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtft.merge.linalg.streamed_delta import Rule, order_statistics
-from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, check_density, kept_count
+from mtft.merge.methods.base import Share
+from mtft.merge.methods.elementwise_base import ElementwiseMethod, TaskDelta, kept_count
 
 
 @dataclass(frozen=True)
 class Sce(ElementwiseMethod):
     """density: f, share of the entries with variance that are kept."""
 
-    density: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
+    density: Share = 1.0
 
     def rule(self, task: TaskDelta, seen: object = None) -> Rule:
         least = self._threshold(task)
@@ -58,7 +56,7 @@ class Sce(ElementwiseMethod):
         if varied == 0:  # one task, or equal ones: nothing tells the entries apart
             return None
         place = task.stream.size - kept_count(self.density, varied, task.module)
-        found = order_statistics(
+        statistics = order_statistics(
             lambda: ([np.var(blocks, axis=0)] for blocks in task.weighted()), [[place]], task.stream.size
         )
-        return found[0][0]
+        return statistics[0][0]

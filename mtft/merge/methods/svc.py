@@ -10,35 +10,31 @@ task has nothing in direction i (below 1e-10 of its norm), p_ik = alpha.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, FiniteFloat
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import CoreSpace, svd
 from mtft.merge.methods.base import CoreSpaceMethod
-from mtft.merge.methods.inner_method import core_method
+from mtft.merge.methods.inner_method import InnerName, core_method
 
 
 @dataclass(frozen=True)
 class Svc(CoreSpaceMethod):
     """alpha: floor of p (the authors' configs 0.1, their docstring 1.0). of: linear, tsv, iso_c, iso_cts or wudi."""
 
-    alpha: float = 0.1
-    of: str = "linear"
-
-    def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise MergeError(f"alpha is {self.alpha}", where="options.alpha", do="a number > 0, as 0.1")
-        core_method(self.of)
+    alpha: Annotated[FiniteFloat, Field(gt=0)] = 0.1
+    of: InnerName = "linear"
 
     def rule(self, core: CoreSpace) -> np.ndarray:
         U, S, Vt = svd(core_method(self.of).rule(core))
         total = np.zeros(len(S))
         for M in core.cores:
             rows = U.T @ M
-            own = np.sum(rows**2, axis=1)
+            strength = np.sum(rows**2, axis=1)
             shared = S * np.sum(Vt * rows, axis=1)
-            found = own > 1e-20 * np.sum(M**2)
-            p = np.where(found, shared / np.where(found, own, 1.0), self.alpha)
+            acts = strength > 1e-20 * np.sum(M**2)
+            p = np.where(acts, shared / np.where(acts, strength, 1.0), self.alpha)
             total += np.maximum(self.alpha, p)
         return (U * (S * len(core.cores) / total)) @ Vt

@@ -17,39 +17,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import numpy as np
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.streamed_delta import Rule
-from mtft.merge.methods.base import ModulePass
+from mtft.merge.methods.base import ModulePass, Scope, Share
 from mtft.merge.methods.elementwise_base import (
     ElementwiseMethod,
     TaskDelta,
-    check_density,
     global_thresholds,
-    lazily,
     magnitude_thresholds,
     task_delta,
 )
 
-VARIANTS = ("paper", "mergekit", "peft")
+Variant = Literal["paper", "mergekit", "peft"]
+Value = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
 class Ties(ElementwiseMethod):
     """density: share of entries kept. variant, value: above. scope: trim per `module` (peers) or `global` (paper)."""
 
-    density: float = 0.2
-    variant: str = "paper"
-    value: str = "mean"
-    scope: str = "module"
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_election(self.variant, self.value)
-        if self.scope not in ("module", "global"):
-            raise MergeError(f"scope is {self.scope!r}", where="options.scope", do="module or global")
+    density: Share = 0.2
+    variant: Variant = "paper"
+    value: Value = "mean"
+    scope: Scope = "module"
 
     def survey(self, modules: ModulePass) -> tuple[dict[str, float], float] | None:
         """For `global`: every adapter's threshold over all of its modules, and the majority sign."""
@@ -60,15 +54,14 @@ class Ties(ElementwiseMethod):
         for parts in modules():
             task = task_delta(parts)
             majority += sign_balance(task, keep_above([thresholds[name] for name in parts.names]), task.weights_K)
-        return thresholds, float(np.sign(majority))
+        return thresholds, majority
 
     def rule(self, task: TaskDelta, seen: tuple[dict[str, float], float] | None = None) -> Rule:
         if seen is None:
             cut = keep_above(magnitude_thresholds(task.stream, self.density, task.module))
-            majority = lazily(lambda: float(np.sign(sign_balance(task, cut, task.weights_K))))
-        else:
-            cut = keep_above([seen[0][name] for name in task.names])
-            majority = lazily(lambda: seen[1])
+            return elect_signs(task, cut, self.variant, self.value)
+        thresholds, majority = seen
+        cut = keep_above([thresholds[name] for name in task.names])
         return elect_signs(task, cut, self.variant, self.value, majority)
 
 
@@ -81,33 +74,25 @@ def keep_above(thresholds: list[float]) -> Cut:
     return lambda start, blocks: [x * (np.abs(x) >= t) for x, t in zip(blocks, thresholds)]
 
 
-def check_election(variant: str, value: str) -> None:
-    if variant not in VARIANTS:
-        raise MergeError(f"variant is {variant!r}", where="options.variant", do=f"one of {', '.join(VARIANTS)}")
-    if value not in ("mean", "sum"):
-        raise MergeError(f"value is {value!r}", where="options.value", do="mean or sum")
-
-
 def sign_balance(task: TaskDelta, cut: Cut, weights_K: np.ndarray) -> float:
     """Sum of the elected signs over all entries: which sign is the more common one."""
     total = 0.0
     for start, blocks in task.stream:
-        total += float(np.sign(_weighted_sum(cut(start, blocks), weights_K)).sum(dtype=np.float64))
+        weighted = [x.dtype.type(w) * x for w, x in zip(weights_K, cut(start, blocks))]
+        total += float(np.sign(np.sum(weighted, axis=0)).sum(dtype=np.float64))
     return total
 
 
-def _weighted_sum(blocks: list[np.ndarray], weights_K: np.ndarray) -> np.ndarray:
-    return np.sum([x.dtype.type(w) * x for w, x in zip(weights_K, blocks)], axis=0)
-
-
-def elect_signs(task: TaskDelta, cut: Cut, variant: str, value: str, majority: Callable[[], float]) -> Rule:
-    """The election among the blocks that `cut` leaves. majority: the sign that breaks ties in variant `paper`."""
+def elect_signs(task: TaskDelta, cut: Cut, variant: str, value: str, majority: float | None = None) -> Rule:
+    """The election among the blocks that `cut` leaves. majority: the sign that breaks ties in variant `paper`
+    (None: of this module, at the price of a pass when the first tie is met)."""
     weights_K = task.weights_K.astype(task.stream.dtype)
     by_own = variant == "peft"
+    tie_sign = cache(lambda: sign_balance(task, cut, task.weights_K) if majority is None else majority)
 
     def rule(start: int, blocks: list[np.ndarray]) -> np.ndarray:
-        kept = cut(start, blocks)
-        voting = kept if by_own else [w * x for w, x in zip(weights_K, kept)]
+        trimmed = cut(start, blocks)
+        voting = trimmed if by_own else [w * x for w, x in zip(weights_K, trimmed)]
         total = voting[0].copy()
         for x in voting[1:]:
             total += x
@@ -115,8 +100,8 @@ def elect_signs(task: TaskDelta, cut: Cut, variant: str, value: str, majority: C
         zero = total == 0
         if variant != "paper":
             sign[zero] = 1
-        elif any(np.logical_and(zero, x).any() for x in kept):  # exact cancellation: rare, costs a pass
-            sign[zero] = majority()
+        elif any(np.logical_and(zero, x).any() for x in trimmed):  # exact cancellation: rare, costs a pass
+            sign[zero] = np.sign(tie_sign())
         result, share = np.zeros_like(total), np.zeros_like(total)
         for w, x in zip(weights_K, voting):
             along = x * sign

@@ -12,10 +12,11 @@ coincide. ridge 0 has zero interference wherever that is possible.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, FiniteFloat
 
-from mtft.common.errors import MergeError
 from mtft.merge.linalg.core_space import CoreSpace, svd
 from mtft.merge.methods.base import CoreSpaceMethod
 
@@ -24,11 +25,7 @@ from mtft.merge.methods.base import CoreSpaceMethod
 class Wudi(CoreSpaceMethod):
     """ridge: pull towards the plain sum, as a share of the mean eigenvalue of G."""
 
-    ridge: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.ridge < 0:
-            raise MergeError(f"ridge is {self.ridge}", where="options.ridge", do="0 or more, as 0.1")
+    ridge: Annotated[FiniteFloat, Field(ge=0)] = 0.1
 
     def rule(self, core: CoreSpace) -> np.ndarray:
         norms = [np.linalg.norm(M) for M in core.cores]

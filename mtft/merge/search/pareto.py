@@ -8,21 +8,21 @@ from mtft.merge.search.search_trials import SearchTrial
 from mtft.merge.search.weight_search import SearchResult
 
 
-def pareto_facts(names: Sequence[str], found: SearchResult) -> dict[str, object]:
+def pareto_facts(names: Sequence[str], result: SearchResult) -> dict[str, object]:
     """What front.json holds (mtft.report.sections.pareto draws it)."""
-    best = pareto_front(found.trials)
+    best = pareto_front(result.trials)
 
     def row(trial: SearchTrial) -> dict[str, object]:
         return {"weights": list(trial.weights), "losses": trial.losses, "front": trial in best}
 
-    chosen = next(trial for trial in found.trials if trial.weights == found.weights)
+    chosen = next(trial for trial in result.trials if trial.weights == result.weights)
     return {
         "adapters": list(names),
-        "tasks": list(found.uniform.losses),
-        "trials": [row(trial) for trial in found.trials],
-        "uniform": row(found.uniform),
+        "tasks": list(result.uniform.losses),
+        "trials": [row(trial) for trial in result.trials],
+        "uniform": row(result.uniform),
         "chosen": row(chosen),
-        "verdict": found.verdict,
+        "verdict": result.verdict,
     }
 
 

@@ -11,8 +11,8 @@ gap in loss and almost none in accuracy, so both are always reported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,19 +36,6 @@ class RetentionScores(Protocol):
     def exact_N(self) -> np.ndarray: ...
 
 
-@dataclass(frozen=True)
-class RetentionShare:
-    """A share of the expert's gain with its 95% interval, or `why` there is none."""
-
-    value: float | None
-    lower: float | None = None
-    upper: float | None = None
-    why: str | None = None
-
-    def as_dict(self) -> dict[str, object]:
-        return {"value": self.value, "lower": self.lower, "upper": self.upper, "why": self.why}
-
-
 @dataclass
 class Retention:
     """tasks: task -> metric -> {base, single, merged, retained, ...}; summary: metric -> {mean, min, ...}.
@@ -66,22 +53,14 @@ class Retention:
         self, *, method: str, rank: int, energy: float | None = None, diagnostics: Mapping | None = None
     ) -> dict[str, object]:
         """What the report page reads (merge/retention.json); diagnostics: as diagnose() returns them."""
-        found: dict[str, object] = {
-            "method": method,
-            "rank": rank,
-            "energy": energy,
-            "tasks": self.tasks,
-            "summary": self.summary,
-            "control": self.control,
-            "others": self.others,
-        }
+        page: dict[str, object] = {"method": method, "rank": rank, "energy": energy, **asdict(self)}
         if diagnostics:
             names = diagnostics["names"]
-            found["cosines"] = {"names": names, "values": diagnostics["cosines"]}
-            found["interference"] = dict(zip(names, diagnostics["interference"], strict=True))
-            found["norms"] = dict(zip(names, diagnostics["norms"], strict=True))
-            found["overlap"] = {side: diagnostics[f"overlap_{side}"] for side in ("left", "right")}
-        return found
+            page["cosines"] = {"names": names, "values": diagnostics["cosines"]}
+            page["interference"] = dict(zip(names, diagnostics["interference"], strict=True))
+            page["norms"] = dict(zip(names, diagnostics["norms"], strict=True))
+            page["overlap"] = {side: diagnostics[f"overlap_{side}"] for side in ("left", "right")}
+        return page
 
 
 def retention(
@@ -113,37 +92,26 @@ def retention(
 
 
 def _table(base, single, merged, draws: int, seed: int) -> tuple[dict, dict]:
+    """task -> metric -> its row, and task -> metric -> its shares: [draws + 1], empty where undefined."""
     tasks: dict[str, dict[str, dict]] = {}
     drawn: dict[str, dict[str, np.ndarray]] = {}
     for task, expert in single.items():
-        models = [base[task], *_aligned(base[task], (expert, merged[task]), task)]
-        weights = _resamples(len(models[0].ids), draws, seed)
-        tasks[task], drawn[task] = {}, {}
-        for metric in METRICS:
-            tasks[task][metric], drawn[task][metric] = _compare(models, metric, weights)
+        models = [(scores, _order(base[task], scores, task)) for scores in (base[task], expert, merged[task])]
+        weights = _resamples(len(base[task].ids), draws, seed)
+        compared = {
+            metric: _compare(*(_metric(*model, metric, weights) for model in models), metric) for metric in METRICS
+        }
+        tasks[task] = {metric: row for metric, (row, _) in compared.items()}
+        drawn[task] = {metric: shares for metric, (_, shares) in compared.items()}
     return tasks, drawn
 
 
-@dataclass(frozen=True)
-class AlignedScores:
-    ids: tuple[str, ...]
-    nll_N: np.ndarray
-    tokens_N: np.ndarray
-    correct_N: np.ndarray
-    exact_N: np.ndarray
-
-
-def _aligned(first: RetentionScores, rest: Iterable[RetentionScores], task: str) -> list[RetentionScores]:
-    """The others' rows in the order of the first; ValueError unless all hold the same examples once."""
-    lined_up: list[RetentionScores] = []
-    for other in rest:
-        place = {name: row for row, name in enumerate(other.ids)}
-        if len(place) != len(other.ids) or set(place) != set(first.ids) or len(first.ids) != len(other.ids):
-            raise ValueError(f"{task}: base, single and merged were not scored on the same examples")
-        order = np.array([place[name] for name in first.ids], dtype=np.int64)
-        fields = (other.nll_N, other.tokens_N, other.correct_N, other.exact_N)
-        lined_up.append(AlignedScores(tuple(first.ids), *(np.asarray(values)[order] for values in fields)))
-    return lined_up
+def _order(first: RetentionScores, other: RetentionScores, task: str) -> np.ndarray:
+    """The rows of `other` in the order of the first; ValueError unless both hold the same examples once."""
+    place = {name: row for row, name in enumerate(other.ids)}
+    if len(place) != len(other.ids) or set(place) != set(first.ids) or len(first.ids) != len(other.ids):
+        raise ValueError(f"{task}: base, single and merged were not scored on the same examples")
+    return np.array([place[name] for name in first.ids], dtype=np.int64)
 
 
 def _resamples(examples: int, draws: int, seed: int) -> np.ndarray:
@@ -152,54 +120,56 @@ def _resamples(examples: int, draws: int, seed: int) -> np.ndarray:
     return np.vstack([np.ones((1, examples)), counts])
 
 
-def _metric(scores: RetentionScores, metric: str, weights: np.ndarray) -> np.ndarray:
+def _metric(scores: RetentionScores, order: np.ndarray, metric: str, weights: np.ndarray) -> np.ndarray:
     over = {"loss": scores.nll_N, "accuracy": scores.correct_N, "exact_match": scores.exact_N}[metric]
-    under = np.ones(len(scores.ids)) if metric == "exact_match" else np.asarray(scores.tokens_N, np.float64)
-    return (weights @ np.asarray(over, np.float64)) / np.maximum(weights @ under, 1e-300)
+    under = np.ones(len(order)) if metric == "exact_match" else np.asarray(scores.tokens_N, np.float64)[order]
+    return (weights @ np.asarray(over, np.float64)[order]) / np.maximum(weights @ under, 1e-300)
 
 
-def _compare(models, metric: str, weights: np.ndarray) -> tuple[dict, np.ndarray]:
-    at_base, at_single, at_merged = (_metric(scores, metric, weights) for scores in models)
-    gap, kept = at_base - at_single, at_base - at_merged  # both change sign for accuracies: the ratio does not
+def _compare(
+    at_base: np.ndarray, at_single: np.ndarray, at_merged: np.ndarray, metric: str
+) -> tuple[dict[str, Any], np.ndarray]:
+    gap, closed = at_base - at_single, at_base - at_merged  # both change sign for accuracies: the ratio does not
     sign = 1 if metric == "loss" else -1
     row: dict[str, Any] = {"base": float(at_base[0]), "single": float(at_single[0]), "merged": float(at_merged[0])}
     if not sign * gap[0] > 2 * gap[1:].std():
-        row["retained"] = RetentionShare(None, why=NOT_LEARNT).as_dict()
-        return row, np.empty(0)
+        return row | {"retained": _share(np.empty(0))}, np.empty(0)
     # A resample in which the expert gained nothing has no share; with the gap beyond two standard errors that is rare.
-    shares = kept / np.where(sign * gap > 0, gap, np.nan)
-    row["retained"] = RetentionShare(float(shares[0]), *_interval(shares[1:])).as_dict()
+    shares = closed / np.where(sign * gap > 0, gap, np.nan)
+    row["retained"] = _share(shares)
     if metric != "loss":
         row["ratio"] = float(at_merged[0] / at_single[0])
     return row, shares
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
+def _share(shares: np.ndarray) -> dict[str, object]:
+    """The share of the expert's gain (of the sample itself, the first) with its interval, or why there is none."""
+    if not len(shares):
+        return {"value": None, "lower": None, "upper": None, "why": NOT_LEARNT}
+    return {"value": float(shares[0]), **_interval(shares[1:]), "why": None}
+
+
+def _interval(values: np.ndarray) -> dict[str, float]:
     low, high = np.nanquantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    return {"lower": float(low), "upper": float(high)}
 
 
 def _summary(tasks: dict, drawn: dict, metric: str) -> dict:
     """Mean over the tasks whose expert learnt, with its interval, and the worst of them."""
-    known = [task for task in tasks if tasks[task][metric]["retained"]["value"] is not None]
-    undefined = [task for task in tasks if task not in known]
-    if not known:
-        return {
-            "mean": RetentionShare(None, why=NOT_LEARNT).as_dict(),
-            "min": None,
-            "worst": None,
-            "undefined": undefined,
-        }
-    means = np.mean([drawn[task][metric] for task in known], axis=0)
-    worst = min(known, key=lambda task: tasks[task][metric]["retained"]["value"])
-    mean = RetentionShare(float(means[0]), *_interval(means[1:])).as_dict()
-    return {"mean": mean, "min": tasks[worst][metric]["retained"]["value"], "worst": worst, "undefined": undefined}
+    value_of = {task: row[metric]["retained"]["value"] for task, row in tasks.items()}
+    learnt = [task for task in tasks if value_of[task] is not None]
+    worst = min(learnt, key=value_of.__getitem__, default=None)
+    return {
+        "mean": _share(np.mean([drawn[task][metric] for task in learnt], axis=0) if learnt else np.empty(0)),
+        "min": None if worst is None else value_of[worst],
+        "worst": worst,
+        "undefined": [task for task in tasks if task not in learnt],
+    }
 
 
-def _control(base: RetentionScores, merged: RetentionScores, draws: int, seed: int) -> dict:
+def _control(base: RetentionScores, merged: RetentionScores, draws: int, seed: int) -> dict[str, float]:
     """L_merged - L_base with its interval: what the merge did to a task that nobody trained."""
     weights = _resamples(len(base.ids), draws, seed)
-    (lined_up,) = _aligned(base, [merged], "control")
-    difference = _metric(lined_up, "loss", weights) - _metric(base, "loss", weights)
-    low, high = _interval(difference[1:])
-    return {"difference": float(difference[0]), "lower": low, "upper": high}
+    at_merged, at_base = (_metric(x, _order(base, x, "control"), "loss", weights) for x in (merged, base))
+    difference = at_merged - at_base
+    return {"difference": float(difference[0]), **_interval(difference[1:])}

@@ -24,6 +24,7 @@ class SearchTrial:
     objective: float
 
 
+@dataclass
 class SearchLedger:
     """All trials: evaluated once, written down at once.
 
@@ -31,74 +32,71 @@ class SearchLedger:
     objective. penalty: added to it, times mean |w|.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        evaluate: Evaluate,
-        base: Mapping[str, float] | None,
-        single: Mapping[str, float] | None,
-        *,
-        worst: float,
-        penalty: float,
-        prefer: Mapping[str, float] | None,
-        path: str | Path | None,
-    ) -> None:
-        self.names, self._evaluate = list(names), evaluate
-        self._base, self._single, self._worst, self._penalty = base, single, worst, penalty
-        self._prefer = dict(prefer) if prefer else None
-        self._path = Path(path) if path else None
+    names: list[str]
+    evaluate: Evaluate
+    base: Mapping[str, float] | None
+    single: Mapping[str, float] | None
+    worst: float
+    penalty: float
+    prefer: Mapping[str, float] | None
+    path: Path | None
+
+    def __post_init__(self) -> None:
         self._known: dict[tuple[float, ...], dict[str, float]] = {}
         self.trials: list[SearchTrial] = []
-        if self._path and self._path.exists():
-            self._read()
+        if self.path and self.path.exists():
+            self._read(self.path)
 
     def trial(self, weights: Sequence[float]) -> SearchTrial:
         key = tuple(float(w) for w in weights)
         if key not in self._known:
-            losses = {task: loss_of(value) for task, value in self._evaluate(key).items()}
+            losses = {task: loss_of(value) for task, value in self.evaluate(key).items()}
             if not losses or not all(map(math.isfinite, losses.values())):
                 raise MergeError(f"losses at weights {list(key)} are {losses}", where="search", do="check the data")
             self._known[key] = losses
             self._write(key, losses)
         losses = self._known[key]
-        made = SearchTrial(key, losses, self.objective(losses) + self._penalty * float(np.mean(np.abs(key))))
+        made = SearchTrial(key, losses, self.objective(losses) + self.penalty * float(np.mean(np.abs(key))))
         if made not in self.trials:
             self.trials.append(made)
         return made
 
+    def best(self, *, common: bool = False) -> SearchTrial:
+        """The trial of the lowest objective; common: of those with one weight for all."""
+        return min((t for t in self.trials if not common or len(set(t.weights)) == 1), key=lambda t: t.objective)
+
     def objective(self, losses: Mapping[str, float]) -> float:
         shares = self._shares(losses)
-        if self._prefer is not None:
-            shares = {task: share for task, share in shares.items() if self._prefer.get(task, 0) > 0}
+        if self.prefer:
+            shares = {task: share for task, share in shares.items() if self.prefer.get(task, 0) > 0}
             if not shares:
                 known = ", ".join(losses)
                 raise MergeError("no preferred task can be compared", where="prefer", do=f"name tasks of {known}")
         values = list(shares.values())
-        weights = None if self._prefer is None else [self._prefer[task] for task in shares]
-        return float(np.average(values, weights=weights) + self._worst * np.max(values))
+        weights = [self.prefer[task] for task in shares] if self.prefer else None
+        return float(np.average(values, weights=weights) + self.worst * np.max(values))
 
     def _shares(self, losses: Mapping[str, float]) -> dict[str, float]:
-        if self._base is None or self._single is None:
+        if self.base is None or self.single is None:
             return dict(losses)
-        gaps = {task: self._base[task] - self._single[task] for task in losses if task in self._single}
+        gaps = {task: self.base[task] - self.single[task] for task in losses if task in self.single}
         learnt = [task for task, gap in gaps.items() if gap > 0]
         if not learnt:
             do = "train the experts longer, or search without base and single"
             raise MergeError("no expert is better than the base", where="search", do=do)
-        return {task: (losses[task] - self._single[task]) / gaps[task] for task in learnt}
+        return {task: (losses[task] - self.single[task]) / gaps[task] for task in learnt}
 
     def _write(self, key: tuple[float, ...], losses: Mapping[str, float]) -> None:
-        if self._path is None:
+        if self.path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"adapters": self.names, "weights": key, "losses": losses}) + "\n")
 
-    def _read(self) -> None:
-        assert self._path is not None
-        text = self._path.read_text("utf-8")
+    def _read(self, path: Path) -> None:
+        text = path.read_text("utf-8")
         if text and not text.endswith("\n"):  # a killed run left half a line: don't write on it
-            self._path.write_text(text + "\n", "utf-8")
+            path.write_text(text + "\n", "utf-8")
         for number, line in enumerate(text.splitlines(), 1):
             try:
                 row = json.loads(line)
@@ -106,7 +104,7 @@ class SearchLedger:
             except (ValueError, KeyError, TypeError):
                 continue  # a line that a killed run left unfinished: that trial is done again
             if names != self.names:
-                where = f"{self._path}, line {number}"
+                where = f"{path}, line {number}"
                 raise MergeError("the ledger belongs to other adapters", where=where, do="choose another file")
             self._known[key] = {task: float(loss) for task, loss in losses.items()}
 

@@ -29,19 +29,19 @@ def judge_search(
         at_a, at_b = ({task: loss_of(x) for task, x in scores[t.weights].items()} for t in (a, b))
         return objective(at_a) - objective(at_b), _paired_error(objective, scores[a.weights], scores[b.weights])
 
-    stands, said = candidates[0], []
+    standing, verdicts = candidates[0], []
     for trial in candidates[1:]:
-        if trial.weights == stands.weights:
+        if trial.weights == standing.weights:
             continue
-        better, error = gain(stands, trial)
+        better, error = gain(standing, trial)
         amount = f"{better:.3g}" + (" (no error known)" if error is None else f" +- {error:.2g}")
         if better > 2 * (error or 0) and better > 0:
-            said.append(f"{_name(trial)} beats {_name(stands)} by {amount}")
-            stands = trial
+            verdicts.append(f"{_name(trial)} beats {_name(standing)} by {amount}")
+            standing = trial
         else:
-            said.append(f"{_name(trial)} is no better than {_name(stands)}: {amount}; staying there")
-    total, error = gain(candidates[0], stands)
-    return stands, total, error, "; ".join(said) or f"nothing beats {_name(stands)}"
+            verdicts.append(f"{_name(trial)} is no better than {_name(standing)}: {amount}; staying there")
+    total, error = gain(candidates[0], standing)
+    return standing, total, error, "; ".join(verdicts) or f"nothing beats {_name(standing)}"
 
 
 def _name(trial: SearchTrial) -> str:
@@ -56,17 +56,14 @@ def _paired_error(objective: Objective, first: Mapping, second: Mapping, draws: 
     if any(isinstance(value, int | float | np.floating) for value in (*first.values(), *second.values())):
         return None
     rng = np.random.default_rng(0)
-    drawn = {}
+    drawn: list[dict[str, np.ndarray]] = [{}, {}]
     for task, a in first.items():
         b = second[task]
         if tuple(a.ids) != tuple(b.ids):
             raise ValueError(f"{task}: the two merges were not scored on the same examples")
         N = len(a.ids)
         counts = rng.multinomial(N, np.full(N, 1 / N), size=draws)
-        drawn[task] = [(counts @ x.nll_N) / np.maximum(counts @ x.tokens_N, 1) for x in (a, b)]
-    gains = [
-        objective({task: pair[0][i] for task, pair in drawn.items()})
-        - objective({task: pair[1][i] for task, pair in drawn.items()})
-        for i in range(draws)
-    ]
-    return float(np.std(gains))
+        for losses, x in zip(drawn, (a, b)):
+            losses[task] = (counts @ x.nll_N) / np.maximum(counts @ x.tokens_N, 1)
+    at_a, at_b = ([objective({task: x[i] for task, x in losses.items()}) for i in range(draws)] for losses in drawn)
+    return float(np.std(np.subtract(at_a, at_b)))

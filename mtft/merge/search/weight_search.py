@@ -69,9 +69,8 @@ def run_weight_search(
         raise MergeError(f"unknown search {by!r}", where="by", do=f"one of {', '.join(WAYS)}")
     K = len(names)
     _check_preference(prefer)
-    search = SearchLedger(
-        names, evaluate, base, single, worst=worst, prefer=prefer, path=ledger, penalty=0.05 if by == "lorahub" else 0.0
-    )
+    path, penalty = Path(ledger) if ledger else None, 0.05 if by == "lorahub" else 0.0
+    search = SearchLedger(list(names), evaluate, base, single, worst, penalty, prefer, path)
     uniform = search.trial([1.0] * K)
     for scale in SCALES:
         search.trial([scale] * K)
@@ -80,18 +79,12 @@ def run_weight_search(
     elif by == "cma":
         _cma(search, K, budget, seed)
     elif by == "front":
-        for weights in front_weights(K, budget - len(SCALES), best_scale(search.trials), seed):
+        for weights in front_weights(K, budget - len(SCALES), search.best(common=True).weights[0], seed):
             search.trial(weights)
-    best = min(search.trials, key=lambda trial: trial.objective)
-    common = min((t for t in search.trials if len(set(t.weights)) == 1), key=lambda t: t.objective)
+    best, common = search.best(), search.best(common=True)
     data = "on the data it was chosen on" if check is None else "on data the search has not seen"
     chosen, gain, error, text = judge_search([uniform, common, best], check or evaluate, search.objective)
     return SearchResult(chosen.weights, best, uniform, gain, error, f"{text} {data}", search.trials)
-
-
-def best_scale(trials: Sequence[SearchTrial]) -> float:
-    """The common weight that did best."""
-    return min((t for t in trials if len(set(t.weights)) == 1), key=lambda t: t.objective).weights[0]
 
 
 def front_weights(K: int, count: int, scale: float, seed: int = 0) -> list[tuple[float, ...]]:
@@ -124,7 +117,7 @@ def _cobyqa(ledger: SearchLedger, K: int, by: str, budget: int) -> None:
     from scipy.optimize import Bounds, minimize
 
     low = -1.5 if by == "lorahub" else 0.0
-    start = np.zeros(K) if by == "lorahub" else np.array(min(ledger.trials, key=lambda t: t.objective).weights)
+    start = np.zeros(K) if by == "lorahub" else np.array(ledger.best().weights)
     options = {"maxfev": max(budget, K + 2), "initial_tr_radius": 0.2}
     function = lambda w: ledger.trial(np.clip(w, low, 1.5).round(12)).objective  # noqa: E731
     minimize(function, start, method="COBYQA", bounds=Bounds(low, 1.5), options=options)
@@ -135,9 +128,8 @@ def _cma(ledger: SearchLedger, K: int, budget: int, seed: int) -> None:
         import cma
     except ImportError:
         raise MergeError("the package cma is not installed", where="by", do="pip install cma, or by: cobyqa") from None
-    start = min(ledger.trials, key=lambda t: t.objective).weights
     settings = {"bounds": [0, 1.5], "maxfevals": budget, "seed": seed + 1, "verbose": -9}
-    run = cma.CMAEvolutionStrategy(np.array(start), 0.2, settings)
+    run = cma.CMAEvolutionStrategy(np.array(ledger.best().weights), 0.2, settings)
     while not run.stop():
         tries = run.ask()
         run.tell(tries, [ledger.trial(np.clip(w, 0, 1.5)).objective for w in tries])

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtft.common.atomic_io import write_json
+from mtft.common.fingerprint import file_hash
 from mtft.evaluation.gap_closed import gap_closed
 from mtft.evaluation.score_cache import Scores, load_or_score
 from mtft.evaluation.task_scores import METRICS
-from mtft.pipeline.stages.merge import file_hash
 from mtft.pipeline.stages.stage_cache import run_cached_stage
 from mtft.recipe.schema.fuse import FuseSection
 from mtft.recipe.schema.recipe import Recipe

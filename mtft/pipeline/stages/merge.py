@@ -12,7 +12,6 @@ third of the held-out rows at most; what it keeps is then reported on rows that 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
 from mtft.common.atomic_io import write_json
+from mtft.common.fingerprint import file_hash
 from mtft.evaluation.score_cache import Scores, load_or_score
 from mtft.merge.engine.report import MergeReport
 from mtft.merge.from_recipe import chosen_adapters, merge_folder, merge_from_recipe, merge_options, merge_section
@@ -284,9 +284,3 @@ def merge_stage(
 
     run_cached_stage(folder, inputs, work, fresh=fresh)
     return load_or_score(folder / "scores", tuple(base), scores)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,8 +6,6 @@ mtft.merge loads no model: here it gets closures over one that is loaded (adapte
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 
 from mtft.adapters.lora_factors import LoraAdapter
 from mtft.common.errors import UserError
+from mtft.common.fingerprint import json_hash
 from mtft.data.batching.batch import PADDING
 from mtft.evaluation.score_cache import Scores
 from mtft.merge.from_recipe import merge_from_recipe, merge_section
@@ -99,7 +98,7 @@ def _key(recipe: Recipe, how: WeightSearch, adapters: Sequence[LoraAdapter]) -> 
     )
     tasks = [task.model_dump(mode="json", include={"name", "eval_data"}) for task in recipe.tasks]
     facts = [section, tasks, how.rows, recipe.model.path, recipe.seed, [adapter.sha256 for adapter in adapters]]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return json_hash(facts)[:16]
 
 
 def train_gates(recipe: Recipe, how: GateTraining, adapters: Sequence[LoraAdapter], adapted: AdapterEvaluator):

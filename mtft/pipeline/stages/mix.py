@@ -10,7 +10,6 @@ mixture.yaml     what `train` should play: the proposal if it is better, else th
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import os
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from data_mixers.sweep.runner import SweepResult, make_trials, run_sweep
 from data_mixers.sweep.trial import Trial
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
+from mtft.common.fingerprint import content_hash
 from mtft.data.planning import epoch_caps, groups, make_plan, requested_mixture, task_sizes
 from mtft.pipeline.stages import derived_recipes
 from mtft.recipe.load import fingerprint
@@ -82,7 +82,7 @@ def trial_config(recipe: Recipe, stores: list[Any]) -> str:
     sweep = _sweep(recipe)
     rules = fingerprint(derived_recipes.proxy_recipe(recipe, sweep), without=("name", "output", "mixture"))
     parts = [rules, f"{sweep.eval_limit}", *(store.fingerprint for store in stores)]
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    return content_hash(" ".join(parts))
 
 
 def design(recipe: Recipe, stores: list[Any]) -> list[Trial]:

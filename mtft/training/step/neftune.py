@@ -10,7 +10,6 @@ they are. Evaluation draws none. Two equal examples in one step get equal noise.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback
 
+from mtft.common.fingerprint import blake2b
 from mtft.data.batching.batch import Batch
 
 
@@ -66,7 +66,7 @@ class Neftune:
 
     def _key(self, ids_L: Tensor) -> int:
         text = f"{self.seed} {self.step} ".encode() + ids_L.numpy().tobytes()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+        return int.from_bytes(blake2b(8, text).digest(), "little") >> 1
 
 
 class NeftuneStep(TrainerCallback):

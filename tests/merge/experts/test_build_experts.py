@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from mtft.adapters.lora_factors import LoraFactors, read_adapter
 from mtft.adapters.mlp_router import MlpRouter, load_router
 from mtft.adapters.routers import ArrowRouter, CentroidRouter
-from mtft.merge import LoraFactors, MergeError, merge_adapters, read_adapter
+from mtft.common.errors import MergeError
+from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.experts.arrow_prototypes import arrow_router
 from mtft.merge.experts.build_experts import build_twin, export_arrow
 from mtft.merge.methods import make_method

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from mtft.adapters.lora_factors import LoraFactors, read_adapter
 from mtft.adapters.routers import CentroidRouter
-from mtft.merge import LoraFactors, MergeError, read_adapter
+from mtft.common.errors import MergeError
 from mtft.merge.experts.arrow_prototypes import arrow_router
 from mtft.merge.experts.build_experts import build_twin, export_arrow
 from mtft.merge.experts.routed_model import RoutedModel, load_routed

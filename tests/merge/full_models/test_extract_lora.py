@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mtft.merge import MergeError, merge_adapters, read_adapter
+from mtft.adapters.lora_factors import read_adapter
+from mtft.common.errors import MergeError
+from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.full_models.extract_lora import extract_adapter, twin_models
 from tests.merge import golden as g
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mtft.merge import MergeError
+from mtft.common.errors import MergeError
 from mtft.merge.full_models.merge_checkpoints import merge_checkpoints, read_checkpoint
 from mtft.merge.linalg import streamed_delta
 from mtft.merge.methods import make_method

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mtft.merge import LoraFactors, MergeError, read_adapter
+from mtft.adapters.lora_factors import LoraFactors, read_adapter
+from mtft.common.errors import MergeError
 from mtft.merge.learned.gates import GATE_KINDS, Gates
 from mtft.merge.learned.train_gates import GateBatch, fold_gates, objective, train_gates
 from tests.merge import golden as g

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtft.merge import LoraFactors
+from mtft.adapters.lora_factors import LoraFactors
 from mtft.merge.linalg import streamed_delta
 from mtft.merge.linalg.streamed_delta import BernoulliMask, DeltaStream, compress, order_statistics
 from mtft.merge.methods import METHODS, make_method

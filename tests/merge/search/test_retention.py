@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from mtft.adapters.lora_factors import LoraFactors
 from mtft.evaluation.task_scores import TaskScores
-from mtft.merge import METHODS, LoraFactors, merge_adapters
 from mtft.merge.engine.interference import cosines, diagnose, interference
+from mtft.merge.engine.merge import merge_adapters
+from mtft.merge.methods import METHODS
 from mtft.merge.search.retention import retention
 from tests.merge import golden as g
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from mtft.common.errors import MergeError
 from mtft.evaluation.task_scores import TaskScores
-from mtft.merge import MergeError
 from mtft.merge.search.pareto import pareto_front
 from mtft.merge.search.search_trials import SearchTrial
 from mtft.merge.search.weight_search import front_weights, run_weight_search

@@ -24,7 +24,6 @@ from data_mixers.fitting.surrogate_fits import SurrogateFits, TargetFit
 from data_mixers.mixture.mixture import Floats
 from data_mixers.surrogates.base import Prediction
 from data_mixers.surrogates.registry import candidates_of
-from data_mixers.surrogates.stack import Stack
 
 OFFSET = 3e-3
 MINIMUM_RUNS = 4
@@ -142,14 +141,10 @@ def _law_or_stack(fitted: TargetFit, threshold: float) -> TargetFit:
     """The fit with the better law in place of the stack. A surrogate that the user chose by name stays."""
     if len(fitted.model.candidates) < 2 or not fitted.signal:
         return fitted
-    data, laws = fitted.model.data, []
+    stack, laws = fitted.model, []
     for name in LAWS:
-        law = Stack(
-            candidates=candidates_of(name, goal=fitted.goal, n=len(data["y"])),
-            folds=fitted.model.folds,
-            seed=fitted.model.seed,
-        )
-        laws.append(law.fit(data["X"], data["y"], groups=data["groups"], progress=data["tau"], weights=data["weights"]))
+        candidates = candidates_of(name, goal=fitted.goal)
+        laws.append(replace(stack, candidates=candidates).fit(**stack.data._asdict()))
     best = max(laws, key=lambda law: law.scores[0].rho)
     return replace(fitted, model=best) if best.scores[0].rho >= threshold else fitted
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from data_mixers.common.errors import MixError
-from data_mixers.mixture.mixture import Floats, Mixture, check_names, size_array
+from data_mixers.mixture.mixture import Floats, Mixture, check_known, check_names, size_array
 
 TOLERANCE = 1e-9
 Metric = Literal["kl", "l2"]
@@ -72,16 +72,9 @@ class Bounds:
                     f"task {name} has no rows and a floor of {self.floors[name]}", do="drop the floor or the task"
                 )
         if self.names is not None:
-            self._check_known()
-
-    def _check_known(self) -> None:
-        names = self._named()
-        used = [*self.floors, *self.caps, *(name for group in self.groups for name in group.members)]
-        if isinstance(self.max_epochs, Mapping):
-            used += list(self.max_epochs)
-        unknown = [name for name in used if name not in names]
-        if unknown:  # check_names words it with the nearest name
-            check_names([*names, *unknown], names, where="bounds")
+            used = [*self.floors, *self.caps, *(name for group in self.groups for name in group.members)]
+            used += self.max_epochs if isinstance(self.max_epochs, Mapping) else []
+            check_known(used, self.names, where="bounds")
 
     def over(self, names: tuple[str, ...]) -> Bounds:
         """These bounds for the tasks in the order of `names`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,6 +157,11 @@ def check_names(got: Sequence[str], wanted: Sequence[str], *, where: str | None 
     problems += [f"no share for task {name!r}" for name in wanted if name not in got]
     if problems:
         raise MixError("; ".join(problems), where=where, do=f"the {kind}s are: {', '.join(wanted)}")
+
+
+def check_known(names: Iterable[str], known: Sequence[str], *, where: str | None = None, kind: str = "task") -> None:
+    """MixError for a name that is not among the known ones."""
+    check_names([*known, *(name for name in names if name not in known)], known, where=where, kind=kind)
 
 
 def size_array(names: Sequence[str], sizes: Mapping[str, float] | ArrayLike) -> Floats:

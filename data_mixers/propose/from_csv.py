@@ -21,7 +21,7 @@ from data_mixers.common.errors import MixError
 from data_mixers.fitting.scale_transfer import ScaledFits, calibrate, for_mixtures, for_other_scale
 from data_mixers.fitting.surrogate_fits import SurrogateFits, fit_surrogates
 from data_mixers.mixture.bounds import Bounds
-from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture, check_names, uniform
+from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture, check_known, check_names, uniform
 from data_mixers.propose.proposal import Objective, Proposal, propose_mixture
 from data_mixers.surrogates.base import shares
 from data_mixers.sweep.ledger import TrialLedger
@@ -73,9 +73,7 @@ def fit_csv(
     """
     ledger = TrialLedger.from_csv(mixtures_csv, scores_csv, index, goal)
     if targets != "all":
-        for target in targets:
-            if target not in ledger.targets:
-                check_names([*ledger.targets, target], ledger.targets, where=str(scores_csv), kind="target")
+        check_known(targets, ledger.targets, where=str(scores_csv), kind="target")
     fits = fit_surrogates(ledger, targets, surrogate, goal=goal, cv=cv, limit=limit, seed=seed, level=level)
     return for_other_scale(fits) if other_scale else fits
 
@@ -154,9 +152,7 @@ class ShareLimits:
     def bounds(self, names: tuple[str, ...]) -> Bounds:
         """Bounds over the tasks of the trials; MixError names an unknown task or what is missing for epoch caps."""
         for option, limits in (("--cap", self.caps), ("--floor", self.floors)):
-            unknown = [name for name in limits if name not in names]
-            if unknown:
-                check_names([*names, *unknown], names, where=f"command line, {option}")
+            check_known(limits, names, where=f"command line, {option}")
         if self.max_epochs is not None and (self.sizes is None or self.total is None):
             raise MixError("--max-epochs needs --sizes and --total", where="command line", do="give both")
         return Bounds(

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_mixers.common.errors import MixError
-from data_mixers.surrogates.base import Floats, PointSurrogate
+from data_mixers.surrogates.base import Floats, PointSurrogate, amounts
 
 
 @dataclass
@@ -28,10 +28,10 @@ class MLP(PointSurrogate):
     _network: Any = field(init=False, repr=False, default=None)
 
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
-        self._network = fit_many(X if tau is None else X * tau[:, None], y, self.random_state)
+        self._network = fit_many(amounts(X, tau), y, self.random_state)
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
-        return self._network.predict(X if tau is None else X * tau[:, None])
+        return self._network.predict(amounts(X, tau))
 
 
 def fit_many(x: Floats, Y: Floats, random_state: int = 1) -> Any:

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from data_mixers.surrogates.base import Floats, PointSurrogate
+from data_mixers.surrogates.base import Floats, PointSurrogate, amounts
 
 OFFSET = 3e-3  # one step of a share that matters; between the smallest share tried and the mean share
 
@@ -34,7 +34,7 @@ class Ridge(PointSurrogate):
     _offset: float = field(init=False, repr=False, default=0.0)
 
     def _columns(self, X: Floats, tau: Floats | None) -> Floats:
-        amount = X if tau is None else X * tau[:, None]
+        amount = amounts(X, tau)
         if self.features == "linear":
             return np.hstack([amount, np.sqrt(amount), np.log(amount + OFFSET)])
         return np.log(amount + OFFSET)

@@ -31,13 +31,13 @@ from scipy.stats import rankdata
 
 from data_mixers.common.errors import MixError
 from data_mixers.surrogates.base import (
+    MINIMUM_TRIALS,
     Floats,
     PointSurrogate,
     Prediction,
     conformal_quantile,
     grouped_folds,
     shares,
-    tau_of,
 )
 from data_mixers.surrogates.gaussian_process import GaussianProcess
 from data_mixers.surrogates.warped_gp import WarpedGP
@@ -54,8 +54,8 @@ class CandidateScore:
     name: str
     rho: float
     r2: float
+    coverage: float
     weight: float
-    coverage: float = float("nan")
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Stack(PointSurrogate):
         return bool(self.weights)
 
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
-        groups = self.data["groups"]
+        groups = self.data.groups
         if len(np.unique(groups)) < 2:
             raise MixError("all trials have the same mixture", do="vary the mixture: without it nothing can be learnt")
         n, folds = len(y), grouped_folds(groups, self.folds, self.seed)
@@ -92,11 +92,8 @@ class Stack(PointSurrogate):
         for number, held in enumerate(folds):
             self.fold_of[held] = number
             mean_n[held] = np.delete(y, held).mean()
-        candidates = self._settle_noise(X, y, tau, weights, folds)
-        fitted = {
-            label: model.clone().fit(X, y, groups=groups, progress=tau, weights=weights)
-            for label, model in candidates.items()
-        }
+        candidates = self._settle_noise(folds)
+        fitted = {label: model.clone().fit(**self.data._asdict()) for label, model in candidates.items()}
         held_out = {label: self._hold_out(model, folds) for label, model in fitted.items()}
         baseline = float(np.mean((y - mean_n) ** 2))
         self._error = {label: float(np.mean((y - mean) ** 2)) for label, (mean, _) in held_out.items()}
@@ -110,8 +107,8 @@ class Stack(PointSurrogate):
                 label,
                 spearman(mean, y),
                 1 - self._error[label] / baseline,
-                self.weights.get(label, 0.0),
                 self.coverage_of(np.abs(y - mean) / np.sqrt(np.maximum(variance, 1e-300))),
+                self.weights.get(label, 0.0),
             )
             for label, (mean, variance) in held_out.items()
         ]
@@ -149,22 +146,20 @@ class Stack(PointSurrogate):
             inside[held] = ratio_n[held] <= conformal_quantile(ratio_n[~held], level)
         return float(inside.mean())
 
-    def _settle_noise(
-        self, X: Floats, y: Floats, tau: Floats | None, weights: Floats, folds: Sequence[NDArray[np.intp]]
-    ) -> dict[str, PointSurrogate]:
+    def _settle_noise(self, folds: Sequence[NDArray[np.intp]]) -> dict[str, PointSurrogate]:
         """The candidates, GPs of undecided noise with the prior that suits these trials best."""
+        data = self.data
         undecided = [label for label, model in self.candidates.items() if getattr(model, "noise", 0.0) is None]
         if not undecided:
             return dict(self.candidates)
-        repeats = repeat_variance(y, self.data["groups"], tau)
+        repeats = repeat_variance(data.y, data.groups, data.progress)
         if repeats is not None:
-            noise = float(np.clip(np.log(max(repeats, 1e-300) / y.var()), -12.0, 1.0))
+            noise = float(np.clip(np.log(max(repeats, 1e-300) / data.y.var()), -12.0, 1.0))
         else:
             errors = {}
             for centre in NOISE_PRIORS:
-                pilot = replace_noise(self.candidates[undecided[0]], centre)
-                pilot.fit(X, y, groups=self.data["groups"], progress=tau, weights=weights)
-                errors[centre] = float(np.mean((y - self._hold_out(pilot, folds)[0]) ** 2))
+                pilot = replace_noise(self.candidates[undecided[0]], centre).fit(**data._asdict())
+                errors[centre] = float(np.mean((data.y - self._hold_out(pilot, folds)[0]) ** 2))
             noise = min(errors, key=errors.__getitem__)
         return {
             label: replace_noise(model, noise) if label in undecided else model
@@ -174,32 +169,29 @@ class Stack(PointSurrogate):
     def _hold_out(self, model: PointSurrogate, folds: Sequence[NDArray[np.intp]]) -> tuple[Floats, Floats]:
         """Out-of-fold mean and variance [n] of one candidate."""
         data = self.data
-        mean_n, variance_n = np.empty(len(data["y"])), np.empty(len(data["y"]))
-        for held in folds:
-            kept = np.setdiff1d(np.arange(len(mean_n)), held)
-            if len(kept) < 3:
-                raise MixError(
-                    f"{len(np.unique(data['groups']))} different mixtures", do="at least 5 for cross-validation"
-                )
-            tau = None if data["tau"] is None else data["tau"][kept]
-            part = model.refit(data["X"][kept], data["y"][kept], data["groups"][kept], tau, data["weights"][kept])
-            tau = None if data["tau"] is None else data["tau"][held]
-            mean_n[held] = part.mean(data["X"][held], tau)
-            known = None if part.constant is not None else part.observation_variance(data["X"][held], tau)
+        mean_n, variance_n = np.empty(len(data.y)), np.empty(len(data.y))
+        if max(len(held) for held in folds) > len(data.y) - MINIMUM_TRIALS:
+            raise MixError(f"{len(np.unique(data.groups))} different mixtures", do="at least 5 for cross-validation")
+        for held, part in model.without(folds, data):
+            left_out = data.at(held)
+            mean_n[held] = part.mean(left_out.X, left_out.progress)
+            known = None
+            if part.constant is None:
+                known = part.observation_variance(left_out.X, left_out.progress)
             variance_n[held] = np.nan if known is None else known
-        constant = float(np.mean((data["y"] - mean_n) ** 2))
+        constant = float(np.mean((data.y - mean_n) ** 2))
         return mean_n, np.where(np.isnan(variance_n), constant, variance_n)
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         if not self.models:
-            return np.full(len(X), float(np.average(self.data["y"], weights=self.data["weights"])))
+            return np.full(len(X), float(np.average(self.data.y, weights=self.data.weights)))
         parts = (weight * self.models[label].mean(X, tau) for label, weight in self.weights.items())
         return sum(parts, start=np.zeros(len(X)))
 
     def moments(self, X: ArrayLike, progress: ArrayLike | None = None) -> tuple[Floats, Floats]:
         """Mean and uncalibrated sd [m] of a new observation."""
         rows = shares(X, renormalize=False)
-        tau = tau_of(progress, len(rows), self.data["tau"])
+        tau = self._tau(progress, len(rows))
         if self.constant is not None:
             return np.full(len(rows), self.constant), np.zeros(len(rows))
         if not self.models:
@@ -227,10 +219,7 @@ class Stack(PointSurrogate):
         """The GP whose posterior carries joint uncertainty: the candidate with the smallest error on trials left out,
         or one fitted for the purpose."""
         if self._carrier is None:
-            data = self.data
-            self._carrier = GaussianProcess().fit(
-                data["X"], data["y"], groups=data["groups"], progress=data["tau"], weights=data["weights"]
-            )
+            self._carrier = GaussianProcess().fit(**self.data._asdict())
         return self._carrier
 
     def sample(self, X: ArrayLike, size: int, seed: int) -> Floats:

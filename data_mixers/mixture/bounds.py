@@ -162,19 +162,20 @@ class Bounds:
         if not self.groups:
             return
         names, low_K, high_K = self._named(), self.lower(), self.upper()
-        slack = smallest_violation(low_K, high_K, self._intervals())
-        if slack.total <= TOLERANCE:
+        floor_slack, cap_slack, group_slack = smallest_violation(low_K, high_K, self._intervals())
+        total = float(floor_slack.sum() + cap_slack.sum() + group_slack.sum())
+        if total <= TOLERANCE:
             object.__setattr__(self, "_feasible", True)
             return
-        broken = [f"floor of {names[k]} ({low_K[k]:.4g})" for k in np.flatnonzero(slack.floor_K > TOLERANCE)]
-        broken += [f"cap of {names[k]} ({high_K[k]:.4g})" for k in np.flatnonzero(slack.cap_K > TOLERANCE)]
+        broken = [f"floor of {names[k]} ({low_K[k]:.4g})" for k in np.flatnonzero(floor_slack > TOLERANCE)]
+        broken += [f"cap of {names[k]} ({high_K[k]:.4g})" for k in np.flatnonzero(cap_slack > TOLERANCE)]
         broken += [
             f"group {group.name} ({group.low:.4g} to {group.high:.4g} over {', '.join(group.members)})"
-            for group, size in zip(self.groups, slack.group_G, strict=True)
+            for group, size in zip(self.groups, group_slack, strict=True)
             if size > TOLERANCE
         ]
         raise Infeasible(
-            f"no mixture satisfies the bounds: they miss each other by {slack.total:.4g} at {'; '.join(broken)}",
+            f"no mixture satisfies the bounds: they miss each other by {total:.4g} at {'; '.join(broken)}",
             where="bounds",
             do="loosen one of the named limits" + self._binding_epochs(),
         )

@@ -14,13 +14,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.reduction import ForkingPickler
 
 from data_mixers.common.errors import MixError
-from data_mixers.sweep.trial import RunTrial, Trial, TrialOutcome
+from data_mixers.sweep.trial import Finish, RunTrial, Trial, TrialOutcome
 
 
 def attempt(run_trial: RunTrial, trial: Trial) -> TrialOutcome:
@@ -79,11 +78,7 @@ class _Worker:
 
 
 def run_in_processes(
-    todo: list[Trial],
-    run_trial: RunTrial,
-    finish: Callable[[Trial, TrialOutcome], bool],
-    workers: int,
-    timeout: float | None,
+    todo: list[Trial], run_trial: RunTrial, finish: Finish, workers: int, timeout: float | None
 ) -> None:
     """Run the trials; `finish(trial, outcome)` returns True to have a trial tried again."""
     if not todo:

@@ -5,20 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
 
 from data_mixers.common.errors import MixError
 from data_mixers.sweep.process_pool import attempt
-from data_mixers.sweep.trial import RunTrial, Trial, TrialOutcome
+from data_mixers.sweep.trial import Finish, RunTrial, Trial, TrialOutcome
 
 
-def run_on_ray(
-    todo: list[Trial],
-    run_trial: RunTrial,
-    finish: Callable[[Trial, TrialOutcome], bool],
-    workers: int,
-    timeout: float | None,
-) -> None:
+def run_on_ray(todo: list[Trial], run_trial: RunTrial, finish: Finish, workers: int, timeout: float | None) -> None:
     """As run_in_processes. Joins the cluster of RAY_ADDRESS (or one that is initialised), else starts a local one."""
     try:
         import ray

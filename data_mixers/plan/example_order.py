@@ -31,14 +31,11 @@ class ExampleOrder:
         # Tasks in the order of their names: ties then do not depend on the order in which the tasks were given.
         self._by_name = np.argsort(np.array(spec.names))
         limit_K = np.floor((spec.max_visits_K - spec.start_K) / self.seat)[self._by_name]
-        if spec.schedule is None and spec.carry is None:
-            share = spec.mixture.shares[self._by_name]
-        elif spec.schedule is None:
-            share = np.tile(spec.mixture.shares, (spec.steps, 1))[:, self._by_name]
-        else:
-            share = spec.schedule.shares(spec.steps)[:, self._by_name]
+        share = spec.mixture.shares if spec.schedule is None else spec.schedule.shares(spec.steps)
+        if spec.schedule is None and spec.carry is not None:
+            share = np.tile(share, (spec.steps, 1))
         self._quota = exact_quota(
-            share,
+            share[..., self._by_name],
             limit_K,
             spec.steps,
             spec.batch // self.seat,

@@ -37,7 +37,7 @@ class TokenBalancedOrder:
         self._on_cap: OnCap = on_cap
         self._check_lengths()
         K = len(spec.names)
-        self._owed_K = np.zeros(K) if spec.carry is None else np.array(spec.carry)
+        self._owed_K = np.array([0.0] * K if spec.carry is None else spec.carry)
         self._share_K: Floats | None = None  # where they are constant
         digests = (hashlib.sha256(length.tobytes()).digest() for length in lengths)
         self.digest = hashlib.sha256(b"".join(digests)).hexdigest()

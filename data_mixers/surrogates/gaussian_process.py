@@ -23,13 +23,10 @@ from scipy.optimize import minimize
 from data_mixers.surrogates.base import Floats, PointSurrogate, grouped_folds, shares
 
 TRANSFORMS: dict[str, Callable[[Floats], Floats]] = {
-    "raw": lambda x: x,
     "root": np.sqrt,
-    "cube": np.cbrt,
     "quarter": lambda x: x**0.25,
     "log1": lambda x: np.log(x + 1e-3),
     "log3": lambda x: np.log(x + 3e-3),
-    "log10": lambda x: np.log(x + 1e-2),
     "quarter+root": lambda x: np.hstack([x**0.25, np.sqrt(x)]),  # two lengths a task: small and large shares apart
     "log1+root": lambda x: np.hstack([np.log(x + 1e-3), np.sqrt(x)]),
 }
@@ -39,7 +36,7 @@ LIMITS = ((-3.0, 6.0), (-6.0, 6.0), (-10.0, 6.0), (-12.0, 1.0))  # log l, log s_
 
 @dataclass
 class GaussianProcess(PointSurrogate):
-    """`transform`: a name of TRANSFORMS (log1, log3, log10: offsets 1e-3, 3e-3, 1e-2). `noise`: centre of the prior of
+    """`transform`: a name of TRANSFORMS (log1, log3: offsets 1e-3, 3e-3). `noise`: centre of the prior of
     log s_n^2: -5 suits losses, -0.5 benchmark scores; None: a stack chooses (by itself: -5).
 
     `tied`: sd of the tasks' log lengths around one common length, itself N(log sqrt d, 1); None: each by itself,

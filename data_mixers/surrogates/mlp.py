@@ -19,22 +19,21 @@ from data_mixers.surrogates.base import Floats, PointSurrogate, amounts
 
 @dataclass
 class MLP(PointSurrogate):
-    """The network sees raw shares times progress; `random_state` is its only seed."""
+    """The network sees raw shares times progress."""
 
     name: ClassVar[str] = "mlp"
     renormalize: ClassVar[bool] = False
-    random_state: int = 1
 
     _network: Any = field(init=False, repr=False, default=None)
 
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
-        self._network = fit_many(amounts(X, tau), y, self.random_state)
+        self._network = fit_many(amounts(X, tau), y)
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         return self._network.predict(amounts(X, tau))
 
 
-def fit_many(x: Floats, Y: Floats, random_state: int = 1) -> Any:
+def fit_many(x: Floats, Y: Floats) -> Any:
     """DaMo's regressor on x [n, K] = share x progress and scores Y [n] or [n, J]."""
     try:
         from sklearn.neural_network import MLPRegressor
@@ -42,7 +41,7 @@ def fit_many(x: Floats, Y: Floats, random_state: int = 1) -> Any:
         raise MixError(
             "scikit-learn is not installed", where="surrogate: mlp", do="pip install scikit-learn"
         ) from error
-    network = MLPRegressor(hidden_layer_sizes=(100, 100), max_iter=1500, tol=1e-6, random_state=random_state)
+    network = MLPRegressor(hidden_layer_sizes=(100, 100), max_iter=1500, tol=1e-6, random_state=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it often stops at max_iter, as published
         return network.fit(x, np.asarray(Y))

@@ -9,7 +9,6 @@ Same (trial, progress) twice: the later one counts. A non-finite score is kept a
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,13 +27,12 @@ from data_mixers.sweep.trial import VERSION, Goal, TrialRecord, finite
 
 
 class Arrays(NamedTuple):
-    """Trials as arrays: shares X [n, K], score y [n], group [n] (equal: same mixture), progress [n], scale [n]."""
+    """Trials as arrays: shares X [n, K], score y [n], group [n] (equal: same mixture), progress [n]."""
 
     X: Floats
     y: Floats
     groups: NDArray[np.int64]
     progress: Floats
-    scale: Floats
 
 
 class TrialLedger:
@@ -162,7 +160,6 @@ class TrialLedger:
             np.array([float(score) for record in used if (score := record.scores[target]) is not None]),
             group_rows(X),
             np.array([float(record.progress) for record in used]),
-            np.array([math.nan if record.scale is None else float(record.scale) for record in used]),
         )
 
     def limited(self, n: int) -> TrialLedger:

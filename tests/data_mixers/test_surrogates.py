@@ -18,7 +18,6 @@ from data_mixers.surrogates.warped_gp import WarpedGP
 FACTORIES = {
     "linear": LinearSurrogate,
     "ridge": Ridge,
-    "ridge quadratic": lambda: Ridge("quadratic"),
     "lightgbm": lambda: LightGBM(trees=200),
     "exp": ExpLaw,
     "power": PowerLaw,

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data_mixers.common.csv_tables import read_shares_csv, read_shares_yaml
 from data_mixers.common.errors import MixError
 from data_mixers.common.suggest import closest_match
 
@@ -92,18 +93,12 @@ class Mixture:
     @classmethod
     def from_yaml(cls, path: str | Path, names: Sequence[str] | None = None) -> Mixture:
         """Read `shares: {name: share}`, or the plain mapping (YAML, JSON). `names`: that order, no other."""
-        from data_mixers.common.csv_tables import read_shares_yaml
-
-        mixture = _from_pairs(read_shares_yaml(path), where=str(path))
-        return mixture if names is None else mixture.over(names, where=str(path))
+        return _from_pairs(read_shares_yaml(path), names, where=str(path))
 
     @classmethod
     def from_csv(cls, path: str | Path, names: Sequence[str] | None = None) -> Mixture:
         """Read a CSV: one row under a header of names, or two columns name,share."""
-        from data_mixers.common.csv_tables import read_shares_csv
-
-        mixture = _from_pairs(read_shares_csv(path), where=str(path))
-        return mixture if names is None else mixture.over(names, where=str(path))
+        return _from_pairs(read_shares_csv(path), names, where=str(path))
 
 
 def _yaml_key(name: str) -> str:
@@ -117,13 +112,13 @@ def _yaml_key(name: str) -> str:
     return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _from_pairs(pairs: list[tuple[str, float]], where: str) -> Mixture:
+def _from_pairs(pairs: list[tuple[str, float]], order: Sequence[str] | None, where: str) -> Mixture:
     names = [name for name, _ in pairs]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise MixError(f"task named twice: {', '.join(repeated)}", where=where, do="keep one share per task")
-    shares_K = np.array([share for _, share in pairs], dtype=np.float64)
-    return Mixture(tuple(names), check_shares(names, shares_K, where=where))
+    mixture = Mixture(tuple(names), check_shares(names, [share for _, share in pairs], where=where))
+    return mixture if order is None else mixture.over(order, where=where)
 
 
 def check_shares(names: Sequence[str], shares: ArrayLike, *, where: str | None) -> Floats:

@@ -127,20 +127,18 @@ def run_sweep(
             first = {trial.id for trial in order[: stopping.reference]}
             run([trial for trial in todo if trial.id in first], run_trial, finish, workers, timeout)
             later = [trial for trial in todo if trial.id not in first]
-            run(later, partial(run_trial, stop=_rule(ledger, order, first, stopping)), finish, workers, timeout)
+            run(later, partial(run_trial, stop=_rule(ledger, order, first)), finish, workers, timeout)
     result.seconds = time.monotonic() - started
     return result
 
 
-def _rule(ledger: TrialLedger, order: Sequence[Trial], first: set[str], stopping: EarlyTermination) -> StopRule | None:
+def _rule(ledger: TrialLedger, order: Sequence[Trial], first: set[str]) -> StopRule | None:
     """What the reference trials in the ledger say; the goals are those of the first trial."""
     points: dict[str, list[tuple[float, Mapping[str, float | None]]]] = {}
     for record in ledger.records:
         if record.trial in first:
             points.setdefault(record.trial, []).append((record.progress, record.scores))
-    return learn_stop_rule(
-        [points[trial.id] for trial in order if trial.id in points], order[0].goal, stopping.certainty
-    )
+    return learn_stop_rule([points[trial.id] for trial in order if trial.id in points], order[0].goal)
 
 
 def _run_inline(todo: list[Trial], run_trial: RunTrial, finish: Finish, workers: int, timeout: float | None) -> None:

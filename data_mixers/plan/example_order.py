@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from data_mixers.plan.epoch_caps import OnCap
 from data_mixers.plan.plan_spec import PlanSpec
-from data_mixers.plan.quota import ExactQuota, Ints, interleave
-from data_mixers.plan.varying_quota import exact_quota
+from data_mixers.plan.quota import ExactQuota, Ints, exact_quota, interleave
 
 BLOCK_ROWS = 65536  # rows whose order is computed together
 

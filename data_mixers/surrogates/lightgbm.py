@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from data_mixers.common.errors import MixError
+from data_mixers.common.errors import MixError, optional_package
 from data_mixers.surrogates.base import Floats, PointSurrogate, shares
 
 SETTINGS = {
@@ -29,11 +29,7 @@ SETTINGS = {
 
 
 def _lightgbm() -> Any:
-    try:
-        import lightgbm
-    except ImportError as error:
-        raise MixError("LightGBM is not installed", where="surrogate: lightgbm", do="pip install lightgbm") from error
-    return lightgbm
+    return optional_package("lightgbm", "LightGBM", where="surrogate: lightgbm", install="lightgbm")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_mixers.common.errors import MixError
+from data_mixers.common.errors import optional_package
 from data_mixers.surrogates.base import Floats, PointSurrogate, amounts
 
 
@@ -35,13 +35,8 @@ class MLP(PointSurrogate):
 
 def fit_many(x: Floats, Y: Floats) -> Any:
     """DaMo's regressor on x [n, K] = share x progress and scores Y [n] or [n, J]."""
-    try:
-        from sklearn.neural_network import MLPRegressor
-    except ImportError as error:
-        raise MixError(
-            "scikit-learn is not installed", where="surrogate: mlp", do="pip install scikit-learn"
-        ) from error
-    network = MLPRegressor(hidden_layer_sizes=(100, 100), max_iter=1500, tol=1e-6, random_state=1)
+    sklearn = optional_package("sklearn.neural_network", "scikit-learn", where="surrogate: mlp", install="scikit-learn")
+    network = sklearn.MLPRegressor(hidden_layer_sizes=(100, 100), max_iter=1500, tol=1e-6, random_state=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it often stops at max_iter, as published
         return network.fit(x, np.asarray(Y))

@@ -1,6 +1,6 @@
 """How many rows of each task: totals of a run, the exact share of every step, and their order inside it.
 
-Constant shares (StepQuota). Totals T_k: largest-remainder rounding of S G p_k. Steps: each takes T_k // S rows of task k
+Constant shares (StepQuota). Totals: largest-remainder rounding of S G p_k. Steps: each takes T_k // S rows of task k
 or one more; the extra rows are placed by PD^2, the proportionate-fair scheduler of Anderson & Srinivasan (JCSS 2004;
 Baruah et al. 1996), so that after every step |C_k - s T_k / S| < 1 and every step has exactly G rows. Cumulative
 largest remainder would not do: the count of a rare task can go down from one step to the next.

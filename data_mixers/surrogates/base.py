@@ -13,7 +13,7 @@ q = the ceil(level (n + 1))-th smallest of |error| / sigma; Barber et al. 2021).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -99,7 +99,7 @@ class PointSurrogate:
 
     def clone(self) -> Self:
         """An unfitted copy with the same options."""
-        return type(self)(**{item.name: getattr(self, item.name) for item in fields(self) if item.init})
+        return replace(self)
 
     def refit(self, data: TrialData) -> Self:
         """A new model of the same kind on part of the trials; models found by search start where this one ended."""

@@ -21,7 +21,7 @@ is what fit.py uses for every choice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -40,7 +40,6 @@ from data_mixers.surrogates.base import (
     shares,
 )
 from data_mixers.surrogates.gaussian_process import GaussianProcess
-from data_mixers.surrogates.warped_gp import WarpedGP
 
 PULL = 1.0  # of the stacking weights towards w0, in units of n var(y)
 NOISE_PRIORS = (-5.0, -2.0, -0.5)  # centres of log s_n^2: losses are quiet, benchmark scores are not
@@ -99,8 +98,7 @@ class Stack(PointSurrogate):
         self._error = {label: float(np.mean((y - mean) ** 2)) for label, (mean, _) in held_out.items()}
         processes = {label: model for label, model in fitted.items() if isinstance(model, GaussianProcess)}
         self._carrier = processes[min(processes, key=self._error.__getitem__)] if processes else None
-        held_means = {label: mean for label, (mean, _) in held_out.items()}
-        self.weights = _stacking_weights(held_means, y, baseline)
+        self.weights = _stacking_weights({label: mean for label, (mean, _) in held_out.items()}, y, baseline)
         self.models = {label: fitted[label] for label in self.weights}
         self.scores = [
             CandidateScore(
@@ -132,11 +130,8 @@ class Stack(PointSurrogate):
             if not weights:
                 self.held_sigma[here] = np.sqrt(np.mean((y[others] - mean_n[others]) ** 2))
                 continue
-            share = np.array(list(weights.values()))
-            means = np.stack([held_out[label][0][here] for label in weights])
-            variances = np.stack([held_out[label][1][here] for label in weights])
-            self.held_mean[here] = share @ means
-            self.held_sigma[here] = np.sqrt(share @ (variances + (means - self.held_mean[here]) ** 2))
+            parts = [(held_out[label][0][here], held_out[label][1][here]) for label in weights]
+            self.held_mean[here], self.held_sigma[here] = _mixture_moments(weights, parts)
 
     def coverage_of(self, ratio_n: Floats, level: float = 0.9) -> float:
         """Share of trials inside an interval whose width comes from the other folds."""
@@ -158,13 +153,10 @@ class Stack(PointSurrogate):
         else:
             errors = {}
             for centre in NOISE_PRIORS:
-                pilot = replace_noise(self.candidates[undecided[0]], centre).fit(**data._asdict())
+                pilot = replace(self.candidates[undecided[0]], noise=centre).fit(**data._asdict())
                 errors[centre] = float(np.mean((data.y - self._hold_out(pilot, folds)[0]) ** 2))
             noise = min(errors, key=errors.__getitem__)
-        return {
-            label: replace_noise(model, noise) if label in undecided else model
-            for label, model in self.candidates.items()
-        }
+        return {**self.candidates, **{label: replace(self.candidates[label], noise=noise) for label in undecided}}
 
     def _hold_out(self, model: PointSurrogate, folds: Sequence[NDArray[np.intp]]) -> tuple[Floats, Floats]:
         """Out-of-fold mean and variance [n] of one candidate."""
@@ -175,9 +167,7 @@ class Stack(PointSurrogate):
         for held, part in model.without(folds, data):
             left_out = data.at(held)
             mean_n[held] = part.mean(left_out.X, left_out.progress)
-            known = None
-            if part.constant is None:
-                known = part.observation_variance(left_out.X, left_out.progress)
+            known = part.observation_variance(left_out.X, left_out.progress) if part.constant is None else None
             variance_n[held] = np.nan if known is None else known
         constant = float(np.mean((data.y - mean_n) ** 2))
         return mean_n, np.where(np.isnan(variance_n), constant, variance_n)
@@ -196,14 +186,12 @@ class Stack(PointSurrogate):
             return np.full(len(rows), self.constant), np.zeros(len(rows))
         if not self.models:
             return self._mean(rows, tau), np.full(len(rows), float(self.held_sigma[0]))
-        means = np.stack([self.models[label].mean(rows, tau) for label in self.weights])
-        share = np.array(list(self.weights.values()))
-        mean = share @ means
-        variances = []
+        parts = []
         for label in self.weights:
             known = self.models[label].observation_variance(rows, tau)
-            variances.append(np.full(len(rows), self._error[label]) if known is None else known)
-        return mean, np.sqrt(share @ (np.stack(variances) + (means - mean) ** 2))
+            variance = np.full(len(rows), self._error[label]) if known is None else known
+            parts.append((self.models[label].mean(rows, tau), variance))
+        return _mixture_moments(self.weights, parts)
 
     def quantile(self, level: float = 0.9) -> float:
         """q of the calibrated interval mean +- q sigma."""
@@ -232,20 +220,17 @@ class Stack(PointSurrogate):
         carrier = self.carrier()
         draws = mean + (carrier.sample(rows, size, seed) - carrier.mean(rows))
         if len(self.models) > 1:
-            steps = np.stack(
-                [np.sqrt(weight) * (self.models[label].mean(rows) - mean) for label, weight in self.weights.items()]
-            )
-            draws += np.random.default_rng([seed, 1]).standard_normal((size, len(steps))) @ steps
+            steps = [np.sqrt(weight) * (self.models[label].mean(rows) - mean) for label, weight in self.weights.items()]
+            draws += np.random.default_rng([seed, 1]).standard_normal((size, len(steps))) @ np.stack(steps)
         return draws
 
 
-def replace_noise(model: PointSurrogate, noise: float) -> GaussianProcess | WarpedGP:
-    """An unfitted copy of a process with another prior of the noise."""
-    if not isinstance(model, GaussianProcess | WarpedGP):
-        raise TypeError(f"{type(model).__name__} has no prior of the noise")
-    copy = model.clone()
-    copy.noise = noise
-    return copy
+def _mixture_moments(weights: Mapping[str, float], parts: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+    """Mean and sd [m] of a mixture of models, given the mean and variance of each."""
+    share = np.array(list(weights.values()))
+    means, variances = np.stack([mean for mean, _ in parts]), np.stack([variance for _, variance in parts])
+    mean = share @ means
+    return mean, np.sqrt(share @ (variances + (means - mean) ** 2))
 
 
 def repeat_variance(y: Floats, groups: NDArray[np.int64], tau: Floats | None = None) -> float | None:

@@ -183,18 +183,13 @@ class ScaledFits:
 
     def text(self) -> str:
         """The small trials' report, and how the large runs map."""
-        lines = [
-            self.small.text(),
-            "",
-            f"mapped to {self.runs} large runs (score = slope x small + offset + residual):",
-        ]
+        lines = [f"mapped to {self.runs} large runs (score = slope x small + offset + residual):"]
+        columns = (self.targets, self.scale_map.slope_J, self.scale_map.offset_J, self.rmse_J)
         lines += [
             f"  {name:<18}slope {slope:7.3f}  offset {offset:9.4g}  rmse of runs left out {rmse:.4g}"
-            for name, slope, offset, rmse in zip(
-                self.targets, self.scale_map.slope_J, self.scale_map.offset_J, self.rmse_J, strict=True
-            )
+            for name, slope, offset, rmse in zip(*columns, strict=True)
         ]
-        return "\n".join(lines)
+        return "\n".join([self.small.text(), "", *lines])
 
 
 def calibrate(fits: SurrogateFits, large_X: ArrayLike, large_scores: ArrayLike) -> ScaledFits:

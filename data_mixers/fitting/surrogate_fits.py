@@ -220,7 +220,7 @@ def fit_surrogates(
 
 
 def _last_points(ledger: TrialLedger, target: str, arrays: Arrays) -> Arrays:
-    """Only each trial's last checkpoint; the end of a trial that was given up is predicted (hopeless.completed)."""
+    """Only each trial's last checkpoint; the end of a trial that was given up is predicted (`completed`)."""
     trial_of = [record.trial for record in ledger.records if record.scores.get(target) is not None]
     last: dict[str, int] = {}
     course: dict[str, dict[float, float]] = {}

@@ -4,7 +4,7 @@
     tempered  p_k ~ N_k ** a      (a = 1: natural, a = 0: uniform; others write the exponent as 1/T)
     uniform   p_k = 1/K
 
-Which shares are allowed is in bounds.py; how a mixture is played exactly is in plan.py.
+Which shares are allowed is in bounds.py; how a mixture is played exactly is in plan/.
 """
 
 from __future__ import annotations
@@ -190,4 +190,4 @@ def natural(sizes: Mapping[str, float]) -> Mixture:
 
 def uniform(names: Sequence[str]) -> Mixture:
     """p_k = 1/K."""
-    return Mixture(tuple(names), np.full(len(tuple(names)), 1.0 / len(tuple(names))))
+    return Mixture(tuple(names), np.full(len(names), 1.0 / len(names)))

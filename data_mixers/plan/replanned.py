@@ -5,8 +5,7 @@ of its share at every step. A ReplannedPlan is for what nobody knows before (onl
 the remaining steps are planned anew, with the visits made so far as their start and with what the old plan still owed
 each task, so no row comes twice before its epoch ends, rounding errors do not add up over the changes, and epoch caps
 count over the whole run. What is to come is checked against the caps as it stands: as if the newest mixture stayed to
-the end. Resume needs the changes and one integer. Only the plans of the last two changes are cached; an older one is
-made again when it is asked for.
+the end. Resume needs the changes and one integer.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from data_mixers.plan.quota import Ints
 from data_mixers.plan.realized import realized_table
 from data_mixers.plan.schedule import MixtureSchedule
 
-CACHED_PLANS = 2  # plans
+CACHED_PLANS = 2  # of the last changes; an older one is made again when it is asked for
 MARGIN = 1e-8  # by which `room` stays below what is left: shares are exact to 1e-9
 
 

@@ -149,8 +149,8 @@ class ShareLimits:
 
     def bounds(self, names: tuple[str, ...]) -> Bounds:
         """Bounds over the tasks of the trials; MixError names an unknown task or what is missing for epoch caps."""
-        for option, limits in (("--cap", self.caps), ("--floor", self.floors)):
-            check_known(limits, names, where=f"command line, {option}")
+        check_known(self.caps, names, where="command line, --cap")
+        check_known(self.floors, names, where="command line, --floor")
         if self.max_epochs is not None and (self.sizes is None or self.total is None):
             raise MixError("--max-epochs needs --sizes and --total", where="command line", do="give both")
         return Bounds(

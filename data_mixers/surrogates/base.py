@@ -1,9 +1,5 @@
 """What every surrogate is: a model of one score by mixture, with a mean, an interval, and joint draws.
 
-    fit(X, y, groups=, progress=, weights=)   X [n, K] shares, y [n]; groups [n]: equal = the same mixture
-    predict(X, progress=, level=)             Prediction(mean, lower, upper), each [m]
-    sample(X, size, seed)                     [size, m] joint draws of the noise-free score
-
 Point models (all but the GP) get both from grouped cross-validation: the five models fitted without one fold each give
 the spread of the function (delete-a-fold jackknife, variance (F - 1)/F sum_f (f_f - mean)^2), the errors on the folds
 left out give the noise, and the interval is scaled so that it covers the errors left out (normalised CV conformal:

@@ -15,7 +15,7 @@ left the model is the mean: no signal. Processes with `noise` None share one pri
 
 Intervals are f +- q sigma with q from the out-of-fold ratios |error| / sigma (normalised CV conformal), where also the
 weights come from the other folds. With a single candidate this is simply that model with a cross-validated interval; it
-is what fit.py uses for every choice.
+is what fitting/ uses for every choice.
 """
 
 from __future__ import annotations

@@ -89,30 +89,25 @@ def done_records(
     trial: Trial, points: Sequence[tuple[float, Mapping[str, float]]], seconds: float
 ) -> list[TrialRecord]:
     """The lines of a finished trial from its [(progress, {target: score})]."""
-    return [
-        TrialRecord(
-            progress=float(progress),
-            scores={name: finite(score) for name, score in scores.items()},
-            status="done",
-            cost={"seconds": round(seconds, 3), "flops": None},
-            points=len(points),
-            **_common(trial),
-        )
-        for progress, scores in points
-    ]
+    common = _common(trial, seconds)
+    scored = [(float(progress), {name: finite(score) for name, score in scores.items()}) for progress, scores in points]
+    return [TrialRecord(status="done", progress=at, scores=s, points=len(points), **common) for at, s in scored]
 
 
 def failed_record(trial: Trial, error: str, seconds: float) -> TrialRecord:
     """The line of a trial that broke."""
-    return TrialRecord(
-        status="failed", error=error, cost={"seconds": round(seconds, 3), "flops": None}, **_common(trial)
-    )
+    return TrialRecord(status="failed", error=error, **_common(trial, seconds))
 
 
-def _common(trial: Trial) -> dict[str, Any]:
-    """What the record takes from the trial, whose fields it has all, and when it is written."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {**vars(trial), "trial": trial.id, "mixture": trial.mixture.as_dict(), "goal": dict(trial.goal), "time": now}
+def _common(trial: Trial, seconds: float) -> dict[str, Any]:
+    """What the record takes from the trial, whose fields it has all; what it cost, and when it is written."""
+    return vars(trial) | {
+        "trial": trial.id,
+        "mixture": trial.mixture.as_dict(),
+        "goal": dict(trial.goal),
+        "cost": {"seconds": round(seconds, 3), "flops": None},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def finite(score: float | None) -> float | None:

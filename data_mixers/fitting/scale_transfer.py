@@ -170,9 +170,8 @@ class ScaledFits:
     def predict(self, X: ArrayLike, *, level: float = 0.9) -> dict[str, Prediction]:
         """{target: Prediction at the large scale}. Half width: Student's t (m - 1 degrees) times the rmse of the large
         runs left out, at least what the small trials' interval becomes on the map."""
-        rows = np.atleast_2d(np.asarray(X, dtype=np.float64))
-        small = self.small.predict(rows, level=level)
-        mean_J = self.scale_map.predict(rows, np.stack([prediction.mean for prediction in small.values()]))
+        small = self.small.predict(X, level=level)
+        mean_J = self.scale_map.predict(X, np.stack([prediction.mean for prediction in small.values()]))
         factor = float(student.ppf((1 + level) / 2, self.runs - 1)) * np.sqrt(1 + 1 / self.runs)
         out = {}
         for number, (name, prediction) in enumerate(small.items()):

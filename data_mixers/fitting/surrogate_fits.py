@@ -158,11 +158,7 @@ class SurrogateFits:
 
     def predict(self, X: ArrayLike | Mixture, *, level: float = 0.9) -> dict[str, Prediction]:
         """{target: Prediction} for rows X [m, K] in the order of `names` (or one Mixture)."""
-        rows = (
-            X.over(self.names).shares[None]
-            if isinstance(X, Mixture)
-            else np.atleast_2d(np.asarray(X, dtype=np.float64))
-        )
+        rows = X.over(self.names).shares if isinstance(X, Mixture) else X
         return {name: fitted.model.predict(rows, level=level) for name, fitted in self.targets.items()}
 
     def report(self) -> dict[str, Any]:

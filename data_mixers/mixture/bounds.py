@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import Floats, Mixture, check_known, check_names, size_array
+from data_mixers.mixture.projection import interior_point, project, smallest_violation
 
 TOLERANCE = 1e-9
 Metric = Literal["kl", "l2"]
@@ -142,8 +143,6 @@ class Bounds:
 
     def project(self, p: Mixture | ArrayLike, metric: Metric = "kl") -> Floats:
         """Nearest allowed mixture [K] (or row by row, [n, K]), feasible to 1e-9. Infeasible where there is none."""
-        from data_mixers.mixture.projection import project
-
         bounds, q = self._align(p)
         bounds.check_feasible()
         rows = project(np.atleast_2d(q), bounds.lower(), bounds.upper(), bounds._intervals(), metric)
@@ -154,8 +153,6 @@ class Bounds:
 
     def check_feasible(self) -> None:
         """Raise Infeasible, naming the constraints that clash. Found feasible once, it is not solved again."""
-        from data_mixers.mixture.projection import smallest_violation
-
         if self.__dict__.get("_feasible"):
             return
         self._check_box()
@@ -182,8 +179,6 @@ class Bounds:
 
     def interior(self) -> Floats:
         """A mixture [K] as far from all limits as can be; raises Infeasible with the clashing constraints named."""
-        from data_mixers.mixture.projection import interior_point
-
         self.check_feasible()
         return self.project_exact(interior_point(self.lower(), self.upper(), self._intervals()))
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
 
 from data_mixers.mixture.mixture import Floats
 
@@ -146,6 +145,8 @@ def _solve(
     what: str, cost: Floats, rows: list[Floats], limits: list[Floats], K: int, box: Sequence[Any] = (0, None)
 ) -> Floats:
     """LP (HiGHS): x with the least cost.x, `rows` x <= `limits`, the first K entries (the shares) add up to 1."""
+    from scipy.optimize import linprog  # slow to import, and few bounds need it
+
     solved = linprog(
         cost,
         A_ub=np.vstack(rows),

@@ -5,8 +5,6 @@ Where tasks alternate, what is counted are the steps of each task, `batch` rows 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,6 +27,7 @@ class ExampleOrder:
         self.block_rows = self._block_steps * spec.batch
         # Tasks in the order of their names: ties then do not depend on the order in which the tasks were given.
         self._by_name = np.argsort(np.array(spec.names))
+        self._as_given = np.argsort(self._by_name)  # back to the order in which the tasks were given
         limit_K = np.floor((spec.max_visits_K - spec.start_K) / self.seat)[self._by_name]
         share = spec.mixture.shares if spec.schedule is None else spec.schedule.shares(spec.steps)
         if spec.schedule is None and spec.carry is not None:
@@ -57,7 +56,7 @@ class ExampleOrder:
 
     def counts(self, s: int) -> Ints:
         """Rows of each task [K] before step s."""
-        return self.seat * self._as_given(self._quota.counts(s))
+        return self.seat * self._quota.counts(s)[self._as_given]
 
     def amounts(self, s: int) -> Ints:
         """What the shares count: rows."""
@@ -65,10 +64,4 @@ class ExampleOrder:
 
     def owed(self, s: int) -> NDArray[np.float64]:
         """Rows [K] that each task is behind (or ahead: < 0) of its exact share before step s."""
-        return self.seat * self._as_given(self._quota.exact(s) - self._quota.counts(s))
-
-    def _as_given(self, of_K: NDArray[Any]) -> NDArray[Any]:
-        """From the order of the names to the order in which the tasks were given."""
-        out = np.empty_like(of_K)
-        out[self._by_name] = of_K
-        return out
+        return self.seat * (self._quota.exact(s) - self._quota.counts(s))[self._as_given]

@@ -25,6 +25,7 @@ SPLITS = 20
 DRAWS = 2000
 CERTAIN = 0.95
 GAUSSIAN_90 = 1.6448536269514722
+Processes = Sequence[GaussianProcess | None]  # [J]; None: the trials say nothing of the target
 AFFORDABLE = 10_000  # trials; beyond it the exact number says nothing
 
 
@@ -75,11 +76,12 @@ def judge(
         )
         return Verdict("no signal", (0.0, 0.0, 0.0), 0.0, math.nan, None, text)
 
-    def combined(score_J: Sequence[Floats]) -> Floats:
-        return np.max(score_J, axis=0) if worst else weights @ np.stack(score_J)
+    def objective(processes: Processes, rows: Floats) -> Floats:
+        score_J = np.stack([_surface(p, f, rows) for p, f in zip(processes, targets, strict=True)])
+        return score_J.max(axis=0) if worst else weights @ score_J
 
-    def difference_sd(processes: Sequence[GaussianProcess | None], a: Floats, b: Floats) -> float:
-        variance_J = np.array([_difference_variance(*pair, a, b) for pair in zip(processes, targets, strict=True)])
+    def difference_sd(processes: Processes, a: Floats, b: Floats) -> float:
+        variance_J = np.array([_difference_variance(p, f, a, b) for p, f in zip(processes, targets, strict=True)])
         return max(math.sqrt(variance_J.max() if worst else weights**2 @ variance_J), 1e-12)
 
     rows = np.vstack([candidates, current_K])
@@ -88,7 +90,7 @@ def judge(
     gains, deviations = [], []
     for _ in range(SPLITS):
         processes = [[_process(f, half) for f in targets] for half in _split_halves(fits, rng)]
-        value = [combined([_surface(*pair, rows) for pair in zip(half, targets, strict=True)]) for half in processes]
+        value = [objective(half, rows) for half in processes]
         for choosing, judging in ((0, 1), (1, 0)):
             best = int(np.argmin((value[choosing] + penalty_m)[:-1]))
             gains.append(float(value[judging][-1] - value[judging][best]))
@@ -97,7 +99,7 @@ def judge(
     draws = (gain + sd * rng.standard_normal((DRAWS // len(gain), len(gain)))).ravel()
 
     whole = [f.model.carrier() if f.signal else None for f in targets]  # the GPs on all trials
-    best, now = combined([_surface(*pair, rows[[0, -1]]) for pair in zip(whole, targets, strict=True)])
+    best, now = objective(whole, rows[[0, -1]])
     by_whole = float(norm.sf(min_gain, now - best, difference_sd(whole, rows[0], rows[-1])))
     above = min(float(np.mean(norm.sf(min_gain, gain, sd))), by_whole)
     below = float(np.mean(norm.cdf(0.0, gain, sd)))

@@ -86,7 +86,7 @@ class PointSurrogate:
     name: ClassVar[str]
     renormalize: ClassVar[bool] = True
 
-    data: TrialData = field(init=False, repr=False)  # of the fit
+    data: TrialData = field(init=False, repr=False, compare=False)  # of the fit
     constant: float | None = field(init=False, repr=False, default=None)  # the score, where all trials have the same
     _start: Any = field(init=False, repr=False, default=None)  # the model where this one's search starts
     _folds: list[PointSurrogate] = field(init=False, repr=False, default_factory=list)  # empty: not fitted yet

@@ -66,15 +66,13 @@ class StopRule:
 
     def hopeless(self, progress: float, scores: Mapping[str, float | None]) -> bool:
         """True where the trial can be given up; never where a score is missing. A diverged trial (NaN) always can."""
-        for check in self.checks:
-            if abs(check.progress - progress) < 1e-6:
-                known = {target: score for target in self.sign if (score := scores.get(target)) is not None}
-                if len(known) < len(self.sign):
-                    return False
-                if not all(math.isfinite(score) for score in known.values()):
-                    return True
-                return check.bound(_objective(known, self.sign, check.mean, check.sd)) > self.median
-        return False
+        check = next((check for check in self.checks if abs(check.progress - progress) < 1e-6), None)
+        known = {target: score for target in self.sign if (score := scores.get(target)) is not None}
+        if check is None or len(known) < len(self.sign):
+            return False
+        if not all(math.isfinite(score) for score in known.values()):
+            return True
+        return check.bound(_objective(known, self.sign, check.mean, check.sd)) > self.median
 
 
 def learn_stop_rule(trials: Sequence[Points], goal: Mapping[str, str]) -> StopRule | None:

@@ -142,7 +142,8 @@ def check_rows(table: CsvTable, tolerance: float) -> None:
 def join(left: CsvTable, right: CsvTable) -> tuple[tuple[str, ...], NDArray[np.float64], NDArray[np.float64]]:
     """Rows of both tables with equal index, in the order of `left`. Rows that only one table has are an error."""
     for one, other in ((left, right), (right, left)):
-        lacking = [key for key in one.index if key not in set(other.index)]
+        known = set(other.index)
+        lacking = [key for key in one.index if key not in known]
         if lacking:
             shown = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
             raise MixError(

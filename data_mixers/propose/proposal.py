@@ -214,8 +214,7 @@ def _predicted(fits: SurrogateFits, mixture: Mixture, level: float) -> dict[str,
 def _epochs(bounds: Bounds, mixture: Mixture) -> dict[str, float] | None:
     if bounds.sizes is None or bounds.total is None:
         return None
-    sizes = {name: bounds.sizes[name] for name in mixture.names}
-    return dict(zip(mixture.names, mixture.epochs(sizes, bounds.total).tolist(), strict=True))
+    return dict(zip(mixture.names, mixture.epochs(bounds.sizes, bounds.total).tolist(), strict=True))
 
 
 def _binding(bounds: Bounds, p_K: Floats) -> list[str]:

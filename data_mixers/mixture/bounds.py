@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from data_mixers.common.errors import MixError
-from data_mixers.mixture.mixture import Floats, Mixture, check_known, check_names, size_array
+from data_mixers.mixture.mixture import Floats, Mixture, check_known, check_names, limit_array, size_array
 from data_mixers.mixture.projection import interior_point, project, smallest_violation
 
 TOLERANCE = 1e-9
@@ -106,12 +106,10 @@ class Bounds:
         size_K = size_array(names, {name: self.sizes[name] for name in names})
         limit_K = np.ones(len(names))
         if self.max_epochs != {} and self.total is not None:
-            per_task = (
-                self.max_epochs if isinstance(self.max_epochs, Mapping) else dict.fromkeys(names, self.max_epochs)
-            )
-            epochs_K = np.array([float(per_task.get(name, np.inf)) for name in names])
             with np.errstate(invalid="ignore"):
-                limit_K = np.nan_to_num(epochs_K * size_K / float(self.total), nan=0.0, posinf=1.0)
+                limit_K = np.nan_to_num(
+                    limit_array(self.max_epochs, names) * size_K / float(self.total), nan=0.0, posinf=1.0
+                )
         return np.where(size_K > 0, np.minimum(limit_K, 1.0), 0.0)
 
     def violations(self, p: Mixture | ArrayLike) -> list[str]:

@@ -173,6 +173,11 @@ def size_array(names: Sequence[str], sizes: Mapping[str, float] | ArrayLike) -> 
     return size_K
 
 
+def limit_array(limit: Mapping[str, float] | float, names: Sequence[str]) -> Floats:
+    """[K]: one number for every task, or those of a mapping (inf for a task that it does not name)."""
+    return np.array([float(limit.get(name, np.inf) if isinstance(limit, Mapping) else limit) for name in names])
+
+
 def tempered(sizes: Mapping[str, float], exponent: float) -> Mixture:
     """p_k ~ N_k ** exponent (1 = natural, 0 = uniform over non-empty tasks; others write 1/T)."""
     size_K = size_array(tuple(sizes), sizes)

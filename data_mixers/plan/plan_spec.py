@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_mixers.mixture.mixture import Floats, Mixture, check_known
+from data_mixers.mixture.mixture import Floats, Mixture, check_known, limit_array
 from data_mixers.plan.permutation import half_bits, permute, round_keys, task_word
 from data_mixers.plan.quota import Ints
 from data_mixers.plan.schedule import MixtureSchedule
@@ -70,8 +70,5 @@ def max_visits(
         return np.full(len(names), np.inf)
     if isinstance(max_epochs, Mapping):
         check_known(max_epochs, names, where="max_epochs")
-        epochs_K = np.array([float(max_epochs.get(name, np.inf)) for name in names])
-    else:
-        epochs_K = np.full(len(names), float(max_epochs))
     with np.errstate(invalid="ignore"):
-        return np.nan_to_num(np.floor(epochs_K * size_K + 1e-9), nan=0.0, posinf=np.inf)
+        return np.nan_to_num(np.floor(limit_array(max_epochs, names) * size_K + 1e-9), nan=0.0, posinf=np.inf)

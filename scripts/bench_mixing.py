@@ -82,8 +82,8 @@ def losses(name: str) -> dict[str, np.ndarray]:
     return {**columns, "AVG13": np.mean(list(columns.values()), axis=0)}
 
 
-def model_of(surrogate: str, n: int, goal: str = "min") -> Stack:
-    return Stack(candidates=candidates_of(surrogate, goal=goal, n=n))
+def model_of(surrogate: str, goal: str = "min") -> Stack:
+    return Stack(candidates=candidates_of(surrogate, goal=goal))
 
 
 def fits_of(X: np.ndarray, Y: dict[str, np.ndarray], rows: np.ndarray, surrogate: str = "auto") -> SurrogateFits:
@@ -121,7 +121,7 @@ def regmix_table(options: argparse.Namespace) -> None:
         for s in range(seeds if n < 512 else 1):
             kept = subset(s, n)
             started = time.process_time()
-            model = model_of(surrogate, n).fit(X[kept], Y[target][kept])
+            model = model_of(surrogate).fit(X[kept], Y[target][kept])
             y = truth[target]
             mean, lower, upper = model.predict(new[: len(y)])
             seconds = time.process_time() - started
@@ -226,7 +226,7 @@ def damo(options: argparse.Namespace) -> None:
         "mlp (DaMo)": MLP,
         "ridge": Ridge,
         "gp quarter": lambda: GaussianProcess("quarter"),
-        "auto": lambda: model_of("auto", 180, "max"),
+        "auto": lambda: model_of("auto", "max"),
     }
     for name, make in models.items():
         if options.only_auto and name != "auto":
@@ -292,7 +292,7 @@ def admire(options: argparse.Namespace) -> None:
             for seed in range(options.repeats):
                 mean, inside = np.empty(len(y)), np.empty(len(y))
                 for train, test in KFold(5, shuffle=True, random_state=seed).split(X):
-                    model = model_of(name, len(train), "max").fit(X[train], y[train])
+                    model = model_of(name, "max").fit(X[train], y[train])
                     mean[test], lower, upper = model.predict(X[test])
                     inside[test] = (lower <= y[test]) & (y[test] <= upper)
                 figures.append((spearman(mean, y), r2(y, mean), inside.mean()))

@@ -129,11 +129,11 @@ def read_table(path: str | Path, index: str | None = None, *, blank: bool = Fals
 def check_rows(table: CsvTable, tolerance: float) -> None:
     """MixError for the first row that is no mixture: a negative share, or a sum further than `tolerance` from 1."""
     for key, line, row in zip(table.index, table.lines, table.values, strict=True):
-        if np.any(row < 0) or abs(row.sum() - 1) > tolerance:
+        negative = np.any(row < 0)
+        if negative or abs(row.sum() - 1) > tolerance:
+            what = "a negative share" if negative else f"the shares add up to {row.sum():.6g}"
             raise MixError(
-                f"row {key}: a negative share"
-                if np.any(row < 0)
-                else f"row {key}: the shares add up to {row.sum():.6g}",
+                f"row {key}: {what}",
                 where=f"{table.path}:{line}",
                 do="each row holds shares >= 0 that add up to 1 (columns that are no shares do not belong here)",
             )
@@ -142,7 +142,8 @@ def check_rows(table: CsvTable, tolerance: float) -> None:
 def join(left: CsvTable, right: CsvTable) -> tuple[tuple[str, ...], NDArray[np.float64], NDArray[np.float64]]:
     """Rows of both tables with equal index, in the order of `left`. Rows that only one table has are an error."""
     for one, other in ((left, right), (right, left)):
-        lacking = [key for key in one.index if key not in set(other.index)]
+        known = set(other.index)
+        lacking = [key for key in one.index if key not in known]
         if lacking:
             shown = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
             raise MixError(

@@ -4,6 +4,9 @@ import.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 
 class MixError(ValueError):
     """Input that cannot be used: `what` is wrong, `where` (file, line, key), what to `do`."""
@@ -19,3 +22,11 @@ class MixError(ValueError):
         if self.do:
             lines.append(f"  do:    {self.do}")
         return "\n".join(lines)
+
+
+def optional_package(module: str, name: str, *, where: str, install: str) -> Any:
+    """The module; MixError, with the way to install it, where it is missing."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MixError(f"{name} is not installed", where=where, do=f"pip install {install}") from error

@@ -18,8 +18,8 @@ import numpy as np
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import Floats
 from data_mixers.sweep.ledger import TrialLedger
-from data_mixers.sweep.trial import Goal
 
+DRAWS, LEVEL = 2000, 0.9  # of the bootstrap
 Scores = Mapping[tuple[frozenset[str], str], Mapping[int, float]]  # (tasks trained on, task scored) -> {seed: score}
 
 
@@ -61,25 +61,15 @@ class Synergy:
         return "\n".join(lines)
 
 
-def synergy(
-    ledger: TrialLedger,
-    tasks: Sequence[str],
-    target: str = "{task}/loss",
-    *,
-    goal: Goal = "min",
-    level: float = 0.9,
-    draws: int = 2000,
-    seed: int = 0,
-) -> Synergy:
-    """The grid's answers from a ledger, with paired bootstrap intervals over seeds. target: name of a task's score."""
-    sign = -1.0 if goal == "min" else 1.0
+def synergy(ledger: TrialLedger, tasks: Sequence[str], *, seed: int = 0) -> Synergy:
+    """The grid's answers from a ledger of losses (`TASK/loss`), with paired 90 % bootstrap intervals over seeds."""
     scores: dict[tuple[frozenset[str], str], dict[int, float]] = {}
     for record in ledger.records:
         trained_on = frozenset(name for name, share in record.mixture.items() if share > 0)
         for task in tasks:
-            value = record.scores.get(target.format(task=task))
+            value = record.scores.get(f"{task}/loss")
             if value is not None and record.progress == 1 and _equal_shares(record.mixture):
-                scores.setdefault((trained_on, task), {})[record.seed] = sign * value
+                scores.setdefault((trained_on, task), {})[record.seed] = -value
     K, rng = len(tasks), np.random.default_rng(seed)
     mean, lower, upper, leave = (np.full((K, K), np.nan) for _ in range(4))
     gain_all = np.full(K, np.nan)
@@ -93,9 +83,9 @@ def synergy(
             leave[i, j] = _mean(_paired(scores, task, everyone, everyone - {other}))
             gaps = _paired(scores, task, frozenset([task, other]), alone)
             if len(gaps):
-                resampled = rng.choice(gaps, (draws, len(gaps))).mean(axis=1)
+                resampled = rng.choice(gaps, (DRAWS, len(gaps))).mean(axis=1)
                 mean[i, j] = gaps.mean()
-                lower[i, j], upper[i, j] = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+                lower[i, j], upper[i, j] = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Synergy(tuple(tasks), mean, lower, upper, gain_all, leave)
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from data_mixers.common.errors import MixError
-from data_mixers.design.sobol import sobol_mixtures
 from data_mixers.mixture.bounds import Bounds
 from data_mixers.mixture.mixture import Floats, Mixture
 
+STRENGTHS = (0.3, 10.0)  # total of the Dirichlet's parameters: corners ... middles
 ALL_COMPOSITIONS = 20_000_000  # more rows than this are refused: draw n of them instead
 
 
@@ -124,7 +124,7 @@ def space_filling(
     """[n, K] mixtures inside the bounds, far from each other in ||sqrt p - sqrt q||. Default n = 3 (K + 1).
 
     Always in: the current mixture (`repeats` times: run them with different seeds), the prior, uniform if allowed.
-    Then maximin: the farthest points, one after the other, among scrambled Sobol points mapped to the bounds (sobol.py)
+    Then maximin: the farthest points, one after the other, among scrambled Sobol points mapped to the bounds
     and a hit-and-run walk inside them, and exchanges as long as the smallest distance grows.
     """
     names = prior.names
@@ -186,16 +186,42 @@ def _two_nearest(between: Floats) -> tuple[NDArray[np.intp], Floats, Floats]:
 
 def candidate_mixtures(bounds: Bounds, n: int, *, prior: Mixture, seed: int) -> Floats:
     """[n, K] random mixtures inside the bounds: half tempered Dirichlets (projected), half a hit-and-run walk."""
-    from data_mixers.mixture.projection import project
-
     rng = np.random.default_rng(seed)
-    low_K, high_K, groups = bounds.lower(), bounds.upper(), bounds._intervals()
-    K, half = len(low_K), n // 2
-    tempered_K = np.sqrt(np.maximum(prior.over(bounds._named()).shares, 1e-6))
+    half = n // 2
     strength = 10 ** rng.uniform(-1, 0.7, size=(half, 1))
-    gamma = rng.standard_gamma(np.maximum(strength * tempered_K / tempered_K.sum(), 1e-3)) + 1e-300
-    near = project(gamma / gamma.sum(axis=1, keepdims=True), low_K, high_K, groups, "l2") if half else np.zeros((0, K))
+    gamma = rng.standard_gamma(_dirichlet(bounds, prior, strength)) + 1e-300
+    near = bounds.project(gamma / gamma.sum(axis=1, keepdims=True), "l2") if half else gamma
     return np.vstack([near, hit_and_run(bounds, n - half, rng)])
+
+
+def sobol_mixtures(
+    bounds: Bounds, n: int, *, prior: Mixture, seed: int, strengths: tuple[float, float] = STRENGTHS
+) -> Floats:
+    """[n, K] low-discrepancy mixtures inside the bounds (which know their tasks), the same for the same seed.
+
+        p = l + (1 - sum l) d,   d = g / sum g,   g_k = F^-1(u_k; strength q_k),   q = tempered prior
+
+    u are scrambled Sobol points of K + 1 dimensions (Owen 1995; Joe & Kuo 2008): K of them quantiles of Dirichlet's
+    gammas, the last one the strength, log-uniform, so that corners and middles are both visited. Floors are kept by the
+    affine map; what breaks a cap, an epoch cap or a group is projected in KL onto the bounds. Without limits, with a
+    uniform prior and strength K, this is the uniform distribution on the simplex.
+    """
+    from scipy.special import gammaincinv
+    from scipy.stats import qmc
+
+    low_K, K = bounds.lower(), len(prior)
+    points = qmc.Sobol(K + 1, scramble=True, rng=np.random.default_rng(seed)).random_base2(max(0, (n - 1).bit_length()))
+    u = np.clip(points[:n], 1e-12, 1 - 1e-12)
+    low, high = np.log(strengths)
+    strength = np.exp(low + (high - low) * u[:, -1:])
+    gamma = gammaincinv(_dirichlet(bounds, prior, strength), u[:, :K]) + 1e-300
+    return bounds.project(low_K + max(0.0, 1 - low_K.sum()) * gamma / gamma.sum(axis=1, keepdims=True))
+
+
+def _dirichlet(bounds: Bounds, prior: Mixture, strength: Floats) -> Floats:
+    """Parameters [n, K] around the tempered prior, of sum `strength` [n, 1]."""
+    tempered_K = np.sqrt(np.maximum(prior.over(bounds._named()).shares, 1e-6))
+    return np.maximum(strength * tempered_K / tempered_K.sum(), 1e-3)
 
 
 def hit_and_run(bounds: Bounds, n: int, rng: np.random.Generator, thin: int = 4) -> Floats:

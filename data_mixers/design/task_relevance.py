@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 
-from data_mixers.common.errors import MixError
+from data_mixers.common.errors import MixError, optional_package
 from data_mixers.mixture.mixture import Floats
 
 
@@ -74,12 +74,9 @@ def _basis_pursuit(W: Floats, w: Floats) -> Floats:
 
 
 def _lasso(W: Floats, w: Floats, seed: int) -> Floats:
-    try:
-        from sklearn.linear_model import LassoCV
-        from sklearn.model_selection import KFold
-    except ImportError as error:
-        raise MixError(
-            "scikit-learn is not installed", where="relevance(noise=True)", do="pip install scikit-learn"
-        ) from error
-    folds = KFold(min(5, len(w)), shuffle=True, random_state=seed)
-    return LassoCV(cv=folds, fit_intercept=False, max_iter=50_000).fit(W, w).coef_
+    linear_model, selection = (
+        optional_package(f"sklearn.{part}", "scikit-learn", where="relevance(noise=True)", install="scikit-learn")
+        for part in ("linear_model", "model_selection")
+    )
+    folds = selection.KFold(min(5, len(w)), shuffle=True, random_state=seed)
+    return linear_model.LassoCV(cv=folds, fit_intercept=False, max_iter=50_000).fit(W, w).coef_

@@ -24,9 +24,9 @@ from data_mixers.fitting.surrogate_fits import SurrogateFits, TargetFit
 from data_mixers.mixture.mixture import Floats
 from data_mixers.surrogates.base import Prediction
 from data_mixers.surrogates.registry import candidates_of
-from data_mixers.surrogates.stack import Stack
 
 OFFSET = 3e-3
+RIDGE = 1.0
 MINIMUM_RUNS = 4
 FEWEST = 8  # mixtures below which nothing can be said about how they are drawn
 DIFFERENT = 1e-3  # p-value
@@ -66,7 +66,6 @@ def fit_scale(
     pool_variance: ArrayLike,
     *,
     method: Literal["plain", "shrunk", "residual"] = "residual",
-    ridge: float = 1.0,
 ) -> ScaleMap:
     """Fit on m large runs. X [m, K] their mixtures; small [J, m] what the small-scale surrogates predict there; large
     [J, m] what was measured; pool_variance [J]: variance of each surrogate over the mixtures one would choose from.
@@ -94,7 +93,7 @@ def fit_scale(
     u = (logs - centre) / scale
     left = large - slope[:, None] * small - offset[:, None]
     kernel = u @ u.T / u.shape[1]
-    dual = np.linalg.solve(kernel + ridge * np.eye(m), left.T).T if method == "residual" else np.zeros_like(left)
+    dual = np.linalg.solve(kernel + RIDGE * np.eye(m), left.T).T if method == "residual" else np.zeros_like(left)
     return ScaleMap(targets, slope, offset, pooled, centre, scale, u, dual)
 
 
@@ -103,14 +102,14 @@ def small_scale_mean(fits: SurrogateFits, X: ArrayLike) -> Floats:
     return np.stack([fitted.model.mean(X) for fitted in fits.targets.values()])
 
 
-def for_other_scale(fits: SurrogateFits, threshold: float = LAW_RHO) -> SurrogateFits:
+def for_other_scale(fits: SurrogateFits) -> SurrogateFits:
     """Models to rank runs of another scale with, where no run of that scale is there: for each target the better of the
-    two laws if its grouped-CV rho on the small trials is at least `threshold`, else the stack as it is.
+    two laws if its grouped-CV rho on the small trials is at least LAW_RHO, else the stack as it is.
 
     Inside the trials' range the stack is better; a law keeps its shape where scales differ (Pile-CC, 128 1M trials: at
     1M stack 99.3, power 96.3; at 1B stack 96, power 99). Not settled: the rule was made on the Pile.
     """
-    return replace(fits, targets={name: _law_or_stack(fitted, threshold) for name, fitted in fits.targets.items()})
+    return replace(fits, targets={name: _law_or_stack(fitted) for name, fitted in fits.targets.items()})
 
 
 def for_mixtures(fits: SurrogateFits, X: ArrayLike, *, where: str = "") -> SurrogateFits:
@@ -138,20 +137,16 @@ def for_mixtures(fits: SurrogateFits, X: ArrayLike, *, where: str = "") -> Surro
     return moved
 
 
-def _law_or_stack(fitted: TargetFit, threshold: float) -> TargetFit:
+def _law_or_stack(fitted: TargetFit) -> TargetFit:
     """The fit with the better law in place of the stack. A surrogate that the user chose by name stays."""
     if len(fitted.model.candidates) < 2 or not fitted.signal:
         return fitted
-    data, laws = fitted.model.data, []
+    stack, laws = fitted.model, []
     for name in LAWS:
-        law = Stack(
-            candidates=candidates_of(name, goal=fitted.goal, n=len(data["y"])),
-            folds=fitted.model.folds,
-            seed=fitted.model.seed,
-        )
-        laws.append(law.fit(data["X"], data["y"], groups=data["groups"], progress=data["tau"], weights=data["weights"]))
+        candidates = candidates_of(name, goal=fitted.goal)
+        laws.append(replace(stack, candidates=candidates).fit(**stack.data._asdict()))
     best = max(laws, key=lambda law: law.scores[0].rho)
-    return replace(fitted, model=best) if best.scores[0].rho >= threshold else fitted
+    return replace(fitted, model=best) if best.scores[0].rho >= LAW_RHO else fitted
 
 
 @dataclass
@@ -175,9 +170,8 @@ class ScaledFits:
     def predict(self, X: ArrayLike, *, level: float = 0.9) -> dict[str, Prediction]:
         """{target: Prediction at the large scale}. Half width: Student's t (m - 1 degrees) times the rmse of the large
         runs left out, at least what the small trials' interval becomes on the map."""
-        rows = np.atleast_2d(np.asarray(X, dtype=np.float64))
-        small = self.small.predict(rows, level=level)
-        mean_J = self.scale_map.predict(rows, np.stack([prediction.mean for prediction in small.values()]))
+        small = self.small.predict(X, level=level)
+        mean_J = self.scale_map.predict(X, np.stack([prediction.mean for prediction in small.values()]))
         factor = float(student.ppf((1 + level) / 2, self.runs - 1)) * np.sqrt(1 + 1 / self.runs)
         out = {}
         for number, (name, prediction) in enumerate(small.items()):
@@ -188,18 +182,13 @@ class ScaledFits:
 
     def text(self) -> str:
         """The small trials' report, and how the large runs map."""
-        lines = [
-            self.small.text(),
-            "",
-            f"mapped to {self.runs} large runs (score = slope x small + offset + residual):",
-        ]
+        lines = [f"mapped to {self.runs} large runs (score = slope x small + offset + residual):"]
+        columns = (self.targets, self.scale_map.slope_J, self.scale_map.offset_J, self.rmse_J)
         lines += [
             f"  {name:<18}slope {slope:7.3f}  offset {offset:9.4g}  rmse of runs left out {rmse:.4g}"
-            for name, slope, offset, rmse in zip(
-                self.targets, self.scale_map.slope_J, self.scale_map.offset_J, self.rmse_J, strict=True
-            )
+            for name, slope, offset, rmse in zip(*columns, strict=True)
         ]
-        return "\n".join(lines)
+        return "\n".join([self.small.text(), "", *lines])
 
 
 def calibrate(fits: SurrogateFits, large_X: ArrayLike, large_scores: ArrayLike) -> ScaledFits:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +46,20 @@ class TargetFit:
     def sd(self) -> float:
         """Spread of the score over the trials."""
         return float(self.arrays.y.std())
+
+    @property
+    def sign(self) -> float:
+        """1 where low is good, else -1."""
+        return 1.0 if self.goal == "min" else -1.0
+
+    @property
+    def unit(self) -> float:
+        """What scores are divided by in an objective: their sd; 1 for a constant score."""
+        return self.sd if self.sd > 0 else 1.0
+
+    def standardized(self, score_m: Floats) -> Floats:
+        """Scores [m] centred on the trials, in units of their sd, turned so that low is good."""
+        return self.sign * (score_m - self.arrays.y.mean()) / self.unit
 
     @property
     def noise_sd(self) -> float | None:
@@ -85,16 +99,15 @@ class TargetFit:
 
     def report(self) -> dict[str, Any]:
         """JSON-serialisable; `trials`: measured against predicted by models that had not seen the trial."""
-        half = 0.0 if self.model.constant is not None else self.model.quantile(self.level) * self.model.held_sigma
-        held = (
-            np.full(len(self.arrays.y), self.model.constant)
-            if self.model.constant is not None
-            else self.model.held_mean
-        )
+        y, constant = self.arrays.y, self.model.constant
+        if constant is None:
+            half, held = self.model.quantile(self.level) * self.model.held_sigma, self.model.held_mean
+        else:
+            half, held = np.zeros(len(y)), np.full(len(y), constant)
         return {
             "target": self.target,
             "goal": self.goal,
-            "n": len(self.arrays.y),
+            "n": len(y),
             "mixtures": len(np.unique(self.arrays.groups)),
             "left_out_nulls": self.nulls,
             "signal": self.signal,
@@ -102,22 +115,13 @@ class TargetFit:
             "r2": self.r2,
             "coverage": self.coverage,
             "level": self.level,
-            "nlpd": None if self.model.constant is not None else self.nlpd,
+            "nlpd": self.nlpd if constant is None else None,
             "sd": self.sd,
             "noise_sd": self.noise_sd,
-            "candidates": [
-                {
-                    "name": score.name,
-                    "rho": score.rho,
-                    "r2": score.r2,
-                    "coverage": score.coverage,
-                    "weight": score.weight,
-                }
-                for score in self.model.scores
-            ],
+            "candidates": [asdict(score) for score in self.model.scores],
             "trials": [
                 {"measured": float(y), "predicted": float(mean), "lower": float(mean - h), "upper": float(mean + h)}
-                for y, mean, h in zip(self.arrays.y, held, np.broadcast_to(half, held.shape), strict=True)
+                for y, mean, h in zip(y, held, half, strict=True)
             ],
         }
 
@@ -154,11 +158,7 @@ class SurrogateFits:
 
     def predict(self, X: ArrayLike | Mixture, *, level: float = 0.9) -> dict[str, Prediction]:
         """{target: Prediction} for rows X [m, K] in the order of `names` (or one Mixture)."""
-        rows = (
-            X.over(self.names).shares[None]
-            if isinstance(X, Mixture)
-            else np.atleast_2d(np.asarray(X, dtype=np.float64))
-        )
+        rows = X.over(self.names).shares if isinstance(X, Mixture) else X
         return {name: fitted.model.predict(rows, level=level) for name, fitted in self.targets.items()}
 
     def report(self) -> dict[str, Any]:
@@ -209,14 +209,14 @@ def fit_surrogates(
             warnings.warn(
                 f"{target}: every trial has the score {arrays.y[0]:.6g}; it is predicted as such", stacklevel=2
             )
-        model = Stack(candidates=candidates_of(surrogate, goal=aim, n=len(arrays.y)), folds=cv, seed=seed)
+        model = Stack(candidates=candidates_of(surrogate, goal=aim), folds=cv, seed=seed)
         model.fit(arrays.X, arrays.y, groups=arrays.groups, progress=tau, weights=None)
         fits[target] = TargetFit(target, aim, model, arrays, level, ledger.nulls(target))
     return SurrogateFits(names, fits)
 
 
 def _last_points(ledger: TrialLedger, target: str, arrays: Arrays) -> Arrays:
-    """Only each trial's last checkpoint; the end of a trial that was given up is predicted (hopeless.completed)."""
+    """Only each trial's last checkpoint; the end of a trial that was given up is predicted (`completed`)."""
     trial_of = [record.trial for record in ledger.records if record.scores.get(target) is not None]
     last: dict[str, int] = {}
     course: dict[str, dict[float, float]] = {}
@@ -228,8 +228,3 @@ def _last_points(ledger: TrialLedger, target: str, arrays: Arrays) -> Arrays:
     keep = np.array(sorted(last.values()), dtype=np.int64)
     found = Arrays._make(column[keep] for column in arrays)
     return found._replace(y=np.array([ends[trial_of[row]] for row in keep]))
-
-
-def objective_sd(fits: SurrogateFits) -> Floats:
-    """Spread of each target over the trials [J]; 1 for a constant one, which then weighs nothing."""
-    return np.array([fitted.sd if fitted.sd > 0 else 1.0 for fitted in fits.targets.values()])

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from data_mixers.common.errors import MixError
-from data_mixers.mixture.mixture import Floats, Mixture, check_names, size_array
+from data_mixers.mixture.mixture import Floats, Mixture, check_known, check_names, limit_array, size_array
+from data_mixers.mixture.projection import interior_point, project, smallest_violation
 
 TOLERANCE = 1e-9
 Metric = Literal["kl", "l2"]
@@ -72,16 +73,9 @@ class Bounds:
                     f"task {name} has no rows and a floor of {self.floors[name]}", do="drop the floor or the task"
                 )
         if self.names is not None:
-            self._check_known()
-
-    def _check_known(self) -> None:
-        names = self._named()
-        used = [*self.floors, *self.caps, *(name for group in self.groups for name in group.members)]
-        if isinstance(self.max_epochs, Mapping):
-            used += list(self.max_epochs)
-        unknown = [name for name in used if name not in names]
-        if unknown:  # check_names words it with the nearest name
-            check_names([*names, *unknown], names, where="bounds")
+            used = [*self.floors, *self.caps, *(name for group in self.groups for name in group.members)]
+            used += self.max_epochs if isinstance(self.max_epochs, Mapping) else []
+            check_known(used, self.names, where="bounds")
 
     def over(self, names: tuple[str, ...]) -> Bounds:
         """These bounds for the tasks in the order of `names`."""
@@ -112,12 +106,10 @@ class Bounds:
         size_K = size_array(names, {name: self.sizes[name] for name in names})
         limit_K = np.ones(len(names))
         if self.max_epochs != {} and self.total is not None:
-            per_task = (
-                self.max_epochs if isinstance(self.max_epochs, Mapping) else dict.fromkeys(names, self.max_epochs)
-            )
-            epochs_K = np.array([float(per_task.get(name, np.inf)) for name in names])
             with np.errstate(invalid="ignore"):
-                limit_K = np.nan_to_num(epochs_K * size_K / float(self.total), nan=0.0, posinf=1.0)
+                limit_K = np.nan_to_num(
+                    limit_array(self.max_epochs, names) * size_K / float(self.total), nan=0.0, posinf=1.0
+                )
         return np.where(size_K > 0, np.minimum(limit_K, 1.0), 0.0)
 
     def violations(self, p: Mixture | ArrayLike) -> list[str]:
@@ -149,8 +141,6 @@ class Bounds:
 
     def project(self, p: Mixture | ArrayLike, metric: Metric = "kl") -> Floats:
         """Nearest allowed mixture [K] (or row by row, [n, K]), feasible to 1e-9. Infeasible where there is none."""
-        from data_mixers.mixture.projection import project
-
         bounds, q = self._align(p)
         bounds.check_feasible()
         rows = project(np.atleast_2d(q), bounds.lower(), bounds.upper(), bounds._intervals(), metric)
@@ -161,35 +151,32 @@ class Bounds:
 
     def check_feasible(self) -> None:
         """Raise Infeasible, naming the constraints that clash. Found feasible once, it is not solved again."""
-        from data_mixers.mixture.projection import smallest_violation
-
         if self.__dict__.get("_feasible"):
             return
         self._check_box()
         if not self.groups:
             return
         names, low_K, high_K = self._named(), self.lower(), self.upper()
-        slack = smallest_violation(low_K, high_K, self._intervals())
-        if slack.total <= TOLERANCE:
+        floor_slack, cap_slack, group_slack = smallest_violation(low_K, high_K, self._intervals())
+        total = float(floor_slack.sum() + cap_slack.sum() + group_slack.sum())
+        if total <= TOLERANCE:
             object.__setattr__(self, "_feasible", True)
             return
-        broken = [f"floor of {names[k]} ({low_K[k]:.4g})" for k in np.flatnonzero(slack.floor_K > TOLERANCE)]
-        broken += [f"cap of {names[k]} ({high_K[k]:.4g})" for k in np.flatnonzero(slack.cap_K > TOLERANCE)]
+        broken = [f"floor of {names[k]} ({low_K[k]:.4g})" for k in np.flatnonzero(floor_slack > TOLERANCE)]
+        broken += [f"cap of {names[k]} ({high_K[k]:.4g})" for k in np.flatnonzero(cap_slack > TOLERANCE)]
         broken += [
             f"group {group.name} ({group.low:.4g} to {group.high:.4g} over {', '.join(group.members)})"
-            for group, size in zip(self.groups, slack.group_G, strict=True)
+            for group, size in zip(self.groups, group_slack, strict=True)
             if size > TOLERANCE
         ]
         raise Infeasible(
-            f"no mixture satisfies the bounds: they miss each other by {slack.total:.4g} at {'; '.join(broken)}",
+            f"no mixture satisfies the bounds: they miss each other by {total:.4g} at {'; '.join(broken)}",
             where="bounds",
             do="loosen one of the named limits" + self._binding_epochs(),
         )
 
     def interior(self) -> Floats:
         """A mixture [K] as far from all limits as can be; raises Infeasible with the clashing constraints named."""
-        from data_mixers.mixture.projection import interior_point
-
         self.check_feasible()
         return self.project_exact(interior_point(self.lower(), self.upper(), self._intervals()))
 

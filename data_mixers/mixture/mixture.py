@@ -4,20 +4,21 @@
     tempered  p_k ~ N_k ** a      (a = 1: natural, a = 0: uniform; others write the exponent as 1/T)
     uniform   p_k = 1/K
 
-Which shares are allowed is in bounds.py; how a mixture is played exactly is in plan.py.
+Which shares are allowed is in bounds.py; how a mixture is played exactly is in plan/.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data_mixers.common.csv_tables import read_shares_csv, read_shares_yaml
 from data_mixers.common.errors import MixError
 from data_mixers.common.suggest import closest_match
 
@@ -92,18 +93,12 @@ class Mixture:
     @classmethod
     def from_yaml(cls, path: str | Path, names: Sequence[str] | None = None) -> Mixture:
         """Read `shares: {name: share}`, or the plain mapping (YAML, JSON). `names`: that order, no other."""
-        from data_mixers.common.csv_tables import read_shares_yaml
-
-        mixture = _from_pairs(read_shares_yaml(path), where=str(path))
-        return mixture if names is None else mixture.over(names, where=str(path))
+        return _from_pairs(read_shares_yaml(path), names, where=str(path))
 
     @classmethod
     def from_csv(cls, path: str | Path, names: Sequence[str] | None = None) -> Mixture:
         """Read a CSV: one row under a header of names, or two columns name,share."""
-        from data_mixers.common.csv_tables import read_shares_csv
-
-        mixture = _from_pairs(read_shares_csv(path), where=str(path))
-        return mixture if names is None else mixture.over(names, where=str(path))
+        return _from_pairs(read_shares_csv(path), names, where=str(path))
 
 
 def _yaml_key(name: str) -> str:
@@ -117,13 +112,13 @@ def _yaml_key(name: str) -> str:
     return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _from_pairs(pairs: list[tuple[str, float]], where: str) -> Mixture:
+def _from_pairs(pairs: list[tuple[str, float]], order: Sequence[str] | None, where: str) -> Mixture:
     names = [name for name, _ in pairs]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise MixError(f"task named twice: {', '.join(repeated)}", where=where, do="keep one share per task")
-    shares_K = np.array([share for _, share in pairs], dtype=np.float64)
-    return Mixture(tuple(names), check_shares(names, shares_K, where=where))
+    mixture = Mixture(tuple(names), check_shares(names, [share for _, share in pairs], where=where))
+    return mixture if order is None else mixture.over(order, where=where)
 
 
 def check_shares(names: Sequence[str], shares: ArrayLike, *, where: str | None) -> Floats:
@@ -159,6 +154,11 @@ def check_names(got: Sequence[str], wanted: Sequence[str], *, where: str | None 
         raise MixError("; ".join(problems), where=where, do=f"the {kind}s are: {', '.join(wanted)}")
 
 
+def check_known(names: Iterable[str], known: Sequence[str], *, where: str | None = None, kind: str = "task") -> None:
+    """MixError for a name that is not among the known ones."""
+    check_names([*known, *(name for name in names if name not in known)], known, where=where, kind=kind)
+
+
 def size_array(names: Sequence[str], sizes: Mapping[str, float] | ArrayLike) -> Floats:
     """Sizes [K] in the order of names, from a mapping (names checked) or a sequence of K numbers >= 0."""
     if isinstance(sizes, Mapping):
@@ -171,6 +171,11 @@ def size_array(names: Sequence[str], sizes: Mapping[str, float] | ArrayLike) -> 
             do="one finite size >= 0 per task; a streaming set needs a row limit or a token store",
         )
     return size_K
+
+
+def limit_array(limit: Mapping[str, float] | float, names: Sequence[str]) -> Floats:
+    """[K]: one number for every task, or those of a mapping (inf for a task that it does not name)."""
+    return np.array([float(limit.get(name, np.inf) if isinstance(limit, Mapping) else limit) for name in names])
 
 
 def tempered(sizes: Mapping[str, float], exponent: float) -> Mixture:
@@ -190,4 +195,4 @@ def natural(sizes: Mapping[str, float]) -> Mixture:
 
 def uniform(names: Sequence[str]) -> Mixture:
     """p_k = 1/K."""
-    return Mixture(tuple(names), np.full(len(tuple(names)), 1.0 / len(tuple(names))))
+    return Mixture(tuple(names), np.full(len(names), 1.0 / len(names)))

@@ -1,15 +1,16 @@
 """The geometry under Bounds: projection on box, simplex and groups; the smallest violation; a point inside.
 
 All functions take l, u [K] and groups as (mask [K], low, high). `project` works on many rows [n, K] at once, since the
-optimiser of propose.py moves twenty starts together.
+optimiser of propose/ moves twenty starts together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from scipy.optimize import linprog
+from numpy.typing import NDArray
 
 from data_mixers.mixture.mixture import Floats
 
@@ -19,14 +20,16 @@ NOTHING = -1e3  # log of a share of 0: grows only once all positive shares stand
 
 def project(q: Floats, low_K: Floats, high_K: Floats, groups: list[Interval], metric: str) -> Floats:
     """Nearest rows [n, K] to q [n, K] in KL or L2. The bounds must be feasible."""
-    start = np.log(np.maximum(q, 1e-300)) if metric == "kl" else np.array(q, dtype=np.float64)
-    if metric == "kl":
-        start = np.where(q > 0, start, NOTHING)
-    elif metric != "l2":
+    if metric not in ("kl", "l2"):
         raise ValueError(f"metric {metric!r}: kl or l2")
-    if _disjoint(groups):
+    start = _logs(q) if metric == "kl" else np.array(q, dtype=np.float64)
+    if not groups or np.sum([mask for mask, _, _ in groups], axis=0).max() <= 1:  # disjoint
         return _with_groups(start, low_K, high_K, groups, metric)
     return np.stack([_dykstra(row, low_K, high_K, groups, metric) for row in start])
+
+
+def _logs(p: Floats) -> Floats:
+    return np.where(p > 0, np.log(np.maximum(p, 1e-300)), NOTHING)
 
 
 def _shares(start: Floats, m: Floats, low_K: Floats, high_K: Floats, metric: str) -> Floats:
@@ -34,17 +37,24 @@ def _shares(start: Floats, m: Floats, low_K: Floats, high_K: Floats, metric: str
     return np.clip(np.exp(np.minimum(moved, 1.0)) if metric == "kl" else moved, low_K, high_K)
 
 
-def _level(start: Floats, low_K: Floats, high_K: Floats, target_n: Floats, metric: str) -> Floats:
-    """Rows clip(f(start + m), l, u) with m by bisection so that each row adds up to its target; exact finish."""
-    if start.shape[1] == 0:
-        return start
+def _bisected(
+    start: Floats, low_K: Floats, high_K: Floats, metric: str, over: Callable[[Floats], NDArray[np.bool_]]
+) -> Floats:
+    """Rows clip(f(start + m), l, u) with the largest m, by bisection, whose rows are not `over` ([n])."""
     span = 1.0 + (np.abs(start).max() if start.size else 0.0) + (60.0 if metric == "kl" else 1.0)
     left, right = np.full(len(start), -span), np.full(len(start), span)
     for _ in range(70):
         middle = 0.5 * (left + right)
-        over = _shares(start, middle, low_K, high_K, metric).sum(axis=1) > target_n
-        right, left = np.where(over, middle, right), np.where(over, left, middle)
-    rows = _shares(start, left, low_K, high_K, metric)
+        beyond = over(_shares(start, middle, low_K, high_K, metric))
+        right, left = np.where(beyond, middle, right), np.where(beyond, left, middle)
+    return _shares(start, left, low_K, high_K, metric)
+
+
+def _level(start: Floats, low_K: Floats, high_K: Floats, target_n: Floats, metric: str) -> Floats:
+    """Rows clip(f(start + m), l, u) that add up to their targets; exact finish."""
+    if start.shape[1] == 0:
+        return start
+    rows = _bisected(start, low_K, high_K, metric, lambda rows: rows.sum(axis=1) > target_n)
     # Bisection leaves rounding errors: hand them to the entries that are free to move, in proportion to their room.
     for _ in range(2):
         gap_n = target_n - rows.sum(axis=1)
@@ -62,23 +72,21 @@ def _with_groups(start: Floats, low_K: Floats, high_K: Floats, groups: list[Inte
     ones = np.ones(len(start))
     if not groups:
         return _level(start, low_K, high_K, ones, metric)
-    span = 1.0 + np.abs(start).max() + (60.0 if metric == "kl" else 1.0)
-    left, right = np.full(len(start), -span), np.full(len(start), span)
     alone = ~np.any([mask for mask, _, _ in groups], axis=0)
     limits = [(mask, max(low, low_K[mask].sum()), min(high, high_K[mask].sum())) for mask, low, high in groups]
-    for _ in range(70):
-        middle = 0.5 * (left + right)
-        shares = _shares(start, middle, low_K, high_K, metric)
+
+    def over(shares: Floats) -> NDArray[np.bool_]:
         total_n = shares[:, alone].sum(axis=1)
         for mask, low, high in limits:
             total_n = total_n + np.clip(shares[:, mask].sum(axis=1), low, high)
-        over = total_n > 1.0
-        right, left = np.where(over, middle, right), np.where(over, left, middle)
-    shares = _shares(start, left, low_K, high_K, metric)
+        return total_n > 1.0
+
+    shares = _bisected(start, low_K, high_K, metric, over)
     # Sums of the groups, and of the tasks in no group, then each part by itself with its sum given.
-    parts = [*(mask for mask, _, _ in limits), *([alone] if alone.any() else [])]
-    floor_P = np.array([*(low for _, low, _ in limits), *([low_K[alone].sum()] if alone.any() else [])])
-    roof_P = np.array([*(high for _, _, high in limits), *([high_K[alone].sum()] if alone.any() else [])])
+    if alone.any():
+        limits.append((alone, low_K[alone].sum(), high_K[alone].sum()))
+    parts = [mask for mask, _, _ in limits]
+    floor_P, roof_P = np.array([low for _, low, _ in limits]), np.array([high for _, _, high in limits])
     sums = np.clip(np.stack([shares[:, part].sum(axis=1) for part in parts], axis=1), floor_P, roof_P)
     gap_n = 1.0 - sums.sum(axis=1)
     room = np.where(gap_n[:, None] > 0, roof_P - sums, sums - floor_P)
@@ -88,10 +96,6 @@ def _with_groups(start: Floats, low_K: Floats, high_K: Floats, groups: list[Inte
     for position, part in enumerate(parts):
         out[:, part] = _level(start[:, part], low_K[part], high_K[part], sums[:, position], metric)
     return out
-
-
-def _disjoint(groups: list[Interval]) -> bool:
-    return not groups or int(np.sum([mask for mask, _, _ in groups], axis=0).max()) <= 1
 
 
 def _dykstra(start_K: Floats, low_K: Floats, high_K: Floats, groups: list[Interval], metric: str) -> Floats:
@@ -112,7 +116,7 @@ def _dykstra(start_K: Floats, low_K: Floats, high_K: Floats, groups: list[Interv
 
     def onto_box(x_K: Floats) -> Floats:
         p_K = _level(x_K[None], low_K, high_K, np.ones(1), metric)[0]
-        return np.where(p_K > 0, np.log(np.maximum(p_K, 1e-300)), NOTHING) if metric == "kl" else p_K
+        return _logs(p_K) if metric == "kl" else p_K
 
     x_K, memory = start_K.copy(), [np.zeros_like(start_K) for _ in range(len(groups) + 1)]
     for _ in range(500):
@@ -133,18 +137,28 @@ def _nearest_by_lp(p_K: Floats, low_K: Floats, high_K: Floats, groups: list[Inte
     for sign in (1.0, -1.0):  # |p_new - p| <= t
         rows.append(np.hstack([sign * np.eye(K), -np.eye(K)]))
         limits.append(sign * p_K)
+    box = [*zip(low_K, high_K, strict=True), *[(0, None)] * K]
+    return np.clip(_solve("projection", np.r_[np.zeros(K), np.ones(K)], rows, limits, K, box)[:K], low_K, high_K)
+
+
+def _solve(
+    what: str, cost: Floats, rows: list[Floats], limits: list[Floats], K: int, box: Sequence[Any] = (0, None)
+) -> Floats:
+    """LP (HiGHS): x with the least cost.x, `rows` x <= `limits`, the first K entries (the shares) add up to 1."""
+    from scipy.optimize import linprog  # slow to import, and few bounds need it
+
     solved = linprog(
-        np.r_[np.zeros(K), np.ones(K)],
+        cost,
         A_ub=np.vstack(rows),
         b_ub=np.concatenate(limits),
-        A_eq=np.r_[np.ones(K), np.zeros(K)][None],
+        A_eq=(np.arange(len(cost)) < K).astype(float)[None],
         b_eq=[1.0],
-        bounds=[*zip(low_K, high_K, strict=True), *[(0, None)] * K],
+        bounds=box,
         options={"primal_feasibility_tolerance": 1e-10},
     )
     if not solved.success:
-        raise ArithmeticError(f"projection: {solved.message}")
-    return np.clip(solved.x[:K], low_K, high_K)
+        raise ArithmeticError(f"{what}: {solved.message}")
+    return solved.x
 
 
 def _group_rows(groups: list[Interval], columns: int) -> tuple[list[Floats], list[Floats]]:
@@ -157,21 +171,9 @@ def _group_rows(groups: list[Interval], columns: int) -> tuple[list[Floats], lis
     return rows, limits
 
 
-@dataclass(frozen=True)
-class Slack:
-    """By how much each constraint must give way so that one mixture satisfies all; total 0 = feasible."""
-
-    floor_K: Floats
-    cap_K: Floats
-    group_G: Floats
-
-    @property
-    def total(self) -> float:
-        return float(self.floor_K.sum() + self.cap_K.sum() + self.group_G.sum())
-
-
-def smallest_violation(low_K: Floats, high_K: Floats, groups: list[Interval]) -> Slack:
-    """LP (HiGHS): p >= 0, sum p = 1, every limit with its own slack, sum of slacks minimal."""
+def smallest_violation(low_K: Floats, high_K: Floats, groups: list[Interval]) -> tuple[Floats, Floats, Floats]:
+    """By how much each floor [K], cap [K] and group [G] must give way so that one mixture satisfies all: p >= 0, sum
+    p = 1, every limit with its own slack, sum of slacks minimal."""
     K, G = len(low_K), len(groups)
     rows, limits = _group_rows(groups, 3 * K + G)
     for position in range(G):
@@ -182,14 +184,8 @@ def smallest_violation(low_K: Floats, high_K: Floats, groups: list[Interval]) ->
         np.hstack([-np.eye(K), -np.eye(K), np.zeros((K, K)), nothing]),
     ]
     limits += [high_K, -low_K]
-    cost = np.r_[np.zeros(K), np.ones(2 * K + G)]
-    total = np.r_[np.ones(K), np.zeros(2 * K + G)][None]
-    options = {"primal_feasibility_tolerance": 1e-10}
-    solved = linprog(cost, A_ub=np.vstack(rows), b_ub=np.concatenate(limits), A_eq=total, b_eq=[1.0], options=options)
-    if not solved.success:
-        raise ArithmeticError(f"feasibility: {solved.message}")
-    x = np.maximum(solved.x, 0.0)
-    return Slack(x[K : 2 * K], x[2 * K : 3 * K], x[3 * K :])
+    x = np.maximum(_solve("feasibility", np.r_[np.zeros(K), np.ones(2 * K + G)], rows, limits, K), 0.0)
+    return x[K : 2 * K], x[2 * K : 3 * K], x[3 * K :]
 
 
 def interior_point(low_K: Floats, high_K: Floats, groups: list[Interval]) -> Floats:
@@ -202,15 +198,4 @@ def interior_point(low_K: Floats, high_K: Floats, groups: list[Interval]) -> Flo
     wide_K = (high_K > low_K).astype(float)[:, None]
     rows += [np.hstack([np.eye(K), wide_K]), np.hstack([-np.eye(K), wide_K])]
     limits += [high_K, -low_K]
-    solved = linprog(
-        np.r_[np.zeros(K), -1.0],
-        A_ub=np.vstack(rows),
-        b_ub=np.concatenate(limits),
-        A_eq=np.r_[np.ones(K), 0.0][None],
-        b_eq=[1.0],
-        bounds=[(0, None)] * (K + 1),
-        options={"primal_feasibility_tolerance": 1e-10},
-    )
-    if not solved.success:
-        raise ArithmeticError(f"interior point: {solved.message}")
-    return solved.x[:K]
+    return _solve("interior point", np.r_[np.zeros(K), -1.0], rows, limits, K)[:K]

@@ -78,7 +78,7 @@ class Bandit(PeriodicRule):
         present = np.flatnonzero(np.isfinite(loss_K))
         self.bandit = self.bandit.update({int(k): float(loss_K[k]) for k in present}, drawn=drawn_K.tolist())
 
-    def choose(self, step: int, chain: ReplannedPlan, bounds: Bounds, valid_K: Floats | None) -> Floats | None:
+    def choose(self, step: int, chain: ReplannedPlan, bounds: Bounds, valid_K: Floats | None) -> Floats:
         return self.bandit.shares
 
     def state(self) -> dict[str, Any]:

@@ -14,12 +14,13 @@ bandit.py, group_dro.py and linear_law.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_mixers.mixture.bounds import Bounds, Infeasible
 from data_mixers.mixture.mixture import Floats, Mixture
+from data_mixers.online.rule import OnlineRule
 from data_mixers.plan.replanned import ReplannedPlan
 
 DIGITS = 4  # of the shares that a method wants
@@ -34,29 +35,6 @@ class Decision(NamedTuple):
     shares: tuple[float, ...] | None
     wanted: tuple[float, ...]
     notes: tuple[str, ...]
-
-
-class OnlineRule(Protocol):
-    """A way to choose shares [K]. `step` counts the steps done."""
-
-    def see(self, loss_K: Floats, drawn_K: Floats) -> None:
-        """A step's training losses, and each task's part of it by the share that it was drawn with."""
-
-    def due(self, step: int) -> bool:
-        """Whether `choose` is to be called after this step."""
-        ...
-
-    def measures(self, step: int) -> int | None:
-        """Which held-out rows `choose` wants the losses of after this step; None: none."""
-        ...
-
-    def choose(self, step: int, chain: ReplannedPlan, bounds: Bounds, valid_K: Floats | None) -> Floats | None:
-        """The shares that it wants from here on; None: those of now."""
-        ...
-
-    def state(self) -> dict[str, Any]: ...
-
-    def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
 class MixtureController:
@@ -99,14 +77,12 @@ class MixtureController:
             return None
         bounds, notes = self.bounds(step)
         valid = None if valid_K is None else np.asarray(valid_K, dtype=np.float64)
-        chosen = self.method.choose(step, self.chain, bounds, valid)
-        if chosen is None:
-            return None
-        wanted = _rounded(chosen)
+        wanted = _rounded(self.method.choose(step, self.chain, bounds, valid))
         shares = bounds.project(wanted)
-        if np.abs(shares - self.playing).max() < 0.5 * 10**-DIGITS:
-            return Decision(step, None, tuple(wanted.tolist()), tuple(notes)) if notes else None
-        return Decision(step, tuple(shares.tolist()), tuple(wanted.tolist()), tuple(notes))
+        played = None if np.abs(shares - self.playing).max() < 0.5 * 10**-DIGITS else tuple(shares.tolist())
+        if played is None and not notes:
+            return None
+        return Decision(step, played, tuple(wanted.tolist()), tuple(notes))
 
     def play(self, decision: Decision | None) -> None:
         """Changes the chain."""

@@ -92,7 +92,7 @@ class GroupDRO(PeriodicRule):
         self.sum_K += np.where(present_K, loss_K, 0.0)
         self.count_K += present_K
 
-    def choose(self, step: int, chain: ReplannedPlan, bounds: Bounds, valid_K: Floats | None) -> Floats | None:
+    def choose(self, step: int, chain: ReplannedPlan, bounds: Bounds, valid_K: Floats | None) -> Floats:
         with np.errstate(invalid="ignore"):
             mean_K = self.sum_K / self.count_K  # 0/0: absent
         self.dro = self.dro.update((mean_K - self.reference_K).tolist(), bounds)

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_mixers.mixture.bounds import Bounds
 from data_mixers.mixture.mixture import Floats
-from data_mixers.online.rule import bounded, lists_to_tuples
+from data_mixers.online.rule import OnlineRule, bounded, lists_to_tuples
 from data_mixers.plan.replanned import ReplannedPlan
 
 
@@ -44,8 +44,7 @@ class Aioli:
         """p = shares; None: uniform, as in the paper."""
         if not 1 / tasks < h <= 1:
             raise ValueError(f"h is {h}: the smoothed one-hot mixtures need 1/K < h <= 1")
-        p = (1 / tasks,) * tasks if shares is None else tuple(float(share) for share in shares)
-        return cls(p, h=h, eta=eta, ema=ema)
+        return cls((1 / tasks,) * tasks if shares is None else tuple(shares), h=h, eta=eta, ema=ema)
 
     @property
     def shares(self) -> Floats:
@@ -54,7 +53,8 @@ class Aioli:
     def probes(self) -> Floats:
         """H [K, K]: row j is the mixture to train `lp_steps` on before noting column j of D."""
         K = len(self.probabilities)
-        return np.full((K, K), (1 - self.h) / max(1, K - 1)) + np.eye(K) * (self.h - (1 - self.h) / max(1, K - 1))
+        rest = (1 - self.h) / max(1, K - 1)
+        return np.full((K, K), rest) + np.eye(K) * (self.h - rest)
 
     def law(self, D: Floats, H: Floats | None = None) -> Floats:
         """A [K, K] from D [K, K]: A_i solves H A_i = D_i. H [K, K]: what the probes really held, row j probe j; of the
@@ -82,7 +82,7 @@ class Aioli:
         return replace(self, probabilities=bounded(p / p.sum(), bounds), average=average)
 
 
-class LinearLaw:
+class LinearLaw(OnlineRule):
     """Aioli: rounds of `every` steps. The first K * probe_steps of a round play the smoothed one-hot mixtures in a
     random order, with the held-out losses (of the same rows in the whole round) taken before, between and after; then
     the law is solved, and what it says is played until the next round.
@@ -116,9 +116,6 @@ class LinearLaw:
         self.falls: dict[int, list[float]] = {}  # probed task -> fall of each loss
         self.held: dict[int, list[float]] = {}  # probed task -> what its probe held
 
-    def see(self, loss_K: Floats, drawn_K: Floats) -> None:
-        """Training losses don't count."""
-
     def _turn(self, step: int) -> int | None:
         """How many probes of this round are done; None: not between two probes, or in no round."""
         begin = step - step % self.every
@@ -133,7 +130,7 @@ class LinearLaw:
     def measures(self, step: int) -> int | None:
         return step - step % self.every
 
-    def choose(self, step: int, chain: ReplannedPlan, bounds: Bounds, valid_K: Floats | None) -> Floats | None:
+    def choose(self, step: int, chain: ReplannedPlan, bounds: Bounds, valid_K: Floats | None) -> Floats:
         turn = self._turn(step)
         if turn is None or valid_K is None:
             raise ValueError(f"nothing to choose after step {step}")
@@ -164,13 +161,9 @@ class LinearLaw:
     def _open(self, bounds: Bounds) -> Bounds:
         """The bounds of the tasks that have a share."""
         names = tuple(name for name, is_open in zip(bounds.names or (), self.open_K, strict=True) if is_open)
-        floors = {name: bounds.floors[name] for name in names}
-        caps = {name: bounds.caps[name] for name in names}
-        groups = tuple(
-            type(group)(group.name, tuple(m for m in group.members if m in names), group.low, group.high)
-            for group in bounds.groups
-        )
-        return Bounds(floors, caps, groups, names=names)
+        floors, caps = ({name: limits[name] for name in names} for limits in (bounds.floors, bounds.caps))
+        groups = (replace(group, members=tuple(m for m in group.members if m in names)) for group in bounds.groups)
+        return Bounds(floors, caps, tuple(groups), names=names)
 
     def state(self) -> dict[str, Any]:
         falls, held = ([[j, values] for j, values in of.items()] for of in (self.falls, self.held))

@@ -5,15 +5,12 @@ Where tasks alternate, what is counted are the steps of each task, `batch` rows 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from data_mixers.plan.epoch_caps import OnCap
 from data_mixers.plan.plan_spec import PlanSpec
-from data_mixers.plan.quota import ExactQuota, Ints, interleave
-from data_mixers.plan.varying_quota import exact_quota
+from data_mixers.plan.quota import ExactQuota, Ints, exact_quota, interleave
 
 BLOCK_ROWS = 65536  # rows whose order is computed together
 
@@ -30,15 +27,13 @@ class ExampleOrder:
         self.block_rows = self._block_steps * spec.batch
         # Tasks in the order of their names: ties then do not depend on the order in which the tasks were given.
         self._by_name = np.argsort(np.array(spec.names))
+        self._as_given = np.argsort(self._by_name)  # back to the order in which the tasks were given
         limit_K = np.floor((spec.max_visits_K - spec.start_K) / self.seat)[self._by_name]
-        if spec.schedule is None and spec.carry is None:
-            share = spec.mixture.shares[self._by_name]
-        elif spec.schedule is None:
-            share = np.tile(spec.mixture.shares, (spec.steps, 1))[:, self._by_name]
-        else:
-            share = spec.schedule.shares(spec.steps)[:, self._by_name]
+        share = spec.mixture.shares if spec.schedule is None else spec.schedule.shares(spec.steps)
+        if spec.schedule is None and spec.carry is not None:
+            share = np.tile(share, (spec.steps, 1))
         self._quota = exact_quota(
-            share,
+            share[..., self._by_name],
             limit_K,
             spec.steps,
             spec.batch // self.seat,
@@ -61,7 +56,7 @@ class ExampleOrder:
 
     def counts(self, s: int) -> Ints:
         """Rows of each task [K] before step s."""
-        return self.seat * self._as_given(self._quota.counts(s))
+        return self.seat * self._quota.counts(s)[self._as_given]
 
     def amounts(self, s: int) -> Ints:
         """What the shares count: rows."""
@@ -69,10 +64,4 @@ class ExampleOrder:
 
     def owed(self, s: int) -> NDArray[np.float64]:
         """Rows [K] that each task is behind (or ahead: < 0) of its exact share before step s."""
-        return self.seat * self._as_given(self._quota.exact(s) - self._quota.counts(s))
-
-    def _as_given(self, of_K: NDArray[Any]) -> NDArray[Any]:
-        """From the order of the names to the order in which the tasks were given."""
-        out = np.empty_like(of_K)
-        out[self._by_name] = of_K
-        return out
+        return self.seat * (self._quota.exact(s) - self._quota.counts(s))[self._as_given]

@@ -4,8 +4,8 @@ No state but one integer (the step); the same for any number of ranks, workers a
 the tasks are named (ties go by name). With unit="examples" every task has in each step exactly floor or ceil of its
 even share, spread evenly inside the step, so that any contiguous micro-batch is near the mixture too
 (example_order.py); with unit="tokens" the streams of the tasks are merged by tokens (token_order.py). Each epoch of a
-task has a fresh order (permutation.py). The shares may change over the run (schedule.py, varying_quota.py), and a step
-may hold one task only (style="alternating").
+task has a fresh order (permutation.py). The shares may change over the run (schedule.py), and a step may hold one task
+only (style="alternating").
 
 Compare `datasets.interleave_datasets`: shares realized only in the mean, no caps on repeats, resume in O(rows).
 """

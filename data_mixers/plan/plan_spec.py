@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_mixers.mixture.mixture import Floats, Mixture, check_names
+from data_mixers.mixture.mixture import Floats, Mixture, check_known, limit_array
 from data_mixers.plan.permutation import half_bits, permute, round_keys, task_word
 from data_mixers.plan.quota import Ints
 from data_mixers.plan.schedule import MixtureSchedule
@@ -69,11 +69,6 @@ def max_visits(
     if max_epochs is None:
         return np.full(len(names), np.inf)
     if isinstance(max_epochs, Mapping):
-        unknown = [name for name in max_epochs if name not in names]
-        if unknown:
-            check_names([*names, *unknown], names, where="max_epochs")
-        epochs_K = np.array([float(max_epochs.get(name, np.inf)) for name in names])
-    else:
-        epochs_K = np.full(len(names), float(max_epochs))
+        check_known(max_epochs, names, where="max_epochs")
     with np.errstate(invalid="ignore"):
-        return np.nan_to_num(np.floor(epochs_K * size_K + 1e-9), nan=0.0, posinf=np.inf)
+        return np.nan_to_num(np.floor(limit_array(max_epochs, names) * size_K + 1e-9), nan=0.0, posinf=np.inf)

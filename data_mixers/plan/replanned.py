@@ -5,14 +5,14 @@ of its share at every step. A ReplannedPlan is for what nobody knows before (onl
 the remaining steps are planned anew, with the visits made so far as their start and with what the old plan still owed
 each task, so no row comes twice before its epoch ends, rounding errors do not add up over the changes, and epoch caps
 count over the whole run. What is to come is checked against the caps as it stands: as if the newest mixture stayed to
-the end. Resume needs the changes and one integer. Only the plans of the last two changes are cached; an older one is
-made again when it is asked for.
+the end. Resume needs the changes and one integer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -28,7 +28,7 @@ from data_mixers.plan.quota import Ints
 from data_mixers.plan.realized import realized_table
 from data_mixers.plan.schedule import MixtureSchedule
 
-CACHED_PLANS = 2  # plans
+CACHED_PLANS = 2  # of the last changes; an older one is made again when it is asked for
 MARGIN = 1e-8  # by which `room` stays below what is left: shares are exact to 1e-9
 
 
@@ -105,13 +105,9 @@ class ReplannedPlan:
         return np.clip(free_K / total * (1 - MARGIN), 0.0, 1.0)
 
     def _make(self, change: PlanChange) -> MixturePlan:
+        steps = self.steps - change.first
         return MixturePlan(
-            change.shares,
-            self._sizes,
-            steps=self.steps - change.first,
-            start=change.start,
-            carry=change.carry,
-            **self._arguments,
+            change.shares, self._sizes, steps=steps, start=change.start, carry=change.carry, **self._arguments
         )
 
     def _plan(self, number: int) -> MixturePlan:
@@ -126,20 +122,24 @@ class ReplannedPlan:
         while len(self._plans) > CACHED_PLANS:
             self._plans.popitem(last=False)
 
-    def _at(self, s: int) -> tuple[MixturePlan, int]:
-        if not 0 <= s < self.steps:
+    def _at(self, s: int) -> tuple[PlanChange, MixturePlan, int]:
+        """The change in whose part step s is, its plan, and which step of that plan it is."""
+        if not 0 <= s <= self.steps:
             raise IndexError(f"step {s} of {self.steps}")
-        number = next(number for number in reversed(range(len(self.changes))) if self.changes[number].first <= s)
-        return self._plan(number), s - self.changes[number].first
+        number = bisect_right(self.changes, s, key=lambda change: change.first) - 1
+        change = self.changes[number]
+        return change, self._plan(number), s - change.first
 
     def step(self, s: int, rank: int = 0, world: int = 1) -> Rows:
         """As MixturePlan.step."""
-        plan, inside = self._at(s)
+        if s == self.steps:
+            raise IndexError(f"step {s} of {self.steps}")
+        _, plan, inside = self._at(s)
         return plan.step(inside, rank, world)
 
     def counts(self, s: int) -> Ints:
         """Rows of each task [K] before step s."""
-        plan, inside = self._at(s) if s < self.steps else (self._plan(-1), self.steps - self.changes[-1].first)
+        _, plan, inside = self._at(s)
         return plan.start_K + plan.counts(inside)
 
     # ---- what it amounts to
@@ -153,22 +153,19 @@ class ReplannedPlan:
     @property
     def mixture(self) -> Mixture:
         """The shares that were asked for, on average over the steps."""
+        if len(self.changes) == 1:
+            return self._plan(0).mixture
         total_K = np.zeros(len(self.names))
-        for change, steps in self._spans():
-            mean = change.shares.mean(steps) if isinstance(change.shares, MixtureSchedule) else change.shares
-            total_K += mean.shares * (steps / self.steps)
-        return Mixture(self.names, total_K) if len(self.changes) > 1 else self._plan(0).mixture
-
-    def _spans(self) -> list[tuple[PlanChange, int]]:
-        """Each change, and for how many steps it is played."""
         ends = [change.first for change in self.changes[1:]] + [self.steps]
-        return [(change, end - change.first) for change, end in zip(self.changes, ends, strict=True)]
+        for (first, shares, *_), end in zip(self.changes, ends, strict=True):
+            mean = shares.mean(end - first) if isinstance(shares, MixtureSchedule) else shares
+            total_K += mean.shares * ((end - first) / self.steps)
+        return Mixture(self.names, total_K)
 
     def amounts(self, s: int) -> Ints:
         """As MixturePlan.amounts, for s = 0, a change, or a step after the last one."""
-        number = next(number for number in reversed(range(len(self.changes))) if self.changes[number].first <= s)
-        change = self.changes[number]
-        return np.array(change.played, dtype=np.int64) + self._plan(number).amounts(s - change.first)
+        change, plan, inside = self._at(s)
+        return np.array(change.played, dtype=np.int64) + plan.amounts(inside)
 
     def table(self) -> list[dict[str, Any]]:
         """As MixturePlan.table: asked on average over the steps, and what comes of it as things stand."""
@@ -183,16 +180,15 @@ class ReplannedPlan:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the first plan's and all changes."""
-        return self._fingerprint(self.changes)
+        return self._fingerprint([_written(change) for change in self.changes])
 
-    def _fingerprint(self, changes: Sequence[PlanChange]) -> str:
-        written = json.dumps([_written(change) for change in changes])
-        return hashlib.sha256((self._beginning + written).encode()).hexdigest()
+    def _fingerprint(self, changes: list[list[Any]]) -> str:
+        return hashlib.sha256((self._beginning + json.dumps(changes)).encode()).hexdigest()
 
     def state(self, step: int) -> dict[str, Any]:
         """JSON-serialisable: the changes so far, and the step."""
         changes = [_written(change) for change in self.changes]
-        return {"step": int(step), "changes": changes, "fingerprint": self.fingerprint}
+        return {"step": int(step), "changes": changes, "fingerprint": self._fingerprint(changes)}
 
     def restore(self, state: Mapping[str, Any]) -> int:
         """Takes up the changes of `state`; returns the step to go on with. For a plan that was begun as that one was.
@@ -201,7 +197,7 @@ class ReplannedPlan:
         """
         changes = [_read(change) for change in state["changes"]]
         same_names = all(change.shares.names == self.names for change in changes)
-        if not same_names or self._fingerprint(changes) != state["fingerprint"]:
+        if not same_names or self._fingerprint([_written(change) for change in changes]) != state["fingerprint"]:
             raise MixError(
                 "the checkpoint was made with another plan",
                 do="use the same tasks, sizes, steps, batch and seed; or start over",
@@ -213,20 +209,18 @@ class ReplannedPlan:
 
 def _written(change: PlanChange) -> list[Any]:
     shares = change.shares
-    stops = (
-        [[at, mixture.as_dict()] for at, mixture in shares.stops]
-        if isinstance(shares, MixtureSchedule)
-        else shares.as_dict()
-    )
+    if isinstance(shares, MixtureSchedule):
+        written = [[at, mixture.as_dict()] for at, mixture in shares.stops]
+    else:
+        written = shares.as_dict()
     carry = None if change.carry is None else list(change.carry)
-    return [change.first, stops, list(change.start), list(change.played), carry]
+    return [change.first, written, list(change.start), list(change.played), carry]
 
 
 def _read(written: Sequence[Any]) -> PlanChange:
     first, shares, start, played, carry = written
-    read = (
-        Mixture.of(shares)
-        if isinstance(shares, Mapping)
-        else MixtureSchedule(tuple((at, Mixture.of(mixture)) for at, mixture in shares))
-    )
-    return PlanChange(int(first), read, tuple(start), tuple(played), None if carry is None else tuple(carry))
+    if isinstance(shares, Mapping):
+        mixture = Mixture.of(shares)
+    else:
+        mixture = MixtureSchedule(tuple((at, Mixture.of(stop)) for at, stop in shares))
+    return PlanChange(int(first), mixture, tuple(start), tuple(played), None if carry is None else tuple(carry))

@@ -3,7 +3,7 @@
     p_k(x) = linear between the stops around x,   x = (s + 1/2) / S in step s of S
 
 Before the first stop and after the last one the mixture stands still; two stops at one progress make a jump. How a
-schedule is played to within one row of every task at every step is in varying_quota.py.
+schedule is played to within one row of every task at every step is in quota.py.
 """
 
 from __future__ import annotations

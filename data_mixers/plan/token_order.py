@@ -21,8 +21,7 @@ from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import Floats
 from data_mixers.plan.epoch_caps import OnCap, capped_over_time, capped_shares
 from data_mixers.plan.plan_spec import PlanSpec
-from data_mixers.plan.quota import Ints
-from data_mixers.plan.varying_quota import exact_quota
+from data_mixers.plan.quota import Ints, exact_quota
 
 BLOCK = 4096  # rows between two count marks
 
@@ -37,11 +36,11 @@ class TokenBalancedOrder:
         self._on_cap: OnCap = on_cap
         self._check_lengths()
         K = len(spec.names)
-        self._owed_K = np.zeros(K) if spec.carry is None else np.array(spec.carry)
+        self._owed_K = np.array([0.0] * K if spec.carry is None else spec.carry)
         self._share_K: Floats | None = None  # where they are constant
         digests = (hashlib.sha256(length.tobytes()).digest() for length in lengths)
         self.digest = hashlib.sha256(b"".join(digests)).hexdigest()
-        limit_K = np.array([self._tokens_under_cap(k) for k in range(K)])
+        limit_K = np.array([self._tokens_of(k, cap) for k, cap in enumerate(spec.max_visits_K)])
         task, tokens, self._bounds = (self._alternating if spec.style == "alternating" else self._merged)(limit_K)
         empty = np.flatnonzero(np.diff(self._bounds) <= 0)
         if len(empty):
@@ -134,14 +133,13 @@ class TokenBalancedOrder:
                     do="raise the batch tokens",
                 )
 
-    def _tokens_under_cap(self, k: int) -> float:
-        """Tokens in the visits start .. cap of task k."""
-        cap = self.spec.max_visits_K[k]
-        if np.isinf(cap):
+    def _tokens_of(self, k: int, end: float) -> float:
+        """Tokens in the visits start .. end of task k."""
+        if np.isinf(end):
             return np.inf
-        return float(self._tokens_of(k, int(cap)) - self._tokens_of(k, int(self.spec.start_K[k])))
+        return self._tokens_before(k, int(end)) - self._tokens_before(k, int(self.spec.start_K[k]))
 
-    def _tokens_of(self, k: int, visits: int) -> int:
+    def _tokens_before(self, k: int, visits: int) -> int:
         """Tokens in the first `visits` visits of task k."""
         length = self._lengths[k]
         epochs, rest = divmod(visits, len(length)) if len(length) else (0, 0)
@@ -183,10 +181,8 @@ class TokenBalancedOrder:
         """Tokens of each task [K] before step s."""
         if s == len(self._bounds) - 1:
             return self._total_K
-        start_K = self.spec.start_K
-        visits_K = start_K + self.counts(s)
-        K = len(start_K)
-        return np.array([self._tokens_of(k, int(visits_K[k])) - self._tokens_of(k, int(start_K[k])) for k in range(K)])
+        visits_K = self.spec.start_K + self.counts(s)
+        return np.array([self._tokens_of(k, int(end)) for k, end in enumerate(visits_K)])
 
     def owed(self, s: int) -> Floats:
         """Tokens [K] that each task is behind (or ahead: < 0) of its share of what the steps before s hold."""

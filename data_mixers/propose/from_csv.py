@@ -21,8 +21,8 @@ from data_mixers.common.errors import MixError
 from data_mixers.fitting.scale_transfer import ScaledFits, calibrate, for_mixtures, for_other_scale
 from data_mixers.fitting.surrogate_fits import SurrogateFits, fit_surrogates
 from data_mixers.mixture.bounds import Bounds
-from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture, check_names, uniform
-from data_mixers.propose.proposal import Objective, Proposal, propose_mixture
+from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture, check_known, check_names, uniform
+from data_mixers.propose.proposal import Proposal, propose_mixture
 from data_mixers.surrogates.base import shares
 from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.trial import Goal
@@ -32,8 +32,11 @@ FEW = 8  # trials; below it intervals and weights rest on next to nothing
 
 def read_mixture(path: str | Path, names: Sequence[str]) -> Mixture:
     """A mixture of the tasks `names` from a CSV, YAML or JSON file."""
-    suffix = Path(path).suffix.lower()
-    return Mixture.from_csv(path, names) if suffix in (".csv", ".tsv", ".txt") else Mixture.from_yaml(path, names)
+    return (Mixture.from_csv if is_csv(path) else Mixture.from_yaml)(path, names)
+
+
+def is_csv(path: str | Path) -> bool:
+    return Path(path).suffix.lower() in (".csv", ".tsv", ".txt")
 
 
 def parse_limits(entries: Sequence[str], option: str) -> dict[str, float]:
@@ -60,23 +63,16 @@ def fit_csv(
     *,
     index: str | None = None,
     goal: Mapping[str, Goal] | Goal | None = "min",
-    surrogate: str = "auto",
-    cv: int = 5,
-    limit: int | None = None,
-    seed: int = 0,
-    level: float = 0.9,
     other_scale: bool = False,
+    **options: Any,
 ) -> SurrogateFits:
-    """fit_surrogates on trials from two CSV files joined on `index` (see TrialLedger.from_csv). other_scale: the fits
-    are to rank runs of another scale than the trials' (for_other_scale: a law instead of the stack, where it may be
-    taken).
-    """
+    """fit_surrogates (`options`: its) on trials from two CSV files joined on `index` (see TrialLedger.from_csv).
+    other_scale: the fits are to rank runs of another scale than the trials' (for_other_scale: a law instead of the
+    stack, where it may be taken)."""
     ledger = TrialLedger.from_csv(mixtures_csv, scores_csv, index, goal)
     if targets != "all":
-        for target in targets:
-            if target not in ledger.targets:
-                check_names([*ledger.targets, target], ledger.targets, where=str(scores_csv), kind="target")
-    fits = fit_surrogates(ledger, targets, surrogate, goal=goal, cv=cv, limit=limit, seed=seed, level=level)
+        check_known(targets, ledger.targets, where=str(scores_csv), kind="target")
+    fits = fit_surrogates(ledger, targets, goal=goal, **options)
     return for_other_scale(fits) if other_scale else fits
 
 
@@ -153,10 +149,8 @@ class ShareLimits:
 
     def bounds(self, names: tuple[str, ...]) -> Bounds:
         """Bounds over the tasks of the trials; MixError names an unknown task or what is missing for epoch caps."""
-        for option, limits in (("--cap", self.caps), ("--floor", self.floors)):
-            unknown = [name for name in limits if name not in names]
-            if unknown:
-                check_names([*names, *unknown], names, where=f"command line, {option}")
+        check_known(self.caps, names, where="command line, --cap")
+        check_known(self.floors, names, where="command line, --floor")
         if self.max_epochs is not None and (self.sizes is None or self.total is None):
             raise MixError("--max-epochs needs --sizes and --total", where="command line", do="give both")
         return Bounds(
@@ -172,29 +166,21 @@ class ShareLimits:
 def propose_from(
     fits: SurrogateFits,
     *,
-    objective: Objective = "mean",
     limits: ShareLimits,
     prior: str | Path | None = None,
     current: str | Path | None = None,
-    kl: float = 0.05,
-    min_gain: float = 0.0,
-    level: float = 0.9,
-    seed: int = 0,
+    **options: Any,
 ) -> Proposal:
-    """The proposal for fitted trials. prior: file of shares (default: uniform); current: file of shares, what the
-    proposal has to beat (default: the prior)."""
+    """propose_mixture (`options`: its) for fitted trials. prior: file of shares (default: uniform); current: file of
+    shares, what the proposal has to beat (default: the prior)."""
     start = uniform(fits.names) if prior is None else read_mixture(prior, fits.names)
     playing = start if current is None else read_mixture(current, fits.names)
-    bounds = limits.bounds(fits.names)
-    return propose_mixture(
-        fits, objective, bounds, prior=start, current=playing, kl=kl, level=level, min_gain=min_gain, seed=seed
-    )
+    return propose_mixture(fits, bounds=limits.bounds(fits.names), prior=start, current=playing, **options)
 
 
 def read_sizes(path: str | Path, names: Sequence[str]) -> dict[str, float]:
     """{task: rows (or tokens)} from a CSV or YAML file."""
-    reader = read_shares_csv if Path(path).suffix.lower() in (".csv", ".tsv", ".txt") else read_shares_yaml
-    pairs = reader(path)
+    pairs = (read_shares_csv if is_csv(path) else read_shares_yaml)(path)
     check_names([name for name, _ in pairs], names, where=str(path))
     return dict(pairs)
 

@@ -80,12 +80,8 @@ def _newton(value: Smooth, x: Floats, A: Floats, b: Floats, mu: float, free: NDA
         gradient = value(x)[1][free] + mu * A.T @ (1 / slack)
         hessian = _hessian(value, x, slack, A, free) + mu * (A / slack[:, None] ** 2).T @ A
         scale = 1 / np.sqrt(np.maximum(np.diag(hessian), 1e-300))
-        system = np.block(
-            [
-                [hessian * scale * scale[:, None] + 1e-13 * np.eye(len(x)), scale[:, None]],
-                [scale[None], np.zeros((1, 1))],
-            ]
-        )
+        scaled = hessian * scale * scale[:, None] + 1e-13 * np.eye(len(x))
+        system = np.block([[scaled, scale[:, None]], [scale[None], np.zeros((1, 1))]])
         step = scale * np.linalg.lstsq(system, np.r_[-gradient * scale, 0.0], rcond=None)[0][:-1]
         step -= step.mean()
         slope = float(gradient @ step)

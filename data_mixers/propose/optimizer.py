@@ -60,17 +60,13 @@ def minimize(
         here = points[active]
         gradient = _forward_differences(total, here, best_m[active])
         weight = np.clip(here, OFFSET, None)
-        direction = -weight * (
-            gradient - np.sum(weight * gradient, axis=1, keepdims=True) / weight.sum(axis=1, keepdims=True)
-        )
+        mean = np.sum(weight * gradient, axis=1, keepdims=True) / weight.sum(axis=1, keepdims=True)
+        direction = -weight * (gradient - mean)
         size = np.abs(direction).sum(axis=1, keepdims=True)
         direction = direction / np.maximum(size, 1e-12)
         factors = np.array([2.0, 0.5, 0.1])
-        tries = onto(
-            (here[:, None] + (step_m[active, None] * factors)[..., None] * direction[:, None]).reshape(
-                -1, here.shape[1]
-            )
-        )
+        moves = (step_m[active, None] * factors)[..., None] * direction[:, None]
+        tries = onto((here[:, None] + moves).reshape(-1, here.shape[1]))
         values = total(tries).reshape(len(active), -1)
         choice = np.argmin(values, axis=1)
         reached = values[np.arange(len(active)), choice]
@@ -105,7 +101,8 @@ def minimize_convex(
         f, g = value(p)
         return (f, g) if kl == 0 else (f + kl * float(p @ np.log(p / q)), g + kl * (np.log(p / q) + 1))
 
-    start = bounds.project(np.clip(q / q.sum(), 1e-6, None) / np.clip(q / q.sum(), 1e-6, None).sum())
+    inner = np.clip(q / q.sum(), 1e-6, None)
+    start = bounds.project(inner / inner.sum())
     found = bounds.project(np.maximum(minimize_barrier(total, bounds), 0.0), "l2")
     p, best = min(((row, total(row)[0]) for row in (start, found)), key=lambda pair: pair[1])
     return bounds.project_exact(p), best

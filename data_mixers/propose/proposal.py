@@ -20,9 +20,9 @@ from threadpoolctl import threadpool_limits
 
 from data_mixers.common.errors import MixError
 from data_mixers.design.designs import candidate_mixtures
-from data_mixers.fitting.surrogate_fits import SurrogateFits, objective_sd
+from data_mixers.fitting.surrogate_fits import SurrogateFits
 from data_mixers.mixture.bounds import Bounds
-from data_mixers.mixture.mixture import Floats, Mixture, check_names
+from data_mixers.mixture.mixture import Floats, Mixture, check_known
 from data_mixers.propose.optimizer import kl_to, minimize, minimize_convex
 from data_mixers.propose.significance import judge
 from data_mixers.surrogates.parametric_laws import ExpLaw
@@ -82,24 +82,13 @@ class Proposal:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        return {
-            "mixture": self.mixture.as_dict(),
-            "current": self.current.as_dict(),
-            "prior": self.prior.as_dict(),
-            "kept": self.kept.as_dict(),
+        mixtures = {name: getattr(self, name).as_dict() for name in ("mixture", "current", "prior", "kept")}
+        lists = {
             "predicted": {name: list(values) for name, values in self.predicted.items()},
             "predicted_current": {name: list(values) for name, values in self.predicted_current.items()},
             "gain": list(self.gain),
-            "verdict": self.verdict,
-            "probability": self.probability,
-            "text": self.text,
-            "epochs": self.epochs,
-            "kl_to_prior": self.kl_to_prior,
-            "l1_spread": self.l1_spread,
-            "binding": self.binding,
-            "objective": self.objective,
-            "details": self.details,
         }
+        return mixtures | lists | {key: value for key, value in vars(self).items() if key not in mixtures | lists}
 
 
 def target_weights(fits: SurrogateFits, objective: Objective) -> Floats:
@@ -109,9 +98,7 @@ def target_weights(fits: SurrogateFits, objective: Objective) -> Floats:
         if objective not in ("mean", "worst"):
             raise MixError(f"objective {objective!r}", where="objective", do="mean, worst, or {target: weight}")
         return np.full(len(names), 1 / len(names))
-    unknown = [name for name in objective if name not in names]
-    if unknown:
-        check_names([*names, *unknown], names, where="objective", kind="target")
+    check_known(objective, names, where="objective", kind="target")
     weight_J = np.array([float(objective.get(name, 0.0)) for name in names])
     if np.any(weight_J < 0) or weight_J.sum() <= 0:
         raise MixError(f"objective {dict(objective)}", where="objective", do="weights >= 0, not all 0")
@@ -120,12 +107,7 @@ def target_weights(fits: SurrogateFits, objective: Objective) -> Floats:
 
 def standardized(fits: SurrogateFits, rows: Floats) -> Floats:
     """g [J, m]: predictions centred and divided by the spread over the trials, turned so that lower is better."""
-    sd_J = objective_sd(fits)
-    out = []
-    for sd, fitted in zip(sd_J, fits.targets.values(), strict=True):
-        sign = 1.0 if fitted.goal == "min" else -1.0
-        out.append(sign * (fitted.model.mean(rows) - fitted.arrays.y.mean()) / sd)
-    return np.stack(out)
+    return np.stack([fitted.standardized(fitted.model.mean(rows)) for fitted in fits.targets.values()])
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")  # as in fit
@@ -197,26 +179,20 @@ def propose_mixture(
         l1_spread=_spread(fits, weight_J, candidates, mixture, kl=kl, prior_K=prior.shares, seed=seed),
         binding=_binding(bounds, mixture.shares),
         objective=objective_value if np.isfinite(objective_value) else 0.0,
-        details={
-            **verdict.as_dict(),
-            "kl": kl,
-            "level": level,
-            "min_gain": min_gain,
-            "weights": weight_J.tolist(),
-        },
+        details=verdict.as_dict() | {"kl": kl, "level": level, "min_gain": min_gain, "weights": weight_J.tolist()},
     )
 
 
 def _law_objective(fits: SurrogateFits, weight_J: Floats):
     """f and gradient where every target is a single exponential law of a loss (convex); else None."""
     terms = []
-    for weight, sd, fitted in zip(weight_J, objective_sd(fits), fits.targets.values(), strict=True):
+    for weight, fitted in zip(weight_J, fits.targets.values(), strict=True):
         models = list(fitted.model.models.values())
         if weight == 0 or fitted.model.constant is not None:
             continue
         if len(models) != 1 or not isinstance(models[0], ExpLaw) or fitted.goal == "max":
             return None
-        terms.append((weight / sd, models[0], float(fitted.arrays.y.mean())))
+        terms.append((weight / fitted.unit, models[0], float(fitted.arrays.y.mean())))
 
     def value(p: Floats) -> tuple[float, Floats]:
         total, gradient = 0.0, np.zeros_like(p)
@@ -238,8 +214,7 @@ def _predicted(fits: SurrogateFits, mixture: Mixture, level: float) -> dict[str,
 def _epochs(bounds: Bounds, mixture: Mixture) -> dict[str, float] | None:
     if bounds.sizes is None or bounds.total is None:
         return None
-    sizes = {name: bounds.sizes[name] for name in mixture.names}
-    return dict(zip(mixture.names, mixture.epochs(sizes, bounds.total).tolist(), strict=True))
+    return dict(zip(mixture.names, mixture.epochs(bounds.sizes, bounds.total).tolist(), strict=True))
 
 
 def _binding(bounds: Bounds, p_K: Floats) -> list[str]:
@@ -265,10 +240,7 @@ def _spread(
     """Mean L1 distance from `best` of the best candidate under 50 joint draws of the surfaces."""
     rows = candidates[:300]
     total = np.tile(kl * kl_to(prior_K, rows), (50, 1))
-    for number, (weight, sd, fitted) in enumerate(
-        zip(weight_J, objective_sd(fits), fits.targets.values(), strict=True)
-    ):
+    for number, (weight, fitted) in enumerate(zip(weight_J, fits.targets.values(), strict=True)):
         if weight > 0 and fitted.signal:
-            sign = 1.0 if fitted.goal == "min" else -1.0
-            total = total + weight * sign / sd * fitted.model.sample(rows, 50, seed + number)
+            total = total + weight * fitted.sign / fitted.unit * fitted.model.sample(rows, 50, seed + number)
     return float(np.mean(np.abs(rows[np.argmin(total, axis=1)] - best.shares).sum(axis=1)))

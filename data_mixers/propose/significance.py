@@ -9,6 +9,7 @@ its sd scaled by the calibration of the fit. Drawing gains at many splits counts
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ SPLITS = 20
 DRAWS = 2000
 CERTAIN = 0.95
 GAUSSIAN_90 = 1.6448536269514722
+Processes = Sequence[GaussianProcess | None]  # [J]; None: the trials say nothing of the target
 AFFORDABLE = 10_000  # trials; beyond it the exact number says nothing
 
 
@@ -41,14 +43,8 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        return {
-            "word": self.word,
-            "gain": list(self.gain),
-            "probability": self.probability,
-            "detectable": None if math.isnan(self.detectable) else self.detectable,
-            "more_trials": self.more_trials,
-            "text": self.text,
-        }
+        detectable = None if math.isnan(self.detectable) else self.detectable
+        return vars(self) | {"gain": list(self.gain), "detectable": detectable}
 
 
 def judge(
@@ -71,50 +67,45 @@ def judge(
     other half (cross-fitting), and is the proposal itself better by the GPs on all trials? The second one catches an
     optimum far from all trials, where the surrogate that leads there is alone with its opinion.
     """
-    usable = [(w, f) for w, f in zip(weight_J, fits.targets.values(), strict=True) if w > 0 and f.sd > 0]
-    if not any(f.signal for _, f in usable):
-        return Verdict(
-            "no signal",
-            (0.0, 0.0, 0.0),
-            0.0,
-            math.nan,
-            None,
+    used = [(w, f) for w, f in zip(weight_J, fits.targets.values(), strict=True) if w > 0 and f.sd > 0]
+    weights, targets = np.array([w for w, _ in used]), [f for _, f in used]
+    if not any(f.signal for f in targets):
+        text = (
             "no signal: no surrogate predicts a trial better than the mean of the others; "
-            "the trials are too few, too short or too noisy to tell mixtures apart",
+            "the trials are too few, too short or too noisy to tell mixtures apart"
         )
-    weights = np.array([w for w, _ in usable])
+        return Verdict("no signal", (0.0, 0.0, 0.0), 0.0, math.nan, None, text)
+
+    def objective(processes: Processes, rows: Floats) -> Floats:
+        score_J = np.stack([_surface(p, f, rows) for p, f in zip(processes, targets, strict=True)])
+        return score_J.max(axis=0) if worst else weights @ score_J
+
+    def difference_sd(processes: Processes, a: Floats, b: Floats) -> float:
+        variance_J = np.array([_difference_variance(p, f, a, b) for p, f in zip(processes, targets, strict=True)])
+        return max(math.sqrt(variance_J.max() if worst else weights**2 @ variance_J), 1e-12)
+
     rows = np.vstack([candidates, current_K])
     penalty_m = kl * kl_to(prior_K, rows)
     rng = np.random.default_rng(seed)
-    means, deviations = [], []
+    gains, deviations = [], []
     for _ in range(SPLITS):
-        halves = _split_halves(fits, rng)
-        surfaces = [[_surface(f, half, rows) for _, f in usable] for half in halves]
+        processes = [[_process(f, half) for f in targets] for half in _split_halves(fits, rng)]
+        value = [objective(half, rows) for half in processes]
         for choosing, judging in ((0, 1), (1, 0)):
-            chosen_by = np.stack([mean_m for mean_m, _ in surfaces[choosing]])
-            best = int(np.argmin(((chosen_by.max(axis=0) if worst else weights @ chosen_by) + penalty_m)[:-1]))
-            judged = np.stack([mean_m for mean_m, _ in surfaces[judging]])
-            value_m = judged.max(axis=0) if worst else weights @ judged
-            mean = float(value_m[-1] - value_m[best])
-            variances = np.array(
-                [
-                    _difference_variance(process, f, rows[best], current_K)
-                    for (_, f), (_, process) in zip(usable, surfaces[judging], strict=True)
-                ]
-            )
-            variance = float(variances.max() if worst else weights**2 @ variances)
-            means.append(mean)
-            deviations.append(math.sqrt(variance))
-    gain, sd = np.array(means), np.maximum(np.array(deviations), 1e-12)
+            best = int(np.argmin((value[choosing] + penalty_m)[:-1]))
+            gains.append(float(value[judging][-1] - value[judging][best]))
+            deviations.append(difference_sd(processes[judging], rows[best], current_K))
+    gain, sd = np.array(gains), np.array(deviations)
     draws = (gain + sd * rng.standard_normal((DRAWS // len(gain), len(gain)))).ravel()
-    above = min(
-        float(np.mean(norm.sf(min_gain, gain, sd))), _proposal_probability(usable, weights, rows, min_gain, worst)
-    )
+
+    whole = [f.model.carrier() if f.signal else None for f in targets]  # the GPs on all trials
+    best, now = objective(whole, rows[[0, -1]])
+    by_whole = float(norm.sf(min_gain, now - best, difference_sd(whole, rows[0], rows[-1])))
+    above = min(float(np.mean(norm.sf(min_gain, gain, sd))), by_whole)
     below = float(np.mean(norm.cdf(0.0, gain, sd)))
-    lower, upper = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    spread = float(draws.std())
-    detectable = GAUSSIAN_90 * spread
-    n = min(len(f.arrays.y) for _, f in usable)
+    lower, upper = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    detectable = GAUSSIAN_90 * float(draws.std())
+    n = min(len(f.arrays.y) for f in targets)
     average = float(gain.mean())
     more = None
     if above >= CERTAIN:
@@ -125,26 +116,8 @@ def judge(
         word = "not distinguishable from your current mixture"
         if average > min_gain:  # the spread falls with the root of the number of trials
             more = max(1, math.ceil(n * (detectable / (average - min_gain)) ** 2) - n)
-    text = _verdict_text(word, average, (float(lower), float(upper)), above, detectable, more, level)
-    return Verdict(word, (average, float(lower), float(upper)), above, detectable, more, text)
-
-
-def _proposal_probability(
-    usable: list[tuple[float, TargetFit]], weights: Floats, rows: Floats, min_gain: float, worst: bool
-) -> float:
-    """Probability that the proposal (first row) beats the current mixture (last row) by the GPs on all trials."""
-    surfaces, variances = [], []
-    for _, fitted in usable:
-        if not fitted.signal:
-            surfaces.append(np.zeros(2))
-            variances.append(0.0)
-            continue
-        process, sign = fitted.model.carrier(), 1.0 if fitted.goal == "min" else -1.0
-        surfaces.append(sign * (process.mean(rows[[0, -1]]) - fitted.arrays.y.mean()) / fitted.sd)
-        variances.append(_difference_variance(process, fitted, rows[0], rows[-1]))
-    best, now = np.max(surfaces, axis=0) if worst else weights @ np.array(surfaces)
-    variance = max(variances) if worst else float(weights**2 @ np.array(variances))
-    return float(norm.sf(min_gain, now - best, max(math.sqrt(variance), 1e-12)))
+    text = _verdict_text(word, average, (lower, upper), above, detectable, more, level)
+    return Verdict(word, (average, lower, upper), above, detectable, more, text)
 
 
 def _verdict_text(
@@ -184,21 +157,20 @@ def _key(row: Floats) -> bytes:
     return np.round(row, 9).tobytes()
 
 
-def _surface(fitted: TargetFit, half: set[bytes], rows: Floats) -> tuple[Floats, GaussianProcess | None]:
-    """(standardised mean [m], lower is better; the GP) of one target from one half of the trials."""
-    sign = 1.0 if fitted.goal == "min" else -1.0
+def _process(fitted: TargetFit, half: set[bytes]) -> GaussianProcess | None:
+    """The GP of one target, its posterior from one half of the trials; None where they say nothing."""
     kept = np.array([_key(row) in half for row in fitted.arrays.X])
     if not fitted.signal or kept.sum() < 3 or np.ptp(fitted.arrays.y[kept]) == 0:
-        return np.zeros(len(rows)), None
+        return None
     carrier = fitted.model.carrier()
     process = carrier.clone()
-    process._start, process.iterations = carrier.theta, 0
-    data = carrier.data
-    tau = None if data["tau"] is None else data["tau"][kept]
-    process.fit(
-        data["X"][kept], data["y"][kept], groups=data["groups"][kept], progress=tau, weights=data["weights"][kept]
-    )
-    return sign * (process.mean(rows) - fitted.arrays.y.mean()) / fitted.sd, process
+    process._start, process.iterations = carrier, 0
+    return process.fit(**carrier.data.at(kept)._asdict())
+
+
+def _surface(process: GaussianProcess | None, fitted: TargetFit, rows: Floats) -> Floats:
+    """Standardised mean [m], lower is better."""
+    return np.zeros(len(rows)) if process is None else fitted.standardized(process.mean(rows))
 
 
 def _difference_variance(process: GaussianProcess | None, fitted: TargetFit, a: Floats, b: Floats) -> float:

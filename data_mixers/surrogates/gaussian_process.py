@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +20,13 @@ from scipy.linalg import cho_solve, solve_triangular
 from scipy.linalg.lapack import dpotrf, dpotri, dpotrs  # type: ignore[attr-defined]  # scipy makes these names at run time
 from scipy.optimize import minimize
 
-from data_mixers.surrogates.base import Floats, PointSurrogate, Prediction, conformal_quantile, shares, tau_of
+from data_mixers.surrogates.base import Floats, PointSurrogate, grouped_folds, shares
 
 TRANSFORMS: dict[str, Callable[[Floats], Floats]] = {
-    "raw": lambda x: x,
     "root": np.sqrt,
-    "cube": np.cbrt,
     "quarter": lambda x: x**0.25,
     "log1": lambda x: np.log(x + 1e-3),
     "log3": lambda x: np.log(x + 3e-3),
-    "log10": lambda x: np.log(x + 1e-2),
     "quarter+root": lambda x: np.hstack([x**0.25, np.sqrt(x)]),  # two lengths a task: small and large shares apart
     "log1+root": lambda x: np.hstack([np.log(x + 1e-3), np.sqrt(x)]),
 }
@@ -39,7 +36,7 @@ LIMITS = ((-3.0, 6.0), (-6.0, 6.0), (-10.0, 6.0), (-12.0, 1.0))  # log l, log s_
 
 @dataclass
 class GaussianProcess(PointSurrogate):
-    """`transform`: a name of TRANSFORMS (log1, log3, log10: offsets 1e-3, 3e-3, 1e-2). `noise`: centre of the prior of
+    """`transform`: a name of TRANSFORMS (log1, log3: offsets 1e-3, 3e-3). `noise`: centre of the prior of
     log s_n^2: -5 suits losses, -0.5 benchmark scores; None: a stack chooses (by itself: -5).
 
     `tied`: sd of the tasks' log lengths around one common length, itself N(log sqrt d, 1); None: each by itself,
@@ -54,17 +51,11 @@ class GaussianProcess(PointSurrogate):
     tied: float | None = None
 
     theta: Floats | None = field(init=False, repr=False, default=None)  # [log l_d, log s_f^2, log s_l^2, log s_n^2]
-    _start: Floats | None = field(init=False, repr=False, default=None)
     _active: int = field(init=False, repr=False, default=1)
     _standard: tuple[Floats, Floats, float, float] | None = field(init=False, repr=False, default=None)
     _z: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros((0, 0)))
     _chol: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros((0, 0)))
     _alpha: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros(0))
-
-    def refit(self, X: Floats, y: Floats, groups: NDArray[np.int64], tau: Floats | None, weights: Floats) -> Self:
-        model = self.clone()
-        model._start, model.iterations = self.theta, min(self.iterations, 15)
-        return model.fit(X, y, groups=groups, progress=tau, weights=weights)
 
     @property
     def _fitted(self) -> tuple[Floats, tuple[Floats, Floats, float, float]]:
@@ -97,7 +88,9 @@ class GaussianProcess(PointSurrogate):
         length, noise = np.full(d, 0.5 * np.log(self._active)), -5.0 if self.noise is None else self.noise
         centre = np.r_[length, 0.0, 0.0, noise]
         spread = np.r_[np.ones(d), 2.0, 2.0, 2.0]
-        start = np.r_[length, 0.0, -1.0, noise] if self._start is None else self._start
+        start, iterations = np.r_[length, 0.0, -1.0, noise], self.iterations
+        if self._start is not None:
+            start, iterations = self._start.theta, min(iterations, 15)
         limits = [LIMITS[0]] * d + list(LIMITS[1:])
         linear = self._z @ self._z.T / self._active
 
@@ -106,11 +99,9 @@ class GaussianProcess(PointSurrogate):
             prior, slope = _negative_log_prior(theta, centre, spread, self.tied, deviation >= 1e-6)
             return value + prior, gradient + slope
 
-        if self.iterations > 0:
-            found = minimize(
-                value, start, jac=True, method="L-BFGS-B", bounds=limits, options={"maxiter": self.iterations}
-            )
-            start = found.x
+        if iterations > 0:
+            options = {"maxiter": iterations}
+            start = minimize(value, start, jac=True, method="L-BFGS-B", bounds=limits, options=options).x
         self.theta = start
         matern, _ = _matern(self._z / np.exp(start[:d]))
         kernel = np.exp(start[d]) * matern + np.exp(start[d + 1]) * linear
@@ -145,7 +136,7 @@ class GaussianProcess(PointSurrogate):
     def covariance(self, X: Floats) -> Floats:
         """Joint posterior covariance [m, m] of the noise-free score, in units of y squared."""
         (theta, (_, _, _, scale)), rows = self._fitted, shares(X, renormalize=True)
-        z, d = self.features(rows, tau_of(None, len(rows), self.data["tau"])), self._z.shape[1]
+        z, d = self.features(rows, self._tau(None, len(rows))), self._z.shape[1]
         half = solve_triangular(self._chol, self._cross(z).T, lower=True, check_finite=False)
         matern, _ = _matern(z / np.exp(theta[:d]))
         joint = np.exp(theta[d]) * matern + np.exp(theta[d + 1]) * (z @ z.T) / self._active - half.T @ half
@@ -166,10 +157,10 @@ class GaussianProcess(PointSurrogate):
         """Mean and sd [n] of each trial's (noisy) score from the trials of the other folds, hyper-parameters kept:
         mean_f = y_f - (K^-1_ff)^-1 (K^-1 y)_f, covariance (K^-1_ff)^-1."""
         if self.constant is not None:
-            return np.full(len(self.data["y"]), self.constant), np.zeros(len(self.data["y"]))
+            return np.full(len(self.data.y), self.constant), np.zeros(len(self.data.y))
         _, (_, _, centre, scale) = self._fitted
         inverse = _inverse(self._chol)
-        target = (self.data["y"] - centre) / scale
+        target = (self.data.y - centre) / scale
         mean, variance = np.empty(len(target)), np.empty(len(target))
         for held in folds:
             block = np.linalg.inv(inverse[np.ix_(held, held)])
@@ -178,22 +169,12 @@ class GaussianProcess(PointSurrogate):
         return centre + scale * mean, scale * np.sqrt(np.maximum(variance, 0.0))
 
     def _cross_validate(self) -> Floats:
-        from data_mixers.surrogates.base import grouped_folds
+        mean, sigma = self.left_out(grouped_folds(self.data.groups, 5, seed=0))
+        self._ratios = np.abs(self.data.y - mean) / np.maximum(sigma, 1e-300)
+        return self._ratios
 
-        mean, sigma = self.left_out(grouped_folds(self.data["groups"], 5, seed=0))
-        ratios: Floats = np.abs(self.data["y"] - mean) / np.maximum(sigma, 1e-300)
-        self._ratios = ratios
-        return ratios
-
-    def predict(self, X: Floats, *, progress: Floats | None = None, level: float = 0.9) -> Prediction:
-        """Mean and a `level` interval of a new observation: posterior plus noise, scaled to cover left-out trials."""
-        mean = self.mean(X, progress)
-        if self.constant is not None:
-            return Prediction(mean, mean.copy(), mean.copy())
-        rows = shares(X, renormalize=self.renormalize)
-        sigma = np.sqrt(self.variance(rows, tau_of(progress, len(rows), self.data["tau"])) + self.noise_variance)
-        half = conformal_quantile(self.ratios, level) * sigma
-        return Prediction(mean, mean - half, mean + half)
+    def _sigma(self, X: Floats, tau: Floats | None) -> Floats:
+        return np.sqrt(self.observation_variance(X, tau))
 
     def sample(self, X: Floats, size: int, seed: int) -> Floats:
         """[size, m] exact joint draws of the noise-free score."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from data_mixers.common.errors import MixError
+from data_mixers.common.errors import MixError, optional_package
 from data_mixers.surrogates.base import Floats, PointSurrogate, shares
 
 SETTINGS = {
@@ -29,11 +29,7 @@ SETTINGS = {
 
 
 def _lightgbm() -> Any:
-    try:
-        import lightgbm
-    except ImportError as error:
-        raise MixError("LightGBM is not installed", where="surrogate: lightgbm", do="pip install lightgbm") from error
-    return lightgbm
+    return optional_package("lightgbm", "LightGBM", where="surrogate: lightgbm", install="lightgbm")
 
 
 @dataclass
@@ -49,14 +45,15 @@ class LightGBM(PointSurrogate):
 
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
         small = {"min_child_samples": max(2, len(y) // 50)} if len(y) < 40 else {}
+        self._train(_features(X, tau), y, small, sample_weight=None if np.ptp(weights) == 0 else weights)
+
+    def _train(self, X: Floats, y: Floats, options: dict[str, Any], **fit_options: Any) -> None:
         model = _lightgbm().LGBMRegressor(
-            **SETTINGS, num_iterations=self.trees, learning_rate=self.learning_rate, **small
+            **SETTINGS, num_iterations=self.trees, learning_rate=self.learning_rate, **options
         )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found `num_iterations`")
-            self._booster = model.fit(
-                _features(X, tau), y, sample_weight=None if np.ptp(weights) == 0 else weights
-            ).booster_
+            warnings.filterwarnings("ignore", message="Found `num_iterations`|The argument 'eval_set'")
+            self._booster = model.fit(X, y, **fit_options).booster_
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         return self._booster.predict(_features(X, tau), num_threads=1)
@@ -83,19 +80,9 @@ class RegMix(LightGBM):
         warnings.warn(
             "regmix early-stops on the data it is scored on: use it for parity with the paper only", stacklevel=4
         )
-        lightgbm = _lightgbm()
         evaluation = (shares(self.evaluation[0], renormalize=False), np.asarray(self.evaluation[1], dtype=np.float64))
-        model = lightgbm.LGBMRegressor(**SETTINGS, num_iterations=self.trees, learning_rate=self.learning_rate)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found `num_iterations`|The argument 'eval_set'")
-            model.fit(
-                X,
-                y,
-                eval_set=[evaluation],
-                eval_metric="l2",
-                callbacks=[lightgbm.early_stopping(3, verbose=False)],
-            )
-        self._booster = model.booster_
+        stopping = [_lightgbm().early_stopping(3, verbose=False)]
+        self._train(X, y, {}, eval_set=[evaluation], eval_metric="l2", callbacks=stopping)
 
     @property
     def trees_used(self) -> int:

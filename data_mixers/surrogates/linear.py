@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_mixers.surrogates.base import Floats, PointSurrogate
+from data_mixers.surrogates.base import Floats, PointSurrogate, amounts
 
 
 @dataclass
@@ -24,12 +24,11 @@ class LinearSurrogate(PointSurrogate):
     _centre: Floats = field(init=False, repr=False, default_factory=lambda: np.zeros(0))
 
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
-        X = X if tau is None else X * tau[:, None]
+        X = amounts(X, tau)
         mean_K, mean = np.average(X, axis=0, weights=weights), np.average(y, weights=weights)
         root = np.sqrt(weights)[:, None]
         solved = np.linalg.lstsq((X - mean_K) * root, (y - mean) * root[:, 0], rcond=None)[0]
         self._centre, self._coefficients = np.r_[mean_K, mean], np.asarray(solved, dtype=np.float64)
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
-        X = X if tau is None else X * tau[:, None]
-        return self._centre[-1] + (X - self._centre[:-1]) @ self._coefficients
+        return self._centre[-1] + (amounts(X, tau) - self._centre[:-1]) @ self._coefficients

@@ -13,36 +13,30 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_mixers.common.errors import MixError
-from data_mixers.surrogates.base import Floats, PointSurrogate
+from data_mixers.common.errors import optional_package
+from data_mixers.surrogates.base import Floats, PointSurrogate, amounts
 
 
 @dataclass
 class MLP(PointSurrogate):
-    """The network sees raw shares times progress; `random_state` is its only seed."""
+    """The network sees raw shares times progress."""
 
     name: ClassVar[str] = "mlp"
     renormalize: ClassVar[bool] = False
-    random_state: int = 1
 
     _network: Any = field(init=False, repr=False, default=None)
 
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
-        self._network = fit_many(X if tau is None else X * tau[:, None], y, self.random_state)
+        self._network = fit_many(amounts(X, tau), y)
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
-        return self._network.predict(X if tau is None else X * tau[:, None])
+        return self._network.predict(amounts(X, tau))
 
 
-def fit_many(x: Floats, Y: Floats, random_state: int = 1) -> Any:
+def fit_many(x: Floats, Y: Floats) -> Any:
     """DaMo's regressor on x [n, K] = share x progress and scores Y [n] or [n, J]."""
-    try:
-        from sklearn.neural_network import MLPRegressor
-    except ImportError as error:
-        raise MixError(
-            "scikit-learn is not installed", where="surrogate: mlp", do="pip install scikit-learn"
-        ) from error
-    network = MLPRegressor(hidden_layer_sizes=(100, 100), max_iter=1500, tol=1e-6, random_state=random_state)
+    sklearn = optional_package("sklearn.neural_network", "scikit-learn", where="surrogate: mlp", install="scikit-learn")
+    network = sklearn.MLPRegressor(hidden_layer_sizes=(100, 100), max_iter=1500, tol=1e-6, random_state=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it often stops at max_iter, as published
         return network.fit(x, np.asarray(Y))

@@ -5,15 +5,13 @@ from __future__ import annotations
 from data_mixers.common.errors import MixError
 from data_mixers.common.suggest import closest_match
 from data_mixers.surrogates.base import PointSurrogate
-from data_mixers.surrogates.bimix import BiMix
 from data_mixers.surrogates.gaussian_process import GaussianProcess
 from data_mixers.surrogates.lightgbm import LightGBM, RegMix
 from data_mixers.surrogates.linear import LinearSurrogate
 from data_mixers.surrogates.mlp import MLP
-from data_mixers.surrogates.parametric_laws import ExpLaw, Law, PowerLaw
+from data_mixers.surrogates.parametric_laws import BiMix, ExpLaw, Law, PowerLaw, TransferLaw
 from data_mixers.surrogates.ridge import Ridge
 from data_mixers.surrogates.stack import Stack
-from data_mixers.surrogates.transfer_law import TransferLaw
 from data_mixers.surrogates.warped_gp import WarpedGP
 from data_mixers.sweep.trial import Goal
 
@@ -33,7 +31,7 @@ SURROGATES: dict[str, type[PointSurrogate]] = {
 }
 
 
-def candidates_of(surrogate: str, *, goal: Goal, n: int) -> dict[str, PointSurrogate]:
+def candidates_of(surrogate: str, *, goal: Goal) -> dict[str, PointSurrogate]:
     """Unfitted candidates of a choice: "auto" and "stack" are the stack of all families, "gp" and "warped" such
     processes over several transforms (the weights of the stack choose), any other name itself.
 

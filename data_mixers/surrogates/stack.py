@@ -15,13 +15,13 @@ left the model is the mean: no signal. Processes with `noise` None share one pri
 
 Intervals are f +- q sigma with q from the out-of-fold ratios |error| / sigma (normalised CV conformal), where also the
 weights come from the other folds. With a single candidate this is simply that model with a cross-validated interval; it
-is what fit.py uses for every choice.
+is what fitting/ uses for every choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -31,16 +31,15 @@ from scipy.stats import rankdata
 
 from data_mixers.common.errors import MixError
 from data_mixers.surrogates.base import (
+    MINIMUM_TRIALS,
     Floats,
     PointSurrogate,
     Prediction,
     conformal_quantile,
     grouped_folds,
     shares,
-    tau_of,
 )
 from data_mixers.surrogates.gaussian_process import GaussianProcess
-from data_mixers.surrogates.warped_gp import WarpedGP
 
 PULL = 1.0  # of the stacking weights towards w0, in units of n var(y)
 NOISE_PRIORS = (-5.0, -2.0, -0.5)  # centres of log s_n^2: losses are quiet, benchmark scores are not
@@ -54,8 +53,8 @@ class CandidateScore:
     name: str
     rho: float
     r2: float
+    coverage: float
     weight: float
-    coverage: float = float("nan")
 
 
 @dataclass
@@ -83,7 +82,7 @@ class Stack(PointSurrogate):
         return bool(self.weights)
 
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
-        groups = self.data["groups"]
+        groups = self.data.groups
         if len(np.unique(groups)) < 2:
             raise MixError("all trials have the same mixture", do="vary the mixture: without it nothing can be learnt")
         n, folds = len(y), grouped_folds(groups, self.folds, self.seed)
@@ -92,26 +91,22 @@ class Stack(PointSurrogate):
         for number, held in enumerate(folds):
             self.fold_of[held] = number
             mean_n[held] = np.delete(y, held).mean()
-        candidates = self._settle_noise(X, y, tau, weights, folds)
-        fitted = {
-            label: model.clone().fit(X, y, groups=groups, progress=tau, weights=weights)
-            for label, model in candidates.items()
-        }
+        candidates = self._settle_noise(folds)
+        fitted = {label: model.clone().fit(**self.data._asdict()) for label, model in candidates.items()}
         held_out = {label: self._hold_out(model, folds) for label, model in fitted.items()}
         baseline = float(np.mean((y - mean_n) ** 2))
         self._error = {label: float(np.mean((y - mean) ** 2)) for label, (mean, _) in held_out.items()}
         processes = {label: model for label, model in fitted.items() if isinstance(model, GaussianProcess)}
         self._carrier = processes[min(processes, key=self._error.__getitem__)] if processes else None
-        held_means = {label: mean for label, (mean, _) in held_out.items()}
-        self.weights = _stacking_weights(held_means, y, baseline)
+        self.weights = _stacking_weights({label: mean for label, (mean, _) in held_out.items()}, y, baseline)
         self.models = {label: fitted[label] for label in self.weights}
         self.scores = [
             CandidateScore(
                 label,
                 spearman(mean, y),
                 1 - self._error[label] / baseline,
-                self.weights.get(label, 0.0),
                 self.coverage_of(np.abs(y - mean) / np.sqrt(np.maximum(variance, 1e-300))),
+                self.weights.get(label, 0.0),
             )
             for label, (mean, variance) in held_out.items()
         ]
@@ -135,11 +130,8 @@ class Stack(PointSurrogate):
             if not weights:
                 self.held_sigma[here] = np.sqrt(np.mean((y[others] - mean_n[others]) ** 2))
                 continue
-            share = np.array(list(weights.values()))
-            means = np.stack([held_out[label][0][here] for label in weights])
-            variances = np.stack([held_out[label][1][here] for label in weights])
-            self.held_mean[here] = share @ means
-            self.held_sigma[here] = np.sqrt(share @ (variances + (means - self.held_mean[here]) ** 2))
+            parts = [(held_out[label][0][here], held_out[label][1][here]) for label in weights]
+            self.held_mean[here], self.held_sigma[here] = _mixture_moments(weights, parts)
 
     def coverage_of(self, ratio_n: Floats, level: float = 0.9) -> float:
         """Share of trials inside an interval whose width comes from the other folds."""
@@ -149,69 +141,57 @@ class Stack(PointSurrogate):
             inside[held] = ratio_n[held] <= conformal_quantile(ratio_n[~held], level)
         return float(inside.mean())
 
-    def _settle_noise(
-        self, X: Floats, y: Floats, tau: Floats | None, weights: Floats, folds: Sequence[NDArray[np.intp]]
-    ) -> dict[str, PointSurrogate]:
+    def _settle_noise(self, folds: Sequence[NDArray[np.intp]]) -> dict[str, PointSurrogate]:
         """The candidates, GPs of undecided noise with the prior that suits these trials best."""
+        data = self.data
         undecided = [label for label, model in self.candidates.items() if getattr(model, "noise", 0.0) is None]
         if not undecided:
             return dict(self.candidates)
-        repeats = repeat_variance(y, self.data["groups"], tau)
+        repeats = repeat_variance(data.y, data.groups, data.progress)
         if repeats is not None:
-            noise = float(np.clip(np.log(max(repeats, 1e-300) / y.var()), -12.0, 1.0))
+            noise = float(np.clip(np.log(max(repeats, 1e-300) / data.y.var()), -12.0, 1.0))
         else:
             errors = {}
             for centre in NOISE_PRIORS:
-                pilot = replace_noise(self.candidates[undecided[0]], centre)
-                pilot.fit(X, y, groups=self.data["groups"], progress=tau, weights=weights)
-                errors[centre] = float(np.mean((y - self._hold_out(pilot, folds)[0]) ** 2))
+                pilot = replace(self.candidates[undecided[0]], noise=centre).fit(**data._asdict())
+                errors[centre] = float(np.mean((data.y - self._hold_out(pilot, folds)[0]) ** 2))
             noise = min(errors, key=errors.__getitem__)
-        return {
-            label: replace_noise(model, noise) if label in undecided else model
-            for label, model in self.candidates.items()
-        }
+        return {**self.candidates, **{label: replace(self.candidates[label], noise=noise) for label in undecided}}
 
     def _hold_out(self, model: PointSurrogate, folds: Sequence[NDArray[np.intp]]) -> tuple[Floats, Floats]:
         """Out-of-fold mean and variance [n] of one candidate."""
         data = self.data
-        mean_n, variance_n = np.empty(len(data["y"])), np.empty(len(data["y"]))
-        for held in folds:
-            kept = np.setdiff1d(np.arange(len(mean_n)), held)
-            if len(kept) < 3:
-                raise MixError(
-                    f"{len(np.unique(data['groups']))} different mixtures", do="at least 5 for cross-validation"
-                )
-            tau = None if data["tau"] is None else data["tau"][kept]
-            part = model.refit(data["X"][kept], data["y"][kept], data["groups"][kept], tau, data["weights"][kept])
-            tau = None if data["tau"] is None else data["tau"][held]
-            mean_n[held] = part.mean(data["X"][held], tau)
-            known = None if part.constant is not None else part.observation_variance(data["X"][held], tau)
+        mean_n, variance_n = np.empty(len(data.y)), np.empty(len(data.y))
+        if max(len(held) for held in folds) > len(data.y) - MINIMUM_TRIALS:
+            raise MixError(f"{len(np.unique(data.groups))} different mixtures", do="at least 5 for cross-validation")
+        for held, part in model.without(folds, data):
+            left_out = data.at(held)
+            mean_n[held] = part.mean(left_out.X, left_out.progress)
+            known = part.observation_variance(left_out.X, left_out.progress) if part.constant is None else None
             variance_n[held] = np.nan if known is None else known
-        constant = float(np.mean((data["y"] - mean_n) ** 2))
+        constant = float(np.mean((data.y - mean_n) ** 2))
         return mean_n, np.where(np.isnan(variance_n), constant, variance_n)
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         if not self.models:
-            return np.full(len(X), float(np.average(self.data["y"], weights=self.data["weights"])))
+            return np.full(len(X), float(np.average(self.data.y, weights=self.data.weights)))
         parts = (weight * self.models[label].mean(X, tau) for label, weight in self.weights.items())
         return sum(parts, start=np.zeros(len(X)))
 
     def moments(self, X: ArrayLike, progress: ArrayLike | None = None) -> tuple[Floats, Floats]:
         """Mean and uncalibrated sd [m] of a new observation."""
         rows = shares(X, renormalize=False)
-        tau = tau_of(progress, len(rows), self.data["tau"])
+        tau = self._tau(progress, len(rows))
         if self.constant is not None:
             return np.full(len(rows), self.constant), np.zeros(len(rows))
         if not self.models:
             return self._mean(rows, tau), np.full(len(rows), float(self.held_sigma[0]))
-        means = np.stack([self.models[label].mean(rows, tau) for label in self.weights])
-        share = np.array(list(self.weights.values()))
-        mean = share @ means
-        variances = []
+        parts = []
         for label in self.weights:
             known = self.models[label].observation_variance(rows, tau)
-            variances.append(np.full(len(rows), self._error[label]) if known is None else known)
-        return mean, np.sqrt(share @ (np.stack(variances) + (means - mean) ** 2))
+            variance = np.full(len(rows), self._error[label]) if known is None else known
+            parts.append((self.models[label].mean(rows, tau), variance))
+        return _mixture_moments(self.weights, parts)
 
     def quantile(self, level: float = 0.9) -> float:
         """q of the calibrated interval mean +- q sigma."""
@@ -227,10 +207,7 @@ class Stack(PointSurrogate):
         """The GP whose posterior carries joint uncertainty: the candidate with the smallest error on trials left out,
         or one fitted for the purpose."""
         if self._carrier is None:
-            data = self.data
-            self._carrier = GaussianProcess().fit(
-                data["X"], data["y"], groups=data["groups"], progress=data["tau"], weights=data["weights"]
-            )
+            self._carrier = GaussianProcess().fit(**self.data._asdict())
         return self._carrier
 
     def sample(self, X: ArrayLike, size: int, seed: int) -> Floats:
@@ -243,20 +220,17 @@ class Stack(PointSurrogate):
         carrier = self.carrier()
         draws = mean + (carrier.sample(rows, size, seed) - carrier.mean(rows))
         if len(self.models) > 1:
-            steps = np.stack(
-                [np.sqrt(weight) * (self.models[label].mean(rows) - mean) for label, weight in self.weights.items()]
-            )
-            draws += np.random.default_rng([seed, 1]).standard_normal((size, len(steps))) @ steps
+            steps = [np.sqrt(weight) * (self.models[label].mean(rows) - mean) for label, weight in self.weights.items()]
+            draws += np.random.default_rng([seed, 1]).standard_normal((size, len(steps))) @ np.stack(steps)
         return draws
 
 
-def replace_noise(model: PointSurrogate, noise: float) -> GaussianProcess | WarpedGP:
-    """An unfitted copy of a process with another prior of the noise."""
-    if not isinstance(model, GaussianProcess | WarpedGP):
-        raise TypeError(f"{type(model).__name__} has no prior of the noise")
-    copy = model.clone()
-    copy.noise = noise
-    return copy
+def _mixture_moments(weights: Mapping[str, float], parts: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+    """Mean and sd [m] of a mixture of models, given the mean and variance of each."""
+    share = np.array(list(weights.values()))
+    means, variances = np.stack([mean for mean, _ in parts]), np.stack([variance for _, variance in parts])
+    mean = share @ means
+    return mean, np.sqrt(share @ (variances + (means - mean) ** 2))
 
 
 def repeat_variance(y: Floats, groups: NDArray[np.int64], tau: Floats | None = None) -> float | None:

@@ -11,10 +11,9 @@ s (c + e^m). Chosen by cross-validation on training trials only (docs/mixing.md)
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_mixers.surrogates.base import Floats, PointSurrogate
 from data_mixers.surrogates.gaussian_process import GaussianProcess
@@ -23,7 +22,7 @@ from data_mixers.sweep.trial import Goal
 
 @dataclass
 class WarpedGP(PointSurrogate):
-    """`transform`, `noise`: of the GP (gp.py). `gap`: how far the bound lies below the best trial, in sd of trials."""
+    """`transform`, `noise`: of the GP. `gap`: how far the bound lies below the best trial, in sd of trials."""
 
     name: ClassVar[str] = "warped"
     transform: str = "quarter+root"
@@ -33,26 +32,19 @@ class WarpedGP(PointSurrogate):
 
     _process: GaussianProcess = field(init=False, repr=False, default_factory=GaussianProcess)
     _bound: float = field(init=False, repr=False, default=0.0)
-    _start: GaussianProcess | None = field(init=False, repr=False, default=None)
 
     @property
     def _sign(self) -> float:
         return 1.0 if self.goal == "min" else -1.0
 
-    def refit(self, X: Floats, y: Floats, groups: NDArray[np.int64], tau: Floats | None, weights: Floats) -> Self:
-        model = self.clone()
-        model._start = self._process
-        return model.fit(X, y, groups=groups, progress=tau, weights=weights)
-
     def _fit(self, X: Floats, y: Floats, tau: Floats | None, weights: Floats) -> None:
         turned = self._sign * y
         self._bound = float(turned.min() - self.gap * turned.std())
-        logs, groups = np.log(turned - self._bound), self.data["groups"]
-        if self._start is not None and self._start.theta is not None:
-            self._process = self._start.refit(X, logs, groups, tau, weights)
+        logs = self.data._replace(y=np.log(turned - self._bound))
+        if self._start is not None:
+            self._process = self._start._process.refit(logs)
         else:
-            process = GaussianProcess(transform=self.transform, noise=self.noise)
-            self._process = process.fit(X, logs, groups=groups, progress=tau, weights=weights)
+            self._process = GaussianProcess(transform=self.transform, noise=self.noise).fit(**logs._asdict())
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         return self._sign * (self._bound + np.exp(self._process.mean(X, tau)))

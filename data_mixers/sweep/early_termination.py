@@ -26,16 +26,16 @@ import numpy as np
 from data_mixers.mixture.mixture import Floats
 
 MINIMUM = 6  # reference trials with all scores; fewer say too little for a rule
+CERTAINTY = 0.95
 ENOUGH = 5  # finished trials with a score at a check, to predict the last score of a stopped one
 Points = Sequence[tuple[float, Mapping[str, float | None]]]
 
 
 @dataclass(frozen=True)
 class EarlyTermination:
-    """Give up hopeless trials: after `reference` full ones, with this certainty."""
+    """Give up hopeless trials after `reference` full ones."""
 
     reference: int = 8
-    certainty: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Check:
     sd: Mapping[str, float]
     line: tuple[float, float, float, float, float, int]  # a, b, s, mean of g, Sgg, n
 
-    def bound(self, g: float, certainty: float) -> float:
+    def bound(self, g: float) -> float:
         """Optimistic bound of the final objective of a trial whose objective is g now."""
         from scipy.stats import t as student
 
         a, b, s, centre, square, n = self.line
         spread = s * math.sqrt(1 + 1 / n + (g - centre) ** 2 / square)
-        return a + b * g - float(student.ppf(certainty, n - 2)) * spread
+        return a + b * g - float(student.ppf(CERTAINTY, n - 2)) * spread
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,19 @@ class StopRule:
     sign: Mapping[str, float]  # target -> 1 (low is good) or -1
     checks: tuple[Check, ...]
     median: float
-    certainty: float
 
     def hopeless(self, progress: float, scores: Mapping[str, float | None]) -> bool:
         """True where the trial can be given up; never where a score is missing. A diverged trial (NaN) always can."""
-        for check in self.checks:
-            if abs(check.progress - progress) < 1e-6:
-                known = {target: score for target in self.sign if (score := scores.get(target)) is not None}
-                if len(known) < len(self.sign):
-                    return False
-                if not all(math.isfinite(score) for score in known.values()):
-                    return True
-                return check.bound(_objective(known, self.sign, check.mean, check.sd), self.certainty) > self.median
-        return False
+        check = next((check for check in self.checks if abs(check.progress - progress) < 1e-6), None)
+        known = {target: score for target in self.sign if (score := scores.get(target)) is not None}
+        if check is None or len(known) < len(self.sign):
+            return False
+        if not all(math.isfinite(score) for score in known.values()):
+            return True
+        return check.bound(_objective(known, self.sign, check.mean, check.sd)) > self.median
 
 
-def learn_stop_rule(trials: Sequence[Points], goal: Mapping[str, str], certainty: float = 0.95) -> StopRule | None:
+def learn_stop_rule(trials: Sequence[Points], goal: Mapping[str, str]) -> StopRule | None:
     """The rule from full trials [(progress, scores), ...]; None where there are too few, or no check on the way.
 
     goal: {target: min | max} of the targets that make the objective.
@@ -107,7 +104,7 @@ def learn_stop_rule(trials: Sequence[Points], goal: Mapping[str, str], certainty
         s = math.sqrt(float(np.sum((final[both] - a - b * now) ** 2)) / (len(both) - 2))
         if b > 0:
             checks.append(Check(progress, mean, sd, (a, b, s, float(now.mean()), square, len(both))))
-    return StopRule(sign, tuple(checks), float(np.median(final)), certainty) if checks else None
+    return StopRule(sign, tuple(checks), float(np.median(final))) if checks else None
 
 
 def _complete(scores: Mapping[str, float | None], sign: Mapping[str, float]) -> dict[str, float]:

@@ -9,7 +9,6 @@ Same (trial, progress) twice: the later one counts. A non-finite score is kept a
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,13 +27,12 @@ from data_mixers.sweep.trial import VERSION, Goal, TrialRecord, finite
 
 
 class Arrays(NamedTuple):
-    """Trials as arrays: shares X [n, K], score y [n], group [n] (equal: same mixture), progress [n], scale [n]."""
+    """Trials as arrays: shares X [n, K], score y [n], group [n] (equal: same mixture), progress [n]."""
 
     X: Floats
     y: Floats
     groups: NDArray[np.int64]
     progress: Floats
-    scale: Floats
 
 
 class TrialLedger:
@@ -43,23 +41,17 @@ class TrialLedger:
     def __init__(self, path: str | Path | None = None, records: Iterable[TrialRecord] = ()) -> None:
         self.path = None if path is None else Path(path)
         self._records = list(records)
-        self._intact = 0  # bytes of the file that are whole lines
         self._read()
 
     def _read(self) -> None:
         """Take in the file anew; nothing to do in memory, or before the first append."""
         if self.path is None or not self.path.exists():
             return
-        data = self.path.read_bytes()
-        lines = data.split(b"\n")
-        whole, torn = lines[:-1], lines[-1]
-        records = []
-        for number, line in enumerate(whole, 1):
-            if line.strip():
-                records.append(self._parse(line, number))
-        if torn:
+        lines = self.path.read_bytes().split(b"\n")
+        records = [self._parse(line, number) for number, line in enumerate(lines[:-1], 1) if line.strip()]
+        if lines[-1]:
             warnings.warn(f"{self.path}: the last line is torn (a writer was killed); it is ignored", stacklevel=3)
-        self._records, self._intact = records, len(data) - len(torn)
+        self._records = records
 
     def _parse(self, line: bytes, number: int) -> TrialRecord:
         try:
@@ -93,12 +85,9 @@ class TrialLedger:
     @property
     def records(self) -> list[TrialRecord]:
         """Done lines of whole trials, the later of two for the same (trial, progress), in order of first appearance."""
-        latest: dict[tuple[str, float], TrialRecord] = {}
-        for record in self._records:
-            if record.status == "done":
-                latest[record.trial, record.progress] = record
         whole = self.done
-        return [record for record in latest.values() if record.trial in whole]
+        done = (record for record in self._records if record.status == "done" and record.trial in whole)
+        return list({(record.trial, record.progress): record for record in done}.values())
 
     @property
     def done(self) -> set[str]:
@@ -136,7 +125,7 @@ class TrialLedger:
 
     def nulls(self, target: str) -> int:
         """Trials whose score is null (diverged runs)."""
-        return sum(1 for record in self.records if target in record.scores and record.scores[target] is None)
+        return sum(record.scores.get(target, 0.0) is None for record in self.records)
 
     def to_arrays(self, target: str, *, mixed_config: bool = False) -> Arrays:
         """The trials that have a finite `target`. Error: unknown target; several configs, unless allowed."""
@@ -147,22 +136,21 @@ class TrialLedger:
                 do=f"scores: {', '.join(self.targets)}",
             )
         used = [record for record in self.records if record.scores.get(target) is not None]
-        if len({record.config for record in used}) > 1 and not mixed_config:
+        recipes = len({record.config for record in used})
+        if recipes > 1 and not mixed_config:
             raise MixError(
-                f"the trials come from {len({record.config for record in used})} different recipes",
+                f"the trials come from {recipes} different recipes",
                 where=str(self.path or "ledger"),
                 do="start another ledger, or allow it (mixed_config=True)",
             )
         names = self.names
-        X = np.array([[float(record.mixture.get(name, 0.0)) for name in names] for record in used]).reshape(
-            -1, len(names)
-        )
+        X = np.array([[record.mixture.get(name, 0.0) for name in names] for record in used], dtype=np.float64)
+        X = X.reshape(-1, len(names))
         return Arrays(
             X,
             np.array([float(score) for record in used if (score := record.scores[target]) is not None]),
             group_rows(X),
             np.array([float(record.progress) for record in used]),
-            np.array([math.nan if record.scale is None else float(record.scale) for record in used]),
         )
 
     def limited(self, n: int) -> TrialLedger:

@@ -6,7 +6,6 @@ Workers end with their driver, however it ends: each watches its parent.
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import pickle
@@ -14,13 +13,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.reduction import ForkingPickler
 
 from data_mixers.common.errors import MixError
-from data_mixers.sweep.trial import RunTrial, Trial, TrialOutcome
+from data_mixers.sweep.trial import Finish, RunTrial, Trial, TrialOutcome
 
 
 def attempt(run_trial: RunTrial, trial: Trial) -> TrialOutcome:
@@ -28,7 +26,7 @@ def attempt(run_trial: RunTrial, trial: Trial) -> TrialOutcome:
     started = time.monotonic()
     try:
         points = [(float(progress), {k: float(v) for k, v in scores.items()}) for progress, scores in run_trial(trial)]
-        if not points or len({progress for progress, _ in points}) < len(points):
+        if not points or len(dict(points)) < len(points):
             raise ValueError(
                 f"run_trial returned {len(points)} points; at least one, each with its own progress, is needed"
             )
@@ -79,11 +77,7 @@ class _Worker:
 
 
 def run_in_processes(
-    todo: list[Trial],
-    run_trial: RunTrial,
-    finish: Callable[[Trial, TrialOutcome], bool],
-    workers: int,
-    timeout: float | None,
+    todo: list[Trial], run_trial: RunTrial, finish: Finish, workers: int, timeout: float | None
 ) -> None:
     """Run the trials; `finish(trial, outcome)` returns True to have a trial tried again."""
     if not todo:
@@ -112,8 +106,10 @@ def run_in_processes(
                         pool[position] = worker = _Worker(context, run_trial)
                     worker.give(queue.popleft())
             busy = [worker for worker in pool if worker.trial is not None]
-            left = math.inf if timeout is None else max(0.0, min(w.started + timeout for w in busy) - time.monotonic())
-            wait([w.connection for w in busy], None if math.isinf(left) else left + 0.01)
+            left = None
+            if timeout is not None:
+                left = max(0.0, min(w.started + timeout for w in busy) - time.monotonic()) + 0.01
+            wait([w.connection for w in busy], left)
             for position, worker in enumerate(pool):
                 if worker.trial is None:
                     continue
@@ -123,18 +119,15 @@ def run_in_processes(
                         settle(worker, worker.connection.recv())
                         continue
                     except (EOFError, ConnectionError):
-                        trial, code = worker.trial, worker.stop()
-                        error = (
-                            f"WorkerDied: killed by signal {-code}"
-                            if code and code < 0
-                            else f"WorkerDied: exit code {code}"
-                        )
+                        code = worker.stop()
+                        how = f"killed by signal {-code}" if code and code < 0 else f"exit code {code}"
+                        error = f"WorkerDied: {how}"
                 elif timeout is not None and seconds > timeout:
-                    trial, error = worker.trial, f"TimeoutError: longer than {timeout:g} s"
+                    error = f"TimeoutError: longer than {timeout:g} s"
                     worker.stop()
                 else:
                     continue
-                settle(worker, TrialOutcome(None, f"{error} after {seconds:.1f} s in trial {trial.id}", seconds))
+                settle(worker, TrialOutcome(None, f"{error} after {seconds:.1f} s in trial {worker.trial.id}", seconds))
                 pool[position] = _Worker(context, run_trial)
     finally:
         for worker in pool:

@@ -5,27 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
 
-from data_mixers.common.errors import MixError
+from data_mixers.common.errors import optional_package
 from data_mixers.sweep.process_pool import attempt
-from data_mixers.sweep.trial import RunTrial, Trial, TrialOutcome
+from data_mixers.sweep.trial import Finish, RunTrial, Trial, TrialOutcome
 
 
-def run_on_ray(
-    todo: list[Trial],
-    run_trial: RunTrial,
-    finish: Callable[[Trial, TrialOutcome], bool],
-    workers: int,
-    timeout: float | None,
-) -> None:
+def run_on_ray(todo: list[Trial], run_trial: RunTrial, finish: Finish, workers: int, timeout: float | None) -> None:
     """As run_in_processes. Joins the cluster of RAY_ADDRESS (or one that is initialised), else starts a local one."""
-    try:
-        import ray
-        from ray.exceptions import RayError
-    except ImportError as error:
-        raise MixError("Ray is not installed", where="sweep.backend: ray", do="pip install 'mtft[ray]'") from error
-
+    ray = optional_package("ray", "Ray", where="sweep.backend: ray", install="'mtft[ray]'")
     if not todo:
         return
     ours = not ray.is_initialized()
@@ -49,7 +37,7 @@ def run_on_ray(
                 if ref in ready:
                     try:
                         [outcome] = ray.get([ref])
-                    except RayError as error:
+                    except ray.exceptions.RayError as error:
                         outcome = TrialOutcome(None, f"{type(error).__name__}: {str(error)[-500:]}", seconds)
                 else:
                     ray.cancel(ref, force=True)

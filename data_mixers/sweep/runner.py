@@ -25,7 +25,9 @@ from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import Mixture
 from data_mixers.sweep.early_termination import EarlyTermination, StopRule, learn_stop_rule
 from data_mixers.sweep.ledger import TrialLedger
-from data_mixers.sweep.trial import RunTrial, Trial, TrialOutcome, done_records, failed_record
+from data_mixers.sweep.process_pool import attempt, run_in_processes
+from data_mixers.sweep.ray_backend import run_on_ray
+from data_mixers.sweep.trial import Finish, RunTrial, Trial, TrialOutcome, done_records, failed_record
 
 
 @dataclass
@@ -86,6 +88,8 @@ def run_sweep(
     run to the end, the others get what those say as `run_trial(trial, stop=StopRule)` and may return early, with a last
     progress below 1.
     """
+    if backend not in BACKENDS:
+        raise MixError(f"sweep backend {backend!r}", where="sweep.backend", do="process, ray or inline")
     if workers < 1 or retries < 0:
         raise MixError(f"workers {workers}, retries {retries}", do="workers >= 1, retries >= 0")
     unique = {trial.id: trial for trial in trials}
@@ -116,57 +120,36 @@ def run_sweep(
                 on_done(trial, outcome)
             return False
 
-        run = _backend(backend)
+        run = BACKENDS[backend]
         if stopping is None:
             run(todo, run_trial, finish, workers, timeout)
         else:
             first = {trial.id for trial in order[: stopping.reference]}
             run([trial for trial in todo if trial.id in first], run_trial, finish, workers, timeout)
             later = [trial for trial in todo if trial.id not in first]
-            run(later, partial(run_trial, stop=_rule(ledger, order, first, stopping)), finish, workers, timeout)
+            run(later, partial(run_trial, stop=_rule(ledger, order, first)), finish, workers, timeout)
     result.seconds = time.monotonic() - started
     return result
 
 
-def _rule(ledger: TrialLedger, order: Sequence[Trial], first: set[str], stopping: EarlyTermination) -> StopRule | None:
+def _rule(ledger: TrialLedger, order: Sequence[Trial], first: set[str]) -> StopRule | None:
     """What the reference trials in the ledger say; the goals are those of the first trial."""
     points: dict[str, list[tuple[float, Mapping[str, float | None]]]] = {}
     for record in ledger.records:
         if record.trial in first:
             points.setdefault(record.trial, []).append((record.progress, record.scores))
-    return learn_stop_rule(
-        [points[trial.id] for trial in order if trial.id in points], order[0].goal, stopping.certainty
-    )
+    return learn_stop_rule([points[trial.id] for trial in order if trial.id in points], order[0].goal)
 
 
-def _backend(name: str) -> Callable[..., None]:
-    if name == "process":
-        from data_mixers.sweep.process_pool import run_in_processes
-
-        return run_in_processes
-    if name == "ray":
-        from data_mixers.sweep.ray_backend import run_on_ray
-
-        return run_on_ray
-    if name == "inline":
-        return _run_inline
-    raise MixError(f"sweep backend {name!r}", where="sweep.backend", do="process, ray or inline")
-
-
-def _run_inline(
-    todo: list[Trial],
-    run_trial: RunTrial,
-    finish: Callable[[Trial, TrialOutcome], bool],
-    workers: int,
-    timeout: float | None,
-) -> None:
-    from data_mixers.sweep.process_pool import attempt
-
+def _run_inline(todo: list[Trial], run_trial: RunTrial, finish: Finish, workers: int, timeout: float | None) -> None:
     if timeout is not None or workers > 1:
         raise MixError("the inline backend has one worker and no timeout", where="sweep.backend", do="backend: process")
     for trial in todo:
         while finish(trial, attempt(run_trial, trial)):
             pass
+
+
+BACKENDS = {"process": run_in_processes, "ray": run_on_ray, "inline": _run_inline}
 
 
 @contextmanager
@@ -176,12 +159,8 @@ def _only_driver(path: Path | None) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(path.name + ".lock"))
     try:
-        lock.acquire(timeout=0)
+        with FileLock(path.with_name(path.name + ".lock"), timeout=0):
+            yield
     except Timeout as error:
         raise MixError("another sweep is writing this ledger", where=str(path), do="wait for it, or stop it") from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data_mixers.mixture.mixture import Mixture
@@ -33,13 +33,8 @@ class Trial:
     @property
     def id(self) -> str:
         """12 hex digits of SHA-256 of mixture, seed, config and scale."""
-        key = [
-            list(self.mixture.names),
-            [repr(float(p)) for p in self.mixture.shares],
-            self.seed,
-            self.config,
-            self.scale,
-        ]
+        shares = [repr(float(p)) for p in self.mixture.shares]
+        key = [list(self.mixture.names), shares, self.seed, self.config, self.scale]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
 
 
@@ -54,6 +49,9 @@ class TrialOutcome:
     points: Points | None
     error: str | None
     seconds: float
+
+
+Finish = Callable[[Trial, TrialOutcome], bool]  # what a backend tells of each attempt; True: try again
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,7 @@ class TrialRecord:
 
     def line(self) -> str:
         """JSON of this record; a non-finite score becomes null."""
-        out = {item.name: getattr(self, item.name) for item in fields(self)}
-        out["scores"] = {name: finite(score) for name, score in self.scores.items()}
+        out = vars(self) | {"scores": {name: finite(score) for name, score in self.scores.items()}}
         for key in ("mixture", "goal", "cost", "sizes"):
             out[key] = None if out[key] is None else dict(out[key])
         return json.dumps(out, allow_nan=False)
@@ -92,38 +89,23 @@ def done_records(
     trial: Trial, points: Sequence[tuple[float, Mapping[str, float]]], seconds: float
 ) -> list[TrialRecord]:
     """The lines of a finished trial from its [(progress, {target: score})]."""
-    return [
-        TrialRecord(
-            progress=float(progress),
-            scores={name: finite(score) for name, score in scores.items()},
-            status="done",
-            cost={"seconds": round(seconds, 3), "flops": None},
-            points=len(points),
-            **_common(trial),
-        )
-        for progress, scores in points
-    ]
+    common = _common(trial, seconds)
+    scored = [(float(progress), {name: finite(score) for name, score in scores.items()}) for progress, scores in points]
+    return [TrialRecord(status="done", progress=at, scores=s, points=len(points), **common) for at, s in scored]
 
 
 def failed_record(trial: Trial, error: str, seconds: float) -> TrialRecord:
     """The line of a trial that broke."""
-    return TrialRecord(
-        status="failed", error=error, cost={"seconds": round(seconds, 3), "flops": None}, **_common(trial)
-    )
+    return TrialRecord(status="failed", error=error, **_common(trial, seconds))
 
 
-def _common(trial: Trial) -> dict[str, Any]:
-    return {
+def _common(trial: Trial, seconds: float) -> dict[str, Any]:
+    """What the record takes from the trial, whose fields it has all; what it cost, and when it is written."""
+    return vars(trial) | {
         "trial": trial.id,
         "mixture": trial.mixture.as_dict(),
         "goal": dict(trial.goal),
-        "model": trial.model,
-        "scale": trial.scale,
-        "steps": trial.steps,
-        "tokens": trial.tokens,
-        "seed": trial.seed,
-        "sizes": trial.sizes,
-        "config": trial.config,
+        "cost": {"seconds": round(seconds, 3), "flops": None},
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

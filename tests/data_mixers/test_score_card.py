@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 SIX = ("pile_cc", "github", "ubuntu_irc", "pubmed_central", "wikipedia_en", "AVG13")
 
 
-def auto(n, goal="min"):
-    return Stack(candidates=candidates_of("auto", goal=goal, n=n))
+def auto(goal="min"):
+    return Stack(candidates=candidates_of("auto", goal=goal))
 
 
 def losses(name):
@@ -41,7 +41,7 @@ def figures(tables, n, targets, seeds):
     for target in targets:
         y = truth[target]
         for s in range(seeds):
-            mean, lower, upper = auto(n).fit(X[subset(s, n)], Y[target][subset(s, n)]).predict(new[: len(y)])
+            mean, lower, upper = auto().fit(X[subset(s, n)], Y[target][subset(s, n)]).predict(new[: len(y)])
             rho[target].append(spearman(mean, y))
             cover.append(np.mean((lower <= y) & (y <= upper)))
     return {target: np.mean(values) for target, values in rho.items()}, np.mean(cover)
@@ -68,7 +68,7 @@ def test_admire_3b():
     held, inside = np.empty(len(y)), np.empty(len(y))
     for fold in np.array_split(np.random.default_rng(0).permutation(len(y)), 5):
         kept = np.setdiff1d(np.arange(len(y)), fold)
-        held[fold], lower, upper = auto(len(kept), "max").fit(X[kept], y[kept]).predict(X[fold])
+        held[fold], lower, upper = auto("max").fit(X[kept], y[kept]).predict(X[fold])
         inside[fold] = (lower <= y[fold]) & (y[fold] <= upper)
     assert spearman(held, y) >= 77  # one split; the mean over splits is in the benchmark
     assert 0.82 <= inside.mean() <= 0.97

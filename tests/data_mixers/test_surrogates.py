@@ -6,21 +6,18 @@ from scipy.optimize import check_grad
 
 from data_mixers import MixError
 from data_mixers.surrogates.base import conformal_quantile, grouped_folds
-from data_mixers.surrogates.bimix import BiMix
 from data_mixers.surrogates.gaussian_process import GaussianProcess, _negative_log_likelihood, _negative_log_prior
 from data_mixers.surrogates.lightgbm import LightGBM, RegMix
 from data_mixers.surrogates.linear import LinearSurrogate
-from data_mixers.surrogates.parametric_laws import ExpLaw, PowerLaw
+from data_mixers.surrogates.parametric_laws import BiMix, ExpLaw, PowerLaw, TransferLaw
 from data_mixers.surrogates.registry import SURROGATES
 from data_mixers.surrogates.ridge import Ridge
 from data_mixers.surrogates.stack import Stack
-from data_mixers.surrogates.transfer_law import TransferLaw
 from data_mixers.surrogates.warped_gp import WarpedGP
 
 FACTORIES = {
     "linear": LinearSurrogate,
     "ridge": Ridge,
-    "ridge quadratic": lambda: Ridge("quadratic"),
     "lightgbm": lambda: LightGBM(trees=200),
     "exp": ExpLaw,
     "power": PowerLaw,

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from data_mixers import Bounds, Group, MixError, Mixture, uniform
-from data_mixers.design.designs import _maximin, batch_compositions, candidate_mixtures, regmix_dirichlet, space_filling
-from data_mixers.design.sobol import sobol_mixtures
+from data_mixers.design.designs import (
+    _maximin,
+    batch_compositions,
+    candidate_mixtures,
+    regmix_dirichlet,
+    sobol_mixtures,
+    space_filling,
+)
 
 PILE = (
     "0.113285273 0.079608651 0.003913491 0.185375901 0.051081359 0.015962925 0.101750772 0.003707518 0.066529351 "

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from data_mixers import MixError, Mixture, MixturePlan
+from data_mixers.plan.quota import VaryingQuota
 from data_mixers.plan.schedule import MixtureSchedule
-from data_mixers.plan.varying_quota import VaryingQuota
 
 A, B = Mixture.of({"a": 1.0, "b": 0.0}), Mixture.of({"a": 0.0, "b": 1.0})
 RAMP = MixtureSchedule(((0.0, A), (1.0, B)))

@@ -49,7 +49,7 @@ def test_bound_is_the_prediction_interval_of_a_regression():
     s = np.sqrt(np.sum((y - line.intercept - line.slope * x) ** 2) / 10)
     for g in (-1.0, 0.5, 2.0):
         half = stats.t.ppf(0.95, 10) * s * np.sqrt(1 + 1 / 12 + g**2 / 12)
-        assert rule.checks[0].bound(g, 0.95) == pytest.approx(line.intercept + line.slope * g - half)
+        assert rule.checks[0].bound(g) == pytest.approx(line.intercept + line.slope * g - half)
     assert rule.median == pytest.approx(np.median(y))
 
 

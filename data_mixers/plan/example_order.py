@@ -43,10 +43,6 @@ class ExampleOrder:
             unit_name="rows" if self.seat == 1 else f"steps of {self.seat} rows",
         )
 
-    def step_range(self, s: int) -> tuple[int, int]:
-        """Indices [first, last) of step s."""
-        return s * self.spec.batch, (s + 1) * self.spec.batch
-
     def block(self, number: int) -> tuple[Ints, Ints]:
         """(task, visit) of rows number * block_rows onwards."""
         first = number * self._block_steps

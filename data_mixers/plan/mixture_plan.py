@@ -132,7 +132,9 @@ class MixturePlan:
 
     def step_range(self, s: int) -> tuple[int, int]:
         """Indices [first, last) of step s."""
-        return self._order.step_range(s)
+        if isinstance(self._order, TokenBalancedOrder):
+            return self._order.step_range(s)
+        return s * self.batch, (s + 1) * self.batch
 
     def locate(self, i: ArrayLike) -> Rows:
         """(task, epoch, row) of indices i (any order, any shape flattened); each int64 of the same length."""

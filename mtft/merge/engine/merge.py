@@ -19,6 +19,7 @@ from mtft.merge.engine.interference import diagnose
 from mtft.merge.engine.merge_module import ModuleResult, merge_modules, survey
 from mtft.merge.engine.merge_plan import MergePlan, check_together, make_merge_plan
 from mtft.merge.engine.report import MergeReport, write_merge_card
+from mtft.merge.methods import method_name
 from mtft.merge.methods.base import MergeMethod
 
 KEEP_BYTES = 256 << 20
@@ -87,7 +88,7 @@ def merge_adapters(
         writer.write_config()
         report = MergeReport(
             out=out,
-            method=method if isinstance(method, str) else type(method).__name__.lower(),
+            method=method if isinstance(method, str) else method_name(method),
             options=plan.methods[0].describe(),
             scale=float(scale),
             rank=final_rank,

@@ -149,6 +149,7 @@ class GatedSum(MergeMethod):
     names: tuple[str, ...]
     kind: str
     space = "factors"
+    label = "gated"
 
     def __post_init__(self, where: str) -> None:
         """Made by fold_gates, not from a recipe: nothing to check."""

@@ -57,6 +57,12 @@ METHODS: dict[str, type[MergeMethod]] = {
 }
 
 
+def method_name(method: MergeMethod) -> str:
+    """What merge.json calls a method."""
+    names = {of_name: name for name, of_name in METHODS.items()}
+    return method.label or names.get(type(method), type(method).__name__)
+
+
 def make_method(name: str, options: Mapping[str, object] | None = None, *, key: str = "") -> MergeMethod:
     """The method `name` with its options checked; MergeError names what is unknown and what was probably meant.
 

@@ -59,6 +59,8 @@ class MergeMethod:
     space: ClassVar[str]
     default_rank: ClassVar[str | None] = None
     """Rank policy that the name stands for, used when the caller leaves rank at `auto`."""
+    label: ClassVar[str | None] = None
+    """What merge.json calls a method that has no name in METHODS."""
 
     def __post_init__(self, where: str) -> None:
         check_options(self, where, error=MergeError)

@@ -1,5 +1,7 @@
 """Gates: folding is the forward pass, gradients are right, objectives do what they say, the model is left alone."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,7 @@ def test_fold_is_the_forward_pass(tmp_path, paths, kind):
     gates.remove()
     assert not torch.allclose(model(**one.inputs).logits, expected)
     fold_gates(paths, gates, tmp_path / "out", rank="lossless", dtype="fp64")
+    assert json.loads((tmp_path / "out" / "merge.json").read_text())["method"] == "gated"
     torch.testing.assert_close(with_adapter(model, tmp_path / "out", **one.inputs), expected, atol=1e-9, rtol=0)
 
 

@@ -190,24 +190,23 @@ class FusedCausalLM(FusionCore):
         """
         if model is not self.strong:
             raise FusionError("decode was given another model than the strong one", do="call fused.generate")
+        rows = len(input_ids)
         if specs is None:
-            wanted = row_specs(self.spec, len(input_ids), self.experts, alpha, alpha_rule, expert_weights)
+            per_row = row_specs(self.spec, rows, self.experts, alpha, alpha_rule, expert_weights)
         else:
-            wanted = expand_per_row("specs", list(specs), len(input_ids))
+            per_row = expand_per_row("specs", list(specs), rows)
         request = prepare_request(
             self,
             input_ids,
             logits_processor,
             stopping_criteria,
             generation_config,
-            synced_gpus=synced_gpus,
-            streamer=streamer,
-            specs=wanted,
+            model_kwargs | {"synced_gpus": synced_gpus},
+            specs=per_row,
             seed=seed,
+            small_prompt=None if expert_input_ids is None else (expert_input_ids, expert_attention_mask),
+            streamer=streamer,
             observer=trace,
-            small_ids=expert_input_ids,
-            small_mask=expert_attention_mask,
-            model_kwargs=model_kwargs,
         )
         if speculative is None or speculative is False:
             return decode_step_by_step(self, request)

@@ -18,7 +18,7 @@ from mtft.fuse.alpha.buffers import FusionBuffers
 from mtft.fuse.alpha.per_row import fuse_rows
 from mtft.fuse.alpha.spec import FusionError, FusionOutput, FusionSpec
 from mtft.fuse.decoding.mapped_state import MappedModels
-from mtft.fuse.decoding.model_state import CachedModel, CachedModels
+from mtft.fuse.decoding.model_state import CachedModel, CachedModels, ModelLogits
 from mtft.fuse.decoding.multi_lora import BASE
 from mtft.fuse.expert_routing import PromptRouter
 from mtft.fuse.load_models import WeakModel
@@ -130,11 +130,20 @@ class FusionCore:
             ids_BL = ids_BL.masked_fill(ids_BL >= self.known, self._substitute())
         return self.router.specs(self.weak, ids_BL, mask_BL, specs)
 
-    def to_strong_vocabulary(self, logits_NM: Tensor) -> Tensor:
-        """Logits of a small model with another tokenizer, as log-probabilities at the strong ids that it can say."""
+    def to_strong_vocabulary(self, logits: ModelLogits) -> ModelLogits:
+        """Small models with another tokenizer: their log-probabilities at the strong ids that they can say."""
         if self.token_map is None:
-            return logits_NM
-        return self.token_map.spread(torch.log_softmax(logits_NM.float(), -1), -torch.inf)
+            return logits
+        token_map = self.token_map
+
+        def spread(x_NM: Tensor) -> Tensor:
+            return token_map.spread(torch.log_softmax(x_NM.float(), -1), -torch.inf)
+
+        return ModelLogits(logits.strong, [spread(x_NM) for x_NM in logits.experts], spread(logits.base))
+
+    def pad_to_vocabulary(self, scores: Tensor) -> Tensor:
+        """Scores [..., M] of a small model over all V ids; it gives the ids that it lacks no chance."""
+        return torch.nn.functional.pad(scores, (0, self.vocab_size - scores.shape[-1]), value=-torch.inf)
 
     def _substitute(self) -> int:
         """What a small model reads in place of an id that it does not have."""

@@ -16,7 +16,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def make_app(fused: FusionCore, name: str, *, token: str | None = None, limits: 
     @app.get("/metrics")
     async def metrics(request: Request) -> PlainTextResponse:
         check_token(request)
-        now = vars(engine.metrics) | {"waiting": engine.waiting, "running": engine.running}
+        now = vars(engine.metrics) | {"waiting": len(engine.waiting), "running": len(engine.running)}
         return PlainTextResponse("".join(f"mtft_fuse_{key} {value}\n" for key, value in now.items()))
 
     @app.get("/v1/models")
@@ -157,7 +157,6 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key_env: str | None = None,
-    adapters: Sequence[str | Path] | None = None,
     limits: ServerLimits | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> None:
@@ -174,7 +173,7 @@ def serve(
         raise FusionError(f"the environment variable {api_key_env} is empty", do=f"export {api_key_env}=...")
     check_binding(host, token)
     with bind(host, port) as bound:
-        app = make_app(load_fusion(recipe, adapters), recipe.name, token=token, limits=limits)
+        app = make_app(load_fusion(recipe), recipe.name, token=token, limits=limits)
         # what still runs when the engine is done are answers on the wire
         config = Config(app, log_level="warning", timeout_graceful_shutdown=10)
         server = DrainingServer(config, app.state.engine)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from data_mixers.common.suggest import closest_match
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
-from mtft.fuse.decoding.generate_request import row_specs
+from mtft.fuse.decoding.generate_request import request_spec
 from mtft.fuse.decoding.prompts import encode_prompt
 from mtft.fuse.fusion_core import FusionCore
 from mtft.fuse.server.jobs import TokenScore
@@ -151,10 +151,9 @@ def read_completion_request(
         raise RequestError("stream_options takes include_usage, with stream", param="stream_options")
     if parsed.stream and echo:
         raise RequestError("echo is not streamed", param="echo", code="unsupported_parameter")
-    alpha = tuple(parsed.alpha) if isinstance(parsed.alpha, list) else parsed.alpha
     try:
         prompts = _encode_prompts(body, fused, chat)
-        spec = row_specs(fused.spec, 1, fused.experts, alpha, parsed.alpha_rule, parsed.expert_weights or None)[0]
+        spec = request_spec(fused, parsed.alpha, parsed.alpha_rule, parsed.expert_weights or None)
     except FusionError as error:
         raise RequestError(f"{error.what}: {error.do}" if error.do else error.what) from error
     longest = max(map(len, prompts))

@@ -139,8 +139,7 @@ def generate_bucket(model: FusedCausalLM, rows: Sequence[Row], sampling: dict[st
             "text": model.tokenizer.decode(tokens, skip_special_tokens=True),
             "finish_reason": "stop" if tokens and tokens[-1] in model.end_ids else "length",
             "tokens": len(tokens),
-            "alpha_mean": stats.alpha_mean(i),
-            "clipped_share": stats.clipped_share(i),
+            **stats.summary(i),
         }
         answers.append(answer | ({"trace": trace.tokens[i]} if row.get("trace") else {}))
     return answers

@@ -56,16 +56,15 @@ class FusionCore:
         self.token_map = token_map  # the small models have another tokenizer; then `shared` counts its ids
         self.name_or_path, self.max_logit_bytes = name, max_logit_bytes
         self.last_draft_length: DraftLength | None = None  # of the last speculative call: acceptance and times
-        self.draft_lengths: dict[
-            int, DraftLength
-        ] = {}  # the last `auto` one by number of rows: what it has learnt serves the next
-        self._space = FusionBuffers()
+        # the last `auto` one by number of rows: what it has learnt serves the next
+        self.draft_lengths: dict[int, DraftLength] = {}
+        self._buffers = FusionBuffers()
         self.experts = len(weak.order)
         spec.check_experts(self.experts)
         if router is not None and token_map is not None:
             raise FusionError("a router reads the small model's own tokens", do="use weights: active with tokens: map")
         self.router = router
-        smalls = [weak.model, *weak.own]
+        smalls: list[Any] = [weak.model, *weak.own]
         for model, needed in ((strong, self.vocab_size), *((small, self.shared) for small in smalls)):
             head: Any = model.get_output_embeddings()
             width = head.weight.shape[0]
@@ -73,12 +72,12 @@ class FusionCore:
                 raise FusionError(
                     f"{model.name_or_path} has {width} logits for {needed} ids", do="check the tokenizers"
                 )
-        tables: list[Any] = [small.get_input_embeddings() for small in smalls]
-        self.known = min(table.weight.shape[0] for table in tables)
+        self.known = min(small.get_input_embeddings().weight.shape[0] for small in smalls)
+        self.small_context = min(small.config.get_text_config().max_position_embeddings for small in smalls)
         self.config = copy.deepcopy(strong.config)
         self.config.vocab_size = self.vocab_size
-        limits = [m.config.get_text_config().max_position_embeddings for m in (strong, *smalls)]
-        self.config.max_position_embeddings = min(limits)
+        strong_context = strong.config.get_text_config().max_position_embeddings
+        self.config.max_position_embeddings = min(strong_context, self.small_context)
 
     @property
     def device(self) -> torch.device:
@@ -113,9 +112,7 @@ class FusionCore:
         own = [CachedModel(model, (0,), **cut) for model in self.weak.own]
         if self.token_map is None:
             return CachedModels(strong, weak, own, self.weak.order)
-        smalls = [self.weak.model, *self.weak.own]
-        context = min(small.config.get_text_config().max_position_embeddings for small in smalls)
-        models = MappedModels(strong, weak, own, self.weak.order, self.token_map, context)
+        models = MappedModels(strong, weak, own, self.weak.order, self.token_map, self.small_context)
         if not models.movable:
             raise FusionError("tokens: map rolls caches back, which one of these models can't", do="take other models")
         return models
@@ -157,7 +154,7 @@ class FusionCore:
 
         The answer's logprobs_NV stand in memory that the next call writes over: copy what must last.
         """
-        return fuse_rows(strong_NV, experts_TNM, base_NM, specs, self._space, self.token_map)
+        return fuse_rows(strong_NV, experts_TNM, base_NM, specs, self._buffers, self.token_map)
 
     def positions_at_once(self, element_size: int = 4) -> int:
         """How many positions keep all [*, V] buffers, at most 2T + 8 of them, under max_logit_bytes."""

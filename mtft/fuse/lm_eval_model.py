@@ -11,6 +11,7 @@ which never makes a [batch, length, vocabulary] tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -40,12 +41,6 @@ class FusedLM(cast("type[Any]", HFLM)):  # the decorator that registers HFLM hid
         *,
         fused: FusedCausalLM | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        alpha_rule: str = "jeffreys",
-        alpha: float = 1.0,
-        alpha_max: float = 2.0,
-        weights: str = "active",
-        plausibility: float = 0.0,
-        tokens: str = "strict",
         quantization: str | None = None,
         strong_adapter: str | None = None,
         router: str | None = None,
@@ -61,14 +56,8 @@ class FusedLM(cast("type[Any]", HFLM)):  # the decorator that registers HFLM hid
                 raise FusionError(
                     "mtft_fused needs strong, base and adapter", do="--model_args strong=...,base=...,adapter=..."
                 )
-            spec = FusionSpec(
-                alpha_rule=alpha_rule,
-                alpha=float(alpha),
-                alpha_max=float(alpha_max),
-                weights=weights,
-                plausibility=float(plausibility),
-                tokens=tokens,
-            )
+            given = [field.name for field in fields(FusionSpec) if field.name in options]
+            spec = FusionSpec(**{name: options.pop(name) for name in given})
             fused = FusedCausalLM.load(
                 strong,
                 base,

@@ -33,7 +33,7 @@ class MappedModels(CachedModels):
     """As CachedModels; logits of the small models are over their own ids."""
 
     token_map: TokenMap
-    context: int  # of the small models
+    context: int  # positions that the small models can read
     rows: list[_Row] = field(default_factory=list)
     small_logits: list[Tensor] | None = None  # of the experts and the base after each row's `small_ids`, [B, M]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -205,10 +205,25 @@ class CachedModels:
     weak: CachedModel
     own: list[CachedModel]
     order: list[tuple[int, int]]
+    drafter: CachedModel | None = field(default=None, init=False)  # an expert that reads by itself: no `read` asks it
 
     @property
     def all(self) -> list[CachedModel]:
-        return [self.strong, self.weak, *self.own]
+        caches = [self.strong, self.weak, *self.own]
+        return caches if self.drafter is None or self.drafter in self.own else [*caches, self.drafter]
+
+    def split_drafter(self, expert: int) -> CachedModel:
+        """From now on this expert reads by itself, through what is returned."""
+        if self.drafter is None:
+            index, group = self.order[expert]
+            self.drafter = self.weak.split(group) if index < 0 else self.own[index]
+        return self.drafter
+
+    def join_drafter(self, expert: int) -> None:
+        """Take the expert back. It must have read what the others have."""
+        if self.drafter is not None and self.drafter not in self.own:
+            self.weak.join(self.drafter, self.order[expert][1])
+        self.drafter = None
 
     def read(
         self,
@@ -230,8 +245,13 @@ class CachedModels:
         """The small models alone: (T experts, base)."""
         device = self.strong.model.device
         weak_GBKM = self.weak.read(ids_BL, mask_BL, keep).to(device)
-        own = [cached.read(ids_BL, mask_BL, keep)[0].to(device) for cached in self.own]
-        return [weak_GBKM[group] if index < 0 else own[index] for index, group in self.order], weak_GBKM[-1]
+        experts = []
+        for index, group in self.order:
+            if index < 0 and group in self.weak.groups:
+                experts.append(weak_GBKM[self.weak.groups.index(group)])
+            elif index >= 0 and self.own[index] is not self.drafter:
+                experts.append(self.own[index].read(ids_BL, mask_BL, keep)[0].to(device))
+        return experts, weak_GBKM[-1]
 
     def select(self, keep: Tensor) -> None:
         for cached in self.all:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -208,28 +209,25 @@ def _encode_prompts(body: dict[str, Any], fused: FusionCore, chat: bool) -> list
     return prompts
 
 
-def completion_logprobs(fused: FusionCore, scores: list[TokenScore], offset: int = 0) -> dict[str, Any]:
+def completion_logprobs(fused: FusionCore, scores: list[TokenScore]) -> dict[str, Any]:
     """The legacy shape: parallel lists. Two ids with one string: the larger number stays."""
     tokens = [fused.tokenizer.decode([score.id]) for score in scores]
-    tops: list[dict[str, float] | None] = []
-    offsets = []
-    for token, score in zip(tokens, scores, strict=True):
-        offsets.append(offset)
-        offset += len(token)
+
+    def best(score: TokenScore) -> dict[str, float] | None:
         if score.logprob is None:
-            tops.append(None)
-            continue
-        best: dict[str, float] = {}
+            return None
         chosen = ((score.id, score.logprob),) if score.top and math.isfinite(score.logprob) else ()
+        by_text: dict[str, float] = {}
         for i, value in (*score.top, *chosen):
             text = fused.tokenizer.decode([i])
-            best[text] = max(value, best.get(text, -math.inf))
-        tops.append(best)
+            by_text[text] = max(value, by_text.get(text, -math.inf))
+        return by_text
+
     return {
         "tokens": tokens,
         "token_logprobs": [_finite(score.logprob) for score in scores],
-        "top_logprobs": tops,
-        "text_offset": offsets,
+        "top_logprobs": [best(score) for score in scores],
+        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=0)) if tokens else [],
     }
 
 

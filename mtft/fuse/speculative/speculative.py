@@ -27,7 +27,7 @@ from mtft.fuse.alpha.spec import FusionError, FusionOutput
 from mtft.fuse.decoding.decode import COMPACT, apply_logits_processors, decode_step_by_step
 from mtft.fuse.decoding.generate_request import GenerateRequest
 from mtft.fuse.decoding.mapped_state import MappedModels
-from mtft.fuse.decoding.model_state import CachedModel, CachedModels, ModelLogits
+from mtft.fuse.decoding.model_state import CachedModels, ModelLogits
 from mtft.fuse.speculative.acceptance import NoiseKey, acceptance_probability, sample_tokens, verify_drafts
 from mtft.fuse.speculative.draft_length import DraftLength
 from mtft.fuse.speculative.lockstep import Lockstep, WaitingToken
@@ -85,12 +85,10 @@ class _Speculation:
         self.lockstep = Lockstep(request, fused.vocab_size)
         self.active = list(range(len(request.ids_BL)))  # rows in the caches
         self.models = fused.cached_models()
-        self.drafter: CachedModel | None = None  # split off while there are drafts
         self.expert = 0  # which expert drafts: the one that moves the first token furthest
         sample = request.config.do_sample
         self.coupling = "greedy" if not sample else "gumbel" if request.seeded else "max"
         self.draft_coupling = "gumbel" if sample else "greedy"
-        self._all_groups = self.models.weak.groups
 
     def run(self) -> Tensor | GenerateDecoderOnlyOutput:
         request = self.request
@@ -101,11 +99,10 @@ class _Speculation:
             drafts = self._limit_drafts(self.draft_length.next())
             start = time.perf_counter()
             if drafts == 0 and self.draft_length.fixed is None:
-                self._join_drafter()
+                self.models.join_drafter(self.expert)
                 self._plain_step(self.models.read(self._pending_tokens()[:, None]))
                 self.draft_length.record_times(0, plain=time.perf_counter() - start)
             else:
-                self._split_drafter()
                 self._round(drafts)
         return self.lockstep.output.result()
 
@@ -126,17 +123,17 @@ class _Speculation:
     def _round(self, drafts: int) -> None:
         """Draft, judge, emit, and put the caches right."""
         start = time.perf_counter()
-        live = self._live()
+        live, drafter = self._live(), self.models.split_drafter(self.expert)
         block, draft_logits, draft_scores = [self._pending_tokens()], [], []  # per position: [A], [A, M], [A, V]
         drafted: list[list[int]] = [[] for _ in self.active]
         for i in range(drafts):
-            draft_logits.append(self._draft_logits(block[-1]))
+            draft_logits.append(drafter.read(block[-1][:, None])[0][:, -1].to(block[-1].device))
             draft_scores.append(self._draft_scores(draft_logits[-1], drafted))
             block.append(sample_tokens(self.draft_coupling, draft_scores[-1], self._noise_keys(self.active, i)))
             for ids, token in zip(drafted, block[-1].tolist(), strict=True):
                 ids.append(token)
         middle = time.perf_counter()
-        logits = self._verifier_logits(torch.stack(block, -1))
+        logits = self.models.read(torch.stack(block, -1), keep=0)  # of all but the drafter
         accepted_counts = [0] * len(self.active)
         if drafts:
             rows = [row for row in self.active for _ in range(drafts)]
@@ -162,7 +159,7 @@ class _Speculation:
         extra = 0.0
         if all_accepted:
             before_extra = time.perf_counter()
-            last = self._draft_logits(block[-1])
+            last = drafter.read(block[-1][:, None])[0][:, -1].to(block[-1].device)
             extra = time.perf_counter() - before_extra
             rows = [self.active[at] for at in all_accepted]
             after = self._insert_drafter(logits.map(lambda x: x[all_accepted, -1]), last[all_accepted])
@@ -182,48 +179,13 @@ class _Speculation:
 
     # --- models -----------------------------------------------------------------------------------------------------
 
-    def _draft_logits(self, ids_A: Tensor) -> Tensor:
-        if self.drafter is None:
-            raise RuntimeError("no drafter has been split off")
-        return self.drafter.read(ids_A[:, None])[0][:, -1].to(ids_A.device)
-
     def _draft_scores(self, logits_AM: Tensor, prefixes: list[list[int]]) -> Tensor:
         """The drafter's scores over all V ids, as the logits processors leave them."""
         dtype = torch.promote_types(logits_AM.dtype, torch.float32)
         return self._process(self.active, prefixes, self.fused.pad_to_vocabulary(logits_AM.to(dtype)))
 
-    def _verifier_logits(self, ids_AL: Tensor) -> ModelLogits:
-        """Logits at all L positions of the strong model, the experts that do not draft, and the base."""
-        strong_ALV = self.models.strong.read(ids_AL, keep=0)[0]
-        weak_GALM = self.models.weak.read(ids_AL, keep=0).to(strong_ALV.device)
-        experts: list[Tensor] = []
-        for index, (own, group) in enumerate(self.models.order):
-            if index == self.expert:
-                continue
-            if own < 0:
-                experts.append(weak_GALM[self.models.weak.groups.index(self._all_groups[group])])
-            else:
-                experts.append(self.models.own[own].read(ids_AL, keep=0)[0].to(strong_ALV.device))
-        return ModelLogits(strong_ALV, experts, weak_GALM[-1])
-
     def _insert_drafter(self, others: ModelLogits, drafted: Tensor) -> ModelLogits:
         return others._replace(experts=[*others.experts[: self.expert], drafted, *others.experts[self.expert :]])
-
-    def _split_drafter(self) -> None:
-        if self.drafter is None:
-            own, group = self.models.order[self.expert]
-            self.drafter = self.models.own[own] if own >= 0 else self.models.weak.split(self._all_groups[group])
-
-    def _join_drafter(self) -> None:
-        if self.drafter is not None:
-            own, group = self.models.order[self.expert]
-            if own < 0:
-                self.models.weak.join(self.drafter, group)
-            self.drafter = None
-
-    def _caches(self) -> list[CachedModel]:
-        drafter = [] if self.drafter is None or self.drafter in self.models.own else [self.drafter]
-        return [*self.models.all, *drafter]
 
     def _roll_back(self, drafts: int, accepted_counts: list[int], drafter_read: int) -> None:
         """Roll back what was read beyond the standing drafts, row by row. Pending itself stays."""
@@ -232,8 +194,8 @@ class _Speculation:
             0 if self.lockstep.over[row] else count + 1 for row, count in zip(self.active, accepted_counts, strict=True)
         ]
         keep_A1 = torch.tensor(keep, device=device)[:, None]
-        for cached in self._caches():
-            length = drafter_read if cached is self.drafter else drafts + 1
+        for cached in self.models.all:
+            length = drafter_read if cached is self.models.drafter else drafts + 1
             surplus = max(0, length - max(keep))
             cached.crop(surplus)
             rejected_AL = torch.arange(length - surplus, device=device) >= keep_A1
@@ -244,7 +206,7 @@ class _Speculation:
     def _compact(self) -> None:
         live = self._live()
         if live and len(live) <= COMPACT * len(self.active):
-            for cached in self._caches():
+            for cached in self.models.all:
                 cached.select(torch.tensor(live))
             self.active = [self.active[at] for at in live]
 
@@ -257,7 +219,7 @@ class _Speculation:
     def _limit_drafts(self, drafts: int) -> int:
         """No draft goes beyond the length limit of all rows or the context of any model."""
         room = max((self.lockstep.room(self.active[at]) for at in self._live()), default=1)
-        longest = max(int(cached.mask_BC.sum(-1).max()) for cached in self._caches())
+        longest = max(int(cached.mask_BC.sum(-1).max()) for cached in self.models.all)
         return int(max(0, min(drafts, room - 1, self.fused.context - longest - 1)))
 
     def _pending_tokens(self) -> Tensor:

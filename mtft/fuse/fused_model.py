@@ -129,19 +129,15 @@ class FusedCausalLM(FusionCore):
             )
         if self.spec.weights == "router":
             raise FusionError("a router needs to know where the prompt ends", do="use score() or generate()")
-        strong_BLV, experts, base_BLM = self.cached_models().read(
-            self.check_ids(input_ids), attention_mask, logits_to_keep
-        )
-        rows, length, width = strong_BLV.shape
-        out_NV = torch.empty(rows * length, width, dtype=torch.promote_types(strong_BLV.dtype, torch.float32))
-        out_NV = out_NV.to(strong_BLV.device)
+        logits = self.cached_models().read(self.check_ids(input_ids), attention_mask, logits_to_keep)
+        flat, strong_BLV = logits.map(lambda x_BLV: x_BLV.flatten(0, 1)), logits.strong
+        dtype = torch.promote_types(strong_BLV.dtype, torch.float32)
+        out_NV = torch.empty(flat.strong.shape, dtype=dtype, device=strong_BLV.device)
         step = self.positions_at_once(out_NV.element_size())
-        flat = [x.reshape(rows * length, -1) for x in (strong_BLV, *experts, base_BLM)]
-        for start in range(0, rows * length, step):
-            part = [x[start : start + step] for x in flat]
-            fused = self.fuse(part[0], part[1:-1], part[-1], [self.spec] * len(part[0]))
-            out_NV[start : start + step] = fused.logprobs_NV
-        return CausalLMOutput(logits=out_NV.view(rows, length, width))
+        for part in (slice(start, start + step) for start in range(0, len(out_NV), step)):
+            logits_N = flat.map(lambda x_NV, part=part: x_NV[part])
+            out_NV[part] = self.fuse(*logits_N, [self.spec] * len(logits_N.strong)).logprobs_NV
+        return CausalLMOutput(logits=out_NV.view(strong_BLV.shape))
 
     __call__ = forward
 

@@ -56,8 +56,8 @@ class FusedLM(cast("type[Any]", HFLM)):  # the decorator that registers HFLM hid
                 raise FusionError(
                     "mtft_fused needs strong, base and adapter", do="--model_args strong=...,base=...,adapter=..."
                 )
-            given = [field.name for field in fields(FusionSpec) if field.name in options]
-            spec = FusionSpec(**{name: options.pop(name) for name in given})
+            spec_options = [field.name for field in fields(FusionSpec) if field.name in options]
+            spec = FusionSpec(**{name: options.pop(name) for name in spec_options})
             fused = FusedCausalLM.load(
                 strong,
                 base,

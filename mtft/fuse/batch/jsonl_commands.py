@@ -109,11 +109,11 @@ def _run(
 ) -> BatchSummary:
     """All rows, in buckets. prepare: checks a row and adds what work needs; returns its cost."""
     section = fuse_section(recipe)
-    check_paths(source=source, target=target, overwrite=overwrite)
+    check_paths(source, target, overwrite)
     identity = f"{kind} {fingerprint(recipe)}"
     model = load_fusion(recipe) if fused is None else fused
     jobs = read_requests(source, partial(prepare, model))
-    return run_buckets(jobs, target, identity, partial(work, model), bucket=section.batch_size, overwrite=overwrite)
+    return run_buckets(jobs, target, identity, partial(work, model), bucket=section.batch_size)
 
 
 def generate_bucket(model: FusedCausalLM, rows: Sequence[Row], sampling: dict[str, Any]) -> list[Row]:

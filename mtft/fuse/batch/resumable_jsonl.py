@@ -40,9 +40,9 @@ class BatchSummary:
     resumed: int
 
 
-def check_paths(*, source: Path | None, target: Path, overwrite: bool) -> None:
+def check_paths(source: Path, target: Path, overwrite: bool) -> None:
     """Can the input be read and the output be written? Asked before any weight is loaded."""
-    if source is not None and not source.is_file():
+    if not source.is_file():
         raise FusionError("there is no such input", where=str(source), do="give a UTF-8 JSONL file")
     if target.exists() and not overwrite:
         raise FusionError(
@@ -78,30 +78,32 @@ def read_requests(source: Path, prepare: Callable[[int, Row], int]) -> list[Json
 
 
 def run_buckets(
-    jobs: Sequence[JsonlRequest], target: Path, fingerprint: str, work: Work, *, bucket: int, overwrite: bool = False
+    jobs: Sequence[JsonlRequest], target: Path, fingerprint: str, work: Work, *, bucket: int
 ) -> BatchSummary:
     """Do all jobs and write `target`, sorted by index. `work` gives an answer for each row of a bucket."""
-    check_paths(source=None, target=target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     done = _resume(part, fingerprint, jobs)
     resumed = len(done)
+    invalid = [job for job in jobs if job.error is not None]
     valid = sorted((job for job in jobs if job.error is None), key=lambda job: (job.cost, job.index))
-    buckets = [valid[start : start + bucket] for start in range(0, len(valid), bucket)]
     with part.open("a", encoding="utf-8") as file:
+
+        def write(group: Sequence[JsonlRequest], answers: Sequence[Row]) -> None:
+            pairs = [(job, answer) for job, answer in zip(group, answers, strict=True) if job.index not in done]
+            lines = [
+                {"index": job.index, "id": job.row.get("id"), "request": job.hash, **answer} for job, answer in pairs
+            ]
+            _append(file, lines)
+            done.update((line["index"], line) for line in lines)
+
         if not file.tell():
             _append(file, [{"fingerprint": fingerprint}])
-        invalid = [job for job in jobs if job.error is not None and job.index not in done]
-        _append(file, [_line(job, {"error": job.error}) for job in invalid])
-        done |= {job.index: _line(job, {"error": job.error}) for job in invalid}
-        for group in buckets:
-            pending = [job for job in group if job.index not in done]
-            if not pending:
-                continue
-            answers = dict(zip((job.index for job in group), _work_isolated(group, work), strict=True))
-            lines = [_line(job, answers[job.index]) for job in pending]
-            _append(file, lines)
-            done |= {line["index"]: line for line in lines}
+        write(invalid, [{"error": job.error} for job in invalid])
+        for start in range(0, len(valid), bucket):
+            group = valid[start : start + bucket]
+            if any(job.index not in done for job in group):
+                write(group, _work_isolated(group, work))
     _finish(target, part, done)
     return BatchSummary(len(jobs), sum("error" in line for line in done.values()), resumed)
 
@@ -114,10 +116,6 @@ def _work_isolated(group: list[JsonlRequest], work: Work) -> list[Row]:
         if len(group) == 1:
             return [{"error": error.what}]
     return [answer for job in group for answer in _work_isolated([job], work)]
-
-
-def _line(job: JsonlRequest, answer: Row) -> Row:
-    return {"index": job.index, "id": job.row.get("id"), "request": job.hash, **answer}
 
 
 def _append(file: Any, lines: Sequence[Row]) -> None:

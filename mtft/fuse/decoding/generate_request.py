@@ -82,18 +82,18 @@ class GenerateRequest:
 def row_specs(spec: FusionSpec, rows: int, experts: int, alpha: Any, rule: Any, weights: Any) -> list[FusionSpec]:
     """The spec of every row: `alpha`, `rule` and `weights` for all rows, or a list, one entry per row (or prompt)."""
     nested = weights is not None and len(weights) and not isinstance(weights[0], (int, float))
-    weights = expand_per_row("expert_weights", list(weights), rows) if nested else [weights] * rows
+    alphas, rules = expand_per_row("alpha", alpha, rows), expand_per_row("alpha_rule", rule, rows)
+    all_weights = expand_per_row("expert_weights", list(weights), rows) if nested else [weights] * rows
     specs = []
-    for alpha_, rule_, weights_T in zip(
-        expand_per_row("alpha", alpha, rows), expand_per_row("alpha_rule", rule, rows), weights, strict=True
-    ):
+    for row_alpha, row_rule, row_weights in zip(alphas, rules, all_weights, strict=True):
         change: dict[str, Any] = {}
-        if alpha_ is not None:  # a constant was asked for; a rule beside it wins
-            change = {"alpha": tuple(alpha_) if isinstance(alpha_, (list, tuple)) else alpha_, "alpha_rule": "fixed"}
-        if rule_ is not None:
-            change["alpha_rule"] = rule_
-        if weights_T is not None:
-            change |= {"weights": "user", "user_weights": tuple(float(w) for w in weights_T)}
+        if row_alpha is not None:  # a constant was asked for; a rule beside it wins
+            one = tuple(row_alpha) if isinstance(row_alpha, (list, tuple)) else row_alpha
+            change = {"alpha": one, "alpha_rule": "fixed"}
+        if row_rule is not None:
+            change["alpha_rule"] = row_rule
+        if row_weights is not None:
+            change |= {"weights": "user", "user_weights": tuple(map(float, row_weights))}
         specs.append(replace(spec, **change) if change else spec)
         specs[-1].check_experts(experts)
     return specs

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -94,7 +94,8 @@ def score(
     # the token at t is predicted from t - 1, which must be a token of the same row
     predict_BL = torch.zeros_like(scored_BL)
     predict_BL[:, :-1] = scored_BL[:, 1:] & mask.bool()[:, :-1]
-    predicted = _score_targets(fused, ids_BL, mask_BL, ids_BL.roll(-1, 1), predict_BL, chunk, stats, specs)
+    options: dict[str, Any] = {"chunk": chunk, "stats": stats, "specs": specs}
+    predicted = _score_targets(fused, ids_BL, mask_BL, ids_BL.roll(-1, 1), predict_BL, **options)
     return TextScore(*(value_BL.roll(1, 1) for value_BL in vars(predicted).values()))
 
 
@@ -111,26 +112,19 @@ def fused_scores(
     labels_BT = batch.labels_BT
     mask_BT, predict_BT = (batch.segment_ids_BT >= 0).long(), labels_BT >= 0
     specs = None if spec is None else [spec] * len(labels_BT)
-    scores = _score_targets(fused, batch.input_ids_BT, mask_BT, labels_BT, predict_BT, None, stats, specs)
+    scores = _score_targets(fused, batch.input_ids_BT, mask_BT, labels_BT, predict_BT, stats=stats, specs=specs)
     return torch.where(predict_BT, -scores.logprob_BL, 0).float(), scores.greedy_BL
 
 
 def _score_targets(
-    fused: FusionCore,
-    ids_BL: Tensor,
-    mask_BL: Tensor | None,
-    target_BL: Tensor,
-    predict_BL: Tensor,
-    chunk: int | None,
-    stats: AlphaStats | None,
-    specs: Sequence[FusionSpec] | None,
+    fused: FusionCore, ids_BL: Tensor, mask_BL: Tensor | None, target_BL: Tensor, predict_BL: Tensor, **options: Any
 ) -> TextScore:
     """The scores of target_BL, each at the position that it is predicted from."""
     logprob_BL, alpha_BL, kl_BL = (
         torch.zeros(ids_BL.shape, dtype=torch.float64, device=ids_BL.device) for _ in range(3)
     )
     greedy_BL = torch.zeros_like(predict_BL)
-    for row_N, column_N, step in fused_positions(fused, ids_BL, mask_BL, predict_BL, chunk, stats, specs):
+    for row_N, column_N, step in fused_positions(fused, ids_BL, mask_BL, predict_BL, **options):
         at, target_N = (row_N, column_N), target_BL[row_N, column_N].to(step.logprobs_NV.device)
         logprob_BL[at] = step.logprobs_NV.gather(-1, target_N[:, None])[:, 0].to(logprob_BL)
         greedy_BL[at] = (step.logprobs_NV.argmax(-1) == target_N).to(greedy_BL.device)
@@ -144,8 +138,9 @@ def fused_positions(
     ids_BL: Tensor,
     mask_BL: Tensor | None,
     predict_BL: Tensor,
-    chunk: int | None,
-    stats: AlphaStats | None,
+    *,
+    chunk: int | None = None,
+    stats: AlphaStats | None = None,
     specs: Sequence[FusionSpec] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, FusionOutput]]:
     """(row, column, Fused) of all positions to predict from, chunk by chunk; what is not asked for is never fused."""

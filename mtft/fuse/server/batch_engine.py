@@ -127,19 +127,19 @@ class BatchEngine:
 
     def _take_jobs(self) -> list[GenerationJob]:
         """Jobs that may join now. Those that waited too long hear so."""
-        taken: list[GenerationJob] = []
+        joining: list[GenerationJob] = []
         if self._batch is not None and not self._batch[0].movable:
-            return taken  # a cache that forgets (sliding window) takes no new rows: wait for the batch to end
+            return joining  # a cache that forgets (sliding window) takes no new rows: wait for the batch to end
         with self._changed:
-            while self.waiting and len(self.running) + len(taken) < self.rows:
+            while self.waiting and len(self.running) + len(joining) < self.rows:
                 job = self.waiting.popleft()
                 if job.cancelled:
                     continue
                 if time.monotonic() - job.since > self.wait:
                     job.on_event(StreamEvent(error="the server is busy: the request waited too long", status=503))
                     continue
-                taken.append(job)
-        return taken
+                joining.append(job)
+        return joining
 
     @torch.no_grad()
     def _read_prompts(self, jobs: list[GenerationJob]) -> None:
@@ -172,7 +172,7 @@ class BatchEngine:
             spec = replace(job.spec, alpha_rule="fixed", alpha=0.0) if job.source == "strong" else job.spec
             predict_1L = torch.ones_like(ids_1L, dtype=torch.bool)
             predict_1L[:, -1] = False
-            steps = fused_positions(self.fused, ids_1L, None, predict_1L, None, None, [spec])
+            steps = fused_positions(self.fused, ids_1L, None, predict_1L, specs=[spec])
             rows = (logp_V for _, _, step in steps for logp_V in step.logprobs_NV)
         return scores + [token_score(logp_V, token, job.top) for logp_V, token in zip(rows, job.ids[1:])]
 

@@ -247,9 +247,9 @@ class _Speculation:
         for length in dict.fromkeys(map(len, made)):
             members = [n for n, ids in enumerate(made) if len(ids) == length]
             made_NL = torch.tensor([made[n] for n in members], dtype=torch.long, device=device)
-            here = [rows[n] for n in members]
-            ids_NL = torch.cat([self.request.ids_BL[here], made_NL.view(len(members), length)], -1)
-            scores = apply_logits_processors(self.request, here, ids_NL, scores_NV[members].clone())
+            group = [rows[n] for n in members]
+            ids_NL = torch.cat([self.request.ids_BL[group], made_NL.view(len(members), length)], -1)
+            scores = apply_logits_processors(self.request, group, ids_NL, scores_NV[members].clone())
             out_NV[members] = scores.to(out_NV)
         return out_NV
 

@@ -99,29 +99,29 @@ class TokenMap:
     def _opening(self) -> list[int]:
         """What the small tokenizer puts before every text by itself."""
         text = "a"
-        whole, bare = self.small.encode(text), self.small.encode(text, add_special_tokens=False)
-        return whole[: len(whole) - len(bare)] if bare and whole[-len(bare) :] == bare else []
+        usual, bare = self.small.encode(text), self.small.encode(text, add_special_tokens=False)
+        return usual[: len(usual) - len(bare)] if bare and usual[-len(bare) :] == bare else []
 
     def encode(self, ids: Sequence[int], *, opening: bool = True) -> tuple[list[int], bool]:
-        """(ids for the small models, whole?) of a text in strong ids; not `whole`: it ends inside of a character.
+        """(ids for the small models, complete?) of a text in strong ids; not complete: it ends inside of a character.
 
         Then the small ids stop before that character. opening: begin as the small tokenizer begins every text.
         """
         small_ids: list[int] = []
         if opening and self._opening and (not ids or self._special.get(ids[0]) != self._opening[0]):
             small_ids += self._opening
-        begin, whole = 0, True
+        begin, complete = 0, True
         for end in [*(at for at, index in enumerate(ids) if index in self._special), len(ids)]:
             if begin < end:
                 segment = list(ids[begin:end])
                 text = str(self.strong.decode(segment, skip_special_tokens=False, clean_up_tokenization_spaces=False))
                 if end == len(ids) and text.endswith(TORN):
-                    text, whole = text.rstrip(TORN), False
+                    text, complete = text.rstrip(TORN), False
                 small_ids += self.small.encode(text, add_special_tokens=False)
             if end < len(ids):
                 small_ids.append(self._special[ids[end]])
             begin = end + 1
-        return small_ids, whole
+        return small_ids, complete
 
     def spread(self, small_NM: Tensor, empty: float) -> Tensor:
         """Values of small ids, put where the strong ids with the same text are; `empty` elsewhere."""

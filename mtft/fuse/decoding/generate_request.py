@@ -52,6 +52,7 @@ class Observer(Protocol):
         strong_NV: Tensor,
         experts: list[Tensor],
         base_NM: Tensor,
+        /,
     ) -> None: ...
 
 
@@ -131,12 +132,14 @@ def prepare_request(
     _refuse(config, model_kwargs)
     rows, mask_BL = len(ids_BL), model_kwargs.get("attention_mask")
     _check_prompt(fused, ids_BL, mask_BL, "prompt")
+
+    def expand(x_BL: Tensor) -> Tensor:
+        return torch.stack(expand_per_row("expert_input_ids", list(x_BL), rows))
+
     if small_prompt is not None:
-        small_ids_BL, small_mask_BL = (
-            x if x is None else torch.stack(expand_per_row("expert_input_ids", list(x), rows)) for x in small_prompt
-        )
-        _check_prompt(fused, small_ids_BL, small_mask_BL, "expert prompt")
-        small_prompt = small_ids_BL, small_mask_BL
+        small_ids_BL, small_mask_BL = small_prompt
+        small_prompt = expand(small_ids_BL), None if small_mask_BL is None else expand(small_mask_BL)
+        _check_prompt(fused, *small_prompt, "expert prompt")
     # without a seed torch.manual_seed decides
     seeds = [int(torch.randint(0, 2**62, ()))] if seed is None else [seed] if isinstance(seed, int) else list(seed)
     row_seeds = expand_per_row("seed", seeds, rows)

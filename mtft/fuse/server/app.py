@@ -15,7 +15,6 @@ import json
 import os
 import socket
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -84,18 +83,12 @@ def make_app(fused: FusionCore, name: str, *, token: str | None = None, limits: 
         return {"object": "list", "data": rows}
 
     @app.post("/v1/completions")
-    async def completions(request: Request) -> Any:
-        return await answer(request, chat=False)
-
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Any:
-        return await answer(request, chat=True)
-
-    async def answer(request: Request, *, chat: bool) -> Any:
+    async def answer(request: Request) -> Any:
         check_token(request)
         body = await read_json(request, limits.body_bytes)
+        chat = request.url.path.endswith("/chat/completions")
         checked = read_completion_request(body, fused, models, limits, chat=chat)
-        checked.created, checked.id = int(time.time()), f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         response = ResponseStream(fused, engine, checked)
         try:
             response.start()

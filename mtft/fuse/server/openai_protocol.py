@@ -119,8 +119,6 @@ class CompletionRequest:
     logprobs: bool
     top: int
     echo: bool
-    created: int = 0
-    id: str = ""
 
 
 def read_completion_request(

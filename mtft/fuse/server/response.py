@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
+import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ class ResponseStream:
         self.fused, self.engine, self.request = fused, engine, request
         self.events: asyncio.Queue[tuple[int, StreamEvent]] = asyncio.Queue()
         self.jobs: list[GenerationJob] = []
+        self.id = f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
 
     def start(self) -> None:
         """Hand in the jobs: n samples of every prompt."""
@@ -129,9 +133,8 @@ class ResponseStream:
             self.cancel()
 
     def _head(self, part: str) -> dict[str, Any]:
-        request = self.request
-        kind = f"chat.completion{part}" if request.chat else "text_completion"
-        return {"id": request.id, "object": kind, "created": request.created, "model": request.model}
+        kind = f"chat.completion{part}" if self.request.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
 
     def _usage(self, generated: int) -> dict[str, int]:
         prompt = sum(map(len, self.request.prompts))

@@ -102,15 +102,16 @@ class TokenTrace:
         }
 
     def _top(self, logp_V: Tensor) -> list[dict[str, Any]]:
-        values, ids = logp_V.topk(min(TOP, len(logp_V)))
-        return [
-            {"token": token, "text": self._text(token), "logprob": value}
-            for token, value in zip(ids.tolist(), values.tolist(), strict=True)
-            if value > -math.inf
-        ]
+        return [{"token": i, "text": self._text(i), "logprob": value} for i, value in top_tokens(logp_V, TOP)]
 
     def _text(self, token: int) -> str | None:
         return None if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+
+def top_tokens(logp_V: Tensor, count: int) -> list[tuple[int, float]]:
+    """(id, log-probability) of the most likely tokens, without impossible ones."""
+    values, ids = logp_V.topk(min(count, len(logp_V)))
+    return [(i, value) for i, value in zip(ids.tolist(), values.tolist(), strict=True) if value > -math.inf]
 
 
 def _at(logp_V: Tensor, token: int) -> float | None:

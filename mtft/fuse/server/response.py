@@ -8,6 +8,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from mtft.fuse.decoding.token_trace import TokenTrace
@@ -37,29 +38,28 @@ class ResponseStream:
         """Hand in the jobs: n samples of every prompt."""
         request, body, loop = self.request, self.request.body, asyncio.get_running_loop()
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        for i, ids in enumerate(request.prompts):
-            for sample in range(body.n):
+        for index, (ids, sample) in enumerate(product(request.prompts, range(body.n))):
 
-                def on_event(event: StreamEvent, index: int = i * body.n + sample) -> None:
-                    loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
+            def on_event(event: StreamEvent, index: int = index) -> None:
+                loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
 
-                self.jobs.append(
-                    GenerationJob(
-                        ids,
-                        request.max_tokens,
-                        request.spec,
-                        on_event,
-                        temperature=body.temperature,
-                        top_p=body.top_p,
-                        top_k=body.top_k,
-                        seed=seed,
-                        sample=sample,
-                        stops=body.stop,
-                        top=request.top,
-                        source=request.source,
-                        trace=TokenTrace([0], self.fused.tokenizer) if body.trace else None,
-                    )
+            self.jobs.append(
+                GenerationJob(
+                    ids,
+                    request.max_tokens,
+                    request.spec,
+                    on_event,
+                    temperature=body.temperature,
+                    top_p=body.top_p,
+                    top_k=body.top_k,
+                    seed=seed,
+                    sample=sample,
+                    stops=body.stop,
+                    top=request.top,
+                    source=request.source,
+                    trace=TokenTrace([0], self.fused.tokenizer) if body.trace else None,
                 )
+            )
         if request.max_tokens:
             self.engine.submit(self.jobs)
 

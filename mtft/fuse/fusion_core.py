@@ -30,7 +30,7 @@ NO_ROUTER, MERGE_FIRST = "weights is 'router', and there is no router", "give th
 
 
 class FusionCore:
-    """The fused model. `load` is the usual way in; the constructor takes models that are loaded already.
+    """A strong model, a small base with its experts, and the spec that fuses them.
 
     shared: how many of the first ids the small models know; vocab_size: ids of the strong tokenizer. All logits are
     cut to these (never to a padded width).

@@ -18,7 +18,7 @@ from mtft.common.errors import MergeError
 from mtft.fuse.alpha.spec import FusionError, choose
 from mtft.fuse.decoding.multi_lora import BASE, MultiLoraLayout, attach_multi_lora, multi_lora_refusal
 from mtft.fuse.decoding.transposed_linear import transpose_lm_head
-from mtft.fuse.tokenizers.probe_text import whole_lines
+from mtft.fuse.tokenizers.probe_text import LINES
 from mtft.models.loading import DTYPES, expand_quickstart, load_causal_lm, resolve_dtype
 
 
@@ -101,10 +101,10 @@ def load_weak_model(
             f"expert {str(expert)!r} runs as a model of its own, not as rows of the base: {reason}", stacklevel=2
         )
         order.append((len(own), 0))
-        alone = load_model(base if is_adapter else expert, **options)
-        own.append(
-            freeze(_own_expert(alone, expert, options.get("quantise", "none") != "none")) if is_adapter else alone
-        )
+        alone: Any = load_model(base if is_adapter else expert, **options)
+        if is_adapter:
+            alone = freeze(_own_expert(alone, expert, options.get("quantise", "none") != "none"))
+        own.append(alone)
     layout = attach_multi_lora(model, rows) if rows else MultiLoraLayout(0)
     return WeakModel(model, layout, own, order, [str(expert) for expert in experts])
 
@@ -115,16 +115,14 @@ def argmax_agreement(
 ) -> float:
     """Share of positions of the probe's whole lines where strong model and base have the same favourite token."""
     same = count = 0
-    for line in whole_lines():
-        ids = [token for token in tokenizer.encode(line) if token < shared]
-        if not ids:
+    weak.layout.set((BASE,), 1)
+    for line in LINES:
+        ids_1L = torch.tensor([[token for token in tokenizer.encode(line) if token < shared]])
+        if not ids_1L.numel():
             continue
-        tops = []
-        weak.layout.set((BASE,), 1)
-        for model in (strong, weak.model):
-            logits = model(torch.tensor([ids], device=model.device)).logits[0, :, :shared]
-            tops.append(logits.argmax(-1).cpu())
-        same, count = same + int((tops[0] == tops[1]).sum()), count + len(ids)
+        favourites = [model(ids_1L.to(model.device)).logits[0, :, :shared].argmax(-1) for model in (strong, weak.model)]
+        same += int((favourites[0].cpu() == favourites[1].cpu()).sum())
+        count += ids_1L.numel()
     return same / max(count, 1)
 
 

@@ -91,11 +91,8 @@ class MultiLoraLinear(nn.Module):
         A_TNR, B_TRM = self.A_TNR, self.B_TRM
         if layout.index is not None:
             A_TNR, B_TRM = A_TNR[layout.index], B_TRM[layout.index]
-        adapted_x, adapted_y = x, y
-        if count < len(layout.groups):
-            rows = count * (rows // len(layout.groups))
-            adapted_x, adapted_y = x[:rows], y[:rows]
-        adapted_x, adapted_y = adapted_x.reshape(count, -1, x.shape[-1]), adapted_y.view(count, -1, y.shape[-1])
+        rows = count * (rows // len(layout.groups))
+        adapted_x, adapted_y = x[:rows].reshape(count, -1, x.shape[-1]), y[:rows].view(count, -1, y.shape[-1])
         low_TLR = torch.bmm(adapted_x.to(A_TNR.dtype), A_TNR)
         if adapted_y.dtype == low_TLR.dtype:
             adapted_y.baddbmm_(low_TLR, B_TRM)

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.decoding import score_text
 from mtft.fuse.decoding.decode import decode_step_by_step
-from mtft.fuse.decoding.generate_request import Observer, expand_per_row, prepare_request, row_specs
+from mtft.fuse.decoding.generate_request import GenerateRequest, Observer, expand_per_row, row_specs
 from mtft.fuse.expert_routing import PromptRouter
 from mtft.fuse.fusion_core import MERGE_FIRST, NO_ROUTER, FusionCore
 from mtft.fuse.load_models import argmax_agreement, check_experts, load_model, load_weak_model
@@ -191,7 +191,7 @@ class FusedCausalLM(FusionCore):
             per_row = row_specs(self.spec, rows, self.experts, alpha, alpha_rule, expert_weights)
         else:
             per_row = expand_per_row("specs", list(specs), rows)
-        request = prepare_request(
+        request = GenerateRequest(
             self,
             input_ids,
             logits_processor,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
+from transformers import EosTokenCriteria, GenerationConfig, StaticCache
 from transformers.generation import logits_process as hf
 
 from mtft.fuse.alpha.spec import FusionError, FusionOutput, FusionSpec
@@ -56,28 +56,48 @@ class Observer(Protocol):
     ) -> None: ...
 
 
-@dataclass
 class GenerateRequest:
-    """One call of generate, checked. small_prompt: the small models' own, where they have one."""
+    """One call of generate, checked: what fusion can't do is refused, saying what to use instead.
 
-    ids_BL: Tensor
-    mask_BL: Tensor | None
-    processors: Any  # LogitsProcessorList and StoppingCriteriaList, whose types know LongTensor and 1-tuples only
-    criteria: Any
-    config: GenerationConfig
-    specs: list[FusionSpec]
-    seeds: list[tuple[int, int]]  # (seed, sample) of each row
-    seeded: bool
-    small_prompt: PaddedIds | None
-    streamer: Any
-    observer: Observer | None
+    seeds: (seed, sample) of each row. compact: rows may leave. small_prompt: the small models' own, if they have one.
+    """
 
-    def __post_init__(self) -> None:
-        eos = [c.eos_token_id.flatten().tolist() for c in self.criteria if isinstance(c, EosTokenCriteria)]
+    def __init__(
+        self,
+        fused: FusionCore,
+        ids_BL: Tensor,
+        processors: Any,  # LogitsProcessorList and StoppingCriteriaList, whose types know LongTensor and 1-tuples only
+        criteria: Any,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *,
+        specs: list[FusionSpec],
+        seed: int | Sequence[int] | None,
+        small_prompt: PaddedIds | None,
+        streamer: Any,
+        observer: Observer | None,
+    ) -> None:
+        _refuse(config, model_kwargs)
+        self.ids_BL, self.mask_BL = ids_BL, model_kwargs.get("attention_mask")
+        self.processors, self.criteria, self.config = processors, criteria, config
+        self.streamer, self.observer = streamer, observer
+        rows = len(ids_BL)
+        _check_prompt(fused, ids_BL, self.mask_BL, "prompt")
+        if small_prompt is not None:
+            small_prompt = _expand_prompt(*small_prompt, rows)
+            _check_prompt(fused, *small_prompt, "expert prompt")
+        self.small_prompt = small_prompt
+        self.specs = fused.route_prompts(specs, *(small_prompt or (ids_BL, self.mask_BL)))
+        # without a seed torch.manual_seed decides
+        seeds = [int(torch.randint(0, 2**62, ()))] if seed is None else [seed] if isinstance(seed, int) else list(seed)
+        row_seeds = expand_per_row("seed", seeds, rows)
+        self.seeds = [(int(row_seed), row % (rows // len(seeds))) for row, row_seed in enumerate(row_seeds)]
+        self.seeded = seed is not None
+        eos = [c.eos_token_id.flatten().tolist() for c in criteria if isinstance(c, EosTokenCriteria)]
         self.end_ids: list[int] = list(chain(*eos))
-        pad = self.config.pad_token_id
+        pad = config.pad_token_id
         self.pad = int(pad if pad is not None else (self.end_ids or [0])[0])
-        self.compact = all(type(processor) in STATELESS for processor in self.processors)
+        self.compact = all(type(processor) in STATELESS for processor in processors)
 
 
 def row_specs(spec: FusionSpec, rows: int, experts: int, alpha: Any, rule: Any, weights: Any) -> list[FusionSpec]:
@@ -114,48 +134,11 @@ def expand_per_row(key: str, value: Any, rows: int) -> list[Any]:
     return [entry for entry in value for _ in range(rows // len(value))]
 
 
-def prepare_request(
-    fused: FusionCore,
-    ids_BL: Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-    *,
-    specs: list[FusionSpec],
-    seed: int | Sequence[int] | None,
-    small_prompt: PaddedIds | None,
-    streamer: Any,
-    observer: Observer | None,
-) -> GenerateRequest:
-    """Check one call of generate; refuse what fusion can't do, saying what to use instead."""
-    _refuse(config, model_kwargs)
-    rows, mask_BL = len(ids_BL), model_kwargs.get("attention_mask")
-    _check_prompt(fused, ids_BL, mask_BL, "prompt")
-
+def _expand_prompt(ids_BL: Tensor, mask_BL: Tensor | None, rows: int) -> PaddedIds:
     def expand(x_BL: Tensor) -> Tensor:
         return torch.stack(expand_per_row("expert_input_ids", list(x_BL), rows))
 
-    if small_prompt is not None:
-        small_ids_BL, small_mask_BL = small_prompt
-        small_prompt = expand(small_ids_BL), None if small_mask_BL is None else expand(small_mask_BL)
-        _check_prompt(fused, *small_prompt, "expert prompt")
-    # without a seed torch.manual_seed decides
-    seeds = [int(torch.randint(0, 2**62, ()))] if seed is None else [seed] if isinstance(seed, int) else list(seed)
-    row_seeds = expand_per_row("seed", seeds, rows)
-    return GenerateRequest(
-        ids_BL,
-        mask_BL,
-        processors,
-        criteria,
-        config,
-        specs=fused.route_prompts(specs, *(small_prompt or (ids_BL, mask_BL))),
-        seeds=[(int(row_seed), row % (rows // len(seeds))) for row, row_seed in enumerate(row_seeds)],
-        seeded=seed is not None,
-        small_prompt=small_prompt,
-        streamer=streamer,
-        observer=observer,
-    )
+    return expand(ids_BL), None if mask_BL is None else expand(mask_BL)
 
 
 def _refuse(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

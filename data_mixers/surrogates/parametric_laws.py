@@ -72,8 +72,9 @@ class Law(PointSurrogate):
         starts = self._starts(X, loss) if self._start is None else [self._start._fitted[inner]]
         options, limits = {"maxiter": 300}, self._limits(len(used))
         ends = [minimize(objective, x, jac=True, method="L-BFGS-B", bounds=limits, options=options) for x in starts]
-        self._theta = np.r_[np.zeros(self.SHARED), np.repeat(self.UNUSED, K)]
-        self._theta[inner] = min(ends, key=lambda end: end.fun).x
+        theta = np.r_[np.zeros(self.SHARED), np.repeat(self.UNUSED, K)]
+        theta[inner] = min(ends, key=lambda end: end.fun).x
+        self._theta = theta
 
     def _mean(self, X: Floats, tau: Floats | None) -> Floats:
         loss = np.minimum(self._law(self._fitted, amounts(X, tau)), self._ceiling)

@@ -13,7 +13,7 @@ import mtft
 from mtft.cli.common import Overrides, RecipeArgument, load, say
 
 app = typer.Typer(
-    name="mtft", help=mtft.__doc__.split("\n\n")[0], no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    name="mtft", help=(mtft.__doc__ or "").split("\n\n")[0], no_args_is_help=True, add_completion=False, rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )  # fmt: skip
 

@@ -75,10 +75,9 @@ class PromptRouter:
 def _router_index(expert: Path, names: Sequence[str]) -> int:
     """Which name the expert has: its folder's, or that of a folder above; `expert_NAME`, as merges write it, counts."""
     for part in reversed(expert.parts):
-        if part.removeprefix("expert_") in names:
-            return list(names).index(part.removeprefix("expert_"))
-        if part in names:
-            return list(names).index(part)
+        for name in (part.removeprefix("expert_"), part):
+            if name in names:
+                return names.index(name)
     raise FusionError(
         f"which of the router's experts is it? No part of its path is one of {', '.join(names)}",
         where=str(expert),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,7 @@ def fuse_section(recipe: Recipe) -> FuseSection:
 
 
 def fusion_spec(section: FuseSection) -> FusionSpec:
-    return FusionSpec(
-        alpha_rule=section.alpha_rule,
-        alpha=section.alpha,
-        alpha_max=section.alpha_max,
-        weights=section.weights,
-        user_weights=section.user_weights,
-        plausibility=section.plausibility,
-        tokens=section.tokens,
-    )
+    return FusionSpec(**section.model_dump(include={field.name for field in fields(FusionSpec)}))
 
 
 def adapter_paths(recipe: Recipe, adapters: Sequence[str | Path] | None = None) -> list[str]:
@@ -73,18 +65,20 @@ def load_fusion(recipe: Recipe, adapters: Sequence[str | Path] | None = None) ->
     )
 
 
-def fingerprint(recipe: Recipe, adapters: Sequence[str | Path] | None = None) -> str:
+def fingerprint(recipe: Recipe) -> str:
     """sha256 of all that decides a fused answer: the fuse section, the seed and the weights."""
     section = fuse_section(recipe)
-    settings = section.model_dump(mode="json", exclude={"adapters"})
-    parts: dict[str, Any] = {"fuse": settings, "spec": asdict(fusion_spec(section)), "seed": recipe.seed}
-    base = section.base or recipe.model
-    parts["weights"] = [_model_identity(section.strong), _model_identity(base)]
+    parts: dict[str, Any] = {
+        "fuse": section.model_dump(mode="json", exclude={"adapters"}),
+        "spec": asdict(fusion_spec(section)),
+        "seed": recipe.seed,
+        "weights": [_model_identity(section.strong), _model_identity(section.base or recipe.model)],
+    }
     if section.router is not None:
         if not Path(section.router).is_file():
             raise FusionError("no router there", where=section.router, do="give a router.safetensors of `mtft merge`")
         parts["router"] = file_hash(Path(section.router))
-    parts["adapters"] = [_folder_identity(Path(adapter)) for adapter in adapter_paths(recipe, adapters)]
+    parts["adapters"] = [_folder_identity(Path(adapter)) for adapter in adapter_paths(recipe)]
     return json_hash(parts)
 
 

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.decoding import score_text
 from mtft.fuse.decoding.decode import decode_step_by_step
-from mtft.fuse.decoding.generate_request import Observer, expand_per_row, prepare_request, row_specs
+from mtft.fuse.decoding.generate_request import GenerateRequest, Observer, expand_per_row, row_specs
 from mtft.fuse.expert_routing import PromptRouter
 from mtft.fuse.fusion_core import MERGE_FIRST, NO_ROUTER, FusionCore
 from mtft.fuse.load_models import argmax_agreement, check_experts, load_model, load_weak_model
@@ -129,19 +129,15 @@ class FusedCausalLM(FusionCore):
             )
         if self.spec.weights == "router":
             raise FusionError("a router needs to know where the prompt ends", do="use score() or generate()")
-        strong_BLV, experts, base_BLM = self.cached_models().read(
-            self.check_ids(input_ids), attention_mask, logits_to_keep
-        )
-        rows, length, width = strong_BLV.shape
-        out_NV = torch.empty(rows * length, width, dtype=torch.promote_types(strong_BLV.dtype, torch.float32))
-        out_NV = out_NV.to(strong_BLV.device)
+        logits = self.cached_models().read(self.check_ids(input_ids), attention_mask, logits_to_keep)
+        flat, strong_BLV = logits.map(lambda x_BLV: x_BLV.flatten(0, 1)), logits.strong
+        dtype = torch.promote_types(strong_BLV.dtype, torch.float32)
+        out_NV = torch.empty(flat.strong.shape, dtype=dtype, device=strong_BLV.device)
         step = self.positions_at_once(out_NV.element_size())
-        flat = [x.reshape(rows * length, -1) for x in (strong_BLV, *experts, base_BLM)]
-        for start in range(0, rows * length, step):
-            part = [x[start : start + step] for x in flat]
-            fused = self.fuse(part[0], part[1:-1], part[-1], [self.spec] * len(part[0]))
-            out_NV[start : start + step] = fused.logprobs_NV
-        return CausalLMOutput(logits=out_NV.view(rows, length, width))
+        for part in (slice(start, start + step) for start in range(0, len(out_NV), step)):
+            logits_N = flat.map(lambda x_NV, part=part: x_NV[part])
+            out_NV[part] = self.fuse(*logits_N, [self.spec] * len(logits_N.strong)).logprobs_NV
+        return CausalLMOutput(logits=out_NV.view(strong_BLV.shape))
 
     __call__ = forward
 
@@ -190,24 +186,23 @@ class FusedCausalLM(FusionCore):
         """
         if model is not self.strong:
             raise FusionError("decode was given another model than the strong one", do="call fused.generate")
+        rows = len(input_ids)
         if specs is None:
-            wanted = row_specs(self.spec, len(input_ids), self.experts, alpha, alpha_rule, expert_weights)
+            per_row = row_specs(self.spec, rows, self.experts, alpha, alpha_rule, expert_weights)
         else:
-            wanted = expand_per_row("specs", list(specs), len(input_ids))
-        request = prepare_request(
+            per_row = expand_per_row("specs", list(specs), rows)
+        request = GenerateRequest(
             self,
             input_ids,
             logits_processor,
             stopping_criteria,
             generation_config,
-            synced_gpus=synced_gpus,
-            streamer=streamer,
-            specs=wanted,
+            model_kwargs | {"synced_gpus": synced_gpus},
+            specs=per_row,
             seed=seed,
+            small_prompt=None if expert_input_ids is None else (expert_input_ids, expert_attention_mask),
+            streamer=streamer,
             observer=trace,
-            small_ids=expert_input_ids,
-            small_mask=expert_attention_mask,
-            model_kwargs=model_kwargs,
         )
         if speculative is None or speculative is False:
             return decode_step_by_step(self, request)

@@ -18,7 +18,7 @@ from mtft.fuse.alpha.buffers import FusionBuffers
 from mtft.fuse.alpha.per_row import fuse_rows
 from mtft.fuse.alpha.spec import FusionError, FusionOutput, FusionSpec
 from mtft.fuse.decoding.mapped_state import MappedModels
-from mtft.fuse.decoding.model_state import CachedModel, CachedModels
+from mtft.fuse.decoding.model_state import CachedModel, CachedModels, ModelLogits
 from mtft.fuse.decoding.multi_lora import BASE
 from mtft.fuse.expert_routing import PromptRouter
 from mtft.fuse.load_models import WeakModel
@@ -30,7 +30,7 @@ NO_ROUTER, MERGE_FIRST = "weights is 'router', and there is no router", "give th
 
 
 class FusionCore:
-    """The fused model. `load` is the usual way in; the constructor takes models that are loaded already.
+    """A strong model, a small base with its experts, and the spec that fuses them.
 
     shared: how many of the first ids the small models know; vocab_size: ids of the strong tokenizer. All logits are
     cut to these (never to a padded width).
@@ -56,16 +56,15 @@ class FusionCore:
         self.token_map = token_map  # the small models have another tokenizer; then `shared` counts its ids
         self.name_or_path, self.max_logit_bytes = name, max_logit_bytes
         self.last_draft_length: DraftLength | None = None  # of the last speculative call: acceptance and times
-        self.draft_lengths: dict[
-            int, DraftLength
-        ] = {}  # the last `auto` one by number of rows: what it has learnt serves the next
-        self._space = FusionBuffers()
+        # the last `auto` one by number of rows: what it has learnt serves the next
+        self.draft_lengths: dict[int, DraftLength] = {}
+        self._buffers = FusionBuffers()
         self.experts = len(weak.order)
         spec.check_experts(self.experts)
         if router is not None and token_map is not None:
             raise FusionError("a router reads the small model's own tokens", do="use weights: active with tokens: map")
         self.router = router
-        smalls = [weak.model, *weak.own]
+        smalls: list[Any] = [weak.model, *weak.own]
         for model, needed in ((strong, self.vocab_size), *((small, self.shared) for small in smalls)):
             head: Any = model.get_output_embeddings()
             width = head.weight.shape[0]
@@ -73,12 +72,12 @@ class FusionCore:
                 raise FusionError(
                     f"{model.name_or_path} has {width} logits for {needed} ids", do="check the tokenizers"
                 )
-        tables: list[Any] = [small.get_input_embeddings() for small in smalls]
-        self.known = min(table.weight.shape[0] for table in tables)
+        self.known = min(small.get_input_embeddings().weight.shape[0] for small in smalls)
+        self.small_context = min(small.config.get_text_config().max_position_embeddings for small in smalls)
         self.config = copy.deepcopy(strong.config)
         self.config.vocab_size = self.vocab_size
-        limits = [m.config.get_text_config().max_position_embeddings for m in (strong, *smalls)]
-        self.config.max_position_embeddings = min(limits)
+        strong_context = strong.config.get_text_config().max_position_embeddings
+        self.config.max_position_embeddings = min(strong_context, self.small_context)
 
     @property
     def device(self) -> torch.device:
@@ -113,9 +112,7 @@ class FusionCore:
         own = [CachedModel(model, (0,), **cut) for model in self.weak.own]
         if self.token_map is None:
             return CachedModels(strong, weak, own, self.weak.order)
-        smalls = [self.weak.model, *self.weak.own]
-        context = min(small.config.get_text_config().max_position_embeddings for small in smalls)
-        models = MappedModels(strong, weak, own, self.weak.order, self.token_map, context)
+        models = MappedModels(strong, weak, own, self.weak.order, self.token_map, self.small_context)
         if not models.movable:
             raise FusionError("tokens: map rolls caches back, which one of these models can't", do="take other models")
         return models
@@ -130,11 +127,20 @@ class FusionCore:
             ids_BL = ids_BL.masked_fill(ids_BL >= self.known, self._substitute())
         return self.router.specs(self.weak, ids_BL, mask_BL, specs)
 
-    def to_strong_vocabulary(self, logits_NM: Tensor) -> Tensor:
-        """Logits of a small model with another tokenizer, as log-probabilities at the strong ids that it can say."""
+    def to_strong_vocabulary(self, logits: ModelLogits) -> ModelLogits:
+        """Small models with another tokenizer: their log-probabilities at the strong ids that they can say."""
         if self.token_map is None:
-            return logits_NM
-        return self.token_map.spread(torch.log_softmax(logits_NM.float(), -1), -torch.inf)
+            return logits
+        token_map = self.token_map
+
+        def spread(x_NM: Tensor) -> Tensor:
+            return token_map.spread(torch.log_softmax(x_NM.float(), -1), -torch.inf)
+
+        return ModelLogits(logits.strong, [spread(x_NM) for x_NM in logits.experts], spread(logits.base))
+
+    def pad_to_vocabulary(self, scores: Tensor) -> Tensor:
+        """Scores [..., M] of a small model over all V ids; it gives the ids that it lacks no chance."""
+        return torch.nn.functional.pad(scores, (0, self.vocab_size - scores.shape[-1]), value=-torch.inf)
 
     def _substitute(self) -> int:
         """What a small model reads in place of an id that it does not have."""
@@ -148,7 +154,7 @@ class FusionCore:
 
         The answer's logprobs_NV stand in memory that the next call writes over: copy what must last.
         """
-        return fuse_rows(strong_NV, experts_TNM, base_NM, specs, self._space, self.token_map)
+        return fuse_rows(strong_NV, experts_TNM, base_NM, specs, self._buffers, self.token_map)
 
     def positions_at_once(self, element_size: int = 4) -> int:
         """How many positions keep all [*, V] buffers, at most 2T + 8 of them, under max_logit_bytes."""

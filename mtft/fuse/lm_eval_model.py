@@ -11,6 +11,7 @@ which never makes a [batch, length, vocabulary] tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 
 SEPARATOR = "+"  # between several adapters: lm-eval's --model_args splits at commas
 AUTO_BATCH = 8
+SPEC_OPTIONS = [field.name for field in fields(FusionSpec)]
+LOAD_OPTIONS = ("dtype", "device", "quantization", "strong_adapter", "router")
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # (cache key, context ids, continuation ids)
 
 
 class FusedLM(cast("type[Any]", HFLM)):  # the decorator that registers HFLM hides its type, as it would hide ours
-    """A fused model for lm-eval. Options: FusionSpec's, strong, base, adapter (A+B for two), quantization."""
+    """A fused model for lm-eval. Options: strong, base, adapter (A+B for two), FusionSpec's, and LOAD_OPTIONS."""
 
     def __init__(
         self,
@@ -40,46 +43,21 @@ class FusedLM(cast("type[Any]", HFLM)):  # the decorator that registers HFLM hid
         *,
         fused: FusedCausalLM | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        alpha_rule: str = "jeffreys",
-        alpha: float = 1.0,
-        alpha_max: float = 2.0,
-        weights: str = "active",
-        plausibility: float = 0.0,
-        tokens: str = "strict",
-        quantization: str | None = None,
-        strong_adapter: str | None = None,
-        router: str | None = None,
-        dtype: str = "auto",
-        device: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         max_length: int | None = None,
         **options: Any,
     ) -> None:
+        spec_options, load_options = (
+            {name: options.pop(name) for name in names if name in options} for names in (SPEC_OPTIONS, LOAD_OPTIONS)
+        )
         if fused is None:
             if not (strong and base and adapter):
                 raise FusionError(
                     "mtft_fused needs strong, base and adapter", do="--model_args strong=...,base=...,adapter=..."
                 )
-            spec = FusionSpec(
-                alpha_rule=alpha_rule,
-                alpha=float(alpha),
-                alpha_max=float(alpha_max),
-                weights=weights,
-                plausibility=float(plausibility),
-                tokens=tokens,
-            )
-            fused = FusedCausalLM.load(
-                strong,
-                base,
-                adapter.split(SEPARATOR),
-                spec,
-                dtype=dtype,
-                device=device,
-                quantization=quantization,
-                strong_adapter=strong_adapter,
-                router=router,
-            )
+            spec = FusionSpec(**spec_options)
+            fused = FusedCausalLM.load(strong, base, adapter.split(SEPARATOR), spec, **load_options)
         size = AUTO_BATCH if str(batch_size).startswith("auto") else int(batch_size)
         tokenizer = tokenizer or fused.tokenizer
         options |= {"pretrained": fused, "tokenizer": tokenizer, "backend": "causal"}

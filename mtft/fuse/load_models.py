@@ -18,7 +18,7 @@ from mtft.common.errors import MergeError
 from mtft.fuse.alpha.spec import FusionError, choose
 from mtft.fuse.decoding.multi_lora import BASE, MultiLoraLayout, attach_multi_lora, multi_lora_refusal
 from mtft.fuse.decoding.transposed_linear import transpose_lm_head
-from mtft.fuse.tokenizers.probe_text import whole_lines
+from mtft.fuse.tokenizers.probe_text import LINES
 from mtft.models.loading import DTYPES, expand_quickstart, load_causal_lm, resolve_dtype
 
 
@@ -88,20 +88,23 @@ def load_weak_model(
     own: list[PreTrainedModel] = []
     order: list[tuple[int, int]] = []
     for expert in map(Path, experts):
-        if not (expert / "adapter_config.json").is_file():
-            _warn_separate(expert, "it is a whole model")
-            order.append((len(own), 0))
-            own.append(load_model(expert, **options))
-            continue
-        adapter, reason = _as_rows(expert, model)
-        _check_base(expert, base, allow_base_mismatch)
+        adapter, reason = None, "it is a whole model"
+        is_adapter = (expert / "adapter_config.json").is_file()
+        if is_adapter:
+            _check_adapter(expert, base, allow_base_mismatch)
+            adapter, reason = _as_rows(expert, model)
         if adapter is not None:
             order.append((-1, len(rows)))
             rows.append(adapter)
             continue
-        _warn_separate(expert, reason)
+        warnings.warn(
+            f"expert {str(expert)!r} runs as a model of its own, not as rows of the base: {reason}", stacklevel=2
+        )
         order.append((len(own), 0))
-        own.append(freeze(_own_expert(load_model(base, **options), expert, options.get("quantise", "none") != "none")))
+        alone: Any = load_model(base if is_adapter else expert, **options)
+        if is_adapter:
+            alone = freeze(_own_expert(alone, expert, options.get("quantise", "none") != "none"))
+        own.append(alone)
     layout = attach_multi_lora(model, rows) if rows else MultiLoraLayout(0)
     return WeakModel(model, layout, own, order, [str(expert) for expert in experts])
 
@@ -112,21 +115,19 @@ def argmax_agreement(
 ) -> float:
     """Share of positions of the probe's whole lines where strong model and base have the same favourite token."""
     same = count = 0
-    for line in whole_lines():
-        ids = [token for token in tokenizer.encode(line) if token < shared]
-        if not ids:
+    weak.layout.set((BASE,), 1)
+    for line in LINES:
+        ids_1L = torch.tensor([[token for token in tokenizer.encode(line) if token < shared]])
+        if not ids_1L.numel():
             continue
-        tops = []
-        weak.layout.set((BASE,), 1)
-        for model in (strong, weak.model):
-            logits = model(torch.tensor([ids], device=model.device)).logits[0, :, :shared]
-            tops.append(logits.argmax(-1).cpu())
-        same, count = same + int((tops[0] == tops[1]).sum()), count + len(ids)
+        favourites = [model(ids_1L.to(model.device)).logits[0, :, :shared].argmax(-1) for model in (strong, weak.model)]
+        same += int((favourites[0].cpu() == favourites[1].cpu()).sum())
+        count += ids_1L.numel()
     return same / max(count, 1)
 
 
-def _as_rows(expert: Path, model: nn.Module) -> tuple[LoraAdapter | None, str]:
-    """The adapter if it can run as rows, else the reason why not."""
+def _check_adapter(expert: Path, base: str | Path, allow_base_mismatch: bool) -> None:
+    """Is it a LoRA of this base? Folders may have moved, so the last part of the base's name decides."""
     config = json.loads((expert / "adapter_config.json").read_text("utf-8"))
     if config.get("peft_type") != "LORA":
         raise FusionError(
@@ -137,31 +138,30 @@ def _as_rows(expert: Path, model: nn.Module) -> tuple[LoraAdapter | None, str]:
     if config.get("alora_invocation_tokens"):
         raise FusionError("an activated LoRA (aLoRA) is not always on", where=str(expert), do="train an ordinary LoRA")
     _check_safetensors(expert)
+    trained_on = config.get("base_model_name_or_path")
+    if allow_base_mismatch or not trained_on:
+        return
+    if Path(expand_quickstart(trained_on)).name != Path(expand_quickstart(base)).name:
+        raise FusionError(
+            f"the adapter was trained on {trained_on!r}, the base is {str(base)!r}",
+            where=str(expert),
+            do="give the base that it was trained on (or allow_base_mismatch=True if it was only renamed)",
+        )
+
+
+def _as_rows(expert: Path, model: nn.Module) -> tuple[LoraAdapter | None, str | None]:
+    """(the adapter, None) if it can run as rows, else (None, the reason why not)."""
     try:
         adapter = read_adapter(expert)
     except MergeError as error:
         return None, error.what
     reason = multi_lora_refusal(adapter, model)
-    return (adapter, "") if reason is None else (None, reason)
+    return (adapter if reason is None else None), reason
 
 
 def _check_safetensors(expert: Path) -> None:
     if not any(expert.glob("adapter_model*.safetensors")):
         raise FusionError("no adapter_model.safetensors", where=str(expert), do="save it with safe_serialization=True")
-
-
-def _check_base(expert: Path, base: str | Path, allow: bool) -> None:
-    """The base named in the adapter must be this one; folders may have moved, so the last part of the name decides."""
-    named = json.loads((expert / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-    if allow or not named:
-        return
-    trained_on, used = (Path(expand_quickstart(name)).name for name in (named, base))
-    if trained_on != used:
-        raise FusionError(
-            f"the adapter was trained on {named!r}, the base is {str(base)!r}",
-            where=str(expert),
-            do="give the base that it was trained on (or allow_base_mismatch=True if it was only renamed)",
-        )
 
 
 def _own_expert(model: PreTrainedModel, expert: Path, quantised: bool) -> nn.Module:
@@ -173,7 +173,3 @@ def _own_expert(model: PreTrainedModel, expert: Path, quantised: bool) -> nn.Mod
     if quantised or tuned.peft_config["default"].lora_bias:
         return tuned.get_base_model()
     return tuned.merge_and_unload()
-
-
-def _warn_separate(expert: Path, reason: str) -> None:
-    warnings.warn(f"expert {str(expert)!r} runs as a model of its own, not as rows of the base: {reason}", stacklevel=3)

@@ -87,7 +87,7 @@ def read_transformers_arguments(args: TrainingArguments) -> ReadArguments:
     train["optimizer"] = _value(args.optim)
     train["too_long"] = "truncate_left" if getattr(args, "truncation_mode", "") == "keep_end" else "truncate_right"
     sections["model"]["dtype"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    output["trackers"] = tuple(args.report_to)
+    output["trackers"] = tuple(args.report_to or ())
     output["dir"] = args.output_dir
     for name, section, key in (("eval", train, "eval_every"), ("save", output, "save_every")):
         strategy, every = _value(getattr(args, f"{name}_strategy")), getattr(args, f"{name}_steps")

@@ -88,7 +88,7 @@ def test_an_alias_of_itself_and_a_billion_laughs_are_problems(read):
         ("a:\tb", "not readable as YAML: found character '\\t' that cannot start any token", "line 1, column 3"),
         ("a: b: c", "not readable as YAML: mapping values are not allowed here", "line 1, column 5"),
         ("a: 1\n---\nb: 2\n", "not readable as YAML: but found another document", "line 2, column 1"),
-        ("[" * 5000, "the YAML is nested too deep", None),
+        ("[" * 1200, "the YAML is nested too deep", None),
         (b"a: \xff\xfe", "recipe.yaml is not UTF-8 text", "byte 3"),
     ],
 )

@@ -83,8 +83,7 @@ def fuse_logits(
     _check_finite({"the strong model": strong.lse_N1} | lse)
     p_NV = strong.p_NV
     logp_NV = torch.sub(strong.logits_NV, strong.lse_N1, out=buffers.like("log strong", p_NV))
-    c_NT, reverse_c_NT = _columns([s.c_N for s in shifts]), _columns([s.reverse_c_N for s in shifts])
-    clamped_N = shifts[0].clamped_N if experts == 1 else torch.stack([shift.clamped_N for shift in shifts]).sum(0)
+    c_NT = torch.stack([shift.c_N for shift in shifts], -1)
 
     ones_N = torch.ones(rows, dtype=torch.float64, device=device)
     w_NT = ones_N[:, None] if experts == 1 else _weights(spec, c_NT, weights_NT)
@@ -94,12 +93,10 @@ def fuse_logits(
         tilt = ExponentialTilt(logp_NV, p_NV, theta_NV, ones_N, buffers=buffers)
         at = tilt(ones_N)
         step = TiltStep(ones_N, at.A_N, at.m_N, torch.zeros_like(ones_N, dtype=torch.bool), 1)
-        effective_NT, evaluations, clipped_N = alpha_NT, 1, step.clipped_N
-        flat_N = tilt.flat_N
+        effective_NT, flat_N = alpha_NT, tilt.flat_N
     elif experts == 1:
         tilt, step = _own_step(logp_NV, p_NV, shifts[0], spec, buffers)
-        effective_NT, evaluations, clipped_N = step.a_N[:, None], step.evaluations, step.clipped_N
-        flat_N = tilt.flat_N | (shifts[0].c_N <= 0)
+        effective_NT, flat_N = step.a_N[:, None], tilt.flat_N | (shifts[0].c_N <= 0)
     else:
         steps = [_own_step(logp_NV, p_NV, shift, spec, buffers)[1] for shift in shifts]
         own_NT = torch.stack([own.a_N for own in steps], -1) * w_NT
@@ -107,11 +104,10 @@ def fuse_logits(
         lam_max_N = 1 / w_NT.amax(-1)
         tilt = ExponentialTilt(logp_NV, p_NV, _combine(shifts, own_NT, buffers), lam_max_N, buffers=buffers)
         step = solve_root(tilt, "forward", reached_N, lam_max_N, spec.rtol)
-        effective_NT = step.a_N[:, None] * own_NT
-        evaluations = step.evaluations + sum(own.evaluations for own in steps)
+        step.evaluations += sum(own.evaluations for own in steps)
         clipped_NT = torch.stack([own.clipped_N for own in steps], -1)
-        clipped_N = step.clipped_N | (clipped_NT & (w_NT > 0)).any(-1)
-        flat_N = tilt.flat_N | (reached_N <= 0)
+        step.clipped_N = step.clipped_N | (clipped_NT & (w_NT > 0)).any(-1)
+        effective_NT, flat_N = step.a_N[:, None] * own_NT, tilt.flat_N | (reached_N <= 0)
 
     logprobs_NV = tilt.logprobs(step.a_N, step.A_N, buffers.like("fused", p_NV))
     if spec.plausibility > 0:
@@ -123,11 +119,11 @@ def fuse_logits(
         kl_forward_N=step.kl_forward_N,
         kl_reverse_N=step.kl_reverse_N,
         target_NT=c_NT,
-        target_reverse_NT=reverse_c_NT,
-        clipped_N=clipped_N,
+        target_reverse_NT=torch.stack([shift.reverse_c_N for shift in shifts], -1),
+        clipped_N=step.clipped_N,
         flat_N=flat_N,
-        clamped_N=clamped_N,
-        evaluations=evaluations,
+        clamped_N=torch.stack([shift.clamped_N for shift in shifts]).sum(0),
+        evaluations=step.evaluations,
     )
 
 
@@ -203,11 +199,6 @@ def _to_strong_vocabulary(d_NM: Tensor, vocabulary: int, token_map: TokenMap | N
         return token_map.spread(d_NM, 0.0)
     missing = vocabulary - d_NM.shape[1]
     return torch.nn.functional.pad(d_NM, (0, missing)) if missing else d_NM
-
-
-def _columns(parts_TN: list[Tensor]) -> Tensor:
-    """[N, T]."""
-    return parts_TN[0][:, None] if len(parts_TN) == 1 else torch.stack(parts_TN, -1)
 
 
 def _combine(shifts: list[_Shift], factor_NT: Tensor, buffers: FusionBuffers) -> Tensor:

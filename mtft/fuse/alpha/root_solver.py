@@ -171,10 +171,9 @@ def solve_paper(
         if bool((moved_N <= BRACKET * 0.1 * a_max_N).all()):
             break
         a_N = next_N
-    clipped_N = forward.clipped_N & reverse.clipped_N
-    return TiltStep(
-        best.a_N, best.A_N, best.m_N, clipped_N, forward.evaluations + reverse.evaluations + best.evaluations
-    )
+    best.clipped_N = forward.clipped_N & reverse.clipped_N
+    best.evaluations += forward.evaluations + reverse.evaluations
+    return best
 
 
 def solve_paper_grid(tilt: ExponentialTilt, c_N: Tensor, reverse_c_N: Tensor, a_max_N: Tensor) -> TiltStep:
@@ -188,18 +187,18 @@ def solve_paper_grid(tilt: ExponentialTilt, c_N: Tensor, reverse_c_N: Tensor, a_
     best.a_N, best.A_N, best.m_N = (torch.where(still_N, zero, x) for x in (best.a_N, best.A_N, best.m_N))
     # the grid cannot tell whether J would fall further: clipped when its last point won below both targets
     at_end_N = best.a_N >= count / 10 - 1e-9
-    clipped_N = at_end_N & (best.a_N * best.m_N - best.A_N < c_N) & (reverse_c_N > best.A_N)
-    return TiltStep(best.a_N, best.A_N, best.m_N, clipped_N, best.evaluations)
+    best.clipped_N = at_end_N & (best.a_N * best.m_N - best.A_N < c_N) & (reverse_c_N > best.A_N)
+    return best
 
 
-class _Best:
+class _Best(TiltStep):
     """The best a seen so far under J, per row."""
 
     def __init__(self, tilt: ExponentialTilt, c_N: Tensor, reverse_c_N: Tensor) -> None:
+        zero = torch.zeros_like(c_N)
+        super().__init__(zero, zero, zero, torch.zeros_like(c_N, dtype=torch.bool), 0)
         self.tilt, self.c_N, self.reverse_c_N = tilt, c_N, reverse_c_N
-        self.a_N, self.A_N, self.m_N = (torch.zeros_like(c_N) for _ in range(3))
         self.J_N = torch.full_like(c_N, torch.inf)
-        self.evaluations = 0
 
     def try_(self, a_N: Tensor) -> tuple[Tensor, TiltMoments]:
         """Evaluate J at a; keep a where it is strictly better, or equal and smaller."""
@@ -207,7 +206,6 @@ class _Best:
         self.evaluations += 1
         J_N = (a_N * moments.m_N - moments.A_N - self.c_N).square() + (moments.A_N - self.reverse_c_N).square()
         better_N = (J_N < self.J_N) | ((J_N == self.J_N) & (a_N < self.a_N))
-        self.J_N = torch.where(better_N, J_N, self.J_N)
-        self.a_N = torch.where(better_N, a_N, self.a_N)
-        self.A_N, self.m_N = torch.where(better_N, moments.A_N, self.A_N), torch.where(better_N, moments.m_N, self.m_N)
+        pairs = (J_N, self.J_N), (a_N, self.a_N), (moments.A_N, self.A_N), (moments.m_N, self.m_N)
+        self.J_N, self.a_N, self.A_N, self.m_N = (torch.where(better_N, new_N, old_N) for new_N, old_N in pairs)
         return better_N, moments

@@ -121,3 +121,8 @@ class FusionOutput:
     flat_N: Tensor
     clamped_N: Tensor
     evaluations: int
+
+    def select(self, rows_N: Tensor) -> FusionOutput:
+        """Some of the positions, as copies."""
+        tensors = {name: x_N[rows_N.to(x_N.device)] for name, x_N in vars(self).items() if name != "evaluations"}
+        return FusionOutput(**tensors, evaluations=self.evaluations)

@@ -16,7 +16,8 @@ from typing import Any
 from mtft.common.fingerprint import content_hash
 from mtft.fuse.alpha.spec import FusionError
 
-Work = Callable[[list["JsonlRequest"]], list[dict[str, Any]]]
+Row = dict[str, Any]
+Work = Callable[[list[Row]], list[Row]]
 
 
 @dataclass
@@ -25,7 +26,7 @@ class JsonlRequest:
 
     index: int
     hash: str
-    row: dict[str, Any]
+    row: Row
     cost: int = 0  # rows of near cost share a bucket
     error: str | None = None
 
@@ -39,9 +40,9 @@ class BatchSummary:
     resumed: int
 
 
-def check_paths(*, source: Path | None, target: Path, overwrite: bool) -> None:
+def check_paths(source: Path, target: Path, overwrite: bool) -> None:
     """Can the input be read and the output be written? Asked before any weight is loaded."""
-    if source is not None and not source.is_file():
+    if not source.is_file():
         raise FusionError("there is no such input", where=str(source), do="give a UTF-8 JSONL file")
     if target.exists() and not overwrite:
         raise FusionError(
@@ -49,7 +50,7 @@ def check_paths(*, source: Path | None, target: Path, overwrite: bool) -> None:
         )
 
 
-def read_requests(source: Path, prepare: Callable[[int, dict[str, Any]], int]) -> list[JsonlRequest]:
+def read_requests(source: Path, prepare: Callable[[int, Row], int]) -> list[JsonlRequest]:
     """All rows of `source`. `prepare(index, row)` checks a row and returns its cost; its FusionError marks the row."""
     try:
         lines = [line for line in source.read_text("utf-8").splitlines() if line.strip()]
@@ -77,56 +78,54 @@ def read_requests(source: Path, prepare: Callable[[int, dict[str, Any]], int]) -
 
 
 def run_buckets(
-    jobs: Sequence[JsonlRequest], target: Path, fingerprint: str, work: Work, *, bucket: int, overwrite: bool = False
+    jobs: Sequence[JsonlRequest], target: Path, fingerprint: str, work: Work, *, bucket: int
 ) -> BatchSummary:
-    """Do all jobs and write `target`, sorted by index. `work` gets one bucket and returns one answer per job."""
-    check_paths(source=None, target=target, overwrite=overwrite)
+    """Do all jobs and write `target`, sorted by index. `work` gives an answer for each row of a bucket."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     done = _resume(part, fingerprint, jobs)
     resumed = len(done)
+    invalid = [job for job in jobs if job.error is not None]
     valid = sorted((job for job in jobs if job.error is None), key=lambda job: (job.cost, job.index))
-    buckets = [valid[start : start + bucket] for start in range(0, len(valid), bucket)]
     with part.open("a", encoding="utf-8") as file:
+
+        def write(group: Sequence[JsonlRequest], answers: Sequence[Row]) -> None:
+            pairs = [(job, answer) for job, answer in zip(group, answers, strict=True) if job.index not in done]
+            lines = [
+                {"index": job.index, "id": job.row.get("id"), "request": job.hash, **answer} for job, answer in pairs
+            ]
+            _append(file, lines)
+            done.update((line["index"], line) for line in lines)
+
         if not file.tell():
             _append(file, [{"fingerprint": fingerprint}])
-        invalid = [job for job in jobs if job.error is not None and job.index not in done]
-        _append(file, [_line(job, {"error": job.error}) for job in invalid])
-        done |= {job.index: _line(job, {"error": job.error}) for job in invalid}
-        for group in buckets:
-            pending = [job for job in group if job.index not in done]
-            if not pending:
-                continue
-            answers = dict(zip((job.index for job in group), _work_isolated(group, work), strict=True))
-            lines = [_line(job, answers[job.index]) for job in pending]
-            _append(file, lines)
-            done |= {line["index"]: line for line in lines}
+        write(invalid, [{"error": job.error} for job in invalid])
+        for start in range(0, len(valid), bucket):
+            group = valid[start : start + bucket]
+            if any(job.index not in done for job in group):
+                write(group, _work_isolated(group, work))
     _finish(target, part, done)
     return BatchSummary(len(jobs), sum("error" in line for line in done.values()), resumed)
 
 
-def _work_isolated(group: list[JsonlRequest], work: Work) -> list[dict[str, Any]]:
+def _work_isolated(group: list[JsonlRequest], work: Work) -> list[Row]:
     """The answers of a bucket; if it fails as a whole, each row alone, so that one bad row stays one bad row."""
     try:
-        return work(group)
+        return work([job.row for job in group])
     except FusionError as error:
         if len(group) == 1:
             return [{"error": error.what}]
     return [answer for job in group for answer in _work_isolated([job], work)]
 
 
-def _line(job: JsonlRequest, answer: dict[str, Any]) -> dict[str, Any]:
-    return {"index": job.index, "id": job.row.get("id"), "request": job.hash, **answer}
-
-
-def _append(file: Any, lines: Sequence[dict[str, Any]]) -> None:
+def _append(file: Any, lines: Sequence[Row]) -> None:
     """On disk before the next bucket starts."""
     file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
     file.flush()
     os.fsync(file.fileno())
 
 
-def _resume(part: Path, fingerprint: str, jobs: Sequence[JsonlRequest]) -> dict[int, dict[str, Any]]:
+def _resume(part: Path, fingerprint: str, jobs: Sequence[JsonlRequest]) -> dict[int, Row]:
     """Answers that stand already. A torn last line is cut off; an answer to another request is forgotten."""
     if not part.exists():
         return {}
@@ -146,7 +145,7 @@ def _resume(part: Path, fingerprint: str, jobs: Sequence[JsonlRequest]) -> dict[
     return {line["index"]: line for line in lines[1:] if hashes.get(line["index"]) == line["request"]}
 
 
-def _finish(target: Path, part: Path, done: dict[int, dict[str, Any]]) -> None:
+def _finish(target: Path, part: Path, done: dict[int, Row]) -> None:
     complete = target.with_name(target.name + ".sorted")
     with complete.open("w", encoding="utf-8") as file:
         lines = [{key: value for key, value in done[index].items() if key != "request"} for index in sorted(done)]

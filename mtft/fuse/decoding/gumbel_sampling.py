@@ -42,8 +42,9 @@ def gumbel(keys: Sequence[int], size: int, device: torch.device | str = "cpu") -
     return uniform(keys, size, device).log_().neg_().log_().neg_()
 
 
-def sample(scores_NV: Tensor, noise_NV: Tensor) -> Tensor:
-    """One id per row, int64 [N], drawn from softmax(scores). Ids at -inf are never drawn."""
+def sample(scores_NV: Tensor, keys: Sequence[int]) -> Tensor:
+    """One id per row, int64 [N], drawn from softmax(scores) with the row's key. Ids at -inf are never drawn."""
+    noise_NV = gumbel(keys, scores_NV.shape[-1], scores_NV.device)
     return (torch.log_softmax(scores_NV.double(), -1) + noise_NV).argmax(-1)
 
 

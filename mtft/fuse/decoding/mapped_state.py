@@ -8,128 +8,112 @@ price of one or two more tokens per step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mtft.fuse.alpha.spec import FusionError
-from mtft.fuse.decoding.model_state import CachedModel, CachedModels
+from mtft.fuse.decoding.model_state import CachedModels, ModelLogits, PaddedIds
+from mtft.fuse.decoding.prompts import left_pad
 from mtft.fuse.tokenizers.token_map import TokenMap
 
 
+@dataclass
+class _Row:
+    """One text: in strong ids, and the small ids in the caches. own_prompt: of the small models, in their ids."""
+
+    own_prompt: list[int] | None
+    strong_ids: list[int] = field(default_factory=list)
+    small_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class MappedModels(CachedModels):
     """As CachedModels; logits of the small models are over their own ids."""
 
-    def __init__(
-        self,
-        strong: CachedModel,
-        weak: CachedModel,
-        own: Sequence[CachedModel],
-        order: Sequence[tuple[int, int]],
-        token_map: TokenMap,
-        context: int,
-    ) -> None:
-        super().__init__(strong, weak, own, order)
-        self.token_map, self.context = token_map, context
-        self.strong_ids: list[list[int]] = []  # strong ids of each row
-        self.own_prompts: list[list[int] | None] = []  # a prompt of the small models' own
-        self.small_ids: list[list[int]] = []  # small ids in the caches
-        self.last_logits: tuple[list[Tensor], Tensor] | None = None  # logits after `small_ids`
+    token_map: TokenMap
+    context: int  # positions that the small models can read
+    rows: list[_Row] = field(default_factory=list)
+    small_logits: list[Tensor] | None = None  # of the experts and the base after each row's `small_ids`, [B, M]
 
     def read(
         self,
         ids_BL: Tensor,
         mask_BL: Tensor | None = None,
         keep: int | Tensor = 1,
-        small_ids_BL: Tensor | None = None,
-        small_mask_BL: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        small_prompt: PaddedIds | None = None,
+    ) -> ModelLogits:
         """As CachedModels.read; with keep = 0 or > 1 the small models read the text of every position by itself."""
         strong_BKV = self.strong.read(ids_BL, mask_BL, keep)[0]
-        rows = ids_BL.tolist()
-        real = [[True] * len(row) for row in rows] if mask_BL is None else mask_BL.bool().tolist()
-        if not self.strong_ids:
-            self.strong_ids, self.small_ids = [[] for _ in rows], [[] for _ in rows]
-            self.own_prompts = [None] * len(rows) if small_ids_BL is None else _unpad(small_ids_BL, small_mask_BL)
+        is_token_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
+        if not self.rows:
+            prompts = [None] * len(ids_BL) if small_prompt is None else _unpad(*small_prompt)
+            self.rows = [_Row(prompt) for prompt in prompts]
         first = ids_BL.shape[1] - strong_BKV.shape[1]
         columns = []
-        for at in range(ids_BL.shape[1]):
-            for row, (ids, is_token) in enumerate(zip(rows, real, strict=True)):
+        for at, (ids, is_token) in enumerate(zip(ids_BL.T.tolist(), is_token_BL.T.tolist(), strict=True)):
+            for row, token, real in zip(self.rows, ids, is_token, strict=True):
                 # with a prompt of its own the small models get what comes after the strong one's prompt
-                if is_token[at] and not (self.own_prompts[row] is not None and self.last_logits is None):
-                    self.strong_ids[row].append(ids[at])
+                if real and (row.own_prompt is None or self.small_logits is not None):
+                    row.strong_ids.append(token)
             if at >= first:
                 columns.append(self._update_small_models())
-        experts = [torch.stack([column[0][t] for column in columns], 1) for t in range(len(self.order))]
-        return strong_BKV, experts, torch.stack([column[1] for column in columns], 1)
+        *experts, base = (torch.stack(column, 1) for column in zip(*columns, strict=True))
+        return ModelLogits(strong_BKV, experts, base)
 
-    def _update_small_models(self) -> tuple[list[Tensor], Tensor]:
-        """Logits ([B, M] per expert, base [B, M]) of the small models after the present text of every row."""
-        target_ids, incomplete = [], []
-        for row, text in enumerate(self.strong_ids):
-            own_prompt = self.own_prompts[row]
-            ids, complete = self.token_map.encode(text, opening=own_prompt is None)
-            target_ids.append((own_prompt or []) + ids)
-            incomplete.append(not complete or not target_ids[-1])
-        common_lengths = [_common_prefix(old, new) for old, new in zip(self.small_ids, target_ids, strict=True)]
-        # a text that has become shorter: its last token is read again, for its logits
-        pairs = zip(common_lengths, self.small_ids, target_ids, strict=True)
-        common_lengths = [at if old == new else max(0, min(at, len(new) - 1)) for at, old, new in pairs]
-        stale_counts = [len(old) - at for old, at in zip(self.small_ids, common_lengths, strict=True)]
-        new_ids = [new[at:] for new, at in zip(target_ids, common_lengths, strict=True)]
-        if max(map(len, target_ids)) > self.context:
-            raise FusionError(
-                f"the text has {max(map(len, target_ids))} tokens of the small model, which reads {self.context}",
-                do="shorten the prompt",
-            )
-        longest = max(map(len, new_ids))
+    def _update_small_models(self) -> list[Tensor]:
+        """Logits [B, M] of the experts and the base after the present text of every row."""
+        new_ids, stale_counts, silent = [], [], []
+        for row in self.rows:
+            ids, complete = self.token_map.encode(row.strong_ids, opening=row.own_prompt is None)
+            ids = (row.own_prompt or []) + ids
+            if len(ids) > self.context:
+                raise FusionError(
+                    f"the text has {len(ids)} tokens of the small model, which reads {self.context}",
+                    do="shorten the prompt",
+                )
+            same = _common_prefix(row.small_ids, ids)
+            if ids != row.small_ids:  # a text that has become shorter: its last token is read again, for its logits
+                same = max(0, min(same, len(ids) - 1))
+            new_ids.append(ids[same:])
+            stale_counts.append(len(row.small_ids) - same)
+            silent.append(not complete or not ids)
+            row.small_ids = ids
         for cached in (self.weak, *self.own):
             cached.drop_last(stale_counts)
-        if longest:
-            ids = torch.tensor([[0] * (longest - len(row)) + row for row in new_ids])
-            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in new_ids])
-            experts, base = self.read_weak(ids, mask, 1)
-            new = [x[:, -1] for x in experts], base[:, -1]
-            if self.last_logits is not None:
-                has_new_B1 = torch.tensor([bool(row) for row in new_ids], device=new[1].device)[:, None]
-                experts = [torch.where(has_new_B1, x, y) for x, y in zip(new[0], self.last_logits[0], strict=True)]
-                new = experts, torch.where(has_new_B1, new[1], self.last_logits[1])
-            self.last_logits = new
-        if self.last_logits is None:
+        if any(new_ids):
+            experts, base = self.read_weak(*left_pad(new_ids, 0))
+            latest = [x[:, -1] for x in (*experts, base)]
+            if self.small_logits is not None:
+                has_new_B1 = torch.tensor([bool(ids) for ids in new_ids], device=base.device)[:, None]
+                latest = [torch.where(has_new_B1, x, y) for x, y in zip(latest, self.small_logits, strict=True)]
+            self.small_logits = latest
+        if self.small_logits is None:
             raise FusionError("the prompt has no text for the small models", do="give at least one character")
-        self.small_ids = target_ids
-        experts, base = self.last_logits
-        if any(incomplete):  # inside of a character the small models have nothing to say: no shift
-            incomplete_B1 = torch.tensor(incomplete, device=base.device)[:, None]
-            experts = [torch.where(incomplete_B1, base, expert) for expert in experts]
-        return experts, base
+        *experts, base = self.small_logits
+        if any(silent):  # inside of a character the small models have nothing to say: no shift
+            silent_B1 = torch.tensor(silent, device=base.device)[:, None]
+            experts = [torch.where(silent_B1, base, expert) for expert in experts]
+        return [*experts, base]
 
     def select(self, keep: Tensor) -> None:
         super().select(keep)
-        chosen = keep.tolist()
-        self.strong_ids, self.own_prompts, self.small_ids = (
-            [x[row] for row in chosen] for x in (self.strong_ids, self.own_prompts, self.small_ids)
-        )
-        if self.last_logits is not None:
-            rows = keep.to(self.last_logits[1].device)
-            self.last_logits = [expert[rows] for expert in self.last_logits[0]], self.last_logits[1][rows]
+        self.rows = [self.rows[row] for row in keep.tolist()]
+        if self.small_logits is not None:
+            self.small_logits = [x[keep.to(x.device)] for x in self.small_logits]
 
     def append_rows(self, other: CachedModels) -> None:
         super().append_rows(other)
-        if not isinstance(other, MappedModels) or self.last_logits is None or other.last_logits is None:
+        if not isinstance(other, MappedModels) or self.small_logits is None or other.small_logits is None:
             raise TypeError("only models that have read a prompt through the same token map can be put together")
-        self.strong_ids, self.own_prompts, self.small_ids = (
-            self.strong_ids + other.strong_ids,
-            self.own_prompts + other.own_prompts,
-            self.small_ids + other.small_ids,
-        )
-        experts = [torch.cat(pair) for pair in zip(self.last_logits[0], other.last_logits[0], strict=True)]
-        self.last_logits = experts, torch.cat([self.last_logits[1], other.last_logits[1]])
+        self.rows += other.rows
+        self.small_logits = [torch.cat(pair) for pair in zip(self.small_logits, other.small_logits, strict=True)]
 
 
-def _unpad(ids_BL: Tensor, mask_BL: Tensor | None) -> list[list[int] | None]:
+def _unpad(ids_BL: Tensor, mask_BL: Tensor | None) -> list[list[int]]:
     if mask_BL is None:
-        return list(ids_BL.tolist())
+        return ids_BL.tolist()
     return [row[is_token.bool()].tolist() for row, is_token in zip(ids_BL, mask_BL, strict=True)]
 
 

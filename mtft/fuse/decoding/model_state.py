@@ -6,8 +6,10 @@ rows is a CachedModel of its own. Each may hold its own prompt: only the continu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from transformers import PreTrainedModel
 
 from mtft.fuse.decoding.multi_lora import MultiLoraLayout
 from mtft.fuse.decoding.preallocated_cache import preallocated_cache
+
+PaddedIds = tuple[Tensor, Tensor | None]  # ids [B, L] and their mask
+DENSE = 0.75  # share of a cache's columns in use below which its gaps are dropped
 
 
 class CachedModel:
@@ -107,7 +112,11 @@ class CachedModel:
         counts_B1 = torch.tensor(counts, device=self.mask_BC.device)[:, None]
         from_right_BC = self.mask_BC.flip(-1).cumsum(-1).flip(-1)
         self.mask_BC, self.has_gaps = self.mask_BC * (from_right_BC > counts_B1), True
-        if float(self.mask_BC.sum()) < 0.75 * self.mask_BC.numel():
+        self.squeeze()
+
+    def squeeze(self) -> None:
+        """Drop the gaps where they have become many."""
+        if self.has_gaps and float(self.mask_BC.sum()) < DENSE * self.mask_BC.numel():
             self.drop_gaps()
 
     def drop_gaps(self) -> None:
@@ -117,16 +126,15 @@ class CachedModel:
         self.mask_BC = self.mask_BC.gather(-1, order_BC)
         self.has_gaps = not bool(self.mask_BC.all())
         index_RC = order_BC.repeat(len(self.groups), 1)[:, None, :, None]
-        self._replace_cache(lambda x_RHCD: x_RHCD.gather(2, index_RC.expand(-1, x_RHCD.shape[1], -1, x_RHCD.shape[3])))
+        self._fill_cache(lambda x: x.gather(2, index_RC.expand(-1, x.shape[1], -1, x.shape[3])), self)
 
     def split(self, group: int) -> CachedModel:
         """Give the rows of one group to a CachedModel of its own, which reads on by itself."""
         at, rows = self.groups.index(group), self.mask_BC.shape[0]
-        mine = slice(at * rows, (at + 1) * rows)
-        other = self._copy_for((group,))
-        other._replace_cache(lambda x: x[mine], self.cache)
-        self.groups = tuple(g for g in self.groups if g != group)
-        self._replace_cache(lambda x: torch.cat([x[: mine.start], x[mine.stop :]]))
+        other = copy.copy(self)
+        other.groups, self.groups = (group,), (*self.groups[:at], *self.groups[at + 1 :])
+        other._fill_cache(lambda x: x[at * rows : (at + 1) * rows], self)
+        self._fill_cache(lambda x: torch.cat([x[: at * rows], x[(at + 1) * rows :]]), self)
         return other
 
     def join(self, other: CachedModel, at: int) -> None:
@@ -136,73 +144,100 @@ class CachedModel:
                 cached.drop_gaps()
         if not torch.equal(self.mask_BC, other.mask_BC):
             raise ValueError("only models that have read the same tokens can be joined")
-        rows = self.mask_BC.shape[0]
+        start = at * self.mask_BC.shape[0]
         self.groups = (*self.groups[:at], *other.groups, *self.groups[at:])
-        pairs = iter([(layer.keys, layer.values) for layer in other.cache.layers])
-        cache = preallocated_cache(self.model)
-        for index, layer in enumerate(self.cache.layers):
-            both = zip((layer.keys, layer.values), next(pairs), strict=True)
-            keys, values = (torch.cat([x[: at * rows], y, x[at * rows :]]) for x, y in both)
-            cache.update(keys, values, index)
-        self.cache = cache
+        self._fill_cache(lambda x, y: torch.cat([x[:start], y, x[start:]]), self, other)
 
     def append_rows(self, other: CachedModel) -> None:
         """Take in the prompts of another cache of the same model and groups, behind left padding where needed."""
         length = max(self.length, other.length)
-        both = [F.pad(cached.mask_BC, (length - cached.length, 0)) for cached in (self, other)]
-        cache = preallocated_cache(self.model)
-        layers: list[Any] = list(zip(self.cache.layers, other.cache.layers, strict=True))
-        for index, (mine, theirs) in enumerate(layers):
-            grown = []
-            for x, y in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
-                parts = [F.pad(z, (0, 0, length - z.shape[2], 0)).unflatten(0, (len(self.groups), -1)) for z in (x, y)]
-                grown.append(torch.cat(parts, 1).flatten(0, 1))
-            cache.update(*grown, index)
-        self.cache, self.mask_BC = cache, torch.cat(both)
+
+        def append(*both: Tensor) -> Tensor:
+            padded = [F.pad(x, (0, 0, length - x.shape[2], 0)).unflatten(0, (len(self.groups), -1)) for x in both]
+            return torch.cat(padded, 1).flatten(0, 1)
+
+        self._fill_cache(append, self, other)
+        self.mask_BC = torch.cat([F.pad(cached.mask_BC, (length - cached.length, 0)) for cached in (self, other)])
         self.has_gaps = not bool(self.mask_BC.all())
 
-    def _copy_for(self, groups: tuple[int, ...]) -> CachedModel:
-        cut = {"width": self.width, "layout": self.layout, "known": self.known, "substitute": self.substitute}
-        twin = CachedModel(self.model, groups, **cut)
-        twin.mask_BC, twin.has_gaps = self.mask_BC, self.has_gaps
-        return twin
-
-    def _replace_cache(self, change: Callable[[Tensor], Tensor], source: Any = None) -> None:
-        """A new cache with `change` applied to all keys and values [rows, heads, columns, width]."""
+    def _fill_cache(self, change: Callable[..., Tensor], *sources: CachedModel) -> None:
+        """A new cache: `change` of the sources' keys, and of their values [rows, heads, columns, width], per layer."""
         cache = preallocated_cache(self.model)
-        for index, layer in enumerate((source or self.cache).layers):
-            cache.update(change(layer.keys), change(layer.values), index)
+        for index, layers in enumerate(zip(*(source.cache.layers for source in sources), strict=True)):
+            cache.update(change(*(x.keys for x in layers)), change(*(x.values for x in layers)), index)
         self.cache = cache
 
+    @property
+    def movable(self) -> bool:
+        """All keys and values are kept as they are: rows may be merged, cut and split."""
+        return self.cache.is_croppable and not any(self.cache.is_sliding) and not any(self.cache.is_linear)
 
+
+class ModelLogits(NamedTuple):
+    """Logits at the same positions: of the strong model [..., V], of each expert and of the base [..., M]."""
+
+    strong: Tensor
+    experts: list[Tensor]
+    base: Tensor
+
+    def map(self, change: Callable[..., Tensor], *others: ModelLogits) -> ModelLogits:
+        """`change` of each model's logits (and of the same model's in `others`)."""
+        flat = [[logits.strong, *logits.experts, logits.base] for logits in (self, *others)]
+        strong, *experts, base = (change(*parts) for parts in zip(*flat, strict=True))
+        return ModelLogits(strong, experts, base)
+
+    def select(self, rows: Tensor) -> ModelLogits:
+        return self.map(lambda x: x[rows.to(x.device)])
+
+    def last(self) -> ModelLogits:
+        """At the last position: [B, L, *] -> [B, *]."""
+        return self.map(lambda x: x[:, -1])
+
+
+@dataclass(eq=False)
 class CachedModels:
-    """All the models of one fused decode: strong, then the small ones. The last group of `weak` is the base."""
+    """All the models of one fused decode: strong, then the small ones. The last group of `weak` is the base.
 
-    def __init__(
-        self, strong: CachedModel, weak: CachedModel, own: Sequence[CachedModel], order: Sequence[tuple[int, int]]
-    ) -> None:
-        """order[t] = (-1, group of `weak`) or (index in `own`, 0): where expert t is."""
-        self.strong, self.weak, self.own, self.order = strong, weak, list(own), list(order)
+    order[t] = (-1, group of `weak`) or (index in `own`, 0): where expert t is.
+    """
+
+    strong: CachedModel
+    weak: CachedModel
+    own: list[CachedModel]
+    order: list[tuple[int, int]]
+    drafter: CachedModel | None = field(default=None, init=False)  # an expert that reads by itself: no `read` asks it
 
     @property
     def all(self) -> list[CachedModel]:
-        return [self.strong, self.weak, *self.own]
+        caches = [self.strong, self.weak, *self.own]
+        return caches if self.drafter is None or self.drafter in self.own else [*caches, self.drafter]
+
+    def split_drafter(self, expert: int) -> CachedModel:
+        """From now on this expert reads by itself, through what is returned."""
+        if self.drafter is None:
+            index, group = self.order[expert]
+            self.drafter = self.weak.split(group) if index < 0 else self.own[index]
+        return self.drafter
+
+    def join_drafter(self, expert: int) -> None:
+        """Take the expert back. It must have read what the others have."""
+        if self.drafter is not None and self.drafter not in self.own:
+            self.weak.join(self.drafter, self.order[expert][1])
+        self.drafter = None
 
     def read(
         self,
         ids_BL: Tensor,
         mask_BL: Tensor | None = None,
         keep: int | Tensor = 1,
-        small_ids_BL: Tensor | None = None,
-        small_mask_BL: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """(strong [B, k, V], T experts [B, k, M], base [B, k, M]) on the strong model's device.
+        small_prompt: PaddedIds | None = None,
+    ) -> ModelLogits:
+        """Logits at the last k = `keep` positions, [B, k, *], on the strong model's device.
 
-        small_ids_BL: another prompt for the small models (their own chat template); the continuation is shared.
+        small_prompt: another one for the small models (their own chat template); the continuation is shared.
         """
         strong_BKV = self.strong.read(ids_BL, mask_BL, keep)[0]
-        small = (ids_BL, mask_BL) if small_ids_BL is None else (small_ids_BL, small_mask_BL)
-        return strong_BKV, *self.read_weak(*small, keep)
+        return ModelLogits(strong_BKV, *self.read_weak(*(small_prompt or (ids_BL, mask_BL)), keep))
 
     def read_weak(
         self, ids_BL: Tensor, mask_BL: Tensor | None = None, keep: int | Tensor = 1
@@ -210,8 +245,13 @@ class CachedModels:
         """The small models alone: (T experts, base)."""
         device = self.strong.model.device
         weak_GBKM = self.weak.read(ids_BL, mask_BL, keep).to(device)
-        own = [cached.read(ids_BL, mask_BL, keep)[0].to(device) for cached in self.own]
-        return [weak_GBKM[group] if index < 0 else own[index] for index, group in self.order], weak_GBKM[-1]
+        experts = []
+        for index, group in self.order:
+            if index < 0 and group in self.weak.groups:
+                experts.append(weak_GBKM[self.weak.groups.index(group)])
+            elif index >= 0 and self.own[index] is not self.drafter:
+                experts.append(self.own[index].read(ids_BL, mask_BL, keep)[0].to(device))
+        return experts, weak_GBKM[-1]
 
     def select(self, keep: Tensor) -> None:
         for cached in self.all:
@@ -223,6 +263,4 @@ class CachedModels:
 
     @property
     def movable(self) -> bool:
-        """All keys and values are kept as they are: rows may be merged, cut and split."""
-        caches = [cached.cache for cached in self.all]
-        return all(cache.is_croppable and not any(cache.is_sliding) and not any(cache.is_linear) for cache in caches)
+        return all(cached.movable for cached in self.all)

@@ -8,6 +8,7 @@ the same numbers by gathering rows by index per layer and adapter, at about twic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ BASE = -1  # the group that has no adapter
 class MultiLoraLayout:
     """What the rows of the current batch are: `groups` in order, `size` rows each. One per model, shared.
 
-    Until `set` is called all rows are base rows. adapted: the groups that have an adapter; pick: these in the factors.
+    Until `set` is called all rows are base rows. adapted: the groups that have an adapter; index: of these in the
+    factors, None if they are all experts in order, so that there is nothing to pick.
     """
 
     def __init__(self, experts: int) -> None:
@@ -30,8 +32,7 @@ class MultiLoraLayout:
         self.groups: tuple[int, ...] = (BASE,)
         self.size = 0
         self.adapted: tuple[int, ...] = ()
-        self.index: slice | list[int] = slice(0, 0)
-        self.all_experts = False  # all experts, in order: nothing to pick
+        self.index: slice | list[int] | None = None
 
     def set(self, groups: Sequence[int], size: int) -> None:
         """Expert groups first (any experts, each once), then BASE or not."""
@@ -42,10 +43,11 @@ class MultiLoraLayout:
         if any(not 0 <= group < self.experts for group in adapted):
             raise ValueError(f"groups {groups}: there are {self.experts} experts")
         self.groups, self.size, self.adapted = groups, size, adapted
-        self.all_experts = adapted == tuple(range(self.experts))
-        contiguous = bool(adapted) and adapted == tuple(range(adapted[0], adapted[0] + len(adapted)))
-        # a slice copies nothing
-        self.index = slice(adapted[0], adapted[0] + len(adapted)) if contiguous else list(adapted)
+        self.index = list(adapted)
+        if adapted == tuple(range(self.experts)):
+            self.index = None
+        elif adapted and adapted == tuple(range(adapted[0], adapted[-1] + 1)):
+            self.index = slice(adapted[0], adapted[-1] + 1)  # which copies nothing
 
 
 class MultiLoraLinear(nn.Module):
@@ -87,14 +89,11 @@ class MultiLoraLinear(nn.Module):
         if not count:
             return y
         A_TNR, B_TRM = self.A_TNR, self.B_TRM
-        if not layout.all_experts:
+        if layout.index is not None:
             A_TNR, B_TRM = A_TNR[layout.index], B_TRM[layout.index]
-        adapted_x, adapted_y = x, y
-        if count < len(layout.groups):
-            rows = count * (rows // len(layout.groups))
-            adapted_x, adapted_y = x[:rows], y[:rows]
-        adapted_x, adapted_y = adapted_x.reshape(count, -1, x.shape[-1]), adapted_y.view(count, -1, y.shape[-1])
-        low_TLR = torch.bmm(adapted_x if adapted_x.dtype == A_TNR.dtype else adapted_x.to(A_TNR.dtype), A_TNR)
+        rows = count * (rows // len(layout.groups))
+        adapted_x, adapted_y = x[:rows].reshape(count, -1, x.shape[-1]), y[:rows].view(count, -1, y.shape[-1])
+        low_TLR = torch.bmm(adapted_x.to(A_TNR.dtype), A_TNR)
         if adapted_y.dtype == low_TLR.dtype:
             adapted_y.baddbmm_(low_TLR, B_TRM)
         else:  # a quantised base may answer in another precision than its factors have
@@ -106,47 +105,31 @@ def attach_multi_lora(model: nn.Module, adapters: Sequence[LoraAdapter]) -> Mult
     """Put MultiLoraLinear in the place of every linear that any adapter touches. Returns the layout that they share."""
     layout = MultiLoraLayout(len(adapters))
     for name in sorted({module for adapter in adapters for module in adapter.modules}):
-        linear = _linear(model, name)
+        linear: Any = model.get_submodule(name)
         factors = [adapter.factors(name, np.float32) for adapter in adapters]
-        for adapter, factor in zip(adapters, factors, strict=True):
-            if factor is not None and (len(factor.B_MR), factor.A_RN.shape[1]) != (
-                linear.out_features,
-                linear.in_features,
-            ):
-                raise FusionError(
-                    f"{name} is {linear.out_features} x {linear.in_features} in the base, "
-                    f"{len(factor.B_MR)} x {factor.A_RN.shape[1]} in the adapter",
-                    where=str(adapter.path),
-                    do="give the base that this adapter was trained on",
-                )
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, MultiLoraLinear(linear, factors, layout))
+        model.set_submodule(name, MultiLoraLinear(linear, factors, layout))
     return layout
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise FusionError(
-            f"the base has no module {name}", do="give the base that the adapter was trained on"
-        ) from None
-    if not isinstance(module, nn.Linear):
-        raise FusionError(f"{name} is a {type(module).__name__}, no linear layer", do="use an adapter on linear layers")
-    return module
-
-
 def multi_lora_refusal(adapter: LoraAdapter, model: nn.Module) -> str | None:
-    """Why this adapter can't run as rows of the shared base, or None if it can."""
+    """Why this adapter can't run as rows of the shared base, or None. FusionError if it belongs to another base."""
     if adapter.saved:
         return f"it replaces whole tensors ({adapter.saved[0]}, ...)"
+    do = "give the base that this adapter was trained on"
     for name, shape in adapter.modules.items():
         if shape.kind != "linear" or shape.has_bias:
             return f"{name} is adapted in its {'bias' if shape.has_bias else 'embedding'}"
         try:
             module = model.get_submodule(name)
         except AttributeError:
-            continue  # attach_multi_lora says that the base is another one
+            raise FusionError(f"the base has no module {name}", where=str(adapter.path), do=do) from None
         if not isinstance(module, nn.Linear):
             return f"{name} is a {type(module).__name__}"
+        if (shape.m, shape.n) != (module.out_features, module.in_features):
+            raise FusionError(
+                f"{name} is {module.out_features} x {module.in_features} in the base, "
+                f"{shape.m} x {shape.n} in the adapter",
+                where=str(adapter.path),
+                do=do,
+            )
     return None

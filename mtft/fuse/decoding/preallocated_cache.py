@@ -45,21 +45,21 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _append(old: Tensor | None, new: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _append(old: Tensor, new: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(old and new columns as one tensor, the buffer that it is the front of: None for short ones)."""
-    before = 0 if old is None or not old.numel() else old.shape[-2]
+    before = old.shape[-2] if old.numel() else 0
     after = before + new.shape[-2]
     if after <= SHORT:
-        return torch.cat([old, new] if old is not None and before else [new], -2), None
+        return torch.cat([old, new] if before else [new], -2), None
     if buffer is None or not _is_front(old, buffer) or after > buffer.shape[-2]:
         buffer = new.new_empty(*new.shape[:-2], after + max(COLUMNS, after // SHARE), new.shape[-1])
-        if old is not None and before:
+        if before:
             buffer[..., :before, :] = old
     buffer[..., before:after, :] = new
     return buffer[..., :after, :], buffer
 
 
-def _is_front(part: Tensor | None, buffer: Tensor) -> bool:
-    if part is None or part.dim() != buffer.dim() or part.shape[:-2] != buffer.shape[:-2]:
+def _is_front(part: Tensor, buffer: Tensor) -> bool:
+    if part.shape[:-2] != buffer.shape[:-2]:
         return False
     return part.data_ptr() == buffer.data_ptr() and part.stride() == buffer.stride()

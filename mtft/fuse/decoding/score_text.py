@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,15 +44,14 @@ class AlphaStats:
     kl: float = 0.0
     tv: float = 0.0
 
-    def add(self, fused: FusionOutput, logp_NV: Tensor | None = None) -> None:
-        """Take in positions; logp_NV (log P) also gives the total variation between P~ and P."""
+    def add(self, fused: FusionOutput, logp_NV: Tensor) -> None:
+        """Take in positions; logp_NV is log P."""
         self.alpha.append(fused.alpha_NT.sum(-1).cpu())
         self.clipped += int(fused.clipped_N.sum())
         self.flat += int(fused.flat_N.sum())
         self.clamped += int(fused.clamped_N.sum())
         self.kl += float(fused.kl_forward_N.sum())
-        if logp_NV is not None:
-            self.tv += float((fused.logprobs_NV.exp() - logp_NV.exp()).abs().sum()) / 2
+        self.tv += float((fused.logprobs_NV.exp() - logp_NV.exp()).abs().sum()) / 2
 
     def summary(self) -> dict[str, float | int | dict[str, float]]:
         """positions, alpha quantiles and mean, shares clipped and flat, clamped ids, mean KL(P~||P) and TV(P~,P)."""
@@ -95,19 +94,9 @@ def score(
     # the token at t is predicted from t - 1, which must be a token of the same row
     predict_BL = torch.zeros_like(scored_BL)
     predict_BL[:, :-1] = scored_BL[:, 1:] & mask.bool()[:, :-1]
-    target_BL = torch.roll(ids_BL, -1, 1)
-    out = {
-        name: torch.zeros(ids_BL.shape, dtype=torch.float64, device=ids_BL.device) for name in ("logp", "alpha", "kl")
-    }
-    greedy_BL = torch.zeros_like(scored_BL)
-    for row_N, column_N, step in fused_positions(fused, ids_BL, mask_BL, predict_BL, chunk, stats, specs):
-        token_N = target_BL[row_N, column_N].to(step.logprobs_NV.device)
-        at = row_N, column_N + 1
-        out["logp"][at] = step.logprobs_NV.gather(-1, token_N[:, None])[:, 0].to(out["logp"])
-        greedy_BL[at] = (step.logprobs_NV.argmax(-1) == token_N).to(greedy_BL.device)
-        out["alpha"][at] = step.alpha_NT.sum(-1).to(out["alpha"])
-        out["kl"][at] = step.kl_forward_N.to(out["kl"])
-    return TextScore(out["logp"], greedy_BL, out["alpha"], out["kl"])
+    options: dict[str, Any] = {"chunk": chunk, "stats": stats, "specs": specs}
+    predicted = _score_targets(fused, ids_BL, mask_BL, ids_BL.roll(-1, 1), predict_BL, **options)
+    return TextScore(*(value_BL.roll(1, 1) for value_BL in vars(predicted).values()))
 
 
 @torch.no_grad()
@@ -121,17 +110,27 @@ def fused_scores(
     if batch.packed:
         raise FusionError("the fused model reads one example per row", do="set packing: false for this evaluation")
     labels_BT = batch.labels_BT
-    nll_BT = torch.zeros(labels_BT.shape, dtype=torch.float32, device=labels_BT.device)
-    hit_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
-    mask_BT = (batch.segment_ids_BT >= 0).long()
+    mask_BT, predict_BT = (batch.segment_ids_BT >= 0).long(), labels_BT >= 0
     specs = None if spec is None else [spec] * len(labels_BT)
-    for row_N, column_N, step in fused_positions(
-        fused, batch.input_ids_BT, mask_BT, labels_BT >= 0, None, stats, specs
-    ):
-        label_N = labels_BT[row_N, column_N].to(step.logprobs_NV.device)
-        nll_BT[row_N, column_N] = -step.logprobs_NV.gather(-1, label_N[:, None])[:, 0].to(nll_BT)
-        hit_BT[row_N, column_N] = (step.logprobs_NV.argmax(-1) == label_N).to(hit_BT.device)
-    return nll_BT, hit_BT
+    scores = _score_targets(fused, batch.input_ids_BT, mask_BT, labels_BT, predict_BT, stats=stats, specs=specs)
+    return torch.where(predict_BT, -scores.logprob_BL, 0).float(), scores.greedy_BL
+
+
+def _score_targets(
+    fused: FusionCore, ids_BL: Tensor, mask_BL: Tensor | None, target_BL: Tensor, predict_BL: Tensor, **options: Any
+) -> TextScore:
+    """The scores of target_BL, each at the position that it is predicted from."""
+    logprob_BL, alpha_BL, kl_BL = (
+        torch.zeros(ids_BL.shape, dtype=torch.float64, device=ids_BL.device) for _ in range(3)
+    )
+    greedy_BL = torch.zeros_like(predict_BL)
+    for row_N, column_N, step in fused_positions(fused, ids_BL, mask_BL, predict_BL, **options):
+        at, target_N = (row_N, column_N), target_BL[row_N, column_N].to(step.logprobs_NV.device)
+        logprob_BL[at] = step.logprobs_NV.gather(-1, target_N[:, None])[:, 0].to(logprob_BL)
+        greedy_BL[at] = (step.logprobs_NV.argmax(-1) == target_N).to(greedy_BL.device)
+        alpha_BL[at] = step.alpha_NT.sum(-1).to(alpha_BL)
+        kl_BL[at] = step.kl_forward_N.to(kl_BL)
+    return TextScore(logprob_BL, greedy_BL, alpha_BL, kl_BL)
 
 
 def fused_positions(
@@ -139,8 +138,9 @@ def fused_positions(
     ids_BL: Tensor,
     mask_BL: Tensor | None,
     predict_BL: Tensor,
-    chunk: int | None,
-    stats: AlphaStats | None,
+    *,
+    chunk: int | None = None,
+    stats: AlphaStats | None = None,
     specs: Sequence[FusionSpec] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, FusionOutput]]:
     """(row, column, Fused) of all positions to predict from, chunk by chunk; what is not asked for is never fused."""
@@ -167,11 +167,9 @@ def fused_positions(
         logits = models.read(ids_BL[:, start:stop], None if mask_BL is None else mask_BL[:, start:stop], 0)
         row_N, column_N = predict_BL[:, start:stop].nonzero(as_tuple=True)
         if len(row_N):
-            rows_columns = row_N.to(fused.device), column_N.to(fused.device)
-            strong_NV, base_NM = logits[0][rows_columns], logits[2][rows_columns]
-            experts = [expert[rows_columns] for expert in logits[1]]
-            del logits
-            step = fused.fuse(strong_NV, experts, base_NM, [specs[row] for row in row_N.tolist()])
+            at = row_N.to(fused.device), column_N.to(fused.device)
+            logits = logits.map(lambda x_BLV, at=at: x_BLV[at])
+            step = fused.fuse(*logits, [specs[row] for row in row_N.tolist()])
             if stats is not None:
-                stats.add(step, torch.log_softmax(strong_NV.float(), -1))
+                stats.add(step, torch.log_softmax(logits.strong.float(), -1))
             yield row_N, column_N + start, step

@@ -5,7 +5,8 @@ Both are given to `generate(trace=...)`; several go together through `Observers`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,17 +28,9 @@ class Observers:
     def __init__(self, *observers: Observer) -> None:
         self.observers = observers
 
-    def step(
-        self,
-        rows: list[int],
-        fused: FusionOutput,
-        tokens_N: Tensor,
-        strong_NV: Tensor,
-        experts: list[Tensor],
-        base_NM: Tensor,
-    ) -> None:
+    def step(self, *position: Any) -> None:
         for observer in self.observers:
-            observer.step(rows, fused, tokens_N, strong_NV, experts, base_NM)
+            observer.step(*position)
 
 
 class RowStats:
@@ -46,25 +39,15 @@ class RowStats:
     def __init__(self, rows: int) -> None:
         self.tokens, self._alpha, self._clipped = [0] * rows, [0.0] * rows, [0] * rows
 
-    def step(
-        self,
-        rows: list[int],
-        fused: FusionOutput,
-        tokens_N: Tensor,
-        strong_NV: Tensor,
-        experts: list[Tensor],
-        base_NM: Tensor,
-    ) -> None:
+    def step(self, rows: list[int], fused: FusionOutput, *_: Any) -> None:
         for row, alpha, clipped in zip(rows, fused.alpha_NT.sum(-1).tolist(), fused.clipped_N.tolist(), strict=True):
             self.tokens[row] += 1
             self._alpha[row] += alpha
             self._clipped[row] += clipped
 
-    def alpha_mean(self, row: int) -> float | None:
-        return self._alpha[row] / self.tokens[row] if self.tokens[row] else None
-
-    def clipped_share(self, row: int) -> float | None:
-        return self._clipped[row] / self.tokens[row] if self.tokens[row] else None
+    def summary(self, row: int) -> dict[str, float | None]:
+        sums, tokens = {"alpha_mean": self._alpha[row], "clipped_share": self._clipped[row]}, self.tokens[row]
+        return {name: value / tokens if tokens else None for name, value in sums.items()}
 
 
 class TokenTrace:
@@ -89,26 +72,22 @@ class TokenTrace:
     ) -> None:
         for at, row in enumerate(rows):
             if row in self.tokens:
-                models = {
-                    "fused": fused.logprobs_NV[at],
-                    "strong": torch.log_softmax(strong_NV[at].float(), -1),
-                    "base": torch.log_softmax(base_NM[at].float(), -1),
-                }
-                tuned = [torch.log_softmax(expert[at].float(), -1) for expert in experts]
-                self.tokens[row].append(
-                    self._record(len(self.tokens[row]), at, fused, int(tokens_N[at]), models, tuned)
-                )
+                logps = [torch.log_softmax(x[at].float(), -1) for x in (strong_NV, base_NM, *experts)]
+                self.tokens[row].append(self._record(len(self.tokens[row]), int(tokens_N[at]), at, fused, logps))
 
-    def _record(
-        self, position: int, at: int, fused: FusionOutput, token: int, models: dict[str, Tensor], experts: list[Tensor]
-    ) -> dict[str, Any]:
-        shift = models["fused"].exp() - models["strong"].to(models["fused"]).exp()
+    def _record(self, position: int, token: int, at: int, fused: FusionOutput, logps: list[Tensor]) -> dict[str, Any]:
+        """logps: of the strong model, the base and the experts."""
+        fused_V, strong_V = fused.logprobs_NV[at], logps[0]
+
+        def each_model(value: Callable[[Tensor], Any]) -> dict[str, Any]:
+            of_fused, strong, base, *experts = map(value, (fused_V, *logps))
+            return {"fused": of_fused, "strong": strong, "base": base, "experts": experts}
+
         return {
             "position": position,
             "token": token,
             "text": self._text(token),
-            "logprob": {name: _at(logp, token) for name, logp in models.items()}
-            | {"experts": [_at(logp, token) for logp in experts]},
+            "logprob": each_model(lambda logp_V: _at(logp_V, token)),
             "alpha": fused.alpha_NT[at].tolist(),
             "lam": float(fused.scale_N[at]),
             "c": fused.target_NT[at].tolist(),
@@ -118,24 +97,24 @@ class TokenTrace:
             "clipped": bool(fused.clipped_N[at]),
             "flat": bool(fused.flat_N[at]),
             "clamped": int(fused.clamped_N[at]),
-            "tv": float(shift.abs().sum() / 2),
-            "top": {name: self._top(logp) for name, logp in models.items()}
-            | {"experts": [self._top(logp) for logp in experts]},
+            "tv": float((fused_V.exp() - strong_V.to(fused_V).exp()).abs().sum() / 2),
+            "top": each_model(self._top),
         }
 
     def _top(self, logp_V: Tensor) -> list[dict[str, Any]]:
-        values, ids = logp_V.topk(min(TOP, len(logp_V)))
-        return [
-            {"token": token, "text": self._text(token), "logprob": value}
-            for token, value in zip(ids.tolist(), values.tolist(), strict=True)
-            if value > -float("inf")
-        ]
+        return [{"token": i, "text": self._text(i), "logprob": value} for i, value in top_tokens(logp_V, TOP)]
 
     def _text(self, token: int) -> str | None:
         return None if self.tokenizer is None else str(self.tokenizer.decode([token]))
 
 
+def top_tokens(logp_V: Tensor, count: int) -> list[tuple[int, float]]:
+    """(id, log-probability) of the most likely tokens, without impossible ones."""
+    values, ids = logp_V.topk(min(count, len(logp_V)))
+    return [(i, value) for i, value in zip(ids.tolist(), values.tolist(), strict=True) if value > -math.inf]
+
+
 def _at(logp_V: Tensor, token: int) -> float | None:
     """None where the model can't say the token: an id that it lacks, or probability zero (JSON has no infinity)."""
-    value = float(logp_V[token]) if token < len(logp_V) else -float("inf")
-    return value if value > -float("inf") else None
+    value = float(logp_V[token]) if token < len(logp_V) else -math.inf
+    return value if value > -math.inf else None

@@ -15,8 +15,7 @@ import json
 import os
 import socket
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,7 @@ def make_app(fused: FusionCore, name: str, *, token: str | None = None, limits: 
     @app.get("/metrics")
     async def metrics(request: Request) -> PlainTextResponse:
         check_token(request)
-        now = vars(engine.metrics) | {"waiting": engine.waiting, "running": engine.running}
+        now = vars(engine.metrics) | {"waiting": len(engine.waiting), "running": len(engine.running)}
         return PlainTextResponse("".join(f"mtft_fuse_{key} {value}\n" for key, value in now.items()))
 
     @app.get("/v1/models")
@@ -84,18 +83,12 @@ def make_app(fused: FusionCore, name: str, *, token: str | None = None, limits: 
         return {"object": "list", "data": rows}
 
     @app.post("/v1/completions")
-    async def completions(request: Request) -> Any:
-        return await answer(request, chat=False)
-
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Any:
-        return await answer(request, chat=True)
-
-    async def answer(request: Request, *, chat: bool) -> Any:
+    async def answer(request: Request) -> Any:
         check_token(request)
         body = await read_json(request, limits.body_bytes)
+        chat = request.url.path.endswith("/chat/completions")
         checked = read_completion_request(body, fused, models, limits, chat=chat)
-        checked.created, checked.id = int(time.time()), f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         response = ResponseStream(fused, engine, checked)
         try:
             response.start()
@@ -157,7 +150,6 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key_env: str | None = None,
-    adapters: Sequence[str | Path] | None = None,
     limits: ServerLimits | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> None:
@@ -174,7 +166,7 @@ def serve(
         raise FusionError(f"the environment variable {api_key_env} is empty", do=f"export {api_key_env}=...")
     check_binding(host, token)
     with bind(host, port) as bound:
-        app = make_app(load_fusion(recipe, adapters), recipe.name, token=token, limits=limits)
+        app = make_app(load_fusion(recipe), recipe.name, token=token, limits=limits)
         # what still runs when the engine is done are answers on the wire
         config = Config(app, log_level="warning", timeout_graceful_shutdown=10)
         server = DrainingServer(config, app.state.engine)

@@ -38,10 +38,8 @@ class IncrementalDetokenizer:
     def _held_back(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""
         longest = max((len(stop) - 1 for stop in self.stops), default=0)
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self.stops):
-                return length
-        return 0
+        lengths = range(min(longest, len(text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self.stops)), 0)
 
     def _show(self, end: int) -> str:
         new = self.text[self._shown : end]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mtft.fuse.alpha.spec import FusionSpec
-from mtft.fuse.decoding.token_trace import TokenTrace
+from mtft.fuse.decoding.token_trace import TokenTrace, top_tokens
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,4 @@ class ServerStopping(Exception):
 
 def token_score(logp_V: Tensor, token: int, top: int) -> TokenScore:
     """The chosen token's number and its entry among the best are the same float."""
-    values, ids = logp_V.topk(min(top, len(logp_V)))
-    best = tuple((i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True) if v > -float("inf"))
-    return TokenScore(token, float(logp_V[token]), best)
+    return TokenScore(token, float(logp_V[token]), tuple(top_tokens(logp_V, top)))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from data_mixers.common.suggest import closest_match
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
-from mtft.fuse.decoding.generate_request import row_specs
+from mtft.fuse.decoding.generate_request import request_spec
 from mtft.fuse.decoding.prompts import encode_prompt
 from mtft.fuse.fusion_core import FusionCore
 from mtft.fuse.server.jobs import TokenScore
@@ -118,8 +119,6 @@ class CompletionRequest:
     logprobs: bool
     top: int
     echo: bool
-    created: int = 0
-    id: str = ""
 
 
 def read_completion_request(
@@ -151,10 +150,9 @@ def read_completion_request(
         raise RequestError("stream_options takes include_usage, with stream", param="stream_options")
     if parsed.stream and echo:
         raise RequestError("echo is not streamed", param="echo", code="unsupported_parameter")
-    alpha = tuple(parsed.alpha) if isinstance(parsed.alpha, list) else parsed.alpha
     try:
         prompts = _encode_prompts(body, fused, chat)
-        spec = row_specs(fused.spec, 1, fused.experts, alpha, parsed.alpha_rule, parsed.expert_weights or None)[0]
+        spec = request_spec(fused, parsed.alpha, parsed.alpha_rule, parsed.expert_weights or None)
     except FusionError as error:
         raise RequestError(f"{error.what}: {error.do}" if error.do else error.what) from error
     longest = max(map(len, prompts))
@@ -209,28 +207,25 @@ def _encode_prompts(body: dict[str, Any], fused: FusionCore, chat: bool) -> list
     return prompts
 
 
-def completion_logprobs(fused: FusionCore, scores: list[TokenScore], offset: int = 0) -> dict[str, Any]:
+def completion_logprobs(fused: FusionCore, scores: list[TokenScore]) -> dict[str, Any]:
     """The legacy shape: parallel lists. Two ids with one string: the larger number stays."""
     tokens = [fused.tokenizer.decode([score.id]) for score in scores]
-    tops: list[dict[str, float] | None] = []
-    offsets = []
-    for token, score in zip(tokens, scores, strict=True):
-        offsets.append(offset)
-        offset += len(token)
+
+    def best(score: TokenScore) -> dict[str, float] | None:
         if score.logprob is None:
-            tops.append(None)
-            continue
-        best: dict[str, float] = {}
+            return None
         chosen = ((score.id, score.logprob),) if score.top and math.isfinite(score.logprob) else ()
+        by_text: dict[str, float] = {}
         for i, value in (*score.top, *chosen):
             text = fused.tokenizer.decode([i])
-            best[text] = max(value, best.get(text, -math.inf))
-        tops.append(best)
+            by_text[text] = max(value, by_text.get(text, -math.inf))
+        return by_text
+
     return {
         "tokens": tokens,
         "token_logprobs": [_finite(score.logprob) for score in scores],
-        "top_logprobs": tops,
-        "text_offset": offsets,
+        "top_logprobs": [best(score) for score in scores],
+        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=0)) if tokens else [],
     }
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
+import uuid
 from collections.abc import AsyncIterator
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from mtft.fuse.decoding.token_trace import TokenTrace
@@ -28,34 +31,35 @@ class ResponseStream:
         self.fused, self.engine, self.request = fused, engine, request
         self.events: asyncio.Queue[tuple[int, StreamEvent]] = asyncio.Queue()
         self.jobs: list[GenerationJob] = []
+        self.id = f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
 
     def start(self) -> None:
         """Hand in the jobs: n samples of every prompt."""
         request, body, loop = self.request, self.request.body, asyncio.get_running_loop()
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        for i, ids in enumerate(request.prompts):
-            for sample in range(body.n):
+        for index, (ids, sample) in enumerate(product(request.prompts, range(body.n))):
 
-                def on_event(event: StreamEvent, index: int = i * body.n + sample) -> None:
-                    loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
+            def on_event(event: StreamEvent, index: int = index) -> None:
+                loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
 
-                self.jobs.append(
-                    GenerationJob(
-                        ids,
-                        request.max_tokens,
-                        request.spec,
-                        on_event,
-                        temperature=body.temperature,
-                        top_p=body.top_p,
-                        top_k=body.top_k,
-                        seed=seed,
-                        sample=sample,
-                        stops=body.stop,
-                        top=request.top,
-                        source=request.source,
-                        trace=TokenTrace([0], self.fused.tokenizer) if body.trace else None,
-                    )
+            self.jobs.append(
+                GenerationJob(
+                    ids,
+                    request.max_tokens,
+                    request.spec,
+                    on_event,
+                    temperature=body.temperature,
+                    top_p=body.top_p,
+                    top_k=body.top_k,
+                    seed=seed,
+                    sample=sample,
+                    stops=body.stop,
+                    top=request.top,
+                    source=request.source,
+                    trace=TokenTrace([0], self.fused.tokenizer) if body.trace else None,
                 )
+            )
         if request.max_tokens:
             self.engine.submit(self.jobs)
 
@@ -90,26 +94,31 @@ class ResponseStream:
                 unfinished -= 1
         choices = []
         for index in range(len(self.jobs)):
-            echoed = await asyncio.to_thread(self._echo, index // self.request.body.n) if self.request.echo else []
-            choices.append(self._choice(index, texts[index], scores[index], reasons[index], echoed))
-        head = self._head("chat.completion" if self.request.chat else "text_completion")
-        return head | {"choices": choices, "usage": self._usage(sum(map(len, scores)))}
+            echoed: list[TokenScore] = []
+            if self.request.echo:
+                texts[index] = self.request.texts[index // self.request.body.n] + texts[index]
+                if self.request.logprobs:  # the first token has no prefix, so it has no score
+                    echoed = await asyncio.to_thread(self.engine.score_prompt, self.jobs[index])
+            content = {"message": {"role": "assistant", "content": texts[index], "refusal": None}}
+            choices.append(self._choice(index, texts[index], content, echoed + scores[index], reasons[index]))
+        return self._head("") | {"choices": choices, "usage": self._usage(sum(map(len, scores)))}
 
     async def stream(self, first: tuple[int, StreamEvent]) -> AsyncIterator[str]:
         """Server-sent events: chunks, the usage if asked for, [DONE]."""
         request, generated = self.request, 0
-        kind = "chat.completion.chunk" if request.chat else "text_completion"
         try:
             if request.chat:
                 for index in range(len(self.jobs)):
                     role = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-                    yield _sse(self._head(kind) | {"choices": [role]})
+                    yield _sse(self._head(".chunk") | {"choices": [role]})
             unfinished, item = len(self.jobs), first
             while True:
                 index, event = item
                 generated += len(event.tokens)
                 unfinished -= event.finish_reason is not None
-                yield _sse(self._head(kind) | {"choices": [self._chunk(index, event)]})
+                delta = {"delta": {"content": event.text} if event.text else {}}
+                choice = self._choice(index, event.text, delta, list(event.tokens), event.finish_reason)
+                yield _sse(self._head(".chunk") | {"choices": [choice]})
                 if not unfinished:
                     break
                 try:
@@ -118,50 +127,29 @@ class ResponseStream:
                     yield _sse(error.body())
                     return
             if request.body.stream_options is not None and request.body.stream_options.include_usage:
-                yield _sse(self._head(kind) | {"choices": [], "usage": self._usage(generated)})
+                yield _sse(self._head(".chunk") | {"choices": [], "usage": self._usage(generated)})
             yield "data: [DONE]\n\n"
         finally:
             self.cancel()
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.request.id, "object": kind, "created": self.request.created, "model": self.request.model}
+    def _head(self, part: str) -> dict[str, Any]:
+        kind = f"chat.completion{part}" if self.request.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
 
     def _usage(self, generated: int) -> dict[str, int]:
         prompt = sum(map(len, self.request.prompts))
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
     def _choice(
-        self, index: int, text: str, scores: list[TokenScore], reason: str, echoed: list[TokenScore]
+        self, index: int, text: str, chat_content: dict[str, Any], scores: list[TokenScore], reason: str | None
     ) -> dict[str, Any]:
+        """The answer number `index`, or a chunk of it; the trace comes with its end."""
         choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
-        if self.request.chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-            choice["logprobs"] = chat_logprobs(self.fused, scores) if self.request.logprobs else None
-        else:
-            prompt = self.request.texts[index // self.request.body.n] if self.request.echo else ""
-            choice["text"] = prompt + text
-            if self.request.logprobs:
-                choice["logprobs"] = completion_logprobs(self.fused, echoed + scores)
+        choice |= chat_content if self.request.chat else {"text": text}
+        if self.request.logprobs:
+            choice["logprobs"] = (chat_logprobs if self.request.chat else completion_logprobs)(self.fused, scores)
         trace = self.jobs[index].trace
-        return choice if trace is None else choice | {"trace": trace.tokens[0]}
-
-    def _chunk(self, index: int, event: StreamEvent) -> dict[str, Any]:
-        chunk: dict[str, Any] = {"index": index, "finish_reason": event.finish_reason, "logprobs": None}
-        scores = list(event.tokens)
-        if self.request.chat:
-            chunk["delta"] = {"content": event.text} if event.text else {}
-            chunk["logprobs"] = chat_logprobs(self.fused, scores) if self.request.logprobs else None
-        else:
-            chunk["text"] = event.text
-            chunk["logprobs"] = completion_logprobs(self.fused, scores) if self.request.logprobs else None
-        trace = self.jobs[index].trace
-        if trace is not None and event.finish_reason is not None:
-            chunk["trace"] = trace.tokens[0]
-        return chunk
-
-    def _echo(self, prompt: int) -> list[TokenScore]:
-        """Scores of the prompt's own tokens; the first has no prefix, so it has none."""
-        return self.engine.score_prompt(self.jobs[prompt * self.request.body.n]) if self.request.logprobs else []
+        return choice if trace is None or reason is None else choice | {"trace": trace.tokens[0]}
 
 
 def _sse(data: dict[str, Any]) -> str:

@@ -1,16 +1,17 @@
-"""How many tokens to draft: the gamma with the lowest expected time per token, from measured times and acceptance.
+"""How many tokens to draft: the length n with the lowest expected time per token, from measured times and acceptance.
 
-    tokens of a round  E = (1 - beta^(gamma+1)) / (1 - beta)
-    time of a round    (gamma + beta^gamma) e + v(gamma + 1)
+    tokens of a round  E = (1 - beta^(n+1)) / (1 - beta)
+    time of a round    (n + beta^n) e + v(n + 1)
 
 beta = chance that a draft is accepted, e = one step of the drafting expert, v(n) = one pass of the other models over n
-positions. gamma = 0 is plain decoding, whose time is measured by itself. E takes drafts as independent of each other;
-where hits come in runs (a long list, then a change of subject) fewer tokens stand, so E is scaled by what rounds gave.
+positions. n = 0 is plain decoding, whose time is measured by itself. E takes drafts as independent of each other; where
+hits come in runs (a long list, then a change of subject) fewer tokens stand, so E is scaled by what rounds gave.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
+from functools import partial
 from statistics import median
 
 WINDOW = 32  # rounds that the times are taken from
@@ -19,10 +20,11 @@ PATIENCE = 16  # rounds between two changes; the first three come after 4, 4 and
 MEMORY = 0.9  # of beta, per round
 MARGIN = 0.95  # of a plain step's time: a smaller gain is as likely noise in the times, and would be a loss
 PER_POSITION = 0.05  # guess: each further position of a pass costs this share, until it has been measured
+_recent_times = partial(deque[float], maxlen=WINDOW)
 
 
 class DraftLength:
-    """A fixed gamma, or `auto`: 0 ... maximum, starting with plain decoding to learn beta without drafting."""
+    """A fixed length, or `auto`: 0 ... maximum, starting with plain decoding to learn beta without drafting."""
 
     def __init__(self, fixed: int | None = None, maximum: int = 6, draft_share: float = 0.2) -> None:
         """draft_share: guess of e as a share of a plain step, until it has been measured."""
@@ -30,22 +32,20 @@ class DraftLength:
         self.current = 0 if fixed is None else fixed
         self.beta: float | None = None
         self._judged = self._accepted = 0.0  # fading sums: a few looks count fully from the start
-        self.plain: deque[float] = deque(maxlen=WINDOW)
-        self.draft: deque[float] = deque(maxlen=WINDOW)
-        self.verify: dict[int, deque[float]] = {}
+        self.plain, self.draft = _recent_times(), _recent_times()
+        self.verify: defaultdict[int, deque[float]] = defaultdict(_recent_times)  # by positions of the pass
         self.yields: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # tokens of a round: counted, and expected
         self.rounds = self.drafted = self.accepted = 0
-        self._since, self._patience = 0, 4  # the first choice comes after four plain steps
-        self._changes = 0
+        self._changes, self._since, self._patience = 0, 0, 4  # the first choice comes after four plain steps
 
     def warm_start(self, other: DraftLength) -> None:
         """Begin with the times and the acceptance of an earlier call with as many rows."""
         if other.beta is None or not other.plain:
             return
         self._judged, self._accepted, self.beta = other._judged / 2, other._accepted / 2, other.beta
-        self.plain, self.draft, self.verify = other.plain.copy(), other.draft.copy(), dict(other.verify)
+        self.plain, self.draft, self.verify = other.plain.copy(), other.draft.copy(), other.verify.copy()
         self.yields = other.yields.copy()
-        self._changes, self._patience = 1, 4
+        self._changes = 1
         self.current = self._best()
 
     def record_acceptance(self, tests: float, accepted: float) -> None:
@@ -56,21 +56,21 @@ class DraftLength:
             self.beta = self._accepted / self._judged
 
     def record_times(
-        self, gamma: int, *, plain: float = 0.0, draft: float = 0.0, verify: float = 0.0, tokens: float | None = None
+        self, length: int, *, plain: float = 0.0, draft: float = 0.0, verify: float = 0.0, tokens: float | None = None
     ) -> None:
-        """Seconds of one round: `plain` for gamma 0, else one drafting step and one verification. tokens: per row."""
+        """Seconds of one round: `plain` for length 0, else one drafting step and one verification. tokens: per row."""
         self.rounds += 1
         self._since += 1
-        if gamma == 0:
+        if length == 0:
             self.plain.append(plain)
-        else:
-            self.draft.append(draft)
-            self.verify.setdefault(gamma + 1, deque(maxlen=WINDOW)).append(verify)
-            if tokens is not None:
-                self.yields.append((tokens, self._expected_tokens(gamma)))
+            return
+        self.draft.append(draft)
+        self.verify[length + 1].append(verify)
+        if tokens is not None:
+            self.yields.append((tokens, self._expected_tokens(length)))
 
     def next(self) -> int:
-        """gamma of the next round."""
+        """The length of the next round."""
         if self.fixed is not None or self.beta is None or not self.plain or self._since < self._patience:
             return self.current
         self._since, self._changes = 0, self._changes + 1
@@ -82,28 +82,29 @@ class DraftLength:
         best = min(range(1, self.maximum + 1), key=self.time_per_token)
         return best if self.time_per_token(best) < MARGIN * self.time_per_token(0) else 0
 
-    def time_per_token(self, gamma: int) -> float:
+    def time_per_token(self, length: int) -> float:
         """Expected seconds per token."""
-        beta = min(self.beta or 0.0, 0.999)
         plain = median(self.plain)
-        if gamma == 0:
+        if length == 0:
             return plain
         step = median(self.draft) if self.draft else self.draft_share * plain
-        tokens = self._expected_tokens(gamma)
+        tokens = self._expected_tokens(length)
         if len(self.yields) >= ENOUGH:
             counted, expected = map(sum, zip(*self.yields, strict=True))
             tokens *= min(1.0, counted / expected)
-        return ((gamma + beta**gamma) * step + self._verify_time(gamma + 1, plain)) / tokens
+        return ((length + self._bounded_beta**length) * step + self._verify_time(length + 1, plain)) / tokens
 
-    def _expected_tokens(self, gamma: int) -> float:
-        """E(gamma)."""
-        beta = min(self.beta or 0.0, 0.999)
-        return (1 - beta ** (gamma + 1)) / (1 - beta)
+    @property
+    def _bounded_beta(self) -> float:
+        return min(self.beta or 0.0, 0.999)
 
-    def _verify_time(self, length: int, plain: float) -> float:
-        """v(length): measured, or the nearest measured one and a guess per further position."""
+    def _expected_tokens(self, length: int) -> float:
+        """E(length)."""
+        return (1 - self._bounded_beta ** (length + 1)) / (1 - self._bounded_beta)
+
+    def _verify_time(self, positions: int, plain: float) -> float:
+        """v(positions): measured, or the nearest measured one and a guess per further position."""
         if not self.verify:
-            return plain * (1 + PER_POSITION * (length - 1))
-        nearest = min(self.verify, key=lambda known: abs(known - length))
-        base = median(self.verify[nearest])
-        return base * (1 + PER_POSITION * (length - nearest))
+            return plain * (1 + PER_POSITION * (positions - 1))
+        nearest = min(self.verify, key=lambda measured: abs(measured - positions))
+        return median(self.verify[nearest]) * (1 + PER_POSITION * (positions - nearest))

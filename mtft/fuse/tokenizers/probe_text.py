@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-_PROSE = (
+LINES = (
     "The quick brown fox jumps over the lazy dog.",
     "It's 3:45 p.m.; don't forget the 2nd meeting (room B-12)!",
     "Prices rose by 7.5% to $1,234,567.89 in 2023.",
@@ -23,8 +23,6 @@ _PROSE = (
     "tabs\there\tand  double  spaces   triple",
     "ALLCAPS MixedCase snake_case kebab-case CamelCaseWords",
     "0 1 12 123 1234 12345 123456 1234567 3.14159 1e-10 0xDEADBEEF",
-)
-_CODE = (
     "def add(a: int, b: int = 2) -> int:",
     '    return f"{a + b:>10}"  # sum',
     "for (int i = 0; i < n; ++i) { total += a[i] * b[i]; }",
@@ -40,19 +38,13 @@ _CODE = (
 )
 
 
-def whole_lines() -> list[str]:
-    """The lines that the probe is made of."""
-    return [*_PROSE, *_CODE]
-
-
 def probe_lines() -> list[str]:
     """The same 200 lines on every machine: whole lines, indented, upper case, joined, and cut inside words."""
-    lines = whole_lines()
-    probe = list(lines)
-    probe += ["    " + line for line in lines]
-    probe += [line.upper() for line in lines]
-    probe += [line[len(line) // 3 :] for line in lines]
-    probe += [" " + line[: len(line) * 2 // 3] for line in lines]
-    probe += ["\t" + line + "\n" for line in lines]
-    probe += [f"{a}\n{b}" for a, b in pairwise(lines)]
+    probe = list(LINES)
+    probe += ["    " + line for line in LINES]
+    probe += [line.upper() for line in LINES]
+    probe += [line[len(line) // 3 :] for line in LINES]
+    probe += [" " + line[: len(line) * 2 // 3] for line in LINES]
+    probe += ["\t" + line + "\n" for line in LINES]
+    probe += [f"{a}\n{b}" for a, b in pairwise(LINES)]
     return list(dict.fromkeys(probe))[:200]  # scripts without case give the same line twice

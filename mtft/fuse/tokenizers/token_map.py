@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,27 +38,21 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
     decoder = None if backend is None else json.loads(backend.to_str()).get("decoder")
     decoder_json = json.dumps(decoder, ensure_ascii=False)
-    byte_of_char = _byte_table() if '"ByteLevel"' in decoder_json else None
+    # byte-level BPE writes each byte as a printable character
+    byte_of_char = {char: byte for byte, char in bytes_to_unicode().items()} if '"ByteLevel"' in decoder_json else {}
     spaced = "\u2581" in decoder_json
     special = set(tokenizer.all_special_ids)
     byte_strings: list[bytes | None] = []
     for index, token in enumerate(token_strings(tokenizer)):
         if token is None or index in special:
             byte_strings.append(None)
-        elif byte_of_char is not None and all(char in byte_of_char for char in token):
+        elif byte_of_char and all(char in byte_of_char for char in token):
             byte_strings.append(bytes(byte_of_char[char] for char in token))
         elif spaced and (byte := _BYTE.fullmatch(token)):
             byte_strings.append(bytes([int(byte[1], 16)]))
         else:
             byte_strings.append((token.replace("\u2581", " ") if spaced else token).encode())
     return byte_strings
-
-
-def _byte_table() -> dict[str, int]:
-    """Byte-level BPE writes each byte as a printable character: itself where it is one, else the next beyond 255."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 @dataclass(frozen=True)
@@ -99,29 +94,29 @@ class TokenMap:
     def _opening(self) -> list[int]:
         """What the small tokenizer puts before every text by itself."""
         text = "a"
-        whole, bare = self.small.encode(text), self.small.encode(text, add_special_tokens=False)
-        return whole[: len(whole) - len(bare)] if bare and whole[-len(bare) :] == bare else []
+        usual, bare = self.small.encode(text), self.small.encode(text, add_special_tokens=False)
+        return usual[: len(usual) - len(bare)] if bare and usual[-len(bare) :] == bare else []
 
     def encode(self, ids: Sequence[int], *, opening: bool = True) -> tuple[list[int], bool]:
-        """(ids for the small models, whole?) of a text in strong ids; not `whole`: it ends inside of a character.
+        """(ids for the small models, complete?) of a text in strong ids; not complete: it ends inside of a character.
 
         Then the small ids stop before that character. opening: begin as the small tokenizer begins every text.
         """
         small_ids: list[int] = []
         if opening and self._opening and (not ids or self._special.get(ids[0]) != self._opening[0]):
             small_ids += self._opening
-        begin, whole = 0, True
+        begin, complete = 0, True
         for end in [*(at for at, index in enumerate(ids) if index in self._special), len(ids)]:
             if begin < end:
                 segment = list(ids[begin:end])
                 text = str(self.strong.decode(segment, skip_special_tokens=False, clean_up_tokenization_spaces=False))
                 if end == len(ids) and text.endswith(TORN):
-                    text, whole = text.rstrip(TORN), False
+                    text, complete = text.rstrip(TORN), False
                 small_ids += self.small.encode(text, add_special_tokens=False)
             if end < len(ids):
                 small_ids.append(self._special[ids[end]])
             begin = end + 1
-        return small_ids, whole
+        return small_ids, complete
 
     def spread(self, small_NM: Tensor, empty: float) -> Tensor:
         """Values of small ids, put where the strong ids with the same text are; `empty` elsewhere."""

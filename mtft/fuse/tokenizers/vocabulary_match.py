@@ -86,20 +86,17 @@ def compare_vocabularies(strong: PreTrainedTokenizerBase, small: PreTrainedToken
         token for token, is_known in zip(strong_tokens, known, strict=True) if token is not None and not is_known
     ]
     same = count = covered = boundaries = shared = 0
-    lines, sizes = (
-        probe_lines(),
-        [[len(text or b"") for text in token_bytes(tokenizer)] for tokenizer in (strong, small)],
-    )
+    lines = probe_lines()
+    strong_sizes, small_sizes = ([len(text or b"") for text in token_bytes(side)] for side in (strong, small))
     for line in lines:
         left = strong.encode(line, add_special_tokens=False)
         right = small.encode(line, add_special_tokens=False)
         same += left == right and strong.encode(line) == small.encode(line)
         count += len(left)
         covered += sum(known[i] for i in left)
-        strong_ends, small_ends = (
-            {*accumulate(size[i] for i in ids)} for size, ids in zip(sizes, (left, right), strict=True)
-        )
-        boundaries, shared = boundaries + len(strong_ends), shared + len(strong_ends & small_ends)
+        strong_ends = {*accumulate(strong_sizes[i] for i in left)}
+        boundaries += len(strong_ends)
+        shared += len(strong_ends & {*accumulate(small_sizes[i] for i in right)})
     return VocabularyMatch(
         strong=len(strong_tokens),
         small=len(small_tokens),
@@ -134,9 +131,9 @@ def match_vocabularies(
 
 
 def _special(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    pairs = {
-        "bos": (strong.bos_token, strong.bos_token_id, small.bos_token, small.bos_token_id),
-        "eos": (strong.eos_token, strong.eos_token_id, small.eos_token, small.eos_token_id),
-        "pad": (strong.pad_token, strong.pad_token_id, small.pad_token, small.pad_token_id),
-    }
-    return tuple(f"{name}: {a!r} ({i}) | {b!r} ({j})" for name, (a, i, b, j) in pairs.items() if (a, i) != (b, j))
+    sides = [
+        [(getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")) for name in SPECIAL]
+        for tokenizer in (strong, small)
+    ]
+    pairs = zip(SPECIAL, *sides, strict=True)
+    return tuple(f"{name}: {a!r} ({i}) | {b!r} ({j})" for name, (a, i), (b, j) in pairs if (a, i) != (b, j))

@@ -68,7 +68,10 @@ def extract_adapter(
     check_same_tensors(root, [tuned])
     matrices = [key for key in root.files if _is_block_matrix(root, key)]
     wide = servable_rank(rank)
-    layouts = {key.removesuffix(".weight"): AdapterLayout(*root.shape(key), wide, "linear", False) for key in matrices}
+    layouts = {}
+    for key in matrices:
+        rows, columns = root.shape(key)
+        layouts[key.removesuffix(".weight")] = AdapterLayout(rows, columns, wide, "linear", False)
     held = squares = other = 0.0
     with atomic_folder(Path(out), overwrite=overwrite, inputs=[root.path, tuned.path]) as scratch:
         with AdapterWriter(scratch, (), layouts, wide, disk_dtype((), dtype), {}) as writer:

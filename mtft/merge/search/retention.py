@@ -98,9 +98,10 @@ def _table(base, single, merged, draws: int, seed: int) -> tuple[dict, dict]:
     for task, expert in single.items():
         models = [(scores, _order(base[task], scores, task)) for scores in (base[task], expert, merged[task])]
         weights = _resamples(len(base[task].ids), draws, seed)
-        compared = {
-            metric: _compare(*(_metric(*model, metric, weights) for model in models), metric) for metric in METRICS
-        }
+        compared = {}
+        for metric in METRICS:
+            of_base, of_expert, of_merged = (_metric(*model, metric, weights) for model in models)
+            compared[metric] = _compare(of_base, of_expert, of_merged, metric)
         tasks[task] = {metric: row for metric, (row, _) in compared.items()}
         drawn[task] = {metric: shares for metric, (_, shares) in compared.items()}
     return tasks, drawn

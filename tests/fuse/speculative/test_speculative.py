@@ -15,28 +15,28 @@ from tests.slow import slow
 
 IDS, MASK = tiny.prompts((7, 4, 9, 5))
 CALL = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 20, "pad_token_id": 0}
-GAMMAS = [3, "auto", *slow(0, 1, 6)]
+DRAFTS = [3, "auto", *slow(0, 1, 6)]
 
 
 class Every(DraftLength):
-    """All gammas in turn, plain steps too: every way from one to another."""
+    """All lengths in turn, plain steps too: every way from one to another."""
 
     def next(self):
         return (0, 3, 1, 0, 0, 2, 4)[self.rounds % 7]
 
 
-@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("drafts", DRAFTS)
 @pytest.mark.parametrize("rows", [[2], [0, 1, 2, 3]], ids=["one row", "batch"])
-def test_greedy_is_token_identical(double, gamma, rows):
+def test_greedy_is_token_identical(double, drafts, rows):
     call = CALL | {"input_ids": IDS[rows], "attention_mask": MASK[rows]}
-    assert torch.equal(double.generate(**call, speculative=gamma), double.generate(**call))
+    assert torch.equal(double.generate(**call, speculative=drafts), double.generate(**call))
 
 
-@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("drafts", DRAFTS)
 @pytest.mark.parametrize("rows", [[2], [0, 1, 2, 3]], ids=["one row", "batch"])
-def test_seeded_sampling_is_token_identical(single, gamma, rows):
+def test_seeded_sampling_is_token_identical(single, drafts, rows):
     call = CALL | {"input_ids": IDS[rows], "attention_mask": MASK[rows], "do_sample": True, "seed": 3, "top_k": 8}
-    assert torch.equal(single.generate(**call, speculative=gamma), single.generate(**call))
+    assert torch.equal(single.generate(**call, speculative=drafts), single.generate(**call))
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_greedy_is_token_identical_on_500_prompts_in_fp32(folders):
 
 
 @pytest.mark.parametrize("sample", [True, *slow(False)])
-def test_changing_gamma_on_the_way(double, monkeypatch, sample):
+def test_changing_the_draft_length_on_the_way(double, monkeypatch, sample):
     monkeypatch.setattr("mtft.fuse.speculative.speculative.DraftLength", Every)
     call = CALL | {"max_new_tokens": 40, "do_sample": sample, "seed": 1, "alpha_rule": ["jeffreys", "fixed"] * 2}
     assert torch.equal(double.generate(**call, speculative="auto"), double.generate(**call))
@@ -80,11 +80,11 @@ def test_a_good_drafter_is_accepted_and_saves_passes(folders, monkeypatch):
 def test_ends_and_lengths_are_the_same(single):
     free = single.generate(**CALL, eos_token_id=None)[:, IDS.shape[1] :]
     ends = [int(free[0, 3]), int(free[1, 6])]
-    for gamma in (1, 4):
+    for drafts in (1, 4):
         call = CALL | {"eos_token_id": ends}
-        assert torch.equal(single.generate(**call, speculative=gamma), single.generate(**call))
+        assert torch.equal(single.generate(**call, speculative=drafts), single.generate(**call))
         call = CALL | {"max_new_tokens": 5, "eos_token_id": None}
-        assert torch.equal(single.generate(**call, speculative=gamma), single.generate(**call))
+        assert torch.equal(single.generate(**call, speculative=drafts), single.generate(**call))
 
 
 def test_criteria_see_what_they_see_in_direct_decoding(double):
@@ -100,9 +100,9 @@ def test_criteria_see_what_they_see_in_direct_decoding(double):
             return super().__call__(input_ids, scores)
 
     seen = []
-    for gamma in (None, 3):
+    for drafts in (None, 3):
         watch = Watch()
-        double.generate(**CALL, speculative=gamma, stopping_criteria=[watch], eos_token_id=None)
+        double.generate(**CALL, speculative=drafts, stopping_criteria=[watch], eos_token_id=None)
         seen.append(watch.seen)
     assert seen[0] == seen[1]
 
@@ -130,8 +130,8 @@ def test_scores_and_trace_are_the_same(double):
     watches = Watch(), Watch()
     wish = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
     direct, fast = (
-        double.generate(**CALL, **wish, speculative=gamma, trace=watch)
-        for gamma, watch in zip((None, 3), watches, strict=True)
+        double.generate(**CALL, **wish, speculative=drafts, trace=watch)
+        for drafts, watch in zip((None, 3), watches, strict=True)
     )
     assert torch.equal(direct.sequences, fast.sequences)
     ended = torch.zeros(len(IDS), dtype=torch.bool)
@@ -153,8 +153,8 @@ def test_a_drafter_of_its_own(folders, tmp_path):
     with pytest.warns(UserWarning, match="whole model"):
         small = tiny.weak(folders["base"], [tmp_path, folders["one"]])
     fused = tiny.fused(small)
-    for gamma in (2, "auto"):
-        assert torch.equal(fused.generate(**CALL, speculative=gamma), fused.generate(**CALL))
+    for drafts in (2, "auto"):
+        assert torch.equal(fused.generate(**CALL, speculative=drafts), fused.generate(**CALL))
 
 
 def test_expert_prompt_of_its_own(single):
@@ -249,13 +249,13 @@ def test_unseeded_sampling_by_max_coupling(single):
     many = {"input_ids": ids.repeat(400, 1), "do_sample": True, "max_new_tokens": 2, "top_k": 4, "eos_token_id": None}
     many["pad_token_id"] = 0
     pairs = {}
-    for gamma in (None, 2):
+    for drafts in (None, 2):
         torch.manual_seed(5)
         counts = Counter()
         for _ in range(5):
-            for row in single.generate(**many, speculative=gamma)[:, ids.shape[1] :].tolist():
+            for row in single.generate(**many, speculative=drafts)[:, ids.shape[1] :].tolist():
                 counts[tuple(row)] += 1
-        pairs[gamma] = counts
+        pairs[drafts] = counts
     total = 2000
     keys = {pair for counts in pairs.values() for pair, count in counts.items() if count >= 5}
     chi_square = sum((pairs[None][k] - pairs[2][k]) ** 2 / (pairs[None][k] + pairs[2][k]) for k in keys)
@@ -263,17 +263,17 @@ def test_unseeded_sampling_by_max_coupling(single):
     assert chi_square < 37.7  # at most 15 degrees of freedom, p = 1e-3
 
 
-def test_gamma_takes_the_cheapest():
-    gamma = DraftLength(maximum=4)
+def test_draft_length_takes_the_cheapest():
+    length = DraftLength(maximum=4)
     for _ in range(20):
-        gamma.record_times(0, plain=1.0)
-    gamma.record_acceptance(100, 95)
-    gamma.draft.append(0.1)
-    assert gamma.next() == 4
+        length.record_times(0, plain=1.0)
+    length.record_acceptance(100, 95)
+    length.draft.append(0.1)
+    assert length.next() == 4
     for _ in range(40):
-        gamma.record_times(4, draft=0.1, verify=1.1)
-        gamma.record_acceptance(4, 0)
-    assert gamma.next() == 0
+        length.record_times(4, draft=0.1, verify=1.1)
+        length.record_acceptance(4, 0)
+    assert length.next() == 0
     slow = DraftLength(maximum=4)
     for _ in range(20):
         slow.record_times(0, plain=1.0)
@@ -282,38 +282,38 @@ def test_gamma_takes_the_cheapest():
     assert slow.next() == 0
 
 
-def test_gamma_counts_what_rounds_give():
+def test_draft_length_counts_what_rounds_give():
     """Drafts that stand all or not at all: six of seven looks are good ones, but a round gives 4 tokens, not 4.6."""
     believing, counting = DraftLength(), DraftLength()
-    for gamma in (believing, counting):
+    for length in (believing, counting):
         for _ in range(20):
-            gamma.record_times(0, plain=0.8)
-        gamma.record_acceptance(100, 85)
+            length.record_times(0, plain=0.8)
+        length.record_acceptance(100, 85)
         for at in range(64):
             stand = 6 * (at % 2)
-            gamma.record_acceptance(min(stand + 1, 6), stand)
-            gamma.record_times(6, draft=0.35, verify=1.2, tokens=1 + stand if gamma is counting else None)
+            length.record_acceptance(min(stand + 1, 6), stand)
+            length.record_times(6, draft=0.35, verify=1.2, tokens=1 + stand if length is counting else None)
     assert believing.time_per_token(6) == pytest.approx(3.44 / 4.6, rel=0.05)
     assert counting.time_per_token(6) == pytest.approx(3.44 / 4, rel=0.05)
     assert believing.next() > 0
     assert counting.next() == 0
 
 
-def test_gamma_has_patience():
-    gamma = DraftLength()
-    gamma.record_acceptance(1, 1)
-    gamma.record_times(0, plain=1.0)
-    assert gamma.next() == 0  # too early to change
+def test_draft_length_has_patience():
+    length = DraftLength()
+    length.record_acceptance(1, 1)
+    length.record_times(0, plain=1.0)
+    assert length.next() == 0  # too early to change
 
 
-def test_gamma_begins_with_what_an_earlier_call_learnt():
+def test_draft_length_begins_with_what_an_earlier_call_learnt():
     """A good drafter: the first call starts plainly, the second drafts at once; a bad one is left alone at once."""
     first, bad = DraftLength(), DraftLength()
-    for gamma, beta in ((first, 0.95), (bad, 0.05)):
+    for length, beta in ((first, 0.95), (bad, 0.05)):
         for _ in range(4):
-            gamma.record_times(0, plain=1.0)
-        gamma.record_acceptance(100, 100 * beta)
-        gamma.draft.append(0.1)
+            length.record_times(0, plain=1.0)
+        length.record_acceptance(100, 100 * beta)
+        length.draft.append(0.1)
     again, still = DraftLength(), DraftLength()
     again.warm_start(first)
     still.warm_start(bad)

@@ -13,9 +13,13 @@ import mtft
 from mtft.cli.common import Overrides, RecipeArgument, load, say
 
 app = typer.Typer(
-    name="mtft", help=(mtft.__doc__ or "").split("\n\n")[0], no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    name="mtft",
+    help=(mtft.__doc__ or "").split("\n\n")[0],
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-)  # fmt: skip
+)
 
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over; what is there moves aside.")]
 

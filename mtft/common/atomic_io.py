@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
@@ -18,3 +20,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: object, *, indent: int = 1) -> None:
     """Writes a JSON file. Raises ValueError for NaN and infinity, which JSON has not."""
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
+
+
+def finite(node: Any) -> Any:
+    """The same tree with None where a number is NaN or infinite: JSON has neither."""
+    if isinstance(node, dict):
+        return {key: finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node

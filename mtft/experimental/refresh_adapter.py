@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtft.common.atomic_io import write_json
+from mtft.common.atomic_io import finite, write_json
 from mtft.common.errors import UserError
 from mtft.data.batching.batch import IGNORE
 from mtft.data.batching.batches import eval_batches
@@ -37,7 +37,7 @@ from mtft.losses.token_nll import token_nll
 from mtft.models.loading import load_base, pad_id
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.export.export import export_model
-from mtft.training.run_files.metrics_log import MetricsLog, finite
+from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.trainer import build_trainer
 from mtft.training.trainer_parts import TrainingInputs, read_training_inputs
 from mtft.training.training_arguments import training_arguments

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from mtft.common.atomic_io import write_json
+from mtft.common.atomic_io import finite, write_json
 from mtft.distributed.launch import is_main_process
 from mtft.distributed.sharding import whole_weights
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.callbacks.best_weights import load_best_weights
 from mtft.training.export.export import ReloadResult, export_model, probe_logits, write_card
-from mtft.training.run_files.metrics_log import finite
 from mtft.training.run_files.run_dir import RESULT, SCORES, write_plan
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ generate   {"prompt" | "messages", id?, max_tokens?, alpha?, alpha_rule?, expert
 score      {"prompt" | "messages", "response", id?, alpha?, alpha_rule?, expert_weights?}
         -> {index, id, logprob, tokens, greedy, alpha_mean, kl_mean}                      or    {index, id, error}
 
+logprob is null where the fused model rules a token of the response out (`plausibility`).
 `prompt` is continued as it stands; `messages` go through the chat template. A row's default seed is (run seed, index).
 """
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtft.common.atomic_io import finite
 from mtft.common.fingerprint import content_hash
 from mtft.fuse.alpha.spec import FusionError
 
@@ -120,7 +121,7 @@ def _work_isolated(group: list[JsonlRequest], work: Work) -> list[Row]:
 
 def _append(file: Any, lines: Sequence[Row]) -> None:
     """On disk before the next bucket starts."""
-    file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+    file.writelines(json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
     file.flush()
     os.fsync(file.fileno())
 

@@ -40,7 +40,7 @@ def decode_step_by_step(fused: FusionCore, request: GenerateRequest) -> Tensor |
         if request.processors:  # some write into the scores they are given
             scores_AV = apply_logits_processors(request, active, output.tokens_BL[active_A], scores_AV.clone())
         if request.config.do_sample:
-            keys = [gumbel_sampling.key(*request.seeds[row], position) for row in active]
+            keys = [gumbel_sampling.key(*request.seeds[row], position=position) for row in active]
             next_A = gumbel_sampling.sample(scores_AV, keys)
         else:
             next_A = scores_AV.argmax(-1)

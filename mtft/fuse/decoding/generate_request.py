@@ -104,7 +104,7 @@ def row_specs(spec: FusionSpec, rows: int, experts: int, alpha: Any, rule: Any, 
     """The spec of every row: `alpha`, `rule` and `weights` for all rows, or a list, one entry per row (or prompt)."""
     nested = weights is not None and len(weights) and not isinstance(weights[0], (int, float))
     alphas, rules = expand_per_row("alpha", alpha, rows), expand_per_row("alpha_rule", rule, rows)
-    all_weights = expand_per_row("expert_weights", list(weights), rows) if nested else [weights] * rows
+    all_weights = expand_per_row("expert_weights", list(weights or ()), rows) if nested else [weights] * rows
     specs = []
     for row_alpha, row_rule, row_weights in zip(alphas, rules, all_weights, strict=True):
         change: dict[str, Any] = {}

@@ -40,6 +40,8 @@ class PreallocatedLayer(DynamicLayer):
         """All keys and values, the new ones behind the old ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
         self.keys, self._keys_buffer = _append(self.keys, key_states, self._keys_buffer)
         self.values, self._values_buffer = _append(self.values, value_states, self._values_buffer)
         return self.keys, self.values

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mtft.common.atomic_io import finite
 from mtft.common.errors import UserError
-from mtft.training.run_files.metrics_log import finite
 
 
 @dataclass

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mtft.common.atomic_io import write_text
+from mtft.common.atomic_io import finite, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,15 +131,6 @@ def flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
     for task, values in line["tasks"].items():
         out |= {f"{prefix}{task}/{key}": value for key, value in values.items()}
     return {key: value for key, value in out.items() if isinstance(value, int | float) and math.isfinite(value)}
-
-
-def finite(node: Any) -> Any:
-    """The same tree with None where a number is NaN or infinite: JSON has neither."""
-    if isinstance(node, dict):
-        return {key: finite(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [finite(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def _cut(path: Path, step: int) -> None:

@@ -181,6 +181,14 @@ def test_score(ask, fused):
     assert "response is missing" in third["error"]
 
 
+def test_a_response_that_is_ruled_out_has_no_logprob(ask, places):
+    """Minus infinity, which JSON has not."""
+    strict = recipe_of(places, ask.folder, plausibility=0.999)
+    write(ask.folder / "x.jsonl", [{"prompt": "the quick", "response": "zzzz"}])
+    assert jsonl_commands.score(strict, ask.folder / "x.jsonl", ask.folder / "y.jsonl").failed == 0
+    assert read(ask.folder / "y.jsonl")[0]["logprob"] is None
+
+
 def test_temperature_zero_is_greedy(ask, places, fused):
     greedy = recipe_of(places, ask.folder, temperature=0.0)
     write(ask.folder / "x.jsonl", [{"prompt": "the quick", "max_tokens": 5}])

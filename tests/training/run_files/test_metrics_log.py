@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from mtft.common.atomic_io import finite
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.run_files.metrics_log import EVALS, METRICS, MetricsLog, finite, flat
+from mtft.training.run_files.metrics_log import EVALS, METRICS, MetricsLog, flat
 from mtft.training.run_training import train
 
 

@@ -88,7 +88,7 @@ class MetricsLog:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if self.run_dir is not None:
             with (self.run_dir / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+                file.write(_as_json(line) + "\n")
 
 
 def step_line(
@@ -131,6 +131,13 @@ def flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
     for task, values in line["tasks"].items():
         out |= {f"{prefix}{task}/{key}": value for key, value in values.items()}
     return {key: value for key, value in out.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def _as_json(line: dict[str, Any]) -> str:
+    try:
+        return json.dumps(line, allow_nan=False)
+    except ValueError:  # a loss that is not finite: rare
+        return json.dumps(finite(line), allow_nan=False)
 
 
 def _cut(path: Path, step: int) -> None:

@@ -18,6 +18,7 @@ ONLY_IN = {
         "data_mixers/plan/mixture_plan.py",
         "data_mixers/sweep/trial.py",
     },
+    "multinomial": {"mtft/common/bootstrap.py"},
     "TypeAdapter": {"mtft/recipe/method_options.py"},
     "WORLD_SIZE": {"mtft/distributed/launch.py"},
     "RANK": {"mtft/distributed/launch.py"},

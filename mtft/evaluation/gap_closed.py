@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mtft.common.bootstrap import percentile_interval, resampled_rows, same_order
 from mtft.evaluation.task_scores import METRICS, TaskScores
 
 TINY = 1e-9  # |tuned - strong| below this: there is no gap to close
@@ -68,9 +69,13 @@ def gap_closed(
     goal = tuned.summary()[metric]
     gap, ratio = gap_and_ratio(start, end, goal)
     sums = [_sums(scores, metric, strong.ids) for scores in (strong, fused, tuned)]
-    picks = np.random.default_rng(seed).integers(0, len(strong.ids), size=(draws, len(strong.ids)))
-    start_D, end_D, goal_D = (over_N[picks].sum(1) / np.maximum(under_N[picks].sum(1), 1) for over_N, under_N in sums)
-    ratio_interval = None if ratio is None or np.any(np.abs(goal_D) < TINY) else _interval(end_D / goal_D, level)
+    rows_DN = next(resampled_rows(len(strong.ids), draws, seed, at_once=draws))
+    start_D, end_D, goal_D = (
+        over_N[rows_DN].sum(1) / np.maximum(under_N[rows_DN].sum(1), 1) for over_N, under_N in sums
+    )
+    ratio_interval = (
+        None if ratio is None or np.any(np.abs(goal_D) < TINY) else percentile_interval(end_D / goal_D, level)
+    )
     gap_interval, reason = None, None
     if gap is None:
         reason = f"tuning the strong model changed nothing: {start:.6g} -> {goal:.6g}"
@@ -81,20 +86,14 @@ def gap_closed(
         else:
             moved_D = goal_D - start_D
             kept_D = np.abs(moved_D) > TINY
-            gap_interval = _interval((end_D - start_D)[kept_D] / moved_D[kept_D], level)
+            gap_interval = percentile_interval((end_D - start_D)[kept_D] / moved_D[kept_D], level)
     return Gap(strong.task, metric, start, end, goal, gap, gap_interval, ratio, ratio_interval, reason)
 
 
 def _sums(scores: TaskScores, metric: str, ids: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """(numerator, denominator) of each example, in the order of `ids`."""
-    place = {name: index for index, name in enumerate(scores.ids)}
-    if len(place) != len(scores.ids) or set(place) != set(ids):
+    order = same_order(ids, scores.ids)
+    if order is None:
         raise ValueError(f"{scores.task!r}: the models were not scored on the same examples (ids differ or repeat)")
-    order = np.array([place[name] for name in ids], dtype=np.int64)
-    over_N = {"loss": scores.nll_N, "token_accuracy": scores.correct_N, "exact_match": scores.exact_N}[metric][order]
-    return over_N.astype(np.float64), np.ones(len(ids)) if metric == "exact_match" else scores.tokens_N[order]
-
-
-def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    lower, upper = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(lower), float(upper)
+    over_N, under_N = scores.parts(metric)
+    return over_N[order].astype(np.float64), under_N[order]

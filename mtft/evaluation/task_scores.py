@@ -9,8 +9,8 @@ first supervised position, decoding emits it, so the second position sees the ve
 up to and including the end of turn. It is proved against `generate` in the tests. (Where supervised tokens come in
 several turns, it means: each turn is reproduced given the true turns before it.)
 
-Intervals are bootstrap percentiles over examples (Efron 1979), not over tokens: tokens of one example are not
-independent. Two models are compared on the same examples, so that the examples' own difficulty cancels.
+Intervals are bootstrap percentiles over examples (mtft.common.bootstrap). Two models are compared on the same examples,
+so that the examples' own difficulty cancels.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from mtft.common.atomic_io import write_text
+from mtft.common.bootstrap import percentile_interval, resampled_rows, same_order
 from mtft.common.errors import UserError
 
 METRICS = ("loss", "token_accuracy", "exact_match")
-_CELLS = 4_000_000  # draws x examples resampled at once: bounds the memory at about 100 MB
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class TaskScores:
         """bool [N]: greedy decoding would reproduce the response. An example without supervised tokens is not exact."""
         return (self.correct_N == self.tokens_N) & (self.tokens_N > 0)
 
+    def parts(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """(numerator, denominator) [N] of a metric."""
+        over_N = {"loss": self.nll_N, "token_accuracy": self.correct_N, "exact_match": self.exact_N}[metric]
+        return over_N, np.ones(len(self.ids)) if metric == "exact_match" else self.tokens_N
+
     def summary(self) -> dict[str, float]:
         """The task's point estimates: loss, token_accuracy, exact_match (NaN when nothing is supervised), and sizes."""
         tokens = int(self.tokens_N.sum())
@@ -71,7 +76,7 @@ class TaskScores:
     def intervals(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
         """Bootstrap percentile interval (lower, upper) of each metric over the examples."""
         samples = {name: np.concatenate(list(_resample(self, name, draws, seed))) for name in METRICS}
-        return {name: _percentiles(values, level) for name, values in samples.items()}
+        return {name: percentile_interval(values, level) for name, values in samples.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """One JSON line an example: task, id, nll, tokens, correct. Written whole or not at all."""
@@ -124,13 +129,12 @@ def paired_bootstrap(
     """
     if metric not in METRICS:
         raise ValueError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
-    place = {name: index for index, name in enumerate(b.ids)}
-    if len(place) != len(b.ids) or set(place) != set(a.ids) or len(a.ids) != len(b.ids):
+    order = same_order(a.ids, b.ids)
+    if order is None:
         raise ValueError(f"{a.task!r} and {b.task!r} were not scored on the same examples (ids differ or repeat)")
-    order = np.array([place[name] for name in a.ids], dtype=np.int64)
     b = TaskScores(b.task, a.ids, b.nll_N[order], b.tokens_N[order], b.correct_N[order])
     both = zip(_resample(a, metric, draws, seed), _resample(b, metric, draws, seed), strict=True)
-    lower, upper = _percentiles(np.concatenate([left - right for left, right in both]), level)
+    lower, upper = percentile_interval(np.concatenate([left - right for left, right in both]), level)
     left, right = a.summary()[metric], b.summary()[metric]
     return MetricDifference(a.task, metric, left, right, left - right, lower, upper)
 
@@ -140,15 +144,6 @@ def _resample(scores: TaskScores, metric: str, draws: int, seed: int) -> Iterato
     count = len(scores.ids)
     if count == 0 or scores.tokens_N.sum() == 0:
         raise ValueError(f"scores of {scores.task!r} hold no supervised token: no interval")
-    over = {"loss": scores.nll_N, "token_accuracy": scores.correct_N, "exact_match": scores.exact_N}[metric]
-    under = np.ones(count) if metric == "exact_match" else scores.tokens_N
-    generator = np.random.default_rng(seed)
-    chunk = max(1, _CELLS // count)
-    for start in range(0, draws, chunk):
-        pick = generator.integers(0, count, size=(min(chunk, draws - start), count))
-        yield over[pick].sum(axis=1) / np.maximum(under[pick].sum(axis=1), 1)
-
-
-def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
-    lower, upper = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(lower), float(upper)
+    over, under = scores.parts(metric)
+    for rows in resampled_rows(count, draws, seed):
+        yield over[rows].sum(axis=1) / np.maximum(under[rows].sum(axis=1), 1)

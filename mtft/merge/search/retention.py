@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mtft.common.bootstrap import resampled_counts, same_order
+
 METRICS = ("loss", "accuracy", "exact_match")
 NOT_LEARNT = "undefined: the expert did not learn"
 
@@ -109,16 +111,15 @@ def _table(base, single, merged, draws: int, seed: int) -> tuple[dict, dict]:
 
 def _order(first: RetentionScores, other: RetentionScores, task: str) -> np.ndarray:
     """The rows of `other` in the order of the first; ValueError unless both hold the same examples once."""
-    place = {name: row for row, name in enumerate(other.ids)}
-    if len(place) != len(other.ids) or set(place) != set(first.ids) or len(first.ids) != len(other.ids):
+    order = same_order(first.ids, other.ids)
+    if order is None:
         raise ValueError(f"{task}: base, single and merged were not scored on the same examples")
-    return np.array([place[name] for name in first.ids], dtype=np.int64)
+    return order
 
 
 def _resamples(examples: int, draws: int, seed: int) -> np.ndarray:
     """[draws + 1, examples] counts; row 0 is the sample itself."""
-    counts = np.random.default_rng(seed).multinomial(examples, np.full(examples, 1 / examples), size=draws)
-    return np.vstack([np.ones((1, examples)), counts])
+    return np.vstack([np.ones((1, examples)), resampled_counts(examples, draws, np.random.default_rng(seed))])
 
 
 def _metric(scores: RetentionScores, order: np.ndarray, metric: str, weights: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from mtft.common.bootstrap import resampled_counts
 from mtft.merge.search.search_trials import SearchTrial, loss_of
 
 Objective = Callable[[Mapping[str, float]], float]
@@ -61,8 +62,7 @@ def _paired_error(objective: Objective, first: Mapping, second: Mapping, draws: 
         b = second[task]
         if tuple(a.ids) != tuple(b.ids):
             raise ValueError(f"{task}: the two merges were not scored on the same examples")
-        N = len(a.ids)
-        counts = rng.multinomial(N, np.full(N, 1 / N), size=draws)
+        counts = resampled_counts(len(a.ids), draws, rng)
         for losses, x in zip(drawn, (a, b)):
             losses[task] = (counts @ x.nll_N) / np.maximum(counts @ x.tokens_N, 1)
     at_a, at_b = ([objective({task: x[i] for task, x in losses.items()}) for i in range(draws)] for losses in drawn)

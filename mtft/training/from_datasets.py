@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
-from mtft.data.planning import batch_tokens_of, make_plan
-from mtft.distributed.launch import is_main_process
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.build_model import load_for_training
-from mtft.training.run_files.metrics_log import MetricsLog
-from mtft.training.trainer_parts import TrainingInputs, read_training_inputs
-from mtft.training.training_arguments import training_arguments
 from mtft.training.transformers_arguments import read_transformers_arguments
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 Rows = Iterable[Mapping[str, Any]]
 # Names that a user of transformers or TRL writes in a dict -> keys of the recipe's `train` section.
@@ -37,40 +27,6 @@ _ALIASES = {
     "adam_beta1": "beta1",
     "adam_beta2": "beta2",
 }
-
-
-@dataclass(frozen=True)
-class PreparedRun:
-    """All that a trainer is built from."""
-
-    recipe: Recipe
-    inputs: TrainingInputs
-    plan: Any
-    model: Any
-    args: TrainingArguments
-    log: MetricsLog
-
-
-def prepare_run(
-    recipe: Recipe, *, model: Any = None, tokenizer: Any = None, examples: int | None = None, quiet: bool = True
-) -> PreparedRun:
-    """Reads data, makes the plan, loads the model (or takes `model`, which has its adapter already).
-
-    examples: of one step, in place of the recipe's train.batch_tokens.
-    """
-    inputs = read_training_inputs(recipe, tokenizer=tokenizer)
-    if examples is not None:
-        tokens = batch_tokens_of(recipe, inputs.stores, examples)
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_tokens": tokens})})
-    plan = make_plan(recipe, inputs.stores)
-    run_dir = Path(recipe.output.dir)
-    if is_main_process():
-        run_dir.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(run_dir if is_main_process() else None, steps=plan.steps, quiet=quiet or not is_main_process())
-    evaluates = any(store is not None for store in inputs.held_out)
-    saves = recipe.output.save_every is not None
-    args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=evaluates, saves=saves)
-    return PreparedRun(recipe, inputs, plan, load_for_training(recipe) if model is None else model, args, log)
 
 
 def recipe_of_datasets(

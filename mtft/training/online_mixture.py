@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch import Tensor
 
 from data_mixers.online.bandit import Bandit
@@ -28,6 +27,7 @@ from data_mixers.online.linear_law import LinearLaw
 from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.errors import UserError
 from mtft.data.planning import share_bounds
+from mtft.distributed.collectives import from_first_rank
 from mtft.evaluation.task_scores import TaskScores
 from mtft.losses.validation_stream import ValidationStream
 from mtft.recipe.rules.mixture_rules import PROBE_SHARE, PROBE_STEPS
@@ -66,7 +66,9 @@ class OnlineMixture:
         valid_K = None
         if number is not None and self.stream is not None:
             valid_K = valid_losses(context, self.stream, number).tolist()
-        decision = _broadcast_from_first_rank(controller.propose(step, valid_K))
+        # The losses are equal on all ranks, so each decided the same up to what its libraries round otherwise; the plans
+        # must be equal to the bit.
+        decision: Decision | None = from_first_rank(controller.propose(step, valid_K))
         if decision is None:
             return {}
         controller.play(decision)
@@ -85,16 +87,6 @@ class OnlineMixture:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.controller.restore(state)
-
-
-def _broadcast_from_first_rank(decision: Decision | None) -> Decision | None:
-    """What rank 0 decided. The losses are equal on all ranks, so the others did too, up to what their libraries round
-    otherwise; the plans must be equal to the bit."""
-    if not dist.is_initialized():
-        return decision
-    decisions: list[Any] = [decision]
-    dist.broadcast_object_list(decisions, src=0)
-    return decisions[0]
 
 
 def make_controller(recipe: Recipe, chain: ReplannedPlan) -> MixtureController:

@@ -65,13 +65,14 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     inputs = read_training_inputs(recipe)
     plan = make_plan(recipe, inputs.stores)
     log = MetricsLog(run_dir if is_main_process() else None, steps=plan.steps, quiet=quiet or not is_main_process())
-    for line in (line for store in inputs.stores for line in store.warnings()):
-        log.say(f"warning: {line}")
-    evaluates = any(store is not None for store in inputs.held_out)
-    args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=evaluates, saves=True)  # joins the ranks
+    for store in inputs.stores:
+        for line in store.warnings():
+            log.say(f"warning: {line}")
+    # joins the ranks
+    args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=True)
     size = None if fresh else chosen_size(run_dir)
     checkpoint = start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh)
-    args.eval_on_start = evaluates and recipe.train.eval_on_start and checkpoint is None
+    args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start and checkpoint is None
     with StopSignal() as stop:
         model = load_for_training(recipe)
         if recipe.lora is not None and recipe.lora.init in CHANGE_THE_BASE and is_main_process():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 
+from data_mixers.plan.mixture_plan import MixturePlan
+from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.state_tree import random_state
 from mtft.data.batching.batch import Batch
 from mtft.data.batching.batches import BatchSource
@@ -43,6 +45,7 @@ from mtft.losses.task_reduction import (
     task_losses,
     task_probs,
 )
+from mtft.recipe.schema.recipe import Recipe
 from mtft.training.callbacks.early_stopping import EarlyStopping
 from mtft.training.callbacks.non_finite_steps import NonFiniteSteps
 from mtft.training.checkpoint.checkpoint import RunState
@@ -53,11 +56,6 @@ from mtft.training.step.extra_losses import global_losses, heldout_losses, valid
 from mtft.training.step.objective import Objective, StepContext, forward_backward
 from mtft.training.step.task_gradients import TaskGradientStep
 from mtft.training.trainer_parts import TrainingInputs, trainer_parts
-
-if TYPE_CHECKING:
-    from data_mixers.plan.mixture_plan import MixturePlan
-    from data_mixers.plan.replanned import ReplannedPlan
-    from mtft.recipe.schema.recipe import Recipe
 
 
 class MultiTaskTrainer(RunTrainer):

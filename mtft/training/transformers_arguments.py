@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from transformers import TrainingArguments
 
 from mtft.common.errors import UserError
 from mtft.distributed.launch import world_size
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 _SAME = {  # setting of transformers -> key of the recipe, with the same meaning
     "learning_rate": "train.learning_rate",

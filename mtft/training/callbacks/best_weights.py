@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from transformers.trainer_callback import TrainerCallback
 
 from mtft.common.errors import UserError
+from mtft.distributed.collectives import barrier
 from mtft.distributed.sharding import trainable
 from mtft.evaluation.task_scores import TaskScores
-from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir
+from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir, load_tree
 from mtft.training.optim.schedule_free import evaluation_weights, settle
-
-if TYPE_CHECKING:
-    from mtft.training.trainer import MultiTaskTrainer
+from mtft.training.trainer import MultiTaskTrainer
 
 BEST, WEIGHTS = "best", "weights.safetensors"
 
@@ -50,10 +49,8 @@ class BestWeights(TrainerCallback):
 
 def save_best(trainer: MultiTaskTrainer, step: int, scores: dict[str, TaskScores]) -> None:
     """Writes <run>/best. A collective call."""
-    from safetensors.torch import save_file
-
     writer = bool(trainer.args.should_save)
-    with atomic_checkpoint_dir(trainer.run_dir / BEST, writer=writer, barrier=_barrier) as folder:
+    with atomic_checkpoint_dir(trainer.run_dir / BEST, writer=writer, barrier=barrier) as folder:
         if not writer:
             return
         with evaluation_weights(trainer.optimizer):
@@ -70,8 +67,6 @@ def load_best_weights(trainer: MultiTaskTrainer, export: str) -> int:
 
     export: last, or best by the evaluations. The scores of that step stand in `trainer.evaluations` under the last.
     """
-    from safetensors.torch import load_file
-
     last = trainer.state.global_step
     settle(trainer.optimizer)
     if export == "last":
@@ -101,11 +96,4 @@ def load_best_weights(trainer: MultiTaskTrainer, export: str) -> int:
 
 def ended_before(checkpoint: Path) -> bool:
     """True if the run had ended by its held-out losses when this checkpoint was written: only the end is missing."""
-    from mtft.training.checkpoint.checkpoint_files import load_tree
-
     return load_tree(checkpoint)["stopping"]["ended"] is not None
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

@@ -16,19 +16,8 @@ import torch
 
 from mtft.common.errors import UserError
 from mtft.data.batching.batch import IGNORE, PADDING, Batch
-from mtft.data.batching.packed_attention import model_inputs, packing_refusal
 from mtft.data.batching.packing import pack_evenly
 from mtft.data.tokenize.encode import Example
-
-__all__ = [
-    "BatchSource",
-    "EvalBatch",
-    "collate",
-    "deal_micro_batches",
-    "eval_batches",
-    "model_inputs",
-    "packing_refusal",
-]
 
 EMPTY_ROW = 8  # positions of a row that holds padding only
 EVAL_WINDOW = 4096  # examples that are packed together in evaluation
@@ -130,14 +119,12 @@ class BatchSource:
     def layout(self, step: PlannedStep) -> list[list[list[list[int]]]]:
         """[rank][micro-batch][row] -> indices into the arrays of the step. The same on every rank."""
         task, _, lengths = step
-        if not self.unmixed:
-            rows = _rows(lengths, self.capacity, self.packing)
-            return deal_micro_batches(lengths, rows, self.micro_batch_tokens, self.world)
-        rows = []
-        for k in np.unique(task):
-            own = np.flatnonzero(task == k)
+        kind = task if self.unmixed else np.zeros_like(task)
+        rows: list[list[int]] = []
+        for k in np.unique(kind):
+            own = np.flatnonzero(kind == k)
             rows += [own[row].tolist() for row in _rows(lengths[own], self.capacity, self.packing)]
-        kinds = [int(task[row[0]]) for row in rows]
+        kinds = [int(kind[row[0]]) for row in rows]
         return deal_micro_batches(lengths, rows, self.micro_batch_tokens, self.world, kinds=kinds)
 
     def padding(self, s: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mtft.recipe.schema.model import ModelSection
-from mtft.recipe.schema.section import RecipeSection
+from mtft.recipe.schema.section import INPUT, RecipeSection
 
 
 class FuseSection(RecipeSection):
@@ -15,7 +15,7 @@ class FuseSection(RecipeSection):
     """The large model that is steered; its weights are never touched."""
     base: ModelSection | None = None
     """The small base of the adapters; null: the recipe's `model`."""
-    adapters: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    adapters: Annotated[Annotated[tuple[str, ...], Field(strict=False)] | None, INPUT] = None
     """LoRA experts on the small base; null in `mtft run`: the joint adapter."""
     alpha_rule: Literal["fixed", "forward", "jeffreys", "paper", "paper_grid"] = "jeffreys"
     """How far each token is moved (docs/papers.md); fixed = proxy-tuning / EFT."""

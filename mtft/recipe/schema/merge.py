@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictFloat, StrictInt, StrictStr
 
-from mtft.recipe.schema.section import RecipeSection
+from mtft.recipe.schema.section import INPUT, OUTPUT, RecipeSection
 
 
 class ModuleRule(RecipeSection):
@@ -71,16 +71,16 @@ class Experts(RecipeSection):
     """Held-out prompts of each task to fit the router on; at most a third of what there is (twin)."""
     top: Annotated[int, Field(gt=0)] | None = None
     """Experts that serve one token; null = all (arrow)."""
-    general: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    general: Annotated[tuple[str, ...], Field(strict=False), INPUT] = ()
     """Folders of adapters for general ability, whose mean delta is taken off every expert (arrow)."""
 
 
 class MergeSection(RecipeSection):
     method: str = "linear"
     """linear, cat, svd, ties, tsv, ... (docs/papers.md)."""
-    adapters: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    adapters: Annotated[Annotated[tuple[str, ...], Field(strict=False)] | None, INPUT] = None
     """Folders of PEFT adapters; null in `mtft run`: the single-task adapters."""
-    base: str | None = None
+    base: Annotated[str | None, INPUT] = None
     """Folder of a base model: then `adapters` are whole models that were fine-tuned from it."""
     weights: Annotated[tuple[float, ...], Field(strict=False)] | None = None
     """Weight of each adapter, multiplying its delta; null = 1 each."""
@@ -114,7 +114,7 @@ class MergeSection(RecipeSection):
     """Merge although the adapters name different bases (one model under two names)."""
     workers: Annotated[int, Field(gt=0)] = 1
     """Processes, one LAPACK thread each."""
-    out: str | None = None
+    out: Annotated[str | None, OUTPUT] = None
     """Folder of the merged adapter; null: <output.dir>/merge/adapter."""
     overwrite: bool = False
     """Replace an adapter that is there already."""

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtft.recipe.schema.section import RecipeSection
+from mtft.recipe.schema.section import OUTPUT, RecipeSection
 
 
 class OutputSection(RecipeSection):
-    dir: str
+    dir: Annotated[str, OUTPUT]
     """Run directory. Relative to the working directory, as for every other tool's output."""
     save_every: Annotated[int, Field(gt=0)] | None = None
     """Steps between checkpoints; null: only at the end and on a signal."""

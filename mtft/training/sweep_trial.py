@@ -10,7 +10,6 @@ import copy
 import gc
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +30,7 @@ from mtft.training.trainer_parts import TrainingInputs, read_training_inputs
 from mtft.training.training_arguments import training_arguments
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What the trials of one recipe share."""
-
-    key: str
-    inputs: TrainingInputs
-    base: Any
-
-
-_kept: _Kept | None = None
+_kept: tuple[str, TrainingInputs, Any] | None = None  # key of a recipe, and what its trials share
 
 
 def run_trial(
@@ -61,13 +51,13 @@ def run_trial(
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = recipe.model_copy(update={"seed": trial.seed, "output": recipe.output.model_copy(update={"trackers": ()})})
-    shared = _keep(recipe, eval_limit)
-    plan = make_plan(recipe, shared.inputs.stores, trial.mixture)
+    inputs, base = _keep(recipe, eval_limit)
+    plan = make_plan(recipe, inputs.stores, trial.mixture)
     with tempfile.TemporaryDirectory(prefix="mtft-trial-") as scratch:
         args = training_arguments(recipe, Path(scratch), steps=plan.steps, evaluates=False, saves=False)
-        model = load_for_training(recipe, base=copy.deepcopy(shared.base))
+        model = load_for_training(recipe, base=copy.deepcopy(base))
         log = MetricsLog(None, steps=plan.steps, quiet=True)
-        trainer = build_trainer(recipe, shared.inputs, plan, model, args, log=log)
+        trainer = build_trainer(recipe, inputs, plan, model, args, log=log)
         course = _EvaluateAtChecks(trainer, plan.steps, checks, stop)
         trainer.add_callback(course)
         try:
@@ -75,7 +65,7 @@ def run_trial(
         except UserError:
             if trainer.bad_steps["non-finite"] < recipe.train.max_bad_steps:
                 raise
-            names = [store.task for store in shared.inputs.held_out if store is not None]
+            names = [store.task for store in inputs.held_out if store is not None]
             return [(1.0, {f"{task}/loss": float("nan") for task in names})]
         if not course.hopeless:
             trainer.evaluate()
@@ -111,14 +101,14 @@ class _EvaluateAtChecks(TrainerCallback):
             self.hopeless = control.should_training_stop = True
 
 
-def _keep(recipe: Recipe, eval_limit: int | None) -> _Kept:
-    """What the trials of this recipe share; kept until a trial of another recipe comes."""
+def _keep(recipe: Recipe, eval_limit: int | None) -> tuple[TrainingInputs, Any]:
+    """What the trials of this recipe share, inputs and base; kept until a trial of another recipe comes."""
     global _kept
     key = f"{fingerprint(recipe, without=('seed', 'mixture', 'output', 'name'))} {eval_limit}"
-    if _kept is None or _kept.key != key:
+    if _kept is None or _kept[0] != key:
         inputs = read_training_inputs(recipe, eval_limit=eval_limit)
-        _kept = _Kept(key, inputs, load_base(recipe.model, full=recipe.lora is None))
+        _kept = key, inputs, load_base(recipe.model, full=recipe.lora is None)
         # Trainer collects garbage at every start: 0.3 s among a million objects of libraries that stay anyway.
         gc.collect()
         gc.freeze()
-    return _kept
+    return _kept[1:]

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mtft.losses.token_nll import row_nll_in_place
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,7 @@ def activation_peak(
     forward_only  no backward pass (MeZO)
     None for models whose code looks at values on the way (some rotary positions, some routers): there are none.
     """
-    import torch.nn.functional as F
-    from peft import PeftModel
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from mtft.losses.token_nll import row_nll_in_place
 
     with FakeTensorMode():
         _take_off_meta(model)

@@ -13,6 +13,7 @@ from mtft.data.planning import make_plan
 from mtft.gradients.aggregators import Aggregator
 from mtft.gradients.gramian import gram
 from mtft.recipe.schema.loss import GradientSection
+from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
 from mtft.training.run_files.metrics_log import MetricsLog
@@ -339,8 +340,9 @@ def refused(recipe, **changes):
 def test_refusals(recipe, monkeypatch):
     assert "DoraLinearVariant" in refused(recipe, lora={"r": 4, "dora": True}, loss={"gradients": MEASURED}).what
     assert "Embedding" in refused(recipe, lora=None, loss={"gradients": MEASURED}).what
-    penalty = refused(recipe, loss={"gradients": MEASURED, "orthogonal": 0.1})
-    assert "belongs to no task" in penalty.what
+    penalty = {**recipe, "loss": {"gradients": MEASURED, "orthogonal": 0.1}}
+    with pytest.raises(UserError, match="belongs to no task"):
+        check_compatibility(Recipe.model_validate(penalty), stage="train")
     assert "upgrad" in refused(recipe, loss={"gradients": {"aggregator": "upgrade"}}).what
     momentum = {"aggregator": "sam_gs", "options": {"gamma": 0.7}, "flat": {"name": "f_mtl"}}
     assert "mixes two sets" in refused(recipe, loss={"gradients": momentum}).what

@@ -198,15 +198,11 @@ class _Builder:
 
     def _scalar(self, node: ScalarNode, path: KeyPath) -> Any:
         kind = str(node.tag).removeprefix(_TAG)
+        if kind == "null":
+            return None
         try:
-            if kind == "null":
-                return None
-            if kind == "bool":
-                return self._construct.construct_yaml_bool(node)
-            if kind == "int":
-                return self._construct.construct_yaml_int(node)
-            if kind == "float":
-                return self._construct.construct_yaml_float(node)
+            if kind in ("bool", "int", "float"):
+                return getattr(self._construct, f"construct_yaml_{kind}")(node)
         except (ValueError, KeyError, IndexError):
             self._problem(path, node, f"is {node.value!r}, which is no valid {kind}", "write a number or true/false")
             return None

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from data_mixers.plan.mixture_plan import MixturePlan
+from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.errors import UserError
 from mtft.data.batching.batch import IGNORE, PADDING, Batch
 from mtft.data.batching.packing import pack_evenly
@@ -21,18 +23,6 @@ from mtft.data.tokenize.encode import Example
 
 EMPTY_ROW = 8  # positions of a row that holds padding only
 EVAL_WINDOW = 4096  # examples that are packed together in evaluation
-
-
-class RowPlan(Protocol):
-    """What is needed of data_mixers.MixturePlan."""
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def unit(self) -> str: ...
-
-    def step(self, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
 
 class ExampleStore(Protocol):
@@ -85,7 +75,7 @@ class BatchSource:
     def __init__(
         self,
         stores: Sequence[ExampleStore],
-        plan: RowPlan,
+        plan: MixturePlan | ReplannedPlan,
         *,
         micro_batch_tokens: int,
         max_length: int,

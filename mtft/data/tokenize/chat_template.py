@@ -81,14 +81,16 @@ class ChatRenderer:
         self.template: str | None = DEFAULT_TEMPLATE if self.default else None
         self.notes: Counter[str] = Counter()  # conversations, by what was done to them
         self._current_notes: set[str] = set()
-        self.special = tuple({*tokenizer.all_special_tokens, *_special_added(tokenizer)})
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.special = tuple({*tokenizer.all_special_tokens, *added})
         self._special = re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
         # A template writes its own BOS; where there is none, the tokenizer's habit decides. Never both.
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
         self._parts = False
-        if not self._shows([{"role": "user", "content": "Zq7x"}]):
+        question = [{"role": "user", "content": "Zq7x"}]
+        if not self._shows(question):
             self._parts = True  # templates of models with vision drop plain text: they want a list of parts
-            if not self._shows([{"role": "user", "content": "Zq7x"}]):
+            if not self._shows(question):
                 raise UserError(
                     "the chat template of the model does not show what the user says",
                     where="model.path",
@@ -212,10 +214,6 @@ def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts a BOS in front of plain text by itself."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
-def _special_added(tokenizer: Any) -> list[str]:
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def _fold(messages: list[Message]) -> list[Message]:

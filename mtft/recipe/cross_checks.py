@@ -129,9 +129,7 @@ def _numbers(value: Any) -> dict[str, float]:
     return {key: number for key, number in value.items() if type(number) in (int, float) and 0 <= number < float("inf")}
 
 
-def _unknown_tasks(
-    path: KeyPath, given: Iterable[str], names: tuple[str, ...], also: tuple = ()
-) -> list[YamlProblem]:
+def _unknown_tasks(path: KeyPath, given: Iterable[str], names: tuple[str, ...], also: tuple = ()) -> list[YamlProblem]:
     problems = []
     for name in given if names else ():
         if name not in names:

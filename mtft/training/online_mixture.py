@@ -13,11 +13,10 @@ the trainer reads its steps one by one (no loader processes). A checkpoint after
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from data_mixers.online.bandit import Bandit
@@ -32,20 +31,16 @@ from mtft.evaluation.task_scores import TaskScores
 from mtft.losses.validation_stream import ValidationStream
 from mtft.recipe.rules.mixture_rules import PROBE_SHARE, PROBE_STEPS
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.step.extra_losses import valid_losses
+from mtft.training.step.extra_losses import heldout_losses, valid_losses
 from mtft.training.step.objective import StepContext
 
 
 class OnlineMixture:
-    """Watches the steps of a run and changes `chain`. stream: held-out rows, for a method that measures."""
+    """Watches the steps of a run and changes the controller's chain. stream: held-out rows, for what measures."""
 
     def __init__(self, controller: MixtureController, stream: ValidationStream | None = None) -> None:
         self.controller, self.stream = controller, stream
         self._reported: set[str] = set()
-
-    @property
-    def chain(self) -> ReplannedPlan:
-        return self.controller.chain
 
     def step(
         self,
@@ -66,8 +61,7 @@ class OnlineMixture:
         valid_K = None
         if number is not None and self.stream is not None:
             valid_K = valid_losses(context, self.stream, number).tolist()
-        # The losses are equal on all ranks, so each decided the same up to what its libraries round otherwise; the plans
-        # must be equal to the bit.
+        # The losses are equal on all ranks, but the plans must be equal to the bit, whatever the libraries round.
         decision: Decision | None = from_first_rank(controller.propose(step, valid_K))
         if decision is None:
             return {}
@@ -81,12 +75,6 @@ class OnlineMixture:
             line["shares"] = dict(zip(context.tasks, decision.shares, strict=True))
             line["wanted"] = dict(zip(context.tasks, decision.wanted, strict=True))
         return {"mixture": {**line, "notes": list(decision.notes)} if decision.notes else line}
-
-    def state_dict(self, step: int) -> dict[str, Any]:
-        return self.controller.state(step)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.controller.restore(state)
 
 
 def make_controller(recipe: Recipe, chain: ReplannedPlan) -> MixtureController:
@@ -128,7 +116,7 @@ def reference_losses(recipe: Recipe) -> list[float]:
     given = None if recipe.mixture.online is None else recipe.mixture.online.reference
     if not isinstance(given, str):
         return [0.0 if given is None else float(given[name]) for name in recipe.task_names]
-    losses = []
+    scores = []
     for name in recipe.task_names:
         path = Path(given) / "scores" / f"{name}.jsonl"
         if not path.is_file():
@@ -137,10 +125,8 @@ def reference_losses(recipe: Recipe) -> list[float]:
                 where=f"mixture.online.reference: {given}",
                 do="give a finished run of the same tasks, or the losses themselves, {task: loss}",
             )
-        scores = TaskScores.load(path)
-        by_sample = recipe.loss.normalise in ("sample", "task_sample")
-        losses.append(float(np.mean(scores.nll_N / scores.tokens_N)) if by_sample else scores.summary()["loss"])
-    return losses
+        scores.append(TaskScores.load(path))
+    return heldout_losses(scores, recipe.loss.normalise).tolist()
 
 
 def describe_online_mixture(recipe: Recipe, controller: MixtureController) -> str:

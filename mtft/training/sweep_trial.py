@@ -29,7 +29,6 @@ from mtft.training.trainer import MultiTaskTrainer, build_trainer
 from mtft.training.trainer_parts import TrainingInputs, read_training_inputs
 from mtft.training.training_arguments import training_arguments
 
-
 _kept: tuple[str, TrainingInputs, Any] | None = None  # key of a recipe, and what its trials share
 
 

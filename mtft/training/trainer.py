@@ -164,6 +164,8 @@ class MultiTaskTrainer(RunTrainer):
         model.train()
         step, K, device = self.state.global_step + 1, len(self.tasks), self.args.device
         self._context = context = self.context()
+        if self.objective.noise is not None:
+            self.objective.noise.step = step
         batches = inputs if device.type == "cpu" else [batch.to(device) for batch in inputs]
         counts = step_counts(batches, K, device=device)
         needs, normalise = self.balancer.needs, self.objective.normalise

@@ -39,7 +39,7 @@ from mtft.training.optim.optimizers import own_optimizer
 from mtft.training.optim.schedule_free import ScheduleFreePoint
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.run_files.run_dir import move_aside, write_start
-from mtft.training.step.neftune import Neftune, NeftuneStep
+from mtft.training.step.neftune import Neftune
 from mtft.training.step.objective import Objective
 from mtft.training.step.task_gradients import make_task_gradient_step
 
@@ -130,12 +130,8 @@ def trainer_parts(
     isolated = refusal is None
     if section.packing and refusal is not None:
         log.say(f"packing is off: {refusal}")
-    layout = BatchLayout(
-        section.rows_at_once,
-        section.max_length,
-        pad_id(inputs.tokenizer),
-        packing=section.packing and isolated,
-    )
+    packing = section.packing and isolated
+    layout = BatchLayout(section.rows_at_once, section.max_length, pad_id(inputs.tokenizer), packing=packing)
     source = BatchSource(
         inputs.stores,
         plan,
@@ -198,9 +194,7 @@ def trainer_parts(
         orthogonal=loss.orthogonal,
         noise=Neftune(model, section.neftune, recipe.seed) if section.neftune else None,
     )
-    callbacks: list[TrainerCallback] = [] if objective.noise is None else [NeftuneStep(objective.noise)]
-    if section.optimizer.startswith("schedule_free"):
-        callbacks.append(ScheduleFreePoint())
+    callbacks: list[TrainerCallback] = [ScheduleFreePoint()] if section.optimizer.startswith("schedule_free") else []
     options = {
         "steps": source,
         "tasks": recipe.task_names,

@@ -87,7 +87,7 @@ def save(
         "balancer": run.balancer.state_dict(),
         "gradients": NO_GRADIENTS if run.gradient_step is None else run.gradient_step.state_dict(),
         "stopping": run.stopping.state_dict(),
-        "online": None if run.online is None else run.online.state_dict(step),
+        "online": None if run.online is None else run.online.controller.state(step),
         "bad_steps": run.bad_steps,
         "random": random_states,
     }
@@ -150,7 +150,7 @@ def load_state(run: RunState, folder: Path) -> None:
     run.balancer.load_state_dict(tree["balancer"])
     run.stopping.load_state_dict(tree["stopping"])
     if run.online is not None:
-        run.online.load_state_dict(tree["online"])
+        run.online.controller.restore(tree["online"])
     if run.gradient_step is not None:
         run.gradient_step.load_state_dict(tree["gradients"])
     run.bad_steps.update(tree["bad_steps"])

@@ -12,8 +12,8 @@ from mtft.common.errors import UserError
 from mtft.data.planning import make_plan
 from mtft.gradients.aggregators import Aggregator
 from mtft.gradients.gramian import gram
-from mtft.recipe.schema.loss import GradientSection
 from mtft.recipe.compatibility import check_compatibility
+from mtft.recipe.schema.loss import GradientSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
 from mtft.training.run_files.metrics_log import MetricsLog

@@ -80,8 +80,7 @@ def epoch_caps(recipe: Recipe) -> dict[str, float]:
 def _mean_length(stores: Sequence[TokenStore], requested: Mixture | MixtureSchedule) -> float:
     """Tokens of an example, on average under the mixture (of a schedule: its mean)."""
     shares = requested.mean().shares if isinstance(requested, MixtureSchedule) else requested.shares
-    lengths = [np.asarray(store.lengths) for store in stores]
-    return sum(share * float(length.mean()) for share, length in zip(shares, lengths) if share > 0)
+    return sum(share * float(store.lengths.mean()) for share, store in zip(shares, stores) if share > 0)
 
 
 def batch_tokens_of(recipe: Recipe, stores: Sequence[TokenStore], examples: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -47,15 +47,8 @@ _NO_SAY += ("include_num_input_tokens", "skip_memory", "average_tokens", "predic
 _NO_SAY += ("pad_to_multiple_of", "shuffle_dataset", "accelerator_config", "auto_find_batch_size", "packing_strategy")
 
 
-class ReadArguments(NamedTuple):
-    """Sections of a recipe, and the examples of a step where the batch is counted in examples (None: in tokens)."""
-
-    sections: dict[str, Any]
-    examples: int | None
-
-
-def read_transformers_arguments(args: TrainingArguments) -> ReadArguments:
-    """Translates the settings of `args`.
+def read_transformers_arguments(args: TrainingArguments) -> tuple[dict[str, Any], int | None]:
+    """Sections of a recipe, and the examples of a step where the batch is counted in examples (None: in tokens).
 
     A step holds per_device_train_batch_size * gradient_accumulation_steps * ranks examples, as with transformers; with
     an SFTConfig's `packing` so many rows of max_length tokens.
@@ -102,7 +95,7 @@ def read_transformers_arguments(args: TrainingArguments) -> ReadArguments:
     max_length = train.setdefault("max_length", 1024)
     train["micro_batch_tokens"] = args.per_device_train_batch_size * max_length
     train["batch_tokens"] = rows * max_length
-    return ReadArguments(sections, None if getattr(args, "packing", False) else rows)
+    return sections, None if getattr(args, "packing", False) else rows
 
 
 def _refuse_unknown(args: TrainingArguments) -> None:

@@ -279,15 +279,8 @@ class MultiTaskTrainer(RunTrainer):
         return 0
 
     def run_state(self) -> RunState:
-        return RunState(
-            self.context(),
-            self.lr_scheduler,
-            self.balancer,
-            self.gradient_step,
-            self.stopping,
-            self.online,
-            self.bad_steps,
-        )
+        scheduler, steps = self.lr_scheduler, self.gradient_step
+        return RunState(self.context(), scheduler, self.balancer, steps, self.stopping, self.online, self.bad_steps)
 
 
 def build_trainer(

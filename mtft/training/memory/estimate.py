@@ -148,7 +148,7 @@ def _on_meta(recipe: Recipe, held: torch.dtype) -> tuple[Any, int, int, int]:
         model: Any = AutoModelForCausalLM.from_config(read_config(section), **options)
         model.config.use_cache = False
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        weights = sum(_held_bytes(model, section.quantise, held.itemsize).values())
+        weights = _held_bytes(model, section.quantise, held.itemsize)
         linears = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear)]
         if recipe.lora is not None:
             lora = recipe.lora.model_copy(update={"init": "default"})  # the others need data; the sizes are equal
@@ -186,11 +186,11 @@ def read_config(section: ModelSection) -> Any:
         ) from error
 
 
-def _held_bytes(model: nn.Module, quantise: str, width: int) -> dict[str, float]:
-    """Bytes of each parameter: quantisation takes the weights of all linears but the head."""
+def _held_bytes(model: nn.Module, quantise: str, width: int) -> float:
+    """Bytes of all parameters: quantisation takes the weights of all linears but the head."""
     head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     small = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear) and part is not head}
-    return {
-        name: parameter.numel() * (QUANTISED_BYTES.get(quantise, width) if id(parameter) in small else width)
-        for name, parameter in model.named_parameters()
-    }
+    return sum(
+        parameter.numel() * (QUANTISED_BYTES.get(quantise, width) if id(parameter) in small else width)
+        for parameter in model.parameters()
+    )

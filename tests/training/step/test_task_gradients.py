@@ -23,7 +23,8 @@ from mtft.training.trainer import build_trainer
 from mtft.training.trainer_parts import read_training_inputs
 from mtft.training.training_arguments import training_arguments
 from tests.slow import slow
-from tests.training.conftest import write_model
+from tests.training import test_trainer
+from tests.training.conftest import lines, write_model
 
 TASKS = ("copy", "twice", "shout")
 LORA = {"r": 4, "alpha": 8, "init": "orthogonal"}  # both factors have a gradient from the first step on
@@ -31,19 +32,10 @@ LORA = {"r": 4, "alpha": 8, "init": "orthogonal"}  # both factors have a gradien
 
 def trainer_for(recipe, tmp_path, *, steps=6, callback=None, **changes):
     settings = {**recipe["train"], "steps": steps, "warmup": 0, **changes.pop("train", {})}
-    whole = Recipe.model_validate({**recipe, "lora": LORA, **changes, "train": settings})
-    inputs = read_training_inputs(whole)
-    plan = make_plan(whole, inputs.stores)
-    args = training_arguments(whole, tmp_path, steps=plan.steps, evaluates=False, saves=False)
-    log = MetricsLog(tmp_path, steps=plan.steps, quiet=True)
-    trainer = build_trainer(whole, inputs, plan, load_for_training(whole), args, log=log)
+    trainer, *_ = test_trainer.trainer_for(recipe, tmp_path, **{"lora": LORA, **changes, "train": settings})
     if callback is not None:
         trainer.add_callback(callback)
     return trainer
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(trainer):

@@ -57,7 +57,10 @@ def recipe_of_datasets(
     if isinstance(model, Mapping):
         content["model"] |= model
     else:
-        content["model"]["path"] = _base_path(model, tokenizer)
+        path = str(model.config._name_or_path)
+        if not path and tokenizer is None:
+            raise UserError("the model does not say where its tokenizer is", where="tokenizer", do="give the tokenizer")
+        content["model"]["path"] = path or type(model).__name__
         if not hasattr(model, "peft_config"):
             content["lora"] = None  # the model as it is; what requires gradients is trained
     content["mixture"] = {"shares": shares if isinstance(shares, str) else dict(shares)}
@@ -91,13 +94,6 @@ def _settings(args: Any) -> tuple[dict[str, Any], int | None]:
     if "steps" not in train and "epochs" not in train:
         raise UserError("how long should it train?", where="args", do='give args {"max_steps": 100, ...}')
     return {**content, "train": train}, None
-
-
-def _base_path(model: Any, tokenizer: Any) -> str:
-    path = str(model.config._name_or_path)
-    if not path and tokenizer is None:
-        raise UserError("the model does not say where its tokenizer is", where="tokenizer", do="give the tokenizer")
-    return path or type(model).__name__
 
 
 def _write_rows(run_dir: Path, task: str, split: str, rows: Rows) -> Path:

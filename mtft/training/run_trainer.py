@@ -48,8 +48,6 @@ class RunTrainer(Trainer):
         """A trainer of ready-made parts."""
         trainer = cls(model, args, **parts.options)
         trainer.optimizer_cls_and_kwargs = parts.optimizer  # pyright: ignore[reportAttributeAccessIssue]
-        for callback in parts.callbacks:
-            trainer.add_callback(callback)
         return trainer
 
     @classmethod

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ from mtft.training.callbacks.early_stopping import EarlyStopping
 from mtft.training.callbacks.non_finite_steps import NonFiniteSteps
 from mtft.training.checkpoint.checkpoint import RunState
 from mtft.training.online_mixture import OnlineMixture
+from mtft.training.optim.schedule_free import begin_training
 from mtft.training.run_files.metrics_log import MetricsLog, flat, step_line
 from mtft.training.run_trainer import RunTrainer
 from mtft.training.step.extra_losses import global_losses, heldout_losses, valid_losses
@@ -146,7 +148,7 @@ class MultiTaskTrainer(RunTrainer):
             self.steps,  # pyright: ignore[reportArgumentType]  (map-style by __getitem__ and __len__)
             batch_size=1,
             shuffle=False,
-            collate_fn=_only,
+            collate_fn=itemgetter(0),
             # Workers fetch ahead, and a mixture that changes online would come too late.
             num_workers=0 if self.online is not None else self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -308,14 +310,10 @@ class _StepCallback(TrainerCallback):
         check_sharded(self.trainer.model)
         self.trainer.run_log.start(state.global_step)
         self.trainer.observe_start()
+        begin_training(self.trainer.optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.finish_step(control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.run_log.close()
-
-
-def _only(items: list) -> Any:
-    (item,) = items
-    return item

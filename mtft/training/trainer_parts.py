@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from data_mixers.plan.mixture_plan import MixturePlan
 from data_mixers.plan.replanned import ReplannedPlan
@@ -36,7 +36,6 @@ from mtft.training.checkpoint.checkpoint import check_identity
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
 from mtft.training.online_mixture import OnlineMixture, describe_online_mixture, make_controller
 from mtft.training.optim.optimizers import own_optimizer
-from mtft.training.optim.schedule_free import ScheduleFreePoint
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.run_files.run_dir import move_aside, write_start
 from mtft.training.step.neftune import Neftune
@@ -102,11 +101,10 @@ def start_run_dir(
 
 
 class TrainerParts(NamedTuple):
-    """Keyword arguments of MultiTaskTrainer, what its `optimizer_cls_and_kwargs` becomes, and callbacks to add."""
+    """Keyword arguments of MultiTaskTrainer, and what its `optimizer_cls_and_kwargs` becomes."""
 
     options: dict[str, Any]
     optimizer: tuple[Any, dict[str, Any]] | None
-    callbacks: list[TrainerCallback]
 
 
 def trainer_parts(
@@ -194,7 +192,6 @@ def trainer_parts(
         orthogonal=loss.orthogonal,
         noise=Neftune(model, section.neftune, recipe.seed) if section.neftune else None,
     )
-    callbacks: list[TrainerCallback] = [ScheduleFreePoint()] if section.optimizer.startswith("schedule_free") else []
     options = {
         "steps": source,
         "tasks": recipe.task_names,
@@ -213,7 +210,7 @@ def trainer_parts(
         "max_bad_steps": section.max_bad_steps,
         "keep": recipe.output.keep,
     }
-    return TrainerParts(options, own_optimizer(recipe, args), callbacks)
+    return TrainerParts(options, own_optimizer(recipe, args))
 
 
 def print_summary(

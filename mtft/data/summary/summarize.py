@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from data_mixers.mixture.mixture import Mixture
 from data_mixers.plan.mixture_plan import MixturePlan
 from data_mixers.plan.realized import realized_spans
 from data_mixers.plan.replanned import ReplannedPlan
@@ -107,7 +106,9 @@ def summarize_data(
         spans=tuple(realized_spans(plan)),
         warnings=(),
     )
-    warnings = [*_warnings(stores, summary), *_outside(recipe, plan.mixture), *_leaks(stores, held_out)]
+    written = "shares that are written out are played as they are (mixture.floors, caps, groups)"
+    outside = [f"{line}: {written}" for line in share_bounds(recipe).violations(plan.mixture)]
+    warnings = [*_warnings(stores, summary), *outside, *_leaks(stores, held_out)]
     return replace(summary, warnings=tuple(warnings))
 
 
@@ -138,14 +139,6 @@ def _warnings(stores: Sequence[TokenStore], summary: DataSummary) -> list[str]:
         )
         warnings.append(f"{summary.padding_share:.0%} of all positions are padding: {way}")
     return warnings
-
-
-def _outside(recipe: Recipe, mixture: Mixture) -> list[str]:
-    """Shares that are written out are played as they are, whatever the bounds say."""
-    broken = share_bounds(recipe).violations(mixture)
-    return [
-        f"{line}: shares that are written out are played as they are (mixture.floors, caps, groups)" for line in broken
-    ]
 
 
 def _leaks(stores: Sequence[TokenStore], held_out: Sequence[TokenStore | None]) -> list[str]:

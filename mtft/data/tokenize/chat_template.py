@@ -108,7 +108,8 @@ class ChatRenderer:
     def render(self, conversation: Conversation) -> list[RenderedChat]:
         """One example, or several where the template rewrites earlier turns. RowError if the template refuses."""
         if conversation.text is not None:
-            return [self._plain(conversation.text)]
+            text = self.bos + conversation.text + (self.tokenizer.eos_token or "")
+            return [RenderedChat(text, ((len(self.bos), len(text)),))]
         self._current_notes = {"default_template"} if self.default else set()
         messages, tools = list(conversation.messages), conversation.tools
         if tools and not self._tools:
@@ -177,10 +178,6 @@ class ChatRenderer:
             text = text[: spans[-1][1]] + self.tokenizer.eos_token
             spans[-1] = (spans[-1][0], len(text))
         return RenderedChat(text, tuple(spans))
-
-    def _plain(self, text: str) -> RenderedChat:
-        text = self.bos + text + (self.tokenizer.eos_token or "")
-        return RenderedChat(text, ((len(self.bos), len(text)),))
 
     def _apply(self, messages: list[Message], tools: Any, *, generate: bool = False) -> str:
         from jinja2 import TemplateError

@@ -77,11 +77,8 @@ def recipe_of_datasets(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"the arguments are no valid recipe: {first['msg']}",
-            where=where,
-            do="args takes output_dir, seed and the keys of the recipe's train section (docs/recipe.md)",
-        ) from error
+        do = "args takes output_dir, seed and the keys of the recipe's train section (docs/recipe.md)"
+        raise UserError(f"the arguments are no valid recipe: {first['msg']}", where=where, do=do) from error
 
 
 def _settings(args: Any) -> tuple[dict[str, Any], int | None]:
@@ -101,11 +98,9 @@ def _write_rows(run_dir: Path, task: str, split: str, rows: Rows) -> Path:
     lines = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise UserError(
-                f"row {number} of task {task} is a {type(row).__name__}, not a dict of columns",
-                where=f"datasets.{task}",
-                do='give rows such as {"prompt": "...", "response": "..."} or {"messages": [...]}',
-            )
+            what = f"row {number} of task {task} is a {type(row).__name__}, not a dict of columns"
+            do = 'give rows such as {"prompt": "...", "response": "..."} or {"messages": [...]}'
+            raise UserError(what, where=f"datasets.{task}", do=do)
         try:
             lines.append(json.dumps(dict(row), ensure_ascii=False))
         except TypeError as error:

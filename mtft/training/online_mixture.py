@@ -120,11 +120,9 @@ def reference_losses(recipe: Recipe) -> list[float]:
     for name in recipe.task_names:
         path = Path(given) / "scores" / f"{name}.jsonl"
         if not path.is_file():
-            raise UserError(
-                f"the run has no held-out losses of task {name}",
-                where=f"mixture.online.reference: {given}",
-                do="give a finished run of the same tasks, or the losses themselves, {task: loss}",
-            )
+            what = f"the run has no held-out losses of task {name}"
+            do = "give a finished run of the same tasks, or the losses themselves, {task: loss}"
+            raise UserError(what, where=f"mixture.online.reference: {given}", do=do)
         scores.append(TaskScores.load(path))
     return heldout_losses(scores, recipe.loss.normalise).tolist()
 

@@ -70,11 +70,8 @@ def read_transformers_arguments(args: TrainingArguments) -> tuple[dict[str, Any]
         train["epochs"] = args.num_train_epochs
     schedule = _value(args.lr_scheduler_type)
     if schedule not in _SCHEDULES:
-        raise UserError(
-            f"schedule {schedule!r} is not offered",
-            where="args.lr_scheduler_type",
-            do=f"one of {', '.join(_SCHEDULES)}",
-        )
+        do = f"one of {', '.join(_SCHEDULES)}"
+        raise UserError(f"schedule {schedule!r} is not offered", where="args.lr_scheduler_type", do=do)
     train["schedule"] = "wsd" if schedule == "warmup_stable_decay" else schedule
     train["optimizer"] = _value(args.optim)
     train["too_long"] = "truncate_left" if getattr(args, "truncation_mode", "") == "keep_end" else "truncate_right"
@@ -86,11 +83,9 @@ def read_transformers_arguments(args: TrainingArguments) -> tuple[dict[str, Any]
         if strategy == "steps" and every is not None and every >= 1:
             section[key] = int(every)
         elif strategy != "no":
-            raise UserError(
-                f"{name}_strategy {strategy!r} with {name}_steps {every!r} is not offered",
-                where=f"args.{name}_strategy",
-                do=f'"no", or "steps" with {name}_steps a number of optimizer steps',
-            )
+            what = f"{name}_strategy {strategy!r} with {name}_steps {every!r} is not offered"
+            do = f'"no", or "steps" with {name}_steps a number of optimizer steps'
+            raise UserError(what, where=f"args.{name}_strategy", do=do)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
     max_length = train.setdefault("max_length", 1024)
     train["micro_batch_tokens"] = args.per_device_train_batch_size * max_length

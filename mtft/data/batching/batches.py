@@ -256,8 +256,6 @@ def _rows(lengths: np.ndarray, capacity: int, packing: bool) -> list[list[int]]:
 def _check_fits(store: ExampleStore, micro_batch_tokens: int) -> None:
     longest = int(np.max(store.lengths, initial=0))
     if longest > micro_batch_tokens:
-        raise UserError(
-            f"the longest example of task {store.task} has {longest} tokens, more than one micro-batch may hold",
-            where="train.micro_batch_tokens",
-            do=f"raise it to {longest} or more, or lower train.max_length to {micro_batch_tokens}",
-        )
+        what = f"the longest example of task {store.task} has {longest} tokens, more than one micro-batch may hold"
+        do = f"raise it to {longest} or more, or lower train.max_length to {micro_batch_tokens}"
+        raise UserError(what, where="train.micro_batch_tokens", do=do)

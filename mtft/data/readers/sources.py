@@ -89,11 +89,8 @@ def _files(entry: str, split: str | None, which: str, key: str) -> list[SourcePa
         raise UserError(f"no file matches {entry!r}{hint}", where=key, do="relative paths start at the recipe's folder")
     for file in paths:
         if suffix(file) not in READERS:
-            raise UserError(
-                f"{file}: unknown kind of file {suffix(file) or '(no suffix)'!r}",
-                where=key,
-                do=f"use {', '.join(READERS)} (also with {', '.join(COMPRESSED)} on top), or a folder of save_to_disk",
-            )
+            do = f"use {', '.join(READERS)} (also with {', '.join(COMPRESSED)} on top), or a folder of save_to_disk"
+            raise UserError(f"{file}: unknown kind of file {suffix(file) or '(no suffix)'!r}", where=key, do=do)
     return [SourcePart(file, file) for file in paths]
 
 

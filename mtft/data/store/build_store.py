@@ -139,11 +139,9 @@ class LengthPolicy:
     def finish(self, where: str) -> None:
         if self.refused:
             listed = "\n    ".join(self._longest)
-            raise UserError(
-                f"{self.refused} examples are longer than max_length {self.max_length}:\n    {listed}",
-                where=where,
-                do="raise train.max_length, or set train.too_long to drop, truncate_left or truncate_right",
-            )
+            what = f"{self.refused} examples are longer than max_length {self.max_length}:\n    {listed}"
+            do = "raise train.max_length, or set train.too_long to drop, truncate_left or truncate_right"
+            raise UserError(what, where=where, do=do)
 
 
 class StoreWriter:

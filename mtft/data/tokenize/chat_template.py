@@ -91,11 +91,9 @@ class ChatRenderer:
         if not self._shows(question):
             self._parts = True  # templates of models with vision drop plain text: they want a list of parts
             if not self._shows(question):
-                raise UserError(
-                    "the chat template of the model does not show what the user says",
-                    where="model.path",
-                    do="mend tokenizer.chat_template, or delete it: then the default template is used",
-                )
+                what = "the chat template of the model does not show what the user says"
+                do = "mend tokenizer.chat_template, or delete it: then the default template is used"
+                raise UserError(what, where="model.path", do=do)
         self._fold = not self._shows([{"role": "system", "content": "Zq7x"}, {"role": "user", "content": "a"}])
         call = {"type": "function", "function": {"name": "Zq7x", "arguments": {"a": "b"}}}
         tool_use = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]

@@ -78,11 +78,8 @@ def load_best_weights(trainer: MultiTaskTrainer, export: str) -> int:
         return last
     folder = trainer.run_dir / BEST
     if not folder.is_dir():
-        raise UserError(
-            f"the weights of step {best}, which was the best, were not kept: output.export was another then",
-            where=str(trainer.run_dir),
-            do="set output.export: last, or start over with --fresh",
-        )
+        what = f"the weights of step {best}, which was the best, were not kept: output.export was another then"
+        raise UserError(what, where=str(trainer.run_dir), do="set output.export: last, or start over with --fresh")
     record = json.loads((folder / "best.json").read_text(encoding="utf-8"))
     if record["step"] != best:
         raise RuntimeError(f"{folder} holds step {record['step']}, but step {best} was the best")

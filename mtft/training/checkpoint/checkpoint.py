@@ -122,11 +122,9 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         )
     other = [key for key in dict.fromkeys((*before, *identity)) if before.get(key) != identity.get(key)]
     if other:
-        raise UserError(
-            f"{folder.name} belongs to a run with another {' and '.join(other)}: continuing would mix two runs",
-            where=str(folder.parent),
-            do="restore the data of that run, start over with --fresh, or give another output.dir",
-        )
+        what = f"{folder.name} belongs to a run with another {' and '.join(other)}: continuing would mix two runs"
+        do = "restore the data of that run, start over with --fresh, or give another output.dir"
+        raise UserError(what, where=str(folder.parent), do=do)
 
 
 def load_weights(bare: nn.Module, folder: Path) -> None:

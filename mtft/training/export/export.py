@@ -74,11 +74,9 @@ def check_tensors(folder: Path, *, must: str) -> None:
                 if tensor.numel() == 0:
                     raise ValueError(f"{path.name}: tensor {name} is empty; the engine did not gather its weights")
                 if not bool(tensor.isfinite().all()):
-                    raise UserError(
-                        f"the trained weights are not finite (tensor {name}): nothing is exported",
-                        where=str(folder.parent),
-                        do="lower train.learning_rate and start over with --fresh",
-                    )
+                    what = f"the trained weights are not finite (tensor {name}): nothing is exported"
+                    do = "lower train.learning_rate and start over with --fresh"
+                    raise UserError(what, where=str(folder.parent), do=do)
                 names += must in name
     if names == 0:
         raise ValueError(f"{folder.name} holds no tensor {must!r}: nothing was saved")

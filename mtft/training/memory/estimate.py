@@ -179,11 +179,9 @@ def read_config(section: ModelSection) -> Any:
         return AutoConfig.from_pretrained(location, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the model's config can't be used: {reason}",
-            where=f"model.path: {section.path}",
-            do="check the name, and that this version of transformers knows the model",
-        ) from error
+        what = f"the model's config can't be used: {reason}"
+        do = "check the name, and that this version of transformers knows the model"
+        raise UserError(what, where=f"model.path: {section.path}", do=do) from error
 
 
 def _held_bytes(model: nn.Module, quantise: str, width: int) -> float:

@@ -159,8 +159,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 def _hinted(missing: Iterable[str], columns: Iterable[str]) -> str:
     """Columns that are not there, each with the nearest that is."""
-    near = {column: nearest(column, columns) for column in missing}
-    return ", ".join(f"{c!r} (did you mean {other!r}?)" if other else f"{c!r}" for c, other in near.items())
+    hints = [f"{c!r}" + (f" (did you mean {near!r}?)" if (near := nearest(c, columns)) else "") for c in missing]
+    return ", ".join(hints)
 
 
 def _role_content(value: object) -> bool:

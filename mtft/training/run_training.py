@@ -52,8 +52,8 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     from mtft.data.planning import make_plan
     from mtft.distributed.stop_signal import EXIT_CODES, StopSignal
     from mtft.training.build_model import load_for_training
-    from mtft.training.callbacks.best_weights import BestWeights, ended_before
-    from mtft.training.checkpoint.checkpoint_files import checkpoint_step
+    from mtft.training.callbacks.best_weights import BestWeights
+    from mtft.training.checkpoint.checkpoint_files import checkpoint_step, load_tree
     from mtft.training.export.export import CHANGE_THE_BASE, save_initial
     from mtft.training.finalize import finalize_run
     from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
@@ -83,7 +83,8 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
         trainer = build_trainer(sized, inputs, plan, model, args, log=log, stop=stop)
         trainer.add_callback(BestWeights(trainer, keep_best=recipe.output.export == "best"))
         decides = recipe.train.patience or recipe.train.task_patience
-        if checkpoint is not None and decides and ended_before(checkpoint):
+        # a run that its held-out losses had ended when the checkpoint was written: only the end is missing
+        if checkpoint is not None and decides and load_tree(checkpoint)["stopping"]["ended"] is not None:
             trainer.steps.until = args.max_steps = checkpoint_step(checkpoint)
         print_summary(recipe, plan, model, args, trainer.online, checkpoint, say=log.say)
         try:

@@ -9,7 +9,6 @@ takes the evaluation again and writes the same.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from mtft.common.errors import UserError
 from mtft.distributed.collectives import barrier
 from mtft.distributed.sharding import trainable
 from mtft.evaluation.task_scores import TaskScores
-from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir, load_tree
+from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir
 from mtft.training.optim.schedule_free import evaluation_weights, settle
 from mtft.training.trainer import MultiTaskTrainer
 
@@ -89,8 +88,3 @@ def load_best_weights(trainer: MultiTaskTrainer, export: str) -> int:
             model[name].copy_(value)
     trainer.evaluations = {last: {task: TaskScores.load(folder / f"{task}.jsonl") for task in record["tasks"]}}
     return best
-
-
-def ended_before(checkpoint: Path) -> bool:
-    """True if the run had ended by its held-out losses when this checkpoint was written: only the end is missing."""
-    return load_tree(checkpoint)["stopping"]["ended"] is not None

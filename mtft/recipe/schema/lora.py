@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtft.recipe.schema.section import INPUT, RecipeSection
+from mtft.recipe.schema.section import INPUT, RecipeSection, SomeTexts
 
 
 class LoraSection(RecipeSection):
@@ -16,7 +16,7 @@ class LoraSection(RecipeSection):
     """Scale: the update is alpha/r * B A (alpha/sqrt(r) with rslora)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of A."""
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
+    targets: Literal["all-linear"] | SomeTexts = "all-linear"
     """Modules that get an adapter: all linears but the head, or names as PEFT matches them."""
     rslora: bool = False
     """Scale by alpha/sqrt(r) (Kalajdzievski 2023)."""

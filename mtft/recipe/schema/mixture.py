@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtft.recipe.schema.section import INPUT, RecipeSection, Share, TaskName
+from mtft.recipe.schema.section import INPUT, RecipeSection, Share, SomeTexts, TaskName
 
 
 class TemperatureShares(RecipeSection):
@@ -42,7 +42,7 @@ class ScheduleShares(RecipeSection):
 class GroupSection(RecipeSection):
     """Tasks whose shares count together."""
 
-    tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    tasks: SomeTexts
     """Names of the group's tasks; a task may be in several groups."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Smallest sum of their shares."""

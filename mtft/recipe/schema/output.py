@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtft.recipe.schema.section import OUTPUT, RecipeSection
+from mtft.recipe.schema.section import OUTPUT, RecipeSection, Texts
 
 
 class OutputSection(RecipeSection):
@@ -19,5 +19,5 @@ class OutputSection(RecipeSection):
     export: Literal["last", "best"] = "last"
     """Weights that the run hands over: those after the last step, or those of the evaluation with the best
     train.watch."""
-    trackers: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    trackers: Texts = ()
     """Trackers of transformers: tensorboard, trackio, wandb, mlflow, ... metrics.jsonl is always written."""

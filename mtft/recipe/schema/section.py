@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
 Share = Annotated[float, Field(ge=0)]
+Texts = Annotated[tuple[str, ...], Field(strict=False)]  # lists in YAML
+SomeTexts = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+Numbers = Annotated[tuple[float, ...], Field(strict=False)]
+Options = dict[str, StrictInt | StrictFloat | StrictStr | bool]  # of a method, whose own class checks them
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 

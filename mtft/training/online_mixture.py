@@ -30,6 +30,7 @@ from mtft.distributed.collectives import from_first_rank
 from mtft.evaluation.task_scores import TaskScores
 from mtft.losses.validation_stream import ValidationStream
 from mtft.recipe.rules.mixture_rules import PROBE_SHARE, PROBE_STEPS
+from mtft.recipe.schema.mixture import OnlineSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.step.extra_losses import heldout_losses, valid_losses
 from mtft.training.step.objective import StepContext
@@ -82,12 +83,11 @@ def make_controller(recipe: Recipe, chain: ReplannedPlan) -> MixtureController:
     online = recipe.mixture.online
     if online is None:
         raise ValueError("the recipe has no mixture.online")
-    return MixtureController(chain, share_bounds(recipe), _method(recipe, chain), warmup=online.warmup)
+    return MixtureController(chain, share_bounds(recipe), _method(recipe, online, chain), warmup=online.warmup)
 
 
-def _method(recipe: Recipe, chain: ReplannedPlan) -> OnlineRule:
-    online, shares = recipe.mixture.online, chain.mixture.shares.tolist()
-    assert online is not None
+def _method(recipe: Recipe, online: OnlineSection, chain: ReplannedPlan) -> OnlineRule:
+    shares = chain.mixture.shares.tolist()
     if online.name == "bandit":
         return Bandit(len(shares), every=online.every, scale=10.0 if online.scale is None else online.scale)
     if online.name == "group_dro":

@@ -200,14 +200,14 @@ class MultiTaskTrainer(RunTrainer):
         if gradient_step is None:
             return forward_backward(context, model, batches, counts, w_K, step)
         used_K = gradient_step.weights(step, w_K, counts.tokens_K > 0)
-        before = random_state() if gradient_step.flat is not None else None
+        flat = gradient_step.flat
+        before = {} if flat is None else random_state()
         with gradient_step.watch(step, floored=used_K is not w_K) as taps:
             measured = None if taps is None else (gradient_step, taps)
             parts = forward_backward(context, model, batches, counts, used_K, step, measured)
         passes = None
-        if gradient_step.flat is not None and before is not None:
-            factor = 1.0 if gradient_step.taps is None else gradient_step.taps.factor
-            passes = SharpnessAwareStep(context, gradient_step.flat, batches, counts, before, step, factor)
+        if flat is not None and taps is not None:
+            passes = SharpnessAwareStep(context, flat, batches, counts, before, step, taps.factor)
         gradient_step.finish(step, task_coefficients(counts, used_K, self.objective.normalise), share_K, passes)
         return parts
 

@@ -23,6 +23,7 @@ from mtft.data.summary.data_summary import DataSummary, TaskSummary
 from mtft.data.tokenize.encode import runs
 from mtft.recipe.schema.recipe import Recipe
 
+FROM_STORE = ("rows", "tokens", "longest", "truncated", "dropped", "skipped", "notes")  # as its stats have them
 LAID_OUT = 8  # steps, all over the run, whose padding is counted
 LOOKED_AT = 100_000  # examples of a task that are searched for held-out ones
 
@@ -63,17 +64,12 @@ def summarize_data(
     tasks = tuple(
         TaskSummary(
             name=task.name,
-            rows=store.stats["rows"],
+            **{name: store.stats[name] for name in FROM_STORE},
             examples=store.num_examples,
             eval_examples=None if held is None else held.num_examples,
-            tokens=store.stats["tokens"],
             prompt_tokens=store.stats["tokens"] - store.stats["supervised"],
             supervised_tokens=store.stats["supervised"],
             mean_length=store.stats["tokens"] / store.num_examples,
-            longest=store.stats["longest"],
-            truncated=store.stats["truncated"],
-            dropped=store.stats["dropped"],
-            skipped=store.stats["skipped"],
             asked_share=entry["asked"],
             realised_share=entry["realised"],
             token_share=float(played / played_K.sum()),
@@ -83,7 +79,6 @@ def summarize_data(
             tokens_per_step=float(played / plan.steps),
             weight=task.weight,
             effective_weight=entry["realised"] * task.weight,
-            notes=store.stats["notes"],
             sample=runs(tokenizer, store.example(0)),
         )
         for task, store, held, entry, played, learnt in zip(recipe.tasks, stores, held_out, table, played_K, learnt_K)

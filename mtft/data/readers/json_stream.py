@@ -33,7 +33,7 @@ class ArrayError(NamedTuple):
 
 
 def iter_array(file: BinaryIO) -> Iterator[ArrayElement | ArrayError]:
-    """Elements of the array that starts with the next `[`; after a ArrayError nothing follows.
+    """Elements of the array that starts with the next `[`; after an ArrayError nothing follows.
 
     Bytes that are not UTF-8 become lone surrogates (\\udc80 to \\udcff) in the text.
     """

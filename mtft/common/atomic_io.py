@@ -17,6 +17,15 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def sync(path: Path) -> None:
+    """Forces a file, or the list of a folder's entries, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, content: object, *, indent: int = 1) -> None:
     """Writes a JSON file. Raises ValueError for NaN and infinity, which JSON has not."""
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")

@@ -6,7 +6,6 @@ The one place where this is decided: `mtft check` shows it, `mtft train` and the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -15,17 +14,9 @@ from data_mixers.mixture.mixture import Mixture, natural, tempered, uniform
 from data_mixers.plan.mixture_plan import MixturePlan
 from data_mixers.plan.replanned import ReplannedPlan
 from data_mixers.plan.schedule import MixtureSchedule
+from mtft.data.store.token_store import TokenStore
 from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
 from mtft.recipe.schema.recipe import Recipe
-
-
-class SizedTask(Protocol):
-    """What planning needs of a token store."""
-
-    task: str
-
-    @property
-    def lengths(self) -> np.ndarray: ...  # tokens of each example, int64 [N]
 
 
 def requested_shares(recipe: Recipe, sizes: dict[str, int]) -> Mixture | MixtureSchedule:
@@ -73,7 +64,7 @@ def groups(recipe: Recipe) -> tuple[Group, ...]:
     return tuple(Group(name, group.tasks, group.floor, group.cap) for name, group in named.items())
 
 
-def task_sizes(recipe: Recipe, stores: Sequence[SizedTask]) -> dict[str, int]:
+def task_sizes(recipe: Recipe, stores: Sequence[TokenStore]) -> dict[str, int]:
     """Size of each task in the unit of the recipe's shares: examples, or tokens."""
     if recipe.mixture.unit == "tokens":
         return {store.task: int(store.lengths.sum()) for store in stores}
@@ -86,21 +77,20 @@ def epoch_caps(recipe: Recipe) -> dict[str, float]:
     return {name: cap for name, cap in caps.items() if cap is not None}
 
 
-def _mean_length(stores: Sequence[SizedTask], requested: Mixture | MixtureSchedule) -> float:
+def _mean_length(stores: Sequence[TokenStore], requested: Mixture | MixtureSchedule) -> float:
     """Tokens of an example, on average under the mixture (of a schedule: its mean)."""
     shares = requested.mean().shares if isinstance(requested, MixtureSchedule) else requested.shares
-    lengths = [np.asarray(store.lengths) for store in stores]
-    return sum(share * float(length.mean()) for share, length in zip(shares, lengths) if share > 0)
+    return sum(share * float(store.lengths.mean()) for share, store in zip(shares, stores) if share > 0)
 
 
-def batch_tokens_of(recipe: Recipe, stores: Sequence[SizedTask], examples: int) -> int:
+def batch_tokens_of(recipe: Recipe, stores: Sequence[TokenStore], examples: int) -> int:
     """train.batch_tokens of steps that hold so many examples."""
     mean = _mean_length(stores, requested_shares(recipe, task_sizes(recipe, stores)))
     return int(examples * mean) + 1  # less than one example more
 
 
 def make_plan(
-    recipe: Recipe, stores: Sequence[SizedTask], mixture: Mixture | None = None
+    recipe: Recipe, stores: Sequence[TokenStore], mixture: Mixture | None = None
 ) -> MixturePlan | ReplannedPlan:
     """The plan of a run over `stores` (one a task, in the recipe's order); with mixture.online a chain that begins so.
 

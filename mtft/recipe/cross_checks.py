@@ -1,14 +1,14 @@
 """Checks over several keys of a recipe: names of tasks, sums of shares, files that must exist.
 
 They read the values as written, whatever else is wrong with them, so that all problems come out at once, each with its
-line. What can't go together although each key is right is in compat.py.
+line. What can't go together although each key is right is in compatibility.py.
 """
 
 from __future__ import annotations
 
 import glob
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from data_mixers.common.errors import MixError
 from data_mixers.common.suggest import closest_match
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture
 from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
-from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource
+from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child
 
 # keys of `shares` that are no task's name
 RULES = (*TemperatureShares.model_fields, *FileShares.model_fields, *ScheduleShares.model_fields)
@@ -76,16 +76,19 @@ def _mixture_file(path: KeyPath, place: Path, names: tuple[str, ...]) -> list[Ya
     return []
 
 
+def _items(source: YamlSource, *path: str | int) -> list[tuple[KeyPath, Any]]:
+    """(path, value) of each item of the list at a path; none where there is no list."""
+    value = source.value(path)
+    return [((*path, index), item) for index, item in enumerate(value)] if isinstance(value, list) else []
+
+
 def _data(source: YamlSource) -> Iterator[tuple[KeyPath, str]]:
-    for index in range(_count(source.value(("tasks",)))):
+    for task, _ in _items(source, "tasks"):
         for key in ("data", "eval_data"):
-            path: KeyPath = ("tasks", index, key)
-            value = source.value(path)
-            if isinstance(value, str):
-                yield path, value
-            for number in range(_count(value)):
-                if isinstance(item := source.value((*path, number)), str):
-                    yield (*path, number), item
+            path: KeyPath = (*task, key)
+            for place, written in _items(source, *path) or [(path, source.value(path))]:
+                if isinstance(written, str):
+                    yield place, written
 
 
 def _near_file(place: Path) -> str:
@@ -95,21 +98,17 @@ def _near_file(place: Path) -> str:
     return f"did you mean {near}?" if near else "check the path; it is relative to the recipe"
 
 
-def _count(value: Any) -> int:
-    return len(value) if isinstance(value, list) else 0
-
-
 def _task_names(source: YamlSource) -> tuple[str, ...]:
     """The names of all tasks; none if one has no name, since then nothing can be said about other names."""
-    names = [source.value(("tasks", index, "name")) for index in range(_count(source.value(("tasks",))))]
+    names = [child(task, "name") for _, task in _items(source, "tasks")]
     return tuple(names) if all(isinstance(name, str) for name in names) else ()
 
 
 def _names(source: YamlSource) -> list[YamlProblem]:
     problems = []
     seen: dict[str, KeyPath] = {}
-    for index in range(_count(source.value(("tasks",)))):
-        path: KeyPath = ("tasks", index, "name")
+    for task, _ in _items(source, "tasks"):
+        path: KeyPath = (*task, "name")
         name = source.value(path)
         if not isinstance(name, str):
             continue
@@ -130,36 +129,36 @@ def _numbers(value: Any) -> dict[str, float]:
     return {key: number for key, number in value.items() if type(number) in (int, float) and 0 <= number < float("inf")}
 
 
-def _unknown_tasks(
-    path: KeyPath, given: Mapping[str, Any], names: tuple[str, ...], also: tuple = ()
-) -> list[YamlProblem]:
+def _unknown_tasks(path: KeyPath, given: Iterable[str], names: tuple[str, ...], also: tuple = ()) -> list[YamlProblem]:
     problems = []
-    for name in given:
-        if names and name not in names:
+    for name in given if names else ():
+        if name not in names:
             near = closest_match(name, [*names, *also])
             do = f"did you mean {near}?" if near else f"the tasks are {', '.join(names)}"
             problems.append(YamlProblem((*path, name), f"names a task that is not there: {name!r}", do))
     return problems
 
 
+def _without(path: KeyPath, given: Mapping[str, Any], names: tuple[str, ...], what: str, do: str) -> list[YamlProblem]:
+    """A mapping that has no number for some of the tasks. what: "share"."""
+    lost = [name for name in names if name not in given]
+    return [YamlProblem(path, f"has no {what} for {', '.join(lost)}", do)] if lost else []
+
+
 def _share_paths(source: YamlSource) -> list[KeyPath]:
     """Where shares stand: mixture.shares, or each stop of its schedule."""
-    stops: KeyPath = ("mixture", "shares", "schedule")
-    count = _count(source.value(stops))
-    return [(*stops, index, "shares") for index in range(count)] if count else [("mixture", "shares")]
+    stops = _items(source, "mixture", "shares", "schedule")
+    return [(*path, "shares") for path, _ in stops] or [("mixture", "shares")]
 
 
 def _stops(source: YamlSource) -> list[YamlProblem]:
-    path: KeyPath = ("mixture", "shares", "schedule")
-    places = [source.value((*path, index, "at")) for index in range(_count(source.value(path)))]
-    if not all(type(place) in (int, float) for place in places):
+    places = [((*path, "at"), child(stop, "at")) for path, stop in _items(source, "mixture", "shares", "schedule")]
+    if not all(type(at) in (int, float) for _, at in places):
         return []
     return [
-        YamlProblem(
-            (*path, index + 1, "at"), f"is {after:g}, behind a stop at {before:g}", "put the stops in their order"
-        )
-        for index, (before, after) in enumerate(itertools.pairwise(places))
-        if after < before
+        YamlProblem(path, f"is {at:g}, behind a stop at {before:g}", "put the stops in their order")
+        for (_, before), (path, at) in itertools.pairwise(places)
+        if at < before
     ]
 
 
@@ -177,17 +176,14 @@ def _shares(source: YamlSource, path: KeyPath, names: tuple[str, ...]) -> list[Y
         ]
     problems = _unknown_tasks(path, value, names, also=RULES)
     if not problems:
-        lost = [name for name in names if name not in value]
-        if lost:
-            do = "add the task with its share; 0 leaves it out of the training"
-            problems.append(YamlProblem(path, f"has no share for {', '.join(lost)}", do))
+        do = "add the task with its share; 0 leaves it out of the training"
+        problems = _without(path, value, names, "share", do)
     shares = _numbers(value)
     if len(shares) == len(value):  # else the schema reports the bad one, and the sum means nothing
         total = sum(shares.values())
         if total == 0:
-            problems.append(
-                YamlProblem(path, "adds up to 0", "give at least one task a share above 0; together they make 1")
-            )
+            do = "give at least one task a share above 0; together they make 1"
+            problems.append(YamlProblem(path, "adds up to 0", do))
         elif abs(total - 1) > SUM_TOLERANCE and not problems:
             scaled = ", ".join(f"{name}: {share / total:.4g}" for name, share in shares.items())
             problems.append(YamlProblem(path, f"adds up to {total:.6g}, not 1", f"in these proportions: {{{scaled}}}"))
@@ -207,15 +203,8 @@ def _bounds(source: YamlSource, names: tuple[str, ...]) -> list[YamlProblem]:
     floors, caps = bounds["floors"], bounds["caps"]
     if problems:
         return problems
-    problems = [
-        YamlProblem(
-            ("mixture", "floors", name),
-            f"is {floor:g}, above the cap {caps[name]:g}",
-            "lower the floor or raise the cap",
-        )
-        for name, floor in floors.items()
-        if floor > caps.get(name, 1.0)
-    ]
+    for name, floor in floors.items():
+        problems += _crossed(("mixture", "floors", name), floor, caps.get(name, 1.0))
     if sum(floors.values()) > 1 + SUM_TOLERANCE:
         problems.append(
             YamlProblem(("mixture", "floors"), f"adds up to {sum(floors.values()):g}, more than 1", "lower some")
@@ -226,6 +215,11 @@ def _bounds(source: YamlSource, names: tuple[str, ...]) -> list[YamlProblem]:
     return problems + _groups(source, names)
 
 
+def _crossed(path: KeyPath, floor: float, cap: float) -> list[YamlProblem]:
+    what = f"is {floor:g}, above the cap {cap:g}"
+    return [YamlProblem(path, what, "lower the floor or raise the cap")] if floor > cap else []
+
+
 def _groups(source: YamlSource, names: tuple[str, ...]) -> list[YamlProblem]:
     groups = source.value(("mixture", "groups"))
     problems = []
@@ -233,16 +227,11 @@ def _groups(source: YamlSource, names: tuple[str, ...]) -> list[YamlProblem]:
         path: KeyPath = ("mixture", "groups", name)
         if not isinstance(group, dict):
             continue
-        members = group.get("tasks")
-        given = {task: 0 for task in members if isinstance(task, str)} if isinstance(members, list) else {}
-        problems += [
-            YamlProblem((*path, "tasks"), problem.what, problem.do)
-            for problem in _unknown_tasks((*path, "tasks"), given, names)
-        ]
+        members = dict.fromkeys(task for _, task in _items(source, *path, "tasks") if isinstance(task, str))
+        for problem in _unknown_tasks(path, members, names):
+            problems.append(YamlProblem((*path, "tasks"), problem.what, problem.do))
         limits = _numbers(group)
-        if limits.get("floor", 0) > limits.get("cap", 1):
-            what = f"is {limits['floor']:g}, above the cap {limits.get('cap', 1):g}"
-            problems.append(YamlProblem((*path, "floor"), what, "lower the floor or raise the cap"))
+        problems += _crossed((*path, "floor"), limits.get("floor", 0), limits.get("cap", 1))
     return problems
 
 
@@ -251,10 +240,7 @@ def _reference(source: YamlSource, names: tuple[str, ...]) -> list[YamlProblem]:
     given = source.value(path)
     if not isinstance(given, dict):
         return []
-    problems = _unknown_tasks(path, given, names)
-    if not problems and (lost := [name for name in names if name not in given]):
-        problems.append(YamlProblem(path, f"has no loss for {', '.join(lost)}", "give every task one"))
-    return problems
+    return _unknown_tasks(path, given, names) or _without(path, given, names, "loss", "give every task one")
 
 
 def _objective(source: YamlSource, names: tuple[str, ...]) -> list[YamlProblem]:
@@ -290,9 +276,8 @@ def _merge_weights(source: YamlSource) -> list[YamlProblem]:
 
 
 def _task_weights(source: YamlSource) -> list[YamlProblem]:
-    weights = [source.value(("tasks", index, "weight")) for index in range(_count(source.value(("tasks",))))]
+    weights = [child(task, "weight") for _, task in _items(source, "tasks")]
     if weights and all(type(weight) in (int, float) and weight == 0 for weight in weights):
-        return [
-            YamlProblem(("tasks",), "all have weight 0: nothing would be learnt", "give at least one a weight above 0")
-        ]
+        do = "give at least one a weight above 0"
+        return [YamlProblem(("tasks",), "all have weight 0: nothing would be learnt", do)]
     return []

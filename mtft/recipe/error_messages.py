@@ -121,7 +121,6 @@ def _is_meant(prefix: KeyPath, branch: str, source: YamlSource) -> bool:
 
 def _unknown(path: KeyPath, source: YamlSource) -> YamlProblem:
     section, key = source.show(path[:-1]) or "the recipe", str(path[-1])
-    known = list(_keys(path[:-1], source))
     near = _nearest(path, source)
     elsewhere = [name for name, field in Recipe.model_fields.items() for model in _sections(field.annotation)
                  if key in model.model_fields]  # fmt: skip
@@ -130,13 +129,12 @@ def _unknown(path: KeyPath, source: YamlSource) -> YamlProblem:
     elif elsewhere or key in Recipe.model_fields:
         do = f"it belongs {'under ' + ' or '.join(elsewhere) if elsewhere else 'at the top level'}"
     else:
-        do = f"the keys of {section} are {', '.join(known)}"
+        do = f"the keys of {section} are {', '.join(_keys(path[:-1], source))}"
     return YamlProblem(path, f"{key!r} is not a key of {section}", do)
 
 
 def _nearest(path: KeyPath, source: YamlSource) -> str | None:
-    known = list(_keys(path[:-1], source))
-    return closest_match(path[-1], known)
+    return closest_match(path[-1], _keys(path[:-1], source))
 
 
 def _missing(path: KeyPath, source: YamlSource) -> YamlProblem:
@@ -146,16 +144,15 @@ def _missing(path: KeyPath, source: YamlSource) -> YamlProblem:
 
 
 def _wrong(path: KeyPath, source: YamlSource) -> YamlProblem:
-    value = source.value(path)
-    annotation = _annotation(path, source)
+    value, annotation = source.value(path), _annotation(path, source)
     needed = describe(annotation)
     do = ""
     if isinstance(value, str):
-        choices = [str(choice) for choice in _choices(annotation)]
-        near = closest_match(value, choices, cutoff=0.5)
-        if near:
+        literals = [member for member in _members(annotation) if get_origin(member) is Literal]
+        choices = [str(choice) for member in literals for choice in get_args(member)]
+        if near := closest_match(value, choices, cutoff=0.5):
             do = f"did you mean {near}?"
-        elif _is_number(value) and ("number" in needed):
+        elif "number" in needed and _is_number(value):
             do = "remove the quotes"
     elif "text" in needed and isinstance(value, int | float):
         do = "put it in quotes"
@@ -182,10 +179,6 @@ def _members(annotation: Any) -> list[Any]:
 
 def _sections(annotation: Any) -> list[type[RecipeSection]]:
     return [member for member in _members(annotation) if isinstance(member, type) and issubclass(member, RecipeSection)]
-
-
-def _choices(annotation: Any) -> list[Any]:
-    return [value for member in _members(annotation) if get_origin(member) is Literal for value in get_args(member)]
 
 
 def _branch(annotation: Any, value: Any) -> Any:

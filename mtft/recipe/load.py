@@ -20,17 +20,10 @@ from mtft.common.errors import UserError
 from mtft.common.fingerprint import json_hash
 from mtft.recipe.cross_checks import check_files, check_source
 from mtft.recipe.error_messages import explain
-from mtft.recipe.schema.fuse import FuseSection
-from mtft.recipe.schema.merge import MergeSection
-from mtft.recipe.schema.mixture import FileShares, ScheduleShares
-from mtft.recipe.schema.model import ModelSection
+from mtft.recipe.schema.loss import BalancerSection
 from mtft.recipe.schema.recipe import Recipe
-from mtft.recipe.schema.sweep import SweepSection
-from mtft.recipe.schema.task import TaskSection
+from mtft.recipe.schema.section import DATA, INPUT, PathKind, RecipeSection
 from mtft.recipe.yaml_source import YamlProblem, YamlSource, apply_override, read_yaml
-
-DATA_SCHEMES = ("hub:", "quickstart:")
-MODEL_SCHEMES = ("quickstart:",)
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, files: bool = True) -> Recipe:
@@ -55,7 +48,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     base = file.absolute().parent
     problems += check_source(source)
     if files:
-        problems += check_files(source, lambda text: _place(text, base, DATA_SCHEMES))
+        problems += check_files(source, lambda text: _place(text, base, DATA))
     if problems or recipe is None:
         raise _as_error(problems, source)
     return _absolute(recipe, base)
@@ -92,73 +85,30 @@ def _as_error(problems: Sequence[YamlProblem], source: YamlSource) -> UserError:
     return UserError("\n".join(lines), where=str(source.file), do="mend these, then run `mtft check` on it")
 
 
-def _place(text: str, base: Path, schemes: tuple[str, ...]) -> str:
+def _place(text: str, base: Path, kind: PathKind) -> str:
     """An absolute path, unless the text names something that is not a file."""
-    return text if text.startswith(schemes) else os.path.normpath(base / Path(text).expanduser())
+    if text.startswith(kind.schemes):
+        return text
+    place = os.path.normpath((Path.cwd() if kind.output else base) / Path(text).expanduser())
+    is_path = not kind.hub or text.startswith(("/", "./", "../", "~")) or text in (".", "..") or os.path.isdir(place)
+    return place if is_path else text
 
 
-def _model(section: ModelSection | None, base: Path) -> ModelSection | None:
-    """A model's path: what looks like a path or is a folder beside the recipe is one; anything else is a hub name."""
-    if section is None or section.path.startswith(MODEL_SCHEMES):
-        return section
-    place = _place(section.path, base, ())
-    is_path = section.path.startswith(("/", "./", "../", "~")) or section.path in (".", "..") or os.path.isdir(place)
-    return section.model_copy(update={"path": place}) if is_path else section
-
-
-def _shares(shares: Any, base: Path) -> Any:
-    """Shares with the path of their file, if they are one, absolute."""
-    return FileShares(file=_place(shares.file, base, ())) if isinstance(shares, FileShares) else shares
-
-
-def _absolute(recipe: Recipe, base: Path) -> Recipe:
-    """The recipe with every path absolute."""
-    here = Path.cwd()
-
-    def data(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        if isinstance(value, tuple):
-            return tuple(_place(item, base, DATA_SCHEMES) for item in value)
-        return None if value is None else _place(value, base, DATA_SCHEMES)
-
-    def folders(value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return None if value is None else tuple(_place(item, base, ()) for item in value)
-
-    def task(section: TaskSection) -> TaskSection:
-        return section.model_copy(update={"data": data(section.data), "eval_data": data(section.eval_data)})
-
-    update: dict[str, Any] = {
-        "model": _model(recipe.model, base),
-        "tasks": tuple(task(section) for section in recipe.tasks),
-        "output": recipe.output.model_copy(update={"dir": _place(recipe.output.dir, here, ())}),
-    }
-    shares = recipe.mixture.shares
-    if isinstance(shares, ScheduleShares):
-        stops = tuple(stop.model_copy(update={"shares": _shares(stop.shares, base)}) for stop in shares.schedule)
-        shares = ScheduleShares(schedule=stops)
-    online = recipe.mixture.online
-    if online is not None and isinstance(online.reference, str):
-        online = online.model_copy(update={"reference": _place(online.reference, base, ())})
-    update["mixture"] = recipe.mixture.model_copy(update={"shares": _shares(shares, base), "online": online})
-    if recipe.lora is not None and recipe.lora.start is not None:
-        update["lora"] = recipe.lora.model_copy(update={"start": _place(recipe.lora.start, base, ())})
-    balancer = recipe.loss.balancer
-    if isinstance(groups := (balancer.model_extra or {}).get("groups"), str):  # of a former run's affinity.json
-        balancer = balancer.model_copy(update={"groups": _place(groups, base, ())})
-        update["loss"] = recipe.loss.model_copy(update={"balancer": balancer})
-    if isinstance(sweep := recipe.sweep, SweepSection):
-        update["sweep"] = sweep.model_copy(update={"model": _model(sweep.model, base)})
-    if isinstance(merge := recipe.merge, MergeSection):
-        out = None if merge.out is None else _place(merge.out, here, ())
-        whole = None if merge.base is None else _place(merge.base, base, ())
-        apart = merge.experts
-        if apart is not None:
-            apart = apart.model_copy(update={"general": folders(apart.general)})
-        places = {"adapters": folders(merge.adapters), "base": whole, "experts": apart, "out": out}
-        update["merge"] = merge.model_copy(update=places)
-    if isinstance(fuse := recipe.fuse, FuseSection):
-        models = {"strong": _model(fuse.strong, base), "base": _model(fuse.base, base)}
-        update["fuse"] = fuse.model_copy(update={"adapters": folders(fuse.adapters), **models})
-    return recipe.model_copy(update=update)
+def _absolute(value: Any, base: Path, kind: PathKind | None = None) -> Any:
+    """A part of a recipe with every path in it absolute. kind: of its key, if that holds paths."""
+    if isinstance(value, tuple):
+        return tuple(_absolute(item, base, kind) for item in value)
+    if isinstance(value, str) and kind is not None:
+        return _place(value, base, kind)
+    if not isinstance(value, RecipeSection):
+        return value
+    update: dict[str, Any] = {}
+    for name, field in type(value).model_fields.items():
+        own = next((item for item in field.metadata if isinstance(item, PathKind)), None)
+        update[name] = _absolute(getattr(value, name), base, own)
+    if isinstance(value, BalancerSection) and isinstance(groups := (value.model_extra or {}).get("groups"), str):
+        update["groups"] = _place(groups, base, INPUT)  # of a former run's affinity.json
+    return value.model_copy(update=update)
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -98,11 +98,9 @@ def read_yaml(file: Path) -> YamlSource:
     if values is None:
         raise UserError(f"{file.name} is empty", where=str(file), do="start from one of the files in recipes/")
     if not isinstance(values, dict):
-        raise UserError(
-            f"{file.name} holds {kind_of(values)}, not a mapping of sections",
-            where=f"{file}, line 1",
-            do="a recipe starts with lines such as `name: my-run` and `tasks:`",
-        )
+        what = f"{file.name} holds {kind_of(values)}, not a mapping of sections"
+        do = "a recipe starts with lines such as `name: my-run` and `tasks:`"
+        raise UserError(what, where=f"{file}, line 1", do=do)
     source.values = values
     return source
 
@@ -126,11 +124,8 @@ def _parse(text: str, source: YamlSource, path: KeyPath, where: str, origin: str
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(
-            f"not readable as YAML: {reason}",
-            where=where + line,
-            do="look for a missing quote, colon or bracket, a tab, or wrong indentation, there or on the line before",
-        ) from None
+        do = "look for a missing quote, colon or bracket, a tab, or wrong indentation, there or on the line before"
+        raise UserError(f"not readable as YAML: {reason}", where=where + line, do=do) from None
     except RecursionError:
         raise UserError("the YAML is nested too deep", where=where, do="recipes have four levels") from None
 
@@ -198,15 +193,11 @@ class _Builder:
 
     def _scalar(self, node: ScalarNode, path: KeyPath) -> Any:
         kind = str(node.tag).removeprefix(_TAG)
+        if kind == "null":
+            return None
         try:
-            if kind == "null":
-                return None
-            if kind == "bool":
-                return self._construct.construct_yaml_bool(node)
-            if kind == "int":
-                return self._construct.construct_yaml_int(node)
-            if kind == "float":
-                return self._construct.construct_yaml_float(node)
+            if kind in ("bool", "int", "float"):
+                return getattr(self._construct, f"construct_yaml_{kind}")(node)
         except (ValueError, KeyError, IndexError):
             self._problem(path, node, f"is {node.value!r}, which is no valid {kind}", "write a number or true/false")
             return None
@@ -249,11 +240,8 @@ def apply_override(source: YamlSource, text: str) -> None:
     dotted, equals, value_text = text.partition("=")
     dotted = dotted.strip()
     if not equals or not dotted or ".." in f".{dotted}.":
-        raise UserError(
-            f"the override {text!r} is not key=value",
-            where="command line",
-            do="write the path of a key and its value, for example train.steps=100 or tasks.sql.weight=2",
-        )
+        do = "write the path of a key and its value, for example train.steps=100 or tasks.sql.weight=2"
+        raise UserError(f"the override {text!r} is not key=value", where="command line", do=do)
     origin = f"override {text if len(text) <= 60 else text[:57] + '...'!r}"
     parent: Any = source.values
     path: KeyPath = ()

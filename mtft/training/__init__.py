@@ -8,18 +8,16 @@ The public names are imported when they are first used (PEP 562).
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from data_mixers.common.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from mtft.training.run_training import train
     from mtft.training.trainer import MultiTaskTrainer
 
-_MODULES = {"MultiTaskTrainer": "mtft.training.trainer", "train": "mtft.training.run_training"}
 __all__ = ["MultiTaskTrainer", "train"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+__getattr__, __dir__ = lazy_names(
+    __name__, {"MultiTaskTrainer": "mtft.training.trainer", "train": "mtft.training.run_training"}
+)

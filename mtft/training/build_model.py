@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from mtft.losses.token_nll import add_fused_head, resolve_path
 from mtft.models.loading import load_base
 from mtft.models.lora import add_lora, continue_lora
 from mtft.recipe.schema.recipe import Recipe
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 def load_for_training(recipe: Recipe, base: PreTrainedModel | None = None) -> PreTrainedModel | PeftModel:

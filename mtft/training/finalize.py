@@ -5,23 +5,20 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch.distributed as dist
-
+from data_mixers.plan.mixture_plan import MixturePlan
+from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.atomic_io import finite, write_json
+from mtft.distributed.collectives import barrier
 from mtft.distributed.launch import is_main_process
 from mtft.distributed.sharding import whole_weights
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.callbacks.best_weights import load_best_weights
 from mtft.training.export.export import ReloadResult, export_model, probe_logits, write_card
 from mtft.training.run_files.run_dir import RESULT, SCORES, write_plan
-
-if TYPE_CHECKING:
-    from data_mixers.plan.mixture_plan import MixturePlan
-    from data_mixers.plan.replanned import ReplannedPlan
-    from mtft.training.trainer import MultiTaskTrainer
-    from mtft.training.trainer_parts import TrainingInputs
+from mtft.training.trainer import MultiTaskTrainer
+from mtft.training.trainer_parts import TrainingInputs
 
 
 def finalize_run(
@@ -45,8 +42,7 @@ def finalize_run(
             export_dir = export_model(model, run_dir, tokenizer=inputs.tokenizer, state=state)
             if logits is not None:
                 proof = cleanup.enter_context(ReloadResult(model, logits, export_dir, recipe, trainer.args.device))
-        has_scores = any(store is not None for store in inputs.held_out)
-        if has_scores and steps not in trainer.evaluations:
+        if inputs.evaluates and steps not in trainer.evaluations:
             trainer.evaluate()
         scores = trainer.evaluations.get(steps, {})
         if is_main_process():
@@ -64,5 +60,4 @@ def finalize_run(
                 content["unquantised_base"] = unquantised
             write_plan(run_dir, recipe, plan)  # a mixture that changed online: what came of it
             write_json(run_dir / RESULT, finite(content))
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()

@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
-from mtft.data.planning import batch_tokens_of, make_plan
-from mtft.distributed.launch import is_main_process
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.build_model import load_for_training
-from mtft.training.run_files.metrics_log import MetricsLog
-from mtft.training.trainer_parts import TrainingInputs, read_training_inputs
-from mtft.training.training_arguments import training_arguments
 from mtft.training.transformers_arguments import read_transformers_arguments
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 Rows = Iterable[Mapping[str, Any]]
 # Names that a user of transformers or TRL writes in a dict -> keys of the recipe's `train` section.
@@ -37,40 +27,6 @@ _ALIASES = {
     "adam_beta1": "beta1",
     "adam_beta2": "beta2",
 }
-
-
-@dataclass(frozen=True)
-class PreparedRun:
-    """All that a trainer is built from."""
-
-    recipe: Recipe
-    inputs: TrainingInputs
-    plan: Any
-    model: Any
-    args: TrainingArguments
-    log: MetricsLog
-
-
-def prepare_run(
-    recipe: Recipe, *, model: Any = None, tokenizer: Any = None, examples: int | None = None, quiet: bool = True
-) -> PreparedRun:
-    """Reads data, makes the plan, loads the model (or takes `model`, which has its adapter already).
-
-    examples: of one step, in place of the recipe's train.batch_tokens.
-    """
-    inputs = read_training_inputs(recipe, tokenizer=tokenizer)
-    if examples is not None:
-        tokens = batch_tokens_of(recipe, inputs.stores, examples)
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_tokens": tokens})})
-    plan = make_plan(recipe, inputs.stores)
-    run_dir = Path(recipe.output.dir)
-    if is_main_process():
-        run_dir.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(run_dir if is_main_process() else None, steps=plan.steps, quiet=quiet or not is_main_process())
-    evaluates = any(store is not None for store in inputs.held_out)
-    saves = recipe.output.save_every is not None
-    args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=evaluates, saves=saves)
-    return PreparedRun(recipe, inputs, plan, load_for_training(recipe) if model is None else model, args, log)
 
 
 def recipe_of_datasets(
@@ -101,7 +57,10 @@ def recipe_of_datasets(
     if isinstance(model, Mapping):
         content["model"] |= model
     else:
-        content["model"]["path"] = _base_path(model, tokenizer)
+        path = str(model.config._name_or_path)
+        if not path and tokenizer is None:
+            raise UserError("the model does not say where its tokenizer is", where="tokenizer", do="give the tokenizer")
+        content["model"]["path"] = path or type(model).__name__
         if not hasattr(model, "peft_config"):
             content["lora"] = None  # the model as it is; what requires gradients is trained
     content["mixture"] = {"shares": shares if isinstance(shares, str) else dict(shares)}
@@ -118,11 +77,8 @@ def recipe_of_datasets(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"the arguments are no valid recipe: {first['msg']}",
-            where=where,
-            do="args takes output_dir, seed and the keys of the recipe's train section (docs/recipe.md)",
-        ) from error
+        do = "args takes output_dir, seed and the keys of the recipe's train section (docs/recipe.md)"
+        raise UserError(f"the arguments are no valid recipe: {first['msg']}", where=where, do=do) from error
 
 
 def _settings(args: Any) -> tuple[dict[str, Any], int | None]:
@@ -137,23 +93,14 @@ def _settings(args: Any) -> tuple[dict[str, Any], int | None]:
     return {**content, "train": train}, None
 
 
-def _base_path(model: Any, tokenizer: Any) -> str:
-    path = str(model.config._name_or_path)
-    if not path and tokenizer is None:
-        raise UserError("the model does not say where its tokenizer is", where="tokenizer", do="give the tokenizer")
-    return path or type(model).__name__
-
-
 def _write_rows(run_dir: Path, task: str, split: str, rows: Rows) -> Path:
     """<run_dir>/data/<task>.<split>.jsonl, absolute. Every rank puts the same bytes in place, so none waits."""
     lines = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise UserError(
-                f"row {number} of task {task} is a {type(row).__name__}, not a dict of columns",
-                where=f"datasets.{task}",
-                do='give rows such as {"prompt": "...", "response": "..."} or {"messages": [...]}',
-            )
+            what = f"row {number} of task {task} is a {type(row).__name__}, not a dict of columns"
+            do = 'give rows such as {"prompt": "...", "response": "..."} or {"messages": [...]}'
+            raise UserError(what, where=f"datasets.{task}", do=do)
         try:
             lines.append(json.dumps(dict(row), ensure_ascii=False))
         except TypeError as error:

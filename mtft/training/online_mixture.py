@@ -13,12 +13,10 @@ the trainer reads its steps one by one (no loader processes). A checkpoint after
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch.distributed as dist
 from torch import Tensor
 
 from data_mixers.online.bandit import Bandit
@@ -28,24 +26,22 @@ from data_mixers.online.linear_law import LinearLaw
 from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.errors import UserError
 from mtft.data.planning import share_bounds
+from mtft.distributed.collectives import from_first_rank
 from mtft.evaluation.task_scores import TaskScores
 from mtft.losses.validation_stream import ValidationStream
 from mtft.recipe.rules.mixture_rules import PROBE_SHARE, PROBE_STEPS
+from mtft.recipe.schema.mixture import OnlineSection
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.step.extra_losses import valid_losses
+from mtft.training.step.extra_losses import heldout_losses, valid_losses
 from mtft.training.step.objective import StepContext
 
 
 class OnlineMixture:
-    """Watches the steps of a run and changes `chain`. stream: held-out rows, for a method that measures."""
+    """Watches the steps of a run and changes the controller's chain. stream: held-out rows, for what measures."""
 
     def __init__(self, controller: MixtureController, stream: ValidationStream | None = None) -> None:
         self.controller, self.stream = controller, stream
         self._reported: set[str] = set()
-
-    @property
-    def chain(self) -> ReplannedPlan:
-        return self.controller.chain
 
     def step(
         self,
@@ -66,7 +62,8 @@ class OnlineMixture:
         valid_K = None
         if number is not None and self.stream is not None:
             valid_K = valid_losses(context, self.stream, number).tolist()
-        decision = _broadcast_from_first_rank(controller.propose(step, valid_K))
+        # The losses are equal on all ranks, but the plans must be equal to the bit, whatever the libraries round.
+        decision: Decision | None = from_first_rank(controller.propose(step, valid_K))
         if decision is None:
             return {}
         controller.play(decision)
@@ -80,34 +77,17 @@ class OnlineMixture:
             line["wanted"] = dict(zip(context.tasks, decision.wanted, strict=True))
         return {"mixture": {**line, "notes": list(decision.notes)} if decision.notes else line}
 
-    def state_dict(self, step: int) -> dict[str, Any]:
-        return self.controller.state(step)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.controller.restore(state)
-
-
-def _broadcast_from_first_rank(decision: Decision | None) -> Decision | None:
-    """What rank 0 decided. The losses are equal on all ranks, so the others did too, up to what their libraries round
-    otherwise; the plans must be equal to the bit."""
-    if not dist.is_initialized():
-        return decision
-    decisions: list[Any] = [decision]
-    dist.broadcast_object_list(decisions, src=0)
-    return decisions[0]
-
 
 def make_controller(recipe: Recipe, chain: ReplannedPlan) -> MixtureController:
     """What recipe.mixture.online says about the run of `chain`. Infeasible where nothing is within the bounds."""
     online = recipe.mixture.online
     if online is None:
         raise ValueError("the recipe has no mixture.online")
-    return MixtureController(chain, share_bounds(recipe), _method(recipe, chain), warmup=online.warmup)
+    return MixtureController(chain, share_bounds(recipe), _method(recipe, online, chain), warmup=online.warmup)
 
 
-def _method(recipe: Recipe, chain: ReplannedPlan) -> OnlineRule:
-    online, shares = recipe.mixture.online, chain.mixture.shares.tolist()
-    assert online is not None
+def _method(recipe: Recipe, online: OnlineSection, chain: ReplannedPlan) -> OnlineRule:
+    shares = chain.mixture.shares.tolist()
     if online.name == "bandit":
         return Bandit(len(shares), every=online.every, scale=10.0 if online.scale is None else online.scale)
     if online.name == "group_dro":
@@ -136,19 +116,15 @@ def reference_losses(recipe: Recipe) -> list[float]:
     given = None if recipe.mixture.online is None else recipe.mixture.online.reference
     if not isinstance(given, str):
         return [0.0 if given is None else float(given[name]) for name in recipe.task_names]
-    losses = []
+    scores = []
     for name in recipe.task_names:
         path = Path(given) / "scores" / f"{name}.jsonl"
         if not path.is_file():
-            raise UserError(
-                f"the run has no held-out losses of task {name}",
-                where=f"mixture.online.reference: {given}",
-                do="give a finished run of the same tasks, or the losses themselves, {task: loss}",
-            )
-        scores = TaskScores.load(path)
-        by_sample = recipe.loss.normalise in ("sample", "task_sample")
-        losses.append(float(np.mean(scores.nll_N / scores.tokens_N)) if by_sample else scores.summary()["loss"])
-    return losses
+            what = f"the run has no held-out losses of task {name}"
+            do = "give a finished run of the same tasks, or the losses themselves, {task: loss}"
+            raise UserError(what, where=f"mixture.online.reference: {given}", do=do)
+        scores.append(TaskScores.load(path))
+    return heldout_losses(scores, recipe.loss.normalise).tolist()
 
 
 def describe_online_mixture(recipe: Recipe, controller: MixtureController) -> str:

@@ -8,21 +8,23 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from mtft.data.planning import batch_tokens_of, make_plan
+from mtft.distributed.launch import is_main_process
 from mtft.evaluation.task_scores import TaskScores
+from mtft.recipe.schema.recipe import Recipe
+from mtft.training.build_model import load_for_training
 from mtft.training.checkpoint.checkpoint import RunState, load_random_state, load_state, load_weights, save
-from mtft.training.from_datasets import PreparedRun, Rows, prepare_run, recipe_of_datasets
+from mtft.training.from_datasets import Rows, recipe_of_datasets
 from mtft.training.optim.schedule_free import evaluation_weights
 from mtft.training.run_files.metrics_log import MetricsLog, flat
-from mtft.training.trainer_parts import TrainerParts, trainer_parts
-
-if TYPE_CHECKING:
-    from mtft.recipe.schema.recipe import Recipe
+from mtft.training.trainer_parts import TrainerParts, read_training_inputs, trainer_parts
+from mtft.training.training_arguments import training_arguments
 
 
 class RunTrainer(Trainer):
@@ -46,8 +48,6 @@ class RunTrainer(Trainer):
         """A trainer of ready-made parts."""
         trainer = cls(model, args, **parts.options)
         trainer.optimizer_cls_and_kwargs = parts.optimizer  # pyright: ignore[reportAttributeAccessIssue]
-        for callback in parts.callbacks:
-            trainer.add_callback(callback)
         return trainer
 
     @classmethod
@@ -62,7 +62,7 @@ class RunTrainer(Trainer):
         Raises:
             UserError: for data or a model that can't be used.
         """
-        return cls._from_run(prepare_run(recipe, model=model, tokenizer=tokenizer))
+        return cls._from_recipe(recipe, model, tokenizer)
 
     @classmethod
     def from_datasets(
@@ -102,13 +102,25 @@ class RunTrainer(Trainer):
             sections=sections,
         )
         loaded = None if isinstance(model, str | Path | Mapping) else model
-        return cls._from_run(prepare_run(recipe, model=loaded, tokenizer=tokenizer, examples=examples))
+        return cls._from_recipe(recipe, loaded, tokenizer, examples)
 
     @classmethod
-    def _from_run(cls, run: PreparedRun) -> Self:
-        parts = trainer_parts(run.recipe, run.inputs, run.plan, run.model, run.args, log=run.log)
-        trainer = cls.from_parts(run.model, run.args, parts)
-        trainer.processing_class = run.inputs.tokenizer  # saved with the model
+    def _from_recipe(cls, recipe: Recipe, model: Any, tokenizer: Any, examples: int | None = None) -> Self:
+        """examples: of one step, in place of the recipe's train.batch_tokens."""
+        inputs = read_training_inputs(recipe, tokenizer=tokenizer)
+        if examples is not None:
+            tokens = batch_tokens_of(recipe, inputs.stores, examples)
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_tokens": tokens})})
+        plan = make_plan(recipe, inputs.stores)
+        run_dir = Path(recipe.output.dir)
+        if is_main_process():
+            run_dir.mkdir(parents=True, exist_ok=True)
+        log = MetricsLog(run_dir if is_main_process() else None, steps=plan.steps, quiet=True)
+        saves = recipe.output.save_every is not None
+        args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=saves)
+        model = load_for_training(recipe) if model is None else model
+        trainer = cls.from_parts(model, args, trainer_parts(recipe, inputs, plan, model, args, log=log))
+        trainer.processing_class = inputs.tokenizer  # saved with the model
         return trainer
 
     @property

@@ -52,8 +52,8 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     from mtft.data.planning import make_plan
     from mtft.distributed.stop_signal import EXIT_CODES, StopSignal
     from mtft.training.build_model import load_for_training
-    from mtft.training.callbacks.best_weights import BestWeights, ended_before
-    from mtft.training.checkpoint.checkpoint_files import checkpoint_step
+    from mtft.training.callbacks.best_weights import BestWeights
+    from mtft.training.checkpoint.checkpoint_files import checkpoint_step, load_tree
     from mtft.training.export.export import CHANGE_THE_BASE, save_initial
     from mtft.training.finalize import finalize_run
     from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
@@ -65,13 +65,14 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     inputs = read_training_inputs(recipe)
     plan = make_plan(recipe, inputs.stores)
     log = MetricsLog(run_dir if is_main_process() else None, steps=plan.steps, quiet=quiet or not is_main_process())
-    for line in (line for store in inputs.stores for line in store.warnings()):
-        log.say(f"warning: {line}")
-    evaluates = any(store is not None for store in inputs.held_out)
-    args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=evaluates, saves=True)  # joins the ranks
+    for store in inputs.stores:
+        for line in store.warnings():
+            log.say(f"warning: {line}")
+    # joins the ranks
+    args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=True)
     size = None if fresh else chosen_size(run_dir)
     checkpoint = start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh)
-    args.eval_on_start = evaluates and recipe.train.eval_on_start and checkpoint is None
+    args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start and checkpoint is None
     with StopSignal() as stop:
         model = load_for_training(recipe)
         if recipe.lora is not None and recipe.lora.init in CHANGE_THE_BASE and is_main_process():
@@ -82,7 +83,8 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
         trainer = build_trainer(sized, inputs, plan, model, args, log=log, stop=stop)
         trainer.add_callback(BestWeights(trainer, keep_best=recipe.output.export == "best"))
         decides = recipe.train.patience or recipe.train.task_patience
-        if checkpoint is not None and decides and ended_before(checkpoint):
+        # a run that its held-out losses had ended when the checkpoint was written: only the end is missing
+        if checkpoint is not None and decides and load_tree(checkpoint)["stopping"]["ended"] is not None:
             trainer.steps.until = args.max_steps = checkpoint_step(checkpoint)
         print_summary(recipe, plan, model, args, trainer.online, checkpoint, say=log.say)
         try:

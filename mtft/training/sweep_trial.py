@@ -10,31 +10,26 @@ import copy
 import gc
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from transformers import TrainerCallback
+
+from data_mixers.sweep.early_termination import StopRule
+from data_mixers.sweep.trial import Trial
+from mtft.common.errors import UserError
+from mtft.data.planning import make_plan
+from mtft.models.loading import load_base
+from mtft.recipe.load import fingerprint
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.build_model import load_for_training
+from mtft.training.run_files.metrics_log import MetricsLog
+from mtft.training.trainer import MultiTaskTrainer, build_trainer
+from mtft.training.trainer_parts import TrainingInputs, read_training_inputs
+from mtft.training.training_arguments import training_arguments
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
-    from data_mixers.sweep.early_termination import StopRule
-    from data_mixers.sweep.trial import Trial
-    from mtft.training.trainer import MultiTaskTrainer
-    from mtft.training.trainer_parts import TrainingInputs
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What the trials of one recipe share."""
-
-    key: str
-    inputs: TrainingInputs
-    base: Any
-
-
-_kept: _Kept | None = None
+_kept: tuple[str, TrainingInputs, Any] | None = None  # key of a recipe, and what its trials share
 
 
 def run_trial(
@@ -52,33 +47,24 @@ def run_trial(
     that has some (the first `eval_limit` of them). A trial that diverges gives NaN losses, which a sweep records as
     such. Picklable together with the recipe: for worker processes. threads: of torch on the CPU (None: its default).
     """
-    import torch
-
-    from mtft.common.errors import UserError
-    from mtft.data.planning import make_plan
-    from mtft.training.build_model import load_for_training
-    from mtft.training.run_files.metrics_log import MetricsLog
-    from mtft.training.trainer import build_trainer
-    from mtft.training.training_arguments import training_arguments
-
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = recipe.model_copy(update={"seed": trial.seed, "output": recipe.output.model_copy(update={"trackers": ()})})
-    shared = _keep(recipe, eval_limit)
-    plan = make_plan(recipe, shared.inputs.stores, trial.mixture)
+    inputs, base = _keep(recipe, eval_limit)
+    plan = make_plan(recipe, inputs.stores, trial.mixture)
     with tempfile.TemporaryDirectory(prefix="mtft-trial-") as scratch:
         args = training_arguments(recipe, Path(scratch), steps=plan.steps, evaluates=False, saves=False)
-        model = load_for_training(recipe, base=copy.deepcopy(shared.base))
+        model = load_for_training(recipe, base=copy.deepcopy(base))
         log = MetricsLog(None, steps=plan.steps, quiet=True)
-        trainer = build_trainer(recipe, shared.inputs, plan, model, args, log=log)
-        course = _Course(plan.steps, checks, stop)
-        trainer.add_callback(course.callback(trainer))
+        trainer = build_trainer(recipe, inputs, plan, model, args, log=log)
+        course = _EvaluateAtChecks(trainer, plan.steps, checks, stop)
+        trainer.add_callback(course)
         try:
             trainer.train()
         except UserError:
             if trainer.bad_steps["non-finite"] < recipe.train.max_bad_steps:
                 raise
-            names = [store.task for store in shared.inputs.held_out if store is not None]
+            names = [store.task for store in inputs.held_out if store is not None]
             return [(1.0, {f"{task}/loss": float("nan") for task in names})]
         if not course.hopeless:
             trainer.evaluate()
@@ -93,47 +79,35 @@ def _scores(trainer: MultiTaskTrainer) -> dict[str, float]:
     return {f"{task}/{key}": summary[key] for task, summary in summaries.items() for key in ("loss", "token_accuracy")}
 
 
-class _Course:
-    """The scores on the way through a trial, and whether it was given up."""
+class _EvaluateAtChecks(TrainerCallback):
+    """The scores on the way through a trial (`points`), and whether it was given up (`hopeless`)."""
 
-    def __init__(self, steps: int, checks: Sequence[float], stop: StopRule | None) -> None:
+    def __init__(self, trainer: MultiTaskTrainer, steps: int, checks: Sequence[float], stop: StopRule | None) -> None:
         self.points: list[tuple[float, dict[str, float]]] = []
         self.hopeless = False
         # Several shares may fall on one step of a short run; the last step is scored anyway.
         self._at = {max(1, round(share * steps)): share for share in sorted(checks) if round(share * steps) < steps}
-        self._stop = stop
+        self._trainer, self._stop = trainer, stop
 
-    def callback(self, trainer: MultiTaskTrainer) -> TrainerCallback:
-        from transformers import TrainerCallback
-
-        course = self
-
-        class EvaluateAtChecks(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                share = course._at.get(state.global_step)
-                if share is None:
-                    return
-                trainer.evaluate()
-                scores = _scores(trainer)
-                course.points.append((share, scores))
-                if course._stop is not None and course._stop.hopeless(share, scores):
-                    course.hopeless = control.should_training_stop = True
-
-        return EvaluateAtChecks()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        share = self._at.get(state.global_step)
+        if share is None:
+            return
+        self._trainer.evaluate()
+        scores = _scores(self._trainer)
+        self.points.append((share, scores))
+        if self._stop is not None and self._stop.hopeless(share, scores):
+            self.hopeless = control.should_training_stop = True
 
 
-def _keep(recipe: Recipe, eval_limit: int | None) -> _Kept:
-    """What the trials of this recipe share; kept until a trial of another recipe comes."""
-    from mtft.models.loading import load_base
-    from mtft.recipe.load import fingerprint
-    from mtft.training.trainer_parts import read_training_inputs
-
+def _keep(recipe: Recipe, eval_limit: int | None) -> tuple[TrainingInputs, Any]:
+    """What the trials of this recipe share, inputs and base; kept until a trial of another recipe comes."""
     global _kept
     key = f"{fingerprint(recipe, without=('seed', 'mixture', 'output', 'name'))} {eval_limit}"
-    if _kept is None or _kept.key != key:
+    if _kept is None or _kept[0] != key:
         inputs = read_training_inputs(recipe, eval_limit=eval_limit)
-        _kept = _Kept(key, inputs, load_base(recipe.model, full=recipe.lora is None))
+        _kept = key, inputs, load_base(recipe.model, full=recipe.lora is None)
         # Trainer collects garbage at every start: 0.3 s among a million objects of libraries that stay anyway.
         gc.collect()
         gc.freeze()
-    return _kept
+    return _kept[1:]

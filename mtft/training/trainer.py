@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 
+from data_mixers.plan.mixture_plan import MixturePlan
+from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.state_tree import random_state
 from mtft.data.batching.batch import Batch
 from mtft.data.batching.batches import BatchSource
@@ -43,21 +46,18 @@ from mtft.losses.task_reduction import (
     task_losses,
     task_probs,
 )
+from mtft.recipe.schema.recipe import Recipe
 from mtft.training.callbacks.early_stopping import EarlyStopping
 from mtft.training.callbacks.non_finite_steps import NonFiniteSteps
 from mtft.training.checkpoint.checkpoint import RunState
 from mtft.training.online_mixture import OnlineMixture
+from mtft.training.optim.schedule_free import begin_training
 from mtft.training.run_files.metrics_log import MetricsLog, flat, step_line
 from mtft.training.run_trainer import RunTrainer
 from mtft.training.step.extra_losses import global_losses, heldout_losses, valid_losses
 from mtft.training.step.objective import Objective, StepContext, forward_backward
 from mtft.training.step.task_gradients import TaskGradientStep
 from mtft.training.trainer_parts import TrainingInputs, trainer_parts
-
-if TYPE_CHECKING:
-    from data_mixers.plan.mixture_plan import MixturePlan
-    from data_mixers.plan.replanned import ReplannedPlan
-    from mtft.recipe.schema.recipe import Recipe
 
 
 class MultiTaskTrainer(RunTrainer):
@@ -148,7 +148,7 @@ class MultiTaskTrainer(RunTrainer):
             self.steps,  # pyright: ignore[reportArgumentType]  (map-style by __getitem__ and __len__)
             batch_size=1,
             shuffle=False,
-            collate_fn=_only,
+            collate_fn=itemgetter(0),
             # Workers fetch ahead, and a mixture that changes online would come too late.
             num_workers=0 if self.online is not None else self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -166,6 +166,8 @@ class MultiTaskTrainer(RunTrainer):
         model.train()
         step, K, device = self.state.global_step + 1, len(self.tasks), self.args.device
         self._context = context = self.context()
+        if self.objective.noise is not None:
+            self.objective.noise.step = step
         batches = inputs if device.type == "cpu" else [batch.to(device) for batch in inputs]
         counts = step_counts(batches, K, device=device)
         needs, normalise = self.balancer.needs, self.objective.normalise
@@ -198,14 +200,14 @@ class MultiTaskTrainer(RunTrainer):
         if gradient_step is None:
             return forward_backward(context, model, batches, counts, w_K, step)
         used_K = gradient_step.weights(step, w_K, counts.tokens_K > 0)
-        before = random_state() if gradient_step.flat is not None else None
+        flat = gradient_step.flat
+        before = {} if flat is None else random_state()
         with gradient_step.watch(step, floored=used_K is not w_K) as taps:
             measured = None if taps is None else (gradient_step, taps)
             parts = forward_backward(context, model, batches, counts, used_K, step, measured)
         passes = None
-        if gradient_step.flat is not None and before is not None:
-            factor = 1.0 if gradient_step.taps is None else gradient_step.taps.factor
-            passes = SharpnessAwareStep(context, gradient_step.flat, batches, counts, before, step, factor)
+        if flat is not None and taps is not None:
+            passes = SharpnessAwareStep(context, flat, batches, counts, before, step, taps.factor)
         gradient_step.finish(step, task_coefficients(counts, used_K, self.objective.normalise), share_K, passes)
         return parts
 
@@ -279,15 +281,8 @@ class MultiTaskTrainer(RunTrainer):
         return 0
 
     def run_state(self) -> RunState:
-        return RunState(
-            self.context(),
-            self.lr_scheduler,
-            self.balancer,
-            self.gradient_step,
-            self.stopping,
-            self.online,
-            self.bad_steps,
-        )
+        scheduler, steps = self.lr_scheduler, self.gradient_step
+        return RunState(self.context(), scheduler, self.balancer, steps, self.stopping, self.online, self.bad_steps)
 
 
 def build_trainer(
@@ -315,14 +310,10 @@ class _StepCallback(TrainerCallback):
         check_sharded(self.trainer.model)
         self.trainer.run_log.start(state.global_step)
         self.trainer.observe_start()
+        begin_training(self.trainer.optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.finish_step(control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.run_log.close()
-
-
-def _only(items: list) -> Any:
-    (item,) = items
-    return item

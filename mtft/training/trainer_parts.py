@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from transformers import TrainingArguments
 
+from data_mixers.plan.mixture_plan import MixturePlan
 from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.errors import UserError
 from mtft.data.batching.batches import BatchSource
 from mtft.data.batching.packed_attention import packing_refusal
 from mtft.data.store.token_store import open_stores
 from mtft.data.tokenize.vocabulary_check import check_vocabulary
+from mtft.distributed.collectives import from_first_rank
 from mtft.distributed.launch import is_main_process
 from mtft.distributed.sharding import trainable
 from mtft.distributed.stop_signal import StopSignal
@@ -34,18 +36,11 @@ from mtft.training.checkpoint.checkpoint import check_identity
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
 from mtft.training.online_mixture import OnlineMixture, describe_online_mixture, make_controller
 from mtft.training.optim.optimizers import own_optimizer
-from mtft.training.optim.schedule_free import ScheduleFreePoint
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.run_files.run_dir import move_aside, write_start
-from mtft.training.step.neftune import Neftune, NeftuneStep
+from mtft.training.step.neftune import Neftune
 from mtft.training.step.objective import Objective
 from mtft.training.step.task_gradients import make_task_gradient_step
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback, TrainingArguments
-
-    from data_mixers.plan.mixture_plan import MixturePlan
-
 
 VALID_TOKENS = 16_384  # at the most, of one measurement for what watches held-out losses
 
@@ -57,6 +52,11 @@ class TrainingInputs:
     tokenizer: Any
     stores: Sequence[Any]
     held_out: Sequence[Any | None]
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether any task has held-out rows."""
+        return any(store is not None for store in self.held_out)
 
     def identity(self, plan: MixturePlan | ReplannedPlan) -> dict[str, str]:
         """What must be the same for a run to go on."""
@@ -83,30 +83,28 @@ def start_run_dir(
     fresh: bool,
 ) -> Path | None:
     """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call."""
-    outcome: list[Any] = [None]  # the checkpoint, or the error, of the main process
+    outcome: Path | UserError | None = None  # the checkpoint, or the error, of the main process
     if is_main_process():
         try:
             if fresh:
                 move_aside(run_dir)
-            outcome[0] = latest_checkpoint(run_dir, say=log.say)
-            if outcome[0] is not None:
-                check_identity(outcome[0], identity)
+            outcome = latest_checkpoint(run_dir, say=log.say)
+            if outcome is not None:
+                check_identity(outcome, identity)
             write_start(run_dir, recipe, plan, identity)
         except UserError as error:  # the other ranks must learn of it: they would wait for ever
-            outcome[0] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
+            outcome = error
+    outcome = from_first_rank(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 class TrainerParts(NamedTuple):
-    """Keyword arguments of MultiTaskTrainer, what its `optimizer_cls_and_kwargs` becomes, and callbacks to add."""
+    """Keyword arguments of MultiTaskTrainer, and what its `optimizer_cls_and_kwargs` becomes."""
 
     options: dict[str, Any]
     optimizer: tuple[Any, dict[str, Any]] | None
-    callbacks: list[TrainerCallback]
 
 
 def trainer_parts(
@@ -130,12 +128,8 @@ def trainer_parts(
     isolated = refusal is None
     if section.packing and refusal is not None:
         log.say(f"packing is off: {refusal}")
-    layout = BatchLayout(
-        section.rows_at_once,
-        section.max_length,
-        pad_id(inputs.tokenizer),
-        packing=section.packing and isolated,
-    )
+    packing = section.packing and isolated
+    layout = BatchLayout(section.rows_at_once, section.max_length, pad_id(inputs.tokenizer), packing=packing)
     source = BatchSource(
         inputs.stores,
         plan,
@@ -198,9 +192,6 @@ def trainer_parts(
         orthogonal=loss.orthogonal,
         noise=Neftune(model, section.neftune, recipe.seed) if section.neftune else None,
     )
-    callbacks: list[TrainerCallback] = [] if objective.noise is None else [NeftuneStep(objective.noise)]
-    if section.optimizer.startswith("schedule_free"):
-        callbacks.append(ScheduleFreePoint())
     options = {
         "steps": source,
         "tasks": recipe.task_names,
@@ -219,7 +210,7 @@ def trainer_parts(
         "max_bad_steps": section.max_bad_steps,
         "keep": recipe.output.keep,
     }
-    return TrainerParts(options, own_optimizer(recipe, args), callbacks)
+    return TrainerParts(options, own_optimizer(recipe, args))
 
 
 def print_summary(

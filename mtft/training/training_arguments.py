@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import TrainingArguments
 
 from mtft.common.errors import UserError
 from mtft.distributed.launch import engine, init_cpu_process_group, world_size
@@ -16,9 +16,6 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.optim.lr_schedules import schedule_arguments
 from mtft.training.optim.optimizers import MUON, optimizer_name
 
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
 
 def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: bool, saves: bool) -> TrainingArguments:
     """TrainingArguments of a recipe.
@@ -27,8 +24,6 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
     `evaluates`: per-task evaluation every eval_every steps and at the end.
     `saves`: checkpoints every save_every steps and at the end.
     """
-    from transformers import TrainingArguments
-
     section = recipe.train
     optimizer = optimizer_name(section.optimizer)
     check_compatibility(recipe, stage="train")  # for callers from Python; the command line has asked already

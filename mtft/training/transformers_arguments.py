@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
+
+from transformers import TrainingArguments
 
 from mtft.common.errors import UserError
 from mtft.distributed.launch import world_size
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 _SAME = {  # setting of transformers -> key of the recipe, with the same meaning
     "learning_rate": "train.learning_rate",
@@ -48,15 +47,8 @@ _NO_SAY += ("include_num_input_tokens", "skip_memory", "average_tokens", "predic
 _NO_SAY += ("pad_to_multiple_of", "shuffle_dataset", "accelerator_config", "auto_find_batch_size", "packing_strategy")
 
 
-class ReadArguments(NamedTuple):
-    """Sections of a recipe, and the examples of a step where the batch is counted in examples (None: in tokens)."""
-
-    sections: dict[str, Any]
-    examples: int | None
-
-
-def read_transformers_arguments(args: TrainingArguments) -> ReadArguments:
-    """Translates the settings of `args`.
+def read_transformers_arguments(args: TrainingArguments) -> tuple[dict[str, Any], int | None]:
+    """Sections of a recipe, and the examples of a step where the batch is counted in examples (None: in tokens).
 
     A step holds per_device_train_batch_size * gradient_accumulation_steps * ranks examples, as with transformers; with
     an SFTConfig's `packing` so many rows of max_length tokens.
@@ -78,11 +70,8 @@ def read_transformers_arguments(args: TrainingArguments) -> ReadArguments:
         train["epochs"] = args.num_train_epochs
     schedule = _value(args.lr_scheduler_type)
     if schedule not in _SCHEDULES:
-        raise UserError(
-            f"schedule {schedule!r} is not offered",
-            where="args.lr_scheduler_type",
-            do=f"one of {', '.join(_SCHEDULES)}",
-        )
+        do = f"one of {', '.join(_SCHEDULES)}"
+        raise UserError(f"schedule {schedule!r} is not offered", where="args.lr_scheduler_type", do=do)
     train["schedule"] = "wsd" if schedule == "warmup_stable_decay" else schedule
     train["optimizer"] = _value(args.optim)
     train["too_long"] = "truncate_left" if getattr(args, "truncation_mode", "") == "keep_end" else "truncate_right"
@@ -94,16 +83,14 @@ def read_transformers_arguments(args: TrainingArguments) -> ReadArguments:
         if strategy == "steps" and every is not None and every >= 1:
             section[key] = int(every)
         elif strategy != "no":
-            raise UserError(
-                f"{name}_strategy {strategy!r} with {name}_steps {every!r} is not offered",
-                where=f"args.{name}_strategy",
-                do=f'"no", or "steps" with {name}_steps a number of optimizer steps',
-            )
+            what = f"{name}_strategy {strategy!r} with {name}_steps {every!r} is not offered"
+            do = f'"no", or "steps" with {name}_steps a number of optimizer steps'
+            raise UserError(what, where=f"args.{name}_strategy", do=do)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
     max_length = train.setdefault("max_length", 1024)
     train["micro_batch_tokens"] = args.per_device_train_batch_size * max_length
     train["batch_tokens"] = rows * max_length
-    return ReadArguments(sections, None if getattr(args, "packing", False) else rows)
+    return sections, None if getattr(args, "packing", False) else rows
 
 
 def _refuse_unknown(args: TrainingArguments) -> None:

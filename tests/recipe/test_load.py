@@ -43,6 +43,8 @@ def test_inputs_are_relative_to_the_recipe_and_outputs_to_the_working_directory(
     assert recipe.fuse.strong.path == str(tmp_path / "strong")
     assert recipe.merge.adapters == (f"{at}/a", str(tmp_path / "b"))
     assert recipe.merge.out == str(tmp_path / "m")
+    start = folder.load("lora.start=a", "sweep.lora.start=b")
+    assert (start.lora.start, start.sweep.lora.start) == (f"{at}/a", f"{at}/b")
     assert recipe.output.dir == str(tmp_path / "runs" / "three")
 
 

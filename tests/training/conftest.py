@@ -61,6 +61,11 @@ def write_tasks(folder, *, rows=60, held_out=12, seed=0):
     return files
 
 
+def lines(folder, name="metrics.jsonl"):
+    """What a run has logged."""
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))

@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from mtft.training.run_training import train
+from tests.training.conftest import lines
 from tests.training.test_run_training import kill_at_step, picture, recipe_in, run
 
 RAMP = {
@@ -38,8 +39,8 @@ def test_a_killed_run_goes_on_in_the_schedule(few_rows, tmp_path, style):
     assert plan["style"] == style
     shout = [span["asked"]["shout"] for span in plan["spans"]]
     assert shout == sorted(shout)
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    present = [[name for name, task in line["tasks"].items() if task["examples"]] for line in lines]
+    metrics = lines(tmp_path / "whole")
+    present = [[name for name, task in line["tasks"].items() if task["examples"]] for line in metrics]
     if style == "alternating":
         assert {len(names) for names in present} == {1}
     else:
@@ -52,6 +53,5 @@ def test_unmixed_steps_have_the_gradient_of_mixed_ones(few_rows, tmp_path):
     for style in ("mixed", "unmixed"):
         changes = {"train": {"batch_style": style, "steps": 3}, "lora": {"r": 4, "alpha": 8, "dropout": 0.0}}
         train(recipe_in(few_rows, tmp_path / style, **changes), quiet=True, prove=False)
-        lines = (tmp_path / style / "metrics.jsonl").read_text().splitlines()
-        found[style] = [json.loads(line)["loss"] for line in lines]
+        found[style] = [line["loss"] for line in lines(tmp_path / style)]
     assert found["unmixed"] == pytest.approx(found["mixed"], rel=1e-5)

@@ -16,11 +16,11 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
 from mtft.training.from_datasets import recipe_of_datasets
 from mtft.training.trainer import MultiTaskTrainer
+from tests.training.conftest import lines
 
 
 def lines_of(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["loss"], line["grad_norm"], line["tasks"]) for line in lines]
+    return [(line["loss"], line["grad_norm"], line["tasks"]) for line in lines(run_dir)]
 
 
 @pytest.fixture
@@ -109,8 +109,7 @@ def test_examples_of_transformers_arguments(recipe, rows, tmp_path):
     trainer = MultiTaskTrainer.from_datasets(recipe["model"]["path"], rows, args=args)
     assert trainer.args.max_steps == round(0.5 * 180 / 12)
     trainer.train()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert {sum(task["examples"] for task in line["tasks"].values()) for line in lines} == {12}
+    assert {sum(task["examples"] for task in line["tasks"].values()) for line in lines(tmp_path)} == {12}
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -1,7 +1,5 @@
 """The recipe's loss options reach the objective: sample weights, label smoothing, z-loss, OrthoReg."""
 
-import json
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from mtft.losses.task_reduction import coefficients, step_counts
 from mtft.losses.token_nll import token_nll
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
+from tests.training.conftest import lines
 from tests.training.test_trainer import Gradients, trainer_for
 
 ONES = torch.ones(3, dtype=torch.float64)
@@ -23,8 +22,7 @@ def first_step(recipe, tmp_path, **loss):
     seen = Gradients()
     trainer.add_callback(seen)
     trainer.train()
-    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    return seen.found, line["loss"], trainer.steps[0]
+    return seen.found, lines(tmp_path)[0]["loss"], trainer.steps[0]
 
 
 @pytest.mark.parametrize(
@@ -59,8 +57,7 @@ def test_fused_path_trains_and_evaluates_as_gather(recipe, tmp_path):
         (tmp_path / path).mkdir()
         trainer, *_ = trainer_for(recipe, tmp_path / path, loss={"path": path}, train={**recipe["train"], "steps": 3})
         trainer.train()
-        lines = (tmp_path / path / "metrics.jsonl").read_text().splitlines()
-        losses[path] = [json.loads(line)["loss"] for line in lines]
+        losses[path] = [line["loss"] for line in lines(tmp_path / path)]
         scores[path] = trainer.evaluate()
     assert losses["fused"] == pytest.approx(losses["gather"], rel=1e-5)
     assert scores["fused"] == pytest.approx(scores["gather"], rel=1e-4)

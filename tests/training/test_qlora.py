@@ -15,7 +15,7 @@ from mtft.recipe.schema.lora import LoraSection
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_training import train
-from tests.training.conftest import write_model
+from tests.training.conftest import lines, write_model
 from tests.training.test_run_training import kill_at_step, run
 
 
@@ -67,7 +67,7 @@ def test_trains_resumes_bit_equal_and_is_proved_also_on_the_unquantised_base(rec
         return Recipe.model_validate({**recipe, "model": model, "output": output})
 
     train(asked("run"), quiet=True)
-    evals = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
+    evals = lines(tmp_path / "run", "eval.jsonl")
     for task, found in evals[-1]["tasks"].items():
         assert found["loss"] < evals[0]["tasks"][task]["loss"]
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -13,6 +13,7 @@ from mtft.common.errors import UserError
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_training import train
 from tests.slow import slow
+from tests.training.conftest import lines
 
 
 def recipe_in(recipe, folder, **changes):
@@ -77,7 +78,7 @@ def picture(folder):
     """Everything of a run that must not depend on how often it was broken."""
     folder = Path(folder)
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = lines(folder)
     for line in metrics:
         del line["seconds"], line["tokens_per_second"]
     return {
@@ -204,7 +205,7 @@ def test_run_directory(few_rows, tmp_path):
 
     folder = tmp_path / "run"
     assert load_recipe(folder / "recipe.yaml") == recipe
-    evals = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    evals = lines(folder, "eval.jsonl")
     assert [line["step"] for line in evals] == [0, 4, 8]
     assert evals[-1]["tasks"] == {task: scores.summary() for task, scores in result.scores.items()}
     assert evals[-1]["tasks"]["copy"]["loss"] < evals[0]["tasks"]["copy"]["loss"]

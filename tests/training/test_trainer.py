@@ -15,6 +15,7 @@ from mtft.training.trainer import build_trainer
 from mtft.training.trainer_parts import read_training_inputs
 from mtft.training.training_arguments import training_arguments
 from tests.slow import slow
+from tests.training.conftest import lines
 
 NORMALISATIONS = ("token", "sample", "task_token", "task_sample")
 
@@ -47,10 +48,6 @@ def first_gradients(recipe, tmp_path, **train):
     trainer.add_callback(seen)
     trainer.train()
     return seen.found
-
-
-def lines(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 def by_hand(recipe, inputs, plan, weights, steps):

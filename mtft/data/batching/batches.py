@@ -14,36 +14,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from data_mixers.plan.mixture_plan import MixturePlan
+from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.errors import UserError
 from mtft.data.batching.batch import IGNORE, PADDING, Batch
-from mtft.data.batching.packed_attention import model_inputs, packing_refusal
 from mtft.data.batching.packing import pack_evenly
 from mtft.data.tokenize.encode import Example
 
-__all__ = [
-    "BatchSource",
-    "EvalBatch",
-    "collate",
-    "deal_micro_batches",
-    "eval_batches",
-    "model_inputs",
-    "packing_refusal",
-]
-
 EMPTY_ROW = 8  # positions of a row that holds padding only
 EVAL_WINDOW = 4096  # examples that are packed together in evaluation
-
-
-class RowPlan(Protocol):
-    """What is needed of data_mixers.MixturePlan."""
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def unit(self) -> str: ...
-
-    def step(self, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
 
 class ExampleStore(Protocol):
@@ -96,7 +75,7 @@ class BatchSource:
     def __init__(
         self,
         stores: Sequence[ExampleStore],
-        plan: RowPlan,
+        plan: MixturePlan | ReplannedPlan,
         *,
         micro_batch_tokens: int,
         max_length: int,
@@ -130,14 +109,12 @@ class BatchSource:
     def layout(self, step: PlannedStep) -> list[list[list[list[int]]]]:
         """[rank][micro-batch][row] -> indices into the arrays of the step. The same on every rank."""
         task, _, lengths = step
-        if not self.unmixed:
-            rows = _rows(lengths, self.capacity, self.packing)
-            return deal_micro_batches(lengths, rows, self.micro_batch_tokens, self.world)
-        rows = []
-        for k in np.unique(task):
-            own = np.flatnonzero(task == k)
+        kind = task if self.unmixed else np.zeros_like(task)
+        rows: list[list[int]] = []
+        for k in np.unique(kind):
+            own = np.flatnonzero(kind == k)
             rows += [own[row].tolist() for row in _rows(lengths[own], self.capacity, self.packing)]
-        kinds = [int(task[row[0]]) for row in rows]
+        kinds = [int(kind[row[0]]) for row in rows]
         return deal_micro_batches(lengths, rows, self.micro_batch_tokens, self.world, kinds=kinds)
 
     def padding(self, s: int) -> tuple[int, int]:
@@ -279,8 +256,6 @@ def _rows(lengths: np.ndarray, capacity: int, packing: bool) -> list[list[int]]:
 def _check_fits(store: ExampleStore, micro_batch_tokens: int) -> None:
     longest = int(np.max(store.lengths, initial=0))
     if longest > micro_batch_tokens:
-        raise UserError(
-            f"the longest example of task {store.task} has {longest} tokens, more than one micro-batch may hold",
-            where="train.micro_batch_tokens",
-            do=f"raise it to {longest} or more, or lower train.max_length to {micro_batch_tokens}",
-        )
+        what = f"the longest example of task {store.task} has {longest} tokens, more than one micro-batch may hold"
+        do = f"raise it to {longest} or more, or lower train.max_length to {micro_batch_tokens}"
+        raise UserError(what, where="train.micro_batch_tokens", do=do)

@@ -21,40 +21,11 @@ from mtft.data.batching.batch import Batch
 # equal gradients.
 # Measured to leak with transformers 5.23, and so not here: falcon_h1, qwen3_5_text, qwen3_next (linear attention
 # carries its state over the borders), gpt_oss.
-PROVEN = frozenset(
-    {
-        "cohere",
-        "cohere2",
-        "exaone4",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "gpt2",
-        "gpt_neox",
-        "granite",
-        "granitemoe",
-        "llama",
-        "ministral",
-        "mistral",
-        "mixtral",
-        "nemotron",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "olmoe",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "seed_oss",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    }
-)
+PROVEN = frozenset({
+    "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite",
+    "granitemoe", "llama", "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi",
+    "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+})  # fmt: skip
 # Frequencies that depend on the longest position of the whole batch would let one example change another.
 _SHARED_ROPE = ("dynamic", "longrope")
 _BY_POSITIONS = ("sdpa", "eager", "flex_attention")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
@@ -84,22 +84,21 @@ def _declared(task: TaskSection, declared: dict[str, str], columns: list[str], t
         near = nearest(role, roles)
         do = f"did you mean {near!r}?" if near else f"use some of {', '.join(sorted(roles))}"
         raise UserError(f"format has an unknown role {role!r}", where=where, do=do)
-    roles_filled = set(declared) | (
-        {"text" if set(declared) <= {"text"} else "prompt"} if template is not None else set()
-    )
+    roles_filled = set(declared)
+    if template is not None:
+        roles_filled.add("text" if set(declared) <= {"text"} else "prompt")
     fitting = [name for name, form in FORMATS.items() if set(form.needs) <= roles_filled <= {*form.needs, *form.may}]
     if not fitting:
         ways = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in FORMATS.items())
-        raise UserError(
-            f"the roles {', '.join(sorted(declared))} make no format", where=where, do=f"formats are {ways}"
-        )
+        what = f"the roles {', '.join(sorted(declared))} make no format"
+        raise UserError(what, where=where, do=f"formats are {ways}")
     if template is not None and declared.keys() & {"prompt", "text"}:
-        raise UserError(
-            "`template` makes the prompt, and `format` names a column for it too", where=where, do="keep one"
-        )
+        what = "`template` makes the prompt, and `format` names a column for it too"
+        raise UserError(what, where=where, do="keep one")
     missing = [c for role, c in declared.items() if c not in columns and role in FORMATS[fitting[0]].needs]
     if missing:
-        _no_column(task, missing, columns, where)
+        what = f"task {task.name}: no row has the column {_hinted(missing, columns)}"
+        raise UserError(what, where=where, do=f"the columns are {', '.join(columns)}")
     return RowReader(fitting[0], dict(declared))
 
 
@@ -114,10 +113,9 @@ def _named(task: TaskSection, wanted: str, rows: Sequence[Mapping], columns: lis
             return RowReader("text", {})
         response = next((c for c in RESPONSES if c in columns), None)
         if response is None:
+            what = f"task {task.name}: `template` makes the prompt, but where is the response?"
             do = f"write format: {{response: COLUMN}}; the columns are {', '.join(columns)}"
-            raise UserError(
-                f"task {task.name}: `template` makes the prompt, but where is the response?", where=where, do=do
-            )
+            raise UserError(what, where=where, do=do)
         return RowReader("prompt_response", {"response": response})
     # the first row that fits decides, so that one broken row at the top changes nothing
     candidates = [wanted] if wanted != "auto" else list(FORMATS)
@@ -159,10 +157,10 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return match if match != word else None
 
 
-def _no_column(task: TaskSection, missing: Sequence[str], columns: Sequence[str], where: str) -> NoReturn:
+def _hinted(missing: Iterable[str], columns: Iterable[str]) -> str:
+    """Columns that are not there, each with the nearest that is."""
     hints = [f"{c!r}" + (f" (did you mean {near!r}?)" if (near := nearest(c, columns)) else "") for c in missing]
-    do = f"the columns are {', '.join(columns)}"
-    raise UserError(f"task {task.name}: no row has the column {', '.join(hints)}", where=where, do=do)
+    return ", ".join(hints)
 
 
 def _role_content(value: object) -> bool:
@@ -184,12 +182,8 @@ def _compile(task: TaskSection, columns: list[str]) -> Callable[[Mapping[str, An
         raise UserError(f"the template cannot be parsed: {error}", where=where, do=do) from error
     unknown = meta.find_undeclared_variables(tree) - set(columns) - set(environment.globals)
     if unknown and columns:
-        hints = [
-            f"{c!r}" + (f" (did you mean {near!r}?)" if (near := nearest(c, columns)) else "") for c in sorted(unknown)
-        ]
-        raise UserError(
-            f"no row has the column {', '.join(hints)}", where=where, do=f"the columns are {', '.join(columns)}"
-        )
+        what = f"no row has the column {_hinted(sorted(unknown), columns)}"
+        raise UserError(what, where=where, do=f"the columns are {', '.join(columns)}")
     return partial(_render, compiled)
 
 

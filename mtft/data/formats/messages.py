@@ -55,10 +55,7 @@ def as_text(value: object, column: str, *, empty: bool = True) -> str:
 
 def as_messages(value: object, column: str) -> tuple[Message, ...]:
     """Checked messages, cut after the last assistant turn (nothing behind it is learnt or seen)."""
-    if isinstance(value, str):  # CSV, or doubly encoded JSON
-        value = _json(value, column)
-    if not isinstance(value, list) or not value:
-        raise RowError("expected a list of messages", column, value)
+    value = _list(value, column, "messages")
     messages = [_message(item, f"{column}[{position}]") for position, item in enumerate(value)]
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
@@ -70,21 +67,15 @@ def as_messages(value: object, column: str) -> tuple[Message, ...]:
 
 def from_sharegpt(value: object, column: str, *, role: str, content: str) -> tuple[Message, ...]:
     """Messages of a list with other names: from/value (ShareGPT), human/bot (MFTCoder)."""
-    if isinstance(value, str):
-        value = _json(value, column)
-    if not isinstance(value, list) or not value:
-        raise RowError("expected a list of turns", column, value)
     turns = []
-    for position, item in enumerate(value):
+    for position, item in enumerate(_list(value, column, "turns")):
         here = f"{column}[{position}]"
         if not isinstance(item, dict):
             raise RowError("expected an object", here, item)
         if not {role, content} <= item.keys():
             raise RowError(f"expected the keys {role!r} and {content!r}", here, item)
-        name = item[role]
-        turns.append(
-            {"role": _OTHER_NAMES.get(name, name) if isinstance(name, str) else name, "content": item[content]}
-        )
+        name = item[role] if not isinstance(item[role], str) else _OTHER_NAMES.get(item[role], item[role])
+        turns.append({"role": name, "content": item[content]})
     return as_messages(turns, column)
 
 
@@ -97,6 +88,15 @@ def as_tools(value: object) -> tuple[dict[str, Any], ...] | None:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("expected a list of tool objects", "tools", value)
     return tuple(value)
+
+
+def _list(value: object, column: str, what: str) -> list[Any]:
+    """A list with something in it, or its JSON text (CSV, or doubly encoded JSON)."""
+    if isinstance(value, str):
+        value = _json(value, column)
+    if not isinstance(value, list) or not value:
+        raise RowError(f"expected a list of {what}", column, value)
+    return value
 
 
 def _message(item: object, column: str) -> Message:

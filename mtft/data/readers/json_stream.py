@@ -33,23 +33,16 @@ class ArrayError(NamedTuple):
 
 
 def iter_array(file: BinaryIO) -> Iterator[ArrayElement | ArrayError]:
-    """Elements of the array that starts with the next `[`; after a ArrayError nothing follows.
+    """Elements of the array that starts with the next `[`; after an ArrayError nothing follows.
 
     Bytes that are not UTF-8 become lone surrogates (\\udc80 to \\udcff) in the text.
     """
-    reader = _TextCursor(file)
-    decoder = json.JSONDecoder()
-    if not reader.skip() or reader.take() != "[":
+    reader, decoder = _TextCursor(file), json.JSONDecoder()
+    if reader.take() != "[":
         yield ArrayError(reader.line, "broken JSON: no array", reader.shown())
         return
-    first = True
-    while True:
-        if not reader.skip():
-            yield ArrayError(reader.line, "broken JSON: the file ends inside the array", "")
-            return
-        if first and reader.peek() == "]":
-            reader.take()
-            break
+    mark = reader.take() if reader.peek() == "]" else ","  # what stands before the next element
+    while mark == "," and reader.peek():
         line = reader.line
         try:
             value, end = _one(decoder, reader)
@@ -59,18 +52,13 @@ def iter_array(file: BinaryIO) -> Iterator[ArrayElement | ArrayError]:
             yield ArrayError(reader.line_at(place), f"broken JSON: {what}", reader.shown())
             return
         yield ArrayElement(line, value, reader.text[reader.position : end])
-        first = False
-        reader.move_to(end)
-        if not reader.skip():
-            yield ArrayError(reader.line, "broken JSON: the file ends inside the array", "")
-            return
+        reader.line, reader.position = reader.line_at(end), end
         mark = reader.take()
-        if mark == "]":
-            break
-        if mark != ",":
-            yield ArrayError(reader.line, "broken JSON: expected ',' or ']' behind a row", mark + reader.shown())
-            return
-    if reader.skip():
+    if mark in ("", ","):
+        yield ArrayError(reader.line, "broken JSON: the file ends inside the array", "")
+    elif mark != "]":
+        yield ArrayError(reader.line, "broken JSON: expected ',' or ']' behind a row", mark + reader.shown())
+    elif reader.peek():
         yield ArrayError(reader.line, "broken JSON: something stands behind the array", reader.shown())
 
 
@@ -108,27 +96,23 @@ class _TextCursor:
         self.text, self.position = rest + self._decode(raw, final=self._ended), 0
         return True
 
-    def skip(self) -> bool:
-        """Move to the next character that is no white space; False if there is none."""
+    def peek(self) -> str:
+        """Move to the next character that is no white space; it, or "" where there is none."""
         while True:
             while self.position < len(self.text):
-                if self.text[self.position] not in _SPACE:
-                    return True
-                self.line += self.text[self.position] == "\n"
+                character = self.text[self.position]
+                if character not in _SPACE:
+                    return character
+                self.line += character == "\n"
                 self.position += 1
             if not self.more():
-                return False
-
-    def peek(self) -> str:
-        return self.text[self.position]
+                return ""
 
     def take(self) -> str:
-        self.position += 1
-        return self.text[self.position - 1]
-
-    def move_to(self, end: int) -> None:
-        self.line = self.line_at(end)
-        self.position = end
+        """The same, and move behind it."""
+        character = self.peek()
+        self.position += len(character)
+        return character
 
     def line_at(self, end: int) -> int:
         return self.line + self.text.count("\n", self.position, end)

@@ -14,6 +14,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -29,6 +30,7 @@ def _open_zst(path: str, mode: str) -> BinaryIO:
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path, mode), "zstd"))  # type: ignore[arg-type]
 
 
+_UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that surrogateescape could not decode
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
 
 
@@ -141,10 +143,8 @@ def _one_object(path: str, name: str) -> Iterator[FileRow | RowProblem]:
 
 def _not_utf8(text: str) -> str | None:
     """The surroundings of the first byte that was not UTF-8."""
-    if text.isascii():
-        return None
-    at = next((i for i, letter in enumerate(text) if "\udc80" <= letter <= "\udcff"), None)
-    return None if at is None else text[max(0, at - 20) : at + 20]
+    found = None if text.isascii() else _UNDECODED.search(text)
+    return text[max(0, found.start() - 20) : found.end() + 19] if found else None
 
 
 def _read_csv(path: str, name: str) -> Iterator[FileRow | RowProblem]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,9 +50,8 @@ class SourcePart:
         if self.dataset is not None:
             hasher.update(f"{self.dataset.num_rows} {self.dataset.features}".encode())
             return SourceContent(hasher.hexdigest(), self.dataset.num_rows)
-        return SourceContent(
-            hasher.hexdigest(), lines if self.path.endswith((".jsonl", ".ndjson", ".csv", ".tsv")) else None
-        )
+        by_line = self.path.endswith((".jsonl", ".ndjson", ".csv", ".tsv"))
+        return SourceContent(hasher.hexdigest(), lines if by_line else None)
 
     def label_names(self, column: str) -> list[str] | None:
         """Names of a ClassLabel column, where the source has any."""
@@ -90,29 +89,22 @@ def _files(entry: str, split: str | None, which: str, key: str) -> list[SourcePa
         raise UserError(f"no file matches {entry!r}{hint}", where=key, do="relative paths start at the recipe's folder")
     for file in paths:
         if suffix(file) not in READERS:
-            raise UserError(
-                f"{file}: unknown kind of file {suffix(file) or '(no suffix)'!r}",
-                where=key,
-                do=f"use {', '.join(READERS)} (also with {', '.join(COMPRESSED)} on top), or a folder of save_to_disk",
-            )
+            do = f"use {', '.join(READERS)} (also with {', '.join(COMPRESSED)} on top), or a folder of save_to_disk"
+            raise UserError(f"{file}: unknown kind of file {suffix(file) or '(no suffix)'!r}", where=key, do=do)
     return [SourcePart(file, file) for file in paths]
 
 
 def _saved(path: Path, split: str | None, which: str, key: str) -> SourcePart:
-    from datasets import Dataset, load_from_disk
+    from datasets import load_from_disk
 
     if not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         do = f"name the files, for instance {path}/*.jsonl"
         raise UserError(f"{path} is a folder, but not one that datasets' save_to_disk wrote", where=key, do=do)
-    loaded = load_from_disk(str(path))
-    if isinstance(loaded, Dataset):
-        return SourcePart(path.name, str(path), loaded)
-    chosen = _pick([*map(str, loaded)], split, which, key)
-    return SourcePart(f"{path.name}[{chosen}]", str(path), loaded[chosen])
+    return _dataset(load_from_disk(str(path)), path.name, str(path), split, which, key)
 
 
 def _hub(entry: str, split: str | None, which: str, key: str) -> SourcePart:
-    from datasets import Dataset, load_dataset
+    from datasets import load_dataset
 
     name, _, config = entry.removeprefix("hub:").partition(":")
     try:
@@ -121,10 +113,15 @@ def _hub(entry: str, split: str | None, which: str, key: str) -> SourcePart:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         do = "check the name (hub:ORG/NAME or hub:ORG/NAME:CONFIG) and the network, or give files"
         raise UserError(f"cannot load {entry}: {reason}", where=key, do=do) from error
-    if isinstance(loaded, Dataset):
-        return SourcePart(entry, entry, loaded)
+    return _dataset(loaded, entry, entry, split, which, key)
+
+
+def _dataset(loaded: Any, name: str, path: str, split: str | None, which: str, key: str) -> SourcePart:
+    """A data set, or the split of one that is to be read."""
+    if not isinstance(loaded, Mapping):
+        return SourcePart(name, path, loaded)
     chosen = _pick([*map(str, loaded)], split, which, key)
-    return SourcePart(f"{entry}[{chosen}]", entry, loaded[chosen])
+    return SourcePart(f"{name}[{chosen}]", path, loaded[chosen])
 
 
 def _pick(splits: list[str], split: str | None, which: str, key: str) -> str:
@@ -133,9 +130,8 @@ def _pick(splits: list[str], split: str | None, which: str, key: str) -> str:
     if which == "train" and split is not None:
         if split in splits:
             return split
-        raise UserError(
-            f"no split {split!r}; there are {', '.join(splits)}", where=f"{task}.split", do="name one of them"
-        )
+        what = f"no split {split!r}; there are {', '.join(splits)}"
+        raise UserError(what, where=f"{task}.split", do="name one of them")
     customary = ("train",) if which == "train" else ("validation", "valid", "dev", "eval", "test")
     chosen = next((name for name in customary if name in splits), splits[0] if len(splits) == 1 else None)
     if chosen is None:
@@ -174,6 +170,6 @@ def _shorten(parts: list[SourcePart]) -> list[SourcePart]:
         return parts
     common = os.path.dirname(paths[0]) if len(paths) == 1 else os.path.commonpath([os.path.dirname(p) for p in paths])
     return [
-        SourcePart(os.path.relpath(part.path, common or "."), part.path) if part.dataset is None else part
+        part if part.dataset is not None else replace(part, name=os.path.relpath(part.path, common or "."))
         for part in parts
     ]

@@ -19,7 +19,7 @@ from mtft.data.readers.bad_rows import BadRowCollector
 from mtft.data.readers.row_files import FileRow
 from mtft.data.readers.sources import SourcePart
 from mtft.data.store.progress import progress
-from mtft.data.tokenize.encode import Example, draw
+from mtft.data.tokenize.encode import Example, clear_first_token, draw
 from mtft.data.tokenize.parallel_encode import RowEncoder, batch_rows, num_processes, parallel_encode
 from mtft.recipe.schema.task import TaskSection
 
@@ -130,8 +130,7 @@ class LengthPolicy:
                 keep = np.concatenate([keep[:1], keep[1 - self.max_length :]])
             else:
                 keep = keep[-self.max_length :]
-            ids, supervised = ids[keep], supervised[keep].copy()
-            supervised[:1] = False
+            ids, supervised = ids[keep], clear_first_token(supervised[keep])
         if not supervised.any():
             self.unsupervised += 1
             return None
@@ -140,11 +139,9 @@ class LengthPolicy:
     def finish(self, where: str) -> None:
         if self.refused:
             listed = "\n    ".join(self._longest)
-            raise UserError(
-                f"{self.refused} examples are longer than max_length {self.max_length}:\n    {listed}",
-                where=where,
-                do="raise train.max_length, or set train.too_long to drop, truncate_left or truncate_right",
-            )
+            what = f"{self.refused} examples are longer than max_length {self.max_length}:\n    {listed}"
+            do = "raise train.max_length, or set train.too_long to drop, truncate_left or truncate_right"
+            raise UserError(what, where=where, do=do)
 
 
 class StoreWriter:

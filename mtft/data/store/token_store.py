@@ -26,6 +26,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from mtft.common.atomic_io import sync
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import json_hash
 from mtft.data.readers.sources import find_source_parts
@@ -88,22 +89,14 @@ class TokenStore:
     def __len__(self) -> int:
         return self.num_examples
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64 [N]."""
-        return self._lengths
-
-    @property
-    def supervised(self) -> np.ndarray:
-        """Supervised tokens of each example, int64 [N]."""
-        return self._supervised
-
-    @cached_property
-    def _lengths(self) -> np.ndarray:
         return np.diff(self._offsets)
 
     @cached_property
-    def _supervised(self) -> np.ndarray:
+    def supervised(self) -> np.ndarray:
+        """Supervised tokens of each example, int64 [N]."""
         return self._map("learnt.bin", np.int32).astype(np.int64)
 
     @property
@@ -167,64 +160,14 @@ def open_store(
     bad_rows: str = "error",
     limit: int | None = None,
     cache_dir: Path | None = None,
+    digest: str | None = None,
 ) -> TokenStore:
     """The store of a task's `data` (which="train") or `eval_data` ("eval"): found, or built once while others wait.
 
-    `limit` cuts the rows; for training rows the task's own `limit` applies as well. Raises UserError for rows that
-    can't be used, for a task in which nothing is learnt, and when the disk is full.
+    `limit` cuts the rows; for training rows the task's own `limit` applies as well. digest: of the tokenizer, where it
+    is known. Raises UserError for rows that can't be used, for a task in which nothing is learnt, and when the disk is
+    full.
     """
-    return _open(task, which, tokenizer, tokenizer_digest(tokenizer), max_length, too_long, bad_rows, limit, cache_dir)
-
-
-@overload
-def open_stores(
-    recipe: Recipe, tokenizer: Any, which: Literal["train"], *, limit: int | None = None, cache_dir: Path | None = None
-) -> list[TokenStore]: ...
-
-
-@overload
-def open_stores(
-    recipe: Recipe, tokenizer: Any, which: Literal["eval"], *, limit: int | None = None, cache_dir: Path | None = None
-) -> list[TokenStore | None]: ...
-
-
-def open_stores(
-    recipe: Recipe, tokenizer: Any, which: str, *, limit: int | None = None, cache_dir: Path | None = None
-) -> list[TokenStore] | list[TokenStore | None]:
-    """Stores of all tasks in the recipe's order; for which="eval" None stands where a task has no eval_data."""
-    digest, train = tokenizer_digest(tokenizer), recipe.train
-    stores: list[TokenStore | None] = []
-    refused: list[UserError] = []
-    for task in recipe.tasks:
-        if which == "eval" and task.eval_data is None:
-            stores.append(None)
-            continue
-        options = digest, train.max_length, train.too_long, train.bad_rows, limit, cache_dir
-        try:
-            stores.append(_open(task, which, tokenizer, *options))
-        except UserError as error:
-            if not (error.where or "").startswith("tasks."):
-                raise
-            refused.append(error)  # the other tasks may be wrong too: say it all at once
-    if len(refused) == 1:
-        raise refused[0]
-    if refused:
-        lines = [f"{error.where}: {error.what}" + (f"\n    do: {error.do}" if error.do else "") for error in refused]
-        raise UserError(f"the data of {len(refused)} tasks can't be used\n  " + "\n  ".join(lines))
-    return stores
-
-
-def _open(
-    task: TaskSection,
-    which: str,
-    tokenizer: Any,
-    digest: str,
-    max_length: int,
-    too_long: str,
-    bad_rows: str,
-    limit: int | None,
-    cache_dir: Path | None,
-) -> TokenStore:
     from filelock import FileLock
 
     from mtft.data.store.build_store import build_store  # needs the tokenizer's libraries; opening does not
@@ -238,7 +181,7 @@ def _open(
         parts=[[part.name, content.digest] for part, content in zip(parts, contents)],
         format=task.format,
         template=task.template,
-        tokenizer=digest,
+        tokenizer=digest or tokenizer_digest(tokenizer),
         max_length=max_length,
         too_long=too_long,
         bad_rows=bad_rows,
@@ -265,9 +208,10 @@ def _open(
                         folder, task, which, parts, tokenizer, fingerprint,
                         max_length=max_length, too_long=too_long, bad_rows=bad_rows, limit=limit, total=total,
                     )  # fmt: skip
-                    _sync(folder)
+                    for path in [*folder.iterdir(), folder]:
+                        sync(path)
                     folder.rename(final)
-                    _sync(root)
+                    sync(root)
                 finally:
                     shutil.rmtree(folder, ignore_errors=True)
             lock.unlink(missing_ok=True)  # whoever still waits on it finds the store
@@ -277,6 +221,45 @@ def _open(
             f"the token store of task {task.name} can't be written: {error}", where=str(root), do=do
         ) from error
     return TokenStore(final, task.name)
+
+
+@overload
+def open_stores(
+    recipe: Recipe, tokenizer: Any, which: Literal["train"], *, limit: int | None = None, cache_dir: Path | None = None
+) -> list[TokenStore]: ...
+
+
+@overload
+def open_stores(
+    recipe: Recipe, tokenizer: Any, which: Literal["eval"], *, limit: int | None = None, cache_dir: Path | None = None
+) -> list[TokenStore | None]: ...
+
+
+def open_stores(
+    recipe: Recipe, tokenizer: Any, which: str, *, limit: int | None = None, cache_dir: Path | None = None
+) -> list[TokenStore] | list[TokenStore | None]:
+    """Stores of all tasks in the recipe's order; for which="eval" None stands where a task has no eval_data."""
+    train = recipe.train
+    options: dict[str, Any] = {"max_length": train.max_length, "too_long": train.too_long, "bad_rows": train.bad_rows}
+    options |= {"limit": limit, "cache_dir": cache_dir, "digest": tokenizer_digest(tokenizer)}
+    stores: list[TokenStore | None] = []
+    refused: list[UserError] = []
+    for task in recipe.tasks:
+        if which == "eval" and task.eval_data is None:
+            stores.append(None)
+            continue
+        try:
+            stores.append(open_store(task, which, tokenizer, **options))
+        except UserError as error:
+            if not (error.where or "").startswith("tasks."):
+                raise
+            refused.append(error)  # the other tasks may be wrong too: say it all at once
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        lines = [f"{error.where}: {error.what}" + (f"\n    do: {error.do}" if error.do else "") for error in refused]
+        raise UserError(f"the data of {len(refused)} tasks can't be used\n  " + "\n  ".join(lines))
+    return stores
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -291,14 +274,3 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def _fingerprint(**parts: Any) -> str:
     return json_hash({"version": VERSION, **parts}, default=str)
-
-
-def _sync(folder: Path) -> None:
-    """Force the files of a folder, and the folder itself, to disk."""
-    for path in [*folder.iterdir(), folder]:
-        if path.is_file() or path == folder:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)

@@ -13,11 +13,38 @@ from mtft.data.summary.data_summary import DataSummary, TaskSummary
 from mtft.data.summary.wide_table import WideTable
 
 SHOWN = 1200  # characters of a rendered example
+STYLES = {"mixed": "", "unmixed": ", one task a micro-batch", "alternating": ", one task a step"}
+Columns = dict[str, Callable[[TaskSummary], str]]
+DATA: Columns = {
+    "examples": lambda task: f"{task.examples:,}",
+    "held out": lambda task: "-" if task.eval_examples is None else f"{task.eval_examples:,}",
+    "prompt tokens": lambda task: f"{task.prompt_tokens:,}",
+    "learnt tokens": lambda task: f"{task.supervised_tokens:,}",
+    "mean": lambda task: f"{task.mean_length:.0f}",
+    "longest": lambda task: f"{task.longest:,}",
+    "cut": lambda task: f"{task.truncated:,}",
+    "dropped": lambda task: f"{task.dropped:,}",
+    "skipped": lambda task: f"{task.skipped:,}",
+}
+PLAN: Columns = {
+    "asked": lambda task: f"{task.asked_share:.4f}",
+    "played": lambda task: f"{task.realised_share:.4f}",
+    "of tokens": lambda task: f"{task.token_share:.3f}",
+    "of learnt": lambda task: f"{task.supervised_share:.3f}",
+    "epochs": lambda task: f"{task.epochs:.2f}",
+    "examples/step": lambda task: f"{task.examples_per_step:.1f}",
+    "tokens/step": lambda task: f"{task.tokens_per_step:,.0f}",
+    "weight": lambda task: f"{task.weight:g}",
+    "share x weight": lambda task: f"{task.effective_weight:.4f}",
+}
 
 
 def render_summary(summary: DataSummary) -> Group:
     """Tables, one example per task with its learnt tokens in color, and the warnings."""
-    parts: list[RenderableType] = [_data(summary), _plan(summary)]
+    parts: list[RenderableType] = [
+        _table(f"{summary.name}: data", summary, DATA),
+        _table(f"mixture, by {summary.unit}", summary, PLAN),
+    ]
     parts += [_spans(summary)] if summary.spans else []
     parts += [Text(_summary(summary)), Text(""), Text("the first example of each task, learnt parts between ⟦ and ⟧")]
     parts += [_sample(task) for task in summary.tasks]
@@ -32,43 +59,7 @@ def summary_text(summary: DataSummary, width: int = 120) -> str:
     return stream.getvalue()
 
 
-def _data(summary: DataSummary) -> WideTable:
-    return _table(
-        f"{summary.name}: data",
-        summary,
-        {
-            "examples": lambda task: f"{task.examples:,}",
-            "held out": lambda task: "-" if task.eval_examples is None else f"{task.eval_examples:,}",
-            "prompt tokens": lambda task: f"{task.prompt_tokens:,}",
-            "learnt tokens": lambda task: f"{task.supervised_tokens:,}",
-            "mean": lambda task: f"{task.mean_length:.0f}",
-            "longest": lambda task: f"{task.longest:,}",
-            "cut": lambda task: f"{task.truncated:,}",
-            "dropped": lambda task: f"{task.dropped:,}",
-            "skipped": lambda task: f"{task.skipped:,}",
-        },
-    )
-
-
-def _plan(summary: DataSummary) -> WideTable:
-    return _table(
-        f"mixture, by {summary.unit}",
-        summary,
-        {
-            "asked": lambda task: f"{task.asked_share:.4f}",
-            "played": lambda task: f"{task.realised_share:.4f}",
-            "of tokens": lambda task: f"{task.token_share:.3f}",
-            "of learnt": lambda task: f"{task.supervised_share:.3f}",
-            "epochs": lambda task: f"{task.epochs:.2f}",
-            "examples/step": lambda task: f"{task.examples_per_step:.1f}",
-            "tokens/step": lambda task: f"{task.tokens_per_step:,.0f}",
-            "weight": lambda task: f"{task.weight:g}",
-            "share x weight": lambda task: f"{task.effective_weight:.4f}",
-        },
-    )
-
-
-def _table(title: str, summary: DataSummary, columns: dict[str, Callable[[TaskSummary], str]]) -> WideTable:
+def _table(title: str, summary: DataSummary, columns: Columns) -> WideTable:
     rows = [(task.name, *(cell(task) for cell in columns.values())) for task in summary.tasks]
     return WideTable(title, ("task", *columns), rows)
 
@@ -81,13 +72,6 @@ def _spans(summary: DataSummary) -> WideTable:
         for task in summary.tasks
     ]
     return WideTable("share over the run: asked, played", ("task", *names), rows)
-
-
-STYLES = {
-    "mixed": "",
-    "unmixed": ", one task a micro-batch",
-    "alternating": ", one task a step",
-}
 
 
 def _summary(summary: DataSummary) -> str:

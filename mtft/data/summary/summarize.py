@@ -7,12 +7,12 @@ number here is that of the run and not an estimate.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_mixers.mixture.mixture import Mixture
 from data_mixers.plan.mixture_plan import MixturePlan
 from data_mixers.plan.realized import realized_spans
 from data_mixers.plan.replanned import ReplannedPlan
@@ -23,6 +23,7 @@ from mtft.data.summary.data_summary import DataSummary, TaskSummary
 from mtft.data.tokenize.encode import runs
 from mtft.recipe.schema.recipe import Recipe
 
+FROM_STORE = ("rows", "tokens", "longest", "truncated", "dropped", "skipped", "notes")  # as its stats have them
 LAID_OUT = 8  # steps, all over the run, whose padding is counted
 LOOKED_AT = 100_000  # examples of a task that are searched for held-out ones
 
@@ -55,20 +56,42 @@ def summarize_data(
         pad_id=0,
         unmixed=recipe.train.batch_style == "unmixed",
     )
-    played_K, learnt_K = _played(stores, plan)
+    table = plan.table()
+    # tokens of the whole run, [K]: rows planned x the task's mean (exact over whole epochs)
+    rows_K = np.array([entry["rows"] for entry in table], dtype=np.float64)
+    played_K = rows_K * np.array([store.lengths.mean() for store in stores])
+    learnt_K = rows_K * np.array([store.supervised.mean() for store in stores])
     tasks = tuple(
-        _task(recipe, k, store, held_out[k], plan, played_K, learnt_K, tokenizer) for k, store in enumerate(stores)
+        TaskSummary(
+            name=task.name,
+            **{name: store.stats[name] for name in FROM_STORE},
+            examples=store.num_examples,
+            eval_examples=None if held is None else held.num_examples,
+            prompt_tokens=store.stats["tokens"] - store.stats["supervised"],
+            supervised_tokens=store.stats["supervised"],
+            mean_length=store.stats["tokens"] / store.num_examples,
+            asked_share=entry["asked"],
+            realised_share=entry["realised"],
+            token_share=float(played / played_K.sum()),
+            supervised_share=float(learnt / learnt_K.sum()),
+            epochs=entry["epochs"],
+            examples_per_step=entry["rows"] / plan.steps,
+            tokens_per_step=float(played / plan.steps),
+            weight=task.weight,
+            effective_weight=entry["realised"] * task.weight,
+            sample=runs(tokenizer, store.example(0)),
+        )
+        for task, store, held, entry, played, learnt in zip(recipe.tasks, stores, held_out, table, played_K, learnt_K)
     )
     looked_at = np.unique(np.linspace(0, plan.steps - 1, LAID_OUT).astype(int)).tolist()
     real, positions = np.sum([source.padding(s) for s in looked_at], axis=0)
-    rows = sum(entry["rows"] for entry in plan.table())
     summary = DataSummary(
         name=recipe.name,
         tasks=tasks,
         unit=plan.unit,
         steps=plan.steps,
         batch=plan.batch,
-        examples=rows,
+        examples=sum(entry["rows"] for entry in table),
         tokens=round(float(played_K.sum())),
         tokens_per_step=float(played_K.sum() / plan.steps),
         micro_batches_per_step=float(np.mean([len(source.layout(source.step(s))[0]) for s in looked_at])),
@@ -78,55 +101,10 @@ def summarize_data(
         spans=tuple(realized_spans(plan)),
         warnings=(),
     )
-    warnings = [*_warnings(stores, summary), *_outside(recipe, plan.mixture), *_leaks(stores, held_out)]
-    return DataSummary(**{**vars(summary), "warnings": tuple(warnings)})
-
-
-def _played(stores: Sequence[TokenStore], plan: MixturePlan | ReplannedPlan) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and supervised tokens [K] of the whole run: rows planned x the task's mean (exact over whole epochs)."""
-    rows_K = np.array([entry["rows"] for entry in plan.table()], dtype=np.float64)
-    return (
-        rows_K * np.array([store.lengths.mean() for store in stores]),
-        rows_K * np.array([store.supervised.mean() for store in stores]),
-    )
-
-
-def _task(
-    recipe: Recipe,
-    k: int,
-    store: TokenStore,
-    held_out: TokenStore | None,
-    plan: MixturePlan | ReplannedPlan,
-    played_K: np.ndarray,
-    learnt_K: np.ndarray,
-    tokenizer: Any,
-) -> TaskSummary:
-    entry, stats, task = plan.table()[k], store.stats, recipe.tasks[k]
-    return TaskSummary(
-        name=task.name,
-        rows=stats["rows"],
-        examples=store.num_examples,
-        eval_examples=None if held_out is None else held_out.num_examples,
-        tokens=stats["tokens"],
-        prompt_tokens=stats["tokens"] - stats["supervised"],
-        supervised_tokens=stats["supervised"],
-        mean_length=stats["tokens"] / store.num_examples,
-        longest=stats["longest"],
-        truncated=stats["truncated"],
-        dropped=stats["dropped"],
-        skipped=stats["skipped"],
-        asked_share=entry["asked"],
-        realised_share=entry["realised"],
-        token_share=float(played_K[k] / played_K.sum()),
-        supervised_share=float(learnt_K[k] / learnt_K.sum()),
-        epochs=entry["epochs"],
-        examples_per_step=entry["rows"] / plan.steps,
-        tokens_per_step=float(played_K[k] / plan.steps),
-        weight=task.weight,
-        effective_weight=entry["realised"] * task.weight,
-        notes=stats["notes"],
-        sample=runs(tokenizer, store.example(0)),
-    )
+    written = "shares that are written out are played as they are (mixture.floors, caps, groups)"
+    outside = [f"{line}: {written}" for line in share_bounds(recipe).violations(plan.mixture)]
+    warnings = [*_warnings(stores, summary), *outside, *_leaks(stores, held_out)]
+    return replace(summary, warnings=tuple(warnings))
 
 
 def _warnings(stores: Sequence[TokenStore], summary: DataSummary) -> list[str]:
@@ -156,14 +134,6 @@ def _warnings(stores: Sequence[TokenStore], summary: DataSummary) -> list[str]:
         )
         warnings.append(f"{summary.padding_share:.0%} of all positions are padding: {way}")
     return warnings
-
-
-def _outside(recipe: Recipe, mixture: Mixture) -> list[str]:
-    """Shares that are written out are played as they are, whatever the bounds say."""
-    broken = share_bounds(recipe).violations(mixture)
-    return [
-        f"{line}: shares that are written out are played as they are (mixture.floors, caps, groups)" for line in broken
-    ]
 
 
 def _leaks(stores: Sequence[TokenStore], held_out: Sequence[TokenStore | None]) -> list[str]:

@@ -81,19 +81,19 @@ class ChatRenderer:
         self.template: str | None = DEFAULT_TEMPLATE if self.default else None
         self.notes: Counter[str] = Counter()  # conversations, by what was done to them
         self._current_notes: set[str] = set()
-        self.special = tuple({*tokenizer.all_special_tokens, *_special_added(tokenizer)})
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.special = tuple({*tokenizer.all_special_tokens, *added})
         self._special = re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
         # A template writes its own BOS; where there is none, the tokenizer's habit decides. Never both.
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
         self._parts = False
-        if not self._shows([{"role": "user", "content": "Zq7x"}]):
+        question = [{"role": "user", "content": "Zq7x"}]
+        if not self._shows(question):
             self._parts = True  # templates of models with vision drop plain text: they want a list of parts
-            if not self._shows([{"role": "user", "content": "Zq7x"}]):
-                raise UserError(
-                    "the chat template of the model does not show what the user says",
-                    where="model.path",
-                    do="mend tokenizer.chat_template, or delete it: then the default template is used",
-                )
+            if not self._shows(question):
+                what = "the chat template of the model does not show what the user says"
+                do = "mend tokenizer.chat_template, or delete it: then the default template is used"
+                raise UserError(what, where="model.path", do=do)
         self._fold = not self._shows([{"role": "system", "content": "Zq7x"}, {"role": "user", "content": "a"}])
         call = {"type": "function", "function": {"name": "Zq7x", "arguments": {"a": "b"}}}
         tool_use = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -106,7 +106,8 @@ class ChatRenderer:
     def render(self, conversation: Conversation) -> list[RenderedChat]:
         """One example, or several where the template rewrites earlier turns. RowError if the template refuses."""
         if conversation.text is not None:
-            return [self._plain(conversation.text)]
+            text = self.bos + conversation.text + (self.tokenizer.eos_token or "")
+            return [RenderedChat(text, ((len(self.bos), len(text)),))]
         self._current_notes = {"default_template"} if self.default else set()
         messages, tools = list(conversation.messages), conversation.tools
         if tools and not self._tools:
@@ -176,10 +177,6 @@ class ChatRenderer:
             spans[-1] = (spans[-1][0], len(text))
         return RenderedChat(text, tuple(spans))
 
-    def _plain(self, text: str) -> RenderedChat:
-        text = self.bos + text + (self.tokenizer.eos_token or "")
-        return RenderedChat(text, ((len(self.bos), len(text)),))
-
     def _apply(self, messages: list[Message], tools: Any, *, generate: bool = False) -> str:
         from jinja2 import TemplateError
 
@@ -212,10 +209,6 @@ def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts a BOS in front of plain text by itself."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
-def _special_added(tokenizer: Any) -> list[str]:
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def _fold(messages: list[Message]) -> list[Message]:

@@ -88,9 +88,6 @@ def _in_pieces(tokenizer: Any, one: RenderedChat) -> Example:
         ids += piece
         supervised += [learnt] * len(piece)
     if ids != tokenizer(one.text, add_special_tokens=False, verbose=False)["input_ids"]:
-        raise UserError(
-            f"{type(tokenizer).__name__} has no character offsets, and its tokens reach over the borders of answers",
-            where="model.path",
-            do="use the fast tokenizer of this model (a tokenizer.json)",
-        )
+        what = f"{type(tokenizer).__name__} has no character offsets, and its tokens reach over the borders of answers"
+        raise UserError(what, where="model.path", do="use the fast tokenizer of this model (a tokenizer.json)")
     return Example(np.asarray(ids, dtype=np.int32), clear_first_token(np.asarray(supervised, dtype=bool)))

@@ -150,6 +150,5 @@ def _start(*arguments: Any) -> None:
 
 
 def _encode(block: Block, tokenise: bool) -> EncodedBlock:
-    if _worker is None:
-        raise RuntimeError("the worker process was not started by encoding()")
+    assert _worker is not None
     return _worker(block, tokenise)

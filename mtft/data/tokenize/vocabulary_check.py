@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from mtft.common.errors import UserError
+from mtft.data.store.token_store import TokenStore
 
 
-class CountedTokenizer(Protocol):
-    """What is needed of a TokenStore."""
-
-    @property
-    def task(self) -> str: ...
-
-    @property
-    def stats(self) -> dict[str, Any]: ...
-
-
-def check_vocabulary(stores: Sequence[CountedTokenizer | None], tokenizer: Any, config: Any) -> None:
+def check_vocabulary(stores: Sequence[TokenStore | None], tokenizer: Any, config: Any) -> None:
     """Refuse data with ids beyond the embedding of a model (`config`: its config), which would end in an index error.
 
     Only tokens that occur count: tokenizers often have some, such as a padding token, that no model row belongs to.

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mtft.recipe.schema.model import ModelSection
-from mtft.recipe.schema.section import RecipeSection
+from mtft.recipe.schema.section import INPUT, Numbers, RecipeSection, Texts
 
 
 class FuseSection(RecipeSection):
@@ -15,7 +15,7 @@ class FuseSection(RecipeSection):
     """The large model that is steered; its weights are never touched."""
     base: ModelSection | None = None
     """The small base of the adapters; null: the recipe's `model`."""
-    adapters: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    adapters: Annotated[Texts | None, INPUT] = None
     """LoRA experts on the small base; null in `mtft run`: the joint adapter."""
     alpha_rule: Literal["fixed", "forward", "jeffreys", "paper", "paper_grid"] = "jeffreys"
     """How far each token is moved (docs/papers.md); fixed = proxy-tuning / EFT."""
@@ -34,7 +34,7 @@ class FuseSection(RecipeSection):
     weights: Literal["active", "onehot", "uniform", "user", "router"] = "active"
     """How several experts share the step: by how much each has to say, the loudest alone, evenly, `user_weights`, or as
     `router` says for each prompt."""
-    user_weights: Annotated[tuple[float, ...], Field(strict=False)] | None = None
+    user_weights: Numbers | None = None
     """One weight per expert for weights: user; they add up to 1."""
     router: str | None = None
     """File for weights: router; `mtft merge` with merge.experts.kind: twin writes one (router.safetensors)."""

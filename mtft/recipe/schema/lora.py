@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtft.recipe.schema.section import RecipeSection
+from mtft.recipe.schema.section import INPUT, RecipeSection, SomeTexts
 
 
 class LoraSection(RecipeSection):
@@ -16,7 +16,7 @@ class LoraSection(RecipeSection):
     """Scale: the update is alpha/r * B A (alpha/sqrt(r) with rslora)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of A."""
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
+    targets: Literal["all-linear"] | SomeTexts = "all-linear"
     """Modules that get an adapter: all linears but the head, or names as PEFT matches them."""
     rslora: bool = False
     """Scale by alpha/sqrt(r) (Kalajdzievski 2023)."""
@@ -28,7 +28,7 @@ class LoraSection(RecipeSection):
     freeze_a: bool = False
     """Train B only. A stays as drawn from `seed`, so that all runs with one seed share it: their adapters then differ
     in B alone and merge exactly (LoRA-FA; half of the optimizer's state, and A's inputs need not be kept)."""
-    start: str | None = None
+    start: Annotated[str | None, INPUT] = None
     """Folder of a LoRA adapter of this base to train on from, in place of a fresh one. Relative to the recipe."""
     plus: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+: how many times as fast as A the Bs learn (the paper: 16, with about half the usual learning rate)."""

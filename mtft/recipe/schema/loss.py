@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+from pydantic import ConfigDict, Field
 
-from mtft.recipe.schema.section import RecipeSection
+from mtft.recipe.schema.section import Options, RecipeSection
 
 
 class BalancerSection(RecipeSection):
@@ -55,7 +55,7 @@ class GradientSection(RecipeSection):
     aggregator: str | None = None
     """Each step follows this mix of the task gradients (docs/gradients.md): upgrad, pcgrad, mgda, ... One process or
     DDP; elsewhere `loss.balancer: {name: lagged}`. null: the weighted sum, as without this section."""
-    options: dict[str, StrictInt | StrictFloat | StrictStr | bool] = {}
+    options: Options = {}
     """The aggregator's own options."""
     every: Annotated[int, Field(gt=0)] | None = None
     """Steps between two measurements of how tasks get on with each other (metrics, affinity.json, the report)."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictFloat, StrictInt, StrictStr
+from pydantic import Field
 
-from mtft.recipe.schema.section import RecipeSection
+from mtft.recipe.schema.section import INPUT, OUTPUT, Numbers, Options, RecipeSection, Texts
 
 
 class ModuleRule(RecipeSection):
@@ -16,9 +16,9 @@ class ModuleRule(RecipeSection):
     """Regular expression, searched in the module's full name."""
     method: str | None = None
     """Method for these modules; null: the section's, with its own default options."""
-    options: dict[str, StrictInt | StrictFloat | StrictStr | bool] | None = None
+    options: Options | None = None
     """The method's options for these modules."""
-    weights: Annotated[tuple[float, ...], Field(strict=False)] | None = None
+    weights: Numbers | None = None
     """Weight of each adapter in these modules."""
     rank: Annotated[int, Field(gt=0)] | None = None
     """Largest rank of these modules."""
@@ -52,7 +52,7 @@ class GateTraining(RecipeSection):
     """null = the method's own."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """null = the method's own."""
-    negate: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    negate: Texts = ()
     """Tasks to unlearn (atlas)."""
 
 
@@ -71,18 +71,18 @@ class Experts(RecipeSection):
     """Held-out prompts of each task to fit the router on; at most a third of what there is (twin)."""
     top: Annotated[int, Field(gt=0)] | None = None
     """Experts that serve one token; null = all (arrow)."""
-    general: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    general: Annotated[Texts, INPUT] = ()
     """Folders of adapters for general ability, whose mean delta is taken off every expert (arrow)."""
 
 
 class MergeSection(RecipeSection):
     method: str = "linear"
     """linear, cat, svd, ties, tsv, ... (docs/papers.md)."""
-    adapters: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    adapters: Annotated[Texts | None, INPUT] = None
     """Folders of PEFT adapters; null in `mtft run`: the single-task adapters."""
-    base: str | None = None
+    base: Annotated[str | None, INPUT] = None
     """Folder of a base model: then `adapters` are whole models that were fine-tuned from it."""
-    weights: Annotated[tuple[float, ...], Field(strict=False)] | None = None
+    weights: Numbers | None = None
     """Weight of each adapter, multiplying its delta; null = 1 each."""
     search: WeightSearch | None = None
     """Choose the weights on held-out rows."""
@@ -106,7 +106,7 @@ class MergeSection(RecipeSection):
     """Precision of the merged adapter on disk; auto = as the inputs."""
     vllm: bool = False
     """Refuse what vLLM can't load (biases, full tensors)."""
-    options: dict[str, StrictInt | StrictFloat | StrictStr | bool] = {}
+    options: Options = {}
     """The method's own options."""
     per_module: Annotated[tuple[ModuleRule, ...], Field(strict=False)] = ()
     """Other methods, weights or ranks for some modules; the first rule that matches counts."""
@@ -114,7 +114,7 @@ class MergeSection(RecipeSection):
     """Merge although the adapters name different bases (one model under two names)."""
     workers: Annotated[int, Field(gt=0)] = 1
     """Processes, one LAPACK thread each."""
-    out: str | None = None
+    out: Annotated[str | None, OUTPUT] = None
     """Folder of the merged adapter; null: <output.dir>/merge/adapter."""
     overwrite: bool = False
     """Replace an adapter that is there already."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtft.recipe.schema.section import RecipeSection, Share, TaskName
+from mtft.recipe.schema.section import INPUT, RecipeSection, Share, SomeTexts, TaskName
 
 
 class TemperatureShares(RecipeSection):
@@ -16,7 +16,7 @@ class TemperatureShares(RecipeSection):
 
 
 class FileShares(RecipeSection):
-    file: str
+    file: Annotated[str, INPUT]
     """A mixture.yaml as `mtft mix propose` writes it. Relative to the recipe."""
 
 
@@ -42,7 +42,7 @@ class ScheduleShares(RecipeSection):
 class GroupSection(RecipeSection):
     """Tasks whose shares count together."""
 
-    tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    tasks: SomeTexts
     """Names of the group's tasks; a task may be in several groups."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Smallest sum of their shares."""
@@ -67,7 +67,7 @@ class OnlineSection(RecipeSection):
     """group_dro, linear_law: step size of a decision. null: 1 for group_dro, 0.5 for linear_law."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     """group_dro: part of the shares that is spread evenly at each decision. null: 1e-4."""
-    reference: dict[str, Share] | str | None = None
+    reference: Annotated[dict[str, Share] | str | None, INPUT] = None
     """group_dro: the loss that each task can be expected to reach, {task: nats a token}, or the folder of a finished
     run (its held-out losses; relative to the recipe). null: 0, so the loss itself counts."""
     probe_steps: Annotated[int, Field(gt=0)] | None = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from mtft.recipe.schema.section import RecipeSection
+from mtft.recipe.schema.section import MODEL, RecipeSection
 
 
 class ModelSection(RecipeSection):
-    path: str
+    path: Annotated[str, MODEL]
     """Folder of a model, `quickstart:weak`, `quickstart:strong`, or a hub name."""
     revision: str = "main"
     """Branch, tag or commit of a hub model."""

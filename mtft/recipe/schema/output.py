@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtft.recipe.schema.section import RecipeSection
+from mtft.recipe.schema.section import OUTPUT, RecipeSection, Texts
 
 
 class OutputSection(RecipeSection):
-    dir: str
+    dir: Annotated[str, OUTPUT]
     """Run directory. Relative to the working directory, as for every other tool's output."""
     save_every: Annotated[int, Field(gt=0)] | None = None
     """Steps between checkpoints; null: only at the end and on a signal."""
@@ -19,5 +19,5 @@ class OutputSection(RecipeSection):
     export: Literal["last", "best"] = "last"
     """Weights that the run hands over: those after the last step, or those of the evaluation with the best
     train.watch."""
-    trackers: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    trackers: Texts = ()
     """Trackers of transformers: tensorboard, trackio, wandb, mlflow, ... metrics.jsonl is always written."""

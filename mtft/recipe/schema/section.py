@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
 Share = Annotated[float, Field(ge=0)]
-
-
+Texts = Annotated[tuple[str, ...], Field(strict=False)]  # lists in YAML
+SomeTexts = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+Numbers = Annotated[tuple[float, ...], Field(strict=False)]
+Options = dict[str, StrictInt | StrictFloat | StrictStr | bool]  # of a method, whose own class checks them
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+@dataclass(frozen=True)
+class PathKind:
+    """Says that a key holds a path, or several, which `load_recipe` makes absolute.
+
+    output   relative to the working directory; else to the recipe's folder
+    schemes  a text that starts so names something that is no file
+    hub      only what looks like a path, or is a folder, is one; anything else is a name on the hub
+    """
+
+    output: bool = False
+    schemes: tuple[str, ...] = ()
+    hub: bool = False
+
+
+INPUT, OUTPUT = PathKind(), PathKind(output=True)
+DATA = PathKind(schemes=("hub:", "quickstart:"))
+MODEL = PathKind(schemes=("quickstart:",), hub=True)
 
 
 class RecipeSection(BaseModel):

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtft.recipe.schema.section import RecipeSection, TaskName
+from mtft.recipe.schema.section import DATA, RecipeSection, SomeTexts, TaskName
 
 
 class TaskSection(RecipeSection):
     name: TaskName
     """Short name: letters, digits, `_ . -`. It stands in metrics, mixtures and overrides (tasks.NAME.weight=2)."""
-    data: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    data: Annotated[str | SomeTexts, DATA]
     """File, glob, folder of `save_to_disk`, `hub:org/name`, `quickstart:TASK`; or a list of them.
     Relative to the recipe."""
     split: str | None = None
@@ -22,7 +22,7 @@ class TaskSection(RecipeSection):
     `auto` looks at the columns."""
     template: str | None = None
     """Jinja template over the columns (sandboxed) that gives the prompt; the response comes from `format`."""
-    eval_data: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    eval_data: Annotated[str | SomeTexts | None, DATA] = None
     """Held-out rows of this task, same format."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """The user's weight of this task in the loss; multiplies the balancer's."""

@@ -9,21 +9,19 @@ takes the evaluation again and writes the same.
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from transformers.trainer_callback import TrainerCallback
 
 from mtft.common.errors import UserError
+from mtft.distributed.collectives import barrier
 from mtft.distributed.sharding import trainable
 from mtft.evaluation.task_scores import TaskScores
 from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir
 from mtft.training.optim.schedule_free import evaluation_weights, settle
-
-if TYPE_CHECKING:
-    from mtft.training.trainer import MultiTaskTrainer
+from mtft.training.trainer import MultiTaskTrainer
 
 BEST, WEIGHTS = "best", "weights.safetensors"
 
@@ -50,10 +48,8 @@ class BestWeights(TrainerCallback):
 
 def save_best(trainer: MultiTaskTrainer, step: int, scores: dict[str, TaskScores]) -> None:
     """Writes <run>/best. A collective call."""
-    from safetensors.torch import save_file
-
     writer = bool(trainer.args.should_save)
-    with atomic_checkpoint_dir(trainer.run_dir / BEST, writer=writer, barrier=_barrier) as folder:
+    with atomic_checkpoint_dir(trainer.run_dir / BEST, writer=writer, barrier=barrier) as folder:
         if not writer:
             return
         with evaluation_weights(trainer.optimizer):
@@ -70,8 +66,6 @@ def load_best_weights(trainer: MultiTaskTrainer, export: str) -> int:
 
     export: last, or best by the evaluations. The scores of that step stand in `trainer.evaluations` under the last.
     """
-    from safetensors.torch import load_file
-
     last = trainer.state.global_step
     settle(trainer.optimizer)
     if export == "last":
@@ -83,11 +77,8 @@ def load_best_weights(trainer: MultiTaskTrainer, export: str) -> int:
         return last
     folder = trainer.run_dir / BEST
     if not folder.is_dir():
-        raise UserError(
-            f"the weights of step {best}, which was the best, were not kept: output.export was another then",
-            where=str(trainer.run_dir),
-            do="set output.export: last, or start over with --fresh",
-        )
+        what = f"the weights of step {best}, which was the best, were not kept: output.export was another then"
+        raise UserError(what, where=str(trainer.run_dir), do="set output.export: last, or start over with --fresh")
     record = json.loads((folder / "best.json").read_text(encoding="utf-8"))
     if record["step"] != best:
         raise RuntimeError(f"{folder} holds step {record['step']}, but step {best} was the best")
@@ -97,15 +88,3 @@ def load_best_weights(trainer: MultiTaskTrainer, export: str) -> int:
             model[name].copy_(value)
     trainer.evaluations = {last: {task: TaskScores.load(folder / f"{task}.jsonl") for task in record["tasks"]}}
     return best
-
-
-def ended_before(checkpoint: Path) -> bool:
-    """True if the run had ended by its held-out losses when this checkpoint was written: only the end is missing."""
-    from mtft.training.checkpoint.checkpoint_files import load_tree
-
-    return load_tree(checkpoint)["stopping"]["ended"] is not None
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

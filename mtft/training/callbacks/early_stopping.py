@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 
 @dataclass
@@ -95,13 +94,8 @@ class EarlyStopping:
         return w_K * kept_K if bool((w_K * kept_K > 0).any()) else w_K
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "run": vars(self.run).copy(),
-            "of_task": {task: vars(record).copy() for task, record in self.of_task.items()},
-            "dropped": dict(self.dropped),
-            "ended": self.ended,
-            "last": self.last,
-        }
+        state = asdict(self)
+        return {name: state[name] for name in ("run", "of_task", "dropped", "ended", "last")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.run = EvalRecord(**state["run"])

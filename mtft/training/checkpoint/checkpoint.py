@@ -12,13 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerState
 
 from mtft.common.errors import UserError
 from mtft.common.state_tree import random_state, restore_random_state
+from mtft.distributed.collectives import barrier, from_all_ranks
 from mtft.distributed.sharding import (
     gathered,
     placed,
@@ -38,11 +42,6 @@ from mtft.training.checkpoint.checkpoint_files import (
 from mtft.training.online_mixture import OnlineMixture
 from mtft.training.step.objective import StepContext
 from mtft.training.step.task_gradients import TaskGradientStep
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from torch import nn
-    from transformers import TrainerState
 
 WEIGHTS, TRAINER_STATE = "weights.safetensors", "trainer_state.json"
 NO_GRADIENTS = {"aggregator": None, "affinity": None}  # of a run that measures none
@@ -73,10 +72,8 @@ def save(
     run: RunState, run_dir: Path, trainer_state: TrainerState, identity: dict[str, Any], *, writer: bool, keep: int
 ) -> None:
     """Writes checkpoint-<step>. A collective call: one rank writes, and under DeepSpeed every rank its own part."""
-    from safetensors.torch import save_file
-
     context, step = run.context, trainer_state.global_step
-    random_states = _gather(random_state())
+    random_states = from_all_ranks(random_state())
     own_files, scaler = context.deepspeed, context.accelerator.scaler
     model = resting(context.model)
     tree = {
@@ -90,11 +87,11 @@ def save(
         "balancer": run.balancer.state_dict(),
         "gradients": NO_GRADIENTS if run.gradient_step is None else run.gradient_step.state_dict(),
         "stopping": run.stopping.state_dict(),
-        "online": None if run.online is None else run.online.state_dict(step),
+        "online": None if run.online is None else run.online.controller.state(step),
         "bad_steps": run.bad_steps,
         "random": random_states,
     }
-    with atomic_checkpoint_dir(checkpoint_folder(run_dir, step), writer=writer, barrier=_barrier) as folder:
+    with atomic_checkpoint_dir(checkpoint_folder(run_dir, step), writer=writer, barrier=barrier) as folder:
         if own_files:
             save_engine_state(context.wrapped, folder)
         weights = {} if own_files else gathered(trainable(model), keep=writer)
@@ -125,17 +122,13 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         )
     other = [key for key in dict.fromkeys((*before, *identity)) if before.get(key) != identity.get(key)]
     if other:
-        raise UserError(
-            f"{folder.name} belongs to a run with another {' and '.join(other)}: continuing would mix two runs",
-            where=str(folder.parent),
-            do="restore the data of that run, start over with --fresh, or give another output.dir",
-        )
+        what = f"{folder.name} belongs to a run with another {' and '.join(other)}: continuing would mix two runs"
+        do = "restore the data of that run, start over with --fresh, or give another output.dir"
+        raise UserError(what, where=str(folder.parent), do=do)
 
 
 def load_weights(bare: nn.Module, folder: Path) -> None:
     """Puts the saved weights into the model, which must have the same trainable parameters."""
-    from safetensors.torch import load_file
-
     saved, model = load_file(folder / WEIGHTS), trainable(resting(bare))
     if saved.keys() != model.keys():
         raise ValueError(f"{folder / WEIGHTS} holds other parameters: {sorted(saved.keys() ^ model.keys())[:4]}")
@@ -155,7 +148,7 @@ def load_state(run: RunState, folder: Path) -> None:
     run.balancer.load_state_dict(tree["balancer"])
     run.stopping.load_state_dict(tree["stopping"])
     if run.online is not None:
-        run.online.load_state_dict(tree["online"])
+        run.online.controller.restore(tree["online"])
     if run.gradient_step is not None:
         run.gradient_step.load_state_dict(tree["gradients"])
     run.bad_steps.update(tree["bad_steps"])
@@ -176,16 +169,3 @@ def load_random_state(accelerator: Accelerator, folder: Path, *, say: Callable[[
 def _words(engine: dict[str, Any]) -> str:
     count = engine["processes"]
     return f"{engine['name']} with {count} process{'es' if count > 1 else ''}"
-
-
-def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [mine]
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    return every
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

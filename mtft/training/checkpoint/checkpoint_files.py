@@ -25,7 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
+from mtft.common.atomic_io import sync
 from mtft.common.errors import UserError
+from mtft.common.state_tree import flatten, unflatten
 
 MANIFEST = "manifest.json"
 PART = ".part"
@@ -66,7 +70,7 @@ def atomic_checkpoint_dir(
             if target.exists():
                 shutil.rmtree(target)
             folder.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
     except Exception as error:
         full = _is_full(error, folder)  # before the folder is removed: it may be what fills the disk
         shutil.rmtree(folder, ignore_errors=True)
@@ -87,10 +91,6 @@ def atomic_checkpoint_dir(
 
 def save_tree(folder: Path, tree: Any) -> None:
     """Writes a nested state as state.json and state.safetensors."""
-    from safetensors.torch import save_file
-
-    from mtft.common.state_tree import flatten
-
     plain, tensors = flatten(tree)
     save_file(tensors, folder / "state.safetensors")
     (folder / "state.json").write_text(json.dumps(plain), encoding="utf-8")
@@ -98,10 +98,6 @@ def save_tree(folder: Path, tree: Any) -> None:
 
 def load_tree(folder: Path) -> Any:
     """The inverse of `save_tree`."""
-    from safetensors.torch import load_file
-
-    from mtft.common.state_tree import unflatten
-
     plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return unflatten(plain, load_file(folder / "state.safetensors"))
 
@@ -166,15 +162,7 @@ def _seal(folder: Path, *, manifest: bool) -> None:
         content = {str(path.relative_to(folder)): (path.stat().st_size, _crc32(path)) for path in files}
         (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
 
 
 def _crc32(path: Path) -> int:

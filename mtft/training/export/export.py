@@ -74,11 +74,9 @@ def check_tensors(folder: Path, *, must: str) -> None:
                 if tensor.numel() == 0:
                     raise ValueError(f"{path.name}: tensor {name} is empty; the engine did not gather its weights")
                 if not bool(tensor.isfinite().all()):
-                    raise UserError(
-                        f"the trained weights are not finite (tensor {name}): nothing is exported",
-                        where=str(folder.parent),
-                        do="lower train.learning_rate and start over with --fresh",
-                    )
+                    what = f"the trained weights are not finite (tensor {name}): nothing is exported"
+                    do = "lower train.learning_rate and start over with --fresh"
+                    raise UserError(what, where=str(folder.parent), do=do)
                 names += must in name
     if names == 0:
         raise ValueError(f"{folder.name} holds no tensor {must!r}: nothing was saved")
@@ -182,11 +180,8 @@ def write_card(
     lines += [f"{kind} `{base}`, trained by MTFT on {len(recipe.tasks)} tasks.", ""]
     if lora:
         lines += ["```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
-        lines += [
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
-            f'model = PeftModel.from_pretrained(base, "{folder}")',
-        ]
-        lines += ["```", ""]
+        lines += [f'base = AutoModelForCausalLM.from_pretrained("{base}")']
+        lines += [f'model = PeftModel.from_pretrained(base, "{folder}")', "```", ""]
     lines += ["## Mixture", "", "| task | asked | realised | rows seen | epochs |", "|---|---|---|---|---|"]
     for row in plan.table():
         lines.append(
@@ -223,11 +218,5 @@ def _on_the_unquantised(unquantised: Mapping[str, float] | None) -> str:
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Quantisation settings as keyword arguments that survive JSON."""
-    settings_of_peft = (
-        "load_in_4bit",
-        "load_in_8bit",
-        "bnb_4bit_quant_type",
-        "bnb_4bit_use_double_quant",
-        "bnb_4bit_compute_dtype",
-    )
-    return {key: value for key, value in settings.items() if key in settings_of_peft}
+    of_4_bit = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+    return {key: settings[key] for key in ("load_in_4bit", "load_in_8bit", *of_4_bit) if key in settings}

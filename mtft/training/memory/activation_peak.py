@@ -10,14 +10,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from mtft.losses.token_nll import row_nll_in_place
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,7 @@ def activation_peak(
     forward_only  no backward pass (MeZO)
     None for models whose code looks at values on the way (some rotary positions, some routers): there are none.
     """
-    import torch.nn.functional as F
-    from peft import PeftModel
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from mtft.losses.token_nll import row_nll_in_place
 
     with FakeTensorMode():
         _take_off_meta(model)
@@ -128,20 +126,13 @@ def activation_peak(
 
 def _take_off_meta(model: nn.Module) -> None:
     """Meta parameters and buffers become fake CPU ones, so that the kernels are those of a real device. In place."""
-    made: dict[int, Tensor] = {}  # tied parameters stay tied
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return made[id(tensor)]
-
-    parameters: dict[int, torch.nn.Parameter] = {}
+    made: dict[int, Any] = {}  # tied parameters stay tied
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in parameters:
-                    parameters[id(parameter)] = torch.nn.Parameter(fake(parameter), parameter.requires_grad)
-                module._parameters[name] = parameters[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = fake(buffer)
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    made[id(tensor)] = (
+                        nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                    )
+                tensors[name] = None if tensor is None else made[id(tensor)]

@@ -16,15 +16,17 @@ import gc
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import psutil
 import torch
-import torch.distributed as dist
 
 from mtft.common.atomic_io import write_json
 from mtft.common.state_tree import random_state, restore_random_state
 from mtft.data.batching.batch import IGNORE, Batch
+from mtft.distributed.collectives import from_all_ranks, from_first_rank
 from mtft.distributed.launch import is_main_process, world_size
 from mtft.distributed.sharding import trainable
 from mtft.losses.token_nll import resolve_path, token_nll
@@ -32,9 +34,7 @@ from mtft.models.loading import compute_dtype
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.memory.estimate import estimate_memory
 from mtft.training.optim.optimizers import state_bytes
-
-if TYPE_CHECKING:
-    from mtft.training.trainer_parts import TrainingInputs
+from mtft.training.trainer_parts import TrainingInputs
 
 KEY = "micro_batch_tokens"
 GPU_SHARE, CPU_SHARE = 0.9, 0.7  # of the memory that a step may take
@@ -49,16 +49,17 @@ def with_auto_micro_batch(
     before  what an earlier start found (folder.chosen_size); that of the writing rank counts. A collective call: all
             ranks get the same number.
     """
-    agreed: list[Any] = [before]
-    if dist.is_initialized():
-        dist.broadcast_object_list(agreed, src=0)
-    size = agreed[0]
+    size = from_first_rank(before)
     if size is None:
-        size = _agree(find_micro_batch(recipe, model, inputs))
+        size = min(from_all_ranks(find_micro_batch(recipe, model, inputs)))  # every rank can hold the least
         say(f"{KEY}: {size} fits and is fast; written to env.json")
     if is_main_process():
         path = Path(recipe.output.dir) / "env.json"
         write_json(path, {**json.loads(path.read_text(encoding="utf-8")), KEY: size})
+    return _with_size(recipe, size)
+
+
+def _with_size(recipe: Recipe, size: int) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={KEY: size})})
 
 
@@ -75,17 +76,21 @@ def find_micro_batch(recipe: Recipe, model: Any, inputs: TrainingInputs) -> int:
     model.train()
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    here = random_state()
+    here, candidates = random_state(), sizes(width, most)
+
+    def try_size(size: int) -> None:
+        _pass(recipe, model, full_batch(size, width, share, model.config.vocab_size).to(device))
+
     try:
         if device.type == "cuda":
-            return largest(sizes(width, most), lambda size: _fits_gpu(recipe, model, size, width, share, device))
-        free = CPU_SHARE * _free_memory()
+            states = state_bytes(train.optimizer, [tuple(parameter.shape) for parameter in trainable(model).values()])
+            return largest(candidates, lambda size: _fits_gpu(try_size, size, states, device))
+        free = CPU_SHARE * psutil.virtual_memory().available
 
         def fits(size: int) -> bool:
-            tried = recipe.model_copy(update={"train": train.model_copy(update={KEY: size})})
-            return estimate_memory(tried, learnt_share=share, longest=longest).total <= free
+            return estimate_memory(_with_size(recipe, size), learnt_share=share, longest=longest).total <= free
 
-        return fastest(sizes(width, most), fits, lambda size: _seconds(recipe, model, size, width, share, device))
+        return fastest(candidates, fits, lambda size: _seconds(try_size, size))
     finally:
         restore_random_state(here)
 
@@ -133,15 +138,15 @@ def full_batch(tokens: int, width: int, share: float, vocabulary: int) -> Batch:
     return Batch(ids_BT, positions_T.expand(rows, width).contiguous(), segments_BT, 0 * segments_BT, labels_BT)
 
 
-def _pass(recipe: Recipe, model: Any, size: int, width: int, share: float, device: torch.device) -> None:
+def _pass(recipe: Recipe, model: Any, batch: Batch) -> None:
     """Forward and backward of one full micro-batch; the gradients are thrown away."""
-    batch = full_batch(size, width, share, model.config.vocab_size).to(device)
+    ids_BT = batch.input_ids_BT
     if not recipe.train.packing:
-        batch = Batch(batch.input_ids_BT, torch.arange(width, device=device).expand_as(batch.input_ids_BT).contiguous(),
-                      0 * batch.segment_ids_BT, batch.task_ids_BT, batch.labels_BT)  # fmt: skip
+        positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT).contiguous()
+        batch = replace(batch, position_ids_BT=positions_BT, segment_ids_BT=0 * batch.segment_ids_BT)
     dtype = compute_dtype(recipe.model)
     try:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(ids_BT.device.type, dtype=dtype, enabled=dtype != torch.float32):
             nll_BT = token_nll(
                 model,
                 batch,
@@ -154,14 +159,12 @@ def _pass(recipe: Recipe, model: Any, size: int, width: int, share: float, devic
         model.zero_grad(set_to_none=True)
 
 
-def _fits_gpu(recipe: Recipe, model: Any, size: int, width: int, share: float, device: torch.device) -> bool:
-    trained = [tuple(parameter.shape) for parameter in trainable(model).values()]
-    states = state_bytes(recipe.train.optimizer, trained)
+def _fits_gpu(try_size: Callable[[int], None], size: int, states: int, device: torch.device) -> bool:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        _pass(recipe, model, size, width, share, device)
+        try_size(size)
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -171,29 +174,11 @@ def _fits_gpu(recipe: Recipe, model: Any, size: int, width: int, share: float, d
     return torch.cuda.max_memory_reserved(device) + states <= GPU_SHARE * total
 
 
-def _seconds(recipe: Recipe, model: Any, size: int, width: int, share: float, device: torch.device) -> float:
+def _seconds(try_size: Callable[[int], None], size: int) -> float:
     """CPU seconds of a pass, the less of two: other processes may be about."""
-    taken = []
+    seconds = []
     for _ in range(2):
         begin = time.process_time()
-        _pass(recipe, model, size, width, share, device)
-        taken.append(time.process_time() - begin)
-    return min(taken)
-
-
-def _free_memory() -> int:
-    """Bytes that this machine can still give (Linux; elsewhere: no limit)."""
-    path = Path("/proc/meminfo")
-    if not path.is_file():
-        return 1 << 62
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-
-
-def _agree(size: int) -> int:
-    """The least over the ranks: every one can hold it."""
-    if not dist.is_initialized():
-        return size
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, size)
-    return min(every)
+        try_size(size)
+        seconds.append(time.process_time() - begin)
+    return min(seconds)

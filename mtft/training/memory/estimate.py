@@ -21,15 +21,22 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtft.common.errors import UserError
+from mtft.gradients.aggregators import make_aggregator
+from mtft.losses.balancers import balancer_class
+from mtft.models.loading import compute_dtype, model_location
+from mtft.models.lora import add_lora
+from mtft.recipe.method_options import options_of
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from mtft.training.memory.activation_peak import activation_peak
+from mtft.training.optim.optimizers import state_bytes
 
 QUANTISED_BYTES = {"nf4": 0.516, "int8": 1.0}  # a linear's weight; nf4 with its doubly quantised scales is 4.127 bits
 FUSED_ROWS = 256  # supervised tokens whose logits the fused loss holds at a time
@@ -56,13 +63,9 @@ class MemoryEstimate:
 
     def text(self) -> str:
         share = f"{self.trainable:,} of {self.parameters:,} parameters are trained"
-        sizes = {
-            "weights": self.weights,
-            "training": self.training,
-            "activations": self.activations,
-            "logits": self.logits,
-        }
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
+        parts = ", ".join(
+            f"{name} {_size(getattr(self, name))}" for name in ("weights", "training", "activations", "logits")
+        )
         return f"memory on each GPU: about {_size(self.total)} ({parts}); {share}"
 
 
@@ -83,19 +86,13 @@ def estimate_memory(
 
     Raises UserError when the model's config can't be read, or `lora.targets` fits no module.
     """
-    import torch
-
-    from mtft.models.loading import compute_dtype
-    from mtft.training.memory.activation_peak import activation_peak
-    from mtft.training.optim.optimizers import state_bytes
-
     section, train = recipe.model, recipe.train
     dtype = compute_dtype(section)
     held = torch.float32 if recipe.lora is None else dtype
     model, parameters, weights, largest = _on_meta(recipe, held)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainable, gradients = sum(p.numel() for p in trained), sum(p.numel() * p.itemsize for p in trained)
-    ends = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+    ends = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     states = sum(
         state_bytes(train.optimizer, [tuple(parameter.shape)], embedding=id(parameter) in ends) for parameter in trained
     )
@@ -133,10 +130,6 @@ def estimate_memory(
 
 def _captured(recipe: Recipe, trainable: int) -> int:
     """Bytes of the task gradients, fp32, at a measured step; twice that if split or if the aggregator keeps as many."""
-    from mtft.gradients.aggregators import make_aggregator
-    from mtft.losses.balancers import balancer_class
-    from mtft.recipe.method_options import options_of
-
     measures = "gram_every" in options_of(balancer_class(recipe.loss.balancer))
     gradients = recipe.loss.gradients
     if gradients is None or gradients.aggregator is None:
@@ -148,11 +141,6 @@ def _captured(recipe: Recipe, trainable: int) -> int:
 
 def _on_meta(recipe: Recipe, held: torch.dtype) -> tuple[Any, int, int, int]:
     """(the model with its adapter, on the meta device; parameters; bytes of all weights; largest quantised linear)."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from mtft.models.lora import add_lora
-
     section = recipe.model
     options: dict[str, Any] = {"dtype": held, "trust_remote_code": False}
     options["attn_implementation"] = "eager" if section.attention == "eager" else "sdpa"  # what runs without a GPU too
@@ -160,8 +148,8 @@ def _on_meta(recipe: Recipe, held: torch.dtype) -> tuple[Any, int, int, int]:
         model: Any = AutoModelForCausalLM.from_config(read_config(section), **options)
         model.config.use_cache = False
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        weights = sum(_held_bytes(model, section.quantise, held.itemsize).values())
-        linears = [part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear)]
+        weights = _held_bytes(model, section.quantise, held.itemsize)
+        linears = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear)]
         if recipe.lora is not None:
             lora = recipe.lora.model_copy(update={"init": "default"})  # the others need data; the sizes are equal
             model = add_lora(model, lora, seed=recipe.seed)
@@ -183,10 +171,6 @@ def _layout(recipe: Recipe, longest: int | None, ranks: int) -> tuple[int, int]:
 
 def read_config(section: ModelSection) -> Any:
     """The config of a recipe's model. UserError when it can't be read or transformers does not know the model."""
-    from transformers import AutoConfig
-
-    from mtft.models.loading import model_location
-
     location = model_location(section.path)
     options: dict[str, Any] = {"trust_remote_code": False}
     if not Path(location).is_dir():
@@ -195,20 +179,16 @@ def read_config(section: ModelSection) -> Any:
         return AutoConfig.from_pretrained(location, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the model's config can't be used: {reason}",
-            where=f"model.path: {section.path}",
-            do="check the name, and that this version of transformers knows the model",
-        ) from error
+        what = f"the model's config can't be used: {reason}"
+        do = "check the name, and that this version of transformers knows the model"
+        raise UserError(what, where=f"model.path: {section.path}", do=do) from error
 
 
-def _held_bytes(model: nn.Module, quantise: str, width: int) -> dict[str, float]:
-    """Bytes of each parameter: quantisation takes the weights of all linears but the head."""
-    from torch import nn
-
+def _held_bytes(model: nn.Module, quantise: str, width: int) -> float:
+    """Bytes of all parameters: quantisation takes the weights of all linears but the head."""
     head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     small = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear) and part is not head}
-    return {
-        name: parameter.numel() * (QUANTISED_BYTES.get(quantise, width) if id(parameter) in small else width)
-        for name, parameter in model.named_parameters()
-    }
+    return sum(
+        parameter.numel() * (QUANTISED_BYTES.get(quantise, width) if id(parameter) in small else width)
+        for parameter in model.parameters()
+    )

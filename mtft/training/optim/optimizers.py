@@ -23,16 +23,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers.training_args import OptimizerNames, TrainingArguments
 
 from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
 from mtft.recipe.schema.recipe import Recipe
-
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
-    from transformers import TrainingArguments
+from mtft.training.optim.muon_adamw import MuonAdamW
 
 ALIASES = {
     "adamw": "adamw_torch",
@@ -57,8 +57,6 @@ _EIGHT_BIT = {"adamw": 2.0, "ademamix": 3.0, "lion": 1.0, "rmsprop": 1.0}
 
 def known_optimizers() -> list[str]:
     """Every name that `train.optimizer` takes."""
-    from transformers.training_args import OptimizerNames
-
     names = {name.value for name in OptimizerNames} | ALIASES.keys() | {MUON}
     return sorted(name for name in names if _refusal(name) is None)
 
@@ -79,11 +77,8 @@ def optimizer_name(name: str) -> str:
     name = ALIASES.get(name, name)
     package = _package(name)
     if package is not None and find_spec(package[0]) is None:
-        raise UserError(
-            f"train.optimizer: {name} needs the package {package[0]}",
-            where="train.optimizer",
-            do=f"{package[1]}",
-        )
+        what = f"train.optimizer: {name} needs the package {package[0]}"
+        raise UserError(what, where="train.optimizer", do=package[1])
     return name
 
 
@@ -169,9 +164,8 @@ def _lora_plus(model: nn.Module, *, args: TrainingArguments, ratio: float) -> Op
 
 def _muon(model: nn.Module, *, args: TrainingArguments) -> Optimizer:
     """Muon for the hidden matrices; AdamW for embeddings, head, norms and biases, as its authors do."""
-    from mtft.training.optim.muon_adamw import MuonAdamW
-
-    outside = {id(part.weight) for part in _ends(model)}
+    ends: Any = (model.get_input_embeddings(), model.get_output_embeddings())  # pyright: ignore[reportCallIssue]
+    outside = {id(part.weight) for part in ends if part is not None}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() == 2 and id(parameter) not in outside]
     chosen = {id(parameter) for parameter in matrices}
@@ -182,7 +176,3 @@ def _muon(model: nn.Module, *, args: TrainingArguments) -> Optimizer:
         weight_decay=args.weight_decay,
         betas=(args.adam_beta1, args.adam_beta2),
     )
-
-
-def _ends(model: Any) -> list[Any]:
-    return [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]

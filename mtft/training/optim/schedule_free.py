@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from transformers.trainer_callback import TrainerCallback
 
 
-class ScheduleFreePoint(TrainerCallback):
-    """Puts the optimizer where it trains before the first step (after a checkpoint was loaded: it is there already)."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kwargs["optimizer"].train()
+def begin_training(optimizer: Any) -> None:
+    """Before the first step: the parameters become those to train (after a checkpoint was loaded they are already)."""
+    if any("train_mode" in group for group in _groups(optimizer)):
+        optimizer.train()
 
 
 @contextmanager

@@ -22,17 +22,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from mtft.common.atomic_io import finite, write_text
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mtft.data.batching.batches import StepContent
+from mtft.data.batching.batches import StepContent
 
 METRICS, EVALS = "metrics.jsonl", "eval.jsonl"
 

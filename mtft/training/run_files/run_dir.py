@@ -18,26 +18,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from data_mixers.mixture.mixture import Mixture
+from data_mixers.plan.realized import realized_spans
+from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.atomic_io import write_json, write_text
 from mtft.common.errors import UserError
 from mtft.distributed.launch import world_size
+from mtft.recipe.load import dump_recipe, load_recipe
 from mtft.recipe.schema.recipe import Recipe
 
 RECIPE, RESULT, SCORES = "recipe.yaml", "result.json", "scores"
 # What may differ when a run goes on: it changes what is written and shown, never the weights.
-_FREE = (
-    "name",
-    "output",
-    "sweep",
-    "merge",
-    "fuse",
-    "run",
-    "train.eval_every",
-    "train.eval_on_start",
-    "train.max_bad_steps",
-)
+_FREE = ("name", "output", "sweep", "merge", "fuse", "run")
+_FREE += ("train.eval_every", "train.eval_on_start", "train.max_bad_steps")
 _PACKAGES = ("mtft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
-_EXTRAS = ("bitsandbytes", "deepspeed", "trl")
+_PACKAGES += ("bitsandbytes", "deepspeed", "trl")
 
 
 def check_recipe(run_dir: Path, recipe: Recipe) -> None:
@@ -45,8 +40,6 @@ def check_recipe(run_dir: Path, recipe: Recipe) -> None:
     path = run_dir / RECIPE
     if not path.is_file():
         return
-    from mtft.recipe.load import load_recipe
-
     before, now = _leaves(load_recipe(path, files=False)), _leaves(recipe)
     other = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
     if other:
@@ -76,8 +69,6 @@ def move_aside(run_dir: Path) -> None:
 
 def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, Any]) -> None:
     """recipe.yaml, env.json and plan.json, before the first step."""
-    from mtft.recipe.load import dump_recipe
-
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / RECIPE, dump_recipe(recipe))
     chosen = {"micro_batch_tokens": size} if (size := chosen_size(run_dir)) is not None else {}
@@ -87,10 +78,6 @@ def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, An
 
 def write_plan(run_dir: Path, recipe: Recipe, plan: Any) -> None:
     """plan.json. `changes`: the shares that mixture.online has decided, each with the first step that has them."""
-    from data_mixers.mixture.mixture import Mixture
-    from data_mixers.plan.realized import realized_spans
-    from data_mixers.plan.replanned import ReplannedPlan
-
     tasks = {row.pop("task"): row for row in plan.table()}
     about = {"steps": plan.steps, "batch": plan.batch, "unit": plan.unit, "style": recipe.train.batch_style}
     about |= {"tasks": tasks, "spans": realized_spans(plan)}
@@ -110,8 +97,7 @@ def environment() -> dict[str, Any]:
     """What the numbers of a run depend on beside its recipe and data."""
     import torch
 
-    versions = {name: _version(name) for name in (*_PACKAGES, *_EXTRAS)}
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    versions = {name: _version(name) for name in _PACKAGES}
     return {
         "versions": {name: value for name, value in versions.items() if value is not None},
         "python": platform.python_version(),
@@ -120,14 +106,13 @@ def environment() -> dict[str, Any]:
         "git": _git(),
         "processes": world_size(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
 
 
 def _leaves(recipe: Recipe) -> dict[str, Any]:
     """{dotted key: value} of everything that training depends on; tasks by name."""
     out: dict[str, Any] = {}
-
     decides = recipe.train.patience is not None or recipe.train.task_patience is not None
 
     def visit(node: Any, key: str) -> None:

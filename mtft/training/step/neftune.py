@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_callback import TrainerCallback
 
 from mtft.common.fingerprint import blake2b
 from mtft.data.batching.batch import Batch
@@ -26,7 +25,7 @@ from mtft.data.batching.batch import Batch
 class Neftune:
     """Hooked into the input embeddings of `model`; adds noise inside `on(batch)`, while the module is in training.
 
-    `step` is set before each optimizer step (`NoiseStep`).
+    `step` is set before each optimizer step.
     """
 
     def __init__(self, model: nn.Module, scale: float, seed: int) -> None:
@@ -67,13 +66,3 @@ class Neftune:
     def _key(self, ids_L: Tensor) -> int:
         text = f"{self.seed} {self.step} ".encode() + ids_L.numpy().tobytes()
         return int.from_bytes(blake2b(8, text).digest(), "little") >> 1
-
-
-class NeftuneStep(TrainerCallback):
-    """Tells the noise which optimizer step it is drawn for."""
-
-    def __init__(self, noise: Neftune) -> None:
-        self.noise = noise
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.noise.step = state.global_step + 1

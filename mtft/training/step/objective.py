@@ -10,24 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mtft.data.batching.batch import Batch
+from mtft.gradients.capture.task_gradients import TaskGradients
 from mtft.losses.orthogonality_penalty import adapter_orthogonality
 from mtft.losses.sample_weights import SampleWeights
 from mtft.losses.task_reduction import TaskCounts, TaskSums, coefficients, task_sums
 from mtft.losses.token_nll import token_nll
 from mtft.losses.validation_stream import ValidationStream
 from mtft.training.step.neftune import Neftune
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from mtft.gradients.capture.task_gradients import TaskGradients
-    from mtft.training.step.task_gradients import TaskGradientStep
+from mtft.training.step.task_gradients import TaskGradientStep
 
 
 @dataclass(frozen=True)

@@ -98,12 +98,6 @@ class TaskGradientStep:
                 where="loss.gradients.aggregator" if self.flat is None else "loss.gradients.flat",
                 do="launch one process or recipes/accelerate/ddp.yaml, or use loss.balancer: {name: lagged}",
             )
-        if self.direct and self.halves is not None:
-            raise UserError(
-                "split measures inner products only; an aggregator (or flat) needs the very gradients that it mixes",
-                where="loss.gradients.split",
-                do="take split out, or loss.gradients.aggregator and flat",
-            )
         if self.direct or gram_every is not None or self.every is not None:
             self.taps = TaskGradients(
                 model,
@@ -253,12 +247,6 @@ def make_task_gradient_step(
     loss = recipe.loss
     if loss.gradients is None and gram_every is None:
         return None
-    if loss.orthogonal > 0:
-        raise UserError(
-            "loss.orthogonal is a penalty on the weights: it belongs to no task, and task gradients would lack it",
-            where="loss.orthogonal",
-            do="set it to 0, or train without loss.gradients and with a balancer that works from losses",
-        )
     return TaskGradientStep(
         model,
         recipe.task_names,

@@ -13,6 +13,7 @@ from mtft.recipe.load import dump_recipe
 from mtft.training.callbacks.early_stopping import EarlyStopping
 from mtft.training.run_files.run_dir import check_recipe
 from mtft.training.run_training import train
+from tests.training.conftest import lines
 from tests.training.test_run_training import kill_at_step, picture, recipe_in, run
 
 TASKS = ("a", "b")
@@ -85,7 +86,7 @@ def test_a_run_ends_early_and_hands_over_the_best(few_rows, tmp_path):
         return recipe.model_copy(update={"output": recipe.output.model_copy(update={"export": "best"})})
 
     result = train(with_best(tmp_path / "run"), quiet=True, prove=False)
-    evals = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
+    evals = lines(tmp_path / "run", "eval.jsonl")
     means = {line["step"]: sum(task["loss"] for task in line["tasks"].values()) / 3 for line in evals}
     best = min(means, key=means.get)
     content = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -121,11 +122,10 @@ def test_a_dropped_task_stays_dropped_when_a_run_goes_on(few_rows, tmp_path):
 
     train(recipe(tmp_path / "run"), quiet=True, prove=False)
     content = json.loads((tmp_path / "run" / "result.json").read_text())
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert content["dropped_tasks"]
     for task, step in content["dropped_tasks"].items():
-        assert {line["tasks"][task]["weight"] for line in lines if line["step"] > step} <= {0.0}
-    for line in lines:
+        assert {line["tasks"][task]["weight"] for line in lines(tmp_path / "run") if line["step"] > step} <= {0.0}
+    for line in lines(tmp_path / "run"):
         shares = [values["loss_share"] for values in line["tasks"].values()]
         assert sum(shares) == pytest.approx(1)
     middle = min(content["dropped_tasks"].values()) + 2

@@ -8,6 +8,7 @@ from mtft.common.atomic_io import finite
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_files.metrics_log import EVALS, METRICS, MetricsLog, flat
 from mtft.training.run_training import train
+from tests.training.conftest import lines
 
 
 def line(step, loss=1.0):
@@ -71,7 +72,7 @@ def test_tracker_gets_every_step_by_task(recipe, tmp_path):
     train(Recipe.model_validate({**recipe, "output": output}), quiet=True, prove=False)
     (folder,) = {path.parent for path in (tmp_path / "run").rglob("events.*")}
     events = EventAccumulator(str(folder)).Reload()
-    written = [json.loads(text) for text in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    written = lines(tmp_path / "run", METRICS)
     found = events.Scalars("train/copy/loss")
     assert [event.step for event in found] == [step["step"] for step in written]
     assert [event.value for event in found] == pytest.approx([step["tasks"]["copy"]["loss"] for step in written])

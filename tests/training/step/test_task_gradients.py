@@ -12,6 +12,7 @@ from mtft.common.errors import UserError
 from mtft.data.planning import make_plan
 from mtft.gradients.aggregators import Aggregator
 from mtft.gradients.gramian import gram
+from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.schema.loss import GradientSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
@@ -22,7 +23,8 @@ from mtft.training.trainer import build_trainer
 from mtft.training.trainer_parts import read_training_inputs
 from mtft.training.training_arguments import training_arguments
 from tests.slow import slow
-from tests.training.conftest import write_model
+from tests.training import test_trainer
+from tests.training.conftest import lines, write_model
 
 TASKS = ("copy", "twice", "shout")
 LORA = {"r": 4, "alpha": 8, "init": "orthogonal"}  # both factors have a gradient from the first step on
@@ -30,19 +32,10 @@ LORA = {"r": 4, "alpha": 8, "init": "orthogonal"}  # both factors have a gradien
 
 def trainer_for(recipe, tmp_path, *, steps=6, callback=None, **changes):
     settings = {**recipe["train"], "steps": steps, "warmup": 0, **changes.pop("train", {})}
-    whole = Recipe.model_validate({**recipe, "lora": LORA, **changes, "train": settings})
-    inputs = read_training_inputs(whole)
-    plan = make_plan(whole, inputs.stores)
-    args = training_arguments(whole, tmp_path, steps=plan.steps, evaluates=False, saves=False)
-    log = MetricsLog(tmp_path, steps=plan.steps, quiet=True)
-    trainer = build_trainer(whole, inputs, plan, load_for_training(whole), args, log=log)
+    trainer, *_ = test_trainer.trainer_for(recipe, tmp_path, **{"lora": LORA, **changes, "train": settings})
     if callback is not None:
         trainer.add_callback(callback)
     return trainer
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(trainer):
@@ -339,8 +332,9 @@ def refused(recipe, **changes):
 def test_refusals(recipe, monkeypatch):
     assert "DoraLinearVariant" in refused(recipe, lora={"r": 4, "dora": True}, loss={"gradients": MEASURED}).what
     assert "Embedding" in refused(recipe, lora=None, loss={"gradients": MEASURED}).what
-    penalty = refused(recipe, loss={"gradients": MEASURED, "orthogonal": 0.1})
-    assert "belongs to no task" in penalty.what
+    penalty = {**recipe, "loss": {"gradients": MEASURED, "orthogonal": 0.1}}
+    with pytest.raises(UserError, match="belongs to no task"):
+        check_compatibility(Recipe.model_validate(penalty), stage="train")
     assert "upgrad" in refused(recipe, loss={"gradients": {"aggregator": "upgrade"}}).what
     momentum = {"aggregator": "sam_gs", "options": {"gamma": 0.7}, "flat": {"name": "f_mtl"}}
     assert "mixes two sets" in refused(recipe, loss={"gradients": momentum}).what

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,24 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     return _absolute(recipe, base)
 
 
+def recipe_of_values(values: dict[str, Any], origins: Mapping[str, str], where: str) -> Recipe:
+    """A recipe made by a program. origins: what its user calls each section; where: what they called.
+
+    Raises UserError with all problems, each by the user's name of it.
+    """
+    source = YamlSource(Path(where), values, {(section,): name for section, name in origins.items()})
+    problems: list[YamlProblem] = []
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems += explain(error, source)
+    problems += check_source(source)
+    if problems or recipe is None:
+        raise _as_error(problems, source)
+    return recipe
+
+
 def _as_error(problems: Sequence[YamlProblem], source: YamlSource) -> UserError:
     """One error for all problems, in the order of the file."""
 
@@ -74,7 +92,7 @@ def _as_error(problems: Sequence[YamlProblem], source: YamlSource) -> UserError:
 
     if len(distinct) == 1:
         origin = source.origin(distinct[0].path)
-        place = f"{source.file}, {origin}" if origin.startswith("line") else f"command line, {origin}"
+        place = f"command line, {origin}" if origin.startswith("override") else f"{source.file}, {origin}"
         key = source.show(distinct[0].path)
         return UserError(
             sentence(distinct[0]), where=f"{place}, key {key}" if key else place, do=distinct[0].do or None

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
+from mtft.recipe.load import recipe_of_values
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.run_files.run_dir import RECIPE
 from mtft.training.transformers_arguments import read_transformers_arguments
 
 Rows = Iterable[Mapping[str, Any]]
@@ -42,14 +42,26 @@ def recipe_of_datasets(
     """The recipe of `MultiTaskTrainer.from_datasets`, with the rows written where it says; examples in a step, or None.
 
     Raises:
-        UserError: for bad input.
+        UserError: for bad input, or rows that would replace those of another run.
     """
     if not isinstance(datasets, Mapping) or not datasets:
         raise UserError("datasets must be {task: rows}", where="datasets", do='for example {"sql": sql_rows}')
+    if not isinstance(eval_datasets, Mapping | None):
+        raise UserError(
+            "eval_datasets must be {task: rows}", where="eval_datasets", do='such as {"sql": held_out_rows}'
+        )
     held_out = dict(eval_datasets or {})
     if unknown := [name for name in held_out if name not in datasets]:
         raise UserError(f"no task {unknown[0]!r}", where="eval_datasets", do=f"tasks: {', '.join(datasets)}")
+    sections = dict(sections or {})
+    for name, argument in (("tasks", "datasets"), ("mixture", "shares")):
+        values = sections.get(name)
+        if values is not None and (name == "tasks" or (isinstance(values, Mapping) and "shares" in values)):
+            raise UserError(f"{name} is said twice", where=name, do=f"say it with {argument} only")
     content, examples = _settings(args)
+    if not held_out and content["train"].get("eval_every"):
+        what = "evaluations are asked for, and there are no held-out rows"
+        raise UserError(what, where="eval_datasets", do="give eval_datasets, or leave eval_every (eval_strategy) out")
     run_dir = Path(content["output"].setdefault("dir", "runs/from_datasets"))
     content["name"] = run_dir.name
     if isinstance(model, str | Path):
@@ -57,35 +69,51 @@ def recipe_of_datasets(
     if isinstance(model, Mapping):
         content["model"] |= model
     else:
-        path = str(model.config._name_or_path)
-        if not path and tokenizer is None:
-            raise UserError("the model does not say where its tokenizer is", where="tokenizer", do="give the tokenizer")
-        content["model"]["path"] = path or type(model).__name__
+        content["model"]["path"] = _check_loaded(model, tokenizer, sections)
         if not hasattr(model, "peft_config"):
             content["lora"] = None  # the model as it is; what requires gradients is trained
-    content["mixture"] = {"shares": shares if isinstance(shares, str) else dict(shares)}
+    content["mixture"] = {"shares": dict(shares) if isinstance(shares, Mapping) else shares}
+    texts = {}
     content["tasks"] = []
     for name, rows in datasets.items():
-        task = {"name": name, "data": str(_write_rows(run_dir, name, "train", rows))}
+        task = {"name": name, "data": str(_path(run_dir, name, "train"))}
+        texts[Path(task["data"])] = _as_jsonl(rows, name, "datasets")
         if name in held_out:
-            task["eval_data"] = str(_write_rows(run_dir, name, "eval", held_out[name]))
+            task["eval_data"] = str(_path(run_dir, name, "eval"))
+            texts[Path(task["eval_data"])] = _as_jsonl(held_out[name], name, "eval_datasets")
         content["tasks"].append(task)
-    for section, values in (sections or {}).items():
-        content[section] = {**content[section], **values} if content.get(section) else values
-    try:
-        return Recipe.model_validate(content), examples
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        do = "args takes output_dir, seed and the keys of the recipe's train section (docs/recipe.md)"
-        raise UserError(f"the arguments are no valid recipe: {first['msg']}", where=where, do=do) from error
+    for section, values in sections.items():
+        both = isinstance(values, Mapping) and content.get(section)
+        content[section] = {**content[section], **values} if both else values
+    said = {"train": "args", "seed": "args", "output": "args", "tasks": "datasets", "mixture": "shares"}
+    origins = {section: said.get(section, section) for section in content}
+    recipe = recipe_of_values(content, origins, "from_datasets")
+    for path, text in texts.items():  # every rank puts the same bytes in place, so none waits
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        if path.is_file() and (run_dir / RECIPE).is_file():
+            what = f"the folder holds a run on other rows ({path.name} differs)"
+            raise UserError(what, where=str(run_dir), do="give another output_dir, or move the folder away")
+        write_text(path, text)
+    return recipe, examples
 
 
 def _settings(args: Any) -> tuple[dict[str, Any], int | None]:
     """Sections of the recipe, and the examples of a step if they are counted, of a dict or a TrainingArguments."""
-    if args is not None and not isinstance(args, Mapping):
+    if hasattr(args, "per_device_train_batch_size"):
         return read_transformers_arguments(args)
-    train = {_ALIASES.get(name, name): value for name, value in (args or {}).items()}
+    if args is not None and not isinstance(args, Mapping):
+        raise UserError(
+            f"args is a {type(args).__name__}", where="args", do='give {"max_steps": 100, ...} or a TrainingArguments'
+        )
+    train: dict[str, Any] = {}
+    for name, value in (args or {}).items():
+        key = str(_ALIASES.get(name, name))
+        if key in train:
+            raise UserError(
+                f"{name} is said twice: it is the same as {key}", where=f"args.{name}", do="keep one of them"
+            )
+        train[key] = value
     output = {"dir": str(train.pop("output_dir"))} if "output_dir" in train else {}
     content = {"model": {}, "output": output, **({"seed": train.pop("seed")} if "seed" in train else {})}
     if "steps" not in train and "epochs" not in train:
@@ -93,22 +121,49 @@ def _settings(args: Any) -> tuple[dict[str, Any], int | None]:
     return {**content, "train": train}, None
 
 
-def _write_rows(run_dir: Path, task: str, split: str, rows: Rows) -> Path:
-    """<run_dir>/data/<task>.<split>.jsonl, absolute. Every rank puts the same bytes in place, so none waits."""
+def _check_loaded(model: Any, tokenizer: Any, sections: Mapping[str, Any]) -> str:
+    """Where a loaded model is from."""
+    if not hasattr(model, "config") or not hasattr(model, "parameters"):
+        raise UserError(f"model is a {type(model).__name__}", where="model", do="give a path, a hub name or a model")
+    if sections.get("lora"):
+        do = "give the model's path and lora, or a PeftModel without lora"
+        raise UserError("lora is for a model that is loaded here, and this one is loaded already", where="lora", do=do)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        do = "for a saved adapter: PeftModel.from_pretrained(base, folder, is_trainable=True)"
+        raise UserError("nothing in the model requires gradients", where="model", do=do)
+    path = str(model.config._name_or_path)
+    if not path and tokenizer is None:
+        raise UserError("the model does not say where its tokenizer is", where="tokenizer", do="give the tokenizer")
+    return path or type(model).__name__
+
+
+def _path(run_dir: Path, task: str, split: str) -> Path:
+    return (run_dir / "data" / f"{task}.{split}.jsonl").absolute()
+
+
+def _as_jsonl(rows: Rows, task: str, argument: str) -> str:
+    """The rows as JSON lines; the labels of a data set's ClassLabel columns by their names."""
+    where = f"{argument}.{task}"
+    example = 'give a datasets.Dataset or dicts, such as {"prompt": "...", "response": "..."} or {"messages": [...]}'
+    if isinstance(rows, Mapping | str) or not isinstance(rows, Iterable):
+        raise UserError(f"the rows of task {task} are a {type(rows).__name__}", where=where, do=example)
+    features = getattr(rows, "features", None) or {}
+    labels = {column: feature.names for column, feature in features.items() if hasattr(feature, "int2str")}
     lines = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             what = f"row {number} of task {task} is a {type(row).__name__}, not a dict of columns"
-            do = 'give rows such as {"prompt": "...", "response": "..."} or {"messages": [...]}'
-            raise UserError(what, where=f"datasets.{task}", do=do)
-        try:
-            lines.append(json.dumps(dict(row), ensure_ascii=False))
-        except TypeError as error:
-            raise UserError(
-                f"row {number} of task {task} can't be written as JSON: {error}", where=f"datasets.{task}"
-            ) from error
+            raise UserError(what, where=where, do=example)
+        named = {column: names[row[column]] for column, names in labels.items() if isinstance(row[column], int)}
+        for column, value in row.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                what = f"row {number} of task {task}, column {column!r}, can't be written as JSON: {error}"
+                raise UserError(
+                    what, where=where, do="turn it into text or a number, or leave the column out"
+                ) from error
+        lines.append(json.dumps({**row, **named}, ensure_ascii=False))
     if not lines:
-        raise UserError(f"task {task} has no rows", where=f"datasets.{task}")
-    path = (run_dir / "data" / f"{task}.{split}.jsonl").absolute()
-    write_text(path, "\n".join(lines) + "\n")
-    return path
+        raise UserError(f"task {task} has no rows", where=where, do=example)
+    return "\n".join(lines) + "\n"

@@ -13,17 +13,23 @@ from typing import Any, Self
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput
 
+from mtft.common.errors import UserError
 from mtft.data.planning import batch_tokens_of, make_plan
 from mtft.distributed.launch import is_main_process
 from mtft.evaluation.task_scores import TaskScores
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
+from mtft.training.callbacks.best_weights import BestWeights, load_best_weights
+from mtft.training.callbacks.early_stopping import EarlyStopping
 from mtft.training.checkpoint.checkpoint import RunState, load_random_state, load_state, load_weights, save
 from mtft.training.from_datasets import Rows, recipe_of_datasets
+from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
 from mtft.training.optim.schedule_free import evaluation_weights
 from mtft.training.run_files.metrics_log import MetricsLog, flat
-from mtft.training.trainer_parts import TrainerParts, read_training_inputs, trainer_parts
+from mtft.training.run_files.run_dir import check_recipe, read_result_file
+from mtft.training.trainer_parts import TrainerParts, read_training_inputs, start_run_dir, trainer_parts
 from mtft.training.training_arguments import training_arguments
 
 
@@ -38,7 +44,9 @@ class RunTrainer(Trainer):
     model: nn.Module
     identity: dict[str, Any]
     keep: int
+    keep_best: bool = False
     optimizer: Any
+    stopping: EarlyStopping
     run_log: MetricsLog
     evaluations: dict[int, dict[str, TaskScores]]
     _score: Callable[[nn.Module], dict[str, TaskScores]] | None
@@ -111,17 +119,41 @@ class RunTrainer(Trainer):
         if examples is not None:
             tokens = batch_tokens_of(recipe, inputs.stores, examples)
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_tokens": tokens})})
-        plan = make_plan(recipe, inputs.stores)
         run_dir = Path(recipe.output.dir)
-        if is_main_process():
-            run_dir.mkdir(parents=True, exist_ok=True)
-        log = MetricsLog(run_dir if is_main_process() else None, steps=plan.steps, quiet=True)
+        check_recipe(run_dir, recipe)
+        if read_result_file(run_dir) is not None:
+            do = "give another output directory, or move the folder away"
+            raise UserError("the folder holds a finished run", where=str(run_dir), do=do)
+        plan = make_plan(recipe, inputs.stores)
+        log = MetricsLog(run_dir if is_main_process() else None, steps=plan.steps, quiet=not is_main_process())
+        for store in inputs.stores:
+            for line in store.warnings():
+                log.say(f"warning: {line}")
         saves = recipe.output.save_every is not None
         args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=saves)
+        args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start
+        start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, fresh=False)
         model = load_for_training(recipe) if model is None else model
-        trainer = cls.from_parts(model, args, trainer_parts(recipe, inputs, plan, model, args, log=log))
+        sized = recipe
+        if recipe.train.micro_batch_tokens == "auto":
+            sized = with_auto_micro_batch(recipe, model, inputs, before=None, say=log.say)
+        trainer = cls.from_parts(model, args, trainer_parts(sized, inputs, plan, model, args, log=log))
         trainer.processing_class = inputs.tokenizer  # saved with the model
+        trainer.keep_best = recipe.output.export == "best"
+        trainer.add_callback(BestWeights(trainer, keep_best=trainer.keep_best))
         return trainer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains to the end, from the start or from a checkpoint (True: the last one of the run's folder).
+
+        With output.export: best the model has the weights of the best evaluation then.
+        """
+        if resume_from_checkpoint:
+            self.args.eval_on_start = False
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.keep_best:
+            load_best_weights(self, "best")
+        return output
 
     @property
     def run_dir(self) -> Path:

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from mtft.common.errors import UserError
 from mtft.distributed.launch import world_size
+from mtft.recipe.schema.train import TrainSection
 
 _SAME = {  # setting of transformers -> key of the recipe, with the same meaning
     "learning_rate": "train.learning_rate",
@@ -29,22 +30,23 @@ _SAME = {  # setting of transformers -> key of the recipe, with the same meaning
 }
 _OPTIONAL = {  # the same where they are set
     "neftune_noise_alpha": "train.neftune",
-    "save_total_limit": "output.keep",
     "max_length": "train.max_length",
     "packing": "train.packing",
 }
+KEEP_ALL = 1_000_000
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay")
 _TRANSLATED = (
     *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("lr_scheduler_type", "optim", "bf16", "fp16", "report_to", "gradient_checkpointing", "truncation_mode"),
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "activation_checkpointing_kwargs"),
     "gradient_checkpointing_kwargs",
+    "save_total_limit",
 )
 # How it is logged, loaded and spread over devices: decided by mtft and accelerate, and the result is the same.
 _NO_SAY = ("logging", "log_", "dataloader", "ddp_", "run_name", "disable_tqdm", "project", "trackio", "use_cpu", "do_")
 _NO_SAY += ("per_device_eval", "padding_free", "dataset_num_proc", "remove_unused_columns", "use_cache", "local_rank")
 _NO_SAY += ("include_num_input_tokens", "skip_memory", "average_tokens", "prediction_loss_only", "label_names", "tf32")
-_NO_SAY += ("pad_to_multiple_of", "shuffle_dataset", "accelerator_config", "auto_find_batch_size", "packing_strategy")
+_NO_SAY += ("pad_to_multiple_of", "shuffle_dataset", "accelerator_config", "packing_strategy")
 
 
 def read_transformers_arguments(args: TrainingArguments) -> tuple[dict[str, Any], int | None]:
@@ -58,9 +60,9 @@ def read_transformers_arguments(args: TrainingArguments) -> tuple[dict[str, Any]
     """
     _refuse_unknown(args)
     sections: dict[str, Any] = {"train": {}, "loss": {}, "output": {}, "model": {}}
-    settings = {key: getattr(args, name) for name, key in _SAME.items()}
-    settings |= {key: getattr(args, name) for name, key in _OPTIONAL.items() if getattr(args, name, None) is not None}
-    for key, value in settings.items():
+    translated = {key: getattr(args, name) for name, key in _SAME.items()}
+    translated |= {key: getattr(args, name) for name, key in _OPTIONAL.items() if getattr(args, name, None) is not None}
+    for key, value in translated.items():
         section, _, name = key.rpartition(".")
         (sections[section] if section else sections)[name] = value
     train, output = sections["train"], sections["output"]
@@ -74,10 +76,16 @@ def read_transformers_arguments(args: TrainingArguments) -> tuple[dict[str, Any]
         raise UserError(f"schedule {schedule!r} is not offered", where="args.lr_scheduler_type", do=do)
     train["schedule"] = "wsd" if schedule == "warmup_stable_decay" else schedule
     train["optimizer"] = _value(args.optim)
-    train["too_long"] = "truncate_left" if getattr(args, "truncation_mode", "") == "keep_end" else "truncate_right"
+    settings = vars(args)
+    if "max_length" in settings:  # an SFTConfig
+        if settings["max_length"] is None:
+            do = "give the longest length in tokens; what is longer is counted and reported"
+            raise UserError("rows of any length are not offered", where="args.max_length", do=do)
+        train["too_long"] = "truncate_left" if settings["truncation_mode"] == "keep_end" else "truncate_right"
     sections["model"]["dtype"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    output["trackers"] = tuple(args.report_to or ())
+    output["trackers"] = list(args.report_to or ())
     output["dir"] = args.output_dir
+    output["keep"] = args.save_total_limit or KEEP_ALL
     for name, section, key in (("eval", train, "eval_every"), ("save", output, "save_every")):
         strategy, every = _value(getattr(args, f"{name}_strategy")), getattr(args, f"{name}_steps")
         if strategy == "steps" and every is not None and every >= 1:
@@ -87,7 +95,7 @@ def read_transformers_arguments(args: TrainingArguments) -> tuple[dict[str, Any]
             do = f'"no", or "steps" with {name}_steps a number of optimizer steps'
             raise UserError(what, where=f"args.{name}_strategy", do=do)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
-    max_length = train.setdefault("max_length", 1024)
+    max_length = train.get("max_length", TrainSection.model_fields["max_length"].default)
     train["micro_batch_tokens"] = args.per_device_train_batch_size * max_length
     train["batch_tokens"] = rows * max_length
     return sections, None if getattr(args, "packing", False) else rows

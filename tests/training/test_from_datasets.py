@@ -2,11 +2,12 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import SFTConfig
@@ -112,6 +113,85 @@ def test_examples_of_transformers_arguments(recipe, rows, tmp_path):
     assert {sum(task["examples"] for task in line["tasks"].values()) for line in lines(tmp_path)} == {12}
 
 
+ROWS = [{"prompt": "a", "response": "b"}]
+
+
+def test_another_run_in_the_folder_is_left_alone(recipe, rows, tmp_path):
+    """Other settings or other rows are refused before anything is written; the same run goes on."""
+    args = {**settings(recipe, tmp_path / "run"), "learning_rate": 1e-3}
+    build = partial(MultiTaskTrainer.from_datasets, recipe["model"], output={"save_every": 2})
+    build(rows, args=args).train()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.jsonl")}
+    with pytest.raises(UserError, match="another recipe"):
+        build(rows, args={**args, "learning_rate": 2e-3})
+    with pytest.raises(UserError, match="other rows"):
+        build({**rows, "copy": rows["copy"][:-1]}, args=args)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.jsonl")} == before
+    whole = lines_of(tmp_path / "run")
+    build(rows, args=args).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert lines_of(tmp_path / "run") == whole
+
+
+def test_held_out_losses_decide(recipe, rows, tmp_path, capfd):
+    """patience ends the run, and the model has the weights of the best evaluation; long rows are told."""
+    long = {"prompt": "copy: " + "red " * 40, "response": "red"}
+    trainer = MultiTaskTrainer.from_datasets(
+        recipe["model"],
+        {**rows, "copy": [*rows["copy"], long]},
+        args={**settings(recipe, tmp_path), "max_steps": 8, "eval_every": 1, "patience": 2, "learning_rate": 3.0},
+        eval_datasets={task: of_task[:8] for task, of_task in rows.items()},
+        output={"export": "best"},
+    )
+    trainer.train()
+    evaluated = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert evaluated[0]["step"] == 0
+    assert trainer.state.global_step < 8
+    best = min(evaluated, key=lambda line: sum(task["loss"] for task in line["tasks"].values()))
+    scores = trainer._score(trainer.model)
+    assert {task: of_task.summary()["loss"] for task, of_task in scores.items()} == pytest.approx(
+        {task: values["loss"] for task, values in best["tasks"].items()}, rel=1e-5
+    )
+    assert "of 61 rows" in capfd.readouterr().err
+
+
+def test_labels_are_learnt_by_their_names(tmp_path):
+    features = Features({"prompt": Value("string"), "response": ClassLabel(names=["neg", "pos"])})
+    data = Dataset.from_dict({"prompt": ["good", "bad"], "response": [1, 0]}, features=features)
+    recipe, _ = recipe_of_datasets("model", {"mood": data}, args={"max_steps": 1, "output_dir": str(tmp_path)})
+    written = [json.loads(line) for line in Path(recipe.tasks[0].data).read_text().splitlines()]
+    assert [row["response"] for row in written] == ["pos", "neg"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"shares": {"sql": 1.0}}, "chat"),
+        ({"shares": {"sql": 0.5, "chatt": 0.5}}, "did you mean chat"),
+        ({"shares": {"sql": 0.5, "chat": 0.6}}, "1.1"),
+        ({"shares": "unifrom"}, "uniform"),
+        ({"mixture": {"shares": "uniform"}}, "said twice"),
+        ({"lorra": {"r": 8}}, "did you mean lora"),
+        ({"lora": {"rank": 8}}, "not a key of lora"),
+        ({"eval_datasets": [ROWS]}, "eval_datasets must be"),
+        ({"args": "runs/x"}, "args is a str"),
+        ({"model": None}, "model is a NoneType"),
+    ],
+)
+def test_mistakes_are_named(changed, says, tmp_path):
+    given = {"model": "model", "args": {"max_steps": 1, "output_dir": str(tmp_path)}, **changed}
+    with pytest.raises(UserError, match=says):
+        MultiTaskTrainer.from_datasets(given.pop("model"), {"sql": ROWS, "chat": ROWS}, **given)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_model_in_which_nothing_is_trained(recipe, rows, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(recipe["model"]["path"]).requires_grad_(False)
+    with pytest.raises(UserError, match="requires gradients"):
+        MultiTaskTrainer.from_datasets(model, rows, args=settings(recipe, tmp_path))
+    with pytest.raises(UserError, match="loaded already"):
+        MultiTaskTrainer.from_datasets(model, rows, args=settings(recipe, tmp_path), lora={"r": 4})
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_sft_config(packing, tmp_path):
     """Every setting that was changed arrives."""
@@ -142,7 +222,8 @@ def test_sft_config(packing, tmp_path):
         seed=3,
         logging_steps=1,
     )
-    recipe, examples = recipe_of_datasets("model", {"a": [{"prompt": "x", "response": "y"}]}, args=config)
+    rows = {"a": [{"prompt": "x", "response": "y"}]}
+    recipe, examples = recipe_of_datasets("model", rows, args=config, eval_datasets=rows)
     assert examples == (None if packing else 8)
     train = recipe.train
     assert train.batch_tokens == 512
@@ -200,7 +281,15 @@ def test_the_example_of_the_readme(recipe, rows, tmp_path, monkeypatch):
         ({"sql": ["text"]}, {"max_steps": 1}, "not a dict"),
         ({"sql": [{"prompt": object()}]}, {"max_steps": 1}, "JSON"),
         ({"sql": [{"prompt": "a", "response": "b"}]}, {}, "how long"),
-        ({"sql": [{"prompt": "a", "response": "b"}]}, {"max_steps": 1, "learning_rat": 1.0}, "no valid recipe"),
+        (
+            {"sql": [{"prompt": "a", "response": "b"}]},
+            {"max_steps": 1, "learning_rat": 1.0},
+            "did you mean learning_rate",
+        ),
+        ({"sql": ROWS}, {"max_steps": 1, "steps": 1}, "said twice"),
+        ({"sql": ROWS}, {"max_steps": 1, "eval_every": 1}, "no held-out rows"),
+        ({"sql": {"prompt": ["a"]}}, {"max_steps": 1}, "are a dict"),
+        ({"sql": None}, {"max_steps": 1}, "are a NoneType"),
     ],
 )
 def test_errors_for_people(rows, args, says, tmp_path):

@@ -48,7 +48,7 @@ def summarize_data(
         held_out = open_stores(recipe, tokenizer, "eval", cache_dir=cache_dir)
     plan = plan or make_plan(recipe, stores)
     source = BatchSource(
-        stores,
+        stores,  # pyright: ignore[reportArgumentType]  (its lengths are a cached property)
         plan,
         micro_batch_tokens=recipe.train.rows_at_once,
         max_length=recipe.train.max_length,

@@ -9,27 +9,47 @@ takes the evaluation again and writes the same.
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
 from mtft.common.errors import UserError
 from mtft.distributed.collectives import barrier
 from mtft.distributed.sharding import trainable
 from mtft.evaluation.task_scores import TaskScores
+from mtft.training.callbacks.early_stopping import EarlyStopping
 from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir
 from mtft.training.optim.schedule_free import evaluation_weights, settle
-from mtft.training.trainer import MultiTaskTrainer
+from mtft.training.run_files.metrics_log import MetricsLog
 
 BEST, WEIGHTS = "best", "weights.safetensors"
+
+
+class EvaluatedRun(Protocol):
+    """What is used of the trainer here."""
+
+    model: nn.Module
+    optimizer: Any
+    args: Any
+    state: Any
+    stopping: EarlyStopping
+    run_log: MetricsLog
+    evaluations: dict[int, dict[str, TaskScores]]
+
+    @property
+    def run_dir(self) -> Path: ...
+
+    def evaluate(self) -> dict[str, float]: ...
 
 
 class BestWeights(TrainerCallback):
     """After each evaluation: keeps the best weights, drops tasks, ends the run, as `trainer.stopping` finds."""
 
-    def __init__(self, trainer: MultiTaskTrainer, *, keep_best: bool) -> None:
+    def __init__(self, trainer: EvaluatedRun, *, keep_best: bool) -> None:
         self.trainer, self.keep_best = trainer, keep_best
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -46,7 +66,7 @@ class BestWeights(TrainerCallback):
             control.should_save = args.save_strategy != "no"
 
 
-def save_best(trainer: MultiTaskTrainer, step: int, scores: dict[str, TaskScores]) -> None:
+def save_best(trainer: EvaluatedRun, step: int, scores: dict[str, TaskScores]) -> None:
     """Writes <run>/best. A collective call."""
     writer = bool(trainer.args.should_save)
     with atomic_checkpoint_dir(trainer.run_dir / BEST, writer=writer, barrier=barrier) as folder:
@@ -61,7 +81,7 @@ def save_best(trainer: MultiTaskTrainer, step: int, scores: dict[str, TaskScores
         (folder / "best.json").write_text(text, encoding="utf-8")
 
 
-def load_best_weights(trainer: MultiTaskTrainer, export: str) -> int:
+def load_best_weights(trainer: EvaluatedRun, export: str) -> int:
     """After training: puts the weights into the model that the run hands over; returns the step they are from.
 
     export: last, or best by the evaluations. The scores of that step stand in `trainer.evaluations` under the last.

@@ -48,7 +48,7 @@ def check_recipe(run_dir: Path, recipe: Recipe) -> None:
             "the folder holds a run of another recipe: " + "; ".join(shown) + (" ..." if len(other) > 8 else ""),
             where=str(run_dir),
             do="use the old values to continue it, give another output.dir, or --fresh to start over "
-            "(the old run is kept beside it)",
+            "(the old run is kept beside it; from Python: move the folder away)",
         )
 
 

@@ -262,7 +262,7 @@ def test_the_example_of_the_readme(recipe, rows, tmp_path, monkeypatch):
     """As it is printed, but for the model and the number of steps."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.S) if "from_datasets" in block]
-    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     Path("data/sql.train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows["copy"]))

@@ -8,14 +8,14 @@ The idea that the mapping is data and not code is tasksource's (Sileo 2023, arXi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
 from mtft.data.formats.formats import FORMATS
-from mtft.data.formats.messages import Conversation, RowError
+from mtft.data.formats.messages import Conversation, RowError, is_blank, refused_column
 from mtft.recipe.schema.task import TaskSection
 
 PROMPTS = ("prompt", "question", "query", "instruction", "input")
@@ -30,14 +30,23 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
+READ_ELSEWHERE = {"id"}  # columns that are read without a format: the row's name in reports
+
+
 @dataclass(frozen=True)
 class RowReader:
-    """What a task's `format` and `template` mean for its columns. Call it with a row."""
+    """What a task's `format` and `template` mean for its columns. Call it with a row.
+
+    Optional roles are looked for in every row, wherever in the file their column begins.
+    """
 
     name: str
     columns: dict[str, str]  # role -> column
     label_names: list[str] | None = None
     template: Any = None  # compiled Jinja template that makes the prompt (or the text)
+    template_columns: frozenset[str] = frozenset()
+    declared: bool = False  # the recipe writes the columns out: what it leaves out is left out on purpose
+    unseen: tuple[str, ...] = ()  # optional columns that the recipe names and the first rows don't have
 
     def __call__(self, row: Mapping[str, Any]) -> Conversation:
         """The conversation of a row; raises RowError."""
@@ -46,21 +55,33 @@ class RowReader:
         if self.template is not None:
             get["text" if self.name == "text" else "prompt"] = self.template(row)
         for role, column in self.columns.items():
-            if role == "label_names" and column not in row:
-                get[role] = column  # written in the recipe itself: "negative, positive"
-            elif column in row and (row[column] is not None or role in form.may):
+            if column in row and (row[column] is not None or role in form.may):
                 get[role] = row[column]
+            elif role == "label_names" and self.declared:
+                get[role] = column  # written in the recipe itself: "negative, positive"
             elif role not in form.may:
                 near = nearest(column, row)
                 hint = f"; nearest: {near!r}" if near else f"; the row has {', '.join(map(repr, list(row)[:8]))}"
                 raise RowError("is null" if column in row else f"missing{hint}", column)
         if self.label_names and "label_names" not in get:
             get["label_names"] = self.label_names
+        for column in () if self.declared else self.unread(row):
+            if (why := refused_column(column, row[column])) is not None:
+                do = "leave it out, or name the columns to read in tasks.*.format"
+                raise RowError(f"is not read, and would change what is learnt: {why} ({do})", column, row[column])
         try:
             return form.read(get)
         except RowError as error:  # say the user's column, not our role
             head, bracket, tail = (error.column or "").partition("[")
             raise RowError(error.what, self.columns.get(head, head) + bracket + tail, error.value) from None
+
+    @cached_property
+    def _read(self) -> frozenset[str]:
+        return self.template_columns | set(self.columns.values()) | READ_ELSEWHERE
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Columns of the row that hold something and that nobody reads."""
+        return [column for column in row.keys() - self._read if not is_blank(row[column])]
 
 
 def make_reader(
@@ -74,7 +95,8 @@ def make_reader(
     else:
         reader = _named(task, task.format, rows, columns, template)
     label = reader.columns.get("label")
-    return RowReader(reader.name, reader.columns, names_of(label) if label else None, template)
+    render, used = template or (None, frozenset())
+    return replace(reader, label_names=names_of(label) if label else None, template=render, template_columns=used)
 
 
 def _declared(task: TaskSection, declared: dict[str, str], columns: list[str], template: Any) -> RowReader:
@@ -99,7 +121,9 @@ def _declared(task: TaskSection, declared: dict[str, str], columns: list[str], t
     if missing:
         what = f"task {task.name}: no row has the column {_hinted(missing, columns)}"
         raise UserError(what, where=where, do=f"the columns are {', '.join(columns)}")
-    return RowReader(fitting[0], dict(declared))
+    optional = [c for role, c in declared.items() if role in FORMATS[fitting[0]].may and role != "label_names"]
+    unseen = tuple(column for column in optional if column not in columns)
+    return RowReader(fitting[0], dict(declared), declared=True, unseen=unseen)
 
 
 def _named(task: TaskSection, wanted: str, rows: Sequence[Mapping], columns: list[str], template: Any) -> RowReader:
@@ -116,7 +140,8 @@ def _named(task: TaskSection, wanted: str, rows: Sequence[Mapping], columns: lis
             what = f"task {task.name}: `template` makes the prompt, but where is the response?"
             do = f"write format: {{response: COLUMN}}; the columns are {', '.join(columns)}"
             raise UserError(what, where=where, do=do)
-        return RowReader("prompt_response", {"response": response})
+        beside = (role for role in FORMATS["prompt_response"].may if role not in template[1])
+        return RowReader("prompt_response", {"response": response} | {role: role for role in beside})
     # the first row that fits decides, so that one broken row at the top changes nothing
     candidates = [wanted] if wanted != "auto" else list(FORMATS)
     for row in rows:
@@ -126,7 +151,7 @@ def _named(task: TaskSection, wanted: str, rows: Sequence[Mapping], columns: lis
             if all(columns_of.values()):
                 mapping = {role: str(column) for role, column in columns_of.items()}
                 used = set(mapping.values())
-                mapping |= {role: role for role in form.may if role in columns and role not in used}
+                mapping |= {role: role for role in form.may if role not in used}
                 if name == "sharegpt" and _role_content(row.get(mapping["conversations"])):
                     return RowReader("messages", {"messages": mapping["conversations"]})
                 return RowReader(name, mapping)
@@ -168,7 +193,8 @@ def _role_content(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
-def _compile(task: TaskSection, columns: list[str]) -> Callable[[Mapping[str, Any]], str]:
+def _compile(task: TaskSection, columns: list[str]) -> tuple[Callable[[Mapping[str, Any]], str], frozenset[str]]:
+    """The template as a function of a row, and the columns that it reads."""
     from jinja2 import StrictUndefined, TemplateError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -180,11 +206,12 @@ def _compile(task: TaskSection, columns: list[str]) -> Callable[[Mapping[str, An
     except TemplateError as error:
         do = "columns stand in double braces: {{ column }}"
         raise UserError(f"the template cannot be parsed: {error}", where=where, do=do) from error
-    unknown = meta.find_undeclared_variables(tree) - set(columns) - set(environment.globals)
+    used = frozenset(meta.find_undeclared_variables(tree) - set(environment.globals))
+    unknown = used - set(columns)
     if unknown and columns:
         what = f"no row has the column {_hinted(sorted(unknown), columns)}"
         raise UserError(what, where=where, do=f"the columns are {', '.join(columns)}")
-    return partial(_render, compiled)
+    return partial(_render, compiled), used
 
 
 def _render(compiled: Any, row: Mapping[str, Any]) -> str:

@@ -13,7 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mtft.data.formats.messages import Conversation, RowError, as_messages, as_text, as_tools, from_sharegpt
+from mtft.data.formats.messages import (
+    Conversation,
+    Message,
+    RowError,
+    as_messages,
+    as_text,
+    as_tools,
+    history_turns,
+    with_system,
+)
 
 
 @dataclass(frozen=True)
@@ -25,34 +34,35 @@ class RowFormat:
     read: Callable[[Mapping[str, Any]], Conversation]
 
 
-def _messages(get: Mapping[str, Any]) -> Conversation:
-    return Conversation(as_messages(get["messages"], "messages"), as_tools(get.get("tools")))
+def _chat(column: str, **keys: str) -> Callable[[Mapping[str, Any]], Conversation]:
+    """The reader of a list of turns. keys: what `role` and `content` are called in it."""
 
+    def read(get: Mapping[str, Any]) -> Conversation:
+        return _conversation(get, as_messages(get[column], column, **keys))
 
-def _sharegpt(get: Mapping[str, Any]) -> Conversation:
-    turns = from_sharegpt(get["conversations"], "conversations", role="from", content="value")
-    return Conversation(_with_system(get, turns), as_tools(get.get("tools")))
-
-
-def _chat_rounds(get: Mapping[str, Any]) -> Conversation:
-    return Conversation(from_sharegpt(get["chat_rounds"], "chat_rounds", role="role", content="content"))
+    return read
 
 
 def _pair(get: Mapping[str, Any]) -> Conversation:
     prompt, response = get["prompt"], get["response"]
     if isinstance(prompt, list):  # conversational pairs: two lists of messages
         tail = response if isinstance(response, list) else [{"role": "assistant", "content": response}]
-        return Conversation(as_messages([*prompt, *tail], "prompt + response"), as_tools(get.get("tools")))
-    turns = [_user(as_text(prompt, "prompt")), _assistant(as_text(response, "response", empty=False))]
-    return Conversation(_with_system(get, turns))
+        return _conversation(get, as_messages([*prompt, *tail], "prompt + response"))
+    turns = (_user(as_text(prompt, "prompt")), _assistant(as_text(response, "response", empty=False)))
+    return _conversation(get, turns)
 
 
 def _alpaca(get: Mapping[str, Any]) -> Conversation:
     prompt = as_text(get["instruction"], "instruction")
     if get.get("input") is not None and (more := as_text(get["input"], "input")).strip():
         prompt = f"{prompt}\n\n{more}"
-    turns = [_user(prompt), _assistant(as_text(get["output"], "output", empty=False))]
-    return Conversation(_with_system(get, turns))
+    return _conversation(get, (_user(prompt), _assistant(as_text(get["output"], "output", empty=False))))
+
+
+def _conversation(get: Mapping[str, Any], turns: Sequence[Message]) -> Conversation:
+    """What may stand beside the turns: earlier ones, a system message, tools."""
+    turns = (*history_turns(get.get("history"), "history"), *turns)
+    return Conversation(with_system(get.get("system"), turns), as_tools(get.get("tools")))
 
 
 def _plain(get: Mapping[str, Any]) -> Conversation:
@@ -64,7 +74,7 @@ def _classification(get: Mapping[str, Any]) -> Conversation:
     prompt = as_text(get["text"], "text")
     if names:
         prompt = f"{prompt}\n\nOptions: {', '.join(names)}"
-    return Conversation((_user(prompt), _assistant(_label(get["label"], names))))
+    return _conversation(get, (_user(prompt), _assistant(_label(get["label"], names))))
 
 
 def _multiple_choice(get: Mapping[str, Any]) -> Conversation:
@@ -84,17 +94,19 @@ def _multiple_choice(get: Mapping[str, Any]) -> Conversation:
         right = _index(answer, len(texts), "answer")
     lines = [f"{mark}. {text}" for mark, text in zip(marks, texts, strict=False)]
     prompt = "\n".join([as_text(get["question"], "question"), *lines])
-    return Conversation((_user(prompt), _assistant(str(marks[right]))))
+    return _conversation(get, (_user(prompt), _assistant(str(marks[right]))))
 
 
+_BESIDE_TURNS = ("system", "tools")
+_BESIDE_PAIRS = (*_BESIDE_TURNS, "history")
 FORMATS: dict[str, RowFormat] = {
-    "messages": RowFormat(("messages",), ("tools",), _messages),
-    "sharegpt": RowFormat(("conversations",), ("system", "tools"), _sharegpt),
-    "chat_rounds": RowFormat(("chat_rounds",), (), _chat_rounds),
-    "multiple_choice": RowFormat(("question", "choices", "answer"), (), _multiple_choice),
-    "alpaca": RowFormat(("instruction", "output"), ("input", "system"), _alpaca),
-    "prompt_response": RowFormat(("prompt", "response"), ("system", "tools"), _pair),
-    "classification": RowFormat(("text", "label"), ("label_names",), _classification),
+    "messages": RowFormat(("messages",), _BESIDE_TURNS, _chat("messages")),
+    "sharegpt": RowFormat(("conversations",), _BESIDE_TURNS, _chat("conversations", role="from", content="value")),
+    "chat_rounds": RowFormat(("chat_rounds",), _BESIDE_TURNS, _chat("chat_rounds")),
+    "multiple_choice": RowFormat(("question", "choices", "answer"), ("system",), _multiple_choice),
+    "alpaca": RowFormat(("instruction", "output"), ("input", *_BESIDE_PAIRS), _alpaca),
+    "prompt_response": RowFormat(("prompt", "response"), _BESIDE_PAIRS, _pair),
+    "classification": RowFormat(("text", "label"), ("label_names", "system"), _classification),
     "text": RowFormat(("text",), (), _plain),
 }
 
@@ -107,18 +119,14 @@ def _assistant(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-def _with_system(get: Mapping[str, Any], turns: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    system = get.get("system")
-    if system is None or (isinstance(system, str) and not system.strip()):
-        return tuple(turns)
-    return ({"role": "system", "content": as_text(system, "system")}, *turns)
-
-
 def _names(value: object) -> list[str] | None:
     if value is None or isinstance(value, list):
         return [as_text(name, "label_names") for name in value] if value else None
     if isinstance(value, str):
-        parsed = json.loads(value) if value.lstrip().startswith("[") else value.split(",")
+        try:
+            parsed = json.loads(value) if value.lstrip().startswith("[") else value.split(",")
+        except ValueError as error:
+            raise RowError(f"expected JSON: {error}", "label_names", value) from None
         return [str(name).strip() for name in parsed]
     raise RowError("expected a list of names", "label_names", value)
 

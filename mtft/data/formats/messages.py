@@ -1,25 +1,47 @@
-"""A conversation, and the checks that every row passes on its way to one."""
+"""A conversation, and the checks that every row passes on its way to one.
+
+Messages come out in the spelling of OpenAI's and transformers' chat templates: roles `system`, `developer`, `user`,
+`assistant`, `tool`; `content` a text; `tool_calls` [{"type": "function", "function": {"name", "arguments": object}}].
+One key is ours: `train: False` marks an assistant turn that is context only.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mtft.data.readers.json_stream import unique_keys
+
 Message = dict[str, Any]
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-# ShareGPT, MFTCoder and their relatives
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Other names of roles: ShareGPT, MFTCoder, ms-swift, OpenAI's first function calls, Llama 3.1
 _OTHER_NAMES = {
     "human": "user",
     "gpt": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
-    "function_call": "assistant",
     "observation": "tool",
+    "function": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
+_CALLERS = ("function_call", "tool_call")  # roles of turns whose text is a call, as JSON
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which data carry an answer's thoughts
+# Keys of a turn that say whether it is learnt, and what each of their values means.
+_LEARNT = {"weight": {0: False, 1: True}, "train": {False: False, True: True}, "loss": {False: False, True: True}}
+# Keys that would change what is learnt in a way that is not offered: never passed over in silence.
+_REFUSED = {
+    "loss_mask": "say which turns are learnt with `weight` (0 or 1) of a turn",
+    "masked": "say which turns are learnt with `weight` (0 or 1) of a turn",
+    "images": "only text can be learnt here",
+    "videos": "only text can be learnt here",
+    "audios": "only text can be learnt here",
+    "audio": "only text can be learnt here",
 }
 
 
@@ -53,41 +75,95 @@ def as_text(value: object, column: str, *, empty: bool = True) -> str:
     return value
 
 
-def as_messages(value: object, column: str) -> tuple[Message, ...]:
-    """Checked messages, cut after the last assistant turn (nothing behind it is learnt or seen)."""
-    value = _list(value, column, "messages")
-    messages = [_message(item, f"{column}[{position}]") for position, item in enumerate(value)]
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    if last is None:
+def is_blank(value: object) -> bool:
+    """Whether a cell says nothing: null, an empty list or object, blank text."""
+    return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
+
+
+def as_messages(value: object, column: str, **keys: str) -> tuple[Message, ...]:
+    """`check_messages` for training: cut after the last turn that is learnt (nothing behind it is learnt or seen)."""
+    messages = check_messages(value, column, **keys)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
         raise RowError("there is no assistant turn to learn", column, value)
-    if last == 0:
+    learnt = [i for i in answers if messages[i].get("train", True)]
+    if not learnt:
+        raise RowError("no assistant turn is learnt: all have weight 0 (or train: false)", column, value)
+    if learnt[-1] == 0:
         raise RowError("the conversation starts with the assistant's only turn: there is no prompt", column, value)
-    return tuple(messages[: last + 1])
+    return messages[: learnt[-1] + 1]
 
 
-def from_sharegpt(value: object, column: str, *, role: str, content: str) -> tuple[Message, ...]:
-    """Messages of a list with other names: from/value (ShareGPT), human/bot (MFTCoder)."""
-    turns = []
-    for position, item in enumerate(_list(value, column, "turns")):
+def check_messages(value: object, column: str, *, role: str = "role", content: str = "content") -> tuple[Message, ...]:
+    """Messages of any roles in one spelling. role, content: what the keys are called (ShareGPT: from, value)."""
+    messages: list[Message] = []
+    calls_before = False
+    for position, item in enumerate(_list(value, column, "messages" if role == "role" else "turns")):
         here = f"{column}[{position}]"
         if not isinstance(item, dict):
-            raise RowError("expected an object", here, item)
-        if not {role, content} <= item.keys():
-            raise RowError(f"expected the keys {role!r} and {content!r}", here, item)
-        name = item[role] if not isinstance(item[role], str) else _OTHER_NAMES.get(item[role], item[role])
-        turns.append({"role": name, "content": item[content]})
-    return as_messages(turns, column)
+            raise RowError(f"expected an object with {role} and {content}", here, item)
+        if role != "role":
+            if not {role, content} <= item.keys():
+                raise RowError(f"expected the keys {role!r} and {content!r}", here, item)
+            rest = {key: part for key, part in item.items() if key not in (role, content)}
+            item = {**rest, "role": item[role], "content": item[content]}
+        message = _message(item, here)
+        calls = item["role"] in _CALLERS
+        if calls and calls_before:  # calls that were made at the same time, one turn each (ms-swift)
+            messages[-1] = {**messages[-1], "tool_calls": messages[-1]["tool_calls"] + message["tool_calls"]}
+        else:
+            messages.append(message)
+        calls_before = calls
+    return tuple(messages)
 
 
 def as_tools(value: object) -> tuple[dict[str, Any], ...] | None:
-    """Tools as JSON schemas: a list of objects, or its JSON text."""
-    if value is None or value == "" or value == []:
+    """Tools as JSON schemas, each {"type": "function", "function": {...}}: a list of objects, or its JSON text."""
+    if is_blank(value):
         return None
     if isinstance(value, str):
         value = _json(value, "tools")
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("expected a list of tool objects", "tools", value)
-    return tuple(value)
+    wrapped = ({"type": "function", "function": tool} if "name" in tool else tool for tool in value)
+    return tuple(wrapped) or None
+
+
+def history_turns(value: object, column: str) -> tuple[Message, ...]:
+    """Earlier turns [[prompt, response], ...], as LLaMA-Factory has them; their responses are learnt as well."""
+    if is_blank(value):
+        return ()
+    turns: list[Message] = []
+    for position, pair in enumerate(_list(value, column, "pairs of prompt and response")):
+        here = f"{column}[{position}]"
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowError("expected a pair of prompt and response", here, pair)
+        turns.append({"role": "user", "content": as_text(pair[0], f"{here}[0]")})
+        turns.append({"role": "assistant", "content": as_text(pair[1], f"{here}[1]", empty=False)})
+    return tuple(turns)
+
+
+def with_system(system: object, turns: Sequence[Message]) -> tuple[Message, ...]:
+    """The turns with the system message of a column in front."""
+    if is_blank(system):
+        return tuple(turns)
+    if turns and turns[0]["role"] in ("system", "developer"):
+        raise RowError("there are two system messages: this column, and the first message", "system", system)
+    return ({"role": "system", "content": as_text(system, "system")}, *turns)
+
+
+def refused_column(column: str, value: object) -> str | None:
+    """Why a column that no format reads can't be passed over: it would change what is learnt. None if it can be."""
+    if is_blank(value):
+        return None
+    if column == "history":
+        return "earlier turns are read beside prompt and response only: put them into the messages"
+    if column in ("image", "video"):
+        return _REFUSED[f"{column}s"]
+    if column == "weight":
+        neutral = isinstance(value, int | float) and value == 1
+        return None if neutral else "rows have no weights of their own: weigh their task (tasks.*.weight)"
+    return _REFUSED.get(column)
 
 
 def _list(value: object, column: str, what: str) -> list[Any]:
@@ -99,24 +175,69 @@ def _list(value: object, column: str, what: str) -> list[Any]:
     return value
 
 
-def _message(item: object, column: str) -> Message:
-    if not isinstance(item, dict):
-        raise RowError("expected an object with role and content", column, item)
-    message = {key: value for key, value in item.items() if value is not None}  # Arrow writes None for absent keys
-    role = message.get("role")
+def _message(item: Mapping[str, Any], column: str) -> Message:
+    """One message in our spelling."""
+    message = {key: value for key, value in item.items() if value is not None}
+    said = message.get("role")
+    role = _OTHER_NAMES.get(said, said) if isinstance(said, str) else said
+    if role in _CALLERS:
+        message["tool_calls"] = _calls_of_text(message.pop("content", None), f"{column}.content")
+        role = "assistant"
     if role not in ROLES:
-        raise RowError(f"role must be one of {', '.join(ROLES)}", f"{column}.role", role if role is not None else item)
+        raise RowError(f"role must be one of {', '.join(ROLES)}", f"{column}.role", said if said is not None else item)
+    message["role"] = role
+    for key in _REFUSED.keys() & message.keys():
+        if not is_blank(message[key]):
+            raise RowError(f"is not read: {_REFUSED[key]}", f"{column}.{key}", message[key])
+        del message[key]
+    _take_train(message, column)
+    calls = _take_calls(message, column)
     content = message.get("content")
     if isinstance(content, list):
         content = _joined(content, f"{column}.content")
-    calls = role == "assistant" and bool(message.get("tool_calls"))
-    if calls:
-        message["tool_calls"] = _calls(message["tool_calls"], f"{column}.tool_calls")
     if content is None and calls:
         content = ""
     # an assistant turn that only calls a tool has no text; every other assistant turn must say something
     message["content"] = as_text(content, f"{column}.content", empty=role != "assistant" or calls)
+    for key in (*REASONING, "name"):
+        if key in message:
+            as_text(message[key], f"{column}.{key}")
     return message
+
+
+def _take_train(message: Message, column: str) -> None:
+    """Replaces `weight`, `train` and `loss` by our `train: False` where the turn is context only."""
+    meant = set()
+    for key, values in _LEARNT.items():
+        if key not in message:
+            continue
+        value = message.pop(key)
+        if not isinstance(value, bool | int | float) or value not in values:
+            kinds = " or ".join(map(str, values))
+            raise RowError(f"a turn is learnt or not: expected {kinds}", f"{column}.{key}", value)
+        if values[value] and message["role"] != "assistant":  # pyright: ignore[reportArgumentType]
+            raise RowError("only turns of the assistant can be learnt", f"{column}.{key}", value)
+        meant.add(values[value])  # pyright: ignore[reportArgumentType]
+    if len(meant) > 1:
+        raise RowError("the turn is said to be learnt and not to be", column)
+    if meant == {False} and message["role"] == "assistant":
+        message["train"] = False
+
+
+def _take_calls(message: Message, column: str) -> bool:
+    """Puts all calls under `tool_calls`, in one spelling; True if there are any."""
+    calls, legacy = message.pop("tool_calls", None), message.pop("function_call", None)
+    found: list[dict[str, Any]] = []
+    if not is_blank(calls):
+        calls = _json(calls, f"{column}.tool_calls") if isinstance(calls, str) else calls
+        found += _calls(calls, f"{column}.tool_calls")
+    if not is_blank(legacy):
+        found += _calls([legacy], f"{column}.function_call")
+    if found and message["role"] != "assistant":
+        raise RowError("only the assistant calls tools", f"{column}.tool_calls", calls or legacy)
+    if found:
+        message["tool_calls"] = found
+    return bool(found)
 
 
 def _calls(value: object, column: str) -> list[dict[str, Any]]:
@@ -130,10 +251,17 @@ def _calls(value: object, column: str) -> list[dict[str, Any]]:
             raise RowError("expected an object with function.name", f"{column}[{position}]", call)
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            arguments = _json(arguments, f"{column}[{position}].function.arguments")
-        function = {**function, "arguments": arguments}
-        calls.append({**call, "function": function} if "function" in call else function)
+            arguments = _json(arguments or "{}", f"{column}[{position}].function.arguments")
+        as_text(function["name"], f"{column}[{position}].function.name", empty=False)
+        around = {key: part for key, part in call.items() if key != "function"} if "function" in call else {}
+        calls.append({"type": "function", **around, "function": {**function, "arguments": arguments}})
     return calls
+
+
+def _calls_of_text(text: object, column: str) -> list[dict[str, Any]]:
+    """The calls of a turn whose whole text is a call, or a list of calls."""
+    value = _json(text, column) if isinstance(text, str) else text
+    return _calls(value if isinstance(value, list) else [value], column)
 
 
 def _joined(parts: Sequence[object], column: str) -> str:
@@ -147,6 +275,6 @@ def _joined(parts: Sequence[object], column: str) -> str:
 
 def _json(text: str, column: str) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise RowError(f"expected JSON: {error}", column, text) from None

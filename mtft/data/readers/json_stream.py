@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections import Counter
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 CHUNK = 1 << 20  # bytes
 _NEAR_END = 12  # an error so near the end of what was read may be one of what was not: -Infinity, \\u00e9
@@ -32,12 +33,21 @@ class ArrayError(NamedTuple):
     text: str
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `object_pairs_hook`. ValueError if a key stands in it twice: which value counts is unknown."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        raise ValueError(f"the key {', '.join(map(repr, twice))} stands twice in one object")
+    return found
+
+
 def iter_array(file: BinaryIO) -> Iterator[ArrayElement | ArrayError]:
     """Elements of the array that starts with the next `[`; after an ArrayError nothing follows.
 
     Bytes that are not UTF-8 become lone surrogates (\\udc80 to \\udcff) in the text.
     """
-    reader, decoder = _TextCursor(file), json.JSONDecoder()
+    reader, decoder = _TextCursor(file), json.JSONDecoder(object_pairs_hook=unique_keys)
     if reader.take() != "[":
         yield ArrayError(reader.line, "broken JSON: no array", reader.shown())
         return

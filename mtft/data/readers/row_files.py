@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from mtft.common.errors import UserError
-from mtft.data.readers.json_stream import ArrayError, iter_array
+from mtft.data.readers.arrow_rows import parquet_rows, refuse_repeated
+from mtft.data.readers.json_stream import ArrayError, iter_array, unique_keys
 
 
 def _open_zst(path: str, mode: str) -> BinaryIO:
@@ -84,7 +85,7 @@ def _open(path: str) -> BinaryIO:
 
 def _parse(file: str, line: int, raw: bytes) -> FileRow | RowProblem:
     try:
-        data = json.loads(raw.decode("utf-8").rstrip())
+        data = json.loads(raw.decode("utf-8").rstrip(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         return RowProblem(file, line, f"invalid UTF-8 at byte {error.start + 1} of the line", value=raw[:80])
     except json.JSONDecodeError as error:
@@ -164,6 +165,7 @@ def _read_csv(path: str, name: str) -> Iterator[FileRow | RowProblem]:
                 return
             if header is None:
                 header = cells
+                refuse_repeated(header, name, line)
             elif len(cells) != len(header):
                 if cells:
                     yield RowProblem(name, line, f"{len(cells)} cells under {len(header)} columns", value=cells)
@@ -172,18 +174,8 @@ def _read_csv(path: str, name: str) -> Iterator[FileRow | RowProblem]:
 
 
 def _read_parquet(path: str, name: str) -> Iterator[FileRow | RowProblem]:
-    import pyarrow
-    import pyarrow.parquet
-
-    line = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for block in file.iter_batches(batch_size=1024):
-                for data in block.to_pylist():
-                    line += 1
-                    yield FileRow(name, line, data)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a Parquet file that can be read: {error}", do="make it again") from error
+    for line, data in enumerate(parquet_rows(path, name), 1):
+        yield FileRow(name, line, data)
 
 
 READERS: dict[str, Callable[[str, str], Iterator[FileRow | RowProblem]]] = {

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import blake2b
+from mtft.data.readers.arrow_rows import dataset_rows
 from mtft.data.readers.row_files import COMPRESSED, READERS, FileRow, RowProblem, read_file, suffix
 from mtft.recipe.schema.task import TaskSection
 
@@ -33,7 +34,7 @@ class SourcePart:
 
     def rows(self) -> Iterator[FileRow | RowProblem]:
         if self.dataset is not None:
-            for line, data in enumerate(self.dataset, 1):
+            for line, data in enumerate(dataset_rows(self.dataset), 1):
                 yield FileRow(self.name, line, data)
             return
         yield from read_file(self.path, self.name)

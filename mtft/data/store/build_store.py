@@ -15,12 +15,14 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from mtft.common.errors import UserError
+from mtft.data.formats.columns import nearest
+from mtft.data.notes import COLUMN
 from mtft.data.readers.bad_rows import BadRowCollector
 from mtft.data.readers.row_files import FileRow
 from mtft.data.readers.sources import SourcePart
 from mtft.data.store.progress import progress
 from mtft.data.tokenize.encode import Example, clear_first_token, draw
-from mtft.data.tokenize.parallel_encode import RowEncoder, batch_rows, num_processes, parallel_encode
+from mtft.data.tokenize.parallel_encode import FOUND, RowEncoder, batch_rows, num_processes, parallel_encode
 from mtft.recipe.schema.task import TaskSection
 
 PEEK = 50  # rows that decide how columns are read
@@ -80,6 +82,7 @@ def build_store(
                 bad.example = encoder.preview_empty_row(bad.empty)
             bad.end_of_file(part.name, rows)
         bad.finish()
+        _check_found(task, encoder.reader.unseen, notes)
         fit_length.finish(bad.where)
         if not writer.examples:
             _nothing_learnt(task, bad.where, fit_length, first, tokenizer, taken)
@@ -215,6 +218,16 @@ def _encoder(task: TaskSection, parts: Sequence[SourcePart], tokenizer: Any) -> 
     columns = {column for row in peeked for column in row}
     names = {column: label_names for column in columns for part in parts if (label_names := part.label_names(column))}
     return RowEncoder(tokenizer, task, peeked, names)
+
+
+def _check_found(task: TaskSection, optional: Sequence[str], notes: Counter[str]) -> None:
+    """Refuse a column that the recipe names and no row has: a misspelt system prompt would be left out in silence."""
+    for column in optional:
+        if not notes.pop(f"{FOUND}{column}", 0):
+            known = [note.removeprefix(COLUMN) for note in notes if note.startswith(COLUMN)]
+            near = nearest(column, known)
+            do = f"did you mean {near!r}?" if near else "correct it, or leave it out"
+            raise UserError(f"no row has the column {column!r}", where=f"tasks.{task.name}.format", do=do)
 
 
 def _nothing_learnt(

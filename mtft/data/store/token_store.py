@@ -29,13 +29,13 @@ import numpy as np
 from mtft.common.atomic_io import sync
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import json_hash
+from mtft.data.notes import describe_note
 from mtft.data.readers.sources import find_source_parts
-from mtft.data.tokenize.chat_template import NOTES
 from mtft.data.tokenize.encode import Example
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.task import TaskSection
 
-VERSION = 6  # of the files and of everything that decides what is in them
+VERSION = 7  # of the files and of everything that decides what is in them
 
 
 class RowIds(Sequence[str]):
@@ -119,7 +119,7 @@ class TokenStore:
     def warnings(self) -> list[str]:
         """What was changed or left out on the way from rows to examples, for people."""
         stats, rows = self.stats, f"{self.stats['rows']:,} rows"
-        said = [f"{NOTES[note]} ({count:,} of {rows})" for note, count in stats["notes"].items()]
+        said = [describe_note(note, count, stats["rows"]) for note, count in stats["notes"].items()]
         if stats["skipped"]:
             said.append(f"{stats['skipped']:,} bad rows are skipped (train.bad_rows)")
         if stats["dropped"]:

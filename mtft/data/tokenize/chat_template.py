@@ -1,75 +1,22 @@
-"""Conversations to text, with the characters that the model has to learn.
+"""Conversations to text, with the characters that the model has to learn; and prompts, by the same code.
 
-    before_i = template(messages[:i], add_generation_prompt=True)      what the model sees when it has to answer
-    upto_i   = template(messages[:i + 1])                              what should stand there afterwards
-    learnt_i = upto_i - before_i                                       for every assistant turn i
-
-This is the prefix difference. It needs nothing from the template: `{% generation %}` blocks, which stock templates of
-Llama, Qwen and Gemma do not have, are never looked at. The end-of-turn token is in the difference, so it is learnt.
-
-Four kinds of template break the plain rule, and are handled here, aloud (`notes`):
-- upto_i is no prefix of the whole conversation, because earlier turns are rendered in another way than the last one
-  (Qwen3 drops old thinking, gpt-oss ends old turns otherwise): the conversation becomes several examples, each one
-  with exactly the context that the model gets when it answers that turn.
-- before_i is no prefix of upto_i, because the generation prompt opens a thought that the turn does not have
-  (DeepSeek-R1): what both have in common is the prompt.
-- a turn ends without a special token (GLM): each turn becomes an example of its own, with an end token appended.
-- the template refuses or drops the system message (Gemma): it moves into the first user turn.
+What is learnt is found by rendering twice (assistant_turns.py), with the tokenizer's own chat template (template.py).
+A conversation is rendered whole, or refused with the message that would be lost (shown_whole.py).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from mtft.common.errors import UserError
 from mtft.data.formats.messages import Conversation, Message, RowError
-
-# For models without a chat template. The generation prompt ends without a space, because most tokenizers put the space
-# in front of a word into the word's token.
-DEFAULT_TEMPLATE = """\
-{%- if tools %}{{ 'Tools: ' + tools | tojson + '\n\n' }}{% endif -%}
-{%- for message in messages -%}
-{%- if message.role == 'assistant' -%}
-{{ 'Assistant: ' + message.content }}
-{%- if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif -%}
-{{ (eos_token or '') + '\n\n' }}
-{%- elif message.role == 'user' -%}
-{{ 'User: ' + message.content + '\n\n' }}
-{%- elif message.role in ('system', 'developer') -%}
-{{ message.content + '\n\n' }}
-{%- else -%}
-{{ 'Tool: ' + message.content + '\n\n' }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif -%}
-"""
-
-NOTES = {
-    "default_template": "the model has no chat template: the default one is used (User: ... Assistant: ...)",
-    "special_in_text": "conversations hold special tokens in their own text (rendered by a template before?)",
-    "split": "conversations became several examples: the template renders earlier assistant turns differently",
-    "system_folded": "system messages moved into the first user turn: the chat template has no place for them",
-    "eos_appended": "each turn became an example with an end token: the chat template ends turns without one",
-    "opened": "answers lack what the template's generation prompt opens (a thought): at inference it will stand there",
-    "reasoning_ignored": "conversations have reasoning that the chat template does not show, so it is not learnt",
-    "tools_ignored": "conversations have tools that the chat template does not show",
-}
-
-
-REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which data carry an answer's thoughts
-
-
-@dataclass(frozen=True)
-class RenderedChat:
-    """Text as the model reads it. `spans` are [start, end) characters to learn, in order and disjoint."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
+from mtft.data.notes import KEY
+from mtft.data.tokenize.assistant_turns import RenderedChat, common_length, end_turns, find_turn, group_turns
+from mtft.data.tokenize.shown_whole import ShownWhole, find_loss, find_loss_of_context, loss_error
+from mtft.data.tokenize.template import PROBE, ChatTemplate
 
 
 class ChatRenderer:
@@ -77,191 +24,123 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.default = tokenizer.chat_template is None
-        self.template: str | None = DEFAULT_TEMPLATE if self.default else None
+        self.template = ChatTemplate(tokenizer)
+        self.special = self.template.special
         self.notes: Counter[str] = Counter()  # conversations, by what was done to them
-        self._current_notes: set[str] = set()
-        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self.special = tuple({*tokenizer.all_special_tokens, *added})
         self._special = re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
-        # A template writes its own BOS; where there is none, the tokenizer's habit decides. Never both.
-        self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
-        self._parts = False
-        question = [{"role": "user", "content": "Zq7x"}]
-        if not self._shows(question):
-            self._parts = True  # templates of models with vision drop plain text: they want a list of parts
-            if not self._shows(question):
-                what = "the chat template of the model does not show what the user says"
-                do = "mend tokenizer.chat_template, or delete it: then the default template is used"
-                raise UserError(what, where="model.path", do=do)
-        self._fold = not self._shows([{"role": "system", "content": "Zq7x"}, {"role": "user", "content": "a"}])
-        call = {"type": "function", "function": {"name": "Zq7x", "arguments": {"a": "b"}}}
-        tool_use = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        # some templates (DeepSeek) take the arguments as text, most as an object
-        self._text_calls = not self._shows(tool_use) and self._shows(
-            [_with_text_calls(message) for message in tool_use]
-        )
-        self._tools = self._shows([{"role": "user", "content": "a"}], ({"type": "function", "function": _PROBE},))
+        self._shown_whole = ShownWhole(lambda messages, tools: self._examples(messages, tools, set()))
 
     def render(self, conversation: Conversation) -> list[RenderedChat]:
-        """One example, or several where the template rewrites earlier turns. RowError if the template refuses."""
+        """One example, or several where the template rewrites earlier turns.
+
+        Raises:
+            RowError: If the template refuses the conversation, or does not show all of it.
+        """
         if conversation.text is not None:
-            text = self.bos + conversation.text + (self.tokenizer.eos_token or "")
-            return [RenderedChat(text, ((len(self.bos), len(text)),))]
-        self._current_notes = {"default_template"} if self.default else set()
+            return [self._plain(conversation.text)]
         messages, tools = list(conversation.messages), conversation.tools
-        if tools and not self._tools:
-            self._current_notes.add("tools_ignored")
-        if self._fold and messages[0]["role"] in ("system", "developer"):
-            messages = _fold(messages)
-            self._current_notes.add("system_folded")
+        notes = {"default_template"} if self.template.default else set()
+        try:
+            examples, context = self._examples(messages, tools, notes)
+        except RowError as error:
+            raise self._refused_at(messages, tools, error) from None
+        if tools and not self.template.shows_tools:
+            notes.add("tools_ignored")
+        shown = tools if self.template.shows_tools else None
+        loss = find_loss(messages, shown, examples, context) or self._shown_whole(messages, tools)
+        if loss is not None:
+            raise loss_error(loss, messages)
         if any(self._special.search(message["content"]) for message in messages):
-            self._current_notes.add("special_in_text")
-        if self._text_calls:
-            messages = [_with_text_calls(message) for message in messages]
-        turns = [self._turn(messages, i, tools) for i, message in enumerate(messages) if message["role"] == "assistant"]
-        self._check_shown(messages, turns)
-        if messages[0]["role"] == "assistant":  # a greeting that answers nothing: context, not something to learn
-            turns = turns[1:]
-        examples = _group(turns, self.special, can_end=bool(self.tokenizer.eos_token))
+            notes.add("special_in_text")
         if len(examples) > 1:
-            self._current_notes.add("split")
-        examples = [self._finish(example) for example in examples]
-        self.notes.update(self._current_notes)
+            notes.add("split")
+        notes |= {f"{KEY}{key}" for message in messages for key in self.template.unread_keys(message)}
+        self.notes.update(notes)
         return examples
 
-    def _check_shown(self, messages: list[Message], turns: list[tuple[str, int]]) -> None:
-        """A call that the template drops would teach the model to answer with nothing."""
-        answers = [message for message in messages if message["role"] == "assistant"]
-        for message, (upto, start) in zip(answers, turns):
-            for call in message.get("tool_calls", ()):
-                if call.get("function", call)["name"] not in upto[start:] and start < len(upto):
-                    raise RowError(
-                        "the chat template does not show the assistant's tool calls: take a model whose template does"
-                    )
-            if any(message.get(key) and message[key] not in upto for key in REASONING):
-                self._current_notes.add("reasoning_ignored")
+    def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
+        """What the model reads when it has to answer these messages: as in training, up to the learnt part.
 
-    def _turn(self, messages: list[Message], i: int, tools: Any) -> tuple[str, int]:
-        """(upto_i, where the learnt part starts in it)."""
-        upto = self._apply(messages[: i + 1], tools)
-        if i == 0:
-            return upto, len(upto)
-        before = self._apply(messages[:i], tools, generate=True)
-        if upto.startswith(before):
-            return upto, len(before)
-        bare = self._apply(messages[:i], tools)
-        if not upto.startswith(bare):
-            raise RowError(
-                f"the chat template changes what stands before assistant turn {i} when that turn is added, so it can't "
-                "be said which tokens are the answer"
-            )
-        self._current_notes.add("opened")
-        start = _common(upto, before)
-        # an answer that happens to start like the rest of the generation prompt is still an answer
-        content = messages[i]["content"].strip()
-        for position in range(start, len(bare) - 1, -1) if content else ():
-            if upto.startswith(content, position):
-                return upto, position
-        return upto, start
+        Args:
+            messages: In the spelling of `check_messages`.
+            tools: JSON schemas in the spelling of `as_tools`.
 
-    def _finish(self, example: RenderedChat) -> RenderedChat:
-        """End tokens: what follows one inside a span is layout, and the last span must have one."""
-        text, spans = example.text, []
-        for start, end in example.spans:
-            body = text[start:end].rstrip()
-            spans.append((start, start + len(body)) if body.endswith(self.special) else (start, end))
-        if not text[: spans[-1][1]].endswith(self.special) and self.tokenizer.eos_token:
-            self._current_notes.add("eos_appended")
-            text = text[: spans[-1][1]] + self.tokenizer.eos_token
-            spans[-1] = (spans[-1][0], len(text))
-        return RenderedChat(text, tuple(spans))
+        Raises:
+            RowError: If the template refuses the messages, or does not show a message or a tool.
+        """
+        if tools and not self.template.shows_tools:
+            raise RowError("the chat template shows no tools: take a model whose template does, or leave them out")
+        adapted, _ = self.template.adapt(messages)
+        text = self.template.apply(adapted, tools, generate=True)
+        said = [(i, message) for i, message in enumerate(messages) if message["role"] != "assistant"]
+        loss = find_loss_of_context(said, tools, text)
+        if loss is not None:
+            raise loss_error(loss, messages)
+        return text
 
-    def _apply(self, messages: list[Message], tools: Any, *, generate: bool = False) -> str:
-        from jinja2 import TemplateError
+    @cached_property
+    def end_tokens(self) -> tuple[str, ...]:
+        """The special tokens that an answer, and a call of a tool, are learnt to end with."""
+        user = {"role": "user", "content": "a"}
+        call = {"type": "function", "id": "call00001", "function": {"name": PROBE, "arguments": {"a": "b"}}}
+        ends = []
+        for answer in ({"content": PROBE}, {"content": "", "tool_calls": [call]}):
+            turns = [user, {"role": "assistant", **answer}]
+            try:
+                ((example,), _) = self._examples(turns, None, set())
+                later = self.template.apply([*turns, user])
+            except RowError:
+                continue
+            learnt = example.text[slice(*example.spans[-1])]
+            if PROBE not in learnt:
+                continue
+            # Phi-3 writes an EOS behind the last turn of all: what ends every turn is what ends it in the middle too
+            behind, middle = (text[text.rindex(PROBE) :] for text in (learnt, later[: later.rindex("a")]))
+            both = self._special.findall(behind[: common_length(behind, middle)])
+            ends += (both or self._special.findall(behind))[-1:]
+        return tuple(dict.fromkeys(ends))
 
-        if self._parts:
-            messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=list(tools) if tools else None,
-                chat_template=self.template,
-                add_generation_prompt=generate,
-                tokenize=False,
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise RowError(f"the chat template refuses the conversation: {error}") from error
-        return self.bos + text if self.default else text
+    def _refused_at(self, messages: list[Message], tools: Any, error: RowError) -> RowError:
+        """The refusal with the number of the first message that the template does not take."""
+        if re.search(r"\bmessage \d", error.what):
+            return error
+        i = 0
+        for i in range(len(messages)):
+            try:
+                adapted, _ = self.template.adapt(messages[: i + 1])
+                self.template.apply(adapted, tools)
+            except RowError as found:
+                if found.what == error.what:
+                    break
+        return RowError(f"message {i + 1} ({messages[i]['role']}): {error.what}")
 
-    def _shows(self, messages: list[Message], tools: Any = None) -> bool:
-        """Whether the template puts a probe (system message or tool) into the text at all."""
-        try:
-            return "Zq7x" in self._apply(messages, tools, generate=True)
-        except RowError:
-            return False
+    def _examples(
+        self, messages: list[Message], tools: Any, notes: set[str]
+    ) -> tuple[list[RenderedChat], dict[int, str]]:
+        """Examples with every learnt turn once, and the text of each answer that is context only."""
+        adapted, changed = self.template.adapt(messages)
+        notes |= changed
+        moved = len(messages) - len(adapted)  # messages at the front that were put into one
+        turns, context = [], {}
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            if i == 0 or not message.get("train", True):  # a greeting answers nothing; a turn of weight 0
+                context[i] = self.template.apply(adapted[: i - moved + 1], tools)
+            else:
+                turn = find_turn(self.template, adapted, i - moved, tools, notes)
+                turns.append(turn._replace(index=i))
+        eos = self.tokenizer.eos_token
+        examples = []
+        for example in group_turns(turns, self.special, can_end=bool(eos)):
+            ended, appended = end_turns(example, self.special, eos)
+            notes |= {"eos_appended"} if appended else set()
+            examples.append(ended)
+        return examples, context
 
-
-_PROBE = {"name": "Zq7x", "description": "probe", "parameters": {"type": "object", "properties": {}}}
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a BOS in front of plain text by itself."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
-def _fold(messages: list[Message]) -> list[Message]:
-    system, rest = messages[0], messages[1:]
-    if not rest or rest[0]["role"] != "user":
-        return [{"role": "user", "content": system["content"]}, *rest]
-    return [rest[0] | {"content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
-
-
-def _with_text_calls(message: Message) -> Message:
-    calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-        if "function" in call
-        else {**call, "arguments": json.dumps(call["arguments"])}
-        for call in message.get("tool_calls", ())
-    ]
-    return message | {"tool_calls": calls} if calls else message
-
-
-def _group(turns: Sequence[tuple[str, int]], special: tuple[str, ...], *, can_end: bool) -> list[RenderedChat]:
-    """As few examples as possible: the longest text takes all turns that stand in it as they are, then the next.
-
-    can_end: an end token can be appended to an example. Then a turn that has none is no part of a longer one.
-    """
-    left, examples = list(turns), []
-    while left:
-        text = left[-1][0]
-        ends = [_end_in(text, upto, start, special) for upto, start in left]
-        if can_end:
-            ends[:-1] = [
-                end if end is not None and text[start:end].rstrip().endswith(special) else None
-                for (_, start), end in zip(left[:-1], ends)
-            ]
-        spans = tuple((start, end) for (_, start), end in zip(left, ends) if end is not None)
-        examples.append(RenderedChat(text, spans))
-        left = [turn for turn, end in zip(left, ends) if end is None]
-    return examples[::-1]
-
-
-def _end_in(text: str, upto: str, start: int, special: tuple[str, ...]) -> int | None:
-    """Where the turn that ends `upto` ends in the longer `text`; None if it does not stand there as it was."""
-    if text.startswith(upto):
-        return len(upto)
-    # Phi-3 writes an EOS behind the last turn of all: up to the turn's own end token both are the same
-    common = _common(text, upto)
-    answer = upto[start:common]
-    end = start + max((answer.rfind(token) + len(token) for token in special if token in answer), default=0)
-    rest = upto[end:]
-    for token in special:
-        rest = rest.replace(token, "")
-    return end if end > start and not rest.strip() else None
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    def _plain(self, text: str) -> RenderedChat:
+        """Text with one BOS and one EOS, whatever stands in it already."""
+        bos, eos = self.template.bos or "", self.tokenizer.eos_token or ""
+        bos = "" if bos and text.startswith(bos) else bos
+        eos = "" if eos and text.rstrip().endswith(eos) else eos
+        return RenderedChat(bos + text + eos, ((len(bos), len(bos) + len(text) + len(eos)),))

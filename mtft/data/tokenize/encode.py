@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtft.common.errors import UserError
-from mtft.data.tokenize.chat_template import RenderedChat
+from mtft.data.tokenize.assistant_turns import RenderedChat
 
 
 class Example(NamedTuple):

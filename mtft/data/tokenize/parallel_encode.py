@@ -18,15 +18,18 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from mtft.data.formats.columns import RowReader, make_reader
-from mtft.data.formats.messages import RowError
+from mtft.data.formats.messages import RowError, is_blank
+from mtft.data.notes import COLUMN
 from mtft.data.readers.row_files import FileRow, RowProblem
-from mtft.data.tokenize.chat_template import ChatRenderer, RenderedChat
+from mtft.data.tokenize.assistant_turns import RenderedChat
+from mtft.data.tokenize.chat_template import ChatRenderer
 from mtft.data.tokenize.encode import Example, draw, encode
 from mtft.recipe.schema.task import TaskSection
 
 BLOCK_ROWS, BLOCK_CHARACTERS = 2000, 4_000_000
 ROWS_PER_PROCESS = 50_000  # a process takes seconds to start; below this it does not pay
 MOST_PROCESSES = 16
+FOUND = "found:"  # counts rows that have a column which the recipe names and the first rows did not have
 
 Block = list[FileRow | RowProblem]
 
@@ -54,17 +57,22 @@ class RowEncoder:
         """tokenise=False only looks for problems."""
         texts: list[tuple[int, RenderedChat]] = []
         problems: list[tuple[int, RowProblem]] = []
-        self.renderer.notes.clear()
+        notes = self.renderer.notes
+        notes.clear()
         for index, row in enumerate(block):
             if isinstance(row, RowProblem):
                 problems.append((index, row))
                 continue
+            for column in self.reader.unread(row.data):
+                notes[f"{COLUMN}{column}"] += 1
+            for column in self.reader.unseen:
+                notes[f"{FOUND}{column}"] += not is_blank(row.data.get(column))
             try:
                 texts += [(index, text) for text in self.renderer.render(self.reader(row.data))]
             except RowError as error:
                 problems.append((index, RowProblem(row.file, row.line, error.what, error.column, error.value)))
         examples = encode(self.tokenizer, [text for _, text in texts]) if tokenise else []
-        return EncodedBlock([(i, one) for (i, _), one in zip(texts, examples)], problems, Counter(self.renderer.notes))
+        return EncodedBlock([(i, one) for (i, _), one in zip(texts, examples)], problems, Counter(notes))
 
     def preview_empty_row(self, row: FileRow) -> str:
         """How the example of a row without an answer would look."""

@@ -13,7 +13,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from mtft.data.tokenize.chat_template import DEFAULT_TEMPLATE, adds_bos
+from mtft.data.tokenize.template import DEFAULT_TEMPLATE, adds_bos
 from mtft.fuse.alpha.spec import FusionError
 
 if TYPE_CHECKING:

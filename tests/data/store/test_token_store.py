@@ -262,7 +262,7 @@ def test_skip_counts_up_to_one_percent(tmp_path, made):
 def test_what_the_template_refuses_is_a_bad_row(tmp_path):
     talk = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": talk}])
-    with pytest.raises(UserError, match=r"a.jsonl:1: the chat template refuses the conversation: roles must alternate"):
+    with pytest.raises(UserError, match=r"a.jsonl:1: message 2 \(user\): the chat template refuses it: roles must alternate"):
         open_(path, tokenizer(TEMPLATES["mistral"]), tmp_path)
 
 

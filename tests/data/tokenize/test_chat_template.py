@@ -4,9 +4,7 @@ Templates are our own short equivalents (toys.py); the stock ones are read from 
 The expected strings below were written by hand: learnt text stands between ⟦ and ⟧.
 """
 
-import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtft.data.formats.messages import Conversation, RowError, as_messages
-from mtft.data.tokenize.chat_template import DEFAULT_TEMPLATE, ChatRenderer
+from mtft.data.tokenize.chat_template import ChatRenderer
 from mtft.data.tokenize.encode import Example, draw, encode, runs
+from mtft.data.tokenize.template import DEFAULT_TEMPLATE
+from tests.data.tokenize.stock import stock
 from tests.data.toy_examples import TEMPLATES, tokenizer
 
 
@@ -42,7 +42,8 @@ SINGLE = {
     "mistral": "<bos>[INST] Q1 [/INST]⟦ A1<eos>⟧",
     "phi3": "<|user|>\nQ1<|end|>\n<|assistant|>\n⟦A1<|end|>\n<eos>⟧",
     "harmony": "<|start|>user<|message|>Q1<|end|><|start|>assistant⟦<|channel|>final<|message|>A1<|return|>⟧",
-    "r1": "<bos><|User|>Q1<|Assistant|>⟦A1<eos>⟧",
+    # the prompt opens a thought, so an answer without one closes it
+    "r1": "<bos><|User|>Q1<|Assistant|><think>\n⟦\n</think>\n\nA1<eos>⟧",
 }
 TWO_TURNS = {
     "chatml": ["<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n⟦A1<|im_end|>⟧\n"
@@ -87,7 +88,10 @@ def test_ids_are_those_of_the_whole_rendering(family):
     talk = conversation("Q1 héllo 🙂", "the answer 🙂 to the question", "Q2", "日本 fox")
     last = encode(made, ChatRenderer(made).render(talk))[-1]
     whole = made.apply_chat_template(list(talk.messages), tokenize=True, return_dict=False)
-    assert last.input_ids.tolist() == whole
+    if family == "r1":  # our answer closes the thought that the prompt opens
+        assert made.decode(last.input_ids).replace("<think>\n\n</think>\n\n", "") == made.decode(whole)
+    else:
+        assert last.input_ids.tolist() == whole
     assert last.input_ids.dtype == np.int32
     assert (last.input_ids == made.bos_token_id).sum() <= 1
 
@@ -126,9 +130,18 @@ def test_system_message_without_a_place_moves_into_the_first_turn():
     assert renderer.notes["system_folded"] == 1
 
 
-def test_answers_without_the_thought_that_the_prompt_opens():
+def test_answers_without_the_thought_that_the_prompt_opens_close_it():
+    """Everybody who renders the template opens it: vLLM, transformers, our own server."""
     renderer, _, drawn = learnt(tokenizer(TEMPLATES["r1"]), conversation("Q1", "<b>bold</b>"))
-    assert drawn == ["<bos><|User|>Q1<|Assistant|>⟦<b>bold</b><eos>⟧"]  # "<" is in "<think>" too
+    assert drawn == ["<bos><|User|>Q1<|Assistant|><think>\n⟦\n</think>\n\n<b>bold</b><eos>⟧"]
+    assert renderer.notes["thought_closed"] == 1
+    assert renderer.prompt(conversation("Q1").messages) == "<bos><|User|>Q1<|Assistant|><think>\n"
+
+
+def test_a_prompt_that_ends_with_something_else_than_a_thought():
+    odd = TEMPLATES["r1"].replace("<think>\\n", "Sure: ")
+    renderer, _, drawn = learnt(tokenizer(odd), conversation("Q1", "A1"))
+    assert drawn == ["<bos><|User|>Q1<|Assistant|>⟦A1<eos>⟧"]
     assert renderer.notes["opened"] == 1
 
 
@@ -239,20 +252,18 @@ def test_templates_that_take_arguments_as_text():
 
 def test_calls_that_the_template_drops_are_refused():
     """They would teach the model to answer with nothing."""
-    with pytest.raises(RowError, match="does not show the assistant's tool calls"):
+    with pytest.raises(RowError, match=r"shows nothing of tool call of message 2 \(assistant\): 'get_weather'"):
         ChatRenderer(tokenizer(TEMPLATES["chatml"])).render(with_call())
 
 
-def test_reasoning_that_the_template_drops_is_said_aloud():
+def test_reasoning_that_the_template_drops_is_refused():
     turns = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1", "reasoning_content": "hmm"}]
-    renderer, _, drawn = learnt(tokenizer(TEMPLATES["chatml"]), Conversation(tuple(turns)))
-    assert renderer.notes == {"reasoning_ignored": 1}
-    assert drawn == [SINGLE["chatml"]]
+    with pytest.raises(RowError, match=r"nothing of thinking of message 2 \(assistant\): 'hmm'"):
+        ChatRenderer(tokenizer(TEMPLATES["chatml"])).render(Conversation(tuple(turns)))
 
 
 # --- the stock templates -------------------------------------------------------------------------------------------
 
-STOCK = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 # end of an assistant turn in each family; templates with pictures and the *_training variants are not among them
 ENDS = {
     "cohere": "<|END_OF_TURN_TOKEN|>",
@@ -279,14 +290,6 @@ ENDS = {
     "qwen3_8": "<|im_end|>",
     "qwen3_instruct_2507": "<|im_end|>",
 }
-
-
-def stock(name):
-    """A tokenizer with a stock template and the special tokens that occur in it."""
-    made = tokenizer((STOCK / f"{name}.jinja").read_text())
-    special = sorted({*re.findall(r"<\|\w+\|?>|<\w+\|>|<｜[^｜]*｜>|<\w+_of_turn>", made.chat_template)})
-    made.add_special_tokens({"extra_special_tokens": special})
-    return made
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -322,7 +325,8 @@ def test_the_same_tokens_as_in_the_templates_that_trl_marks_by_hand(name):
     theirs = [part for part, learn in runs(marked, Example(np.array(found["input_ids"]), mask)) if learn]
     assert len(theirs) == len(ours) == 2
     for their, our in zip(theirs, ours):
-        assert their.strip().endswith(our.strip())
+        # what their copy of DeepSeek leaves out: the end of the thought that its generation prompt opens
+        assert their.strip().endswith(our.removeprefix("\n</think>\n\n").strip())
         assert "A" in our
 
 

@@ -1,0 +1,28 @@
+"""What is done to rows on their way to examples: said once by `mtft check`, with the share of rows it happened to."""
+
+from __future__ import annotations
+
+NOTES = {
+    "default_template": "the model has no chat template: the default one is used (User: ... Assistant: ...)",
+    "special_in_text": "conversations hold special tokens in their own text (rendered by a template before?)",
+    "split": "conversations became several examples: the template renders earlier assistant turns differently",
+    "system_folded": "system messages moved into the first user turn: the chat template has no place for them",
+    "developer_as_system": "developer messages became system messages: the chat template has no developer role",
+    "thinking_passed": "thinking inside <think> of a content is given to the chat template as its reasoning",
+    "thinking_written": "thinking is written into <think> in front of the answer: the template knows no other place",
+    "tools_ignored": "conversations have tools that the chat template does not show",
+    "eos_appended": "each turn became an example with an end token: the chat template ends turns without one",
+    "opened": "answers lack what the template's generation prompt opens: at inference it will stand there",
+    "thought_closed": "answers begin by closing the thought that the template's generation prompt opens",
+}
+COLUMN, KEY = "column:", "key:"  # prefixes of notes that name what nobody reads
+
+
+def describe_note(note: str, count: int, rows: int) -> str:
+    """One sentence for people. rows: of the task, `count` of which are meant."""
+    share = f"({count:,} of {rows:,} rows)"
+    if note.startswith(COLUMN):
+        return f"column {note.removeprefix(COLUMN)} {share} is not read"
+    if note.startswith(KEY):
+        return f"the key {note.removeprefix(KEY)!r} of messages {share} is not read by the chat template"
+    return f"{NOTES[note]} {share}"

@@ -1,5 +1,7 @@
 """Held-out loss and accuracy of each task: one forward pass over every held-out example, shared out over the ranks.
 
+Scores are those of rows: the examples that one conversation became are added up, so that it counts once.
+
 Any model that can tell the loss and the hit of each supervised token can be scored: a `score` function takes a Batch
 to (nll_BT, hit_BT). A plain or adapted transformers model does so by `mtft.losses.token_nll.token_scores`; a fused
 model by
@@ -89,10 +91,16 @@ def score_tasks(
             total = torch.from_numpy(sums_3N).to(device)
             dist.all_reduce(total)
             sums_3N = total.cpu().numpy()
-        nll_N, tokens_N, correct_N = sums_3N
-        ids = tuple(str(name) for name in store.ids)
+        nll_N, tokens_N, correct_N = sum_by_row(sums_3N, store.row_numbers)
+        ids = tuple(str(store.ids[int(i)]) for i in np.unique(store.row_numbers, return_index=True)[1])
         scores[store.task] = TaskScores(store.task, ids, nll_N, tokens_N.astype(np.int64), correct_N.astype(np.int64))
     return scores
+
+
+def sum_by_row(sums_3N: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
+    """float64 [3, R]: the examples of one conversation count as one. rows_N: row of each example, ascending."""
+    _, starts = np.unique(rows_N, return_index=True)
+    return np.add.reduceat(sums_3N, starts, axis=1) if len(starts) else sums_3N
 
 
 def example_sums(nll_BT: Tensor, hit_BT: Tensor, batch: Batch, piece: EvalBatch) -> np.ndarray:

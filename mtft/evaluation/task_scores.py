@@ -32,9 +32,9 @@ METRICS = ("loss", "token_accuracy", "exact_match")
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of one task's held-out examples; N examples, in the store's order.
+    """Scores of one task's held-out rows (in the metrics: examples), N of them, in the store's order.
 
-    ids        N strings: the row's own id, or file:line
+    ids        N strings, each once: the row's own id, or file:line
     nll_N      float64, sum of -log p over the supervised tokens of the example (nats)
     tokens_N   int64, supervised tokens
     correct_N  int64, supervised tokens that are the argmax of the model

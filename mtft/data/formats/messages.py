@@ -80,6 +80,11 @@ def is_blank(value: object) -> bool:
     return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
 
 
+def is_empty_list(value: object) -> bool:
+    """Whether a cell that should hold a list or an object holds nothing, also as JSON text (CSV)."""
+    return is_blank(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null"))
+
+
 def as_messages(value: object, column: str, **keys: str) -> tuple[Message, ...]:
     """`check_messages` for training: cut after the last turn that is learnt (nothing behind it is learnt or seen)."""
     messages = check_messages(value, column, **keys)
@@ -119,7 +124,7 @@ def check_messages(value: object, column: str, *, role: str = "role", content: s
 
 def as_tools(value: object) -> tuple[dict[str, Any], ...] | None:
     """Tools as JSON schemas, each {"type": "function", "function": {...}}: a list of objects, or its JSON text."""
-    if is_blank(value):
+    if is_empty_list(value):
         return None
     if isinstance(value, str):
         value = _json(value, "tools")
@@ -131,7 +136,7 @@ def as_tools(value: object) -> tuple[dict[str, Any], ...] | None:
 
 def history_turns(value: object, column: str) -> tuple[Message, ...]:
     """Earlier turns [[prompt, response], ...], as LLaMA-Factory has them; their responses are learnt as well."""
-    if is_blank(value):
+    if is_empty_list(value):
         return ()
     turns: list[Message] = []
     for position, pair in enumerate(_list(value, column, "pairs of prompt and response")):
@@ -154,7 +159,7 @@ def with_system(system: object, turns: Sequence[Message]) -> tuple[Message, ...]
 
 def refused_column(column: str, value: object) -> str | None:
     """Why a column that no format reads can't be passed over: it would change what is learnt. None if it can be."""
-    if is_blank(value):
+    if is_empty_list(value):
         return None
     if column == "history":
         return "earlier turns are read beside prompt and response only: put them into the messages"
@@ -187,7 +192,7 @@ def _message(item: Mapping[str, Any], column: str) -> Message:
         raise RowError(f"role must be one of {', '.join(ROLES)}", f"{column}.role", said if said is not None else item)
     message["role"] = role
     for key in _REFUSED.keys() & message.keys():
-        if not is_blank(message[key]):
+        if not is_empty_list(message[key]):
             raise RowError(f"is not read: {_REFUSED[key]}", f"{column}.{key}", message[key])
         del message[key]
     _take_train(message, column)
@@ -228,10 +233,10 @@ def _take_calls(message: Message, column: str) -> bool:
     """Puts all calls under `tool_calls`, in one spelling; True if there are any."""
     calls, legacy = message.pop("tool_calls", None), message.pop("function_call", None)
     found: list[dict[str, Any]] = []
-    if not is_blank(calls):
+    if not is_empty_list(calls):
         calls = _json(calls, f"{column}.tool_calls") if isinstance(calls, str) else calls
         found += _calls(calls, f"{column}.tool_calls")
-    if not is_blank(legacy):
+    if not is_empty_list(legacy):
         found += _calls([legacy], f"{column}.function_call")
     if found and message["role"] != "assistant":
         raise RowError("only the assistant calls tools", f"{column}.tool_calls", calls or legacy)

@@ -21,6 +21,7 @@ from mtft.data.readers.bad_rows import BadRowCollector
 from mtft.data.readers.row_files import FileRow
 from mtft.data.readers.sources import SourcePart
 from mtft.data.store.progress import progress
+from mtft.data.store.row_names import drop_repeated_names
 from mtft.data.tokenize.encode import Example, clear_first_token, draw
 from mtft.data.tokenize.parallel_encode import FOUND, RowEncoder, batch_rows, num_processes, parallel_encode
 from mtft.recipe.schema.task import TaskSection
@@ -155,7 +156,7 @@ class StoreWriter:
         self.dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.int32)
         self.examples = self.tokens = self.learnt = self.longest = self.largest_id = 0
         self._files: dict[str, BinaryIO] = {}
-        self._starts: list[list[Any]] = []
+        self._starts: list[tuple[str, int]] = []
         self._carry = np.zeros(0, dtype=bool)  # bits that do not fill a byte yet
 
     def __enter__(self) -> StoreWriter:
@@ -169,7 +170,7 @@ class StoreWriter:
             file.close()
 
     def start_file(self, name: str) -> None:
-        self._starts.append([name, self.examples])
+        self._starts.append((name, self.examples))
 
     def add(self, example: Example, row: FileRow) -> None:
         ids, supervised = example
@@ -198,6 +199,7 @@ class StoreWriter:
         self._files["supervised"].write(np.packbits(self._carry).tobytes())
         no_names = not self._files["names"].tell()
         self.__exit__()
+        meta["stats"]["repeated_ids"] = drop_repeated_names(self.folder, self._starts)
         if no_names:
             (self.folder / "names.bin").unlink()
             (self.folder / "name_lengths.bin").unlink()

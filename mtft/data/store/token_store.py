@@ -31,6 +31,7 @@ from mtft.common.errors import UserError
 from mtft.common.fingerprint import json_hash
 from mtft.data.notes import describe_note
 from mtft.data.readers.sources import find_source_parts
+from mtft.data.store.row_names import place, row_starts
 from mtft.data.tokenize.encode import Example
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.task import TaskSection
@@ -39,7 +40,10 @@ VERSION = 7  # of the files and of everything that decides what is in them
 
 
 class RowIds(Sequence[str]):
-    """Ids of the examples: the row's own `id`, else file:line; #2, #3, ... where a row gave several examples."""
+    """Ids of the examples: the row's own `id`, else file:line; #2, #3, ... where a row gave several examples.
+
+    A row whose `id` stands in an earlier row too is called by file:line.
+    """
 
     def __init__(self, store: TokenStore) -> None:
         self._store = store
@@ -52,15 +56,16 @@ class RowIds(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = range(len(self))[index]
         names = self._store._names
-        if names is not None and names[0][i + 1] > names[0][i]:
-            return names[1][names[0][i] : names[0][i + 1]].tobytes().decode("utf-8")
         lines, files = self._store._lines, self._store.meta["files"]
         file = int(np.searchsorted([start for _, start in files], i, side="right")) - 1
         first = files[file][1]
         part = 1
         while i - part >= first and lines[i - part] == lines[i]:
             part += 1
-        return f"{files[file][0]}:{lines[i]}" + (f"#{part}" if part > 1 else "")
+        name = place(i, lines, files)
+        if names is not None and names[0][i + 1] > names[0][i]:
+            name = names[1][names[0][i] : names[0][i + 1]].tobytes().decode("utf-8")
+        return name + (f"#{part}" if part > 1 else "")
 
 
 class TokenStore:
@@ -101,8 +106,13 @@ class TokenStore:
 
     @property
     def ids(self) -> RowIds:
-        """Row ids, str [N]."""
+        """Ids of the examples, str [N], each once."""
         return RowIds(self)
+
+    @cached_property
+    def row_numbers(self) -> np.ndarray:
+        """Which row each example came from, int64 [N], ascending from 0: a conversation may give several examples."""
+        return np.cumsum(row_starts(self._lines, self.meta["files"]), dtype=np.int64) - 1
 
     @cached_property
     def _names(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -113,13 +123,17 @@ class TokenStore:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """rows, examples, tokens, supervised, longest, largest_id, truncated, dropped, unsupervised, skipped, notes."""
+        """rows, examples, tokens, supervised, longest, largest_id, truncated, dropped, unsupervised, skipped, notes,
+        repeated_ids ({} or {"rows": n, "such_as": one of them with both places}).
+        """
         return self.meta["stats"]
 
     def warnings(self) -> list[str]:
         """What was changed or left out on the way from rows to examples, for people."""
         stats, rows = self.stats, f"{self.stats['rows']:,} rows"
         said = [describe_note(note, count, stats["rows"]) for note, count in stats["notes"].items()]
+        if repeated := stats["repeated_ids"]:
+            said.append(f"{repeated['rows']:,} of {rows} have the id of an earlier one, such as {repeated['such_as']}")
         if stats["skipped"]:
             said.append(f"{stats['skipped']:,} bad rows are skipped (train.bad_rows)")
         if stats["dropped"]:

@@ -29,34 +29,44 @@ from mtft.recipe.schema.recipe import Recipe
 PARTS = ("choose", "check", "rest")
 
 
-def split_rows(examples: int, rows: int) -> dict[str, np.ndarray]:
+def split_rows(total: int, rows: int) -> dict[str, np.ndarray]:
     """Row numbers of the parts: `rows` each for choosing and checking, at most a third of all; the rest."""
-    order = np.random.default_rng(0).permutation(examples)
-    count = min(rows, examples // 3)
+    order = np.random.default_rng(0).permutation(total)
+    count = min(rows, total // 3)
     cuts = (order[:count], order[count : 2 * count], order[2 * count :])
     return {name: np.sort(part) for name, part in zip(PARTS, cuts, strict=True)}
 
 
 class RowSubset:
-    """Some rows of a token store, as a store."""
+    """Some rows of a token store, with all their examples, as a store. rows: ascending row numbers."""
 
     def __init__(self, store: Any, rows: np.ndarray) -> None:
-        self._store, self._rows, self.task = store, rows, store.task
+        self._store, self.task = store, store.task
+        self._examples = np.flatnonzero(np.isin(store.row_numbers, rows))
 
     @property
     def num_examples(self) -> int:
-        return len(self._rows)
+        return len(self._examples)
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.asarray(self._store.lengths)[self._rows]
+        return np.asarray(self._store.lengths)[self._examples]
+
+    @property
+    def row_numbers(self) -> np.ndarray:
+        return self._store.row_numbers[self._examples]
 
     @property
     def ids(self) -> list[str]:
-        return [self._store.ids[int(i)] for i in self._rows]
+        return [self._store.ids[int(i)] for i in self._examples]
+
+    @property
+    def row_ids(self) -> list[str]:
+        """Of each row once: that of its first example."""
+        return [self._store.ids[int(self._examples[i])] for i in np.unique(self.row_numbers, return_index=True)[1]]
 
     def example(self, i: int) -> Example:
-        return self._store.example(int(self._rows[i]))
+        return self._store.example(int(self._examples[i]))
 
 
 def select_examples(scores: Scores, ids: Mapping[str, Sequence[str]]) -> Scores:
@@ -87,7 +97,8 @@ class AdapterEvaluator:
         if not self._stores:
             what = "the merge looks at held-out rows, and no task has any"
             raise UserError(what, where="tasks: eval_data", do="give eval_data, or merge without looking at data")
-        self._rows = {task: split_rows(store.num_examples, rows) for task, store in self._stores.items()}
+        count = {task: len(np.unique(store.row_numbers)) for task, store in self._stores.items()}
+        self._rows = {task: split_rows(count[task], rows) for task in self._stores}
         if short := [task for task, parts in self._rows.items() if len(parts["choose"]) < 2]:
             raise UserError(f"{short[0]} has fewer than six held-out rows", where="tasks: eval_data", do="give more")
 
@@ -128,7 +139,7 @@ class AdapterEvaluator:
 
     def ids(self, part: str) -> dict[str, list[str]]:
         """Task -> row ids of one part."""
-        return {task: self._part(task, part).ids for task in self.tasks}
+        return {task: self._part(task, part).row_ids for task in self.tasks}
 
     def _part(self, task: str, part: str) -> RowSubset:
         return RowSubset(self._stores[task], self._rows[task][part])

@@ -77,7 +77,7 @@ def test_ids_of_rows_and_of_split_conversations(tmp_path):
     rows = [{"id": "first", "messages": talk}, {"messages": talk}, {"messages": talk[:2]}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     store = open_(path, tokenizer(TEMPLATES["qwen3"]), tmp_path)
-    assert list(store.ids) == ["first", "first", "a.jsonl:2", "a.jsonl:2#2", "a.jsonl:3"]
+    assert list(store.ids) == ["first", "first#2", "a.jsonl:2", "a.jsonl:2#2", "a.jsonl:3"]
     assert store.stats["notes"]["split"] == 2
     assert store.ids[-1] == "a.jsonl:3"
 
@@ -262,7 +262,9 @@ def test_skip_counts_up_to_one_percent(tmp_path, made):
 def test_what_the_template_refuses_is_a_bad_row(tmp_path):
     talk = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": talk}])
-    with pytest.raises(UserError, match=r"a.jsonl:1: message 2 \(user\): the chat template refuses it: roles must alternate"):
+    with pytest.raises(
+        UserError, match=r"a.jsonl:1: message 2 \(user\): the chat template refuses it: roles must alternate"
+    ):
         open_(path, tokenizer(TEMPLATES["mistral"]), tmp_path)
 
 

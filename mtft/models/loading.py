@@ -74,10 +74,17 @@ def model_location(path: str | Path) -> str:
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer."""
+    """The model's own tokenizer, with the chat template of `model.chat_template` if the recipe names one."""
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, section.path, section.revision, what="tokenizer")
+    tokenizer = _from_pretrained(AutoTokenizer, section.path, section.revision, what="tokenizer")
+    if section.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(section.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"the chat template {section.chat_template} can't be read: {error}"
+            raise UserError(what, where="model.chat_template", do="name a file with a Jinja template") from error
+    return tokenizer
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -20,6 +20,7 @@ from mtft.data.batching.batches import BatchSource
 from mtft.data.planning import make_plan, share_bounds
 from mtft.data.store.token_store import TokenStore, open_stores
 from mtft.data.summary.data_summary import DataSummary, TaskSummary
+from mtft.data.tokenize.chat_template import ChatRenderer
 from mtft.data.tokenize.encode import runs
 from mtft.recipe.schema.recipe import Recipe
 
@@ -103,7 +104,7 @@ def summarize_data(
     )
     written = "shares that are written out are played as they are (mixture.floors, caps, groups)"
     outside = [f"{line}: {written}" for line in share_bounds(recipe).violations(plan.mixture)]
-    warnings = [*_warnings(stores, summary), *outside, *_leaks(stores, held_out)]
+    warnings = [*_warnings(stores, summary), *_ends(tokenizer), *outside, *_leaks(stores, held_out)]
     return replace(summary, warnings=tuple(warnings))
 
 
@@ -134,6 +135,18 @@ def _warnings(stores: Sequence[TokenStore], summary: DataSummary) -> list[str]:
         )
         warnings.append(f"{summary.padding_share:.0%} of all positions are padding: {way}")
     return warnings
+
+
+def _ends(tokenizer: Any) -> list[str]:
+    """Where the model learns to stop, if that is not where its tokenizer says."""
+    ends = ChatRenderer(tokenizer).end_tokens
+    if not ends or tokenizer.eos_token in ends:
+        return []
+    learnt = " and ".join(map(repr, ends))
+    return [
+        f"answers are learnt to end with {learnt}, and the tokenizer's end token is {tokenizer.eos_token!r}: the "
+        "export's generation_config.json has them all, so that generation stops"
+    ]
 
 
 def _leaks(stores: Sequence[TokenStore], held_out: Sequence[TokenStore | None]) -> list[str]:

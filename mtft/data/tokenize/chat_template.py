@@ -54,7 +54,7 @@ class ChatRenderer:
             notes.add("special_in_text")
         if len(examples) > 1:
             notes.add("split")
-        notes |= {f"{KEY}{key}" for message in messages for key in self.template.unread_keys(message)}
+        notes |= {f"{KEY}{key}" for key in self.template.unread_keys(messages)}
         self.notes.update(notes)
         return examples
 

@@ -61,11 +61,12 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.default = tokenizer.chat_template is None
-        self.source: str = DEFAULT_TEMPLATE if self.default else str(tokenizer.chat_template)
-        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self.special = tuple({*tokenizer.all_special_tokens, *added})
         # A template writes its own BOS; where there is none, the tokenizer's habit decides. Never both.
         self.bos: str = tokenizer.bos_token if adds_bos(tokenizer) else ""
+        default = ("{{- bos_token }}" if self.bos else "") + DEFAULT_TEMPLATE
+        self.source: str = default if self.default else str(tokenizer.chat_template)
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.special = tuple({*tokenizer.all_special_tokens, *added})
         self._parts = self._text_calls = self._null_content = False
         user = {"role": "user", "content": "a"}
         if not self._shows([user | {"content": PROBE}]):
@@ -110,7 +111,7 @@ class ChatTemplate:
             raise RowError("invalid UTF-8 (half of a surrogate pair) in a call or a tool") from error
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise RowError(f"the chat template refuses it: {error}") from error
-        return self.bos + text if self.default else text
+        return text
 
     def adapt(self, messages: Sequence[Message]) -> tuple[list[Message], set[str]]:
         """Messages in the spelling that the template shows, and notes on what had to be changed for it."""
@@ -133,10 +134,13 @@ class ChatTemplate:
         """Whether the thinking stands in the content, for a template that may cut it off."""
         return not self.reasoning and self.knows_thoughts and inline_thought(message["content"]) is not None
 
-    def unread_keys(self, message: Message) -> list[str]:
-        """Keys of a message that the template has no word for."""
-        plumbing = {*_PLUMBING, "name"} if message["role"] == "tool" else _PLUMBING
-        return [key for key in message.keys() - plumbing if not re.search(rf"\b{re.escape(key)}\b", self.source)]
+    def unread_keys(self, messages: Sequence[Message]) -> set[str]:
+        """Keys of messages that the template has no word for."""
+        named = {key for message in messages for key in message} - _PLUMBING
+        if not named:
+            return named
+        named -= {"name"} if not any("name" in message for message in messages if message["role"] != "tool") else set()
+        return {key for key in named if not re.search(rf"\b{re.escape(key)}\b", self.source)}
 
     def _with_thinking(self, message: Message, notes: set[str]) -> Message:
         """Thinking under the key that the template knows; in the content where it knows none but cuts off thoughts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from mtft.recipe.schema.section import MODEL, RecipeSection
+from mtft.recipe.schema.section import INPUT, MODEL, RecipeSection
 
 
 class ModelSection(RecipeSection):
@@ -18,5 +18,10 @@ class ModelSection(RecipeSection):
     """Load the base in 4 bit (QLoRA: NF4, double quantisation) or 8 bit through bitsandbytes."""
     attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"
     """Attention implementation of transformers."""
+    chat_template: Annotated[str | None, INPUT] = None
+    """File with a Jinja chat template to use in the place of the tokenizer's own. A model that has none gets a plain
+    one: system text, `User: ...`, `Assistant: ...`, each answer ended by the EOS token. Every export holds the template
+    that its run was trained with.
+    """
     trust_remote_code: Literal[False] = False
     """Code that ships with a model is never run, so this can only be false."""

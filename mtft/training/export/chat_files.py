@@ -1,0 +1,56 @@
+"""How an export is talked to: the tokenizer, the chat template it was trained with, and the tokens that end a turn.
+
+A base without a chat template is trained with a default one, which nobody would have afterwards; and a base whose
+`eos_token` is not what its template ends turns with would go on after the answer.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from mtft.data.formats.messages import Message
+from mtft.data.tokenize.chat_template import ChatRenderer
+
+EXAMPLE: list[Message] = [{"role": "user", "content": "What is the capital of Italy?"}]
+
+
+def save_chat_files(folder: Path, tokenizer: Any, generation_config: Any) -> None:
+    """Writes the tokenizer with its chat template, and generation_config.json with every token that ends an answer.
+
+    generation_config: the base model's (transformers.GenerationConfig); it is not changed.
+    """
+    renderer = ChatRenderer(tokenizer)
+    saved = copy.copy(tokenizer)
+    saved.chat_template = tokenizer.chat_template or renderer.template.source
+    saved.save_pretrained(folder)
+    settings = copy.deepcopy(generation_config)
+    ends = end_ids(renderer, generation_config)
+    settings.eos_token_id = ends if len(ends) != 1 else ends[0]
+    settings.save_pretrained(folder)
+
+
+def end_ids(renderer: ChatRenderer, generation_config: Any) -> list[int]:
+    """Ids that end an answer: those of the base, and those that the chat template ends turns with."""
+    known = generation_config.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    return list(dict.fromkeys([*known, *renderer.tokenizer.convert_tokens_to_ids(list(renderer.end_tokens))]))
+
+
+def how_to_prompt(tokenizer: Any) -> list[str]:
+    """Lines of a model card: what a question looks like to the model."""
+    renderer = ChatRenderer(tokenizer)
+    ends = " or ".join(f"`{token}`" for token in renderer.end_tokens) or "nothing of its own"
+    of = "MTFT's default chat template (the base has none)" if renderer.template.default else "the chat template"
+    return [
+        "## How to prompt",
+        "",
+        f"Trained with {of}, which stands beside the weights: `tokenizer.apply_chat_template(messages, "
+        f"add_generation_prompt=True)`. Answers end with {ends}. A question as the model reads it:",
+        "",
+        "```text",
+        renderer.prompt(EXAMPLE),
+        "```",
+        "",
+    ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
+from mtft.data.readers.arrow_rows import dataset_rows
 from mtft.recipe.load import recipe_of_values
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_files.run_dir import RECIPE
@@ -141,6 +142,14 @@ def _path(run_dir: Path, task: str, split: str) -> Path:
     return (run_dir / "data" / f"{task}.{split}.jsonl").absolute()
 
 
+def _plain_rows(rows: Rows) -> Iterable[Any]:
+    """The rows, without the nulls that Arrow puts where another row has a key (see arrow_rows.py)."""
+    from datasets import Dataset
+
+    plain = isinstance(rows, Dataset) and rows.format["type"] is None
+    return dataset_rows(rows) if plain else rows
+
+
 def _as_jsonl(rows: Rows, task: str, argument: str) -> str:
     """The rows as JSON lines; the labels of a data set's ClassLabel columns by their names."""
     where = f"{argument}.{task}"
@@ -150,7 +159,7 @@ def _as_jsonl(rows: Rows, task: str, argument: str) -> str:
     features = getattr(rows, "features", None) or {}
     labels = {column: feature.names for column, feature in features.items() if hasattr(feature, "int2str")}
     lines = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_plain_rows(rows)):
         if not isinstance(row, Mapping):
             what = f"row {number} of task {task} is a {type(row).__name__}, not a dict of columns"
             raise UserError(what, where=where, do=example)

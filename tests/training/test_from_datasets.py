@@ -162,6 +162,20 @@ def test_labels_are_learnt_by_their_names(tmp_path):
     assert [row["response"] for row in written] == ["pos", "neg"]
 
 
+def test_nulls_that_arrow_puts_into_objects_are_no_arguments(tmp_path):
+    """`Dataset.from_list` gives every call the arguments of all others, as null."""
+    cases = Path(__file__).parents[1] / "data" / "cases" / "two-tools-other-arguments.jsonl"
+    rows = [json.loads(line) for line in cases.read_text().splitlines()]
+    data = {"calls": Dataset.from_list(rows)}
+    recipe, _ = recipe_of_datasets("model", data, args={"max_steps": 1, "output_dir": str(tmp_path)})
+    written = [json.loads(line) for line in Path(recipe.tasks[0].data).read_text().splitlines()]
+    assert written == [{**row, "messages": [_whole(m) for m in row["messages"]]} for row in rows]
+
+
+def _whole(message):
+    return {key: value for key, value in message.items() if value is not None}
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [

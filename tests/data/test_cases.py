@@ -81,6 +81,15 @@ def test_a_tool_result_is_shown_or_refused(tmp_path, template):
         assert "SUNNY17" not in "".join(found.learnt)
 
 
+@pytest.mark.parametrize("template", ["phi3", "phi3_5"])
+def test_a_short_text_is_missed_too(tmp_path, template):
+    """An "a" stands somewhere in any rendering; that the tool's message is left out shows by a marker in its place."""
+    turns = [("user", "a"), ("assistant", "a"), ("tool", "a"), ("assistant", "a")]
+    rows = json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
+    (tmp_path / "rows.jsonl").write_text(rows)
+    assert "nothing of message 3 (tool): 'a'" in refusal(tmp_path, tmp_path / "rows.jsonl", stock(template))
+
+
 @pytest.mark.parametrize("template", ["gptoss", "qwen3_vl", "qwen3", "qwen2_5"])
 def test_a_system_message_in_the_middle_is_shown_or_refused(tmp_path, template):
     if template in ("gptoss", "qwen3_vl"):
@@ -139,6 +148,9 @@ def test_thinking_inside_an_answer_is_learnt(tmp_path, template):
     for part in learnt:
         assert part.count("I add two and two.") == part.count("It is 4.") == 1
         assert part.index("I add two and two.") < part.index("It is 4.")
+        if template == "gptoss":  # it has a place of its own for thinking
+            assert "<|channel|>analysis<|message|>I add two and two.<|end|>" in part
+            assert "<think>" not in part
 
 
 @pytest.mark.parametrize("template", ["gptoss", "deepseekv3", "qwen3"])
@@ -203,6 +215,16 @@ def test_pictures_are_refused(tmp_path, template):
     # whoever names the columns leaves the others out on purpose
     found = read(tmp_path, "images-column.jsonl", stock(template), format={"messages": "messages"})
     assert "column images (2 of 2 rows) is not read" in found.warnings
+
+
+def test_an_optional_column_that_no_row_has_is_refused(tmp_path):
+    """A misspelt system column would be left out in silence."""
+    made, columns = tokenizer(), {"prompt": "prompt", "response": "response"}
+    said = refusal(tmp_path, "late-system-column.jsonl", made, format={**columns, "system": "sistem"})
+    assert "no row has the column 'sistem'" in said
+    assert "did you mean 'system'?" in said
+    found = read(tmp_path, "late-system-column.jsonl", made, format={**columns, "system": "system"})
+    assert sum("SYS" in text for text in found.texts) == 60
 
 
 def test_a_column_that_nobody_reads_is_named_once(tmp_path):

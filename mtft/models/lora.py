@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from mtft.common.errors import UserError
+from mtft.models.adapters import load_adapter, read_peft_config
 from mtft.recipe.schema.lora import LoraSection
 
 if TYPE_CHECKING:
@@ -58,28 +58,18 @@ def continue_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
 
     Raises UserError when there is none, it does not fit the model, or its rank or scale are not the section's.
     """
-    from peft import LoraConfig, PeftConfig, PeftModel
+    from peft import LoraConfig
 
     start, where = str(section.start), f"lora.start: {section.start}"
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (Path(start) / name).is_file():
-            raise UserError(f"the folder holds no {name}", where=where, do="give the `adapter` folder of a run")
-    config = PeftConfig.from_pretrained(start)
+    config = read_peft_config(start, where=where)
     if not isinstance(config, LoraConfig):
         raise UserError(f"a {config.peft_type} adapter is not LoRA", where=where, do="start from a LoRA adapter")
     has, wants = (config.r, config.lora_alpha, config.use_rslora), (section.r, section.alpha, section.rslora)
     if has != wants:
         told = [f"r: {r}, alpha: {alpha}, rslora: {str(rslora).lower()}" for r, alpha, rslora in (has, wants)]
         raise UserError(f"the adapter has {told[0]}; the recipe has {told[1]}", where=where, do=f"lora: {{{told[0]}}}")
-    config.lora_dropout, config.inference_mode = section.dropout, False
-    try:
-        adapted = PeftModel.from_pretrained(model, start, config=config, is_trainable=True, use_safetensors=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"the adapter does not fit the model: {str(error).strip().splitlines()[0]}",
-            where=where,
-            do="use the base model that its adapter_config.json names (base_model_name_or_path)",
-        ) from error
+    config.lora_dropout = section.dropout
+    adapted = load_adapter(model, start, config=config, trainable=True, where=where)
     return _freeze_a(adapted) if section.freeze_a else adapted
 
 

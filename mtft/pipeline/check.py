@@ -72,8 +72,8 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     from mtft.data.summary.summarize import summarize_data
     from mtft.data.tokenize.vocabulary_check import check_vocabulary
     from mtft.losses.balancers import make_balancer
-    from mtft.models.loading import load_tokenizer
-    from mtft.training.memory.estimate import estimate_memory, read_config
+    from mtft.models.loading import load_tokenizer, read_config
+    from mtft.training.memory.estimate import estimate_memory
     from mtft.training.online_mixture import describe_online_mixture, make_controller
 
     tokenizer, config = load_tokenizer(recipe.model), read_config(recipe.model)

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtft.adapters.base_identity import write_base
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
 from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.evaluation.task_scores import METRICS, TaskScores
+from mtft.models.adapters import base_of
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir
@@ -49,7 +51,9 @@ def export_model(model: Any, run_dir: Path, *, tokenizer: Any, state: Mapping[st
         if lora and (run_dir / INITIAL).is_dir():
             options["path_initial_model_for_weight_conversion"] = str(run_dir / INITIAL)
         model.save_pretrained(folder, **options)
-        if not lora:
+        if lora:
+            write_base(folder, base_of(model))
+        else:
             tokenizer.save_pretrained(folder)
         check_tensors(folder, must="lora_" if lora else "")
     return target
@@ -84,7 +88,7 @@ def check_tensors(folder: Path, *, must: str) -> None:
 
 def _probe(model: nn.Module) -> Tensor:
     """Random token ids [1, 24], always the same."""
-    vocabulary = int(model.config.vocab_size)  # pyright: ignore
+    vocabulary = int(model.config.get_text_config().vocab_size)  # pyright: ignore
     return torch.randint(0, vocabulary, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
 
 

@@ -20,20 +20,17 @@ less; quantised linears are counted with the largest one's dequantised copy.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from mtft.common.errors import UserError
 from mtft.gradients.aggregators import make_aggregator
 from mtft.losses.balancers import balancer_class
-from mtft.models.loading import compute_dtype, model_location
+from mtft.models.loading import compute_dtype, read_config
 from mtft.models.lora import add_lora
 from mtft.recipe.method_options import options_of
-from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.memory.activation_peak import activation_peak
 from mtft.training.optim.optimizers import state_bytes
@@ -111,7 +108,7 @@ def estimate_memory(
         forward_only=train.mezo is not None,
     )
     if peak is None:
-        activations, logits = None, supervised * model.config.vocab_size * 4
+        activations, logits = None, supervised * model.config.get_text_config().vocab_size * 4
     else:
         dequantised = 0 if section.quantise == "none" else largest * dtype.itemsize
         backward = gradients if train.mezo is None else 0  # MeZO's come after its passes
@@ -167,21 +164,6 @@ def _layout(recipe: Recipe, longest: int | None, ranks: int) -> tuple[int, int]:
     if longest is not None and not train.packing:
         width = min(width, longest)
     return max(1, tokens // width), width
-
-
-def read_config(section: ModelSection) -> Any:
-    """The config of a recipe's model. UserError when it can't be read or transformers does not know the model."""
-    location = model_location(section.path)
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if not Path(location).is_dir():
-        options["revision"] = section.revision
-    try:
-        return AutoConfig.from_pretrained(location, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        what = f"the model's config can't be used: {reason}"
-        do = "check the name, and that this version of transformers knows the model"
-        raise UserError(what, where=f"model.path: {section.path}", do=do) from error
 
 
 def _held_bytes(model: nn.Module, quantise: str, width: int) -> float:

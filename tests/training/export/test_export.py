@@ -44,6 +44,7 @@ def test_adapter_is_proved_in_a_fresh_process(proved):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base.json",
     ]
     card = (result.adapter_dir / "README.md").read_text()
     assert all(text in card for text in ("| copy | 0.500 |", "exact_match", "torch ", "learning_rate: 0.005"))

@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from mtft.adapters.base_identity import BASE, BaseIdentity, fingerprint, recorded_base
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS, LoraAdapter
@@ -18,7 +20,6 @@ from mtft.models.loading import some
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from torch import nn
     from transformers import PreTrainedModel
 
 USE_ITS_BASE = "use the base model that its adapter_config.json names (base_model_name_or_path)"
@@ -100,6 +101,15 @@ def check_fits(adapter: LoraAdapter, model: nn.Module) -> None:
 
     if isinstance(model, PreTrainedModel):
         check_base(adapter.path, model)
+    parts, where = dict(model.named_modules()), str(adapter.path)
+    _check_names([], sorted(adapter.modules.keys() - parts.keys()), where)
+    for name, layout in adapter.modules.items():
+        part: Any = parts[name]
+        linear = isinstance(part, nn.Linear)  # a quantised one packs its weight
+        shape = (part.out_features, part.in_features) if linear else tuple(part.weight.shape)
+        if sorted(shape) != sorted((layout.m, layout.n)):
+            what = f"{name} is {shape[0]} x {shape[1]}, and {layout.m} x {layout.n} in the adapter"
+            raise UserError(f"the adapter does not fit the model: {what}", where=where, do=USE_ITS_BASE)
     saved = {key.removeprefix(PREFIX).rsplit(".", 1)[0] for key in adapter.saved}
     check_covers(adapter.path, {*adapter.modules, *saved}, model)
 

@@ -104,7 +104,8 @@ def _base_warnings(first: LoraAdapter, other: LoraAdapter, where: str, allow: bo
         return []
     if base_a != base_b and _QUANTISED.sub("", base_a) == _QUANTISED.sub("", base_b):
         return [f"bases {base_a} and {base_b} differ in precision"]
-    what = f"the bases differ{' in their weights' if differ else ''}: {base_a!r} ({revision_a}) and {base_b!r} ({revision_b})"
+    how = "differ in their weights" if differ else "differ"
+    what = f"the bases {how}: {base_a!r} ({revision_a}) and {base_b!r} ({revision_b})"
     if allow:
         return [what]
     raise MergeError(

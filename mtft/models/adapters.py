@@ -15,7 +15,7 @@ from torch import nn
 from mtft.adapters.base_identity import BASE, BaseIdentity, fingerprint, recorded_base
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS, LoraAdapter
-from mtft.common.errors import UserError
+from mtft.common.errors import MergeError, UserError
 from mtft.models.loading import some
 
 if TYPE_CHECKING:
@@ -95,6 +95,18 @@ def load_adapter(
     return adapted
 
 
+def reload_own(adapted: PeftModel, folder: str | Path) -> None:
+    """Reads a saved adapter back into the model that it was saved from, where it changes nothing.
+
+    UserError when the file is not what PEFT would load: then nobody could.
+    """
+    trained = {name: parameter.requires_grad for name, parameter in adapted.named_parameters()}
+    report = adapted.load_adapter(str(folder), "default", is_trainable=True)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(trained[name])
+    _check_names(sorted(report.missing_keys), sorted(report.unexpected_keys), str(folder))
+
+
 def check_fits(adapter: LoraAdapter, model: nn.Module) -> None:
     """UserError when an adapter whose factors are put on `model` one by one was trained on another, or is not whole."""
     from transformers import PreTrainedModel
@@ -102,8 +114,9 @@ def check_fits(adapter: LoraAdapter, model: nn.Module) -> None:
     if isinstance(model, PreTrainedModel):
         check_base(adapter.path, model)
     parts, where = dict(model.named_modules()), str(adapter.path)
-    _check_names([], sorted(adapter.modules.keys() - parts.keys()), where)
     for name, layout in adapter.modules.items():
+        if name not in parts:
+            raise MergeError(f"the model has no module {name!r}", where=where, do=USE_ITS_BASE)
         part: Any = parts[name]
         linear = isinstance(part, nn.Linear)  # a quantised one packs its weight
         shape = (part.out_features, part.in_features) if linear else tuple(part.weight.shape)

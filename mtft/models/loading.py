@@ -153,6 +153,28 @@ def load_causal_lm(
     return model if quantise != "none" or device is None else model.to(device)
 
 
+def load_without_weights(section: ModelSection, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on torch's meta device: shapes and no data.
+
+    Of a folder the headers of its files are read, so that weights that are missing or unused are refused here too; of a
+    hub model the config alone, and of a checkpoint that is quantized already.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config: Any = read_config(section)
+    options: dict[str, Any] = {"dtype": dtype}
+    if section.attention == "eager":
+        options["attn_implementation"] = "eager"
+    if Path(model_location(section.path)).is_dir() and not config.to_dict().get("quantization_config"):
+        options["device_map"] = {"": "meta"}
+        model = from_pretrained(AutoModelForCausalLM, section.path, what="model", **options)
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    model.config.use_cache = False
+    return model
+
+
 def load_base(section: ModelSection, *, full: bool = False) -> PreTrainedModel:
     """The base model on the CPU (quantised: on its device). `full`: its weights will be trained, so they stay fp32."""
     if full and section.quantise != "none":
@@ -238,8 +260,8 @@ def _check_report(kind: str, report: Mapping[str, Any], what: str, where: str) -
         raise UserError(
             f"the {what}'s files hold {some(unused)}, for which {kind} has no place: they would be ignored",
             where=where,
-            do="load it with the class that it was saved from and save what you mean to use; an adapter is merged "
-            "into its base with merge_and_unload() before it is saved",
+            do=f"if {kind} alone is meant: {kind}.from_pretrained(...).save_pretrained(NEW_FOLDER), once, and name that "
+            "folder (an adapter is merged into its base before, by merge_and_unload())",
         )
 
 

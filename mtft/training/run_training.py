@@ -54,6 +54,7 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     # Heavy imports stand here: a finished run is recognised without them.
     from mtft.data.planning import make_plan
     from mtft.distributed.stop_signal import EXIT_CODES, StopSignal
+    from mtft.models.lora_targets import describe_adapter
     from mtft.training.build_model import load_for_training
     from mtft.training.callbacks.best_weights import BestWeights
     from mtft.training.checkpoint.checkpoint_files import checkpoint_step, load_tree
@@ -79,6 +80,8 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start and checkpoint is None
     with StopSignal() as stop:
         model = load_for_training(recipe)
+        for note in () if recipe.lora is None else describe_adapter(model):
+            log.say(f"note: {note}")
         if recipe.lora is not None and recipe.lora.init in CHANGE_THE_BASE and is_main_process():
             save_initial(model, run_dir)
         rehearse_export(model, recipe, plan, tokenizer=inputs.tokenizer)

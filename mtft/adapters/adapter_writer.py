@@ -14,13 +14,14 @@ from typing import Self
 
 import numpy as np
 
+from mtft.adapters.base_identity import BASE, common_base, write_base
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS, AdapterLayout, LoraAdapter, factor_keys
 from mtft.adapters.safetensors_io import TensorWriter
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 
-OWN_FILES = frozenset({WEIGHTS, CONFIG, "README.md", "merge.json"})
+OWN_FILES = frozenset({WEIGHTS, CONFIG, BASE, "README.md", "merge.json"})
 DTYPES = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
@@ -176,6 +177,8 @@ class AdapterWriter:
 
     def write_config(self) -> None:
         """Comes last: a folder without its config is no adapter."""
+        if (base := common_base([adapter.path for adapter in self.adapters])) is not None:
+            write_base(self.folder, base)
         write_json(self.folder / CONFIG, self._config(), indent=2)
 
     def _config(self) -> dict[str, object]:

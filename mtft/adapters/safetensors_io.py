@@ -31,6 +31,19 @@ class Entry(NamedTuple):
     end: int
 
 
+def read_header(path: Path) -> dict[str, Entry]:
+    """{tensor: where it lies} as the header of a .safetensors file says, which is not checked here."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    first = 8 + length
+    return {
+        key: Entry(item["dtype"], tuple(item["shape"]), *(first + offset for offset in item["data_offsets"]))
+        for key, item in header.items()
+    }
+
+
 class TensorFile:
     """The header of a .safetensors file; tensors are read one by one.
 
@@ -43,26 +56,19 @@ class TensorFile:
         try:
             with safe_open(path, framework="np"):
                 pass
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+            self.entries = read_header(path)
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise MergeError(f"not a whole safetensors file ({error})", where=str(path), do=redo) from None
-        header.pop("__metadata__", None)
         size = path.stat().st_size
-        self.entries: dict[str, Entry] = {}
-        for key, item in header.items():
-            start, end = (8 + length + offset for offset in item["data_offsets"])
-            entry = Entry(item["dtype"], tuple(item["shape"]), start, end)
+        for key, entry in self.entries.items():
             if entry.dtype not in FLOATS:
                 raise MergeError(
                     f"tensor {key!r} has type {entry.dtype}; adapters are merged from {', '.join(FLOATS)}",
                     where=str(path),
                     do="save the adapter in bfloat16, float16 or float32",
                 )
-            if end > size or end - start != math.prod(entry.shape) * FLOATS[entry.dtype].itemsize:
+            if entry.end > size or entry.end - entry.start != math.prod(entry.shape) * FLOATS[entry.dtype].itemsize:
                 raise MergeError(f"tensor {key!r} does not fit its place in the file", where=str(path), do=redo)
-            self.entries[key] = entry
 
     def read(self, key: str, dtype: np.dtype | type = np.float64) -> np.ndarray:
         """The tensor as `dtype` (exact for float32 and up). NaN or infinite values: MergeError with their count."""

@@ -1,16 +1,19 @@
-"""check, train, eval, report, run, schema."""
+"""check, train, export, eval, report, run, schema."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import mtft
 from mtft.cli.common import Overrides, RecipeArgument, load, say
+
+if TYPE_CHECKING:
+    from mtft.training.run_training import TrainResult
 
 app = typer.Typer(
     name="mtft",
@@ -77,6 +80,35 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = Fa
 
     result = run_training(load(recipe, overrides, "train"), fresh=fresh)
     say(f"adapter: {result.adapter_dir}")
+    _say_proof(result)
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a trained run.", show_default=False)],
+) -> None:
+    """Export and prove once more what a run has trained, after its end failed. Trains nothing.
+
+    A run that is marked "trained, not proved" is proved again; one without an export is exported from the checkpoint
+    of its last step.
+    """
+    from mtft.training.export.export_run import export_run
+
+    result = export_run(run_dir)
+    say(f"adapter: {result.adapter_dir}")
+    _say_proof(result)
+
+
+def _say_proof(result: TrainResult) -> None:
+    """An error when the adapter could not be proved: it stands, but nobody has seen it load."""
+    if result.not_proved is not None:
+        from mtft.common.errors import UserError
+
+        raise UserError(
+            f"trained, not proved: {result.not_proved}",
+            where=str(result.out_dir),
+            do=f"the adapter and the scores stand; when it is mended: mtft export {result.out_dir}",
+        )
 
 
 @app.command("eval")

@@ -33,6 +33,7 @@ def evaluate(
     from mtft.data.batching.packed_attention import packing_refusal
     from mtft.data.store.token_store import open_stores
     from mtft.evaluation.heldout_loss import BatchLayout, evaluate_model
+    from mtft.models.adapters import load_adapter
     from mtft.models.loading import compute_dtype, load_base, load_tokenizer, pad_id
 
     section = model or recipe.model
@@ -46,37 +47,13 @@ def evaluate(
         )
     network: Any = load_base(section)
     if adapter is not None:
-        network = with_adapter(network, adapter)
+        network = load_adapter(network, adapter)
     if torch.cuda.is_available() and section.quantise == "none":
         network = network.to(torch.device("cuda"))
     packing = recipe.train.packing and packing_refusal(network.config, network.config._attn_implementation) is None
     layout = BatchLayout(recipe.train.rows_at_once, recipe.train.max_length, pad_id(tokenizer), packing)
     dtype = compute_dtype(section)
     return evaluate_model(network, chosen, layout, autocast=None if dtype == torch.float32 else dtype)
-
-
-def with_adapter(network: Any, adapter: Path) -> Any:
-    """`network` with the PEFT adapter of a folder. UserError when it is none, or was made for another model."""
-    from peft import PeftModel
-
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(
-            "the folder holds no adapter_config.json",
-            where=str(adapter),
-            do="give the `adapter` folder of a run, or any PEFT adapter",
-        )
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(
-            "the adapter's weights are missing, or are a pickle", where=str(adapter), do="save it as safetensors"
-        )
-    try:
-        return PeftModel.from_pretrained(network, str(adapter), is_trainable=False, use_safetensors=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"the adapter does not fit the model: {str(error).strip().splitlines()[0]}",
-            where=str(adapter),
-            do="use the base model that adapter_config.json names (base_model_name_or_path)",
-        ) from error
 
 
 def as_json(

@@ -27,13 +27,13 @@ from mtft.data.batching.batches import eval_batches
 from mtft.data.batching.packed_attention import packing_refusal
 from mtft.data.planning import make_plan
 from mtft.distributed.launch import world_size
-from mtft.evaluation.evaluate_recipe import with_adapter
 from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.evaluation.heldout_loss import BatchLayout, evaluate_model
 from mtft.gradients.capture.task_gradients import TaskGradients
 from mtft.gradients.forgetting import forgetting, module_of, select_forgetful_modules, totals
 from mtft.losses.task_reduction import coefficients, step_counts, task_coefficients
 from mtft.losses.token_nll import token_nll
+from mtft.models.adapters import load_adapter
 from mtft.models.loading import load_base, pad_id
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.export.export import export_model
@@ -86,11 +86,11 @@ def refresh(
     recipe = _buffered(recipe, new, out, rows=rows, steps=steps)
     old = [k for k, task in enumerate(recipe.task_names) if task not in new]
     inputs = read_training_inputs(recipe)
-    model = with_adapter(load_base(recipe.model), before)
+    model = load_adapter(load_base(recipe.model), before)
     layout = _layout(recipe, model, inputs, say)
     start, at_start = _adapter(model), _task_gradients(model, inputs, layout)
     losses = {"before": _held_out(model, inputs, layout)}
-    model = with_adapter(load_base(recipe.model), after)
+    model = load_adapter(load_base(recipe.model), after)
     _check_shapes(start, _adapter(model), before, after)
     losses["after"] = _held_out(model, inputs, layout)
     done: list[Round] = []

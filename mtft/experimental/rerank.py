@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.decoding.prompts import left_pad
+from mtft.models.loading import from_pretrained
 
 if TYPE_CHECKING:
     from mtft.fuse.fused_model import FusedCausalLM
@@ -102,8 +103,8 @@ class ClassifierScorer:
     def __init__(self, path: str | Path, *, device: str | torch.device = "cpu", batch_size: int = 16) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True).to(device).eval()
+        self.tokenizer = from_pretrained(AutoTokenizer, path, what="scorer's tokenizer")
+        self.model = from_pretrained(AutoModelForSequenceClassification, path, what="scorer").to(device).eval()
         if self.model.config.num_labels != 1:
             raise FusionError(
                 f"the scorer has {self.model.config.num_labels} labels", where=str(path), do="give a model with one"

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mtft.adapters.base_identity import recorded_base
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter
 from mtft.common.errors import MergeError
 from mtft.fuse.alpha.spec import FusionError, choose
 from mtft.fuse.decoding.multi_lora import BASE, MultiLoraLayout, attach_multi_lora, multi_lora_refusal
 from mtft.fuse.decoding.transposed_linear import transpose_lm_head
 from mtft.fuse.tokenizers.probe_text import LINES
+from mtft.models.adapters import base_of, check_base, check_covers, load_adapter
 from mtft.models.loading import DTYPES, expand_quickstart, load_causal_lm, resolve_dtype
 
 
@@ -53,7 +55,7 @@ def load_model(
         path, dtype=dtype, revision=revision, quantise=quantise, attention=attention, device=device
     )
     if adapter is not None:
-        model = _own_expert(model, Path(adapter), quantised=quantise != "none")
+        model = _own_expert(model, Path(adapter), quantised=quantise != "none", allow_base_mismatch=False)
     transpose_lm_head(model)
     return freeze(model)
 
@@ -91,7 +93,7 @@ def load_weak_model(
         adapter, reason = None, "it is a whole model"
         is_adapter = (expert / "adapter_config.json").is_file()
         if is_adapter:
-            _check_adapter(expert, base, allow_base_mismatch)
+            _check_adapter(expert, base, model, allow_base_mismatch)
             adapter, reason = _as_rows(expert, model)
         if adapter is not None:
             order.append((-1, len(rows)))
@@ -103,7 +105,8 @@ def load_weak_model(
         order.append((len(own), 0))
         alone: Any = load_model(base if is_adapter else expert, **options)
         if is_adapter:
-            alone = freeze(_own_expert(alone, expert, options.get("quantise", "none") != "none"))
+            quantised = options.get("quantise", "none") != "none"
+            alone = freeze(_own_expert(alone, expert, quantised, allow_base_mismatch))
         own.append(alone)
     layout = attach_multi_lora(model, rows) if rows else MultiLoraLayout(0)
     return WeakModel(model, layout, own, order, [str(expert) for expert in experts])
@@ -126,8 +129,10 @@ def argmax_agreement(
     return same / max(count, 1)
 
 
-def _check_adapter(expert: Path, base: str | Path, allow_base_mismatch: bool) -> None:
-    """Is it a LoRA of this base? Folders may have moved, so the last part of the base's name decides."""
+def _check_adapter(expert: Path, base: str | Path, model: PreTrainedModel, allow_base_mismatch: bool) -> None:
+    """Is it a LoRA of this base? Folders may have moved, so the weights decide; where the adapter does not remember
+    them, the last part of the base's name.
+    """
     config = json.loads((expert / "adapter_config.json").read_text("utf-8"))
     if config.get("peft_type") != "LORA":
         raise FusionError(
@@ -138,8 +143,12 @@ def _check_adapter(expert: Path, base: str | Path, allow_base_mismatch: bool) ->
     if config.get("alora_invocation_tokens"):
         raise FusionError("an activated LoRA (aLoRA) is not always on", where=str(expert), do="train an ordinary LoRA")
     _check_safetensors(expert)
+    if allow_base_mismatch:
+        return
+    check_base(expert, model)
+    recorded = recorded_base(expert)
     trained_on = config.get("base_model_name_or_path")
-    if allow_base_mismatch or not trained_on:
+    if not trained_on or (recorded is not None and recorded.differs(base_of(model)) is False):
         return
     if Path(expand_quickstart(trained_on)).name != Path(expand_quickstart(base)).name:
         raise FusionError(
@@ -156,6 +165,8 @@ def _as_rows(expert: Path, model: nn.Module) -> tuple[LoraAdapter | None, str | 
     except MergeError as error:
         return None, error.what
     reason = multi_lora_refusal(adapter, model)
+    if reason is None:
+        check_covers(expert, set(adapter.modules), model)
     return (adapter if reason is None else None), reason
 
 
@@ -164,12 +175,10 @@ def _check_safetensors(expert: Path) -> None:
         raise FusionError("no adapter_model.safetensors", where=str(expert), do="save it with safe_serialization=True")
 
 
-def _own_expert(model: PreTrainedModel, expert: Path, quantised: bool) -> nn.Module:
+def _own_expert(model: PreTrainedModel, expert: Path, quantised: bool, allow_base_mismatch: bool) -> nn.Module:
     """`model` with the adapter: merged, but beside it where that would round quantised weights or is impossible."""
-    from peft import PeftModel
-
     _check_safetensors(expert)
-    tuned: Any = PeftModel.from_pretrained(model, str(expert))
+    tuned: Any = load_adapter(model, expert, any_base=allow_base_mismatch)
     if quantised or tuned.peft_config["default"].lora_bias:
         return tuned.get_base_model()
     return tuned.merge_and_unload()

@@ -17,6 +17,7 @@ from mtft.common.errors import UserError
 
 def check_router_loss(config: Any) -> None:
     """UserError for a model whose config asks for the router loss."""
+    config = config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", None)
     if getattr(config, "output_router_logits", False) and weight:
         raise UserError(
@@ -29,7 +30,7 @@ def check_router_loss(config: Any) -> None:
 
 def router_warning(config: Any, trained: Iterable[str]) -> str | None:
     """What to tell someone who trains routers; None for anything else. `trained`: names of the trained parameters."""
-    if not getattr(config, "router_aux_loss_coef", None):
+    if not getattr(config.get_text_config(), "router_aux_loss_coef", None):
         return None
     routers = [name for name in trained if ".router." in name or ".gate." in name]
     if not routers:

@@ -1,6 +1,9 @@
 """Tokenizers and models, read from disk or from the hub: the one loader of training, evaluation and fusion.
 
-Weights are read from safetensors only, and code that ships with a model is never run.
+Weights are read from safetensors only, and code that ships with a model is never run. Every weight that the model needs
+is in its files and every weight in the files is used, or the model is refused: transformers fills what is missing with
+random numbers and leaves what it does not know aside. What it knows to be tied, made anew, or meant for another class
+does not count: that stands in its loading report. Adapters: mtft.models.adapters.
 
     precision       weights                         forward
     fp32            fp32                            fp32
@@ -11,6 +14,7 @@ Weights are read from safetensors only, and code that ships with a model is neve
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +25,7 @@ from mtft.models.quantization import bitsandbytes_config
 from mtft.recipe.schema.model import ModelSection
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 QUICKSTART = "quickstart:"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -77,7 +81,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with the chat template of `model.chat_template` if the recipe names one."""
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, section.path, section.revision, what="tokenizer")
+    tokenizer = from_pretrained(AutoTokenizer, section.path, section.revision, what="tokenizer")
     if section.chat_template is not None:
         try:
             tokenizer.chat_template = Path(section.chat_template).read_text(encoding="utf-8")
@@ -85,6 +89,16 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             what = f"the chat template {section.chat_template} can't be read: {error}"
             raise UserError(what, where="model.chat_template", do="name a file with a Jinja template") from error
     return tokenizer
+
+
+def read_config(section: ModelSection) -> PretrainedConfig:
+    """The config of a recipe's model. UserError when it can't be read or transformers does not know the model.
+
+    Sizes stand in `.get_text_config()`: a model that also sees or hears has one config for each part.
+    """
+    from transformers import AutoConfig
+
+    return from_pretrained(AutoConfig, section.path, section.revision, what="model's config")
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -130,19 +144,42 @@ def load_causal_lm(
         device: where the model goes. None: the CPU; the GPU, if there is one, for quantized weights.
 
     Raises:
-        UserError: no such model, pickled weights, or a model that needs code of its own.
+        UserError: no such model, pickled weights, weights that are missing or that the model has no place for, or a
+            model that needs code of its own.
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": dtype}
     if attention != "auto":
         options["attn_implementation"] = attention
     if quantise != "none":  # placed while it is read: it can't be moved afterwards
         if device is None:
             device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         options |= {"quantization_config": bitsandbytes_config(quantise, dtype), "device_map": {"": device}}
-    model = _from_pretrained(AutoModelForCausalLM, path, revision, what="model", **options)
+    model = from_pretrained(AutoModelForCausalLM, path, revision, what="model", **options)
     return model if quantise != "none" or device is None else model.to(device)
+
+
+def load_without_weights(section: ModelSection, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on torch's meta device: shapes and no data.
+
+    Of a folder the headers of its files are read, so that weights that are missing or unused are refused here too; of a
+    hub model the config alone, and of a checkpoint that is quantized already.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config: Any = read_config(section)
+    options: dict[str, Any] = {"dtype": dtype}
+    if section.attention == "eager":
+        options["attn_implementation"] = "eager"
+    if Path(model_location(section.path)).is_dir() and not config.to_dict().get("quantization_config"):
+        options["device_map"] = {"": "meta"}
+        model = from_pretrained(AutoModelForCausalLM, section.path, what="model", **options)
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    model.config.use_cache = False
+    return model
 
 
 def load_base(section: ModelSection, *, full: bool = False) -> PreTrainedModel:
@@ -164,21 +201,33 @@ def load_base(section: ModelSection, *, full: bool = False) -> PreTrainedModel:
     return model
 
 
-def _from_pretrained(auto: Any, path: str | Path, revision: str, *, what: str, **options: Any) -> Any:
-    location = model_location(path)
-    hub = {} if Path(location).is_dir() else {"revision": revision}
+def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what: str, **options: Any) -> Any:
+    """`auto.from_pretrained` of transformers, and the only place that calls it. auto: AutoTokenizer, AutoModelFor...
+
+    what: how messages call it ("model"). Raises UserError for what can't be loaded, or only in parts.
+    """
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
+    location = model_location(path)
+    hub = {} if Path(location).is_dir() else {"revision": revision}
+    where = f"model {path}" + (f" (revision {revision})" if hub else "")
+    weights = _has_weights(auto)
+    if weights:
+        options |= {"use_safetensors": True, "output_loading_info": True}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return auto.from_pretrained(location, trust_remote_code=False, **hub, **options)
-    except (OSError, ValueError) as error:
+        loaded = auto.from_pretrained(location, trust_remote_code=False, **hub, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         # ValueError: unknown architecture, or one that comes with code of its own, which is not run.
+        # RuntimeError: shapes that differ from the config's; SafetensorError: a file that is cut.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"the {what} can't be loaded: {reason}",
-            where=f"model {path}" + (f" (revision {revision})" if hub else ""),
+            where=where,
             do="check the name and that the hub can be reached (HF_ENDPOINT, login for gated models), or give a folder"
             if hub
             else f"check that it is a whole model for transformers ({what} files included); its code is never run",
@@ -186,3 +235,44 @@ def _from_pretrained(auto: Any, path: str | Path, revision: str, *, what: str, *
     finally:
         if bars:
             logging.enable_progress_bar()
+    if not weights:
+        return loaded
+    model, report = loaded
+    _check_report(type(model).__name__, report, what, where)
+    return model
+
+
+def _has_weights(auto: Any) -> bool:
+    """Whether a class of transformers loads a model (and not a tokenizer or a config)."""
+    return auto.__name__.startswith("AutoModel")
+
+
+def _check_report(kind: str, report: Mapping[str, Any], what: str, where: str) -> None:
+    """UserError when the loading report of transformers says that the weights are not those of the model."""
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    wrong = sorted(str(item[0]) for item in report["mismatched_keys"]) + list(report["error_msgs"])
+    if wrong:
+        raise UserError(
+            f"{some(wrong)} of the {what} do not have the shape that its config says",
+            where=where,
+            do="give the config.json that belongs to these weights",
+        )
+    if missing:
+        raise UserError(
+            f"the {what}'s files lack {some(missing)}, which {kind} needs: random numbers would stand there",
+            where=where,
+            do="copy or save the model again, whole; a model of another kind (a classifier, an encoder) can't be used",
+        )
+    if unused:
+        raise UserError(
+            f"the {what}'s files hold {some(unused)}, for which {kind} has no place: they would be ignored",
+            where=where,
+            do=f"if {kind} alone is meant: {kind}.from_pretrained(...).save_pretrained(NEW_FOLDER), once, and name that "
+            "folder (an adapter is merged into its base before, by merge_and_unload())",
+        )
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """`3 weights (a, b, ...)`: how many, and the first of them."""
+    shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return f"{len(names)} weight{'s' if len(names) != 1 else ''} ({shown})"

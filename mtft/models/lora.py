@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from mtft.common.errors import UserError
+from mtft.models.adapters import load_adapter, read_peft_config
+from mtft.models.lora_targets import excluded_modules, no_such_targets, refused_by_peft, unmatched_targets
 from mtft.recipe.schema.lora import LoraSection
 
 if TYPE_CHECKING:
@@ -24,16 +25,19 @@ def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> Peft
 
     With `freeze_a` only B is trained: A is the same in every run with this seed, and is exported like any other.
 
-    Raises UserError when `lora.targets` fits no module.
+    Raises UserError when a name in `lora.targets` fits no module, or the modules can't have such an adapter.
     """
     from peft import LoraConfig, get_peft_model
 
+    unmatched = unmatched_targets(model, section)
+    refusal = no_such_targets(model, unmatched)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.r,
         lora_alpha=section.alpha,  # pyright: ignore[reportArgumentType]  (PEFT divides by it: any number does)
         lora_dropout=section.dropout,
         target_modules=section.targets if isinstance(section.targets, str) else list(section.targets),
+        exclude_modules=excluded_modules(model),
         use_rslora=section.rslora,
         use_dora=section.dora,
         init_lora_weights=True if section.init == "default" else section.init,
@@ -41,15 +45,13 @@ def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> Peft
     torch.manual_seed(seed)
     try:
         adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
-    except ValueError as error:
-        if "arget modules" not in str(error):
-            raise
-        linears = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-        raise UserError(
-            f"no module of the model is called {', '.join(map(repr, section.targets))}",
-            where="lora.targets",
-            do=f"use all-linear, or some of: {', '.join(sorted(linears))}",
-        ) from error
+    except (ValueError, AttributeError, TypeError, NotImplementedError) as error:
+        if unmatched and "fused" not in str(error):  # "gate_proj without also targeting up_proj": fused in this model
+            raise refusal from error
+        raise refused_by_peft(config, section, error) from error
+    # names of expert weights that PEFT turned into parameters matched no module either
+    if any(target in (config.target_modules or ()) for target in unmatched):
+        raise refusal
     return _freeze_a(adapted) if section.freeze_a else adapted
 
 
@@ -58,28 +60,18 @@ def continue_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
 
     Raises UserError when there is none, it does not fit the model, or its rank or scale are not the section's.
     """
-    from peft import LoraConfig, PeftConfig, PeftModel
+    from peft import LoraConfig
 
     start, where = str(section.start), f"lora.start: {section.start}"
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (Path(start) / name).is_file():
-            raise UserError(f"the folder holds no {name}", where=where, do="give the `adapter` folder of a run")
-    config = PeftConfig.from_pretrained(start)
+    config = read_peft_config(start, where=where)
     if not isinstance(config, LoraConfig):
         raise UserError(f"a {config.peft_type} adapter is not LoRA", where=where, do="start from a LoRA adapter")
     has, wants = (config.r, config.lora_alpha, config.use_rslora), (section.r, section.alpha, section.rslora)
     if has != wants:
         told = [f"r: {r}, alpha: {alpha}, rslora: {str(rslora).lower()}" for r, alpha, rslora in (has, wants)]
         raise UserError(f"the adapter has {told[0]}; the recipe has {told[1]}", where=where, do=f"lora: {{{told[0]}}}")
-    config.lora_dropout, config.inference_mode = section.dropout, False
-    try:
-        adapted = PeftModel.from_pretrained(model, start, config=config, is_trainable=True, use_safetensors=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"the adapter does not fit the model: {str(error).strip().splitlines()[0]}",
-            where=where,
-            do="use the base model that its adapter_config.json names (base_model_name_or_path)",
-        ) from error
+    config.lora_dropout = section.dropout
+    adapted = load_adapter(model, start, config=config, trainable=True, where=where)
     return _freeze_a(adapted) if section.freeze_a else adapted
 
 

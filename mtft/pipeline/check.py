@@ -72,8 +72,8 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     from mtft.data.summary.summarize import summarize_data
     from mtft.data.tokenize.vocabulary_check import check_vocabulary
     from mtft.losses.balancers import make_balancer
-    from mtft.models.loading import load_tokenizer
-    from mtft.training.memory.estimate import estimate_memory, read_config
+    from mtft.models.loading import load_tokenizer, read_config
+    from mtft.training.memory.estimate import check_adapter, estimate_memory, meta_model
     from mtft.training.online_mixture import describe_online_mixture, make_controller
 
     tokenizer, config = load_tokenizer(recipe.model), read_config(recipe.model)
@@ -96,8 +96,12 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     if refusal is not None:
         warnings.append(f"{refusal}: one example a row, so train.packing has no effect")
     learnt = sum(task.tokens_per_step * task.supervised_tokens / task.tokens for task in data.tasks if task.tokens)
+    meta = meta_model(recipe)
+    if recipe.lora is not None:
+        warnings += check_adapter(recipe, meta.model)
     memory = estimate_memory(
         recipe,
+        meta=meta,
         learnt_share=min(1.0, learnt / data.tokens_per_step),
         longest=max((task.longest for task in data.tasks), default=None),
         ranks=LaunchConfig.from_environment().ranks,

@@ -28,6 +28,8 @@ class TrainResult:
     steps: int
     seconds: float
     scores: dict[str, TaskScores]
+    not_proved: str | None = None
+    """Why the export is not proved to be what was trained, where that was asked for."""
 
 
 def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bool = True) -> TrainResult:
@@ -35,7 +37,8 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
 
     fresh   start over; what is in the folder moves aside to <dir>.old-N
     quiet   nothing on stderr
-    prove   reload the export in a fresh process and compare its logits (a few seconds)
+    prove   reload the export in a fresh process and compare its logits (a few seconds); if that fails the run is
+            finished all the same, and TrainResult.not_proved says why (`mtft export RUN` tries again)
 
     SIGTERM or SIGINT: the step is finished, a checkpoint saved, and SystemExit(0 or 130) raised.
     Raises UserError for another recipe in the folder, unusable data or model, a diverged run, a full disk.
@@ -51,10 +54,12 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     # Heavy imports stand here: a finished run is recognised without them.
     from mtft.data.planning import make_plan
     from mtft.distributed.stop_signal import EXIT_CODES, StopSignal
+    from mtft.models.lora_targets import describe_adapter
     from mtft.training.build_model import load_for_training
     from mtft.training.callbacks.best_weights import BestWeights
     from mtft.training.checkpoint.checkpoint_files import checkpoint_step, load_tree
     from mtft.training.export.export import CHANGE_THE_BASE, save_initial
+    from mtft.training.export.rehearsal import rehearse_export
     from mtft.training.finalize import finalize_run
     from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
     from mtft.training.run_files.metrics_log import MetricsLog
@@ -75,8 +80,11 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start and checkpoint is None
     with StopSignal() as stop:
         model = load_for_training(recipe)
+        for note in () if recipe.lora is None else describe_adapter(model):
+            log.say(f"note: {note}")
         if recipe.lora is not None and recipe.lora.init in CHANGE_THE_BASE and is_main_process():
             save_initial(model, run_dir)
+        rehearse_export(model, recipe, plan, tokenizer=inputs.tokenizer)
         sized = recipe
         if recipe.train.micro_batch_tokens == "auto":
             sized = with_auto_micro_batch(recipe, model, inputs, before=size, say=log.say)
@@ -109,4 +117,5 @@ def read_result(run_dir: Path) -> TrainResult | None:
     if content is None:
         return None
     scores = {task: TaskScores.load(run_dir / SCORES / f"{task}.jsonl") for task in content["tasks"]}
-    return TrainResult(run_dir, run_dir / content["export"], content["steps"], content["seconds"], scores)
+    export = run_dir / content["export"]
+    return TrainResult(run_dir, export, content["steps"], content["seconds"], scores, content.get("not_proved"))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtft.adapters.base_identity import recorded_base
 from mtft.adapters.lora_factors import AdapterLayout, LoraAdapter
 from mtft.common.errors import MergeError
 from mtft.common.fingerprint import content_hash
@@ -93,13 +94,18 @@ def _base_warnings(first: LoraAdapter, other: LoraAdapter, where: str, allow: bo
         return base.rstrip("/") if base else None, adapter.settings.revision or "main"
 
     (base_a, revision_a), (base_b, revision_b) = identity(first), identity(other)
+    one, two = recorded_base(first.path), recorded_base(other.path)
+    differ = one.differs(two) if one is not None and two is not None else None
+    if differ is False:  # the same weights, wherever they lay when the adapters were trained
+        return []
     if base_a is None or base_b is None:
         return [] if base_a == base_b else [f"{where}: one of them does not name its base"]
-    if (base_a, revision_a) == (base_b, revision_b):
+    if (base_a, revision_a) == (base_b, revision_b) and not differ:
         return []
     if base_a != base_b and _QUANTISED.sub("", base_a) == _QUANTISED.sub("", base_b):
         return [f"bases {base_a} and {base_b} differ in precision"]
-    what = f"the bases differ: {base_a!r} ({revision_a}) and {base_b!r} ({revision_b})"
+    how = "differ in their weights" if differ else "differ"
+    what = f"the bases {how}: {base_a!r} ({revision_a}) and {base_b!r} ({revision_b})"
     if allow:
         return [what]
     raise MergeError(

@@ -25,6 +25,7 @@ from mtft.adapters.mlp_router import MlpRouter, load_router
 from mtft.adapters.routers import ArrowRouter, CentroidRouter
 from mtft.common.errors import MergeError
 from mtft.merge.linalg.module_factors import ModuleFactors, module_factors
+from mtft.models.adapters import check_fits
 from mtft.models.hidden_states import last_token_states
 
 FACTS = ("twin.json", "arrow.json")
@@ -53,6 +54,8 @@ class RoutedModel:
                 f"{len(opened)} experts for a router of {len(router.names)}", where="experts", do="give all, in order"
             )
         always = read_adapters([shared]) if shared is not None else []
+        for adapter in (*opened, *always):
+            check_fits(adapter, model)
         self.model, self.router, self.top, self.temperature = model, router, top, temperature
         self.probabilities_BK: Tensor | None = None  # of the current request
         self._on = True

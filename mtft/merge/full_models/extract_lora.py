@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype, plain_config, servable_rank
+from mtft.adapters.base_identity import BASE, BaseIdentity, fingerprint, write_base
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import AdapterLayout
 from mtft.common.atomic_io import write_json
@@ -90,6 +91,7 @@ def extract_adapter(
         facts = {"base": str(root.path), "model": str(tuned.path), "rank": rank}
         facts |= {"energy": min(1.0, held / squares), "left_out": other / (other + squares)}
         write_json(scratch / "merge.json", facts, indent=2)
+        write_base(scratch, BaseIdentity(str(root.path), None, fingerprint(root.path)))
         write_json(scratch / CONFIG, plain_config(wide, list(layouts), str(root.path)), indent=2)
     return ExtractedLora(Path(out), rank, min(1.0, held / squares), other / (other + squares))
 
@@ -130,7 +132,7 @@ def twin_models(
 
 def _name_base(adapter: Path, base: Path) -> None:
     """Its base is where the shared model will stand."""
-    for name, key in ((CONFIG, "base_model_name_or_path"), ("merge.json", "base")):
+    for name, key in ((CONFIG, "base_model_name_or_path"), (BASE, "model"), ("merge.json", "base")):
         facts = json.loads((adapter / name).read_text("utf-8"))
         write_json(adapter / name, {**facts, key: str(base)}, indent=2)
 

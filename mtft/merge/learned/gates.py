@@ -29,6 +29,7 @@ from mtft.common.errors import MergeError
 from mtft.merge.engine.merge_plan import check_together
 from mtft.merge.linalg.module_factors import module_factors
 from mtft.merge.methods.lines import layer_of
+from mtft.models.adapters import check_fits
 from mtft.recipe.method_options import find_method
 
 
@@ -69,6 +70,8 @@ class Gates(nn.Module):
         super().__init__()
         self.settings = find_method(GATE_KINDS, kind, "gates", "kind", error=MergeError)
         check_together(adapters)
+        for adapter in adapters:
+            check_fits(adapter, model)
         self.kind, self.names = kind, tuple(adapter.name for adapter in adapters)
         self.modules_by_name = sorted({name for adapter in adapters for name in adapter.modules})
         self._factors = {

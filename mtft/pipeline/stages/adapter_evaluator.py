@@ -147,9 +147,9 @@ class AdapterEvaluator:
     @contextmanager
     def adapter(self, folder: Path | None) -> Iterator[Any]:
         """The model with a PEFT adapter on it (None: the base alone), in evaluation mode; the base again afterwards."""
-        from mtft.evaluation.evaluate_recipe import with_adapter
+        from mtft.models.adapters import load_adapter
 
-        network = self.model if folder is None else with_adapter(self.model, folder)
+        network = self.model if folder is None else load_adapter(self.model, folder)
         try:
             with evaluation_mode(network):
                 yield network

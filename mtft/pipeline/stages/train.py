@@ -110,6 +110,8 @@ def train_runs(
             if launch is not None:
                 _launched(recipe, folder, launch)
         results[name] = train(recipe, quiet=finished or launch is not None, prove=name == "joint")
+        if (why := results[name].not_proved) is not None:
+            say(f"warning: {name} is trained, not proved: {why}\n  do: mtft export {folder}")
     return results
 
 

@@ -79,7 +79,7 @@ def find_micro_batch(recipe: Recipe, model: Any, inputs: TrainingInputs) -> int:
     here, candidates = random_state(), sizes(width, most)
 
     def try_size(size: int) -> None:
-        _pass(recipe, model, full_batch(size, width, share, model.config.vocab_size).to(device))
+        _pass(recipe, model, full_batch(size, width, share, model.config.get_text_config().vocab_size).to(device))
 
     try:
         if device.type == "cuda":

@@ -20,20 +20,18 @@ less; quantised linears are counted with the largest one's dequantised copy.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtft.common.errors import UserError
 from mtft.gradients.aggregators import make_aggregator
 from mtft.losses.balancers import balancer_class
-from mtft.models.loading import compute_dtype, model_location
+from mtft.models.loading import compute_dtype, load_without_weights
 from mtft.models.lora import add_lora
+from mtft.models.lora_targets import check_init, describe_adapter, mergeable
 from mtft.recipe.method_options import options_of
-from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.memory.activation_peak import activation_peak
 from mtft.training.optim.optimizers import state_bytes
@@ -76,20 +74,26 @@ def _size(count: int | None) -> str:
 
 
 def estimate_memory(
-    recipe: Recipe, *, learnt_share: float = 1.0, longest: int | None = None, ranks: int = 1
+    recipe: Recipe,
+    *,
+    learnt_share: float = 1.0,
+    longest: int | None = None,
+    ranks: int = 1,
+    meta: MetaModel | None = None,
 ) -> MemoryEstimate:
     """Estimate for `mtft train` of a recipe.
 
     learnt_share  supervised tokens / tokens, as the plan plays them
     longest       tokens of the longest example, where it is known and below max_length
     ranks         processes that share a step's tokens
+    meta          of `meta_model(recipe)`, where it is there already; used up
 
     Raises UserError when the model's config can't be read, or `lora.targets` fits no module.
     """
     section, train = recipe.model, recipe.train
     dtype = compute_dtype(section)
-    held = torch.float32 if recipe.lora is None else dtype
-    model, parameters, weights, largest = _on_meta(recipe, held)
+    meta = meta_model(recipe) if meta is None else meta
+    model = meta.model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainable, gradients = sum(p.numel() for p in trained), sum(p.numel() * p.itemsize for p in trained)
     ends = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
@@ -111,17 +115,17 @@ def estimate_memory(
         forward_only=train.mezo is not None,
     )
     if peak is None:
-        activations, logits = None, supervised * model.config.vocab_size * 4
+        activations, logits = None, supervised * model.config.get_text_config().vocab_size * 4
     else:
-        dequantised = 0 if section.quantise == "none" else largest * dtype.itemsize
+        dequantised = 0 if section.quantise == "none" else meta.largest * dtype.itemsize
         backward = gradients if train.mezo is None else 0  # MeZO's come after its passes
         above = max(0, peak.peak + dequantised - backward)  # what is there at the highest point beside the gradients
         logits = min(peak.logits, above)
         activations = above - logits
     return MemoryEstimate(
-        parameters=parameters,
+        parameters=meta.parameters,
         trainable=trainable,
-        weights=weights,
+        weights=meta.weights,
         training=gradients + states + _captured(recipe, trainable),
         activations=activations,
         logits=logits,
@@ -139,24 +143,44 @@ def _captured(recipe: Recipe, trainable: int) -> int:
     return copies * 4 * len(recipe.tasks) * trainable
 
 
-def _on_meta(recipe: Recipe, held: torch.dtype) -> tuple[Any, int, int, int]:
-    """(the model with its adapter, on the meta device; parameters; bytes of all weights; largest quantised linear)."""
+@dataclass(frozen=True)
+class MetaModel:
+    """The model of a recipe with its adapter, on the meta device. largest: parameters of the largest linear."""
+
+    model: Any
+    parameters: int
+    weights: int
+    largest: int
+
+
+def meta_model(recipe: Recipe) -> MetaModel:
+    """Raises UserError when the model can't be read or is not whole, or `lora.targets` fits no module."""
     section = recipe.model
-    options: dict[str, Any] = {"dtype": held, "trust_remote_code": False}
-    options["attn_implementation"] = "eager" if section.attention == "eager" else "sdpa"  # what runs without a GPU too
+    held = torch.float32 if recipe.lora is None else compute_dtype(section)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(read_config(section), **options)
-        model.config.use_cache = False
+        model: Any = load_without_weights(section, dtype=held)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         weights = _held_bytes(model, section.quantise, held.itemsize)
         linears = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear)]
         if recipe.lora is not None:
             lora = recipe.lora.model_copy(update={"init": "default"})  # the others need data; the sizes are equal
             model = add_lora(model, lora, seed=recipe.seed)
+            check_init(model, recipe.lora)
             adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
             weights += 4 * adapter  # the adapter is held in fp32
             parameters += adapter
-    return model, parameters, round(weights), max(linears, default=0)
+    return MetaModel(model, parameters, round(weights), max(linears, default=0))
+
+
+def check_adapter(recipe: Recipe, adapted: Any) -> list[str]:
+    """What is worth knowing of the recipe's adapter. UserError when the recipe merges such adapters, which can't be."""
+    if recipe.merge is not None and recipe.merge.adapters is None and not mergeable(adapted):
+        raise UserError(
+            "the adapters of this recipe can't be merged: they adapt fused experts, which are parameters and no modules",
+            where="merge",
+            do="name lora.targets without the experts and routers, or leave `merge` out",
+        )
+    return describe_adapter(adapted)
 
 
 def _layout(recipe: Recipe, longest: int | None, ranks: int) -> tuple[int, int]:
@@ -167,21 +191,6 @@ def _layout(recipe: Recipe, longest: int | None, ranks: int) -> tuple[int, int]:
     if longest is not None and not train.packing:
         width = min(width, longest)
     return max(1, tokens // width), width
-
-
-def read_config(section: ModelSection) -> Any:
-    """The config of a recipe's model. UserError when it can't be read or transformers does not know the model."""
-    location = model_location(section.path)
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if not Path(location).is_dir():
-        options["revision"] = section.revision
-    try:
-        return AutoConfig.from_pretrained(location, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        what = f"the model's config can't be used: {reason}"
-        do = "check the name, and that this version of transformers knows the model"
-        raise UserError(what, where=f"model.path: {section.path}", do=do) from error
 
 
 def _held_bytes(model: nn.Module, quantise: str, width: int) -> float:

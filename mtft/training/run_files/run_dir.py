@@ -4,6 +4,7 @@ recipe.yaml   resolved: every key written out, every path absolute; `mtft train 
 env.json      versions, machine, git commit, seed, fingerprints of the data
 plan.json     steps, examples in a step, asked and realised share of each task (again at the end, with mixture.online)
 result.json   written last: the run is finished
+proof/        what the trained model said to a probe, while no proof holds (mtft.training.export.proof)
 scores/       held-out scores of each example after the last step, one file a task
 """
 
@@ -28,6 +29,9 @@ from mtft.recipe.load import dump_recipe, load_recipe
 from mtft.recipe.schema.recipe import Recipe
 
 RECIPE, RESULT, SCORES = "recipe.yaml", "result.json", "scores"
+# `state` in result.json: the export was loaded in a fresh process and is what was trained; that was asked for and could
+# not be shown; or it was not asked for.
+PROVED, NOT_PROVED, TRAINED = "trained and proved", "trained, not proved", "trained"
 # What may differ when a run goes on: it changes what is written and shown, never the weights.
 _FREE = ("name", "output", "sweep", "merge", "fuse", "run")
 _FREE += ("train.eval_every", "train.eval_on_start", "train.max_bad_steps")

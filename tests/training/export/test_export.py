@@ -15,7 +15,8 @@ from mtft.common.errors import UserError
 from mtft.evaluation.evaluate_recipe import as_json, evaluate
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.export.export import ReloadResult, check_tensors, probe_logits
+from mtft.training.export.export import check_tensors
+from mtft.training.export.proof import ReloadResult, probe_logits, write_probe
 from mtft.training.run_training import train
 
 
@@ -44,6 +45,7 @@ def test_adapter_is_proved_in_a_fresh_process(proved):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base.json",
     ]
     card = (result.adapter_dir / "README.md").read_text()
     assert all(text in card for text in ("| copy | 0.500 |", "exact_match", "torch ", "learning_rate: 0.005"))
@@ -128,8 +130,9 @@ def test_proof_fails_when_the_export_is_not_what_was_trained(recipe, proved, tmp
     model, device = PeftModel.from_pretrained(base, adapter), torch.device("cpu")
     file = adapter / "adapter_model.safetensors"
     save_file({name: value * 2 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    write_probe(model, probe_logits(model, device), whole, tmp_path / "proof")
     with (
-        ReloadResult(model, probe_logits(model, device), adapter, whole, device) as proof,
+        ReloadResult(adapter, tmp_path / "proof", device) as proof,
         pytest.raises(RuntimeError, match="differ from the trained model's"),
     ):
         proof.result()

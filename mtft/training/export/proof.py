@@ -1,0 +1,130 @@
+"""The proof of an export: a fresh process loads it, and its logits are those of the model that was trained.
+
+What the trained model said is kept in <run>/proof until the proof holds, so that it can be made again after the model
+is gone: where there was no memory for a second copy of the base, or the base could not be reached (`mtft export RUN`).
+errors.txt beside it is what the fresh process said.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtft.common.atomic_io import write_json, write_text
+from mtft.evaluation.evaluation_mode import evaluation_mode
+from mtft.recipe.schema.recipe import Recipe
+
+PROOF, PROBE = "proof", "probe.safetensors"
+# Largest logit difference allowed, relative to the largest logit: rounding in the order of sums, nothing more.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+_PROBE_TOKENS = 24
+
+
+class NotProved(RuntimeError):
+    """An export that a fresh process could not load, or that is not what was trained."""
+
+
+def _probe(model: nn.Module) -> Tensor:
+    """Random token ids [1, 24], always the same."""
+    vocabulary = int(model.config.get_text_config().vocab_size)  # pyright: ignore
+    return torch.randint(0, vocabulary, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def probe_logits(model: nn.Module, device: torch.device) -> Tensor:
+    """fp32 [1, 24, V] on the CPU: what the trained model says. Ranks of a sharded model all call it."""
+    with evaluation_mode(model), torch.no_grad():
+        return model(input_ids=_probe(model).to(device), use_cache=False).logits.float().cpu()
+
+
+def write_probe(model: Any, logits: Tensor, recipe: Recipe, folder: Path) -> None:
+    """What a proof compares with, into `folder`: it can be made again when the trained model is gone.
+
+    logits: of the trained model, from `probe_logits`.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"input_ids": _probe(model), "logits": logits.contiguous()}, folder / PROBE)
+    write_json((folder / PROBE).with_suffix(".json"), probe_settings(model, recipe))
+
+
+def probe_settings(model: Any, recipe: Recipe) -> dict[str, Any]:
+    """How the fresh process loads the base, and how far its logits may be from the trained model's."""
+    config: Any = model.config
+    base_dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.uint8)
+    quantisation = getattr(config, "quantization_config", None)
+    return {
+        "dtype": str(base_dtype).removeprefix("torch."),
+        "attention": config._attn_implementation,
+        "revision": recipe.model.revision,
+        "quantisation": None if quantisation is None else _plain(quantisation.to_dict()),
+        "tolerance": _TOLERANCE[base_dtype] if quantisation is None else 3e-2,
+    }
+
+
+class ReloadResult:
+    """Reloads an export in a fresh process, at the same time as the caller goes on; `result` waits and compares.
+
+    A context manager: the process is gone at the end of the block.
+    After `result`, `unquantised` says how an adapter of a quantised base does on the base as it was: {"logits": largest
+    difference relative to the largest logit, "same_top_token": share of positions}; None: another base, or no memory.
+    """
+
+    unquantised: dict[str, float] | None = None
+
+    def __init__(self, folder: Path, probe: Path, device: torch.device | str) -> None:
+        """folder: of the export; probe: the folder that `write_probe` wrote; device: where the base goes."""
+        self._folder, self._probe = folder, probe
+        self._settings = json.loads((probe / PROBE).with_suffix(".json").read_text(encoding="utf-8"))
+        script = Path(__file__).with_name("reload_check.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), str(folder), str(probe / PROBE), str(device)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def result(self) -> float:
+        """Largest logit difference relative to the largest logit. NotProved if it can't be loaded, or differs."""
+        out, errors = self._process.communicate()
+        code = self._process.returncode
+        if code < 0:
+            name = signal.Signals(-code).name
+            why = ": the machine had no memory left for a second copy of the base" if name == "SIGKILL" else ""
+            raise NotProved(f"the fresh process that loaded {self._folder} was ended by {name}{why}")
+        if code != 0:
+            write_text(self._probe / "errors.txt", errors)
+            last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
+            raise NotProved(f"{self._folder} can't be loaded in a fresh process: {last}")
+        report = json.loads(out.strip().splitlines()[-1])
+        largest, tolerance = max(report["largest"], 1e-9), self._settings["tolerance"]
+        relative = report["difference"] / largest
+        if not relative <= tolerance:
+            raise NotProved(
+                f"{self._folder}: logits of the reloaded export differ from the trained model's by {relative:.2g} "
+                f"of the largest logit ({tolerance:.0e} allowed)"
+            )
+        if (plain := report.get("unquantised")) is not None:
+            self.unquantised = {"logits": plain["difference"] / largest, "same_top_token": plain["same_top"]}
+        return relative
+
+    def __enter__(self) -> ReloadResult:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing stays behind, also when nobody has waited for the result."""
+        self._process.kill()
+        self._process.wait()
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Quantisation settings as keyword arguments that survive JSON."""
+    of_4_bit = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+    return {key: settings[key] for key in ("load_in_4bit", "load_in_8bit", *of_4_bit) if key in settings}

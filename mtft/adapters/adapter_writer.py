@@ -15,13 +15,14 @@ from typing import Self
 import numpy as np
 
 from mtft.adapters.base_identity import BASE, common_base, write_base
+from mtft.adapters.companion_files import COMPANIONS, copy_companions
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS, AdapterLayout, LoraAdapter, factor_keys
 from mtft.adapters.safetensors_io import TensorWriter
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 
-OWN_FILES = frozenset({WEIGHTS, CONFIG, BASE, "README.md", "merge.json"})
+OWN_FILES = frozenset({WEIGHTS, CONFIG, BASE, "README.md", "merge.json", *COMPANIONS})
 DTYPES = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
@@ -175,11 +176,13 @@ class AdapterWriter:
             for key, values in self.saved.items():
                 self._write(key, values)
 
-    def write_config(self) -> None:
-        """Comes last: a folder without its config is no adapter."""
+    def write_config(self) -> list[str]:
+        """Comes last: a folder without its config is no adapter. Returns warnings."""
         if (base := common_base([adapter.path for adapter in self.adapters])) is not None:
             write_base(self.folder, base)
+        alike = copy_companions([adapter.path for adapter in self.adapters], self.folder)
         write_json(self.folder / CONFIG, self._config(), indent=2)
+        return [] if alike else ["the adapters' tokenizers or chat templates differ: none stands beside the merged one"]
 
     def _config(self) -> dict[str, object]:
         """The adapter_config.json: no patterns, alpha = r, every module by its full name so nothing else matches."""

@@ -68,7 +68,7 @@ def finalize_run(
             equal = proof.result()
             with part_of_the_end("report", run_dir, steps):
                 told: dict[str, Any] = {"proof": equal, "unquantised": proof.unquantised, "not_proved": proof.trouble}
-                write_card(export_dir, recipe, plan, scores, **told, step=chosen)
+                write_card(export_dir, recipe, plan, scores, tokenizer=inputs.tokenizer, **told, step=chosen)
                 seconds = time.perf_counter() - begin
                 summaries = {task: task_scores.summary() for task, task_scores in scores.items()}
                 content = {"steps": steps, "seconds": seconds, "export": export_dir.name, "state": proof.state}

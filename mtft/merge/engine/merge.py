@@ -85,7 +85,7 @@ def merge_adapters(
             raise _too_little(total, min_energy, final_rank, spectra)
         if not any(square for _, square in spectra.values()):
             warnings.append("the merged delta is zero in all modules")
-        writer.write_config()
+        warnings += writer.write_config()
         report = MergeReport(
             out=out,
             method=method if isinstance(method, str) else method_name(method),

@@ -20,6 +20,7 @@ from mtft.models.adapters import base_of
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir
+from mtft.training.export.chat_files import how_to_prompt, save_chat_files
 from mtft.training.run_files.run_dir import environment
 
 ADAPTER, MODEL, INITIAL = "adapter", "model", "initial_adapter"
@@ -53,8 +54,7 @@ def write_weights(
     model.save_pretrained(folder, **options)
     if lora:
         write_base(folder, base_of(model))
-    else:
-        tokenizer.save_pretrained(folder)
+    save_chat_files(folder, tokenizer, model.generation_config)
     check_tensors(folder, must="lora_" if lora else "")
 
 
@@ -91,12 +91,13 @@ def write_card(
     plan: Any,
     scores: Mapping[str, TaskScores],
     *,
+    tokenizer: Any,
     proof: float | None = None,
     unquantised: Mapping[str, float] | None = None,
     step: int | None = None,
     not_proved: str | None = None,
 ) -> None:
-    """README.md of an export: how to load it, what it was trained on, what it scored, with which versions.
+    """README.md of an export: how to load and prompt it, what it was trained on, what it scored, with which versions.
 
     `step`: the optimizer step that the weights are of; None = the plan's last. `not_proved`: why there is no proof.
     """
@@ -110,6 +111,7 @@ def write_card(
         lines += ["```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
         lines += [f'base = AutoModelForCausalLM.from_pretrained("{base}")']
         lines += [f'model = PeftModel.from_pretrained(base, "{folder}")', "```", ""]
+    lines += how_to_prompt(tokenizer)
     lines += ["## Mixture", "", "| task | asked | realised | rows seen | epochs |", "|---|---|---|---|---|"]
     for row in plan.table():
         lines.append(

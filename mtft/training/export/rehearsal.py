@@ -22,6 +22,7 @@ from mtft.distributed.collectives import from_first_rank
 from mtft.distributed.launch import engine, is_main_process
 from mtft.models.adapters import reload_own
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.export.chat_files import save_chat_files
 from mtft.training.export.export import INITIAL, write_card, write_weights
 from mtft.training.export.proof import probe_settings, write_probe
 
@@ -65,7 +66,7 @@ def _rehearse(model: Any, recipe: Recipe, plan: Any, tokenizer: Any) -> None:
             _write(model, folder, run_dir / INITIAL, tokenizer)
         settings = probe_settings(model, recipe)
         write_probe(model, torch.zeros(1, 1, 1), recipe, folder / settings["dtype"])
-        write_card(folder, recipe, plan, {}, proof=0.0)
+        write_card(folder, recipe, plan, {}, tokenizer=tokenizer, proof=0.0)
 
 
 def _write(model: Any, folder: Path, initial: Path, tokenizer: Any) -> None:
@@ -77,5 +78,4 @@ def _write(model: Any, folder: Path, initial: Path, tokenizer: Any) -> None:
         write_weights(model, folder, initial=initial, tokenizer=tokenizer)
     else:
         model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_chat_files(folder, tokenizer, model.generation_config)

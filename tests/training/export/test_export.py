@@ -46,9 +46,14 @@ def test_adapter_is_proved_in_a_fresh_process(proved):
         "adapter_config.json",
         "adapter_model.safetensors",
         "base.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ]
     card = (result.adapter_dir / "README.md").read_text()
     assert all(text in card for text in ("| copy | 0.500 |", "exact_match", "torch ", "learning_rate: 0.005"))
+    assert "User: What is the capital of Italy?\n\nAssistant:" in card  # the base has no template: the default one
 
 
 @pytest.mark.slow

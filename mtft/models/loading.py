@@ -25,6 +25,8 @@ from mtft.models.quantization import bitsandbytes_config
 from mtft.recipe.schema.model import ModelSection
 
 if TYPE_CHECKING:
+    from logging import LogRecord
+
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 QUICKSTART = "quickstart:"
@@ -217,6 +219,8 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
         options |= {"use_safetensors": True, "output_loading_info": True}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    told = logging.get_logger("transformers.modeling_utils")
+    told.addFilter(_no_table)
     try:
         loaded = auto.from_pretrained(location, trust_remote_code=False, **hub, **options)
     except torch.OutOfMemoryError:
@@ -233,6 +237,7 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
             else f"check that it is a whole model for transformers ({what} files included); its code is never run",
         ) from error
     finally:
+        told.removeFilter(_no_table)
         if bars:
             logging.enable_progress_bar()
     if not weights:
@@ -240,6 +245,11 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
     model, report = loaded
     _check_report(type(model).__name__, report, what, where)
     return model
+
+
+def _no_table(record: LogRecord) -> bool:
+    """Not the loading report of transformers, a line for each weight: what stands there is refused in one sentence."""
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _has_weights(auto: Any) -> bool:
@@ -267,8 +277,8 @@ def _check_report(kind: str, report: Mapping[str, Any], what: str, where: str) -
         raise UserError(
             f"the {what}'s files hold {some(unused)}, for which {kind} has no place: they would be ignored",
             where=where,
-            do=f"if {kind} alone is meant: {kind}.from_pretrained(...).save_pretrained(NEW_FOLDER), once, and name that "
-            "folder (an adapter is merged into its base before, by merge_and_unload())",
+            do=f"if {kind} alone is meant: {kind}.from_pretrained(...).save_pretrained(NEW_FOLDER), once, and name "
+            "that folder (an adapter is merged into its base before, by merge_and_unload())",
         )
 
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 # peft 0.21 reads a property that transformers 5.23 has renamed; nothing that a user could do about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+# peft 0.21 looks for the rank of fused experts among modules only, and then gives it to their parameter all the same.
+warnings.filterwarnings(
+    "ignore", message=r"The following \w+ keys did not match .*gate_up_proj", category=RuntimeWarning
+)
 
 
 def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> PeftModel:

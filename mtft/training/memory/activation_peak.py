@@ -119,7 +119,7 @@ def activation_peak(
                 logits = live.now - activations
                 if not forward_only:
                     nll_N.sum().backward()
-        except (RuntimeError, NotImplementedError, TypeError):  # data-dependent code, or an operation without shapes
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError):  # data-dependent code, or without shapes
             return None
         return ActivationPeak(activations, max(0, logits), live.peak)
 

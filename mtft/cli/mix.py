@@ -30,7 +30,8 @@ def mix_design(
 ) -> None:
     """Print the trial mixtures (CSV).
 
-    Also written to <output.dir>/mix/design.csv, unless that describes trials that were run. --design cocktail: single tasks, pairs, all, all but one.
+    Also written to <output.dir>/mix/design.csv, unless that describes trials that were run.
+    --design cocktail: single tasks, pairs, all, all but one.
     """
     from mtft.pipeline.stages.mix import DESIGN, mix_design, mix_dir
 

@@ -72,6 +72,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     from mtft.data.summary.summarize import summarize_data
     from mtft.data.tokenize.vocabulary_check import check_vocabulary
     from mtft.losses.balancers import make_balancer
+    from mtft.models.cpu_precision import precision_warnings
     from mtft.models.loading import load_tokenizer
     from mtft.training.memory.estimate import estimate_memory, read_config
     from mtft.training.online_mixture import describe_online_mixture, make_controller
@@ -95,6 +96,8 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     refusal = packing_refusal(config, attention) if recipe.train.packing else None
     if refusal is not None:
         warnings.append(f"{refusal}: one example a row, so train.packing has no effect")
+    models = {"model": recipe.model, "sweep.model": recipe.sweep and recipe.sweep.model}
+    warnings += precision_warnings(models | {"fuse.strong": recipe.fuse and recipe.fuse.strong})
     learnt = sum(task.tokens_per_step * task.supervised_tokens / task.tokens for task in data.tasks if task.tokens)
     memory = estimate_memory(
         recipe,

@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from mtft.common.errors import UserError
 from mtft.data.planning import batch_tokens_of, make_plan
 from mtft.distributed.launch import is_main_process
+from mtft.evaluation.heldout_loss import Told
 from mtft.evaluation.task_scores import TaskScores
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
@@ -49,7 +50,7 @@ class RunTrainer(Trainer):
     stopping: EarlyStopping
     run_log: MetricsLog
     evaluations: dict[int, dict[str, TaskScores]]
-    _score: Callable[[nn.Module], dict[str, TaskScores]] | None
+    _score: Callable[[nn.Module, Told | None], dict[str, TaskScores]] | None
 
     @classmethod
     def from_parts(cls, model: Any, args: TrainingArguments, parts: TrainerParts) -> Self:
@@ -170,7 +171,8 @@ class RunTrainer(Trainer):
             raise ValueError("no held-out examples to evaluate on")
         if step not in self.evaluations:
             with evaluation_weights(self.optimizer):
-                self.evaluations = {step: self._score(self.model)}
+                told = self.run_log.evaluating(step, len(self.stopping.tasks), first=not self.evaluations)
+                self.evaluations = {step: self._score(self.model, told)}
             self.run_log.evaluation(step, _summaries(self.evaluations[step]))
         metrics = flat({"tasks": _summaries(self.evaluations[step])}, "eval_")
         if self.args.report_to:

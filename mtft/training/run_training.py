@@ -51,6 +51,7 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     # Heavy imports stand here: a finished run is recognised without them.
     from mtft.data.planning import make_plan
     from mtft.distributed.stop_signal import EXIT_CODES, StopSignal
+    from mtft.models.cpu_precision import precision_warnings
     from mtft.training.build_model import load_for_training
     from mtft.training.callbacks.best_weights import BestWeights
     from mtft.training.checkpoint.checkpoint_files import checkpoint_step, load_tree
@@ -68,12 +69,15 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     for store in inputs.stores:
         for line in store.warnings():
             log.say(f"warning: {line}")
+    for line in precision_warnings({"model": recipe.model}):
+        log.say(f"warning: {line}")
     # joins the ranks
     args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=True)
     size = None if fresh else chosen_size(run_dir)
     checkpoint = start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh)
     args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start and checkpoint is None
     with StopSignal() as stop:
+        log.say(f"loading {recipe.model.path}")
         model = load_for_training(recipe)
         if recipe.lora is not None and recipe.lora.init in CHANGE_THE_BASE and is_main_process():
             save_initial(model, run_dir)

@@ -104,6 +104,12 @@ def compute_dtype(section: ModelSection) -> torch.dtype:
     return resolve_dtype(section.dtype)
 
 
+def refuse_precision(section: ModelSection) -> None:
+    """UserError for training in fp16 without a GPU."""
+    if compute_dtype(section) == torch.float16 and not torch.cuda.is_available():
+        raise UserError("fp16 needs a GPU: its loss scaling does", where="model.dtype", do="use fp32 or bf16 on a CPU")
+
+
 def load_causal_lm(
     path: str | Path,
     *,

@@ -27,7 +27,9 @@ from mtft.training.callbacks.early_stopping import EarlyStopping
 from mtft.training.checkpoint.checkpoint import RunState, load_random_state, load_state, load_weights, save
 from mtft.training.from_datasets import Rows, recipe_of_datasets
 from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
+from mtft.training.memory.estimate import read_config
 from mtft.training.optim.schedule_free import evaluation_weights
+from mtft.training.preflight import refuse_rows, refuse_settings
 from mtft.training.run_files.metrics_log import MetricsLog, flat
 from mtft.training.run_files.run_dir import check_recipe, read_result_file
 from mtft.training.trainer_parts import TrainerParts, read_training_inputs, start_run_dir, trainer_parts
@@ -125,6 +127,9 @@ class RunTrainer(Trainer):
         if read_result_file(run_dir) is not None:
             do = "give another output directory, or move the folder away"
             raise UserError("the folder holds a finished run", where=str(run_dir), do=do)
+        refuse_settings(recipe, loaded=model is not None)
+        config = read_config(recipe.model) if model is None else model.config
+        refuse_rows(config, [*inputs.stores, *inputs.held_out])
         plan = make_plan(recipe, inputs.stores)
         log = MetricsLog(run_dir if is_main_process() else None, steps=plan.steps, quiet=not is_main_process())
         for store in inputs.stores:

@@ -13,10 +13,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtft.common.errors import UserError
 from mtft.distributed.launch import is_main_process
 from mtft.evaluation.task_scores import TaskScores
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.run_files.run_dir import RESULT, SCORES, check_recipe, chosen_size, read_result_file
+from mtft.training.run_files.run_dir import (
+    RESULT,
+    SCORES,
+    check_recipe,
+    chosen_size,
+    finished_on_other_data,
+    read_result_file,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     if not fresh:
         check_recipe(run_dir, recipe)
         if (result := read_result(run_dir)) is not None:
+            _check_rows(recipe)
             if is_main_process() and not quiet:
                 print(f"finished already: {run_dir}", file=sys.stderr)
             return result
@@ -58,12 +67,16 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     from mtft.training.export.export import CHANGE_THE_BASE, save_initial
     from mtft.training.finalize import finalize_run
     from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
+    from mtft.training.memory.estimate import read_config
+    from mtft.training.preflight import refuse_rows, refuse_settings
     from mtft.training.run_files.metrics_log import MetricsLog
     from mtft.training.trainer import build_trainer
     from mtft.training.trainer_parts import print_summary, read_training_inputs, start_run_dir
     from mtft.training.training_arguments import training_arguments
 
+    refuse_settings(recipe)
     inputs = read_training_inputs(recipe)
+    refuse_rows(read_config(recipe.model), [*inputs.stores, *inputs.held_out])
     plan = make_plan(recipe, inputs.stores)
     log = MetricsLog(run_dir if is_main_process() else None, steps=plan.steps, quiet=quiet or not is_main_process())
     for store in inputs.stores:
@@ -105,6 +118,17 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     if result is None:
         raise RuntimeError(f"{run_dir / RESULT} can't be seen by this process: is it on a shared disk?")
     return result
+
+
+def _check_rows(recipe: Recipe) -> None:
+    """UserError when the rows of a finished run's recipe have changed since. Rows that are gone are no matter."""
+    from mtft.training.trainer_parts import data_identity, read_training_inputs
+
+    try:
+        inputs = read_training_inputs(recipe)
+    except UserError:
+        return
+    finished_on_other_data(Path(recipe.output.dir), data_identity(inputs.stores))
 
 
 def read_result(run_dir: Path) -> TrainResult | None:

@@ -60,7 +60,12 @@ class TrainingInputs:
 
     def identity(self, plan: MixturePlan | ReplannedPlan) -> dict[str, str]:
         """What must be the same for a run to go on."""
-        return {"plan": plan.fingerprint, **{f"data of {store.task}": store.fingerprint for store in self.stores}}
+        return {"plan": plan.fingerprint, **data_identity(self.stores)}
+
+
+def data_identity(stores: Sequence[Any]) -> dict[str, str]:
+    """{"data of TASK": fingerprint} of the training rows."""
+    return {f"data of {store.task}": store.fingerprint for store in stores}
 
 
 def read_training_inputs(recipe: Recipe, *, eval_limit: int | None = None, tokenizer: Any = None) -> TrainingInputs:

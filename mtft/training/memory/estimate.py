@@ -145,9 +145,14 @@ def _on_meta(recipe: Recipe, held: torch.dtype) -> tuple[Any, int, int, int]:
     """(the model with its adapter, on the meta device; parameters; bytes of all weights; largest quantised linear)."""
     section = recipe.model
     options: dict[str, Any] = {"dtype": held, "trust_remote_code": False}
-    options["attn_implementation"] = "eager" if section.attention == "eager" else "sdpa"  # what runs without a GPU too
+    if section.attention != "auto":  # what runs without a GPU too; whether the model has it is asked in preflight.py
+        options["attn_implementation"] = "eager" if section.attention == "eager" else "sdpa"
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(read_config(section), **options)
+        config = read_config(section)
+        try:
+            model: Any = AutoModelForCausalLM.from_config(config, **options)
+        except ValueError:
+            model = AutoModelForCausalLM.from_config(config, **{**options, "attn_implementation": "eager"})
         model.config.use_cache = False
         parameters = sum(parameter.numel() for parameter in model.parameters())
         weights = _held_bytes(model, section.quantise, held.itemsize)

@@ -105,7 +105,7 @@ class MetricsLog:
         what = f"step {step}: held-out examples"
         if first:
             self.say(f"{what} of {tasks} task{'s' if tasks != 1 else ''} are scored")
-        return LongWork(self.say, f"{what}:")
+        return LongWork(self.say, f"{what}:", first=first)
 
     def evaluation(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
         """Held-out scores of each task; a run that died after its last step takes them again, and replaces the line."""

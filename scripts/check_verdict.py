@@ -78,7 +78,7 @@ def one_case(seed: int, gain: float | None, trials: int, tasks: int, surrogate: 
         "better": found.verdict == "better",
         "wrong": found.verdict == "better" and true <= 0,
         "harm": kept < -0.5 * NOISE,
-        "inside": found.gain[1] * sd <= true <= found.gain[2] * sd,
+        "inside": found.gain is not None and found.gain[1] * sd <= true <= found.gain[2] * sd,
         "gain": true / NOISE,
     }
 

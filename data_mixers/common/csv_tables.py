@@ -79,10 +79,18 @@ class CsvTable:
     lines: tuple[int, ...]
 
 
-def read_table(path: str | Path, index: str | None = None, *, blank: bool = False) -> CsvTable:
+INDEX_NAMES = ("index", "id", "trial")
+LINE = "(line)"  # index of a table without a key column
+
+
+def read_table(
+    path: str | Path, index: str | None = None, *, blank: bool = False, unnumbered: bool = False
+) -> CsvTable:
     """Read a CSV with a header. `index` names its key column (default: the first one called index, id or trial, else
-    the first column). blank: empty cells, nan and inf become NaN (scores of runs that diverged). Errors: repeated or
-    missing index, repeated column, cell that is no number, ragged row."""
+    the first column). blank: empty cells, nan and inf become NaN (scores of runs that diverged). unnumbered: the file
+    may have no key column: without `index` the first column is one only if its name or its cells say so, and else the
+    rows are numbered (index_name LINE). Errors: repeated or missing index, repeated column, cell that is no number,
+    ragged row."""
     rows = list(csv.reader(read_text(path).splitlines()))
     if len(rows) < 2:
         raise MixError("no rows", where=str(path), do="a header and at least one row")
@@ -91,7 +99,13 @@ def read_table(path: str | Path, index: str | None = None, *, blank: bool = Fals
         repeated = sorted({name for name in header if header.count(name) > 1})
         raise MixError(f"column named twice: {', '.join(repeated)}", where=f"{path}:1")
     if index is None:
-        index = next((name for name in ("index", "id", "trial") if name in header), header[0])
+        index = next((name for name in INDEX_NAMES if name in header), header[0])
+        if unnumbered and index not in INDEX_NAMES and not _numbers_rows(index, rows[1:]):
+            header, index = [LINE, *header], LINE
+            rows = [
+                header,
+                *([str(line), *row] if any(map(str.strip, row)) else row for line, row in enumerate(rows[1:], 2)),
+            ]
     if index not in header:
         raise MixError(f"no column {index!r}", where=f"{path}:1", do=f"the columns are: {', '.join(header)}")
     at = header.index(index)
@@ -124,6 +138,15 @@ def read_table(path: str | Path, index: str | None = None, *, blank: bool = Fals
         np.array(values, dtype=np.float64).reshape(len(keys), len(columns)),
         tuple(keys.values()),
     )
+
+
+def _numbers_rows(name: str, rows: list[list[str]]) -> bool:
+    """Whether the first column counts or names the rows: no name, text, or 0, 1, 2, ... (1, 2, 3, ...)."""
+    cells = [row[0].strip() for row in rows if any(cell.strip() for cell in row)]
+    if name.lower() in ("", "row", "rows", "line") or not any(_is_number(cell) for cell in cells):
+        return True
+    numbers = [float(cell) for cell in cells if _is_number(cell)]
+    return len(numbers) == len(cells) and numbers in (list(range(len(cells))), list(range(1, len(cells) + 1)))
 
 
 def check_rows(table: CsvTable, tolerance: float) -> None:

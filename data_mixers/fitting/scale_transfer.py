@@ -139,7 +139,7 @@ def for_mixtures(fits: SurrogateFits, X: ArrayLike, *, where: str = "") -> Surro
 
 def _law_or_stack(fitted: TargetFit) -> TargetFit:
     """The fit with the better law in place of the stack. A surrogate that the user chose by name stays."""
-    if len(fitted.model.candidates) < 2 or not fitted.signal:
+    if len(fitted.model.candidates) < 2 or fitted.unsaid is not None:
         return fitted
     stack, laws = fitted.model, []
     for name in LAWS:
@@ -167,6 +167,10 @@ class ScaledFits:
     def targets(self) -> dict[str, TargetFit]:
         return self.small.targets
 
+    @property
+    def unsaid(self) -> str | None:
+        return self.small.unsaid
+
     def predict(self, X: ArrayLike, *, level: float = 0.9) -> dict[str, Prediction]:
         """{target: Prediction at the large scale}. Half width: Student's t (m - 1 degrees) times the rmse of the large
         runs left out, at least what the small trials' interval becomes on the map."""
@@ -182,6 +186,8 @@ class ScaledFits:
 
     def text(self) -> str:
         """The small trials' report, and how the large runs map."""
+        if self.unsaid is not None:
+            return self.small.text()
         lines = [f"mapped to {self.runs} large runs (score = slope x small + offset + residual):"]
         columns = (self.targets, self.scale_map.slope_J, self.scale_map.offset_J, self.rmse_J)
         lines += [

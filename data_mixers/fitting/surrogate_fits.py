@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
 from data_mixers.common.errors import MixError
+from data_mixers.fitting.enough_trials import TOO_FEW, too_few_trials, trials_with
 from data_mixers.mixture.mixture import Floats, Mixture
 from data_mixers.surrogates.base import MINIMUM_TRIALS, Prediction
 from data_mixers.surrogates.registry import candidates_of
@@ -24,6 +25,8 @@ from data_mixers.surrogates.stack import Stack, repeat_variance, spearman
 from data_mixers.sweep.early_termination import completed
 from data_mixers.sweep.ledger import Arrays, TrialLedger
 from data_mixers.sweep.trial import Goal, TrialRecord
+
+NO_SIGNAL = f"no signal: no surrogate predicts a trial better than the mean of the others; {TOO_FEW}, or too noisy"
 
 
 @dataclass
@@ -36,11 +39,26 @@ class TargetFit:
     arrays: Arrays
     level: float
     nulls: int  # trials left out because their score is not finite
+    trials: int  # with a finite score
 
     @property
     def signal(self) -> bool:
         """Whether the trials say anything about this target."""
         return self.model.constant is None and self.model.signal
+
+    @property
+    def too_few(self) -> str | None:
+        """Why there are too few trials to predict this target; None: there are enough."""
+        return too_few_trials(self.trials, self.arrays.X.shape[1])
+
+    @property
+    def unsaid(self) -> str | None:
+        """Why no prediction, interval or gain of this target is shown: too few trials, or a model that is constant."""
+        if self.too_few is not None:
+            return self.too_few
+        if self.model.constant is not None:
+            return f"no signal: every trial has the score {self.model.constant:.6g}"
+        return None if self.model.signal else NO_SIGNAL
 
     @property
     def sd(self) -> float:
@@ -98,30 +116,32 @@ class TargetFit:
         return float(np.mean(0.5 * np.log(2 * np.pi) + np.log(sigma) + 0.5 * model.ratios**2))
 
     def report(self) -> dict[str, Any]:
-        """JSON-serialisable; `trials`: measured against predicted by models that had not seen the trial."""
-        y, constant = self.arrays.y, self.model.constant
-        if constant is None:
-            half, held = self.model.quantile(self.level) * self.model.held_sigma, self.model.held_mean
-        else:
-            half, held = np.zeros(len(y)), np.full(len(y), constant)
-        return {
+        """JSON-serialisable; `trials`: measured against predicted by models that had not seen the trial. With `unsaid`
+        not null: the counts, and the spread that was measured; no quality, candidate or prediction."""
+        counts = {
             "target": self.target,
             "goal": self.goal,
-            "n": len(y),
+            "n": len(self.arrays.y),
             "mixtures": len(np.unique(self.arrays.groups)),
             "left_out_nulls": self.nulls,
-            "signal": self.signal,
+            "signal": self.signal and self.unsaid is None,
+            "unsaid": self.unsaid,
+            "level": self.level,
+            "sd": self.sd,
+        }
+        if self.unsaid is not None:
+            return counts | {"candidates": [], "trials": []}
+        half, held = self.model.quantile(self.level) * self.model.held_sigma, self.model.held_mean
+        return counts | {
             "rho": self.rho,
             "r2": self.r2,
             "coverage": self.coverage,
-            "level": self.level,
-            "nlpd": self.nlpd if constant is None else None,
-            "sd": self.sd,
+            "nlpd": self.nlpd,
             "noise_sd": self.noise_sd,
             "candidates": [asdict(score) for score in self.model.scores],
             "trials": [
                 {"measured": float(y), "predicted": float(mean), "lower": float(mean - h), "upper": float(mean + h)}
-                for y, mean, h in zip(y, held, half, strict=True)
+                for y, mean, h in zip(self.arrays.y, held, half, strict=True)
             ],
         }
 
@@ -131,12 +151,14 @@ class TargetFit:
             f"{self.target} ({'lower' if self.goal == 'min' else 'higher'} is better), {len(self.arrays.y)} trials"
             + (f" ({self.nulls} without a finite score left out)" if self.nulls else "")
         ]
+        if self.too_few is not None:
+            return "\n".join([*lines, f"  {self.too_few}"])
         lines += [f"  {'surrogate':<18}{'CV rho':>8}{'CV R2':>8}{'cover':>7}{'weight':>8}"]
         lines += [f"  {s.name:<18}{s.rho:8.2f}{s.r2:8.3f}{s.coverage:7.2f}{s.weight:8.2f}" for s in self.model.scores]
         if len(self.model.scores) > 1:
             lines.append(f"  {'auto':<18}{self.rho:8.2f}{self.r2:8.3f}{self.coverage:7.2f}")
-        if not self.signal:
-            lines.append("  no signal: no candidate predicts a trial better than the mean of the others")
+        if self.unsaid is not None:
+            lines.append(f"  {self.unsaid}")
         else:
             lines.append(
                 f"  the model explains {100 * max(0.0, self.r2):.0f} % of the variance of trials left out; "
@@ -155,6 +177,20 @@ class SurrogateFits:
 
     def __getitem__(self, target: str) -> TargetFit:
         return self.targets[target]
+
+    @property
+    def unsaid(self) -> str | None:
+        """Why nothing is shown of any target: the first one's reason; None: some can be predicted."""
+        reasons = [fitted.unsaid for fitted in self.targets.values()]
+        return reasons[0] if all(reasons) else None
+
+    def unsaid_together(self, weight_J: Floats) -> str | None:
+        """Why nothing is said of a mixture's worth in all targets with a weight above 0: too few trials of one of them,
+        or no signal in any."""
+        counting = [fitted for weight, fitted in zip(weight_J, self.targets.values(), strict=True) if weight > 0]
+        few = next((fitted.too_few for fitted in counting if fitted.too_few is not None), None)
+        reasons = [fitted.unsaid for fitted in counting]
+        return few or (reasons[0] if all(reasons) else None)
 
     def predict(self, X: ArrayLike | Mixture, *, level: float = 0.9) -> dict[str, Prediction]:
         """{target: Prediction} for rows X [m, K] in the order of `names` (or one Mixture)."""
@@ -211,7 +247,8 @@ def fit_surrogates(
             )
         model = Stack(candidates=candidates_of(surrogate, goal=aim), folds=cv, seed=seed)
         model.fit(arrays.X, arrays.y, groups=arrays.groups, progress=tau, weights=None)
-        fits[target] = TargetFit(target, aim, model, arrays, level, ledger.nulls(target))
+        count = trials_with(ledger.records, target)
+        fits[target] = TargetFit(target, aim, model, arrays, level, ledger.nulls(target), count)
     return SurrogateFits(names, fits)
 
 

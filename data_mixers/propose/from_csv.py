@@ -27,8 +27,6 @@ from data_mixers.surrogates.base import shares
 from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.trial import Goal
 
-FEW = 8  # trials; below it intervals and weights rest on next to nothing
-
 
 def read_mixture(path: str | Path, names: Sequence[str]) -> Mixture:
     """A mixture of the tasks `names` from a CSV, YAML or JSON file."""
@@ -94,10 +92,16 @@ def predict_csv(
     scale: Literal["auto", "as_fitted"] = "as_fitted",
 ) -> int:
     """Predict the rows of a mixtures CSV; write `index, <target>, <target>_lower, <target>_upper`. Returns the rows.
+    Cells of a target of which nothing can be said are empty, with a warning; MixError where it is every target.
 
     scale: "auto" looks at how the mixtures are drawn (for_mixtures); "as_fitted" takes the fits as they are,
     as do fits that are mapped to large runs.
     """
+    if fits.unsaid is not None:
+        raise MixError(fits.unsaid, where=str(out_csv), do="run more trials; no prediction was written")
+    unsaid = {name: fitted.unsaid for name, fitted in fits.targets.items() if fitted.unsaid is not None}
+    for name, why in unsaid.items():
+        warnings.warn(f"{name}: {why}; its cells are empty", stacklevel=2)
     table = mixtures_to_predict(mixtures_csv, fits.names, index=index)
     rows = table.values[:, [table.columns.index(name) for name in fits.names]]
     rows = shares(rows, renormalize=False)
@@ -110,8 +114,8 @@ def predict_csv(
         writer.writerow([table.index_name, *(name + end for name in fits.targets for end in ("", "_lower", "_upper"))])
         for position, key in enumerate(table.index):
             cells: list[Any] = [key]
-            for prediction in predictions.values():
-                cells += [repr(float(column[position])) for column in prediction]
+            for name, prediction in predictions.items():
+                cells += ["" if name in unsaid else repr(float(column[position])) for column in prediction]
             writer.writerow(cells)
     return len(rows)
 
@@ -186,10 +190,7 @@ def read_sizes(path: str | Path, names: Sequence[str]) -> dict[str, float]:
 
 
 def warn_few_trials(fits: SurrogateFits) -> None:
-    """A warning where the trials are too few for what is said about them."""
-    n, K = min(len(fitted.arrays.y) for fitted in fits.targets.values()), len(fits.names)
-    if n < FEW:
-        warnings.warn(
-            f"{n} trials of {K} tasks: intervals rest on very little; a useful fit needs about {3 * (K + 1)}",
-            stacklevel=2,
-        )
+    """A warning for each reason why nothing is predicted of some target."""
+    for why in dict.fromkeys(fitted.too_few for fitted in fits.targets.values()):
+        if why is not None:
+            warnings.warn(f"{why}; no prediction and no interval is shown", stacklevel=2)

@@ -24,7 +24,7 @@ from data_mixers.fitting.surrogate_fits import SurrogateFits
 from data_mixers.mixture.bounds import Bounds
 from data_mixers.mixture.mixture import Floats, Mixture, check_known
 from data_mixers.propose.optimizer import kl_to, minimize, minimize_convex
-from data_mixers.propose.significance import judge
+from data_mixers.propose.significance import judge, unsaid_verdict
 from data_mixers.surrogates.parametric_laws import ExpLaw
 
 Objective = Literal["mean", "worst"] | Mapping[str, float]
@@ -32,23 +32,54 @@ Objective = Literal["mean", "worst"] | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Proposal:
-    """The optimum (`mixture`), and `kept`: the mixture to play (the current one unless the verdict is better)."""
+    """The optimum (`mixture`), and `kept`: the mixture to play (the current one unless the verdict is better).
+
+    Where nothing can be said (verdict "no signal" or "too few trials to say") `mixture` is the current one too, and
+    there is no gain and no prediction; a target of which nothing can be said has none in any case.
+    """
 
     mixture: Mixture
     current: Mixture
     prior: Mixture
     predicted: dict[str, tuple[float, float, float]]  # target -> mean, lower, upper at `mixture`
     predicted_current: dict[str, tuple[float, float, float]]
-    gain: tuple[float, float, float]
+    gain: tuple[float, float, float] | None
     verdict: str
-    probability: float
+    probability: float | None
     text: str
     epochs: dict[str, float] | None
     kl_to_prior: float
-    l1_spread: float  # mean L1 distance between optima of resampled trials and `mixture`: how firm the optimum is
+    l1_spread: float | None  # mean L1 distance between optima of resampled trials and `mixture`: how firm it is
     binding: list[str]
-    objective: float
+    objective: float | None
     details: dict[str, Any]
+
+    @classmethod
+    def undecided(cls, why: str, *, current: Mixture, prior: Mixture, bounds: Bounds) -> Proposal:
+        """The current mixture, without any number, because of `why` (too_few_trials, TargetFit.unsaid)."""
+        verdict = unsaid_verdict(why)
+        return cls(
+            mixture=current,
+            current=current,
+            prior=prior,
+            predicted={},
+            predicted_current={},
+            gain=None,
+            verdict=verdict.word,
+            probability=None,
+            text=verdict.text,
+            epochs=_epochs(bounds, current),
+            kl_to_prior=float(kl_to(prior.shares, current.shares[None])[0]),
+            l1_spread=None,
+            binding=[],
+            objective=None,
+            details=verdict.as_dict(),
+        )
+
+    @property
+    def said(self) -> bool:
+        """Whether the trials say anything: else `mixture` is no proposal."""
+        return self.gain is not None
 
     @property
     def kept(self) -> Mixture:
@@ -68,15 +99,18 @@ class Proposal:
     def table(self) -> str:
         """For a terminal: shares and predicted targets, current beside proposed, and the verdict."""
         epochs = self.epochs or {}
-        lines = [f"{'task':<24}{'current':>9}{'proposed':>10}" + (f"{'epochs':>9}" if epochs else "")]
-        for name, share in self.mixture.as_dict().items():
+        proposed = {name: f"{share:10.4f}" if self.said else "" for name, share in self.mixture.as_dict().items()}
+        head = f"{'task':<24}{'current':>9}" + (f"{'proposed':>10}" if self.said else "")
+        lines = [head + (f"{'epochs':>9}" if epochs else "")]
+        for name, share in proposed.items():
             tail = f"{epochs[name]:9.2f}" if epochs else ""
-            lines.append(f"{name:<24}{self.current[name]:9.4f}{share:10.4f}{tail}")
+            lines.append(f"{name:<24}{self.current[name]:9.4f}{share}{tail}")
         if self.binding:
             lines.append(f"held back by: {', '.join(self.binding)}")
-        lines += ["", f"{'target':<24}{'current':>28}{'proposed':>32}"]
-        for name, proposed in self.predicted.items():
-            cells = [f"{m:.4g} ({low:.4g} to {high:.4g})" for m, low, high in (self.predicted_current[name], proposed)]
+        if self.predicted:
+            lines += ["", f"{'target':<24}{'current':>28}{'proposed':>32}"]
+        for name, pair in self.predicted.items():
+            cells = [f"{m:.4g} ({low:.4g} to {high:.4g})" for m, low, high in (self.predicted_current[name], pair)]
             lines.append(f"{name:<24}{cells[0]:>28}{cells[1]:>32}")
         return "\n".join([*lines, "", self.text])
 
@@ -86,7 +120,7 @@ class Proposal:
         lists = {
             "predicted": {name: list(values) for name, values in self.predicted.items()},
             "predicted_current": {name: list(values) for name, values in self.predicted_current.items()},
-            "gain": list(self.gain),
+            "gain": None if self.gain is None else list(self.gain),
         }
         return mixtures | lists | {key: value for key, value in vars(self).items() if key not in mixtures | lists}
 
@@ -131,6 +165,8 @@ def propose_mixture(
     bounds.check_feasible()
     weight_J = target_weights(fits, objective)
     worst = objective == "worst"
+    if (why := fits.unsaid_together(weight_J)) is not None:
+        return Proposal.undecided(why, current=current, prior=prior, bounds=bounds)
 
     def value(rows: Floats) -> Floats:
         g = standardized(fits, rows)
@@ -161,8 +197,6 @@ def propose_mixture(
         worst=worst,
         seed=seed,
     )
-    if verdict.word == "no signal":
-        best_K, objective_value = bounds.project(prior), float("nan")
     mixture = Mixture(names, best_K)
     return Proposal(
         mixture=mixture,
@@ -178,7 +212,7 @@ def propose_mixture(
         kl_to_prior=float(kl_to(prior.shares, mixture.shares[None])[0]),
         l1_spread=_spread(fits, weight_J, candidates, mixture, kl=kl, prior_K=prior.shares, seed=seed),
         binding=_binding(bounds, mixture.shares),
-        objective=objective_value if np.isfinite(objective_value) else 0.0,
+        objective=objective_value,
         details=verdict.as_dict() | {"kl": kl, "level": level, "min_gain": min_gain, "weights": weight_J.tolist()},
     )
 
@@ -208,6 +242,7 @@ def _predicted(fits: SurrogateFits, mixture: Mixture, level: float) -> dict[str,
     return {
         name: (float(mean[0]), float(lower[0]), float(upper[0]))
         for name, (mean, lower, upper) in fits.predict(mixture, level=level).items()
+        if fits[name].unsaid is None
     }
 
 

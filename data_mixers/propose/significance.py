@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
+from data_mixers.fitting.enough_trials import TOO_FEW
 from data_mixers.fitting.surrogate_fits import SurrogateFits, TargetFit
 from data_mixers.mixture.mixture import Floats
 from data_mixers.propose.optimizer import kl_to
@@ -31,20 +32,25 @@ AFFORDABLE = 10_000  # trials; beyond it the exact number says nothing
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word`: better, worse, "not distinguishable from your current mixture" or "no signal". gain: (mean, lower,
-    upper) in standardised units of the objective, positive = better; probability that it exceeds min_gain."""
+    """`word`: better, worse, "not distinguishable from your current mixture", "no signal" or "too few trials to say".
+    gain: (mean, lower, upper) in standardised units of the objective, positive = better; probability that it exceeds
+    min_gain. The last two words come without numbers."""
 
     word: str
-    gain: tuple[float, float, float]
-    probability: float
-    detectable: float
+    gain: tuple[float, float, float] | None
+    probability: float | None
+    detectable: float | None
     more_trials: int | None
     text: str
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        detectable = None if math.isnan(self.detectable) else self.detectable
-        return vars(self) | {"gain": list(self.gain), "detectable": detectable}
+        return vars(self) | {"gain": None if self.gain is None else list(self.gain)}
+
+
+def unsaid_verdict(why: str) -> Verdict:
+    """The verdict where nothing can be said, because of `why`."""
+    return Verdict("no signal" if why.startswith("no signal") else TOO_FEW, None, None, None, None, why)
 
 
 def judge(
@@ -69,12 +75,8 @@ def judge(
     """
     used = [(w, f) for w, f in zip(weight_J, fits.targets.values(), strict=True) if w > 0 and f.sd > 0]
     weights, targets = np.array([w for w, _ in used]), [f for _, f in used]
-    if not any(f.signal for f in targets):
-        text = (
-            "no signal: no surrogate predicts a trial better than the mean of the others; "
-            "the trials are too few, too short or too noisy to tell mixtures apart"
-        )
-        return Verdict("no signal", (0.0, 0.0, 0.0), 0.0, math.nan, None, text)
+    if (why := fits.unsaid_together(weight_J)) is not None:
+        return unsaid_verdict(why)
 
     def objective(processes: Processes, rows: Floats) -> Floats:
         score_J = np.stack([_surface(p, f, rows) for p, f in zip(processes, targets, strict=True)])

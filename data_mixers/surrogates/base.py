@@ -124,7 +124,7 @@ class PointSurrogate:
             raise MixError(f"{len(rows)} mixtures and scores of shape {y_n.shape}")
         if len(y_n) < MINIMUM_TRIALS:
             do = f"at least {MINIMUM_TRIALS}; a useful fit needs about 3 (tasks + 1)"
-            raise MixError(f"{len(y_n)} trials", do=do)
+            raise MixError(f"too few trials to say: {len(y_n)} trials", do=do)
         if not np.all(np.isfinite(y_n)):
             raise MixError("scores with NaN or infinity", do="leave diverged trials out")
         self.data = TrialData(

@@ -7,8 +7,9 @@ the centred predictions, normalised to 1 (Breiman 1996, van der Laan 2007):
 
 The pull to w0 keeps a candidate that was lucky on a few trials from taking all (on noisy tables it gains 0.3 to 0.7
 points of rho over a tenth of it, on RegMix's it changes nothing); a family (the first word of a label) does not count
-for more by having more members. A candidate that predicts no better than the mean of the trials is dropped; if none is
-left the model is the mean: no signal. Processes with `noise` None share one prior of the noise, chosen by the same CV
+for more by having more members. A candidate that predicts no better than the mean of the trials is dropped, and one
+that predicts the same score for all of them (its error is then the mean's, but for rounding); if none is left the model
+is the mean: no signal. Processes with `noise` None share one prior of the noise, chosen by the same CV
 (from repeats of a mixture where there are any).
 
     sigma^2(x) = sum_j w_j v_j(x) + sum_j w_j (f_j(x) - f(x))^2     v_j: a process's variance with noise; else CV error
@@ -43,6 +44,7 @@ from data_mixers.surrogates.gaussian_process import GaussianProcess
 
 PULL = 1.0  # of the stacking weights towards w0, in units of n var(y)
 NOISE_PRIORS = (-5.0, -2.0, -0.5)  # centres of log s_n^2: losses are quiet, benchmark scores are not
+FLAT = 1e-9  # of the scores' sd: predictions that differ by less are one number
 SMALLEST = 0.02  # a weight below this is not worth the model
 
 
@@ -98,7 +100,9 @@ class Stack(PointSurrogate):
         self._error = {label: float(np.mean((y - mean) ** 2)) for label, (mean, _) in held_out.items()}
         processes = {label: model for label, model in fitted.items() if isinstance(model, GaussianProcess)}
         self._carrier = processes[min(processes, key=self._error.__getitem__)] if processes else None
-        self.weights = _stacking_weights({label: mean for label, (mean, _) in held_out.items()}, y, baseline)
+        tells = [label for label, model in fitted.items() if np.ptp(model.mean(X, tau)) > FLAT * np.std(y)]
+        telling = {label: held_out[label] for label in tells}
+        self.weights = _stacking_weights({label: mean for label, (mean, _) in telling.items()}, y, baseline)
         self.models = {label: fitted[label] for label in self.weights}
         self.scores = [
             CandidateScore(
@@ -113,7 +117,7 @@ class Stack(PointSurrogate):
         if not self.weights:
             self.held_mean, self.held_sigma = mean_n, np.full(n, np.sqrt(baseline))
         else:
-            self._predict_held(y, mean_n, held_out)
+            self._predict_held(y, mean_n, telling)
         self._ratios = np.abs(y - self.held_mean) / np.maximum(self.held_sigma, 1e-300)
 
     def _predict_held(self, y: Floats, mean_n: Floats, held_out: Mapping[str, tuple[Floats, Floats]]) -> None:
@@ -163,7 +167,8 @@ class Stack(PointSurrogate):
         data = self.data
         mean_n, variance_n = np.empty(len(data.y)), np.empty(len(data.y))
         if max(len(held) for held in folds) > len(data.y) - MINIMUM_TRIALS:
-            raise MixError(f"{len(np.unique(data.groups))} different mixtures", do="at least 5 for cross-validation")
+            count = len(np.unique(data.groups))
+            raise MixError(f"too few trials to say: {count} different mixtures", do="at least 5 for cross-validation")
         for held, part in model.without(folds, data):
             left_out = data.at(held)
             mean_n[held] = part.mean(left_out.X, left_out.progress)

@@ -29,6 +29,8 @@ from data_mixers.sweep.process_pool import attempt, run_in_processes
 from data_mixers.sweep.ray_backend import run_on_ray
 from data_mixers.sweep.trial import Finish, RunTrial, Trial, TrialOutcome, done_records, failed_record
 
+SEEDS = 2**32  # numpy's and torch's generators take smaller ones
+
 
 @dataclass
 class SweepResult:
@@ -61,7 +63,7 @@ def make_trials(names: Sequence[str], shares: Any, *, seed: int = 0, **common: A
     trials = []
     for row in rows:
         repeat = seen[row.tobytes()] = seen.get(row.tobytes(), -1) + 1
-        trials.append(Trial(Mixture(tuple(names), row / row.sum()), seed=seed + repeat, **common))
+        trials.append(Trial(Mixture(tuple(names), row / row.sum()), seed=(seed + repeat) % SEEDS, **common))
     return trials
 
 

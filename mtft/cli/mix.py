@@ -30,22 +30,30 @@ def mix_design(
 ) -> None:
     """Print the trial mixtures (CSV).
 
-    Also written to <output.dir>/mix/design.csv. --design cocktail: single tasks, pairs, all, all but one.
+    Also written to <output.dir>/mix/design.csv, unless that describes trials that were run.
+    --design cocktail: single tasks, pairs, all, all but one.
     """
-    from mtft.pipeline.stages.mix import mix_design
+    from mtft.pipeline.stages.mix import DESIGN, mix_design, mix_dir
 
     changes = [*(overrides or []), *([] if design is None else [f"sweep.design={design}"])]
-    typer.echo(mix_design(load(recipe, changes, "mix")), nl=False)
+    loaded = load(recipe, changes, "mix")
+    text = mix_design(loaded)
+    typer.echo(text, nl=False)
+    written = mix_dir(loaded) / DESIGN
+    if written.read_text(encoding="utf-8") != text:
+        say(f"{written} is kept: it describes the trials that were run")
 
 
 @mix_app.command("sweep")
 def mix_sweep(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Run the trials that the ledger does not hold yet."""
-    from mtft.pipeline.stages.mix import mix_dir, mix_sweep
+    from mtft.pipeline.stages.mix import mix_dir, mix_sweep, too_few
 
     loaded = load(recipe, overrides, "mix")
     done = mix_sweep(loaded, on_done=lambda trial, outcome: say(f"trial {trial.id}: {outcome.error or 'done'}"))
     say(done.text())
+    if (why := too_few(loaded)) is not None:
+        say(f"warning: {why}")
     typer.echo(mix_dir(loaded) / "ledger.jsonl")
     raise typer.Exit(done.exit_code)
 
@@ -92,7 +100,7 @@ def mix_propose(
         from mtft.pipeline.stages.mix import mix_dir, mix_propose, mix_synergy
 
         loaded = load(Path(arguments[0]), arguments[1:], "mix")
-        typer.echo(mix_propose(loaded).text)
+        typer.echo(mix_propose(loaded).table())
         if loaded.sweep is not None and loaded.sweep.design == "cocktail":
             typer.echo(mix_synergy(loaded))
         typer.echo(mix_dir(loaded) / "mixture.yaml")
@@ -203,7 +211,12 @@ def mix_fit(
 def mix_relevance(
     sketches: Annotated[Path, typer.Option(help="CSV: one column a task (its head, or a sketch of its gradient).")],
     target: Annotated[str, typer.Option(help="Column of the task that the others are to help.")],
-    index: Annotated[str | None, typer.Option(help="Column that numbers the rows. Default: the first.")] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(
+            help="Column that numbers the rows. Default: index, id or trial, or the first if it counts or names rows."
+        ),
+    ] = None,
     method: Annotated[Literal["l1", "l2"], typer.Option(help="l1: few tasks (A-MTRL); l2: the earlier rule.")] = "l1",
     noise: Annotated[bool, typer.Option("--noise", help="Lasso by cross-validation, for sketches with noise.")] = False,
     rows: Annotated[int | None, typer.Option(help="Rows to draw in all: says how many from each task.")] = None,
@@ -212,11 +225,13 @@ def mix_relevance(
     """Which tasks matter for a target: the Lasso of its sketch on the others' (advice beside the trials' answer)."""
     import numpy as np
 
-    from data_mixers.common.csv_tables import read_table
+    from data_mixers.common.csv_tables import LINE, read_table
     from data_mixers.design.task_relevance import relevance
     from data_mixers.mixture.mixture import check_names
 
-    table = read_table(sketches, index)
+    table = read_table(sketches, index, unnumbered=True)
+    if table.index_name != LINE:
+        say(f"column {table.index_name!r} numbers the rows; it is no task")
     if target not in table.columns:
         check_names([*table.columns, target], table.columns, where=f"{sketches}, --target")
     sources = [name for name in table.columns if name != target]

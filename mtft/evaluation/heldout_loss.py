@@ -25,6 +25,7 @@ from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.evaluation.task_scores import TaskScores
 
 Score = Callable[[Batch], tuple[Tensor, Tensor]]
+Told = Callable[[int, int], None]  # (done, of how many)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def evaluate_model(
     *,
     attention: str | None = None,
     autocast: torch.dtype | None = None,
+    told: Told | None = None,
 ) -> dict[str, TaskScores]:
     """Scores of a transformers model (plain, or with an adapter) on each task's store; None = the task has none.
 
@@ -58,16 +60,23 @@ def evaluate_model(
             return token_scores(model, batch, attention=attention, isolated=isolated)
 
     with evaluation_mode(model):
-        return score_tasks(score, stores, layout, device=device)
+        return score_tasks(score, stores, layout, device=device, told=told)
 
 
 def score_tasks(
-    score: Score, stores: Sequence[Any | None], layout: BatchLayout, *, device: torch.device | str = "cpu"
+    score: Score,
+    stores: Sequence[Any | None],
+    layout: BatchLayout,
+    *,
+    device: torch.device | str = "cpu",
+    told: Told | None = None,
 ) -> dict[str, TaskScores]:
-    """Scores by any `score` function. With torch.distributed every rank scores its part and all get the whole."""
+    """Scores by any `score` function. With torch.distributed every rank scores its part and all get the whole.
+    told: called after each batch with (examples that this rank has scored, of how many, about)."""
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    scores = {}
+    scores, done = {}, 0
+    every = -(-sum(store.num_examples for store in stores if store is not None) // world)
     for index, store in enumerate(stores):
         if store is None:
             continue
@@ -87,6 +96,9 @@ def score_tasks(
             with torch.no_grad():  # not inference_mode: weights that ZeRO-3 gathers there could not be trained after
                 nll_BT, hit_BT = score(batch)
             sums_3N[:, piece.examples] = example_sums(nll_BT, hit_BT, batch, piece)
+            done += len(piece.examples)
+            if told is not None:
+                told(done, every)
         if world > 1:
             total = torch.from_numpy(sums_3N).to(device)
             dist.all_reduce(total)

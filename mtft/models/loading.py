@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mtft.common.errors import UserError
+from mtft.models.cpu_precision import cpu_dtype
 from mtft.models.quantization import bitsandbytes_config
 from mtft.recipe.schema.model import ModelSection
 
@@ -115,15 +116,21 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
-    """A precision by its name in recipes. `auto`: bf16 on a GPU that has it, else fp32."""
-    if dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-    return DTYPES[dtype]
+    """A precision by its name in recipes. `auto`: bf16 where the device is fast in it (CPUs are measured), or fp32."""
+    if dtype == "auto" and torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return cpu_dtype() if dtype == "auto" else DTYPES[dtype]
 
 
 def compute_dtype(section: ModelSection) -> torch.dtype:
     """Precision of the forward pass."""
     return resolve_dtype(section.dtype)
+
+
+def refuse_precision(section: ModelSection) -> None:
+    """UserError for training in fp16 without a GPU."""
+    if compute_dtype(section) == torch.float16 and not torch.cuda.is_available():
+        raise UserError("fp16 needs a GPU: its loss scaling does", where="model.dtype", do="use fp32 or bf16 on a CPU")
 
 
 def load_causal_lm(

@@ -72,13 +72,29 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     from mtft.data.summary.summarize import summarize_data
     from mtft.data.tokenize.vocabulary_check import check_vocabulary
     from mtft.losses.balancers import make_balancer
+    from mtft.models.cpu_precision import precision_warnings
     from mtft.models.loading import load_tokenizer, read_config
     from mtft.training.memory.estimate import check_adapter, estimate_memory, meta_model
     from mtft.training.online_mixture import describe_online_mixture, make_controller
+    from mtft.training.preflight import (
+        attention_of,
+        folder_refusal,
+        position_warning,
+        refuse_attention,
+        refuse_rows,
+        refuse_settings,
+    )
+    from mtft.training.trainer_parts import TrainingInputs
 
+    refuse_settings(recipe)
+    others = {"sweep.model": recipe.sweep and recipe.sweep.model, "fuse.strong": recipe.fuse and recipe.fuse.strong}
+    for key, section in others.items():
+        if section is not None:
+            refuse_attention(section, key)
     tokenizer, config = load_tokenizer(recipe.model), read_config(recipe.model)
     stores, held_out = open_stores(recipe, tokenizer, "train"), open_stores(recipe, tokenizer, "eval")
     check_vocabulary([*stores, *held_out], tokenizer, config)
+    refuse_rows(config, [*stores, *held_out])
     plan = make_plan(recipe, stores)
     data = summarize_data(recipe, tokenizer, stores=stores, held_out=held_out, plan=plan)
     balancer = make_balancer(
@@ -91,10 +107,14 @@ def check_recipe(recipe: Recipe) -> CheckReport:
         tokens=[task.supervised_tokens for task in data.tasks],
     )
     warnings = check_compatibility(recipe, stage="check", needs=balancer.needs)
-    attention = "sdpa" if recipe.model.attention == "auto" else recipe.model.attention
+    attention = attention_of(config, recipe.model.attention)
     refusal = packing_refusal(config, attention) if recipe.train.packing else None
     if refusal is not None:
         warnings.append(f"{refusal}: one example a row, so train.packing has no effect")
+    warnings += precision_warnings({"model": recipe.model, **others})
+    identity = TrainingInputs(tokenizer, stores, held_out).identity(plan)
+    more = position_warning(recipe, config), folder_refusal(recipe, identity)
+    warnings += [line for line in more if line is not None]
     learnt = sum(task.tokens_per_step * task.supervised_tokens / task.tokens for task in data.tasks if task.tokens)
     meta = meta_model(recipe)
     if recipe.lora is not None:

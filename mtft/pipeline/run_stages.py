@@ -131,7 +131,9 @@ def _choose_mixture(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> R
     run_cached_stage(folder, inputs, work, fresh=fresh)
     chosen = Mixture.from_yaml(folder / mix.MIXTURE, names=recipe.task_names)
     proposal = read_json(folder / mix.PROPOSAL)
-    return RunChoice(chosen, None if proposal is None else Mixture.of(proposal["mixture"]).over(recipe.task_names))
+    if proposal is None or proposal["gain"] is None:  # the trials say nothing: there is no predicted mixture
+        return RunChoice(chosen)
+    return RunChoice(chosen, Mixture.of(proposal["mixture"]).over(recipe.task_names))
 
 
 def _trial_done(say, number: Iterator[int], trials: int, trial: Any, outcome: Any) -> None:

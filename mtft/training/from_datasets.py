@@ -71,6 +71,7 @@ def recipe_of_datasets(
         content["model"] |= model
     else:
         content["model"]["path"] = _check_loaded(model, tokenizer, sections)
+        content["model"] |= _precision(model)
         if not hasattr(model, "peft_config"):
             content["lora"] = None  # the model as it is; what requires gradients is trained
     content["mixture"] = {"shares": dict(shares) if isinstance(shares, Mapping) else shares}
@@ -136,6 +137,18 @@ def _check_loaded(model: Any, tokenizer: Any, sections: Mapping[str, Any]) -> st
     if not path and tokenizer is None:
         raise UserError("the model does not say where its tokenizer is", where="tokenizer", do="give the tokenizer")
     return path or type(model).__name__
+
+
+def _precision(model: Any) -> dict[str, str]:
+    """The precision that a loaded model has, where there is no GPU: `auto` is for models that are loaded here."""
+    import torch
+
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    held = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} or {
+        parameter.dtype for parameter in model.parameters()
+    }
+    dtype = held.pop() if len(held) == 1 else None
+    return {} if torch.cuda.is_available() or dtype not in names else {"dtype": names[dtype]}
 
 
 def _path(run_dir: Path, task: str, split: str) -> Path:

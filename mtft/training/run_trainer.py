@@ -18,7 +18,9 @@ from transformers.trainer_utils import TrainOutput
 from mtft.common.errors import UserError
 from mtft.data.planning import batch_tokens_of, make_plan
 from mtft.distributed.launch import is_main_process
+from mtft.evaluation.heldout_loss import Told
 from mtft.evaluation.task_scores import TaskScores
+from mtft.models.loading import read_config
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
 from mtft.training.callbacks.best_weights import BestWeights, load_best_weights
@@ -27,6 +29,7 @@ from mtft.training.checkpoint.checkpoint import RunState, load_random_state, loa
 from mtft.training.from_datasets import Rows, recipe_of_datasets
 from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
 from mtft.training.optim.schedule_free import evaluation_weights
+from mtft.training.preflight import refuse_rows, refuse_settings
 from mtft.training.run_files.metrics_log import MetricsLog, flat
 from mtft.training.run_files.run_dir import check_recipe, read_result_file
 from mtft.training.trainer_parts import TrainerParts, read_training_inputs, start_run_dir, trainer_parts
@@ -49,7 +52,7 @@ class RunTrainer(Trainer):
     stopping: EarlyStopping
     run_log: MetricsLog
     evaluations: dict[int, dict[str, TaskScores]]
-    _score: Callable[[nn.Module], dict[str, TaskScores]] | None
+    _score: Callable[[nn.Module, Told | None], dict[str, TaskScores]] | None
 
     @classmethod
     def from_parts(cls, model: Any, args: TrainingArguments, parts: TrainerParts) -> Self:
@@ -124,6 +127,9 @@ class RunTrainer(Trainer):
         if read_result_file(run_dir) is not None:
             do = "give another output directory, or move the folder away"
             raise UserError("the folder holds a finished run", where=str(run_dir), do=do)
+        refuse_settings(recipe, loaded=model is not None)
+        config = read_config(recipe.model) if model is None else model.config
+        refuse_rows(config, [*inputs.stores, *inputs.held_out])
         plan = make_plan(recipe, inputs.stores)
         log = MetricsLog(run_dir if is_main_process() else None, steps=plan.steps, quiet=not is_main_process())
         for store in inputs.stores:
@@ -170,7 +176,8 @@ class RunTrainer(Trainer):
             raise ValueError("no held-out examples to evaluate on")
         if step not in self.evaluations:
             with evaluation_weights(self.optimizer):
-                self.evaluations = {step: self._score(self.model)}
+                told = self.run_log.evaluating(step, len(self.stopping.tasks), first=not self.evaluations)
+                self.evaluations = {step: self._score(self.model, told)}
             self.run_log.evaluation(step, _summaries(self.evaluations[step]))
         metrics = flat({"tasks": _summaries(self.evaluations[step])}, "eval_")
         if self.args.report_to:

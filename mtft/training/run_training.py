@@ -13,10 +13,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtft.common.errors import UserError
 from mtft.distributed.launch import is_main_process
 from mtft.evaluation.task_scores import TaskScores
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.run_files.run_dir import RESULT, SCORES, check_recipe, chosen_size, read_result_file
+from mtft.training.run_files.run_dir import (
+    RESULT,
+    SCORES,
+    check_recipe,
+    chosen_size,
+    finished_on_other_data,
+    read_result_file,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     if not fresh:
         check_recipe(run_dir, recipe)
         if (result := read_result(run_dir)) is not None:
+            _check_rows(recipe)
             if is_main_process() and not quiet:
                 print(f"finished already: {run_dir}", file=sys.stderr)
             return result
@@ -54,6 +63,8 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     # Heavy imports stand here: a finished run is recognised without them.
     from mtft.data.planning import make_plan
     from mtft.distributed.stop_signal import EXIT_CODES, StopSignal
+    from mtft.models.cpu_precision import precision_warnings
+    from mtft.models.loading import read_config
     from mtft.models.lora_targets import describe_adapter
     from mtft.training.build_model import load_for_training
     from mtft.training.callbacks.best_weights import BestWeights
@@ -62,23 +73,29 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     from mtft.training.export.rehearsal import rehearse_export
     from mtft.training.finalize import finalize_run
     from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
+    from mtft.training.preflight import refuse_rows, refuse_settings
     from mtft.training.run_files.metrics_log import MetricsLog
     from mtft.training.trainer import build_trainer
     from mtft.training.trainer_parts import print_summary, read_training_inputs, start_run_dir
     from mtft.training.training_arguments import training_arguments
 
+    refuse_settings(recipe)
     inputs = read_training_inputs(recipe)
+    refuse_rows(read_config(recipe.model), [*inputs.stores, *inputs.held_out])
     plan = make_plan(recipe, inputs.stores)
     log = MetricsLog(run_dir if is_main_process() else None, steps=plan.steps, quiet=quiet or not is_main_process())
     for store in inputs.stores:
         for line in store.warnings():
             log.say(f"warning: {line}")
+    for line in precision_warnings({"model": recipe.model}):
+        log.say(f"warning: {line}")
     # joins the ranks
     args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=True)
     size = None if fresh else chosen_size(run_dir)
     checkpoint = start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh)
     args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start and checkpoint is None
     with StopSignal() as stop:
+        log.say(f"loading {recipe.model.path}")
         model = load_for_training(recipe)
         for note in () if recipe.lora is None else describe_adapter(model):
             log.say(f"note: {note}")
@@ -109,6 +126,17 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     if result is None:
         raise RuntimeError(f"{run_dir / RESULT} can't be seen by this process: is it on a shared disk?")
     return result
+
+
+def _check_rows(recipe: Recipe) -> None:
+    """UserError when the rows of a finished run's recipe have changed since. Rows that are gone are no matter."""
+    from mtft.training.trainer_parts import data_identity, read_training_inputs
+
+    try:
+        inputs = read_training_inputs(recipe)
+    except UserError:
+        return
+    finished_on_other_data(Path(recipe.output.dir), data_identity(inputs.stores))
 
 
 def read_result(run_dir: Path) -> TrainResult | None:

@@ -33,6 +33,7 @@ from mtft.data.batching.batches import BatchSource
 from mtft.distributed.launch import check_ranks
 from mtft.distributed.sharding import check_sharded
 from mtft.distributed.stop_signal import StopSignal
+from mtft.evaluation.heldout_loss import Told
 from mtft.evaluation.task_scores import TaskScores
 from mtft.experimental.mezo import mezo_step
 from mtft.experimental.sharpness_aware import SharpnessAwareStep
@@ -65,7 +66,7 @@ class MultiTaskTrainer(RunTrainer):
 
     tasks       names, in the order of the batches' task ids
     gradient_step  measures the gradients of single tasks, and steps along a mix of them; None: never
-    score       model -> scores of each task on its held-out examples, over all ranks; None: no evaluation
+    score       (model, told) -> scores of each task on its held-out examples, over all ranks; None: no evaluation
     log         where metrics go (silent on all ranks but one)
     stopping    what held-out losses decide: tasks that are dropped (weight 0), the end of the run
     online      changes the mixture of the steps to come; None: never
@@ -92,7 +93,7 @@ class MultiTaskTrainer(RunTrainer):
         gradient_step: TaskGradientStep | None = None,
         stopping: EarlyStopping | None = None,
         online: OnlineMixture | None = None,
-        score: Callable[[nn.Module], dict[str, TaskScores]] | None = None,
+        score: Callable[[nn.Module, Told | None], dict[str, TaskScores]] | None = None,
         stop: StopSignal | None = None,
         identity: dict[str, Any] | None = None,
         mezo: dict[str, Any] | None = None,
@@ -138,6 +139,7 @@ class MultiTaskTrainer(RunTrainer):
             self.optimizer,
             self.args.seed,
             bool(self.is_deepspeed_enabled),
+            self.run_log.micro_batch,
         )
 
     # ---- data
@@ -168,6 +170,8 @@ class MultiTaskTrainer(RunTrainer):
         self._context = context = self.context()
         if self.objective.noise is not None:
             self.objective.noise.step = step
+        held = sum(batch.input_ids_BT.numel() for batch in inputs)
+        self.run_log.begin_step(step, len(inputs), held, first=not self._line)
         batches = inputs if device.type == "cpu" else [batch.to(device) for batch in inputs]
         counts = step_counts(batches, K, device=device)
         needs, normalise = self.balancer.needs, self.objective.normalise

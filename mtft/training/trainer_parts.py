@@ -22,7 +22,7 @@ from mtft.distributed.collectives import from_first_rank
 from mtft.distributed.launch import is_main_process
 from mtft.distributed.sharding import trainable
 from mtft.distributed.stop_signal import StopSignal
-from mtft.evaluation.heldout_loss import BatchLayout, evaluate_model
+from mtft.evaluation.heldout_loss import BatchLayout, Told, evaluate_model
 from mtft.evaluation.task_scores import TaskScores
 from mtft.losses.balancers import make_balancer
 from mtft.losses.moe_router_loss import check_router_loss, router_warning
@@ -60,7 +60,12 @@ class TrainingInputs:
 
     def identity(self, plan: MixturePlan | ReplannedPlan) -> dict[str, str]:
         """What must be the same for a run to go on."""
-        return {"plan": plan.fingerprint, **{f"data of {store.task}": store.fingerprint for store in self.stores}}
+        return {"plan": plan.fingerprint, **data_identity(self.stores)}
+
+
+def data_identity(stores: Sequence[Any]) -> dict[str, str]:
+    """{"data of TASK": fingerprint} of the training rows."""
+    return {f"data of {store.task}": store.fingerprint for store in stores}
 
 
 def read_training_inputs(recipe: Recipe, *, eval_limit: int | None = None, tokenizer: Any = None) -> TrainingInputs:
@@ -176,9 +181,9 @@ def trainer_parts(
     )
     loss = recipe.loss
 
-    def score(network: nn.Module) -> dict[str, TaskScores]:
+    def score(network: nn.Module, told: Told | None = None) -> dict[str, TaskScores]:
         autocast = None if dtype == torch.float32 else dtype
-        return evaluate_model(network, inputs.held_out, layout, attention=attention, autocast=autocast)
+        return evaluate_model(network, inputs.held_out, layout, attention=attention, autocast=autocast, told=told)
 
     objective = Objective(
         loss.normalise,

@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from mtft.common.errors import UserError
 from mtft.distributed.launch import engine, init_cpu_process_group, world_size
 from mtft.distributed.sharding import fsdp_settings
-from mtft.models.loading import compute_dtype
+from mtft.models.loading import compute_dtype, refuse_precision
 from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.optim.lr_schedules import schedule_arguments
@@ -32,8 +31,7 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
     if shards_on_cpu:
         init_cpu_process_group()
     dtype = compute_dtype(recipe.model)
-    if dtype == torch.float16 and on_cpu:
-        raise UserError("fp16 needs a GPU: its loss scaling does", where="model.dtype", do="use fp32 or bf16 on a CPU")
+    refuse_precision(recipe.model)
     args = TrainingArguments(
         output_dir=str(run_dir),
         run_name=recipe.name,

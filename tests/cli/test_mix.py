@@ -189,3 +189,20 @@ def test_relevance_of_the_spec_s_example(tmp_path, monkeypatch, capsys):
     code, _, err = mix(capsys, "relevance", "--sketches", "w.csv", "--target", "targte")
     assert code == 2
     assert "did you mean 'target'?" in err
+
+
+@pytest.mark.parametrize("first", [None, "index", "id", "trial", "row", "", "name", "counted"])
+@pytest.mark.parametrize("order", [("a", "b", "both", "target"), ("target", "both", "b", "a")])
+def test_relevance_loses_no_task_with_or_without_an_index_column(tmp_path, monkeypatch, capsys, first, order):
+    monkeypatch.chdir(tmp_path)
+    columns = {"a": (0.5, 0.0), "b": (0.0, 1.0), "both": (1.0, 1.0), "target": (1.0, 1.0)}
+    rows = [[columns[name][line] for name in order] for line in (0, 1)]
+    if first is not None:
+        rows = [
+            [{"name": f"layer {line}", "counted": line + 1}.get(first, line), *row] for line, row in enumerate(rows)
+        ]
+    write("w.csv", [*([] if first is None else [first]), *order], rows)
+    code, out, err = mix(capsys, "relevance", "--sketches", "w.csv", "--target", "target")
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == [name for name in order if name != "target"]
+    assert ("numbers the rows" in err) == (first is not None)

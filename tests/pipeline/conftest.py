@@ -23,7 +23,7 @@ def whole_recipe(tmp_path_factory):
             "lora": {"r": 4, "alpha": 8},
             "train": {"steps": 6, "batch_tokens": 256, "max_length": 64, "learning_rate": 1e-2},
             "output": {"dir": str(home / "run")},
-            "sweep": {"trials": 6, "steps": 2, "eval_limit": 4},
+            "sweep": {"trials": 12, "steps": 2, "eval_limit": 4},
             "run": {"predicted": "always"},
             "merge": {"method": "linear"},
             "fuse": {"strong": {"path": str(strong), "dtype": "fp32"}, "alpha_rule": "forward"},

@@ -32,7 +32,7 @@ train:
   steps: 100
   learning_rate: 2e-4
 output: {dir: runs/three}
-sweep: {trials: 4, objective: {sum: 1, sql.v1: 2}}
+sweep: {trials: 9, objective: {sum: 1, sql.v1: 2}}
 merge: {method: ties, options: {density: 0.5}}
 fuse: {strong: {path: ../strong}}
 """

@@ -146,6 +146,7 @@ WARNINGS = {
     "train.mezo + train.max_grad_norm": ("train", ["train.mezo=1e-3"]),
     "fuse.alpha": ("fuse", ["fuse.alpha=0.5"]),
     "fuse.top_p": ("fuse", ["fuse.top_p=0.9"]),
+    "sweep.trials": ("mix", ["sweep.trials=8"]),
     "merge.weights + merge.search": ("merge", ["merge.search={by: grid}", "merge.weights=[1, 1]"]),
     "model.dtype: fp16 + lora: null": ("train", ["lora=null", "model.dtype=fp16"]),
 }

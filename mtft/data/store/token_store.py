@@ -16,7 +16,6 @@ under a lock that dies with it, into a temporary folder that is renamed when all
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from mtft.common.atomic_io import sync
+from mtft.common.cache_folder import default_cache
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import json_hash
 from mtft.data.notes import describe_note
@@ -157,11 +157,6 @@ class TokenStore:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return sum(file.stat().st_size for file in self.path.iterdir())
-
-
-def default_cache() -> Path:
-    """$MTFT_CACHE, else ~/.cache/mtft."""
-    return Path(os.environ.get("MTFT_CACHE") or Path.home() / ".cache" / "mtft")
 
 
 def open_store(

@@ -17,7 +17,7 @@ from data_mixers.plan.mixture_plan import MixturePlan
 from data_mixers.plan.realized import realized_spans
 from data_mixers.plan.replanned import ReplannedPlan
 from mtft.data.batching.batches import BatchSource
-from mtft.data.planning import make_plan, share_bounds
+from mtft.data.planning import epoch_caps, make_plan, share_bounds
 from mtft.data.store.token_store import TokenStore, open_stores
 from mtft.data.summary.data_summary import DataSummary, TaskSummary
 from mtft.data.tokenize.chat_template import ChatRenderer
@@ -104,18 +104,21 @@ def summarize_data(
     )
     written = "shares that are written out are played as they are (mixture.floors, caps, groups)"
     outside = [f"{line}: {written}" for line in share_bounds(recipe).violations(plan.mixture)]
-    warnings = [*_warnings(stores, summary), *_ends(tokenizer), *outside, *_leaks(stores, held_out)]
+    looked = [*_warnings(stores, summary, epoch_caps(recipe)), *_ends(tokenizer)]
+    warnings = [*looked, *outside, *_leaks(stores, held_out)]
     return replace(summary, warnings=tuple(warnings))
 
 
-def _warnings(stores: Sequence[TokenStore], summary: DataSummary) -> list[str]:
+def _warnings(stores: Sequence[TokenStore], summary: DataSummary, caps: dict[str, float]) -> list[str]:
     """What is legal, and often a mistake."""
+    capped = any(task.epochs > 0.99 * caps[task.name] for task in summary.tasks if task.name in caps)
     warnings = [line for store in stores for line in store.warnings()]
     for task in summary.tasks:
         if task.asked_share == 0:
             warnings.append(f"{task.name}: its share is 0, so it is never trained")
         elif abs(task.asked_share - task.realised_share) > 0.01:
-            why = "a task gets whole steps only" if summary.batch_style == "alternating" else "epoch caps"
+            why = "epoch caps" if capped else "a run of so few examples has whole ones only"
+            why = "a task gets whole steps only" if summary.batch_style == "alternating" else why
             warnings.append(
                 f"{task.name}: share {task.asked_share:.3f} asked, {task.realised_share:.3f} played ({why})"
             )

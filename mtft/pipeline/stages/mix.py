@@ -21,6 +21,7 @@ import numpy as np
 
 from data_mixers.design.cocktail import cocktail_grid, synergy
 from data_mixers.design.designs import regmix_dirichlet, space_filling
+from data_mixers.fitting.enough_trials import too_few_trials, trials_with
 from data_mixers.mixture.bounds import Bounds
 from data_mixers.mixture.mixture import Mixture, natural
 from data_mixers.sweep.early_termination import EarlyTermination
@@ -112,16 +113,33 @@ def design(recipe: Recipe, stores: list[Any]) -> list[Trial]:
 
 
 def mix_design(recipe: Recipe) -> str:
-    """Writes <output.dir>/mix/design.csv and returns its text."""
-    trials = design(recipe, _stores(recipe))
+    """The design's text, written to <output.dir>/mix/design.csv, where the trials of another design stay described."""
+    text = _table(recipe, design(recipe, _stores(recipe)))
+    if not _other_trials(recipe, text):
+        _write_design(recipe, text)
+    return text
+
+
+def _table(recipe: Recipe, trials: list[Trial]) -> str:
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     table.writerow(["trial", *recipe.task_names])
     table.writerows([trial.id, *(f"{share:.6f}" for share in trial.mixture.shares)] for trial in trials)
+    return out.getvalue()
+
+
+def _other_trials(recipe: Recipe, text: str) -> bool:
+    """Whether design.csv describes trials that were run, and others than `text` does."""
+    file = mix_dir(recipe) / DESIGN
+    if not file.is_file() or file.read_text(encoding="utf-8") == text:
+        return False
+    return bool(TrialLedger(mix_dir(recipe) / LEDGER).records)
+
+
+def _write_design(recipe: Recipe, text: str) -> None:
     folder = mix_dir(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / DESIGN).write_text(out.getvalue(), encoding="utf-8")
-    return out.getvalue()
+    (folder / DESIGN).write_text(text, encoding="utf-8")
 
 
 def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
@@ -137,7 +155,7 @@ def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
             do="give every task an eval_data file",
         )
     trials = design(recipe, _stores(recipe))
-    mix_design(recipe)
+    _write_design(recipe, _table(recipe, trials))
     # Workers share the cores: two of them with all cores' threads each wait for each other most of the time.
     threads = max(1, (os.cpu_count() or 1) // sweep.workers) if sweep.workers > 1 else None
     return run_sweep(
@@ -162,24 +180,40 @@ def mix_propose(recipe: Recipe) -> Proposal:
     """Fits the ledger and writes fit.json, proposal.json and mixture.yaml."""
     from data_mixers.fitting.scale_transfer import for_other_scale
     from data_mixers.fitting.surrogate_fits import fit_surrogates
-    from data_mixers.propose.proposal import propose_mixture
+    from data_mixers.propose.proposal import Proposal, propose_mixture
 
     sweep, folder = _sweep(recipe), mix_dir(recipe)
     if not (folder / LEDGER).is_file():
         raise UserError("no trials have been run", where=str(folder / LEDGER), do="mtft mix sweep RECIPE")
     where = space(recipe, _stores(recipe))
-    targets = list(_goals(recipe))
-    fits = fit_surrogates(TrialLedger(folder / LEDGER), targets, surrogate=sweep.surrogate, seed=recipe.seed)
+    targets, ledger = list(_goals(recipe)), TrialLedger(folder / LEDGER)
+    if (why := too_few(recipe)) is not None:  # nothing is fitted: a surrogate of three trials is none
+        proposal = Proposal.undecided(why, current=where.current, prior=where.prior, bounds=where.bounds)
+        counts = {name: {"target": name, "n": trials_with(ledger.records, name), "unsaid": why} for name in targets}
+        empty = {"signal": False, "candidates": [], "trials": []}
+        fit = {"names": recipe.task_names, "targets": {name: {**about, **empty} for name, about in counts.items()}}
+        return _written(folder, fit, proposal)
+    fits = fit_surrogates(ledger, targets, surrogate=sweep.surrogate, seed=recipe.seed)
     if sweep.model is not None and sweep.model != recipe.model:  # the trials are of another model than the run
         fits = for_other_scale(fits)
     objective = sweep.objective
     if isinstance(objective, dict):
         objective = {f"{task}/loss": weight for task, weight in objective.items()}
     proposal = propose_mixture(fits, objective, where.bounds, prior=where.prior, current=where.current, kl=sweep.kl)
-    write_json(folder / FIT, fits.report())
+    return _written(folder, fits.report(), proposal)
+
+
+def _written(folder: Path, fit: dict[str, Any], proposal: Proposal) -> Proposal:
+    write_json(folder / FIT, fit)
     write_json(folder / PROPOSAL, proposal.as_dict())
     proposal.to_yaml(folder / MIXTURE)
     return proposal
+
+
+def too_few(recipe: Recipe) -> str | None:
+    """Why nothing can be said from the trials that the ledger holds by now; None: there are enough."""
+    records = TrialLedger(mix_dir(recipe) / LEDGER).records
+    return too_few_trials(min(trials_with(records, target) for target in _goals(recipe)), len(recipe.tasks))
 
 
 def mix_synergy(recipe: Recipe) -> str:

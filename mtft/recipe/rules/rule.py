@@ -38,6 +38,17 @@ def without_eval(recipe: Recipe) -> list[str]:
     return [task.name for task in recipe.tasks if task.eval_data is None]
 
 
+def planned_trials(recipe: Recipe) -> int:
+    """Trials that the sweep will run; 0 without one."""
+    if recipe.sweep is None:
+        return 0
+    if recipe.sweep.design != "cocktail":
+        return recipe.sweep.trials
+    from data_mixers.design.cocktail import cocktail_grid
+
+    return len(cocktail_grid(len(recipe.tasks))) * (1 + recipe.sweep.repeats)
+
+
 def quantised(model: ModelSection) -> bool:
     return model.quantise != "none"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mtft.recipe.rules.rule import MERGING, TRAINING, Rule, without_eval
+from data_mixers.fitting.enough_trials import needed_trials
+from mtft.recipe.rules.rule import MERGING, TRAINING, Rule, planned_trials, without_eval
 
 WARNING_RULES: tuple[Rule, ...] = (
     # --- allowed, but likely not what was meant
@@ -25,6 +26,12 @@ WARNING_RULES: tuple[Rule, ...] = (
     Rule("merge.weights + merge.search", MERGING,
         lambda r, e, n: r.merge is not None and r.merge.search is not None and r.merge.weights is not None,
         "the search chooses the weights; those given are not used", "remove merge.weights", fatal=False),
+    Rule("sweep.trials", ("check", "mix", "run"),
+        lambda r, e, n: r.sweep is not None and len(r.tasks) > 1
+        and planned_trials(r) < needed_trials(len(r.tasks)),
+        "too few trials to say anything of other mixtures (a fit needs about 3 x (tasks + 1)): none will be predicted, "
+        "and the current mixture will be kept",
+        "raise sweep.trials (a cocktail: sweep.repeats)", fatal=False),
     Rule("tasks.*.eval_data", ("check", "train", "run"), lambda r, e, n: bool(without_eval(r)),
         "some tasks have no eval_data: nothing held-out is measured for them", "give them eval_data", fatal=False),
     Rule("train.micro_batch_tokens + train.batch_tokens", TRAINING,

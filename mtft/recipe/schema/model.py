@@ -13,7 +13,8 @@ class ModelSection(RecipeSection):
     revision: str = "main"
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the weights and of the forward pass. `auto`: bf16 on a GPU that has it, else fp32."""
+    """Precision of the weights and of the forward pass. `auto`: bf16 on a GPU that has it, or on a CPU where a small
+    matrix product, measured once, is clearly faster in it; else fp32."""
     quantise: Literal["none", "nf4", "int8"] = "none"
     """Load the base in 4 bit (QLoRA: NF4, double quantisation) or 8 bit through bitsandbytes."""
     attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"

@@ -29,7 +29,7 @@ class Recipe(RecipeSection):
 
     name: str
     """Name of the run in reports and trackers."""
-    seed: Annotated[int, Field(ge=0)] = 17
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     """Seed of everything: plan, initialisation, dropout, sampling."""
     model: ModelSection
     tasks: Annotated[tuple[TaskSection, ...], Field(strict=False, min_length=1)]

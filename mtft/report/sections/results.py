@@ -143,12 +143,19 @@ def trials(run: RunData) -> PageSection | None:
     targets = run.fit.get("targets", {})
     if not targets:
         return None
-    parts: list = [
+    reasons = {name: target["unsaid"] for name, target in targets.items() if target.get("unsaid")}
+    parts: list = []
+    for why in dict.fromkeys(reasons.values()):
+        parts.append(Paragraph(f"{', '.join(name for name in reasons if reasons[name] == why)}: {why}.", "verdict"))
+    targets = {name: target for name, target in targets.items() if name not in reasons}
+    if not targets:
+        return PageSection("trials", "Trials and surrogates", parts)
+    parts.append(
         Paragraph(
             "Each dot is a trial: its measured held-out loss against what a surrogate predicts that has not seen it "
             "(cross-validation by mixture), with the calibrated interval."
         )
-    ]
+    )
     drawn = []
     for name, target in list(targets.items())[:12]:
         points = target["trials"]

@@ -119,11 +119,11 @@ def checkpoint_defects(folder: Path) -> str | None:
     return None
 
 
-def latest_checkpoint(run_dir: Path, *, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint that is whole; says which ones it skips and why. Removes unfinished ones."""
+def latest_checkpoint(run_dir: Path, *, say: Callable[[str], None] = print, tidy: bool = True) -> Path | None:
+    """The newest checkpoint that is whole; says which ones it skips and why. tidy: removes unfinished ones."""
     if not run_dir.is_dir():
         return None
-    for unfinished in run_dir.glob(f"checkpoint-*{PART}"):
+    for unfinished in run_dir.glob(f"checkpoint-*{PART}") if tidy else ():
         shutil.rmtree(unfinished, ignore_errors=True)
     for folder in sorted(_checkpoints(run_dir), key=checkpoint_step, reverse=True):
         defect = checkpoint_defects(folder)

@@ -42,7 +42,8 @@ FUSED_ROWS = 256  # supervised tokens whose logits the fused loss holds at a tim
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each GPU, and the parameters behind them. `activations` is None for a model that can't be counted."""
+    """Bytes on each GPU (without one: of each process), and the parameters behind them. `activations` is None for a
+    model that can't be counted."""
 
     parameters: int
     trainable: int
@@ -64,7 +65,8 @@ class MemoryEstimate:
         parts = ", ".join(
             f"{name} {_size(getattr(self, name))}" for name in ("weights", "training", "activations", "logits")
         )
-        return f"memory on each GPU: about {_size(self.total)} ({parts}); {share}"
+        place = "memory on each GPU" if torch.cuda.is_available() else "in memory, for each process"
+        return f"{place}: about {_size(self.total)} ({parts}); {share}"
 
 
 def _size(count: int | None) -> str:

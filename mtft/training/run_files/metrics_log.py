@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from torch import Tensor
 
 from mtft.common.atomic_io import finite, write_text
 from mtft.data.batching.batches import StepContent
+from mtft.training.run_files.long_work import LongWork, duration
 
+MINUTE = 60.0
 METRICS, EVALS = "metrics.jsonl", "eval.jsonl"
 
 
@@ -41,6 +44,8 @@ class MetricsLog:
         self.run_dir, self.steps, self.quiet = run_dir, steps, quiet
         self.console = Console(stderr=True, quiet=quiet)
         self._bar: Progress | None = None
+        self._told = time.monotonic()  # when a step's line was last shown
+        self._work: LongWork | None = None  # what is under way, where it is told of
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
@@ -59,15 +64,48 @@ class MetricsLog:
         self._bar.add_task("train", total=self.steps, completed=step, losses="")
         self._bar.start()
 
+    def begin_step(self, step: int, micro_batches: int, tokens: int, *, first: bool) -> None:
+        """Optimizer step `step` begins; the first one of a process says what it is about to do."""
+        if self.quiet:
+            return
+        what = f"step {step}/{self.steps}: micro-batch"
+        if first:
+            held = f"{micro_batches} micro-batch{'es' if micro_batches != 1 else ''}, {tokens:,} tokens"
+            self.say(f"step {step}/{self.steps} begins: {held} on this process")
+        left = self.steps - step + 1
+        steps = f"the {left} steps that are left" if left > 1 else "the one step that is left"
+        self._work = LongWork(self.say, what, first=first, total=lambda one: f"{steps}: about {duration(left * one)}")
+
+    def micro_batch(self, done: int, of: int) -> None:
+        """So many of the step's micro-batches are done."""
+        if self._work is not None:
+            self._work(done, of)
+
     def step(self, line: dict[str, Any]) -> None:
         """One optimizer step is done."""
         self._append(METRICS, line)
         losses = "  ".join(f"{task} {_short(values['loss'])}" for task, values in line["tasks"].items())
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=line["step"], losses=losses)
-        elif not self.quiet and (line["step"] == self.steps or line["step"] % max(1, self.steps // 10) == 0):
+        elif not self.quiet and self._due(line["step"]):
             rate = f", {line['tokens_per_second']:,.0f} tokens/s" if line["tokens_per_second"] else ""
             self.say(f"step {line['step']}/{self.steps}: loss {_short(line['loss'])} ({losses}){rate}")
+
+    def _due(self, step: int) -> bool:
+        """Whether this step's line is shown: every tenth of the run, and once a minute."""
+        due = step == self.steps or step % max(1, self.steps // 10) == 0 or time.monotonic() - self._told > MINUTE
+        if due:
+            self._told = time.monotonic()
+        return due
+
+    def evaluating(self, step: int, tasks: int, *, first: bool) -> LongWork | None:
+        """An evaluation begins; what to tell of its progress. None: nobody is listening."""
+        if self.quiet:
+            return None
+        what = f"step {step}: held-out examples"
+        if first:
+            self.say(f"{what} of {tasks} task{'s' if tasks != 1 else ''} are scored")
+        return LongWork(self.say, f"{what}:", first=first)
 
     def evaluation(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
         """Held-out scores of each task; a run that died after its last step takes them again, and replaces the line."""

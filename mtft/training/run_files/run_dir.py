@@ -14,7 +14,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,20 @@ def read_result_file(run_dir: Path) -> dict[str, Any] | None:
     """result.json of a finished run, else None."""
     path = run_dir / RESULT
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def finished_on_other_data(run_dir: Path, identity: Mapping[str, str]) -> None:
+    """UserError, naming the tasks, when the finished run in the folder was trained on other rows than there are now."""
+    path = run_dir / "env.json"
+    before = json.loads(path.read_text(encoding="utf-8")).get("fingerprints", {}) if path.is_file() else {}
+    other = [key for key, value in identity.items() if key.startswith("data of ") and before.get(key, value) != value]
+    if other:
+        raise UserError(
+            f"the folder holds a finished run on other rows: {', '.join(other)} changed since (or the tokenizer, or "
+            "how rows are read)",
+            where=str(run_dir),
+            do="--fresh trains again (the old run is kept beside it), or give another output.dir",
+        )
 
 
 def move_aside(run_dir: Path) -> None:

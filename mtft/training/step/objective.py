@@ -7,7 +7,7 @@ forward_backward   one forward and one backward pass a micro-batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +84,7 @@ class StepContext:
     wrapped    what the engine made of it
     tasks      names, in the order of the batches' task ids
     optimizer  None before training (an evaluation alone)
+    told       called after each micro-batch of a step with (done, of how many)
     """
 
     model: nn.Module
@@ -95,6 +96,7 @@ class StepContext:
     optimizer: Any
     seed: int
     deepspeed: bool
+    told: Callable[[int, int], None] | None = None
 
 
 def forward_backward(
@@ -129,4 +131,6 @@ def forward_backward(
                 measured[1].watch(loss)
             accelerator.backward(loss, **({"scale_wrt_gas": False} if context.deepspeed else {}))
         parts.append(task_sums(nll_BT, batch, len(context.tasks)))
+        if context.told is not None:
+            context.told(index + 1, len(batches))
     return parts

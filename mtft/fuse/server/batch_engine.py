@@ -173,7 +173,7 @@ class BatchEngine:
             predict_1L = torch.ones_like(ids_1L, dtype=torch.bool)
             predict_1L[:, -1] = False
             steps = fused_positions(self.fused, ids_1L, None, predict_1L, specs=[spec])
-            rows = (logp_V for _, _, step in steps for logp_V in step.logprobs_NV)
+            rows = (logp_V for _, _, step, _ in steps for logp_V in step.logprobs_NV)
         return scores + [token_score(logp_V, token, job.top) for logp_V, token in zip(rows, job.ids[1:])]
 
     @torch.no_grad()
@@ -233,7 +233,7 @@ class BatchEngine:
 
     def _next_token(self, job: GenerationJob, logp_V: Tensor, position: int) -> int:
         """As generate does: temperature, top-k, top-p, then the row's own draw."""
-        if job.temperature == 0:
+        if gumbel_sampling.is_greedy(job.temperature):
             return int(logp_V.argmax())
         scores_1V: Any = logp_V[None]
         ids: Any = None  # these three look at the scores only

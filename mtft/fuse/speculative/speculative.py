@@ -86,7 +86,7 @@ class _Speculation:
         self.active = list(range(len(request.ids_BL)))  # rows in the caches
         self.models = fused.cached_models()
         self.expert = 0  # which expert drafts: the one that moves the first token furthest
-        sample = request.config.do_sample
+        sample = request.sample
         self.coupling = "greedy" if not sample else "gumbel" if request.seeded else "max"
         self.draft_coupling = "gumbel" if sample else "greedy"
 

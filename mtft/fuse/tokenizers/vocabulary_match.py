@@ -119,11 +119,18 @@ def match_vocabularies(
     """
     choose(level, TOKENS, "tokens")
     match = compare_vocabularies(strong, small)
+    if needs_map(match, level):
+        return match.strong, match.small, TokenMap(strong, small)
+    return match.strong, match.common, None
+
+
+def needs_map(match: VocabularyMatch, level: str) -> bool:
+    """Whether the tokenizers go together through a token map, or directly. FusionError where `level` refuses."""
     accepted = match.accepted_by
     if accepted == "strict" or (accepted == "prefix" and level != "strict"):
-        return match.strong, match.common, None
+        return False
     if accepted == "map" and level == "map":
-        return match.strong, match.small, TokenMap(strong, small)
+        return True
     raise FusionError(
         f"the strong and the small tokenizer differ (tokens: {level})\n         {match}",
         do=f"set tokens: {accepted}" if accepted else "take a small model of the strong model's family",

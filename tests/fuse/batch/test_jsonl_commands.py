@@ -145,7 +145,7 @@ def test_finished_output_is_not_overwritten_by_accident(ask):
 
 def test_bad_rows_do_not_stop_the_run(ask):
     bad = {
-        '{"prompt": ': "no JSON",
+        '{"prompt": ': "broken JSON",
         "[1]": "not an object",
         '{"promt": "a"}': "did you mean 'prompt'",
         '{"prompt": "a", "messages": []}': "either prompt or messages",

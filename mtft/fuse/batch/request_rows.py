@@ -6,7 +6,6 @@ A row that can't be used is a request with an error: what is wrong with one row 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 from mtft.common.fingerprint import content_hash
 from mtft.data.readers.row_files import READERS, RowProblem, read_file, short, suffix
 from mtft.fuse.alpha.spec import FusionError
-from mtft.fuse.decoding.prompts import check_text
+from mtft.fuse.request_values import check_values
 
 Row = dict[str, Any]
 TEXTS = ("prompt", "response", "id")  # cells of a CSV file that are text whatever they look like
-LARGEST = 1 << 64  # what a seed may be; no other number of a request is larger
 # what a row of a shape that nobody thought of may raise
 ROW_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -76,29 +74,6 @@ def _request(index: int, line: int, data: Row, kind: str, prepare: Callable[[int
     except ROW_ERRORS as error:
         job.error = f"the row can't be used: {type(error).__name__}: {short(str(error), 200)}"
     return job
-
-
-def check_values(row: Row) -> None:
-    """FusionError, naming the place, for what no JSON file or model can hold: half a surrogate, NaN, 10^400."""
-    stack: list[tuple[str, Any]] = [("", row)]
-    while stack:
-        where, value = stack.pop()
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                check_text(str(key), f"a key of {where or 'the row'}")
-                stack.append((f"{where}.{key}" if where else str(key), inner))
-        elif isinstance(value, list):
-            stack += [(f"{where}[{position}]", inner) for position, inner in enumerate(value)]
-        elif isinstance(value, str):
-            check_text(value, where)
-        elif isinstance(value, float):
-            if not math.isfinite(value):
-                raise FusionError(f"{where} is {value}: not a finite number")
-        elif isinstance(value, int):
-            if not -LARGEST < value < LARGEST:
-                raise FusionError(f"{where} is a number of more than 64 bits")
-        elif value is not None:
-            raise FusionError(f"{where} is a {type(value).__name__}: give text, numbers, lists and objects")
 
 
 def _from_cells(row: Row) -> Row:

@@ -20,6 +20,7 @@ from mtft.data.formats.messages import RowError
 from mtft.data.tokenize.chat_template import DEFAULT_TEMPLATE, ChatRenderer, RenderedChat, adds_bos
 from mtft.data.tokenize.encode import encode
 from mtft.fuse.alpha.spec import FusionError
+from mtft.fuse.request_values import check_text, check_values
 
 if TYPE_CHECKING:
     from mtft.data.formats.messages import Conversation
@@ -60,7 +61,7 @@ def render_prompt(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Any
             add_generation_prompt=True,
             tokenize=False,
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise FusionError(
             f"the chat template refuses the messages: {error}", do="check roles and their order"
         ) from error
@@ -91,17 +92,6 @@ def encode_answer(models: Tokenizers, conversation: Conversation) -> tuple[Promp
     ids, answer = _last_turn(models.tokenizer, conversation)
     own = ids if models.small_tokenizer is models.tokenizer else _last_turn(models.small_tokenizer, conversation)[0]
     return _with_own(models, ids, own), answer
-
-
-def check_text(text: str, name: str) -> None:
-    """FusionError for half a surrogate pair: JSON can hold one, no text can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise FusionError(
-            f"{name} is no Unicode text: half a surrogate pair at character {error.start + 1}",
-            do="write the whole character",
-        ) from None
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -151,10 +141,7 @@ def _encode_messages(models: Tokenizers, messages: Any) -> Prompt:
     fits = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
     if not fits or not all(isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
         raise FusionError("messages is no list of {role, content}", do='give [{"role": "user", "content": "..."}]')
-    for position, message in enumerate(messages):
-        for key, value in message.items():
-            if isinstance(value, str):
-                check_text(value, f"messages[{position}].{key}")
+    check_values({"messages": messages})
     ids, own = (
         tokenizer.encode(render_prompt(tokenizer, messages), add_special_tokens=False)
         for tokenizer in (models.tokenizer, models.small_tokenizer)

@@ -72,9 +72,9 @@ class FusionCore:
         smalls: list[Any] = [weak.model, *weak.own]
         for model, needed in ((strong, self.vocab_size), *((small, self.shared) for small in smalls)):
             head: Any = model.get_output_embeddings()
-            check_width(model.name_or_path, head.weight.shape[0], needed)
+            check_width(str(model.name_or_path), head.weight.shape[0], needed)
         for small in smalls if token_map is not None else ():
-            check_rolled_back(small.name_or_path, small.config)
+            check_rolled_back(str(small.name_or_path), small.config)
         self.known = min(small.get_input_embeddings().weight.shape[0] for small in smalls)
         self.small_context = min(small.config.get_text_config().max_position_embeddings for small in smalls)
         self.config = copy.deepcopy(strong.config)

@@ -82,10 +82,11 @@ def plan_fusion(
             check_adapter(adapter, base, allow_base_mismatch)
     tokenizer = load_tokenizer(ModelSection(path=str(strong), revision=revision))
     small = load_tokenizer(ModelSection(path=str(base), revision=base_revision))
-    match = compare_vocabularies(tokenizer, small)
-    token_map = (
-        TokenMap(tokenizer, small) if needs_map(match, choose(tokens or spec.tokens, TOKENS, "tokens")) else None
-    )
+    if (own_template := _adapters_template(adapters)) is not None:
+        small.chat_template = own_template
+    level, bridge = choose(tokens or spec.tokens, TOKENS, "tokens"), TokenMap(tokenizer, small)
+    match = compare_vocabularies(tokenizer, small, bridge)
+    token_map = bridge if needs_map(match, level) else None
     shared = match.common if token_map is None else match.small
     if routed and token_map is not None:
         raise FusionError("a router reads the small model's own tokens", do="use weights: active with tokens: map")
@@ -98,10 +99,7 @@ def plan_fusion(
         for path, config in smalls.items():
             check_rolled_back(path, config)
     contexts = [config.get_text_config().max_position_embeddings for config in (strong_config, *smalls.values())]
-    own_template = _adapters_template(adapters)
-    if own_template is not None and own_template != small.chat_template:
-        small.chat_template = own_template
-    elif token_map is None and small.chat_template == tokenizer.chat_template:
+    if token_map is None and small.chat_template == tokenizer.chat_template:
         small = tokenizer  # the same text in the same tokens: rendered once
     return FusionPlan(
         tokenizer, small, match.strong, shared, token_map, match, spec, len(adapters), context=min(contexts)

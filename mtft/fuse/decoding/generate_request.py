@@ -89,7 +89,8 @@ class GenerateRequest:
     ) -> None:
         _refuse(config, model_kwargs)
         self.ids_BL, self.mask_BL = ids_BL, model_kwargs.get("attention_mask")
-        self.processors, self.criteria, self.config = processors, criteria, config
+        self.processors: Any = processors
+        self.criteria, self.config = criteria, config
         self.streamer, self.observer = streamer, observer
         self.sample = bool(config.do_sample) and not is_greedy(config.temperature)
         if config.do_sample and not self.sample:  # it would make all scores -inf

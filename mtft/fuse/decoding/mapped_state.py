@@ -75,8 +75,8 @@ class MappedModels(CachedModels):
         """Rows whose small models have a prompt of their own, in place of so many strong tokens."""
         prompts = [[] for _ in strong_lengths] if small_prompt is None else _unpad(*small_prompt)
         for prompt, length in zip(prompts, strong_lengths, strict=True):
-            own = (*self.token_map.split_tail(prompt), length) if prompt else ()
-            self.rows.append(_Row(*own))
+            head, tail = self.token_map.split_tail(prompt) if prompt else (None, "")
+            self.rows.append(_Row(head, tail, length if prompt else 0))
 
     def _update_small_models(self) -> list[Tensor]:
         """Logits [B, M] of the experts and the base after the present text of every row."""

@@ -24,7 +24,6 @@ from mtft.fuse.request_values import check_text, check_values
 
 if TYPE_CHECKING:
     from mtft.data.formats.messages import Conversation
-    from mtft.fuse.tokenizers.token_map import TokenMap
 
 PROBE = "Zq7x"  # stands in no template
 
@@ -37,7 +36,7 @@ class Tokenizers(Protocol):
     @property
     def small_tokenizer(self) -> Any: ...
     @property
-    def token_map(self) -> TokenMap | None: ...
+    def token_map(self) -> Any: ...  # a TokenMap, or None where the tokenizers are equal
     @property
     def vocab_size(self) -> int: ...
 

@@ -115,7 +115,7 @@ def json_values():
     return st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=6)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from([*jsonl_commands.SCORE, *jsonl_commands.GENERATE]), json_values(), max_size=5))
 def test_no_row_ends_a_run(fused, tmp_path, row):
     """Any JSON under any key, beside a good row: it is answered, or fails by itself, and the output is JSON."""

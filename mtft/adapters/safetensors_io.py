@@ -35,6 +35,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     """{tensor: where it lies} as the header of a .safetensors file says, which is not checked here."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"a header of {length} bytes in a file of {path.stat().st_size}")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     first = 8 + length

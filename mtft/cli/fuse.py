@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 fuse_app = typer.Typer(help="Steer a large model with a small tuned one.", no_args_is_help=True)
 
-Rows = Annotated[Path, typer.Option("--in", help="JSONL file to read.")]
+Rows = Annotated[Path, typer.Option("--in", help="File of rows to read: JSONL, or any other kind that training reads.")]
 RowsOut = Annotated[Path, typer.Option("--out", help="JSONL file to write; the same command continues it.")]
 
 
@@ -28,7 +31,9 @@ def fuse_generate(
     """
     from mtft.fuse.batch.jsonl_commands import generate
 
-    _summarise(generate(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite), out)
+    with _warnings_at_once():
+        done = generate(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite)
+    _summarise(done, out)
 
 
 @fuse_app.command("score")
@@ -37,11 +42,14 @@ def fuse_score(
 ) -> None:
     """Log-probability of given responses under the fused model.
 
-    A row is {"prompt": TEXT, "response": TEXT} or {"messages": [...], "response": TEXT}.
+    A row is {"prompt": TEXT, "response": TEXT}, {"messages": [...], "response": TEXT}, or a row of training: messages
+    that end in an answer.
     """
     from mtft.fuse.batch.jsonl_commands import score
 
-    _summarise(score(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite), out)
+    with _warnings_at_once():
+        done = score(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite)
+    _summarise(done, out)
 
 
 @fuse_app.command("serve")
@@ -70,11 +78,30 @@ def fuse_serve(
 
     limits = ServerLimits(rows=rows, queue=queue, wait_seconds=wait, body_bytes=body_bytes)
     loaded = load(recipe, overrides, "fuse", files=False)
-    serve(loaded, host=host, port=port, api_key_env=api_key_env, limits=limits, announce=say)
+    with _warnings_at_once():
+        serve(loaded, host=host, port=port, api_key_env=api_key_env, limits=limits, announce=say)
 
 
 def _summarise(done: BatchSummary, out: Path) -> None:
     """Rows that failed stand in the output as {"error": ...}; the exit code says that there are some."""
     say(f"{done.rows} rows in {out}, {done.failed} failed, {done.resumed} were there already")
+    for reason in done.reasons:
+        say(f"  {reason}")
+    if done.failed > len(done.reasons):
+        say(f"  and {done.failed - len(done.reasons)} more")
     if done.failed:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _warnings_at_once() -> Iterator[None]:
+    """Warnings as lines for people, each once and when it is due: models take minutes to load."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        say(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("once", UserWarning)
+        warnings.showwarning = show
+        yield

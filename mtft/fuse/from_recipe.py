@@ -10,6 +10,7 @@ from typing import Any
 from mtft.common.fingerprint import content_hash, file_hash, json_hash
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.fused_model import FusedCausalLM
+from mtft.fuse.fusion_plan import FusionPlan, plan_fusion
 from mtft.models.loading import expand_quickstart
 from mtft.recipe.schema.fuse import FuseSection
 from mtft.recipe.schema.model import ModelSection
@@ -44,8 +45,25 @@ def adapter_paths(recipe: Recipe, adapters: Sequence[str | Path] | None = None) 
     return paths
 
 
-def load_fusion(recipe: Recipe, adapters: Sequence[str | Path] | None = None) -> FusedCausalLM:
-    """Load the fused model of a recipe. `adapters`: in place of the recipe's own."""
+def plan_recipe(recipe: Recipe) -> FusionPlan:
+    """What is known of a recipe's fusion before any weight is read, checked."""
+    section = fuse_section(recipe)
+    strong, base = section.strong, section.base or recipe.model
+    return plan_fusion(
+        strong.path,
+        base.path,
+        adapter_paths(recipe),
+        fusion_spec(section),
+        routed=section.router is not None,
+        revision=strong.revision,
+        base_revision=base.revision,
+    )
+
+
+def load_fusion(
+    recipe: Recipe, adapters: Sequence[str | Path] | None = None, *, plan: FusionPlan | None = None
+) -> FusedCausalLM:
+    """Load the fused model of a recipe. `adapters`: in place of the recipe's own. plan: of plan_recipe."""
     section = fuse_section(recipe)
     strong, base = section.strong, section.base or recipe.model
     return FusedCausalLM.load(
@@ -62,6 +80,7 @@ def load_fusion(recipe: Recipe, adapters: Sequence[str | Path] | None = None) ->
         base_attention=base.attention,
         revision=strong.revision,
         base_revision=base.revision,
+        plan=plan,
     )
 
 

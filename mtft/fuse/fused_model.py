@@ -30,12 +30,10 @@ from mtft.fuse.decoding import score_text
 from mtft.fuse.decoding.decode import decode_step_by_step
 from mtft.fuse.decoding.generate_request import GenerateRequest, Observer, expand_per_row, row_specs
 from mtft.fuse.expert_routing import PromptRouter
-from mtft.fuse.fusion_core import MERGE_FIRST, NO_ROUTER, FusionCore
-from mtft.fuse.load_models import argmax_agreement, check_experts, load_model, load_weak_model
+from mtft.fuse.fusion_core import FusionCore
+from mtft.fuse.fusion_plan import FusionPlan, plan_fusion
+from mtft.fuse.load_models import argmax_agreement, load_model, load_weak_model
 from mtft.fuse.speculative.speculative import speculative_decode
-from mtft.fuse.tokenizers.vocabulary_match import match_vocabularies
-from mtft.models.loading import load_tokenizer
-from mtft.recipe.schema.model import ModelSection
 
 STRANGERS = 0.3  # share of equal favourites below which load warns; a guess, no study gives one
 
@@ -65,21 +63,31 @@ class FusedCausalLM(FusionCore):
         allow_base_mismatch: bool = False,
         revision: str = "main",
         base_revision: str = "main",
+        plan: FusionPlan | None = None,
     ) -> FusedCausalLM:
         """Load all models. adapters: PEFT LoRA folders on `base` (or folders of whole fine-tuned models).
 
         dtype auto | fp32 | bf16 | fp16; quantization none | nf4 | int8 of the strong model. base_* default to the
         strong model's, except that the base is not quantised. tokens: see vocabulary_match.py. router: a file of
-        `mtft merge` for weights: router (expert_routing.py). Raises FusionError.
+        `mtft merge` for weights: router (expert_routing.py). plan: of an earlier plan_fusion with the same arguments.
+        Raises FusionError, before any weight is read where tokenizers and configs tell.
         """
         spec = FusionSpec() if spec is None else spec
-        check_experts(adapters)
+        if plan is None:
+            plan = plan_fusion(
+                strong,
+                base,
+                adapters,
+                spec,
+                tokens=tokens,
+                routed=router is not None,
+                allow_base_mismatch=allow_base_mismatch,
+                revision=revision,
+                base_revision=base_revision,
+            )
         prompt_router = None if router is None else PromptRouter(router, adapters)
-        if prompt_router is None and spec.weights == "router":
-            raise FusionError(NO_ROUTER, do=MERGE_FIRST)
-        tokenizer = load_tokenizer(ModelSection(path=str(strong), revision=revision))
-        small = load_tokenizer(ModelSection(path=str(base), revision=base_revision))
-        vocab_size, shared, token_map = match_vocabularies(tokenizer, small, tokens or spec.tokens)
+        if (coverage := plan.coverage()) is not None:
+            warnings.warn(coverage, stacklevel=2)
         strong_model = load_model(
             strong,
             dtype=dtype,
@@ -99,7 +107,8 @@ class FusedCausalLM(FusionCore):
             attention=base_attention or attention,
             revision=base_revision,
         )
-        share = 1.0 if token_map is not None else argmax_agreement(strong_model, weak, tokenizer, shared)
+        tokenizer, token_map = plan.tokenizer, plan.token_map
+        share = 1.0 if token_map is not None else argmax_agreement(strong_model, weak, tokenizer, plan.shared)
         if share < STRANGERS:
             warnings.warn(
                 f"strong model and base have the same favourite token at {share:.0%} of the positions of a probe text: "
@@ -107,7 +116,8 @@ class FusedCausalLM(FusionCore):
                 stacklevel=2,
             )
         name = f"{strong} + {', '.join(map(str, adapters))}"
-        ids: dict[str, Any] = {"vocab_size": vocab_size, "shared": shared, "token_map": token_map}
+        ids: dict[str, Any] = {"vocab_size": plan.vocab_size, "shared": plan.shared, "token_map": token_map}
+        ids["small_tokenizer"] = plan.small_tokenizer
         return cls(strong_model, weak, tokenizer, spec, name=name, router=prompt_router, **ids)
 
     def eval(self) -> FusedCausalLM:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from mtft.fuse.alpha.spec import FusionError, FusionOutput, FusionSpec
 from mtft.fuse.decoding.mapped_state import MappedModels
 from mtft.fuse.decoding.model_state import CachedModel, CachedModels, ModelLogits
 from mtft.fuse.decoding.multi_lora import BASE
+from mtft.fuse.decoding.prompts import end_of_turn
 from mtft.fuse.expert_routing import PromptRouter
+from mtft.fuse.fusion_plan import MERGE_FIRST, NO_ROUTER, check_rolled_back, check_width
 from mtft.fuse.load_models import WeakModel
 from mtft.fuse.speculative.draft_length import DraftLength
 from mtft.fuse.tokenizers.token_map import TokenMap
 
 MAX_LOGIT_BYTES = 256 << 20
-NO_ROUTER, MERGE_FIRST = "weights is 'router', and there is no router", "give the router.safetensors of an `mtft merge`"
 
 
 class FusionCore:
@@ -49,10 +51,13 @@ class FusionCore:
         max_logit_bytes: int = MAX_LOGIT_BYTES,
         token_map: TokenMap | None = None,
         router: PromptRouter | None = None,
+        small_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.strong, self.weak, self.spec = strong, weak, spec
         self.tokenizer: Any = tokenizer  # None only in code that never touches text
         self.vocab_size, self.shared = vocab_size, vocab_size if shared is None else shared
+        # whose chat template the small models' prompts have
+        self.small_tokenizer: Any = small_tokenizer or (tokenizer if token_map is None else token_map.small)
         self.token_map = token_map  # the small models have another tokenizer; then `shared` counts its ids
         self.name_or_path, self.max_logit_bytes = name, max_logit_bytes
         self.last_draft_length: DraftLength | None = None  # of the last speculative call: acceptance and times
@@ -67,11 +72,9 @@ class FusionCore:
         smalls: list[Any] = [weak.model, *weak.own]
         for model, needed in ((strong, self.vocab_size), *((small, self.shared) for small in smalls)):
             head: Any = model.get_output_embeddings()
-            width = head.weight.shape[0]
-            if width < needed:
-                raise FusionError(
-                    f"{model.name_or_path} has {width} logits for {needed} ids", do="check the tokenizers"
-                )
+            check_width(str(model.name_or_path), head.weight.shape[0], needed)
+        for small in smalls if token_map is not None else ():
+            check_rolled_back(str(small.name_or_path), small.config)
         self.known = min(small.get_input_embeddings().weight.shape[0] for small in smalls)
         self.small_context = min(small.config.get_text_config().max_position_embeddings for small in smalls)
         self.config = copy.deepcopy(strong.config)
@@ -98,9 +101,16 @@ class FusionCore:
 
     @property
     def end_ids(self) -> set[int]:
-        """The ids that end a text: generation_config may list several."""
+        """The ids that end a text: generation_config may list several; and the chat template's end of turn."""
         ends = self.generation_config.eos_token_id
-        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+        listed = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+        return listed | self._turn_end
+
+    @cached_property
+    def _turn_end(self) -> set[int]:
+        """What a chat template ends answers with: generation_config may list the tokenizer's eos only."""
+        end = end_of_turn(self.tokenizer) if self.tokenizer is not None and self.tokenizer.chat_template else None
+        return set() if end is None else {end}
 
     def cached_models(self) -> CachedModels:
         """Fresh caches for one decode."""
@@ -112,10 +122,7 @@ class FusionCore:
         own = [CachedModel(model, (0,), **cut) for model in self.weak.own]
         if self.token_map is None:
             return CachedModels(strong, weak, own, self.weak.order)
-        models = MappedModels(strong, weak, own, self.weak.order, self.token_map, self.small_context)
-        if not models.movable:
-            raise FusionError("tokens: map rolls caches back, which one of these models can't", do="take other models")
-        return models
+        return MappedModels(strong, weak, own, self.weak.order, self.token_map, self.small_context)
 
     def route_prompts(self, specs: Sequence[FusionSpec], ids_BL: Tensor, mask_BL: Tensor | None) -> list[FusionSpec]:
         """The specs of these prompts, with weights in the place of `weights: router`."""
@@ -160,13 +167,13 @@ class FusionCore:
         """How many positions keep all [*, V] buffers, at most 2T + 8 of them, under max_logit_bytes."""
         return max(1, self.max_logit_bytes // ((2 * self.experts + 8) * self.vocab_size * element_size))
 
-    def check_ids(self, input_ids: Tensor) -> Tensor:
+    def check_ids(self, input_ids: Tensor, known: int | None = None) -> Tensor:
+        """known: ids that there are; by default those of the strong tokenizer."""
+        known = self.vocab_size if known is None else known
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise FusionError(
                 f"input_ids has shape {list(input_ids.shape)}: an empty prompt", do="give at least one token"
             )
-        if int(input_ids.max()) >= self.vocab_size or int(input_ids.min()) < 0:
-            raise FusionError(
-                f"input_ids holds an id outside of 0 ... {self.vocab_size - 1}", do="use the strong tokenizer"
-            )
+        if int(input_ids.max()) >= known or int(input_ids.min()) < 0:
+            raise FusionError(f"input_ids holds an id outside of 0 ... {known - 1}", do="use the strong tokenizer")
         return input_ids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +12,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mtft.adapters.base_identity import recorded_base
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter
 from mtft.common.errors import MergeError
-from mtft.fuse.alpha.spec import FusionError, choose
+from mtft.fuse.alpha.spec import choose
 from mtft.fuse.decoding.multi_lora import BASE, MultiLoraLayout, attach_multi_lora, multi_lora_refusal
 from mtft.fuse.decoding.transposed_linear import transpose_lm_head
+from mtft.fuse.fusion_plan import check_adapter, check_experts, check_safetensors
 from mtft.fuse.tokenizers.probe_text import LINES
-from mtft.models.adapters import base_of, check_base, check_covers, load_adapter
-from mtft.models.loading import DTYPES, expand_quickstart, load_causal_lm, resolve_dtype
+from mtft.models.adapters import check_base, check_covers, load_adapter
+from mtft.models.loading import DTYPES, load_causal_lm, resolve_dtype
 
 
 @dataclass
@@ -65,17 +64,6 @@ def freeze(model: Any) -> Any:
     return model.eval()
 
 
-def check_experts(experts: Sequence[str | Path]) -> None:
-    """Are the folders there? Asked before any weight is loaded."""
-    if not experts:
-        raise FusionError("no expert", do="give at least one adapter")
-    for expert in map(Path, experts):
-        if not any((expert / name).is_file() for name in ("adapter_config.json", "config.json")):
-            raise FusionError(
-                f"no adapter at {str(expert)!r}", do="give a PEFT folder (adapter_config.json) or a model"
-            )
-
-
 def load_weak_model(
     base: str | Path, experts: Sequence[str | Path], *, allow_base_mismatch: bool = False, **options
 ) -> WeakModel:
@@ -93,7 +81,9 @@ def load_weak_model(
         adapter, reason = None, "it is a whole model"
         is_adapter = (expert / "adapter_config.json").is_file()
         if is_adapter:
-            _check_adapter(expert, base, model, allow_base_mismatch)
+            check_adapter(expert, base, allow_base_mismatch)
+            if not allow_base_mismatch:
+                check_base(expert, model)
             adapter, reason = _as_rows(expert, model)
         if adapter is not None:
             order.append((-1, len(rows)))
@@ -129,35 +119,6 @@ def argmax_agreement(
     return same / max(count, 1)
 
 
-def _check_adapter(expert: Path, base: str | Path, model: PreTrainedModel, allow_base_mismatch: bool) -> None:
-    """Is it a LoRA of this base? Folders may have moved, so the weights decide; where the adapter does not remember
-    them, the last part of the base's name.
-    """
-    config = json.loads((expert / "adapter_config.json").read_text("utf-8"))
-    if config.get("peft_type") != "LORA":
-        raise FusionError(
-            f"peft_type is {config.get('peft_type')!r}: only LoRA adapters are experts",
-            where=str(expert),
-            do="merge it into a copy of the base, and give that model's folder",
-        )
-    if config.get("alora_invocation_tokens"):
-        raise FusionError("an activated LoRA (aLoRA) is not always on", where=str(expert), do="train an ordinary LoRA")
-    _check_safetensors(expert)
-    if allow_base_mismatch:
-        return
-    check_base(expert, model)
-    recorded = recorded_base(expert)
-    trained_on = config.get("base_model_name_or_path")
-    if not trained_on or (recorded is not None and recorded.differs(base_of(model)) is False):
-        return
-    if Path(expand_quickstart(trained_on)).name != Path(expand_quickstart(base)).name:
-        raise FusionError(
-            f"the adapter was trained on {trained_on!r}, the base is {str(base)!r}",
-            where=str(expert),
-            do="give the base that it was trained on (or allow_base_mismatch=True if it was only renamed)",
-        )
-
-
 def _as_rows(expert: Path, model: nn.Module) -> tuple[LoraAdapter | None, str | None]:
     """(the adapter, None) if it can run as rows, else (None, the reason why not)."""
     try:
@@ -170,14 +131,9 @@ def _as_rows(expert: Path, model: nn.Module) -> tuple[LoraAdapter | None, str | 
     return (adapter if reason is None else None), reason
 
 
-def _check_safetensors(expert: Path) -> None:
-    if not any(expert.glob("adapter_model*.safetensors")):
-        raise FusionError("no adapter_model.safetensors", where=str(expert), do="save it with safe_serialization=True")
-
-
 def _own_expert(model: PreTrainedModel, expert: Path, quantised: bool, allow_base_mismatch: bool) -> nn.Module:
     """`model` with the adapter: merged, but beside it where that would round quantised weights or is impossible."""
-    _check_safetensors(expert)
+    check_safetensors(expert)
     tuned: Any = load_adapter(model, expert, any_base=allow_base_mismatch)
     if quantised or tuned.peft_config["default"].lora_bias:
         return tuned.get_base_model()

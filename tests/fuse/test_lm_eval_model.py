@@ -105,6 +105,7 @@ def test_by_name_with_model_args(places, fused):
     from lm_eval.api.registry import get_model
 
     arguments = f"strong={places['strong']},base={places['small']},adapter={places['expert']},alpha_rule=fixed,alpha=0"
+    arguments += ",dtype=fp32"
     model = get_model("mtft_fused").create_from_arg_string(arguments, {"device": "cpu", "batch_size": "auto"})
     answer, _ = model.loglikelihood(requests()[:1])[0]
     ids = torch.tensor([model.tok_encode("the quick brown fox")])

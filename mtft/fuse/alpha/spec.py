@@ -88,9 +88,20 @@ def check_weights(weights: tuple[float, ...]) -> None:
         )
 
 
+def is_number(value: object) -> bool:
+    """A finite number that a float can hold: JSON may write an integer of 400 digits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _within(key: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise FusionError(f"{key} is {value!r}: not a finite number", do=f"use a number from {low:g} to {high:g}")
+    if not is_number(value):
+        shown = "too large" if isinstance(value, int) and not isinstance(value, bool) else repr(value)
+        raise FusionError(f"{key} is {shown}: not a finite number", do=f"use a number from {low:g} to {high:g}")
     if not low <= value <= high:
         raise FusionError(f"{key} is {value:g}", do=f"use a number from {low:g} to {high:g}")
 

@@ -1,16 +1,22 @@
-"""`mtft fuse generate` and `mtft fuse score`: JSONL to JSONL, resumable (resumable_jsonl.py).
+"""`mtft fuse generate` and `mtft fuse score`: rows in, JSONL out, resumable (resumable_jsonl.py).
 
 generate   {"prompt" | "messages", id?, max_tokens?, alpha?, alpha_rule?, expert_weights?, seed?, trace?}
-        -> {index, id, text, finish_reason, tokens, alpha_mean, clipped_share, trace?}    or    {index, id, error}
-score      {"prompt" | "messages", "response", id?, alpha?, alpha_rule?, expert_weights?}
-        -> {index, id, logprob, tokens, greedy, alpha_mean, kl_mean}                      or    {index, id, error}
+        -> {index, id, text, finish_reason, tokens, alpha_mean, clipped_share, trace?}
+score      {"prompt" | "messages", "response", id?, alpha?, alpha_rule?, expert_weights?}, or a row of training:
+           {"messages"} that end in an answer, {"conversations"}, {"instruction", "output"}
+        -> {index, id, logprob, strong_logprob, base_logprob, expert_logprobs, tokens, small_tokens, greedy, alpha_mean,
+            kl_mean, clipped_share}
+and {index, id, line, error} for a row that can't be used.
 
-logprob is null where the fused model rules a token of the response out (`plausibility`).
-`prompt` is continued as it stands; `messages` go through the chat template. A row's default seed is (run seed, index).
+A logprob is null where the model rules a token of the response out, or has no such token (`plausibility`, other
+vocabularies). `prompt` is continued as it stands; `messages` go through the chat templates. Of a row of training the
+tokens are scored that training learns, the end of the turn among them. A row's default seed is (run seed, index).
+All rows are checked before a weight is read.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,21 +26,30 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from data_mixers.common.suggest import did_you_mean
+from data_mixers.common.suggest import closest_match, did_you_mean
+from mtft.data.formats.formats import FORMATS
+from mtft.data.formats.messages import RowError
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
-from mtft.fuse.batch.resumable_jsonl import BatchSummary, Row, check_paths, read_requests, run_buckets
+from mtft.fuse.batch.request_rows import Row, read_requests
+from mtft.fuse.batch.resumable_jsonl import BatchSummary, check_paths, run_buckets
 from mtft.fuse.decoding.generate_request import request_spec
-from mtft.fuse.decoding.gumbel_sampling import key
-from mtft.fuse.decoding.prompts import encode_prompt, left_pad
+from mtft.fuse.decoding.gumbel_sampling import is_greedy, key
+from mtft.fuse.decoding.prompts import Prompt, encode_answer, encode_prompt, left_pad, pad_small_prompts
 from mtft.fuse.decoding.score_text import score as score_text
+from mtft.fuse.decoding.small_scores import score_small_models
 from mtft.fuse.decoding.token_trace import Observers, RowStats, TokenTrace
-from mtft.fuse.from_recipe import fingerprint, fuse_section, load_fusion
+from mtft.fuse.from_recipe import fingerprint, fuse_section, load_fusion, plan_recipe
 from mtft.fuse.fused_model import FusedCausalLM
+from mtft.fuse.fusion_plan import FusionPlan
 from mtft.recipe.schema.recipe import Recipe
 
 STEER = ("alpha", "alpha_rule", "expert_weights")
 GENERATE = ("prompt", "messages", "id", "max_tokens", "seed", "trace", *STEER)
-SCORE = ("prompt", "messages", "response", "id", *STEER)
+TRAINING = ("messages", "sharegpt", "alpaca")  # formats of training rows that `score` takes
+COLUMNS = {name: (*FORMATS[name].needs, *FORMATS[name].may) for name in TRAINING}
+SCORE = ("prompt", "response", "id", *STEER, *dict.fromkeys(column for names in COLUMNS.values() for column in names))
+
+Models = FusionPlan | FusedCausalLM  # what a row is checked against: a plan is enough
 
 
 def generate(
@@ -48,29 +63,38 @@ def generate(
     """Answer every row of `source` into `target`. Bad rows become {"error"} lines and are counted in `failed`."""
     section = fuse_section(recipe)
     sampling: dict[str, Any] = {"do_sample": False}
-    if section.temperature > 0:
+    if not is_greedy(section.temperature):
         sampling = {"do_sample": True, "temperature": section.temperature, "top_p": section.top_p, "top_k": 0}
     if section.speculative != "off":
         sampling["speculative"] = section.speculative
 
-    def prepare(model: FusedCausalLM, index: int, row: Row) -> int:
+    def prepare(models: Models, index: int, row: Row) -> int:
         _check_keys(row, GENERATE)
-        row["_ids"] = encode_prompt(model.tokenizer, row.get("prompt"), row.get("messages"))
+        prompt = row["_prompt"] = encode_prompt(models, row.get("prompt"), row.get("messages"))
         row["_max"] = _whole_number("max_tokens", row.get("max_tokens", section.max_new_tokens), 1)
-        row["_spec"] = _row_spec(model, row)
+        row["_spec"] = _row_spec(models, row)
         row["_seed"] = _whole_number("seed", row["seed"], 0) if "seed" in row else key(recipe.seed, index, 0)
-        length = len(row["_ids"]) + row["_max"]
-        if length > model.context:
+        longest = max(len(prompt.ids), len(prompt.small_ids or ()))
+        if longest + row["_max"] > models.context:
             raise FusionError(
-                f"the prompt has {len(row['_ids'])} tokens: with max_tokens {row['_max']} it goes past the smaller "
-                f"context of {model.context}"
+                f"the prompt has {longest} tokens: with max_tokens {row['_max']} it goes past the smaller "
+                f"context of {models.context}"
             )
-        return length
+        return len(prompt.ids) + row["_max"]
+
+    def check(models: Models) -> None:
+        if section.max_new_tokens >= models.context:
+            raise FusionError(
+                f"no prompt leaves room for {section.max_new_tokens} tokens: the smaller context holds "
+                f"{models.context}",
+                where="fuse.max_new_tokens",
+                do="ask for fewer",
+            )
 
     def work(model: FusedCausalLM, rows: list[Row]) -> list[Row]:
         return generate_bucket(model, rows, sampling)
 
-    return _run("generate", recipe, Path(source), Path(target), fused, overwrite, prepare, work)
+    return _run("generate", recipe, Path(source), Path(target), fused, overwrite, check, prepare, work)
 
 
 def score(
@@ -81,21 +105,28 @@ def score(
     fused: FusedCausalLM | None = None,
     overwrite: bool = False,
 ) -> BatchSummary:
-    """Log-probability of every row's response given its prompt, under the fused model."""
+    """Log-probability of every row's response given its prompt, under the fused model and each of its models."""
+    unread: dict[str, int] = {}
 
-    def prepare(model: FusedCausalLM, index: int, row: Row) -> int:
-        _check_keys(row, SCORE)
-        row["_ids"] = encode_prompt(model.tokenizer, row.get("prompt"), row.get("messages"))
-        if not isinstance(row.get("response"), str) or not row["response"]:
-            raise FusionError("response is missing or empty", do='give {"prompt": "...", "response": "..."}')
-        row["_response"] = model.tokenizer.encode(row["response"], add_special_tokens=False)
-        row["_spec"] = _row_spec(model, row)
-        length = len(row["_ids"]) + len(row["_response"])
-        if length > model.context:
-            raise FusionError(f"prompt and response have {length} tokens, the smaller context holds {model.context}")
-        return length
+    def prepare(models: Models, index: int, row: Row) -> int:
+        for name in row:
+            if name not in SCORE:
+                if closest_match(name, SCORE):
+                    _check_keys(row, SCORE)
+                unread[name] = unread.get(name, 0) + 1
+        row["_prompt"], row["_response"] = _prompt_and_response(models, row)
+        row["_spec"] = _row_spec(models, row)
+        longest = max(len(row["_prompt"].ids), len(row["_prompt"].small_ids or ())) + len(row["_response"])
+        if longest > models.context:
+            raise FusionError(f"prompt and response have {longest} tokens, the smaller context holds {models.context}")
+        return longest
 
-    return _run("score", recipe, Path(source), Path(target), fused, overwrite, prepare, score_bucket)
+    def check(models: Models) -> None:
+        if unread:
+            names = ", ".join(f"{name} ({count} rows)" for name, count in unread.items())
+            warnings.warn(f"columns that are not read: {names}", stacklevel=2)
+
+    return _run("score", recipe, Path(source), Path(target), fused, overwrite, check, prepare, score_bucket)
 
 
 def _run(
@@ -105,27 +136,68 @@ def _run(
     target: Path,
     fused: FusedCausalLM | None,
     overwrite: bool,
-    prepare: Callable[[FusedCausalLM, int, Row], int],
+    check: Callable[[Models], None],
+    prepare: Callable[[Models, int, Row], int],
     work: Callable[[FusedCausalLM, list[Row]], list[Row]],
 ) -> BatchSummary:
-    """All rows, in buckets. prepare: checks a row and adds what work needs; returns its cost."""
+    """All rows, in buckets. prepare: checks a row and adds what work needs; returns its cost. check: of them all."""
     section = fuse_section(recipe)
     check_paths(source, target, overwrite)
     identity = f"{kind} {fingerprint(recipe)}"
-    model = load_fusion(recipe) if fused is None else fused
-    jobs = read_requests(source, partial(prepare, model))
-    return run_buckets(jobs, target, identity, partial(work, model), bucket=section.batch_size)
+    plan = plan_recipe(recipe) if fused is None else None
+    models: Models = fused or plan  # pyright: ignore[reportAssignmentType]  (one of them is there)
+    jobs = read_requests(source, partial(prepare, models))
+    check(models)
+    if fused is None and any(job.error is None for job in jobs):
+        fused = load_fusion(recipe, plan=plan)
+
+    def work_on(rows: list[Row]) -> list[Row]:
+        if fused is None:
+            raise RuntimeError("a row without a model")
+        return work(fused, rows)
+
+    return run_buckets(jobs, target, identity, work_on, bucket=section.batch_size)
+
+
+def _prompt_and_response(models: Models, row: Row) -> tuple[Prompt, list[int]]:
+    """In strong ids. A row of training is rendered and encoded as training does it."""
+    if "response" in row:
+        prompt = encode_prompt(models, row.get("prompt"), row.get("messages"))
+        if not isinstance(row["response"], str) or not row["response"]:
+            raise FusionError("response is empty or no text", do='give {"prompt": "...", "response": "..."}')
+        return prompt, models.tokenizer.encode(row["response"], add_special_tokens=False)
+    name = next((name for name in TRAINING if set(FORMATS[name].needs) <= row.keys()), None)
+    turns = row.get("messages")
+    ends = not isinstance(turns, list) or _is_answer(turns)
+    if name is None or not ends:
+        raise FusionError(
+            "response is missing", do='give {"prompt": "...", "response": "..."}, or messages that end in an answer'
+        )
+    try:
+        conversation = FORMATS[name].read({column: row[column] for column in COLUMNS[name] if column in row})
+    except RowError as error:
+        raise FusionError(f"{error.column}: {error.what}" if error.column else error.what) from error
+    return encode_answer(models, conversation)
+
+
+def _is_answer(turns: list[Any]) -> bool:
+    return bool(turns) and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant"
 
 
 def generate_bucket(model: FusedCausalLM, rows: Sequence[Row], sampling: dict[str, Any]) -> list[Row]:
-    """Answers of prepared rows (_ids, _max, _spec, _seed), decoded together."""
-    ids_BL, mask_BL = left_pad([row["_ids"] for row in rows], 0, model.device)
+    """Answers of prepared rows (_prompt, _max, _spec, _seed), decoded together."""
+    prompts = [row["_prompt"] for row in rows]
+    ids_BL, mask_BL = left_pad([prompt.ids for prompt in prompts], 0, model.device)
+    small_BL, small_mask_BL = pad_small_prompts(model, prompts, model.device) or (None, None)
     limit = RowLimit([row["_max"] for row in rows], ids_BL.shape[1])
     stats = RowStats(len(rows))
     trace = TokenTrace((i for i, row in enumerate(rows) if row.get("trace")), model.tokenizer)
     out_BL = model.generate(
         input_ids=ids_BL,
         attention_mask=mask_BL,
+        expert_input_ids=small_BL,
+        expert_attention_mask=small_mask_BL,
+        eos_token_id=sorted(model.end_ids) or None,
         max_new_tokens=max(limit.limits),
         stopping_criteria=[limit],
         specs=[row["_spec"] for row in rows],
@@ -147,20 +219,30 @@ def generate_bucket(model: FusedCausalLM, rows: Sequence[Row], sampling: dict[st
 
 
 def score_bucket(model: FusedCausalLM, rows: Sequence[Row]) -> list[Row]:
-    """Scores of prepared rows (_ids, _response, _spec)."""
-    ids_BL, mask_BL = left_pad([row["_ids"] + row["_response"] for row in rows], 0, model.device)
+    """Scores of prepared rows (_prompt, _response, _spec)."""
+    prompts, answers = [row["_prompt"] for row in rows], [row["_response"] for row in rows]
+    texts = [prompt.ids + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    ids_BL, mask_BL = left_pad(texts, 0, model.device)
     responses = [slice(ids_BL.shape[1] - len(row["_response"]), None) for row in rows]
     score_mask_BL = torch.zeros_like(mask_BL)
     for i, response in enumerate(responses):
         score_mask_BL[i, response] = 1
-    scores = score_text(model, ids_BL, mask_BL, score_mask_BL, specs=[row["_spec"] for row in rows])
+    small_prompt = pad_small_prompts(model, prompts, model.device)
+    specs = [row["_spec"] for row in rows]
+    scores = score_text(model, ids_BL, mask_BL, score_mask_BL, specs=specs, small_prompt=small_prompt)
+    small = score_small_models(model, prompts, answers)
     return [
         {
             "logprob": float(scores.logprob_BL[i, response].sum()),
-            "tokens": len(rows[i]["_response"]),
+            "strong_logprob": float(scores.strong_BL[i, response].sum()),
+            "base_logprob": float(small.base_B[i]),
+            "expert_logprobs": small.experts_TB[:, i].tolist(),
+            "tokens": len(answers[i]),
+            "small_tokens": small.tokens[i],
             "greedy": bool(scores.greedy_BL[i, response].all()),
             "alpha_mean": float(scores.alpha_BL[i, response].mean()),
             "kl_mean": float(scores.kl_BL[i, response].mean()),
+            "clipped_share": float(scores.clipped_BL[i, response].double().mean()),
         }
         for i, response in enumerate(responses)
     ]
@@ -176,12 +258,12 @@ class RowLimit(StoppingCriteria):
         return torch.tensor(self.limits, device=input_ids.device) <= input_ids.shape[1] - self.prompt
 
 
-def _row_spec(model: FusedCausalLM, row: Row) -> FusionSpec:
+def _row_spec(models: Models, row: Row) -> FusionSpec:
     """The model's spec with what the row asks for. FusionError if it makes no sense."""
     weights = row.get("expert_weights")
     if not (weights is None or (isinstance(weights, list) and all(isinstance(w, int | float) for w in weights))):
         raise FusionError(f"expert_weights is {weights!r}", do="give a list of numbers, one per expert")
-    return request_spec(model, row.get("alpha"), row.get("alpha_rule"), weights)
+    return request_spec(models, row.get("alpha"), row.get("alpha_rule"), weights)
 
 
 def _check_keys(row: Row, known: tuple[str, ...]) -> None:

@@ -14,68 +14,31 @@ from pathlib import Path
 from typing import Any
 
 from mtft.common.atomic_io import finite
-from mtft.common.fingerprint import content_hash
 from mtft.fuse.alpha.spec import FusionError
+from mtft.fuse.batch.request_rows import ROW_ERRORS, JsonlRequest, Row
 
-Row = dict[str, Any]
+REASONS = 5  # failures that are told; the others stand in the output
 Work = Callable[[list[Row]], list[Row]]
-
-
-@dataclass
-class JsonlRequest:
-    """One request: its index among the rows, its hash, the row itself, or why it can't be done."""
-
-    index: int
-    hash: str
-    row: Row
-    cost: int = 0  # rows of near cost share a bucket
-    error: str | None = None
 
 
 @dataclass(frozen=True)
 class BatchSummary:
-    """rows done in all, how many failed, and how many had been done by an earlier, broken-off run."""
+    """rows done in all, how many failed, how many had been done by an earlier, broken-off run; the first failures."""
 
     rows: int
     failed: int
     resumed: int
+    reasons: tuple[str, ...] = ()
 
 
 def check_paths(source: Path, target: Path, overwrite: bool) -> None:
     """Can the input be read and the output be written? Asked before any weight is loaded."""
     if not source.is_file():
-        raise FusionError("there is no such input", where=str(source), do="give a UTF-8 JSONL file")
+        raise FusionError("there is no such input", where=str(source), do="give a file of rows (JSONL)")
     if target.exists() and not overwrite:
         raise FusionError(
             "the output is there already", where=str(target), do="remove it, give another --out, or --overwrite"
         )
-
-
-def read_requests(source: Path, prepare: Callable[[int, Row], int]) -> list[JsonlRequest]:
-    """All rows of `source`. `prepare(index, row)` checks a row and returns its cost; its FusionError marks the row."""
-    try:
-        lines = [line for line in source.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FusionError(
-            f"the input can't be read: {error}", where=str(source), do="give a UTF-8 JSONL file"
-        ) from error
-    jobs = []
-    for index, line in enumerate(lines):
-        job = JsonlRequest(index, content_hash(line)[:16], {})
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise FusionError(f"the row is {type(row).__name__}, not an object")
-            job.row = row
-            job.cost = prepare(index, row)
-        except FusionError as error:
-            job.error = error.what
-        except (ValueError, RecursionError) as error:
-            job.error = f"no JSON: {error}"
-        jobs.append(job)
-    if not jobs:
-        raise FusionError("the input has no rows", where=str(source), do="give one JSON object a line")
-    return jobs
 
 
 def run_buckets(
@@ -88,12 +51,16 @@ def run_buckets(
     resumed = len(done)
     invalid = [job for job in jobs if job.error is not None]
     valid = sorted((job for job in jobs if job.error is None), key=lambda job: (job.cost, job.index))
-    with part.open("a", encoding="utf-8") as file:
+    # backslashreplace: what no text can hold becomes JSON's own escape
+    with part.open("a", encoding="utf-8", errors="backslashreplace") as file:
 
         def write(group: Sequence[JsonlRequest], answers: Sequence[Row]) -> None:
             pairs = [(job, answer) for job, answer in zip(group, answers, strict=True) if job.index not in done]
             lines = [
-                {"index": job.index, "id": job.row.get("id"), "request": job.hash, **answer} for job, answer in pairs
+                {"index": job.index, "id": job.id, "request": job.hash}
+                | ({"line": job.line} if "error" in answer else {})
+                | answer
+                for job, answer in pairs
             ]
             _append(file, lines)
             done.update((line["index"], line) for line in lines)
@@ -106,7 +73,9 @@ def run_buckets(
             if any(job.index not in done for job in group):
                 write(group, _work_isolated(group, work))
     _finish(target, part, done)
-    return BatchSummary(len(jobs), sum("error" in line for line in done.values()), resumed)
+    failed = [done[index] for index in sorted(done) if "error" in done[index]]
+    reasons = [f"line {line.get('line')}: {line['error']}" for line in failed[:REASONS]]
+    return BatchSummary(len(jobs), len(failed), resumed, tuple(reasons))
 
 
 def _work_isolated(group: list[JsonlRequest], work: Work) -> list[Row]:
@@ -116,6 +85,9 @@ def _work_isolated(group: list[JsonlRequest], work: Work) -> list[Row]:
     except FusionError as error:
         if len(group) == 1:
             return [{"error": error.what}]
+    except (RuntimeError, *ROW_ERRORS) as error:  # memory that does not suffice is a RuntimeError
+        if len(group) == 1:
+            return [{"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}]
     return [answer for job in group for answer in _work_isolated([job], work)]
 
 
@@ -148,7 +120,7 @@ def _resume(part: Path, fingerprint: str, jobs: Sequence[JsonlRequest]) -> dict[
 
 def _finish(target: Path, part: Path, done: dict[int, Row]) -> None:
     complete = target.with_name(target.name + ".sorted")
-    with complete.open("w", encoding="utf-8") as file:
+    with complete.open("w", encoding="utf-8", errors="backslashreplace") as file:
         lines = [{key: value for key, value in done[index].items() if key != "request"} for index in sorted(done)]
         _append(file, lines)
     complete.replace(target)

@@ -39,7 +39,7 @@ def decode_step_by_step(fused: FusionCore, request: GenerateRequest) -> Tensor |
         scores_AV = step.logprobs_NV.to(device)
         if request.processors:  # some write into the scores they are given
             scores_AV = apply_logits_processors(request, active, output.tokens_BL[active_A], scores_AV.clone())
-        if request.config.do_sample:
+        if request.sample:
             keys = [gumbel_sampling.key(*request.seeds[row], position=position) for row in active]
             next_A = gumbel_sampling.sample(scores_AV, keys)
         else:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, GenerationConfig, StaticCache
+from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, StaticCache
 from transformers.generation import logits_process as hf
 
-from mtft.fuse.alpha.spec import FusionError, FusionOutput, FusionSpec
+from mtft.fuse.alpha.spec import FusionError, FusionOutput, FusionSpec, is_number
+from mtft.fuse.decoding.gumbel_sampling import is_greedy
 from mtft.fuse.decoding.model_state import PaddedIds
 
 if TYPE_CHECKING:
@@ -39,6 +40,15 @@ STATELESS = (
     hf.InfNanRemoveLogitsProcessor,
     hf.LogitNormalization,
 )
+
+
+class Steered(Protocol):
+    """What steering a request depends on: of a fused model, or of its plan."""
+
+    @property
+    def spec(self) -> FusionSpec: ...
+    @property
+    def experts(self) -> int: ...
 
 
 class Observer(Protocol):
@@ -79,13 +89,19 @@ class GenerateRequest:
     ) -> None:
         _refuse(config, model_kwargs)
         self.ids_BL, self.mask_BL = ids_BL, model_kwargs.get("attention_mask")
-        self.processors, self.criteria, self.config = processors, criteria, config
+        self.processors: Any = processors
+        self.criteria, self.config = criteria, config
         self.streamer, self.observer = streamer, observer
+        self.sample = bool(config.do_sample) and not is_greedy(config.temperature)
+        if config.do_sample and not self.sample:  # it would make all scores -inf
+            self.processors = LogitsProcessorList(
+                p for p in processors if not isinstance(p, hf.TemperatureLogitsWarper)
+            )
         rows = len(ids_BL)
         _check_prompt(fused, ids_BL, self.mask_BL, "prompt")
         if small_prompt is not None:
             small_prompt = _expand_prompt(*small_prompt, rows)
-            _check_prompt(fused, *small_prompt, "expert prompt")
+            _check_prompt(fused, *small_prompt, "expert prompt", small=True)
         self.small_prompt = small_prompt
         self.specs = fused.route_prompts(specs, *(small_prompt or (ids_BL, self.mask_BL)))
         # without a seed torch.manual_seed decides
@@ -114,13 +130,15 @@ def row_specs(spec: FusionSpec, rows: int, experts: int, alpha: Any, rule: Any, 
         if row_rule is not None:
             change["alpha_rule"] = row_rule
         if row_weights is not None:
+            if not all(map(is_number, row_weights)):
+                raise FusionError("expert_weights holds what is no finite number", do="use numbers >= 0")
             change |= {"weights": "user", "user_weights": tuple(map(float, row_weights))}
         specs.append(replace(spec, **change) if change else spec)
         specs[-1].check_experts(experts)
     return specs
 
 
-def request_spec(fused: FusionCore, alpha: Any, rule: Any, weights: Any) -> FusionSpec:
+def request_spec(fused: Steered, alpha: Any, rule: Any, weights: Any) -> FusionSpec:
     """The model's spec with what one request asks for; `alpha` may be a list, one entry per expert."""
     alpha = tuple(alpha) if isinstance(alpha, list) else alpha
     return row_specs(fused.spec, 1, fused.experts, alpha, rule, weights)[0]
@@ -161,7 +179,13 @@ def _refuse(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
             raise FusionError(f"fused decoding does not take {name}", do=f"use {instead}")
 
 
-def _check_prompt(fused: FusionCore, ids_BL: Tensor, mask_BL: Tensor | None, name: str) -> None:
+def _check_prompt(fused: FusionCore, ids_BL: Tensor, mask_BL: Tensor | None, name: str, *, small: bool = False) -> None:
+    mapped = small and fused.token_map is not None
+    if mapped and mask_BL is not None:  # a row without tokens has no prompt of its own (mapped_state.py)
+        own_B = mask_BL.sum(-1) > 0
+        ids_BL, mask_BL = ids_BL[own_B], mask_BL[own_B]
+        if not len(ids_BL):
+            return
     if ids_BL.shape[1] == 0 or (mask_BL is not None and bool((mask_BL.sum(-1) == 0).any())):
         raise FusionError(f"an empty {name}", do="give at least one token per row")
     if mask_BL is not None and bool((mask_BL[:, -1] == 0).any()):
@@ -171,4 +195,4 @@ def _check_prompt(fused: FusionCore, ids_BL: Tensor, mask_BL: Tensor | None, nam
         raise FusionError(
             f"the {name} has {longest} tokens, the smaller context holds {fused.context}", do="shorten the prompt"
         )
-    fused.check_ids(ids_BL)
+    fused.check_ids(ids_BL, fused.shared if mapped else None)

@@ -17,6 +17,12 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MUL_1, _MUL_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 TOKEN, ACCEPT, RESIDUAL = 1, 2, 3  # streams: one key never serves two purposes
+GREEDY = 1e-30  # temperature: at and below, fp32 scores / T overflow, and no draw could differ from the best token
+
+
+def is_greedy(temperature: float | None) -> bool:
+    """Whether sampling at this temperature is taking the best token. None: 1."""
+    return temperature is not None and temperature <= GREEDY
 
 
 def key(seed: int, sample: int, position: int, stream: int = TOKEN) -> int:

@@ -16,14 +16,20 @@ from torch import Tensor
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.decoding.model_state import CachedModels, ModelLogits, PaddedIds
 from mtft.fuse.decoding.prompts import left_pad
-from mtft.fuse.tokenizers.token_map import TokenMap
+from mtft.fuse.tokenizers.token_map import TokenMap, common_prefix
 
 
 @dataclass
 class _Row:
-    """One text: in strong ids, and the small ids in the caches. own_prompt: of the small models, in their ids."""
+    """One text: in strong ids, and the small ids in the caches.
 
-    own_prompt: list[int] | None
+    own_prompt: of the small models, in their ids: it ends with a special token, and the rest of it is `tail`, whose
+    last token may grow together with what follows. skip: strong tokens still to come that it stands for.
+    """
+
+    own_prompt: list[int] | None = None
+    tail: str = ""
+    skip: int = 0
     strong_ids: list[int] = field(default_factory=list)
     small_ids: list[int] = field(default_factory=list)
 
@@ -44,36 +50,46 @@ class MappedModels(CachedModels):
         keep: int | Tensor = 1,
         small_prompt: PaddedIds | None = None,
     ) -> ModelLogits:
-        """As CachedModels.read; with keep = 0 or > 1 the small models read the text of every position by itself."""
+        """As CachedModels.read; with keep = 0 or > 1 the small models read the text of every position by itself.
+
+        small_prompt: counts at the first read; a row without tokens has no prompt of its own.
+        """
         strong_BKV = self.strong.read(ids_BL, mask_BL, keep)[0]
         is_token_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
         if not self.rows:
-            prompts = [None] * len(ids_BL) if small_prompt is None else _unpad(*small_prompt)
-            self.rows = [_Row(prompt) for prompt in prompts]
+            self.begin(small_prompt, is_token_BL.sum(-1).tolist())
         first = ids_BL.shape[1] - strong_BKV.shape[1]
         columns = []
         for at, (ids, is_token) in enumerate(zip(ids_BL.T.tolist(), is_token_BL.T.tolist(), strict=True)):
             for row, token, real in zip(self.rows, ids, is_token, strict=True):
-                # with a prompt of its own the small models get what comes after the strong one's prompt
-                if real and (row.own_prompt is None or self.small_logits is not None):
+                if real and row.skip:
+                    row.skip -= 1
+                elif real:
                     row.strong_ids.append(token)
             if at >= first:
                 columns.append(self._update_small_models())
         *experts, base = (torch.stack(column, 1) for column in zip(*columns, strict=True))
         return ModelLogits(strong_BKV, experts, base)
 
+    def begin(self, small_prompt: PaddedIds | None, strong_lengths: Sequence[int]) -> None:
+        """Rows whose small models have a prompt of their own, in place of so many strong tokens."""
+        prompts = [[] for _ in strong_lengths] if small_prompt is None else _unpad(*small_prompt)
+        for prompt, length in zip(prompts, strong_lengths, strict=True):
+            head, tail = self.token_map.split_tail(prompt) if prompt else (None, "")
+            self.rows.append(_Row(head, tail, length if prompt else 0))
+
     def _update_small_models(self) -> list[Tensor]:
         """Logits [B, M] of the experts and the base after the present text of every row."""
         new_ids, stale_counts, silent = [], [], []
         for row in self.rows:
-            ids, complete = self.token_map.encode(row.strong_ids, opening=row.own_prompt is None)
+            ids, complete = self.token_map.encode(row.strong_ids, opening=row.own_prompt is None, before=row.tail)
             ids = (row.own_prompt or []) + ids
             if len(ids) > self.context:
                 raise FusionError(
                     f"the text has {len(ids)} tokens of the small model, which reads {self.context}",
                     do="shorten the prompt",
                 )
-            same = _common_prefix(row.small_ids, ids)
+            same = common_prefix(row.small_ids, ids)
             if ids != row.small_ids:  # a text that has become shorter: its last token is read again, for its logits
                 same = max(0, min(same, len(ids) - 1))
             new_ids.append(ids[same:])
@@ -115,8 +131,3 @@ def _unpad(ids_BL: Tensor, mask_BL: Tensor | None) -> list[list[int]]:
     if mask_BL is None:
         return ids_BL.tolist()
     return [row[is_token.bool()].tolist() for row, is_token in zip(ids_BL, mask_BL, strict=True)]
-
-
-def _common_prefix(old: Sequence[int], new: Sequence[int]) -> int:
-    """Length of the common prefix."""
-    return next((at for at, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))

@@ -97,7 +97,7 @@ def make_app(fused: FusionCore, name: str, *, token: str | None = None, limits: 
         except ServerStopping:
             raise shutting_down from None
         if checked.body.stream:
-            first = await response.next()  # so that a failure still has its status
+            first = await response.next(request)  # so that a failure still has its status
             return StreamingResponse(response.stream(first), media_type="text/event-stream")
         return JSONResponse(await response.complete(request))
 

@@ -21,7 +21,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.decoding import gumbel_sampling
 from mtft.fuse.decoding.model_state import CachedModels, ModelLogits
-from mtft.fuse.decoding.prompts import left_pad
+from mtft.fuse.decoding.prompts import Prompt, left_pad, pad_small_prompts
 from mtft.fuse.decoding.score_text import fused_positions
 from mtft.fuse.fusion_core import FusionCore
 from mtft.fuse.server.incremental_detokenizer import IncrementalDetokenizer
@@ -89,10 +89,19 @@ class BatchEngine:
             self.metrics.requests += len(jobs)
             self._changed.notify()
 
+    def cancel(self, jobs: Sequence[GenerationJob]) -> None:
+        """Their client has gone: who waits gives its place back at once, who runs leaves at the next token."""
+        with self._changed:
+            for job in jobs:
+                job.cancelled = True
+            self.waiting = deque(job for job in self.waiting if not job.cancelled)
+
     def score_prompt(self, job: GenerationJob) -> list[TokenScore]:
         """Scores of a prompt's own tokens under what the job asked for, on the engine's thread; waits for it."""
         task: Future[list[TokenScore]] = Future()
         with self._changed:
+            if self._closing:
+                raise ServerStopping
             self._tasks.append((job, task))
             self._changed.notify()
         return task.result()
@@ -150,10 +159,12 @@ class BatchEngine:
         self.running += new
         self.metrics.prompt_tokens += sum(len(job.ids) for job in jobs)
         ids_BL, mask_BL = left_pad([job.ids for job in jobs], 0, self.fused.device)
-        for job, spec in zip(jobs, self.fused.route_prompts([job.spec for job in jobs], ids_BL, mask_BL), strict=True):
+        small = pad_small_prompts(self.fused, [Prompt(job.ids, job.small_ids) for job in jobs], self.fused.device)
+        specs = self.fused.route_prompts([job.spec for job in jobs], *(small or (ids_BL, mask_BL)))
+        for job, spec in zip(jobs, specs, strict=True):
             job.spec = spec
         models = self.fused.cached_models()
-        logits = models.read(ids_BL, mask_BL).last()
+        logits = models.read(ids_BL, mask_BL, small_prompt=small).last()
         if self._batch is not None:
             running, running_logits = self._batch
             running.append_rows(models)
@@ -173,7 +184,7 @@ class BatchEngine:
             predict_1L = torch.ones_like(ids_1L, dtype=torch.bool)
             predict_1L[:, -1] = False
             steps = fused_positions(self.fused, ids_1L, None, predict_1L, specs=[spec])
-            rows = (logp_V for _, _, step in steps for logp_V in step.logprobs_NV)
+            rows = (logp_V for _, _, step, _ in steps for logp_V in step.logprobs_NV)
         return scores + [token_score(logp_V, token, job.top) for logp_V, token in zip(rows, job.ids[1:])]
 
     @torch.no_grad()
@@ -233,7 +244,7 @@ class BatchEngine:
 
     def _next_token(self, job: GenerationJob, logp_V: Tensor, position: int) -> int:
         """As generate does: temperature, top-k, top-p, then the row's own draw."""
-        if job.temperature == 0:
+        if gumbel_sampling.is_greedy(job.temperature):
             return int(logp_V.argmax())
         scores_1V: Any = logp_V[None]
         ids: Any = None  # these three look at the scores only

@@ -49,6 +49,7 @@ class GenerationJob:
     top: int = 0  # best tokens to report at each step
     source: str | int = "fused"
     trace: TokenTrace | None = None
+    small_ids: list[int] | None = None  # the small models' own prompt
     cancelled: bool = False
     since: float = field(default_factory=time.monotonic)
 

@@ -5,9 +5,7 @@ What the server can't do is refused by name (400), never ignored: a client must 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -15,14 +13,27 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from data_mixers.common.suggest import closest_match
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.decoding.generate_request import request_spec
-from mtft.fuse.decoding.prompts import encode_prompt
+from mtft.fuse.decoding.prompts import Prompt, encode_prompt
 from mtft.fuse.fusion_core import FusionCore
-from mtft.fuse.server.jobs import TokenScore
+from mtft.fuse.request_values import check_values
 
-UNSUPPORTED = (
-    *("tools", "tool_choice", "functions", "function_call", "response_format", "best_of", "logit_bias", "suffix"),
-    *("presence_penalty", "frequency_penalty", "parallel_tool_calls", "modalities", "audio", "prediction"),
-)
+# What is known and not done: refused, but for values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "best_of": (1,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+}
 MAX_STOPS, MAX_TOP, DEFAULT_TOKENS = 16, 20, 16
 
 
@@ -112,7 +123,7 @@ class CompletionRequest:
     body: RequestBody
     model: str
     source: str | int
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     texts: list[str]
     spec: FusionSpec
     max_tokens: int
@@ -127,9 +138,12 @@ def read_completion_request(
     """Check a request body. RequestError names the parameter."""
     if not isinstance(body, dict):
         raise RequestError("the body is no JSON object")
+    body = _known_values(body, ChatBody if chat else CompletionBody)
     parsed = _validate(body, ChatBody if chat else CompletionBody)
     model = body.get("model", next(iter(models)))
-    if not isinstance(model, str) or model not in models:
+    if not isinstance(model, str):
+        raise RequestError(f"model is {type(model).__name__}, not a name", param="model")
+    if model not in models:
         raise RequestError(
             f"no model {model!r}: {', '.join(models)}", status=404, param="model", code="model_not_found"
         )
@@ -155,7 +169,7 @@ def read_completion_request(
         spec = request_spec(fused, parsed.alpha, parsed.alpha_rule, parsed.expert_weights or None)
     except FusionError as error:
         raise RequestError(f"{error.what}: {error.do}" if error.do else error.what) from error
-    longest = max(map(len, prompts))
+    longest = max(len(ids) for prompt in prompts for ids in (prompt.ids, prompt.small_ids or ()))
     if max_tokens is None:
         max_tokens = min(DEFAULT_TOKENS, fused.context - longest) if not chat else fused.context - longest
     if longest + max_tokens > fused.context or max_tokens < 0:
@@ -168,21 +182,35 @@ def read_completion_request(
         raise RequestError(
             f"{len(prompts)} prompts with n = {parsed.n} are more than the queue of {limits.queue}", param="n"
         )
-    texts = [fused.tokenizer.decode(ids) for ids in prompts]
+    texts = [str(fused.tokenizer.decode(prompt.ids)) for prompt in prompts]
     return CompletionRequest(chat, parsed, model, models[model], prompts, texts, spec, max_tokens, logprobs, top, echo)
 
 
-def _validate(body: dict[str, Any], schema: type[ChatBody] | type[CompletionBody]) -> ChatBody | CompletionBody:
+def _known_values(body: dict[str, Any], schema: type[RequestBody]) -> dict[str, Any]:
+    """The body without nulls, which stand for keys that are not there. What can't be done is refused by name."""
+    try:
+        check_values(body)
+    except FusionError as error:
+        raise RequestError(error.what) from error
     known = tuple(schema.model_fields)
     for name, value in body.items():
-        if name in UNSUPPORTED and value not in (None, False, 0, 0.0, [], {}, "none", 1) and value != {"type": "text"}:
+        if name in UNSUPPORTED and value is not None and not _asks_for_nothing(name, value):
             raise RequestError(f"{name} is not supported", param=name, code="unsupported_parameter")
         if name not in known and name not in UNSUPPORTED:
             near = closest_match(name, known)
             hint = f": did you mean {near}?" if near else ""
             raise RequestError(f"unknown parameter {name}{hint}", param=name, code="unknown_parameter")
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    """Of the very type: true is no penalty of 1, and 1 no penalty of 0."""
+    return any(type(value) is type(neutral) and value == neutral for neutral in UNSUPPORTED[name])
+
+
+def _validate(body: dict[str, Any], schema: type[ChatBody] | type[CompletionBody]) -> ChatBody | CompletionBody:
     try:
-        return schema.model_validate({name: value for name, value in body.items() if value is not None})
+        return schema.model_validate(body)
     except ValidationError as invalid:
         error = invalid.errors(include_url=False)[0]
         name = str(error["loc"][0])
@@ -194,49 +222,9 @@ def _validate(body: dict[str, Any], schema: type[ChatBody] | type[CompletionBody
         raise RequestError(message, param=name) from invalid
 
 
-def _encode_prompts(body: dict[str, Any], fused: FusionCore, chat: bool) -> list[list[int]]:
+def _encode_prompts(body: dict[str, Any], fused: FusionCore, chat: bool) -> list[Prompt]:
     if chat:
-        prompts = [encode_prompt(fused.tokenizer, messages=body.get("messages") or [])]
-    else:
-        prompt: Any = body.get("prompt")
-        several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
-        prompts = [encode_prompt(fused.tokenizer, one) for one in (prompt if several else [prompt])]
-    for ids in prompts:
-        if min(ids) < 0 or max(ids) >= fused.vocab_size:
-            raise FusionError(f"the prompt holds an id outside of 0 ... {fused.vocab_size - 1}")
-    return prompts
-
-
-def completion_logprobs(fused: FusionCore, scores: list[TokenScore]) -> dict[str, Any]:
-    """The legacy shape: parallel lists. Two ids with one string: the larger number stays."""
-    tokens = [fused.tokenizer.decode([score.id]) for score in scores]
-
-    def best(score: TokenScore) -> dict[str, float] | None:
-        if score.logprob is None:
-            return None
-        chosen = ((score.id, score.logprob),) if score.top and math.isfinite(score.logprob) else ()
-        by_text: dict[str, float] = {}
-        for i, value in (*score.top, *chosen):
-            text = fused.tokenizer.decode([i])
-            by_text[text] = max(value, by_text.get(text, -math.inf))
-        return by_text
-
-    return {
-        "tokens": tokens,
-        "token_logprobs": [_finite(score.logprob) for score in scores],
-        "top_logprobs": [best(score) for score in scores],
-        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=0)) if tokens else [],
-    }
-
-
-def chat_logprobs(fused: FusionCore, scores: list[TokenScore]) -> dict[str, Any]:
-    def entry(i: int, value: float | None) -> dict[str, Any]:
-        text = fused.tokenizer.decode([i])
-        return {"token": text, "logprob": _finite(value), "bytes": list(text.encode())}
-
-    return {"content": [entry(s.id, s.logprob) | {"top_logprobs": [entry(*pair) for pair in s.top]} for s in scores]}
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity; OpenAI writes -9999."""
-    return value if value is None or math.isfinite(value) else -9999.0
+        return [encode_prompt(fused, messages=body.get("messages") or [])]
+    prompt: Any = body.get("prompt")
+    several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
+    return [encode_prompt(fused, one) for one in (prompt if several else [prompt])]

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from mtft.fuse.decoding.token_trace import TokenTrace
 from mtft.fuse.server.batch_engine import BatchEngine
-from mtft.fuse.server.jobs import GenerationJob, StreamEvent, TokenScore
-from mtft.fuse.server.openai_protocol import CompletionRequest, RequestError, chat_logprobs, completion_logprobs
+from mtft.fuse.server.jobs import GenerationJob, ServerStopping, StreamEvent, TokenScore
+from mtft.fuse.server.logprobs import LogprobShapes, TextOffset
+from mtft.fuse.server.openai_protocol import CompletionRequest, RequestError
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -31,6 +32,8 @@ class ResponseStream:
         self.fused, self.engine, self.request = fused, engine, request
         self.events: asyncio.Queue[tuple[int, StreamEvent]] = asyncio.Queue()
         self.jobs: list[GenerationJob] = []
+        self.logprobs = LogprobShapes(fused.tokenizer)
+        self.offsets = [TextOffset() for _ in range(len(request.prompts) * request.body.n)]
         self.id = f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
@@ -38,14 +41,14 @@ class ResponseStream:
         """Hand in the jobs: n samples of every prompt."""
         request, body, loop = self.request, self.request.body, asyncio.get_running_loop()
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        for index, (ids, sample) in enumerate(product(request.prompts, range(body.n))):
+        for index, (prompt, sample) in enumerate(product(request.prompts, range(body.n))):
 
             def on_event(event: StreamEvent, index: int = index) -> None:
                 loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
 
             self.jobs.append(
                 GenerationJob(
-                    ids,
+                    prompt.ids,
                     request.max_tokens,
                     request.spec,
                     on_event,
@@ -58,21 +61,31 @@ class ResponseStream:
                     top=request.top,
                     source=request.source,
                     trace=TokenTrace([0], self.fused.tokenizer) if body.trace else None,
+                    small_ids=prompt.small_ids,
                 )
             )
         if request.max_tokens:
             self.engine.submit(self.jobs)
+        elif self.engine.draining:
+            raise ServerStopping
 
     def cancel(self) -> None:
-        for job in self.jobs:
-            job.cancelled = True
+        self.engine.cancel(self.jobs)
 
-    async def next(self) -> tuple[int, StreamEvent]:
-        index, event = await self.events.get()
-        if event.error is not None:
-            self.cancel()
-            raise RequestError(event.error, status=event.status)
-        return index, event
+    async def next(self, client: Request | None = None) -> tuple[int, StreamEvent]:
+        """The next event. client: is looked after while it waits; if it has gone, its places are free at once."""
+        while True:
+            try:
+                index, event = await asyncio.wait_for(self.events.get(), None if client is None else GONE)
+            except TimeoutError:
+                if client is not None and await client.is_disconnected():
+                    self.cancel()
+                    raise RequestError("the client has left", status=499) from None
+                continue
+            if event.error is not None:
+                self.cancel()
+                raise RequestError(event.error, status=event.status)
+            return index, event
 
     async def complete(self, request: Request) -> dict[str, Any]:
         """The answer in one piece; a client that leaves frees its rows."""
@@ -80,13 +93,7 @@ class ResponseStream:
         scores: list[list[TokenScore]] = [[] for _ in self.jobs]
         unfinished = len(self.jobs) if self.request.max_tokens else 0
         while unfinished:
-            try:
-                index, event = await asyncio.wait_for(self.next(), GONE)
-            except TimeoutError:
-                if await request.is_disconnected():
-                    self.cancel()
-                    raise RequestError("the client has left", status=499) from None
-                continue
+            index, event = await self.next(request)
             texts[index] += event.text
             scores[index] += event.tokens
             if event.finish_reason is not None:
@@ -137,7 +144,7 @@ class ResponseStream:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
 
     def _usage(self, generated: int) -> dict[str, int]:
-        prompt = sum(map(len, self.request.prompts))
+        prompt = sum(len(prompt.ids) for prompt in self.request.prompts)
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
     def _choice(
@@ -146,8 +153,10 @@ class ResponseStream:
         """The answer number `index`, or a chunk of it; the trace comes with its end."""
         choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         choice |= chat_content if self.request.chat else {"text": text}
-        if self.request.logprobs:
-            choice["logprobs"] = (chat_logprobs if self.request.chat else completion_logprobs)(self.fused, scores)
+        if self.request.logprobs and self.request.chat:
+            choice["logprobs"] = self.logprobs.chat(scores)
+        elif self.request.logprobs:
+            choice["logprobs"] = self.logprobs.completion(scores, self.offsets[index])
         trace = self.jobs[index].trace
         return choice if trace is None or reason is None else choice | {"trace": trace.tokens[0]}
 

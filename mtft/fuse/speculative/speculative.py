@@ -86,7 +86,7 @@ class _Speculation:
         self.active = list(range(len(request.ids_BL)))  # rows in the caches
         self.models = fused.cached_models()
         self.expert = 0  # which expert drafts: the one that moves the first token furthest
-        sample = request.config.do_sample
+        sample = request.sample
         self.coupling = "greedy" if not sample else "gumbel" if request.seeded else "max"
         self.draft_coupling = "gumbel" if sample else "greedy"
 
@@ -95,15 +95,15 @@ class _Speculation:
         step = self._plain_step(self.models.read(request.ids_BL, request.mask_BL, 1, request.small_prompt))
         self.expert = int(step.alpha_NT.mean(0).argmax())
         while not self.lockstep.done:
-            self._compact()
-            drafts = self._limit_drafts(self.draft_length.next())
             start = time.perf_counter()
+            self._compact()
+            drafts = self._limit_drafts(self.draft_length.next_round())
             if drafts == 0 and self.draft_length.fixed is None:
                 self.models.join_drafter(self.expert)
                 self._plain_step(self.models.read(self._pending_tokens()[:, None]))
                 self.draft_length.record_times(0, plain=time.perf_counter() - start)
             else:
-                self._round(drafts)
+                self._round(drafts, start)
         return self.lockstep.output.result()
 
     def _plain_step(self, logits: ModelLogits) -> FusionOutput:
@@ -120,10 +120,10 @@ class _Speculation:
         self.lockstep.release()
         return solved.step
 
-    def _round(self, drafts: int) -> None:
-        """Draft, judge, emit, and put the caches right."""
-        start = time.perf_counter()
+    def _round(self, drafts: int, begun: float) -> None:
+        """Draft, judge, emit, and put the caches right. begun: when this round did."""
         live, drafter = self._live(), self.models.split_drafter(self.expert)
+        start = time.perf_counter()
         block, draft_logits, draft_scores = [self._pending_tokens()], [], []  # per position: [A], [A, M], [A, V]
         drafted: list[list[int]] = [[] for _ in self.active]
         for i in range(drafts):
@@ -167,15 +167,17 @@ class _Speculation:
             chosen = sample_tokens(self.draft_coupling, solved.scores_NV, self._noise_keys(rows)).tolist()
             for n, (at, token) in enumerate(zip(all_accepted, chosen, strict=True)):
                 self._emit(at, token, solved, n)
+        verified = time.perf_counter() - middle - extra
         self._roll_back(drafts, accepted_counts, drafts + 1 if all_accepted else drafts)
+        self.lockstep.release()
         if drafts:
             self.draft_length.record_times(
                 drafts,
                 draft=(middle - start) / drafts,
-                verify=time.perf_counter() - middle - extra,
+                verify=verified,
                 tokens=1 + sum(accepted_counts) / len(live),
+                total=time.perf_counter() - begun,
             )
-        self.lockstep.release()
 
     # --- models -----------------------------------------------------------------------------------------------------
 

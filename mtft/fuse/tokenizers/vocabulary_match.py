@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mtft.fuse.alpha.spec import TOKENS, FusionError, choose
 from mtft.fuse.tokenizers.probe_text import probe_lines
-from mtft.fuse.tokenizers.token_map import TokenMap, token_bytes, token_strings
+from mtft.fuse.tokenizers.token_map import TokenMap, token_strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,21 +73,26 @@ class VocabularyMatch:
         return "\n         ".join(lines)
 
 
-def compare_vocabularies(strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase) -> VocabularyMatch:
-    """Compare two tokenizers on all ids and on the probe."""
+def compare_vocabularies(
+    strong: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase, token_map: TokenMap | None = None
+) -> VocabularyMatch:
+    """Compare two tokenizers on all ids and on the probe. token_map: theirs, if there is one already."""
+    token_map = TokenMap(strong, small) if token_map is None else token_map
     strong_tokens, small_tokens = token_strings(strong), token_strings(small)
     common = 0
     for left, right in zip(strong_tokens, small_tokens, strict=False):
         if left is None or left != right:
             break
         common += 1
-    known = (TokenMap(strong, small).small_id_V >= 0).tolist()
+    known = (token_map.small_id_V >= 0).tolist()
     missing = [
         token for token, is_known in zip(strong_tokens, known, strict=True) if token is not None and not is_known
     ]
     same = count = covered = boundaries = shared = 0
     lines = probe_lines()
-    strong_sizes, small_sizes = ([len(text or b"") for text in token_bytes(side)] for side in (strong, small))
+    strong_sizes, small_sizes = (
+        [len(text or b"") for text in side] for side in (token_map.strong_bytes, token_map.small_bytes)
+    )
     for line in lines:
         left = strong.encode(line, add_special_tokens=False)
         right = small.encode(line, add_special_tokens=False)
@@ -119,11 +124,18 @@ def match_vocabularies(
     """
     choose(level, TOKENS, "tokens")
     match = compare_vocabularies(strong, small)
+    if needs_map(match, level):
+        return match.strong, match.small, TokenMap(strong, small)
+    return match.strong, match.common, None
+
+
+def needs_map(match: VocabularyMatch, level: str) -> bool:
+    """Whether the tokenizers go together through a token map, or directly. FusionError where `level` refuses."""
     accepted = match.accepted_by
     if accepted == "strict" or (accepted == "prefix" and level != "strict"):
-        return match.strong, match.common, None
+        return False
     if accepted == "map" and level == "map":
-        return match.strong, match.small, TokenMap(strong, small)
+        return True
     raise FusionError(
         f"the strong and the small tokenizer differ (tokens: {level})\n         {match}",
         do=f"set tokens: {accepted}" if accepted else "take a small model of the strong model's family",

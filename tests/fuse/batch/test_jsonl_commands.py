@@ -30,12 +30,12 @@ def places(tmp_path_factory):
 
 
 def recipe_of(places, out, **fuse):
-    section = {"strong": {"path": str(places["strong"])}, "adapters": [str(places["expert"])]}
+    section = {"strong": {"path": str(places["strong"]), "dtype": "fp32"}, "adapters": [str(places["expert"])]}
     section |= {"max_new_tokens": 6, "temperature": 1.0, "batch_size": 2}
     return Recipe.model_validate(
         {
             "name": "t",
-            "model": {"path": str(places["small"])},
+            "model": {"path": str(places["small"]), "dtype": "fp32"},
             "tasks": [{"name": "x", "data": "x.jsonl"}],
             "train": {"steps": 1},
             "output": {"dir": str(out)},
@@ -145,7 +145,7 @@ def test_finished_output_is_not_overwritten_by_accident(ask):
 
 def test_bad_rows_do_not_stop_the_run(ask):
     bad = {
-        '{"prompt": ': "no JSON",
+        '{"prompt": ': "broken JSON",
         "[1]": "not an object",
         '{"promt": "a"}': "did you mean 'prompt'",
         '{"prompt": "a", "messages": []}': "either prompt or messages",
@@ -155,7 +155,7 @@ def test_bad_rows_do_not_stop_the_run(ask):
         '{"prompt": "a", "max_tokens": 0}': "max_tokens is 0",
         '{"prompt": "a", "max_tokens": 1000}': "past the smaller context of 128",
         '{"prompt": "a", "expert_weights": [0.5, 0.5]}': "2 entries for 1 experts",
-        '{"messages": [{"role": "user"}]}': "no list of",
+        '{"messages": [{"role": "user"}]}': "messages[0].content: expected text",
         '{"prompt": [999]}': "outside of 0",
     }
     summary = ask([*bad, ROWS[0]])

@@ -1,5 +1,7 @@
 """Speculation against direct decoding: the same tokens greedily and with a seed, the same distribution without."""
 
+import itertools
+import random
 from collections import Counter
 
 import pytest
@@ -330,3 +332,49 @@ def test_a_second_auto_call_gives_the_same_tokens(single):
     for _ in range(3):
         assert torch.equal(single.generate(**CALL, speculative="auto"), expected)
     assert single.draft_lengths[len(IDS)] is single.last_draft_length
+
+
+def play(length, tokens, *, beta, draft, slope, overhead, seed):
+    """Seconds that a text takes under `length`, in plain steps, on a machine where a pass over n + 1 positions costs
+    (1 + slope n) passes, a draft step `draft`, and a round `overhead`; every hundredth time is twice as long."""
+    noise = random.Random(seed)
+
+    def seconds(x):
+        return x * (0.9 + 0.2 * noise.random() + (noise.random() < 0.01))
+
+    made = spent = 0
+    while made < tokens:
+        drafts = min(length.next_round(), tokens - made - 1)
+        if drafts <= 0:
+            taken = seconds(1)
+            length.record_times(0, plain=taken)
+            length.record_acceptance(1, noise.random() < beta)
+            made, spent = made + 1, spent + taken
+            continue
+        stand = next((n for n in range(drafts) if noise.random() >= beta), drafts)
+        step, verify = seconds(draft), seconds((1 - 0.2 * draft) * (1 + slope * drafts))
+        taken = (drafts + (stand == drafts)) * step + verify + overhead
+        length.record_acceptance(min(stand + 1, drafts), stand)
+        length.record_times(drafts, draft=step, verify=verify, tokens=1 + stand, total=taken)
+        made, spent = made + 1 + stand, spent + taken
+    return spent
+
+
+def mean_time(tokens, make=DraftLength, runs=12, **machine):
+    times = [play(make(draft_share=machine["draft"]), tokens, seed=seed, **machine) for seed in range(runs)]
+    return sum(times) / runs / tokens
+
+
+@pytest.mark.parametrize("tokens, bound", [(24, 1.1), (64, 1.05), (256, 1.04)])
+def test_auto_is_never_slower_than_off(tokens, bound):
+    """Equal-sized models and small drafters, good and bad drafts, passes whose positions are free or cost."""
+    for beta, draft, slope, overhead in itertools.product(
+        (0.2, 0.5, 0.7, 0.9), (0.15, 0.45), (0.03, 0.2, 0.6), (0, 0.2)
+    ):
+        assert mean_time(tokens, beta=beta, draft=draft, slope=slope, overhead=overhead) < bound
+
+
+def test_auto_still_takes_what_there_is_to_gain():
+    machine = {"beta": 0.9, "draft": 0.15, "slope": 0.03, "overhead": 0.0}
+    best = min(mean_time(256, lambda n=n, **_: DraftLength(n), **machine) for n in (2, 4, 6))
+    assert mean_time(256, **machine) < best + 0.1

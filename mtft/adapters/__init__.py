@@ -2,6 +2,7 @@
 
     lora_config.py       adapter_config.json: what is understood, and what is refused by name
     lora_factors.py      an adapter as factors, D = scale * B A per module, read one module at a time
+    base_identity.py     which base an adapter belongs to, by the content of the base's weights
     safetensors_io.py    tensors of a file one by one, bfloat16 included
     adapter_writer.py    a folder that PEFT and vLLM load, there as a whole or not at all
     routers.py           which expert a request belongs to; mlp_router.py is the one that is trained

@@ -1,8 +1,8 @@
 """Which modules of a model get an adapter, what is refused there, and what is worth saying about it.
 
     lora.targets     what it means
-    all-linear       every linear of the language model but its head; where PEFT knows the architecture, also the experts
-                     and routers of a mixture of experts, whose weights are parameters and no modules
+    all-linear       every linear of the language model but its head; where PEFT knows the architecture, the experts
+                     and routers of a mixture of experts too, whose weights are parameters and no modules
     names            as PEFT matches them: the end of a module's name. Each must match something
 
 Parts that see or hear get none: rows are text, so nothing would reach an adapter there. A router that gives more than
@@ -130,7 +130,7 @@ def describe_adapter(adapted: Any) -> list[str]:
     """
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
-    base, config = adapted.get_base_model(), adapted.peft_config["default"]
+    base = adapted.get_base_model()
     experts: dict[str, int] = {}  # where they are -> how many
     routers, adapted_names, plain, there = set[str](), set[str](), set[str](), {}
     head = base.get_output_embeddings()

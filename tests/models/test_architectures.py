@@ -29,13 +29,11 @@ from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_training import train
 from tests.models.tiny_architectures import ARCHITECTURES, write_architecture
+from tests.slow import slow
 
 STEPS = 4
 REFUSED = {"llama4": "for which Llama4ForCausalLM has no place"}  # its vision part would be lost
-FUSED_EXPERTS = (
-    "qwen3_moe",
-    "deepseek_v3",
-)  # PEFT adapts the tensors of their experts, which `mtft merge` does not read
+FUSED_EXPERTS = ("qwen3_moe", "deepseek_v3")  # PEFT adapts tensors there, and no modules: not for `mtft merge`
 EXPERTS = {"qwen3_moe": "trains 8 experts in 2 layers and 2 routers", "deepseek_v3": "trains 4 experts in 1 layer"}
 EXPERTS |= dict.fromkeys(("gpt_oss", "llama4_text"), "leaves the")
 SEES = {"gemma3": "model.vision_tower", "gemma4": "model.vision_tower"}
@@ -165,9 +163,7 @@ def test_from_check_to_fuse(recipe, folders, tmp_path, name):
 @pytest.mark.parametrize(
     "lora", [{"dropout": 0.1}, {"dora": True}, *({"init": init} for init in ("orthogonal", "pissa", "olora", "mica"))]
 )
-@pytest.mark.parametrize(
-    "name", [FUSED_EXPERTS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in FUSED_EXPERTS[1:])]
-)
+@pytest.mark.parametrize("name", [FUSED_EXPERTS[0], *slow(*FUSED_EXPERTS[1:])])
 def test_what_fused_experts_cannot_have_is_refused_by_check_and_by_training(recipe, folders, tmp_path, name, lora):
     whole = asked(recipe, folders(name), tmp_path / "run", lora={"r": 4, **lora})
     for command in (lambda: check_recipe(whole), lambda: train(whole, quiet=True)):

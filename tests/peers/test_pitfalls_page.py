@@ -9,8 +9,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_named_test_exists():
     rows = re.findall(r"^\| (R\d+) \|.*\| ([^|]*) \|$", (ROOT / "docs" / "pitfalls.md").read_text(), flags=re.M)
-    wanted = {f"R{n}" for n in range(1, 23)}
-    assert {number for number, _ in rows} == wanted
+    numbers = [number for number, _ in rows]
+    assert len(set(numbers)) == len(numbers)
+    assert set(numbers) >= {f"R{n}" for n in range(1, 23)}
     for number, cell in rows:
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", cell)
         assert named, number

@@ -178,7 +178,7 @@ def check_adapter(recipe: Recipe, adapted: Any) -> list[str]:
     """What is worth knowing of the recipe's adapter. UserError when the recipe merges such adapters, which can't be."""
     if recipe.merge is not None and recipe.merge.adapters is None and not mergeable(adapted):
         raise UserError(
-            "the adapters of this recipe can't be merged: they adapt fused experts, which are parameters and no modules",
+            "the adapters of this recipe can't be merged: they adapt fused experts, which are no modules",
             where="merge",
             do="name lora.targets without the experts and routers, or leave `merge` out",
         )

@@ -93,7 +93,7 @@ def test_epoch_caps_are_named_only_where_one_binds(recipe, tmp_path):
     tasks = "tasks=[{name: a, data: rows.jsonl}, {name: b, data: more.jsonl}]"
     for caps, named in (([], False), (["mixture.max_epochs=1", "mixture.on_cap=redistribute"], True)):
         shares = "mixture.shares={a: 0.57, b: 0.43}"
-        size = ["train.steps=1", "train.batch_tokens=512"] if not named else ["train.steps=10"]
+        size = ["train.steps=1", "train.batch_tokens=512"] if not named else ["train.steps=3"]
         loaded = recipe(tasks, shares, *caps, *size)
         (line, *_) = [line for line in check_recipe(loaded).data.warnings if "played (" in line]
         assert ("epoch caps" in line) == named

@@ -115,7 +115,11 @@ def _say_proof(result: TrainResult) -> None:
 def evaluate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a PEFT adapter; without it, the base model.")] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a PEFT adapter. Default: a run's own; the base model, where a recipe is given."),
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="The base model, also of a run.")] = False,
     against: Annotated[
         Path | None, typer.Option(help="Folder of an older adapter: what got better and what broke since.")
     ] = None,
@@ -123,14 +127,27 @@ def evaluate(
 ) -> None:
     """Score a model per task on held-out rows (JSON).
 
-    Loss, token accuracy and exact match, each with its confidence interval.
+    Loss, token accuracy and exact match, each with its confidence interval. RECIPE may be the folder of a run (or the
+    recipe.yaml in it): its adapter is scored. With any other recipe it is the base model, unless --adapter is given.
     """
-    from mtft.evaluation.evaluate_recipe import as_json
+    from mtft.common.errors import UserError
+    from mtft.common.run_folders import RESULT, export_of_run
+    from mtft.evaluation.evaluate_recipe import as_json, exported
     from mtft.evaluation.evaluate_recipe import evaluate as run_evaluation
 
-    loaded = load(recipe, overrides, "eval")
+    folder = recipe if recipe.is_dir() else recipe.parent
+    loaded = load(recipe / "recipe.yaml" if recipe.is_dir() else recipe, overrides, "eval")
+    own, model = Path(loaded.output.dir), None
+    if base and adapter is not None:
+        raise UserError("--base and --adapter", where="command line", do="give one of the two")
+    is_run = recipe.is_dir() or own.resolve() == folder.resolve() or (folder / RESULT).is_file()
+    if adapter is None and not base and is_run:
+        adapter, model = exported(loaded, folder)
+    say(f"scored: {loaded.model.path if model is None else model.path}{f' with {adapter}' if adapter else ''}")
+    if adapter is None and model is None and not base and (export := export_of_run(own)) is not None:
+        say(f"that is the base model; what the recipe's run made of it: --adapter {export}, or mtft eval {own}")
     old_scores = None if against is None else run_evaluation(loaded, against)
-    text = json.dumps(as_json(run_evaluation(loaded, adapter), loaded, against=old_scores), indent=2)
+    text = json.dumps(as_json(run_evaluation(loaded, adapter, model), loaded, against=old_scores), indent=2)
     if out is None:
         typer.echo(text)
     else:

@@ -61,6 +61,7 @@ def _merge_folders(
 ) -> str:
     """`mtft merge` without a recipe; returns what to print."""
     from mtft.common.errors import UserError
+    from mtft.common.run_folders import refuse_run_as_adapter
 
     if out is None:
         raise UserError("no folder for the merged adapter", where="command line", do="add --out DIR")
@@ -70,6 +71,9 @@ def _merge_folders(
             where="command line",
             do=f"mtft merge {recipes[0]} merge.method={method} merge.out={out}",
         )
+    if base is None:
+        for name in folders:
+            refuse_run_as_adapter(Path(name))
     numbers, settings = _parse_weights(weights), _parse_options(options)
     size = "auto" if rank is None else int(rank) if rank.isdecimal() else rank
     if base is not None:

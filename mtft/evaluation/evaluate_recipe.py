@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtft.common.errors import UserError
+from mtft.common.run_folders import ADAPTER, export_of_run
 from mtft.evaluation.regressions import compare_scores
 from mtft.evaluation.task_scores import METRICS, TaskScores
 from mtft.recipe.schema.model import ModelSection
@@ -54,6 +55,17 @@ def evaluate(
     layout = BatchLayout(recipe.train.rows_at_once, recipe.train.max_length, pad_id(tokenizer), packing)
     dtype = compute_dtype(section)
     return evaluate_model(network, chosen, layout, autocast=None if dtype == torch.float32 else dtype)
+
+
+def exported(recipe: Recipe, folder: Path) -> tuple[Path | None, ModelSection | None]:
+    """(adapter, model) to give to `evaluate` for what a run handed over; after full fine-tuning it is a model."""
+    export = export_of_run(folder)
+    if export is None:
+        raise UserError("the run is not finished: there is no adapter to score", where=str(folder),
+                        do="let it finish (`mtft train` continues), or score the base model: --base")  # fmt: skip
+    if (export / ADAPTER).is_file():
+        return export, None
+    return None, recipe.model.model_copy(update={"path": str(export)})
 
 
 def as_json(

@@ -16,6 +16,7 @@ from mtft.adapters.base_identity import BASE, BaseIdentity, fingerprint, recorde
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS, LoraAdapter
 from mtft.common.errors import MergeError, UserError
+from mtft.common.run_folders import refuse_run_as_adapter
 from mtft.models.loading import some
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def read_peft_config(folder: str | Path, *, where: str | None = None) -> PeftCon
 
     folder = Path(folder)
     where = where or str(folder)
+    refuse_run_as_adapter(folder, where=where)
     if not (folder / CONFIG).is_file():
         do = "give the `adapter` folder of a run, or any PEFT adapter"
         raise UserError(f"the folder holds no {CONFIG}", where=where, do=do)

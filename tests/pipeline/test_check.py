@@ -77,3 +77,23 @@ def test_a_balancer_that_reads_validation_losses_needs_them(recipe):
     assert check_recipe(recipe("loss.balancer.name=coba")).warnings == ()
     with pytest.raises(UserError, match="validation losses"):
         check_recipe(recipe("loss.balancer.name=coba", "tasks.a.eval_data="))
+
+
+def test_one_fact_is_one_warning(recipe):
+    loaded = recipe("tasks.a.eval_data=", "train.batch_tokens=256")
+    warnings = check_recipe(loaded).warnings
+    both = [*warnings, *check_recipe(loaded).data.warnings]
+    assert len([line for line in both if "eval_data" in line]) == 1
+    assert len([line for line in both if "train.batch_tokens" in line]) == 1
+
+
+def test_epoch_caps_are_named_only_where_one_binds(recipe, tmp_path):
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "more.jsonl").write_text(rows * 3)
+    tasks = "tasks=[{name: a, data: rows.jsonl}, {name: b, data: more.jsonl}]"
+    for caps, named in (([], False), (["mixture.max_epochs=1", "mixture.on_cap=redistribute"], True)):
+        shares = "mixture.shares={a: 0.57, b: 0.43}"
+        size = ["train.steps=1", "train.batch_tokens=512"] if not named else ["train.steps=3"]
+        loaded = recipe(tasks, shares, *caps, *size)
+        (line, *_) = [line for line in check_recipe(loaded).data.warnings if "played (" in line]
+        assert ("epoch caps" in line) == named

@@ -130,8 +130,6 @@ def _warnings(stores: Sequence[TokenStore], summary: DataSummary, caps: dict[str
             warnings.append(f"{task.name}: every row is seen {task.epochs:.1f} times; mixture.max_epochs sets a limit")
         if task.supervised_tokens < 0.02 * task.tokens:
             warnings.append(f"{task.name}: only {task.supervised_tokens / task.tokens:.1%} of its tokens are learnt")
-    if all(task.eval_examples is None for task in summary.tasks):
-        warnings.append("no task has eval_data: nothing will be evaluated")
     if summary.padding_share > 0.2:
         way = (
             "lower train.max_length or raise train.micro_batch_tokens" if summary.packing else "set train.packing: true"

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
 from mtft.common.atomic_io import write_json
 from mtft.common.fingerprint import file_hash
+from mtft.common.run_folders import refuse_run_as_adapter
 from mtft.evaluation.score_cache import Scores, load_or_score
 from mtft.merge.engine.report import MergeReport
 from mtft.merge.from_recipe import chosen_adapters, merge_folder, merge_from_recipe, merge_options, merge_section
@@ -186,7 +187,11 @@ def merge_recipe(
     out = out or merge_folder(recipe)
     if section.base is not None:
         return merge_models(recipe, section.base, out)
-    return RecipeMerge(recipe, read_adapters(chosen_adapters(section, adapters)), out, adapted).run()
+    chosen = chosen_adapters(section, adapters)
+    for folder in chosen:
+        if not isinstance(folder, LoraAdapter):
+            refuse_run_as_adapter(Path(folder))
+    return RecipeMerge(recipe, read_adapters(chosen), out, adapted).run()
 
 
 def merge_models(recipe: Recipe, base: str, out: Path) -> MergeOutcome:

@@ -109,7 +109,8 @@ def _model_identity(section: ModelSection) -> Any:
 def _folder_identity(folder: Path) -> list[Any]:
     """Name, size and a hash of both ends of every file that makes the model: hashing 7B whole takes a minute."""
     parts: list[Any] = []
-    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("tokenizer.json"))):
+    patterns = ("*.safetensors", "*config.json", "tokenizer.json", "chat_template.jinja")
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         with path.open("rb") as file:
             size = path.stat().st_size
             head = file.read(_PROBE_BYTES)

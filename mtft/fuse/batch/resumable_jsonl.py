@@ -51,8 +51,7 @@ def run_buckets(
     resumed = len(done)
     invalid = [job for job in jobs if job.error is not None]
     valid = sorted((job for job in jobs if job.error is None), key=lambda job: (job.cost, job.index))
-    # backslashreplace: what no text can hold becomes JSON's own escape
-    with part.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    with part.open("a", encoding="utf-8") as file:
 
         def write(group: Sequence[JsonlRequest], answers: Sequence[Row]) -> None:
             pairs = [(job, answer) for job, answer in zip(group, answers, strict=True) if job.index not in done]
@@ -120,7 +119,7 @@ def _resume(part: Path, fingerprint: str, jobs: Sequence[JsonlRequest]) -> dict[
 
 def _finish(target: Path, part: Path, done: dict[int, Row]) -> None:
     complete = target.with_name(target.name + ".sorted")
-    with complete.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with complete.open("w", encoding="utf-8") as file:
         lines = [{key: value for key, value in done[index].items() if key != "request"} for index in sorted(done)]
         _append(file, lines)
     complete.replace(target)

@@ -225,3 +225,13 @@ def test_a_recipe_with_a_router(places, tmp_path):
     file.unlink()
     with pytest.raises(FusionError, match="no router there"):
         fingerprint(recipe)
+
+
+def test_another_chat_template_makes_another_run(tmp_path):
+    places = tiny.folders_with_text(tmp_path)
+    recipe = recipe_of(places, tmp_path)
+    seen = {fingerprint(recipe)}
+    for folder in places.values():
+        (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+        seen.add(fingerprint(recipe))
+    assert len(seen) == 4

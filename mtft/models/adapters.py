@@ -157,7 +157,7 @@ def check_base(folder: str | Path, model: PreTrainedModel, *, where: str | None 
         )
 
 
-def base_of(model: PreTrainedModel) -> BaseIdentity:
+def base_of(model: PreTrainedModel | PeftModel) -> BaseIdentity:
     """Which weights a loaded model was read from."""
     path, commit = str(model.name_or_path or ""), vars(model.config).get("_commit_hash")  # only of a hub model
     place = Path(path) if path and Path(path).is_dir() else _cached(path, commit)

@@ -226,7 +226,7 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
         options |= {"use_safetensors": True, "output_loading_info": True}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    told = logging.get_logger("transformers.modeling_utils")
+    told: Any = logging.get_logger("transformers.modeling_utils")
     told.addFilter(_no_table)
     try:
         loaded = auto.from_pretrained(location, trust_remote_code=False, **hub, **options)

@@ -134,7 +134,8 @@ def describe_adapter(adapted: Any) -> list[str]:
     experts: dict[str, int] = {}  # where they are -> how many
     routers, adapted_names, plain, there = set[str](), set[str](), set[str](), {}
     head = base.get_output_embeddings()
-    for name, part in base.named_modules():
+    modules: dict[str, Any] = dict(base.named_modules())
+    for name, part in modules.items():
         name = name.replace(".base_layer", "")
         if isinstance(part, ParamWrapper):
             shape = part.get_param().shape
@@ -151,7 +152,8 @@ def describe_adapter(adapted: Any) -> list[str]:
         elif isinstance(part, nn.Linear) and part is not head and ".lora_" not in name:
             plain.add(name)
         if name.endswith(".experts"):
-            there[name] = max([len(p) for p in part.parameters(recurse=False) if p.dim() > 2], default=0)
+            fused: Any = part
+            there[name] = max([len(p) for p in fused.parameters(recurse=False) if p.dim() > 2], default=0)
     notes = []
     if experts:
         of_layers = f"in {len(experts)} layer{'s' if len(experts) > 1 else ''}"

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
@@ -25,7 +24,7 @@ from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.checkpoint.checkpoint import check_identity
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
-from mtft.training.memory.estimate import read_config
+from mtft.training.memory.estimate import read_config, without_data
 from mtft.training.run_files.run_dir import check_recipe, finished_on_other_data, read_result_file
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
@@ -59,10 +58,7 @@ def attention_of(config: Any, asked: str) -> str:
     """The implementation that transformers takes, asked on a model without weights. Raises what it raises."""
     if asked == "flash_attention_2" and not torch.cuda.is_available():
         raise ImportError("flash_attention_2 needs a GPU")
-    options = {} if asked == "auto" else {"attn_implementation": asked}
-    with torch.device("meta"):
-        made: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
-    return str(made.config._attn_implementation)
+    return str(without_data(config, attention=asked).config._attn_implementation)
 
 
 def _has(config: Any, name: str) -> bool:

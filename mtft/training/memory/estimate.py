@@ -144,15 +144,14 @@ def _captured(recipe: Recipe, trainable: int) -> int:
 def _on_meta(recipe: Recipe, held: torch.dtype) -> tuple[Any, int, int, int]:
     """(the model with its adapter, on the meta device; parameters; bytes of all weights; largest quantised linear)."""
     section = recipe.model
-    options: dict[str, Any] = {"dtype": held, "trust_remote_code": False}
-    if section.attention != "auto":  # what runs without a GPU too; whether the model has it is asked in preflight.py
-        options["attn_implementation"] = "eager" if section.attention == "eager" else "sdpa"
+    # what runs without a GPU too; whether the model has it is asked in preflight.py
+    attention = section.attention if section.attention in ("auto", "eager") else "sdpa"
+    config = read_config(section)
+    try:
+        model = without_data(config, attention=attention, dtype=held)
+    except ValueError:
+        model = without_data(config, attention="eager", dtype=held)
     with torch.device("meta"):
-        config = read_config(section)
-        try:
-            model: Any = AutoModelForCausalLM.from_config(config, **options)
-        except ValueError:
-            model = AutoModelForCausalLM.from_config(config, **{**options, "attn_implementation": "eager"})
         model.config.use_cache = False
         parameters = sum(parameter.numel() for parameter in model.parameters())
         weights = _held_bytes(model, section.quantise, held.itemsize)
@@ -164,6 +163,15 @@ def _on_meta(recipe: Recipe, held: torch.dtype) -> tuple[Any, int, int, int]:
             weights += 4 * adapter  # the adapter is held in fp32
             parameters += adapter
     return model, parameters, round(weights), max(linears, default=0)
+
+
+def without_data(config: Any, *, attention: str = "auto", **options: Any) -> Any:
+    """The model of a config on the meta device. Raises what transformers raises, ValueError for an attention that the
+    model has not."""
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 
 def _layout(recipe: Recipe, longest: int | None, ranks: int) -> tuple[int, int]:

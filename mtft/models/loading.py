@@ -185,10 +185,19 @@ def load_without_weights(section: ModelSection, *, dtype: torch.dtype) -> PreTra
         options["device_map"] = {"": "meta"}
         model = from_pretrained(AutoModelForCausalLM, section.path, what="model", **options)
     else:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+        model = without_data(config, **options)
     model.config.use_cache = False
     return model
+
+
+def without_data(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The model of a config on the meta device. ValueError for what transformers can't make of it, such as an attention
+    that the model has not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 
 def load_base(section: ModelSection, *, full: bool = False) -> PreTrainedModel:

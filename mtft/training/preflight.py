@@ -1,6 +1,6 @@
 """What a run would refuse before its first step, asked before anything is loaded: by `check`, and by `train` itself.
 
-    refuse_settings   needs the recipe and the model's config: attention, precision, trackers, output folder
+    refuse_settings   needs the recipe and the model's config: attention, precision, packages, trackers, output folder
     refuse_rows       needs the token stores: examples longer than the model's positions
     folder_refusal    needs both: a run folder that holds another run, or one on other data
 
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
-from mtft.models.loading import read_config, refuse_precision
+from mtft.losses.moe_router_loss import check_router_loss
+from mtft.losses.token_nll import resolve_path
+from mtft.models.loading import compute_dtype, read_config, refuse_precision, without_data
+from mtft.models.quantization import bitsandbytes_config
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.checkpoint.checkpoint import check_identity
@@ -35,7 +37,11 @@ def refuse_settings(recipe: Recipe, *, loaded: bool = False) -> None:
     refuse_trackers(recipe.output.trackers)
     refuse_precision(recipe.model)
     refuse_folder(Path(recipe.output.dir))
+    resolve_path(recipe.loss.path)
     if not loaded:
+        if recipe.model.quantise != "none":
+            bitsandbytes_config(recipe.model.quantise, compute_dtype(recipe.model))
+        check_router_loss(read_config(recipe.model))
         refuse_attention(recipe.model)
 
 
@@ -59,9 +65,7 @@ def attention_of(config: Any, asked: str) -> str:
     if asked == "flash_attention_2" and not torch.cuda.is_available():
         raise ImportError("flash_attention_2 needs a GPU")
     options = {} if asked == "auto" else {"attn_implementation": asked}
-    with torch.device("meta"):
-        made: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
-    return str(made.config._attn_implementation)
+    return str(without_data(config, **options).config._attn_implementation)
 
 
 def _has(config: Any, name: str) -> bool:

@@ -99,6 +99,7 @@ def short(tmp_path_factory, recipe):
 BROKEN = {
     "attention that the model has not": ({"model.path": "GPT_OSS", "model.attention": "sdpa"}, "sdpa"),
     "attention whose package or device is missing": ({"model.attention": "flash_attention_2"}, "flash_attention_2"),
+    "a router loss that the model's config asks for": ({"model.path": "ROUTED"}, "router loss"),
     "examples beyond the positions": ({"model.path": "SHORT"}, "positions"),
     "a tracker misspelt": ({"output.trackers": ["tensorbord"]}, "did you mean tensorboard?"),
     "a tracker that is not installed": ({"output.trackers": ["neptune"]}, "the tracker neptune is not installed"),
@@ -118,7 +119,10 @@ def test_check_says_what_train_refuses(both, name, gpt_oss, short, tmp_path, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     changes, words = BROKEN[name]
     (tmp_path / "file").write_text("")
-    places = {"GPT_OSS": gpt_oss, "SHORT": short, "FILE": tmp_path / "file" / "run"}
+    routed = shutil.copytree(gpt_oss, tmp_path / "routed")
+    config = json.loads((routed / "config.json").read_text())
+    (routed / "config.json").write_text(json.dumps({**config, "output_router_logits": True}))
+    places = {"ROUTED": routed, "GPT_OSS": gpt_oss, "SHORT": short, "FILE": tmp_path / "file" / "run"}
     checked, trained = both({key: str(places.get(str(value), "")) or value for key, value in changes.items()})
     assert trained.startswith("refused"), "the table is out of date: this is no longer refused"
     assert words in trained

@@ -37,8 +37,7 @@ WARNING_RULES: tuple[Rule, ...] = (
     Rule("train.micro_batch_tokens + train.batch_tokens", TRAINING,
         lambda r, e, n: r.train.micro_batch_tokens != "auto"
         and r.train.rows_at_once * e.ranks > r.train.batch_tokens,
-        "a whole optimizer step (train.batch_tokens) is smaller than one pass may be (train.micro_batch_tokens on each "
-        "process)",
+        "a whole optimizer step holds fewer tokens than a single pass may",
         "raise train.batch_tokens to use the hardware better; the result is right either way", fatal=False),
     Rule("train.min_lr + train.schedule", TRAINING,
         lambda r, e, n: r.train.min_lr > 0 and r.train.schedule not in ("linear", "cosine", "wsd"),

@@ -5,7 +5,10 @@ one, or tuning the base further.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -276,6 +279,26 @@ def test_training_on_records_the_base_of_the_recipe(model_folder, adapter, tmp_p
     assert json.loads((exported / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
     base = json.loads((exported / BASE).read_text())
     assert base == {"model": str(moved), "revision": None, "fingerprint": fingerprint(model_folder)}
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_is_known_by_its_weights_in_the_cache(model_folder, tmp_path):
+    """The cache of huggingface_hub as it lies on disk; no network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(model_folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    code = (
+        "from mtft.models.adapters import base_of\nfrom mtft.models.loading import load_base\n"
+        "from mtft.recipe.schema.model import ModelSection\n"
+        "base = base_of(load_base(ModelSection(path='org/tiny', dtype='fp32')))\n"
+        "print(base.model, base.revision, base.fingerprint)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-3:] == ["org/tiny", commit, fingerprint(model_folder)]
 
 
 def test_merging_compares_weights_and_not_paths(model_folder, adapter, others, tmp_path):

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, DynamicCache
+from transformers import DynamicCache
 
 from mtft.adapters.base_identity import BaseIdentity, fingerprint, recorded_base
 from mtft.fuse.alpha.spec import TOKENS, FusionError, FusionSpec, choose
 from mtft.fuse.tokenizers.token_map import TokenMap
 from mtft.fuse.tokenizers.vocabulary_match import VocabularyMatch, compare_vocabularies, needs_map
-from mtft.models.loading import expand_quickstart, load_tokenizer, model_location
+from mtft.models.loading import expand_quickstart, load_tokenizer, model_location, read_config
 from mtft.recipe.schema.model import ModelSection
 
 NO_ROUTER, MERGE_FIRST = "weights is 'router', and there is no router", "give the router.safetensors of an `mtft merge`"
@@ -176,15 +176,7 @@ def check_rolled_back(name: str, config: Any) -> None:
 
 
 def _config(path: str | Path, revision: str) -> Any:
-    location = model_location(path)
-    hub = {} if Path(location).is_dir() else {"revision": revision}
-    try:
-        return AutoConfig.from_pretrained(location, trust_remote_code=False, **hub)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FusionError(
-            f"the config can't be read: {reason}", where=f"model {path}", do="check that it is a model for transformers"
-        ) from error
+    return read_config(ModelSection(path=str(path), revision=revision))
 
 
 def _adapters_template(adapters: Sequence[str | Path]) -> str | None:

@@ -32,7 +32,9 @@ def router_warning(config: Any, trained: Iterable[str]) -> str | None:
     """What to tell someone who trains routers; None for anything else. `trained`: names of the trained parameters."""
     if not getattr(config.get_text_config(), "router_aux_loss_coef", None):
         return None
-    routers = [name for name in trained if ".router." in name or ".gate." in name]
+    # the two factors of an adapter are one router
+    names = [name.partition(".lora_")[0] for name in trained if ".router." in name or ".gate." in name]
+    routers = list(dict.fromkeys(names))
     if not routers:
         return None
     return (

@@ -17,7 +17,7 @@ from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS, LoraAdapter
 from mtft.common.errors import MergeError, UserError
 from mtft.common.run_folders import refuse_run_as_adapter
-from mtft.models.loading import some
+from mtft.models.loading import cached_folder, some
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -160,18 +160,11 @@ def check_base(folder: str | Path, model: PreTrainedModel, *, where: str | None 
 def base_of(model: PreTrainedModel | PeftModel) -> BaseIdentity:
     """Which weights a loaded model was read from."""
     path, commit = str(model.name_or_path or ""), vars(model.config).get("_commit_hash")  # only of a hub model
-    place = Path(path) if path and Path(path).is_dir() else _cached(path, commit)
+    if path and Path(path).is_dir():
+        place: Path | None = Path(path)
+    else:
+        place = None if commit is None else cached_folder(path, commit)
     return BaseIdentity(path, commit, None if place is None else fingerprint(place))
-
-
-def _cached(name: str, commit: str | None) -> Path | None:
-    """The folder in the hub's cache that a model was read from."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if name.count("/") != 1 or commit is None:
-        return None
-    config = try_to_load_from_cache(name, "config.json", revision=commit)
-    return Path(config).parent if isinstance(config, str) else None
 
 
 def _stored(folder: str | Path) -> set[str]:

@@ -260,7 +260,17 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
         return loaded
     model, report = loaded
     _check_report(type(model).__name__, report, what, where)
+    if hub and (cached := cached_folder(location, revision)) is not None:
+        model.config._commit_hash = cached.name  # as transformers did before 5.24; it is never saved
     return model
+
+
+def cached_folder(name: str, revision: str) -> Path | None:
+    """The folder in the hub's cache that holds a model; None: it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _no_table(record: LogRecord) -> bool:

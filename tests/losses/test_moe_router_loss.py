@@ -32,4 +32,6 @@ def test_trained_routers_are_told():
     names = [name for name, _ in model.named_parameters()]
     assert "1 routers" in router_warning(model.config, names)
     assert router_warning(model.config, [name for name in names if "gate.w" not in name]) is None
+    factors = [f"base_model.model.model.layers.0.mlp.gate.lora_{factor}.default.weight" for factor in "AB"]
+    assert "1 routers" in router_warning(model.config, factors)
     assert router_warning(LlamaConfig(), ["model.layers.0.mlp.gate_proj.weight", "x.gate.weight"]) is None

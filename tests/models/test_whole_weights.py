@@ -5,7 +5,10 @@ one, or tuning the base further.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +23,7 @@ from mtft.fuse.load_models import load_model, load_weak_model
 from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.learned.gates import Gates
 from mtft.models.adapters import load_adapter
-from mtft.models.loading import load_base, load_causal_lm
+from mtft.models.loading import load_base, load_causal_lm, load_tokenizer
 from mtft.models.lora import add_lora, continue_lora
 from mtft.recipe.schema.lora import LoraSection
 from mtft.recipe.schema.model import ModelSection
@@ -52,7 +55,7 @@ def adapter(model_folder, tmp_path_factory):
         for name, value in model.named_parameters():
             if "lora_B" in name:
                 value.normal_(std=0.05, generator=torch.Generator().manual_seed(3))
-    return export_model(model, tmp_path_factory.mktemp("run"), tokenizer=None)
+    return export_model(model, tmp_path_factory.mktemp("run"), tokenizer=load_tokenizer(section(model_folder)))
 
 
 # --- bases
@@ -272,10 +275,30 @@ def test_training_on_records_the_base_of_the_recipe(model_folder, adapter, tmp_p
     """lora.start after the base has moved: what the new adapter names is where the base is now."""
     moved = shutil.copytree(model_folder, tmp_path / "moved")
     model = continue_lora(load_base(section(moved)), LoraSection(r=4, alpha=8, start=str(adapter)))
-    exported = export_model(model, tmp_path / "run", tokenizer=None)
+    exported = export_model(model, tmp_path / "run", tokenizer=load_tokenizer(section(moved)))
     assert json.loads((exported / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
     base = json.loads((exported / BASE).read_text())
     assert base == {"model": str(moved), "revision": None, "fingerprint": fingerprint(model_folder)}
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_is_known_by_its_weights_in_the_cache(model_folder, tmp_path):
+    """The cache of huggingface_hub as it lies on disk; no network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(model_folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    code = (
+        "from mtft.models.adapters import base_of\nfrom mtft.models.loading import load_base\n"
+        "from mtft.recipe.schema.model import ModelSection\n"
+        "base = base_of(load_base(ModelSection(path='org/tiny', dtype='fp32')))\n"
+        "print(base.model, base.revision, base.fingerprint)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-3:] == ["org/tiny", commit, fingerprint(model_folder)]
 
 
 def test_merging_compares_weights_and_not_paths(model_folder, adapter, others, tmp_path):

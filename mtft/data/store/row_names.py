@@ -50,7 +50,7 @@ def drop_repeated_names(folder: Path, files: Sequence[tuple[str, int]]) -> dict[
         return {}
     row_of = np.cumsum(starts_row) - 1
     drop = np.isin(row_of, row_of[named[repeated]])
-    later, earlier = named[repeated[0]], named[first[group[repeated[0]]]]
+    later, earlier = int(named[repeated[0]]), int(named[first[group[repeated[0]]]])
     name = names[ends[later] - lengths[later] : ends[later]].tobytes().decode("utf-8")
     names[~np.repeat(drop, lengths)].tofile(folder / "names.bin")
     np.where(drop, 0, lengths).astype(np.uint16).tofile(folder / "name_lengths.bin")

@@ -45,14 +45,14 @@ def adapter_paths(recipe: Recipe, adapters: Sequence[str | Path] | None = None) 
     return paths
 
 
-def plan_recipe(recipe: Recipe) -> FusionPlan:
-    """What is known of a recipe's fusion before any weight is read, checked."""
+def plan_recipe(recipe: Recipe, *, trained: bool = True) -> FusionPlan:
+    """What is known of a recipe's fusion before any weight is read, checked. trained: its own adapter is there."""
     section = fuse_section(recipe)
     strong, base = section.strong, section.base or recipe.model
     return plan_fusion(
         strong.path,
         base.path,
-        adapter_paths(recipe),
+        adapter_paths(recipe) if trained else section.adapters,
         fusion_spec(section),
         routed=section.router is not None,
         revision=strong.revision,

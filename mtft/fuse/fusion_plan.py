@@ -64,7 +64,7 @@ class FusionPlan:
 def plan_fusion(
     strong: str | Path,
     base: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[str | Path] | None,
     spec: FusionSpec,
     *,
     tokens: str | None = None,
@@ -73,9 +73,14 @@ def plan_fusion(
     revision: str = "main",
     base_revision: str = "main",
 ) -> FusionPlan:
-    """Tokenizers and configs of a fusion, checked. Raises FusionError (or UserError) for what can't work."""
-    check_experts(adapters)
-    spec.check_experts(len(adapters))
+    """Tokenizers and configs of a fusion, checked. Raises FusionError (or UserError) for what can't work.
+
+    adapters: None if they are not trained yet: then the models alone are looked at.
+    """
+    if adapters is not None:
+        check_experts(adapters)
+        spec.check_experts(len(adapters))
+    adapters = adapters or ()
     if not routed and spec.weights == "router":
         raise FusionError(NO_ROUTER, do=MERGE_FIRST)
     for adapter in map(Path, adapters):

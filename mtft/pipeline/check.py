@@ -74,7 +74,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     from mtft.losses.balancers import make_balancer
     from mtft.models.cpu_precision import precision_warnings
     from mtft.models.loading import load_tokenizer, read_config
-    from mtft.training.memory.estimate import check_adapter, estimate_memory, meta_model
+    from mtft.training.memory.estimate import estimate_memory, meta_model
     from mtft.training.online_mixture import describe_online_mixture, make_controller
     from mtft.training.preflight import (
         attention_of,
@@ -117,8 +117,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     warnings += [line for line in more if line is not None]
     learnt = sum(task.tokens_per_step * task.supervised_tokens / task.tokens for task in data.tasks if task.tokens)
     meta = meta_model(recipe)
-    if recipe.lora is not None:
-        warnings += check_adapter(recipe, meta.model)
+    warnings += check_later_stages(recipe, meta.model)
     memory = estimate_memory(
         recipe,
         meta=meta,
@@ -128,6 +127,19 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     )
     online = describe_online_mixture(recipe, make_controller(recipe, plan)) if isinstance(plan, ReplannedPlan) else None
     return CheckReport(data, memory, tuple(warnings), online)
+
+
+def check_later_stages(recipe: Recipe, adapted: Any) -> list[str]:
+    """What the merge and fuse stages would refuse after the training, as far as models without weights tell.
+
+    adapted: the model with its adapter, on the meta device. Returns what is worth knowing.
+    """
+    from mtft.fuse.from_recipe import plan_recipe
+    from mtft.training.memory.estimate import check_adapter
+
+    said = [] if recipe.lora is None else check_adapter(recipe, adapted)
+    coverage = None if recipe.fuse is None else plan_recipe(recipe, trained=False).coverage()
+    return said if coverage is None else [*said, coverage]
 
 
 def check_names(recipe: Recipe) -> None:

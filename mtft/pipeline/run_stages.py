@@ -23,7 +23,7 @@ from data_mixers.mixture.mixture import Mixture
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
 from mtft.evaluation.score_cache import Scores, load_or_score, table
-from mtft.pipeline.check import check_names
+from mtft.pipeline.check import check_later_stages, check_names
 from mtft.pipeline.stages.stage_cache import read_json, run_cached_stage
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.merge import MergeSection
@@ -58,7 +58,12 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
     from mtft.pipeline.stages.fuse import fuse_stage
     from mtft.pipeline.stages.merge import merge_stage
     from mtft.pipeline.stages.train import joint_labels, planned_runs, train_runs
+    from mtft.training.memory.estimate import meta_model
+    from mtft.training.preflight import refuse_settings
 
+    refuse_settings(recipe)
+    for line in check_later_stages(recipe, meta_model(recipe).model):
+        say(f"note: {line}")
     say("data: reading the tasks, and tokenising what is new")
     tokenizer = load_tokenizer(recipe.model)
     stores, eval_stores = (open_stores(recipe, tokenizer, which) for which in ("train", "eval"))

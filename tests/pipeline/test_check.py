@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from mtft.common.errors import UserError
 from mtft.pipeline.check import check_recipe
+from mtft.pipeline.run_stages import run_recipe
 from mtft.quickstart import model_path
 from mtft.recipe.load import load_recipe
 
@@ -97,3 +98,23 @@ def test_epoch_caps_are_named_only_where_one_binds(recipe, tmp_path):
         loaded = recipe(tasks, shares, *caps, *size)
         (line, *_) = [line for line in check_recipe(loaded).data.warnings if "played (" in line]
         assert ("epoch caps" in line) == named
+
+
+def test_models_that_cannot_be_fused_are_found_before_the_training(recipe, tmp_path):
+    """Two tokenizers without a token map: known from their files, and refused by the fuse stage after hours."""
+    strong = tmp_path / "strong"
+    strong.mkdir()
+    source = model_path("strong")
+    for file in source.iterdir():
+        if file.name != "tokenizer.json":
+            (strong / file.name).symlink_to(file)
+    core = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = core["model"]["vocab"]
+    one, other = list(vocabulary)[500:502]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (strong / "tokenizer.json").write_text(json.dumps(core))
+    fused = recipe("fuse={strong: {path: ./strong}, tokens: strict}")
+    for command in (check_recipe, run_recipe):
+        with pytest.raises(UserError, match="tokenizer"):
+            command(fused)
+    assert not list((tmp_path / "out").glob("train")), "found before the first stage"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE),
     *("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt"),
 )
-COMPANIONS = frozenset({*TOKENIZER_FILES, "generation_config.json"})
+COMPANIONS = frozenset({*TOKENIZER_FILES, "generation_config.json", MORE_TEMPLATES})
 
 
 def copy_companions(adapters: Sequence[Path], folder: Path) -> bool:
@@ -19,11 +18,17 @@ def copy_companions(adapters: Sequence[Path], folder: Path) -> bool:
 
     Adapters that were trained with other chat templates, or other tokens, have no one way to be prompted.
     """
-    having = [path for path in adapters if any((path / name).is_file() for name in COMPANIONS)]
-    names = sorted({name for path in having for name in COMPANIONS if (path / name).is_file()})
-    contents = [[(path / name).read_bytes() if (path / name).is_file() else None for name in names] for path in having]
+    contents = [found for path in adapters if (found := _companions(path))]
     if any(content != contents[0] for content in contents):
         return False
-    for name in names:
-        shutil.copyfile(having[0] / name, folder / name)
+    for name, content in contents[0].items() if contents else ():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     return True
+
+
+def _companions(folder: Path) -> dict[str, bytes]:
+    """{name: content} of the companions in a folder; tokenizers may have templates with names too (tool_use)."""
+    named = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+    paths = [*(folder / name for name in sorted((*TOKENIZER_FILES, "generation_config.json"))), *named]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}

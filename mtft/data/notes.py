@@ -11,6 +11,7 @@ NOTES = {
     "thinking_passed": "thinking inside <think> of a content is given to the chat template as its reasoning",
     "thinking_written": "thinking is written into <think> in front of the answer: the template knows no other place",
     "tools_ignored": "conversations have tools that the chat template does not show",
+    "empty_thought": "empty thoughts (<think></think>) in front of answers are left to the chat template",
     "eos_appended": "each turn became an example with an end token: the chat template ends turns without one",
     "opened": "answers lack what the template's generation prompt opens: at inference it will stand there",
     "thought_closed": "answers begin by closing the thought that the template's generation prompt opens",

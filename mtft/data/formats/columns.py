@@ -153,7 +153,8 @@ def _named(task: TaskSection, wanted: str, rows: Sequence[Mapping], columns: lis
                 used = set(mapping.values())
                 mapping |= {role: role for role in form.may if role not in used}
                 if name == "sharegpt" and _role_content(row.get(mapping["conversations"])):
-                    return RowReader("messages", {"messages": mapping["conversations"]})
+                    beside = {role: column for role, column in mapping.items() if role != "conversations"}
+                    return RowReader("messages", {"messages": mapping["conversations"]} | beside)
                 return RowReader(name, mapping)
     need = "; ".join(f"{name}: {', '.join(FORMATS[name].needs)}" for name in candidates)
     hints = [
@@ -199,7 +200,7 @@ def _compile(task: TaskSection, columns: list[str]) -> tuple[Callable[[Mapping[s
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     where = f"tasks.{task.name}.template"
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_written)
     try:
         tree = environment.parse(task.template or "")
         compiled = environment.from_string(tree)
@@ -214,11 +215,24 @@ def _compile(task: TaskSection, columns: list[str]) -> tuple[Callable[[Mapping[s
     return partial(_render, compiled), used
 
 
+def _written(value: Any) -> Any:
+    """What `{{ ... }}` writes. A null would be written as "None"; `{% if column %}` asks for it."""
+    if value is None:
+        raise RowError("the template writes a null: ask for it first, {% if column %}")
+    if isinstance(value, list | dict):
+        raise RowError(
+            "the template writes a list or an object: pick from it, or use {{ column | tojson }}", None, value
+        )
+    return value
+
+
 def _render(compiled: Any, row: Mapping[str, Any]) -> str:
     from jinja2 import TemplateError
 
     try:
         return compiled.render(row)
+    except RowError:
+        raise
     except TemplateError as error:
         raise RowError(f"the template fails: {error}") from error
     except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:  # {{ a / b }} on strings

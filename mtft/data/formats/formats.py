@@ -45,7 +45,8 @@ def _chat(column: str, **keys: str) -> Callable[[Mapping[str, Any]], Conversatio
 
 def _pair(get: Mapping[str, Any]) -> Conversation:
     prompt, response = get["prompt"], get["response"]
-    if isinstance(prompt, list):  # conversational pairs: two lists of messages
+    if isinstance(prompt, list):  # conversational pairs: two lists of messages, of which the second is learnt
+        prompt = [{**m, "train": False} if isinstance(m, dict) and _answers(m) else m for m in prompt]
         tail = response if isinstance(response, list) else [{"role": "assistant", "content": response}]
         return _conversation(get, as_messages([*prompt, *tail], "prompt + response"))
     turns = (_user(as_text(prompt, "prompt")), _assistant(as_text(response, "response", empty=False)))
@@ -86,12 +87,16 @@ def _multiple_choice(get: Mapping[str, Any]) -> Conversation:
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(marks):
         raise RowError("expected a list of 2 to 26 choices", "choices", choices)
     texts = [as_text(choice, "choices") for choice in choices]
-    if isinstance(answer, str) and answer in texts:
-        right = texts.index(answer)
-    elif isinstance(answer, str) and answer in list(marks)[: len(texts)]:
-        right = list(marks).index(answer)
-    else:
-        right = _index(answer, len(texts), "answer")
+    meant = set()
+    if isinstance(answer, str):
+        known = list(marks)[: len(texts)]
+        meant |= {texts.index(answer)} if answer in texts else set()
+        meant |= {known.index(answer)} if answer in known else set()
+        if answer.strip().isdecimal() and int(answer) < len(texts) and answer not in known:
+            meant.add(int(answer))
+    if len(meant) > 1:
+        raise RowError("is the text of one choice and the letter or number of another", "answer", answer)
+    right = meant.pop() if meant else _index(answer, len(texts), "answer")
     lines = [f"{mark}. {text}" for mark, text in zip(marks, texts, strict=False)]
     prompt = "\n".join([as_text(get["question"], "question"), *lines])
     return _conversation(get, (_user(prompt), _assistant(str(marks[right]))))
@@ -109,6 +114,11 @@ FORMATS: dict[str, RowFormat] = {
     "classification": RowFormat(("text", "label"), ("label_names", "system"), _classification),
     "text": RowFormat(("text",), (), _plain),
 }
+
+
+def _answers(message: Mapping[str, Any]) -> bool:
+    """Whether a turn is the assistant's and does not say itself whether it is learnt."""
+    return message.get("role") == "assistant" and not message.keys() & {"weight", "train", "loss"}
 
 
 def _user(text: str) -> dict[str, Any]:

@@ -32,16 +32,24 @@ _OTHER_NAMES = {
 }
 _CALLERS = ("function_call", "tool_call")  # roles of turns whose text is a call, as JSON
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which data carry an answer's thoughts
+_ARGUMENTS = ("arguments", "parameters", "input")  # of a call: OpenAI, Llama 3.1, Anthropic
 # Keys of a turn that say whether it is learnt, and what each of their values means.
 _LEARNT = {"weight": {0: False, 1: True}, "train": {False: False, True: True}, "loss": {False: False, True: True}}
 # Keys that would change what is learnt in a way that is not offered: never passed over in silence.
+_SAY_WEIGHT = "say which turns are learnt with `weight` (0 or 1) of a turn"
+_PICTURES = ("image", "images", "image_url", "video", "videos", "audio", "audios")
 _REFUSED = {
-    "loss_mask": "say which turns are learnt with `weight` (0 or 1) of a turn",
-    "masked": "say which turns are learnt with `weight` (0 or 1) of a turn",
-    "images": "only text can be learnt here",
-    "videos": "only text can be learnt here",
-    "audios": "only text can be learnt here",
-    "audio": "only text can be learnt here",
+    "loss_mask": _SAY_WEIGHT,
+    "masked": _SAY_WEIGHT,
+    **dict.fromkeys(("loss_scale", "mask", "training", "train_detail"), _SAY_WEIGHT),
+    **dict.fromkeys(_PICTURES, "only text can be learnt here"),
+}
+# Columns of the same kind, of which one says what is learnt and the other is the opposite.
+_REFUSED_COLUMNS = {
+    **_REFUSED,
+    **dict.fromkeys(
+        ("rejected", "rejected_response", "rejected_messages", "chosen"), "preferences can't be learnt yet"
+    ),
 }
 
 
@@ -111,10 +119,16 @@ def check_messages(value: object, column: str, *, role: str = "role", content: s
             if not {role, content} <= item.keys():
                 raise RowError(f"expected the keys {role!r} and {content!r}", here, item)
             rest = {key: part for key, part in item.items() if key not in (role, content)}
+            if twice := rest.keys() & {"role", "content"}:
+                raise RowError(
+                    f"two keys say the same: {sorted(twice)[0]!r} beside {role!r} and {content!r}", here, item
+                )
             item = {**rest, "role": item[role], "content": item[content]}
         message = _message(item, here)
         calls = item["role"] in _CALLERS
         if calls and calls_before:  # calls that were made at the same time, one turn each (ms-swift)
+            if (one := _but_calls(messages[-1])) != (other := _but_calls(message)):
+                raise RowError(f"calls of one turn, and their other keys differ: {one} and {other}", here, item)
             messages[-1] = {**messages[-1], "tool_calls": messages[-1]["tool_calls"] + message["tool_calls"]}
         else:
             messages.append(message)
@@ -163,12 +177,12 @@ def refused_column(column: str, value: object) -> str | None:
         return None
     if column == "history":
         return "earlier turns are read beside prompt and response only: put them into the messages"
-    if column in ("image", "video"):
-        return _REFUSED[f"{column}s"]
     if column == "weight":
         neutral = isinstance(value, int | float) and value == 1
         return None if neutral else "rows have no weights of their own: weigh their task (tasks.*.weight)"
-    return _REFUSED.get(column)
+    if column == "label" and isinstance(value, bool):
+        return "it says which answers are good (KTO), and bad ones would be learnt: leave those rows out"
+    return _REFUSED_COLUMNS.get(column)
 
 
 def _list(value: object, column: str, what: str) -> list[Any]:
@@ -254,13 +268,30 @@ def _calls(value: object, column: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError("expected an object with function.name", f"{column}[{position}]", call)
-        arguments = function.get("arguments", {})
+        here = f"{column}[{position}]"
+        as_text(function["name"], f"{here}.function.name", empty=False)
+        around = {key: call[key] for key in ("type", "id", "index") if call.get(key) is not None}
+        said = [key for key in _ARGUMENTS if function.get(key) is not None]
+        unknown = function.keys() - {"name", "type", "id", "index", *_ARGUMENTS}
+        unknown |= call.keys() - {"function", "type", "id", "index", *(function if function is call else ())}
+        if unknown or len(said) > 1:
+            what = f"a call has keys that are not read: {', '.join(sorted(unknown) or said[1:])}"
+            raise RowError(what, here, call)
+        arguments = function[said[0]] if said else {}
         if isinstance(arguments, str):
-            arguments = _json(arguments or "{}", f"{column}[{position}].function.arguments")
-        as_text(function["name"], f"{column}[{position}].function.name", empty=False)
-        around = {key: part for key, part in call.items() if key != "function"} if "function" in call else {}
-        calls.append({"type": "function", **around, "function": {**function, "arguments": arguments}})
+            arguments = _json(arguments or "{}", f"{here}.function.arguments")
+        if not isinstance(arguments, dict):
+            raise RowError("expected an object of arguments", f"{here}.function.arguments", arguments)
+        try:
+            json.dumps(arguments, allow_nan=False)
+        except ValueError:
+            raise RowError("holds a number that is no JSON (NaN, Infinity)", f"{here}.function.arguments") from None
+        calls.append({"type": "function", **around, "function": {"name": function["name"], "arguments": arguments}})
     return calls
+
+
+def _but_calls(message: Message) -> Message:
+    return {key: part for key, part in message.items() if key != "tool_calls"}
 
 
 def _calls_of_text(text: object, column: str) -> list[dict[str, Any]]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mtft.common.errors import UserError
+from mtft.data.readers.json_stream import unique_keys
 
 if TYPE_CHECKING:
     import pyarrow
@@ -43,6 +44,21 @@ def parquet_rows(path: str, name: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path} is not a Parquet file that can be read: {error}", do="make it again") from error
 
 
+def parquet_features(path: str) -> Mapping[str, Any]:
+    """The `datasets` features that a Parquet file was written with; empty for any other file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if not path.endswith(".parquet"):
+        return {}
+    from datasets import Features
+
+    try:
+        return Features.from_arrow_schema(pyarrow.parquet.read_schema(path))
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError):
+        return {}  # the rows speak for themselves
+
+
 def refuse_repeated(columns: Sequence[str], name: str, line: int = 1) -> None:
     """UserError if two columns have one name: which of them counts can't be known."""
     twice = [column for column, count in Counter(columns).items() if count > 1]
@@ -55,8 +71,21 @@ def table_rows(table: pyarrow.Table | pyarrow.RecordBatch) -> Iterator[dict[str,
     """Rows of a table. A null column stays None (it is missing for that row); nulls further in are left out."""
     types = {field.name: field.type for field in table.schema}
     plain = {name for name, kind in types.items() if not _nested(kind)}
-    for row in table.to_pylist():
+    for row in _plain_rows(table):
         yield {name: value if name in plain else _value(value, types[name]) for name, value in row.items()}
+
+
+def _plain_rows(table: pyarrow.Table | pyarrow.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        return table.to_pylist()
+    except (ValueError, OverflowError, LookupError) as error:  # a date in the year 300,000; text that is no UTF-8
+        for name, column in zip(table.schema.names, table.columns, strict=True):
+            try:
+                column.to_pylist()
+            except (ValueError, OverflowError, LookupError):
+                what = f"the column {name!r} holds what can't be read: {error}"
+                raise UserError(what, do="write it as text, or leave it out") from error
+        raise
 
 
 def _nested(kind: pyarrow.DataType) -> bool:
@@ -83,7 +112,7 @@ def _value(value: Any, kind: pyarrow.DataType) -> Any:
             field.name: _value(value[field.name], field.type) for field in kind if value.get(field.name) is not None
         }
     if pyarrow.types.is_map(kind):
-        return {key: _value(item, kind.item_type) for key, item in value}
+        return unique_keys([(key, _value(item, kind.item_type)) for key, item in value if item is not None])
     if pyarrow.types.is_nested(kind) and not pyarrow.types.is_union(kind):
         return [_value(item, kind.value_type) for item in value]
     return value

@@ -16,6 +16,7 @@ import lzma
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -36,7 +37,7 @@ COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _ope
 
 
 class FileRow(NamedTuple):
-    """One row as it was read. `line` counts from 1; rows of Parquet and saved datasets count as lines."""
+    """One row as it was read. `line` counts from 1; rows of arrays, Parquet and saved datasets count as lines."""
 
     file: str
     line: int
@@ -74,7 +75,7 @@ def read_file(path: str, name: str) -> Iterator[FileRow | RowProblem]:
     """Rows of a file, and problems in place of those that can't be read. `name` is what they call their file."""
     try:
         yield from READERS[suffix(path)](path, name)
-    except (EOFError, OSError, lzma.LZMAError) as error:  # torn archive, vanished file
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:  # torn archive, vanished file
         raise UserError(f"{path} cannot be read: {error}", do="check the file, or make it again") from error
 
 
@@ -121,13 +122,15 @@ def _read_json(path: str, name: str) -> Iterator[FileRow | RowProblem]:
         yield from _one_object(path, name) if start.startswith(b"{") else _read_jsonl(path, name)
         return
     with _open(path) as file:
+        before = 0  # no two rows have one line, also where the whole array stands in one
         for element in iter_array(file):
+            line = before = max(element.line, before + 1)
             if isinstance(element, ArrayError):  # nothing behind a break in an array can be trusted
-                yield RowProblem(name, element.line, element.what, value=element.text or None)
+                yield RowProblem(name, line, element.what, value=element.text or None)
             elif (bad := _not_utf8(element.text)) is not None:
-                yield RowProblem(name, element.line, "invalid UTF-8", value=bad)
+                yield RowProblem(name, line, "invalid UTF-8", value=bad)
             else:
-                yield _checked(name, element.line, element.value)
+                yield _checked(name, line, element.value)
 
 
 def _one_object(path: str, name: str) -> Iterator[FileRow | RowProblem]:

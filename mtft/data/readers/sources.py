@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import blake2b
-from mtft.data.readers.arrow_rows import dataset_rows
+from mtft.data.readers.arrow_rows import dataset_rows, parquet_features
 from mtft.data.readers.row_files import COMPRESSED, READERS, FileRow, RowProblem, read_file, suffix
 from mtft.recipe.schema.task import TaskSection
 
@@ -56,8 +57,8 @@ class SourcePart:
 
     def label_names(self, column: str) -> list[str] | None:
         """Names of a ClassLabel column, where the source has any."""
-        feature = self.dataset.features.get(column) if self.dataset is not None else None
-        names = getattr(feature, "names", None)
+        features = self.dataset.features if self.dataset is not None else parquet_features(self.path)
+        names = getattr(features.get(column), "names", None)
         return list(names) if names else None
 
 
@@ -96,12 +97,18 @@ def _files(entry: str, split: str | None, which: str, key: str) -> list[SourcePa
 
 
 def _saved(path: Path, split: str | None, which: str, key: str) -> SourcePart:
+    import pyarrow
     from datasets import load_from_disk
 
     if not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         do = f"name the files, for instance {path}/*.jsonl"
         raise UserError(f"{path} is a folder, but not one that datasets' save_to_disk wrote", where=key, do=do)
-    return _dataset(load_from_disk(str(path)), path.name, str(path), split, which, key)
+    try:
+        loaded = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the saved dataset {path} can't be read: {reason}", where=key, do="save it again") from error
+    return _dataset(loaded, path.name, str(path), split, which, key)
 
 
 def _hub(entry: str, split: str | None, which: str, key: str) -> SourcePart:
@@ -165,12 +172,16 @@ def _quickstart_files(cache_dir: Path) -> dict[str, Any]:
 
 
 def _shorten(parts: list[SourcePart]) -> list[SourcePart]:
-    """Names relative to the folder that all parts share: short, and the same on every machine."""
-    paths = [part.path for part in parts if part.dataset is None]
-    if not paths:
-        return parts
-    common = os.path.dirname(paths[0]) if len(paths) == 1 else os.path.commonpath([os.path.dirname(p) for p in paths])
-    return [
-        part if part.dataset is not None else replace(part, name=os.path.relpath(part.path, common or "."))
-        for part in parts
-    ]
+    """Names relative to the folder that all parts share: short, the same on every machine, and each once."""
+    paths = [part.path for part in parts if not part.path.startswith("hub:")]
+    common = ""
+    if paths:
+        alone = len(set(paths)) == 1
+        common = os.path.dirname(paths[0]) if alone else os.path.commonpath([os.path.dirname(p) for p in paths])
+    named, used = [], Counter[str]()
+    for part in parts:
+        tail = part.name[part.name.rindex("[") :] if part.dataset is not None and part.name.endswith("]") else ""
+        name = part.name if part.path.startswith("hub:") else os.path.relpath(part.path, common or ".") + tail
+        used[name] += 1
+        named.append(replace(part, name=name if used[name] == 1 else f"{name}({used[name]})"))
+    return named

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,47 @@ def drop_repeated_names(folder: Path, files: Sequence[tuple[str, int]]) -> dict[
     if not len(names):
         return {}
     ends = np.cumsum(lengths, dtype=np.int64)
-    starts_row = row_starts(lines, files)
-    named = np.flatnonzero(starts_row & (lengths > 0))
-    hashes = np.fromiter(
-        (int.from_bytes(blake2b(8, names[ends[i] - lengths[i] : ends[i]].tobytes()).digest()) for i in named),
-        dtype=np.uint64,
-        count=len(named),
-    )
-    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-    repeated = np.flatnonzero(first[group] != np.arange(len(named)))
+    first_N = row_starts(lines, files)
+
+    def name_of(example: int) -> bytes:
+        return names[ends[example] - lengths[example] : ends[example]].tobytes()
+
+    taken = _given_names(lengths, lines, first_N, files, name_of)
+    named = np.flatnonzero(first_N & (lengths > 0))
+    hashes, given = np.empty(len(named), dtype=np.uint64), np.zeros(len(named), dtype=bool)
+    for k, example in enumerate(named):
+        name = name_of(example)
+        hashes[k] = int.from_bytes(blake2b(8, name).digest())
+        given[k] = name in taken
+    _, earliest, group = np.unique(hashes, return_index=True, return_inverse=True)
+    repeated = np.flatnonzero((earliest[group] != np.arange(len(named))) | given)
     if not len(repeated):
         return {}
-    row_of = np.cumsum(starts_row) - 1
+    row_of = np.cumsum(first_N) - 1
     drop = np.isin(row_of, row_of[named[repeated]])
-    later, earlier = int(named[repeated[0]]), int(named[first[group[repeated[0]]]])
-    name = names[ends[later] - lengths[later] : ends[later]].tobytes().decode("utf-8")
-    names[~np.repeat(drop, lengths)].tofile(folder / "names.bin")
-    np.where(drop, 0, lengths).astype(np.uint16).tofile(folder / "name_lengths.bin")
-    places = f"{place(earlier, lines, files)} and {place(later, lines, files)}"
-    return {"rows": len(repeated), "such_as": f"{name!r} at {places}; they are called by file and line"}
+    later = int(named[repeated[0]])
+    earlier = int(named[earliest[group[repeated[0]]]])
+    of = f"{place(earlier, lines, files)} and " if earlier != later else ""
+    such_as = (
+        f"{name_of(later).decode('utf-8')!r} at {of}{place(later, lines, files)}; they are called by file and line"
+    )
+    kept, changed = names[~np.repeat(drop, lengths)], np.where(drop, 0, lengths).astype(np.uint16)
+    kept.tofile(folder / "names.bin")
+    changed.tofile(folder / "name_lengths.bin")
+    return {"rows": len(repeated), "such_as": such_as}
+
+
+def _given_names(
+    lengths: np.ndarray,
+    lines: np.ndarray,
+    first_N: np.ndarray,
+    files: Sequence[tuple[str, int]],
+    name_of: Callable[[int], bytes],
+) -> set[bytes]:
+    """Names that we give: to rows without one, and to the further examples of a row (NAME#2)."""
+    given, part = set(), 1
+    for example in np.flatnonzero((lengths == 0) | ~first_N):
+        part = 1 if first_N[example] else part + 1 if example and not first_N[example - 1] else 2
+        name = name_of(example) or place(int(example), lines, files).encode()
+        given.add(name if part == 1 else name + f"#{part}".encode())
+    return given

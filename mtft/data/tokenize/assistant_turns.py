@@ -160,4 +160,8 @@ def _end_in(text: str, turn: Turn, special: tuple[str, ...]) -> int | None:
 
 def common_length(a: str, b: str) -> int:
     """Length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # by halves: a loop over characters is most of the time of long conversations
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a.startswith(b[low:middle], low) else (low, middle - 1)
+    return low

@@ -54,7 +54,7 @@ class ChatRenderer:
             notes.add("special_in_text")
         if len(examples) > 1:
             notes.add("split")
-        notes |= {f"{KEY}{key}" for key in self.template.unread_keys(messages)}
+        notes |= {f"{KEY}{key}" for key in self.template.unread_keys(messages, tools)}
         self.notes.update(notes)
         return examples
 

@@ -56,6 +56,8 @@ class RowEncoder:
     def __call__(self, block: Block, tokenise: bool = True) -> EncodedBlock:
         """tokenise=False only looks for problems."""
         texts: list[tuple[int, RenderedChat]] = []
+        examples: list[tuple[int, Example]] = []
+        waiting = 0  # characters of texts
         problems: list[tuple[int, RowProblem]] = []
         notes = self.renderer.notes
         notes.clear()
@@ -68,11 +70,19 @@ class RowEncoder:
             for column in self.reader.unseen:
                 notes[f"{FOUND}{column}"] += not is_blank(row.data.get(column))
             try:
-                texts += [(index, text) for text in self.renderer.render(self.reader(row.data))]
+                rendered = self.renderer.render(self.reader(row.data))
+                texts += [(index, text) for text in rendered] if tokenise else []
+                waiting += sum(len(text.text) for text in rendered)
             except RowError as error:
                 problems.append((index, RowProblem(row.file, row.line, error.what, error.column, error.value)))
-        examples = encode(self.tokenizer, [text for _, text in texts]) if tokenise else []
-        return EncodedBlock([(i, one) for (i, _), one in zip(texts, examples)], problems, Counter(notes))
+            if waiting > BLOCK_CHARACTERS:  # a template that splits conversations makes much text of few rows
+                examples += self._encoded(texts)
+                texts, waiting = [], 0
+        return EncodedBlock([*examples, *self._encoded(texts)], problems, Counter(notes))
+
+    def _encoded(self, texts: list[tuple[int, RenderedChat]]) -> list[tuple[int, Example]]:
+        found = encode(self.tokenizer, [text for _, text in texts])
+        return [(index, example) for (index, _), example in zip(texts, found, strict=True)]
 
     def preview_empty_row(self, row: FileRow) -> str:
         """How the example of a row without an answer would look."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from mtft.data.formats.messages import REASONING, Message, RowError
 from mtft.data.tokenize.assistant_turns import RenderedChat
-from mtft.data.tokenize.template import inline_thought
+from mtft.data.tokenize.template import inline_thought, without_empty_thought
 
 SHAPES = 4096  # of conversations whose result is remembered
 
@@ -116,6 +116,8 @@ def _texts(message: Message) -> Iterator[tuple[str, str]]:
     if thought is not None:
         yield "thinking", thought.thinking.strip()
     words = message["content"] if thought is None else thought.answer
+    if message["role"] == "assistant":
+        words = without_empty_thought(words)
     if words.strip():
         yield "text", words.strip()
     for key in REASONING:
@@ -163,9 +165,11 @@ def _shows(text: str, words: str, times: int) -> bool:
 
 def _shape(value: object) -> object:
     """What a template may look at in a message beside its words."""
+    if isinstance(value, bool):
+        return value
     if isinstance(value, dict):
-        named = ("role", "name", "train")
-        return tuple((key, item if key in named else _shape(item)) for key, item in value.items())
+        role = value.get("role")
+        return (role if isinstance(role, str) else None, *((key, _shape(item)) for key, item in value.items()))
     if isinstance(value, list | tuple):
         return tuple(_shape(item) for item in value)
     if isinstance(value, str):
@@ -177,7 +181,7 @@ def _with_markers(message: Message, numbers: Iterator[int]) -> Message:
     """The message with markers for all its texts; thinking inside a content stays where it is."""
 
     def marker() -> str:
-        return f"Zq{next(numbers)}xq"
+        return f"Mk{next(numbers)}xq"
 
     def marked(value: object) -> object:
         if isinstance(value, dict):

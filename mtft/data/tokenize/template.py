@@ -37,7 +37,9 @@ DEFAULT_TEMPLATE = """\
 
 PROBE = "Zq7x"
 _PROBE_TOOL = {"name": PROBE, "description": "probe", "parameters": {"type": "object", "properties": {}}}
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+# In data of R1 and QwQ the opening tag stood in the prompt, and is missing.
+_THOUGHT = re.compile(r"\s*(?:<think>)?((?:(?!<think>).)*?)</think>(.*)", re.DOTALL)
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 # Keys that carry no words of a message, or that are always dealt with.
 _PLUMBING = {"role", "content", "tool_calls", "tool_call_id", "id", "train", *REASONING}
 
@@ -51,8 +53,15 @@ class Thought(NamedTuple):
 
 def inline_thought(content: str) -> Thought | None:
     """The thinking that stands in front of an answer, inside the answer's own text. None if there is none."""
-    found = _THOUGHT.fullmatch(content)
-    return Thought(found[1], found[2]) if found and found[1].strip() else None
+    found = _THOUGHT.fullmatch(content) if "</think>" in content else None
+    whole = found is not None and "</think>" not in found[2] and found[1].strip()
+    return Thought(found[1], found[2]) if found is not None and whole else None
+
+
+def without_empty_thought(content: str) -> str:
+    """An answer without the empty <think></think> in front of it (Qwen3's way of not thinking)."""
+    found = _EMPTY_THOUGHT.match(content)
+    return content[found.end() :] if found and content[found.end() :] else content
 
 
 class ChatTemplate:
@@ -67,12 +76,13 @@ class ChatTemplate:
         self.source: str = default if self.default else str(tokenizer.chat_template)
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self.special = tuple({*tokenizer.all_special_tokens, *added})
+        self._read_keys: dict[tuple[Any, ...], bool] = {}
         self._parts = self._text_calls = self._null_content = False
         user = {"role": "user", "content": "a"}
         if not self._shows([user | {"content": PROBE}]):
             self._parts = True  # templates of models with vision drop plain text: they want a list of parts
             if not self._shows([user | {"content": PROBE}]):
-                what = "the chat template of the model does not show what the user says"
+                what = "the chat template of the model does not show what the user says" + self._why([user])
                 do = "mend tokenizer.chat_template, or name another one in model.chat_template"
                 raise UserError(what, where="model.path", do=do)
         self.shows_system = self._shows([{"role": "system", "content": PROBE}, user])
@@ -134,16 +144,37 @@ class ChatTemplate:
         """Whether the thinking stands in the content, for a template that may cut it off."""
         return not self.reasoning and self.knows_thoughts and inline_thought(message["content"]) is not None
 
-    def unread_keys(self, messages: Sequence[Message]) -> set[str]:
-        """Keys of messages that the template has no word for."""
-        named = {key for message in messages for key in message} - _PLUMBING
-        if not named:
-            return named
-        named -= {"name"} if not any("name" in message for message in messages if message["role"] != "tool") else set()
-        return {key for key in named if not re.search(rf"\b{re.escape(key)}\b", self.source)}
+    def unread_keys(self, messages: Sequence[Message], tools: Any = None) -> set[str]:
+        """Keys of messages that don't change the text: the template has no word for them.
+
+        Each is asked for once a role and set of neighbours, by rendering without it.
+        """
+        found = set()
+        for i, message in enumerate(messages):
+            named = message.keys() - (_PLUMBING | {"name"} if message["role"] == "tool" else _PLUMBING)
+            for key in named:
+                asked = (key, message["role"], i == 0, *sorted(message.keys()))
+                if asked not in self._read_keys:
+                    self._read_keys[asked] = self._reads(messages, i, key, tools)
+                if not self._read_keys[asked]:
+                    found.add(key)
+        return found
+
+    def _reads(self, messages: Sequence[Message], i: int, key: str, tools: Any) -> bool:
+        without = [m if j != i else {k: v for k, v in m.items() if k != key} for j, m in enumerate(messages)]
+        texts = [self.apply(self.adapt(some[: i + 1])[0], tools) for some in (messages, without)]
+        return texts[0] != texts[1]
 
     def _with_thinking(self, message: Message, notes: set[str]) -> Message:
         """Thinking under the key that the template knows; in the content where it knows none but cuts off thoughts."""
+        content = message["content"]
+        if content.lstrip().startswith("<think>") and "</think>" not in content:
+            raise RowError("an answer opens a thought, <think>, and never closes it")
+        if not self.reasoning and not self.knows_thoughts:
+            return message  # to this template a thought is text like any other
+        if (rest := without_empty_thought(content)) != content:
+            notes.add("empty_thought")
+            message = message | {"content": rest}
         said = next((key for key in REASONING if message.get(key)), None)
         if self.reasoning:
             thought = None if said else inline_thought(message["content"])
@@ -153,7 +184,9 @@ class ChatTemplate:
             if said and said not in self.reasoning:
                 rest = {key: value for key, value in message.items() if key != said}
                 return rest | {self.reasoning[0]: message[said]}
-        elif said and self.knows_thoughts:
+        elif (thought := inline_thought(message["content"])) is not None and not content.lstrip().startswith("<think>"):
+            return message | {"content": f"<think>\n{thought.thinking.strip()}\n</think>\n\n{thought.answer.lstrip()}"}
+        elif said:
             notes.add("thinking_written")
             rest = {key: value for key, value in message.items() if key != said}
             return rest | {"content": f"<think>\n{message[said].strip()}\n</think>\n\n{message['content']}"}
@@ -169,6 +202,14 @@ class ChatTemplate:
         if self._parts and message["content"] is not None:
             message = message | {"content": [{"type": "text", "text": message["content"]}]}
         return message
+
+    def _why(self, messages: list[Message]) -> str:
+        """The error of the template, if that is why it shows nothing."""
+        try:
+            self.apply(messages, generate=True)
+        except RowError as error:
+            return f": {error.what}"
+        return ""
 
     def _shows(self, messages: list[Message], tools: Any = None) -> bool:
         """Whether the template puts a probe into the text at all."""

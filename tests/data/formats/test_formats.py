@@ -295,7 +295,7 @@ def test_globs_and_lists_keep_a_fixed_order(tmp_path):
     for name in ("b", "a"):
         (tmp_path / f"{name}.jsonl").write_text('{"x": 1}')
     parts = find_source_parts(task(data=(str(tmp_path / "*.jsonl"), str(tmp_path / "b.jsonl"))), "train", tmp_path)
-    assert [part.name for part in parts] == ["a.jsonl", "b.jsonl", "b.jsonl"]
+    assert [part.name for part in parts] == ["a.jsonl", "b.jsonl", "b.jsonl(2)"]
 
 
 @pytest.mark.parametrize(

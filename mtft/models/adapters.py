@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+_BASES: WeakKeyDictionary[nn.Module, BaseIdentity] = WeakKeyDictionary()
 USE_ITS_BASE = "use the base model that its adapter_config.json names (base_model_name_or_path)"
 
 
@@ -158,7 +160,14 @@ def check_base(folder: str | Path, model: PreTrainedModel, *, where: str | None 
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> BaseIdentity:
-    """Which weights a loaded model was read from."""
+    """Which weights a loaded model was read from. Remembered: the files may move while it is trained."""
+    known: BaseIdentity | None = _BASES.get(model)
+    if known is None or known.fingerprint is None:
+        known = _BASES[model] = _find_base(model)
+    return known
+
+
+def _find_base(model: PreTrainedModel) -> BaseIdentity:
     path, commit = str(model.name_or_path or ""), vars(model.config).get("_commit_hash")  # only of a hub model
     if path and Path(path).is_dir():
         place: Path | None = Path(path)

@@ -14,6 +14,7 @@ does not count: that stands in its loading report. Adapters: mtft.models.adapter
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,20 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         except (OSError, UnicodeDecodeError) as error:
             what = f"the chat template {section.chat_template} can't be read: {error}"
             raise UserError(what, where="model.chat_template", do="name a file with a Jinja template") from error
+        _check_template(tokenizer.chat_template, section.chat_template)
     return tokenizer
+
+
+def _check_template(text: str, path: str) -> None:
+    """UserError with the line of a template that can't be parsed."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    marks = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)  # transformers' own tag: parts that the model wrote
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(marks)
+    except TemplateSyntaxError as error:
+        what = f"{path}:{error.lineno}: the chat template can't be parsed: {error.message}"
+        raise UserError(what, where="model.chat_template", do="mend the template") from error
 
 
 def read_config(section: ModelSection) -> PretrainedConfig:

@@ -11,9 +11,11 @@ from mtft.data.formats.formats import FORMATS
 from mtft.data.formats.messages import RowError
 from mtft.data.store.token_store import open_store
 from mtft.data.tokenize.chat_template import ChatRenderer
+from mtft.models.loading import load_tokenizer
+from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.task import TaskSection
 from tests.data.test_cases import Learnt, read, refusal
-from tests.data.tokenize.stock import STOCK, stock
+from tests.data.tokenize.stock import FOLDER, STOCK, stock
 from tests.data.toy_examples import TEMPLATES, tokenizer
 
 USER = {"role": "user", "content": "w1"}
@@ -204,6 +206,48 @@ def test_who_takes_one_round_takes_ten(template):
     system = {"role": "system", "content": "w0"}
     for rounds in range(1, 11):
         assert rendered({"messages": [system, *[USER, answer] * rounds]}, template)
+
+
+# --- chat templates
+
+
+@pytest.mark.parametrize("template", ["llama3", "nemotron_3_nano", "lfm2", "qwen2_5_vl"])
+def test_a_role_that_a_template_only_repeats_is_not_its_own(template):
+    """It writes any role's name; the model has never seen `developer`."""
+    row = {"messages": [{"role": "developer", "content": "Be brief."}, USER, {"role": "assistant", "content": "w2"}]}
+    text = rendered(row, template)[0].text
+    assert "Be brief." in text
+    assert "developer" not in text
+
+
+def test_the_template_of_another_model_is_said():
+    made = tokenizer("<|foreign_start|>{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    assert ChatRenderer(made).template.strange_tokens() == ["<|foreign_start|>"]
+    for name in ("qwen3", "gptoss", "llama3", "gemma3", "phi3"):
+        assert not ChatRenderer(stock(name)).template.strange_tokens()
+
+
+def test_a_template_file_that_cannot_be_parsed_is_named_with_its_line(tmp_path):
+    (tmp_path / "bad.jinja").write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_text("")
+    section = ModelSection(path=str(tmp_path / "model"), chat_template=str(tmp_path / "bad.jinja"))
+    with pytest.raises(UserError, match=r"bad\.jinja:2: the chat template can't be parsed") as caught:
+        load_tokenizer(section)
+    assert caught.value.where == "model.chat_template"
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_templates_can_be_named(tmp_path, name):
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    for variant in (name, f"{name}_training"):
+        path = FOLDER / f"{variant}.jinja"
+        if path.is_file():
+            made = load_tokenizer(ModelSection(path=str(tmp_path), chat_template=str(path)))
+            assert made.chat_template == path.read_text()
 
 
 # --- templates over columns

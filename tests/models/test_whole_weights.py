@@ -281,6 +281,24 @@ def test_training_on_records_the_base_of_the_recipe(model_folder, adapter, tmp_p
     assert base == {"model": str(moved), "revision": None, "fingerprint": fingerprint(model_folder)}
 
 
+def test_a_base_that_is_away_at_the_end_is_remembered(model_folder, tmp_path):
+    """The rehearsal before the first step has asked; an adapter without a fingerprint would fit any base."""
+    moved = shutil.copytree(model_folder, tmp_path / "moved")
+    model = add_lora(load_base(section(moved)), LoraSection(r=4, alpha=8), seed=1)
+    text = load_tokenizer(section(moved))
+    export_model(model, tmp_path / "rehearsed", tokenizer=text)
+    moved.rename(tmp_path / "away")
+    exported = export_model(model, tmp_path / "run", tokenizer=text)
+    assert json.loads((exported / BASE).read_text())["fingerprint"] == fingerprint(model_folder)
+    assert {path.stat().st_mode & 0o777 for path in exported.iterdir()} == {0o666 & ~_umask()}
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @pytest.mark.slow
 def test_a_model_of_the_hub_is_known_by_its_weights_in_the_cache(model_folder, tmp_path):
     """The cache of huggingface_hub as it lies on disk; no network."""

@@ -49,7 +49,9 @@ class BadRowCollector:
     def finish(self) -> None:
         """Raise what policy `error` has collected."""
         if self.fatal:
-            do = "mend the rows, or set train.bad_rows: skip to leave out up to 1 % of a file"
+            do = "mend the rows"
+            if self.count <= LIMIT * self._rows:
+                do += ", or set train.bad_rows: skip to leave them out (up to 1 % of a file)"
             if self.count == self._rows:
                 do = "mend the rows, or name other columns in tasks.*.format"
             self._raise(f"{self.count} of {self._rows} rows can't be used", do)

@@ -140,7 +140,13 @@ def _warnings(stores: Sequence[TokenStore], summary: DataSummary, caps: dict[str
 
 def _ends(tokenizer: Any) -> list[str]:
     """Where the model learns to stop, if that is not where its tokenizer says."""
-    ends = ChatRenderer(tokenizer).end_tokens
+    renderer = ChatRenderer(tokenizer)
+    if strange := renderer.template.strange_tokens():
+        return [
+            f"the chat template writes {', '.join(map(repr, strange[:4]))}, which are no tokens of this tokenizer: "
+            "it is the template of another model"
+        ]
+    ends = renderer.end_tokens
     if not ends or tokenizer.eos_token in ends:
         return []
     learnt = " and ".join(map(repr, ends))

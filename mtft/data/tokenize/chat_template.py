@@ -52,7 +52,7 @@ class ChatRenderer:
             raise loss_error(loss, messages)
         if any(self._special.search(message["content"]) for message in messages):
             notes.add("special_in_text")
-        if len(examples) > 1:
+        if len(examples) > 1 and "eos_appended" not in notes:  # which says that each turn is one
             notes.add("split")
         notes |= {f"{KEY}{key}" for key in self.template.unread_keys(messages, tools)}
         self.notes.update(notes)

@@ -81,7 +81,8 @@ def loss_error(loss: Loss, messages: Sequence[Message]) -> RowError:
     short = words if len(words) <= 40 else f"{words[:37]}..."
     of = "" if loss.what == "text" else f"{loss.what} of "
     which = f"{of}message {loss.message + 1} ({message['role']})"
-    return RowError(f"the chat template shows nothing of {which}: {short!r} would be lost")
+    do = "model.chat_template names another template"
+    return RowError(f"the chat template shows nothing of {which}: {short!r} would be lost ({do})")
 
 
 class ShownWhole:

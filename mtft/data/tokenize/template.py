@@ -44,6 +44,10 @@ _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 _PLUMBING = {"role", "content", "tool_calls", "tool_call_id", "id", "train", *REASONING}
 
 
+# What control tokens look like in the templates of the main families.
+_CONTROL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]|<｜[^｜<>]+｜>")
+
+
 class Thought(NamedTuple):
     """An answer that begins with <think>...</think>."""
 
@@ -86,7 +90,9 @@ class ChatTemplate:
                 do = "mend tokenizer.chat_template, or name another one in model.chat_template"
                 raise UserError(what, where="model.path", do=do)
         self.shows_system = self._shows([{"role": "system", "content": PROBE}, user])
-        self.shows_developer = self._shows([{"role": "developer", "content": PROBE}, user])
+        # a template that writes any role's name has no developer role of its own: the model never saw one
+        of_its_own = "developer" in self.source
+        self.shows_developer = of_its_own and self._shows([{"role": "developer", "content": PROBE}, user])
         self.shows_tools = self._shows([user], ({"type": "function", "function": _PROBE_TOOL},))
         # keys of thinking that the template shows for the last turn
         self.reasoning = tuple(
@@ -143,6 +149,11 @@ class ChatTemplate:
     def writes_thought(self, message: Message) -> bool:
         """Whether the thinking stands in the content, for a template that may cut it off."""
         return not self.reasoning and self.knows_thoughts and inline_thought(message["content"]) is not None
+
+    def strange_tokens(self) -> list[str]:
+        """Control tokens of another model's template: this tokenizer would cut them to pieces."""
+        known = self.tokenizer.get_vocab()
+        return sorted({token for token in _CONTROL.findall(self.source) if token not in known})
 
     def unread_keys(self, messages: Sequence[Message], tools: Any = None) -> set[str]:
         """Keys of messages that don't change the text: the template has no word for them.

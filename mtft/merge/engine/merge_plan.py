@@ -109,7 +109,10 @@ def _base_warnings(first: LoraAdapter, other: LoraAdapter, where: str, allow: bo
     if allow:
         return [what]
     raise MergeError(
-        what, where=where, do="merge adapters of one base, or allow_base_mismatch if it is the same model by two names"
+        what,
+        where=where,
+        do="merge adapters of one base; if it is the same model by two names: merge.allow_base_mismatch: true in a "
+        "recipe, or allow_base_mismatch=True of merge_adapters",
     )
 
 

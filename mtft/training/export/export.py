@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mtft.adapters.base_identity import write_base
-from mtft.common.atomic_io import write_text
+from mtft.common.atomic_io import let_read, write_text
 from mtft.common.errors import UserError
 from mtft.evaluation.task_scores import METRICS, TaskScores
 from mtft.models.adapters import base_of
@@ -56,6 +56,7 @@ def write_weights(
         write_base(folder, base_of(model))
     save_chat_files(folder, tokenizer, model.generation_config)
     check_tensors(folder, must="lora_" if lora else "")
+    let_read(folder)
 
 
 def save_initial(model: Any, run_dir: Path) -> None:
@@ -108,9 +109,21 @@ def write_card(
     kind = "LoRA adapter for" if lora else "Full fine-tuning of"
     lines += [f"{kind} `{base}`, trained by MTFT on {len(recipe.tasks)} tasks.", ""]
     if lora:
-        lines += ["```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+        lines += [
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig",
+            "",
+        ]
         lines += [f'base = AutoModelForCausalLM.from_pretrained("{base}")']
-        lines += [f'model = PeftModel.from_pretrained(base, "{folder}")', "```", ""]
+        lines += [f'model = PeftModel.from_pretrained(base, "{folder}")']
+        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{folder}")  # with the chat template of the training']
+        lines += ['question = [{"role": "user", "content": "What is the capital of Italy?"}]']
+        lines += ['options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}']
+        lines += ["inputs = tokenizer.apply_chat_template(question, **options)"]
+        lines += [f'ends = GenerationConfig.from_pretrained("{folder}").eos_token_id']
+        lines += ["answer = model.generate(**inputs, max_new_tokens=100, eos_token_id=ends)"]
+        lines += ['print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]))', "```", ""]
     lines += how_to_prompt(tokenizer)
     lines += ["## Mixture", "", "| task | asked | realised | rows seen | epochs |", "|---|---|---|---|---|"]
     for row in plan.table():

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtft.adapters.base_identity import recorded_base
 from mtft.common.atomic_io import write_json, write_text
 from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.recipe.schema.recipe import Recipe
@@ -102,6 +103,12 @@ class ReloadResult:
         if code != 0:
             write_text(self._probe / "errors.txt", errors)
             last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
+            if (
+                (base := recorded_base(self._folder)) is not None
+                and Path(base.model).is_absolute()
+                and not Path(base.model).exists()
+            ):
+                raise NotProved(f"the base model is no longer at {base.model}: put it back, and the proof can be made")
             raise NotProved(f"{self._folder} can't be loaded in a fresh process: {last}")
         report = json.loads(out.strip().splitlines()[-1])
         largest, tolerance = max(report["largest"], 1e-9), self._settings["tolerance"]

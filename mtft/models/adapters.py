@@ -167,7 +167,7 @@ def base_of(model: PreTrainedModel | PeftModel) -> BaseIdentity:
     return known
 
 
-def _find_base(model: PreTrainedModel) -> BaseIdentity:
+def _find_base(model: PreTrainedModel | PeftModel) -> BaseIdentity:
     path, commit = str(model.name_or_path or ""), vars(model.config).get("_commit_hash")  # only of a hub model
     if path and Path(path).is_dir():
         place: Path | None = Path(path)

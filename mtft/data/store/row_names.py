@@ -45,7 +45,7 @@ def drop_repeated_names(folder: Path, files: Sequence[tuple[str, int]]) -> dict[
     taken = _given_names(lengths, lines, first_N, files, name_of)
     named = np.flatnonzero(first_N & (lengths > 0))
     hashes, given = np.empty(len(named), dtype=np.uint64), np.zeros(len(named), dtype=bool)
-    for k, example in enumerate(named):
+    for k, example in enumerate(named.tolist()):
         name = name_of(example)
         hashes[k] = int.from_bytes(blake2b(8, name).digest())
         given[k] = name in taken
@@ -76,8 +76,8 @@ def _given_names(
 ) -> set[bytes]:
     """Names that we give: to rows without one, and to the further examples of a row (NAME#2)."""
     given, part = set(), 1
-    for example in np.flatnonzero((lengths == 0) | ~first_N):
+    for example in np.flatnonzero((lengths == 0) | ~first_N).tolist():
         part = 1 if first_N[example] else part + 1 if example and not first_N[example - 1] else 2
-        name = name_of(example) or place(int(example), lines, files).encode()
+        name = name_of(example) or place(example, lines, files).encode()
         given.add(name if part == 1 else name + f"#{part}".encode())
     return given

@@ -2,8 +2,7 @@
 
 import pytest
 
-from mtft.training.run_files.long_work import LongWork, duration
-from mtft.training.run_files.metrics_log import MetricsLog
+from mtft.training.run_files.metrics_log import LongWork, MetricsLog, duration
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,6 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
         raise UserError(
             "no task has held-out rows, so there is nothing to compare", where="tasks: eval_data", do="give eval_data"
         )
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    say = partial(_say, begin)
-
     from mtft.data.store.token_store import open_stores
     from mtft.evaluation.evaluate_recipe import evaluate
     from mtft.models.loading import load_tokenizer
@@ -62,7 +58,11 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
     from mtft.training.preflight import refuse_settings
 
     refuse_settings(recipe)
-    for line in check_later_stages(recipe, meta_model(recipe).model):
+    notes = check_later_stages(recipe, meta_model(recipe).model)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    say = partial(_say, begin)
+    for line in notes:
         say(f"note: {line}")
     say("data: reading the tasks, and tokenising what is new")
     tokenizer = load_tokenizer(recipe.model)

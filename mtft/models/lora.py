@@ -13,7 +13,7 @@ from mtft.models.lora_targets import excluded_modules, no_such_targets, refused_
 from mtft.recipe.schema.lora import LoraSection
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
 # peft 0.21 reads a property that transformers 5.23 has renamed; nothing that a user could do about it.
@@ -64,6 +64,15 @@ def continue_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
 
     Raises UserError when there is none, it does not fit the model, or its rank or scale are not the section's.
     """
+    config = read_start(section)
+    config.lora_dropout = section.dropout
+    start, where = str(section.start), f"lora.start: {section.start}"
+    adapted = load_adapter(model, start, config=config, trainable=True, where=where)
+    return _freeze_a(adapted) if section.freeze_a else adapted
+
+
+def read_start(section: LoraSection) -> LoraConfig:
+    """The config of the adapter in `section.start`. UserError as in `continue_lora`, as far as its config tells."""
     from peft import LoraConfig
 
     start, where = str(section.start), f"lora.start: {section.start}"
@@ -74,9 +83,7 @@ def continue_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     if has != wants:
         told = [f"r: {r}, alpha: {alpha}, rslora: {str(rslora).lower()}" for r, alpha, rslora in (has, wants)]
         raise UserError(f"the adapter has {told[0]}; the recipe has {told[1]}", where=where, do=f"lora: {{{told[0]}}}")
-    config.lora_dropout = section.dropout
-    adapted = load_adapter(model, start, config=config, trainable=True, where=where)
-    return _freeze_a(adapted) if section.freeze_a else adapted
+    return config
 
 
 def _freeze_a(adapted: PeftModel) -> PeftModel:

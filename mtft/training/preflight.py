@@ -22,6 +22,7 @@ from mtft.common.errors import UserError
 from mtft.losses.moe_router_loss import check_router_loss
 from mtft.losses.token_nll import resolve_path
 from mtft.models.loading import compute_dtype, read_config, refuse_precision, without_data
+from mtft.models.lora import read_start
 from mtft.models.quantization import bitsandbytes_config
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
@@ -38,6 +39,8 @@ def refuse_settings(recipe: Recipe, *, loaded: bool = False) -> None:
     refuse_precision(recipe.model)
     refuse_folder(Path(recipe.output.dir))
     resolve_path(recipe.loss.path)
+    if recipe.lora is not None and recipe.lora.start is not None:
+        read_start(recipe.lora)
     if not loaded:
         if recipe.model.quantise != "none":
             bitsandbytes_config(recipe.model.quantise, compute_dtype(recipe.model))

@@ -146,6 +146,15 @@ def test_a_key_that_changes_nothing_is_named(name, key):
     assert (key in template.unread_keys([message])) or shown
 
 
+def test_unread_keys_of_a_system_message_refuse_nothing():
+    """Templates that want a user's turn refuse the beginning of a conversation, but not the conversation."""
+    row = {"messages": [{"role": "system", "content": "S", "date": "x"}, USER, {"role": "assistant", "content": "w2"}]}
+    for name in STOCK:
+        renderer = ChatRenderer(stock(name))
+        renderer.render(FORMATS["messages"].read(row))
+        assert renderer.notes["key:date"] == 1
+
+
 @pytest.mark.parametrize("key", ["image", "video", "audio", "loss_scale", "mask"])
 def test_keys_that_change_the_meaning_are_refused(key):
     with pytest.raises(RowError, match="is not read"):
@@ -156,6 +165,11 @@ def test_keys_that_change_the_meaning_are_refused(key):
 def test_columns_that_change_the_meaning_are_refused(tmp_path, column, cell):
     row = {"prompt": "a", "response": "b", column: cell}
     assert f"column {column!r}: is not read" in refusal(tmp_path, written(tmp_path, row), tokenizer())
+
+
+def test_a_good_answer_may_be_labelled_as_one(tmp_path):
+    found = read(tmp_path, written(tmp_path, {"prompt": "a", "response": "b", "label": True}), tokenizer())
+    assert "column label (1 of 1 rows) is not read" in found.warnings
 
 
 def test_conversations_with_roles_keep_what_stands_beside_them(tmp_path):

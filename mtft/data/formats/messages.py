@@ -180,8 +180,8 @@ def refused_column(column: str, value: object) -> str | None:
     if column == "weight":
         neutral = isinstance(value, int | float) and value == 1
         return None if neutral else "rows have no weights of their own: weigh their task (tasks.*.weight)"
-    if column == "label" and isinstance(value, bool):
-        return "it says which answers are good (KTO), and bad ones would be learnt: leave those rows out"
+    if column == "label" and value is False:
+        return "it says that this answer is a bad one (KTO), and it would be learnt: leave such rows out"
     return _REFUSED_COLUMNS.get(column)
 
 

@@ -173,7 +173,7 @@ class ChatTemplate:
 
     def _reads(self, messages: Sequence[Message], i: int, key: str, tools: Any) -> bool:
         without = [m if j != i else {k: v for k, v in m.items() if k != key} for j, m in enumerate(messages)]
-        texts = [self.apply(self.adapt(some[: i + 1])[0], tools) for some in (messages, without)]
+        texts = [self.apply(self.adapt(some)[0], tools) for some in (messages, without)]
         return texts[0] != texts[1]
 
     def _with_thinking(self, message: Message, notes: set[str]) -> Message:

@@ -61,6 +61,8 @@ def recorded_base(folder: Path) -> BaseIdentity | None:
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             what = f"{BASE} can't be read: {error}"
             raise MergeError(what, where=str(path), do="remove it: then only names and shapes are compared") from None
+        if known["fingerprint"] is None and Path(known["model"]).is_dir():  # it was away when the adapter was written
+            known["fingerprint"] = fingerprint(Path(known["model"]))
         return BaseIdentity(**known)
     try:
         config = json.loads((folder / CONFIG).read_text("utf-8"))

@@ -124,7 +124,11 @@ def check_messages(value: object, column: str, *, role: str = "role", content: s
                     f"two keys say the same: {sorted(twice)[0]!r} beside {role!r} and {content!r}", here, item
                 )
             item = {**rest, "role": item[role], "content": item[content]}
-        message = _message(item, here)
+        try:
+            message = _message(item, here)
+        except RowError as error:  # say the user's key, not ours
+            place = (error.column or "").replace(f"{here}.role", f"{here}.{role}")
+            raise RowError(error.what, place.replace(f"{here}.content", f"{here}.{content}"), error.value) from None
         calls = item["role"] in _CALLERS
         if calls and calls_before:  # calls that were made at the same time, one turn each (ms-swift)
             if (one := _but_calls(messages[-1])) != (other := _but_calls(message)):
@@ -203,7 +207,9 @@ def _message(item: Mapping[str, Any], column: str) -> Message:
         message["tool_calls"] = _calls_of_text(message.pop("content", None), f"{column}.content")
         role = "assistant"
     if role not in ROLES:
-        raise RowError(f"role must be one of {', '.join(ROLES)}", f"{column}.role", said if said is not None else item)
+        others = ", ".join(_OTHER_NAMES | dict.fromkeys(_CALLERS))
+        what = f"role must be one of {', '.join(ROLES)} (or {others})"
+        raise RowError(what, f"{column}.role", said if said is not None else item)
     message["role"] = role
     for key in _REFUSED.keys() & message.keys():
         if not is_empty_list(message[key]):

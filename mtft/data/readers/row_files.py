@@ -90,7 +90,9 @@ def _parse(file: str, line: int, raw: bytes) -> FileRow | RowProblem:
     except UnicodeDecodeError as error:
         return RowProblem(file, line, f"invalid UTF-8 at byte {error.start + 1} of the line", value=raw[:80])
     except json.JSONDecodeError as error:
-        return RowProblem(file, line, f"broken JSON: {error.msg} at character {error.colno}", value=_text(raw))
+        return RowProblem(
+            file, line, f"broken JSON: {error.msg.removesuffix(' at')} at character {error.colno}", value=_text(raw)
+        )
     except (ValueError, RecursionError) as error:  # an integer of 5000 digits; brackets without end
         return RowProblem(file, line, f"JSON that cannot be read: {error}", value=_text(raw))
     return _checked(file, line, data)

@@ -17,6 +17,7 @@ from mtft.common.atomic_io import let_read, write_text
 from mtft.common.errors import UserError
 from mtft.evaluation.task_scores import METRICS, TaskScores
 from mtft.models.adapters import base_of
+from mtft.models.loading import expand_quickstart
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir
@@ -115,7 +116,7 @@ def write_card(
             "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig",
             "",
         ]
-        lines += [f'base = AutoModelForCausalLM.from_pretrained("{base}")']
+        lines += [f'base = AutoModelForCausalLM.from_pretrained("{expand_quickstart(base)}")']
         lines += [f'model = PeftModel.from_pretrained(base, "{folder}")']
         lines += [f'tokenizer = AutoTokenizer.from_pretrained("{folder}")  # with the chat template of the training']
         lines += ['question = [{"role": "user", "content": "What is the capital of Italy?"}]']

@@ -57,6 +57,14 @@ def test_adapter_is_proved_in_a_fresh_process(proved):
 
 
 @pytest.mark.slow
+def test_the_script_of_the_card_runs_as_it_stands(proved, tmp_path):
+    card = (proved[1].adapter_dir / "README.md").read_text()
+    (tmp_path / "script.py").write_text(card.split("```python\n")[1].split("```")[0])
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_plain_script_without_mtft_loads_it(proved, tmp_path):
     whole, result = proved
     code = (

@@ -1,28 +1,21 @@
-"""The merged adapter on disk: a folder that PEFT and vLLM load, there as a whole or not at all."""
+"""The merged adapter on disk: a folder that PEFT and vLLM load."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import socket
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from mtft.adapters.base_identity import BASE, common_base, write_base
-from mtft.adapters.companion_files import COMPANIONS, copy_companions
+from mtft.adapters.base_identity import common_base, write_base
+from mtft.adapters.companion_files import copy_companions
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS, AdapterLayout, LoraAdapter, factor_keys
 from mtft.adapters.safetensors_io import TensorWriter
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 
-OWN_FILES = frozenset({WEIGHTS, CONFIG, BASE, "README.md", "merge.json", *COMPANIONS})
 DTYPES = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
@@ -41,80 +34,6 @@ def disk_dtype(adapters: Sequence[LoraAdapter], dtype: str | None) -> str:
 def servable_rank(rank: int) -> int:
     """The next rank that servers take: 8, or a power of two."""
     return max(8, 1 << (rank - 1).bit_length())
-
-
-@contextmanager
-def atomic_folder(
-    out: Path, *, overwrite: bool, inputs: Sequence[Path] = (), own: frozenset[str] = OWN_FILES
-) -> Iterator[Path]:
-    """A scratch folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
-
-    Refuses to replace an input, anything there without `overwrite`, or a folder that holds other files than ours.
-    """
-    target = out.resolve()
-    if any(target == path.resolve() or target in path.resolve().parents for path in inputs):
-        raise MergeError(
-            "the output folder is, or holds, one of the inputs", where=str(out), do="choose another folder"
-        )
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise MergeError("there is a file or link of this name", where=str(out), do="choose another folder")
-    present = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if present and not overwrite:
-        raise MergeError("there is something already", where=str(out), do="choose another folder, or overwrite")
-    if present - own:
-        other = sorted(present - own)[0]
-        raise MergeError(
-            f"the folder also holds {other!r}; it is not replaced", where=str(out), do="choose another folder"
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_left_over(target)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{_aside(target, 'part')}{os.getpid()}-", dir=target.parent))
-    except OSError as error:
-        raise MergeError(
-            f"can't write there: {error.strerror}", where=str(out.parent), do="choose another folder"
-        ) from None
-    try:
-        yield scratch
-        mask = os.umask(0)
-        os.umask(mask)
-        scratch.chmod(0o755 & ~mask)
-        if present:
-            old = Path(tempfile.mkdtemp(prefix=f"{_aside(target, 'old')}{os.getpid()}-", dir=target.parent))
-            os.replace(target, old / "adapter")
-            os.replace(scratch, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _aside(target: Path, what: str) -> str:
-    return f".{target.name}.{what}-{socket.gethostname()}-"
-
-
-def _clear_left_over(target: Path) -> None:
-    """Remove the folders that killed merges into `target` left aside: those of this machine's dead processes.
-
-    What was there before an overwrite is kept until something stands in its place.
-    """
-    kinds = ("part", "old") if target.exists() else ("part",)
-    names = "|".join(re.escape(_aside(target, kind)) for kind in kinds)
-    for path in target.parent.iterdir():
-        match = re.fullmatch(rf"(?:{names})(\d+)-[^-]+", path.name)
-        if match is not None and path.is_dir() and not path.is_symlink() and not _alive(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
 
 
 class AdapterWriter:

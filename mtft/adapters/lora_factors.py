@@ -16,6 +16,7 @@ import numpy as np
 
 from mtft.adapters.lora_config import LoraSettings, read_settings
 from mtft.adapters.safetensors_io import TensorFile, open_tensors
+from mtft.common.atomic_folder import restore_replaced
 from mtft.common.errors import MergeError
 from mtft.common.fingerprint import content_hash, file_hash
 
@@ -103,6 +104,7 @@ def read_adapter(path: str | Path, name: str | None = None) -> LoraAdapter:
     Raises MergeError on anything that is not a plain, whole, linear LoRA.
     """
     folder = Path(path)
+    restore_replaced(folder)
     if not folder.is_dir():
         raise MergeError(f"no folder {str(path)!r}", where=str(path), do="give the folder of a PEFT LoRA adapter")
     settings = read_settings(folder)

@@ -21,12 +21,12 @@ def check_output_file(path: Path, *, inputs: Iterable[Path | None] = (), overwri
     """
     _check_name(path)
     refuse_input_as_output(path, inputs)
-    if path.is_symlink():
+    if os.path.islink(path):
         target = os.path.realpath(path)
         raise UserError("the output is a link", where=str(path), do=f"give what it points at: {target}")
     if (kind := irregular(path)) is not None:
         raise UserError(f"the output is {kind}", where=str(path), do="give the path of a file")
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise UserError("the output is there already", where=str(path), do="give another path, or --overwrite")
     _try_to_write(path.parent, path)
 
@@ -37,8 +37,8 @@ def check_output_folder(path: Path, *, inputs: Iterable[Path | None] = ()) -> No
     for given in inputs:
         if given is not None and (real := given.resolve()) and (path.resolve() in (real, *real.parents)):
             raise UserError("the output folder is, or holds, an input", where=str(path), do="give another folder")
-    if not path.is_dir():
-        if (kind := "a file" if path.is_file() else irregular(path)) is not None or path.is_symlink():
+    if not os.path.isdir(path):  # (pathlib raises where a name is too long)
+        if (kind := "a file" if os.path.isfile(path) else irregular(path)) is not None or os.path.islink(path):
             raise UserError(f"the output folder is {kind or 'a broken link'}", where=str(path), do="give a folder")
         _try_to_write(path.parent, path)
     else:

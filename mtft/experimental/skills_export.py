@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype
+from mtft.adapters.adapter_writer import AdapterWriter, disk_dtype
 from mtft.adapters.lora_factors import LoraAdapter, read_adapters
+from mtft.common.atomic_folder import atomic_folder
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge_plan import check_together, make_merge_plan
 from mtft.merge.experts.build_experts import FOLDER_NAME
@@ -47,7 +48,7 @@ def export_skills(
         raise MergeError("the skills differ in rank", where="adapters", do="train them with one rank")
     plan = make_merge_plan(opened, "linear", None, None, 1.0, False, (), "fp64", 0)
     rank = next(iter(opened[0].modules.values())).r
-    with atomic_folder(out, overwrite=overwrite, inputs=[a.path for a in opened], own=frozenset(logits)) as scratch:
+    with atomic_folder(out, overwrite=overwrite, inputs=[a.path for a in opened]) as scratch:
         for task, table in logits.items():
             gates = 1 / (1 + np.exp(-np.asarray(table, np.float64)))
             gates /= gates.sum(axis=1, keepdims=True)

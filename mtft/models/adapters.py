@@ -16,6 +16,7 @@ from torch import nn
 from mtft.adapters.base_identity import BASE, BaseIdentity, fingerprint, recorded_base
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS, LoraAdapter
+from mtft.common.atomic_folder import restore_replaced
 from mtft.common.errors import MergeError, UserError
 from mtft.common.run_folders import refuse_run_as_adapter
 from mtft.models.loading import cached_folder, some
@@ -34,6 +35,7 @@ def read_peft_config(folder: str | Path, *, where: str | None = None) -> PeftCon
 
     folder = Path(folder)
     where = where or str(folder)
+    restore_replaced(folder)
     refuse_run_as_adapter(folder, where=where)
     if not (folder / CONFIG).is_file():
         do = "give the `adapter` folder of a run, or any PEFT adapter"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mtft.common.atomic_folder import restore_replaced
 from mtft.common.errors import UserError
 from mtft.models.cpu_precision import cpu_dtype
 from mtft.models.quantization import bitsandbytes_config
@@ -52,6 +53,8 @@ def model_location(path: str | Path) -> str:
     """
     path = expand_quickstart(path)
     folder = Path(path)
+    if folder.is_absolute() or folder.parent.is_dir():
+        restore_replaced(folder)
     if not folder.is_dir():
         if folder.exists() or folder.is_absolute() or path.count("/") != 1 or path.startswith("."):
             raise UserError(

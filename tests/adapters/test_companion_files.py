@@ -3,7 +3,6 @@
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from mtft.adapters.adapter_writer import OWN_FILES
 from mtft.adapters.companion_files import COMPANIONS, copy_companions
 from mtft.training.export.chat_files import save_chat_files
 from tests.data.tokenize.stock import stock
@@ -43,4 +42,4 @@ def test_other_templates_are_not_mixed(adapters, tmp_path):
 def test_everything_that_an_export_writes_is_known(tmp_path, name):
     """A file of a newer transformers that nobody copies would be lost in every merge."""
     save_chat_files(tmp_path, stock(name), GenerationConfig())
-    assert {path.name for path in tmp_path.iterdir()} <= COMPANIONS <= OWN_FILES
+    assert {path.name for path in tmp_path.iterdir()} <= COMPANIONS

@@ -10,7 +10,8 @@ import pytest
 
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import WEIGHTS, LoraFactors, read_adapter
-from mtft.common.errors import MergeError
+from mtft.common.atomic_folder import CONTENTS
+from mtft.common.errors import MergeError, UserError
 from mtft.merge.engine.merge import merge_adapters
 from tests.merge import golden as g
 
@@ -147,7 +148,8 @@ def test_fifty_mutants(tmp_path, batch):
             continue
         out = read_adapter(tmp_path / "out")  # the mutation was harmless: what came out is whole
         assert all(np.isfinite(out.factors(name).B_MR).all() for name in out.modules)
-        assert {path.name for path in (tmp_path / "out").iterdir()} == {WEIGHTS, CONFIG, "README.md", "merge.json"}
+        written = {WEIGHTS, CONFIG, "README.md", "merge.json", CONTENTS}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == written
         shutil.rmtree(tmp_path / "out")
     assert refused >= 30
 
@@ -185,6 +187,6 @@ def test_links_are_not_followed_out(tmp_path):
     good = pristine(tmp_path / "good")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(MergeError, match="link"):
+    with pytest.raises(UserError, match="link"):
         merge_adapters([good], tmp_path / "out", overwrite=True)
     assert not list((tmp_path / "elsewhere").iterdir())

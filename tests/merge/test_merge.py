@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mtft.adapters.lora_factors import LoraFactors, read_adapter
-from mtft.common.errors import MergeError
+from mtft.common.errors import MergeError, UserError
 from mtft.merge.engine import merge as merge_api
 from mtft.merge.engine.merge import merge_adapters
 from tests.merge import golden as g
@@ -180,17 +180,17 @@ def test_the_output_folder_is_guarded(tmp_path, paths):
     out = tmp_path / "out"
     merge_adapters(paths, out)
     before = (out / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(MergeError, match="something already"):
+    with pytest.raises(UserError, match="something already"):
         merge_adapters(paths, out, method="tsv")
     assert (out / "adapter_model.safetensors").read_bytes() == before
     merge_adapters(paths, out, method="tsv", overwrite=True)
     assert json.loads((out / "merge.json").read_text())["method"] == "tsv"
     (out / "thesis.txt").write_text("mine")
-    with pytest.raises(MergeError, match="thesis"):
+    with pytest.raises(UserError, match="thesis"):
         merge_adapters(paths, out, overwrite=True)
-    with pytest.raises(MergeError, match="one of the inputs"):
+    with pytest.raises(UserError, match="is, or holds, an input"):
         merge_adapters(paths, paths[0], overwrite=True)
-    with pytest.raises(MergeError, match="file or link"):
+    with pytest.raises(UserError, match="is a file"):
         merge_adapters(paths, paths[0] / "adapter_config.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from mtft import __version__
-from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype, servable_rank
+from mtft.adapters.adapter_writer import AdapterWriter, disk_dtype, servable_rank
 from mtft.adapters.lora_factors import WEIGHTS, LoraAdapter, read_adapters
+from mtft.common.atomic_folder import atomic_folder
 from mtft.common.errors import MergeError
 from mtft.common.fingerprint import file_hash
 from mtft.merge.engine.full_tensors import merge_full_tensors
@@ -60,7 +61,7 @@ def merge_adapters(
     (fp64, but fp32 for the dense passes of elementwise methods).
     workers: processes over modules (a script needs the usual `if __name__ == "__main__"` then).
     vllm: refuse what vLLM can't load. diagnostics: also norms, overlaps and interference of the adapters.
-    Raises MergeError; the output folder is then as it was before.
+    Raises UserError (MergeError for the adapters and the merge); the output folder is then as it was before.
     """
     started = time.perf_counter()
     out = Path(out)

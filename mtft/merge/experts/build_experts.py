@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype, servable_rank
+from mtft.adapters.adapter_writer import AdapterWriter, disk_dtype, servable_rank
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
 from mtft.adapters.mlp_router import MlpRouter
 from mtft.adapters.routers import CentroidRouter
+from mtft.common.atomic_folder import atomic_folder
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge import merge_adapters
@@ -59,8 +60,7 @@ def build_twin(
     opened = read_adapters(adapters)
     folders = _folders(opened)
     plan = make_merge_plan(opened, "linear", None, None, 1.0, False, (), "fp64", 0)
-    own = frozenset({"shared", "router.safetensors", "twin.json", *folders})
-    with atomic_folder(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened], own=own) as scratch:
+    with atomic_folder(out, overwrite=overwrite, inputs=[adapter.path for adapter in opened]) as scratch:
         policy = {"average": average, "rank": rank, "dtype": dtype, **more}
         report = merge_adapters(opened, scratch / "shared", shared, options, weights, **policy)
         common = read_adapter(scratch / "shared", "shared")
@@ -105,10 +105,9 @@ def export_arrow(
     modules = {name for adapter in opened for name in adapter.modules}
     widest = [max(x.r if name in modules else 0 for name, x in a.modules.items()) for a in (*opened, *common)]
     rank = servable_rank(max(widest[: len(opened)]) + sum(widest[len(opened) :]))
-    own = frozenset({"router.safetensors", "arrow.json", *folders})
     weights = [1.0, *(-1 / len(common) for _ in common)]
     inputs = [adapter.path for adapter in (*opened, *common)]
-    with atomic_folder(out, overwrite=overwrite, inputs=inputs, own=own) as scratch:
+    with atomic_folder(out, overwrite=overwrite, inputs=inputs) as scratch:
         for adapter, folder in zip(opened, folders, strict=True):
             merge_adapters([adapter, *common], scratch / folder, weights=weights, rank=rank, dtype=dtype, vllm=True)
         router.save(scratch / "router.safetensors")

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mtft.adapters.adapter_writer import AdapterWriter, atomic_folder, disk_dtype, plain_config, servable_rank
+from mtft.adapters.adapter_writer import AdapterWriter, disk_dtype, plain_config, servable_rank
 from mtft.adapters.base_identity import BASE, BaseIdentity, fingerprint, write_base
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.lora_factors import AdapterLayout
+from mtft.common.atomic_folder import atomic_folder
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 from mtft.merge.full_models.merge_checkpoints import (
@@ -116,8 +117,7 @@ def twin_models(
     folders = {path.name: f"expert_{path.name}" for path in paths}
     if len(folders) < len(paths):
         raise MergeError("two of the models' folders have one name", where="models", do="rename one of them")
-    own = frozenset({"shared", "twin.json", "router.safetensors", *folders.values()})
-    with atomic_folder(out, overwrite=overwrite, inputs=[Path(base), *paths], own=own) as scratch:
+    with atomic_folder(out, overwrite=overwrite, inputs=[Path(base), *paths]) as scratch:
         merge_checkpoints(base, paths, scratch / "shared", method, options, weights, scale)
         extracted = {}
         for path in paths:

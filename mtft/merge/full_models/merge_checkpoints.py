@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mtft.adapters.adapter_writer import atomic_folder
 from mtft.adapters.safetensors_io import TensorFile, TensorWriter, as_matrix, open_tensors
+from mtft.common.atomic_folder import CONTENTS, atomic_folder, restore_replaced
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge_plan import check_weights
@@ -71,6 +71,7 @@ class CheckpointDelta:
 def read_checkpoint(path: str | Path) -> FullCheckpoint:
     """Open a folder with model.safetensors or its shards. MergeError if it is none, or holds more than floats."""
     folder = Path(path)
+    restore_replaced(folder)
     files = open_tensors(folder, WEIGHTS, "save the model again")
     if files is None:
         raise MergeError(f"no {WEIGHTS}", where=str(folder), do="give the folder of a model in safetensors")
@@ -108,11 +109,9 @@ def merge_checkpoints(
     weights_K = check_weights(weights, tuned)  # type: ignore[arg-type]
     used = [(model, w) for model, w in zip(tuned, weights_K) if w != 0]
     shards = _shards(root, shard_bytes)
-    own = frozenset({"merge.json", INDEX, WEIGHTS, *shards, *(path.name for path in _companions(root.path))})
     norms = {}
-    with atomic_folder(
-        Path(out), overwrite=overwrite, inputs=[root.path, *(m.path for m in tuned)], own=own
-    ) as scratch:
+    inputs = [root.path, *(model.path for model in tuned)]
+    with atomic_folder(Path(out), overwrite=overwrite, inputs=inputs) as scratch:
         for shard, keys in shards.items():
             entries = [(key, root.dtype(key), root.shape(key)) for key in keys]
             try:
@@ -168,7 +167,7 @@ def _shards(root: FullCheckpoint, limit: int) -> dict[str, list[str]]:
 
 
 def _companions(folder: Path) -> list[Path]:
-    skip = {INDEX, "merge.json"}
+    skip = {INDEX, "merge.json", CONTENTS}
     return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in KEPT and p.name not in skip)
 
 

@@ -8,7 +8,7 @@ import pytest
 from mtft.adapters.lora_factors import LoraFactors, read_adapter
 from mtft.adapters.mlp_router import MlpRouter, load_router
 from mtft.adapters.routers import ArrowRouter, CentroidRouter
-from mtft.common.errors import MergeError
+from mtft.common.errors import MergeError, UserError
 from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.experts.arrow_prototypes import arrow_router
 from mtft.merge.experts.build_experts import build_twin, export_arrow
@@ -65,7 +65,7 @@ def test_with_shared_gives_one_plain_adapter_per_request(tmp_path, paths):
     S, _ = parts_of(tmp_path / "out" / "shared", "layers.0.q")
     U, s, Vt = np.linalg.svd(g.delta(g.factors()[2]) - S)
     np.testing.assert_allclose(D, S + (U[:, :4] * s[:4]) @ Vt[:4], atol=2e-6)
-    with pytest.raises(MergeError, match="something already"):
+    with pytest.raises(UserError, match="something already"):
         build_twin(paths, tmp_path / "out")
     build_twin(paths, tmp_path / "out", overwrite=True)
 

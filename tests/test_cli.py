@@ -285,7 +285,7 @@ def test_merge_keeps_experts_apart_for_servers(folder, call):
     assert code == 0, err
     assert "router" in out
     assert sorted(path.name for path in (folder / "arrow").iterdir()) == [
-        "arrow.json", "expert_one", "expert_three", "expert_two", "router.safetensors",
+        ".mtft_files.json", "arrow.json", "expert_one", "expert_three", "expert_two", "router.safetensors",
     ]  # fmt: skip
     code, out, err = call("merge", "--experts", "twin", "--method", "tsv", "--rank", "4", "--out", "twin", *adapters)
     assert code == 0, err

@@ -6,6 +6,7 @@ caller's policy decides on. What is none of these is refused: a merge must not d
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -105,7 +106,7 @@ def read_adapter(path: str | Path, name: str | None = None) -> LoraAdapter:
     """
     folder = Path(path)
     restore_replaced(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise MergeError(f"no folder {str(path)!r}", where=str(path), do="give the folder of a PEFT LoRA adapter")
     settings = read_settings(folder)
     files = _open_files(folder)

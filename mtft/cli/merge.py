@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +19,9 @@ def merge_command(
     ],
     method: Annotated[str | None, typer.Option(help="Merge method (docs/merging.md).")] = None,
     rank: Annotated[str | None, typer.Option(help="auto, lossless, or a number.")] = None,
+    min_energy: Annotated[
+        float | None, typer.Option(help="Refuse a rank that keeps less than this share (0 to 1).")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="w1,w2,...: one for each adapter.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the method.")] = None,
     base: Annotated[
@@ -35,10 +40,18 @@ def merge_command(
 
     mtft merge RECIPE, or: mtft merge --method ties --set density=0.5 --out merged runs/a/adapter runs/b/adapter
     """
-    alone = any(value is not None for value in (method, rank, weights, set_, base, experts, out))
-    if alone or Path(arguments[0]).is_dir():
-        settings = (method or "linear", rank, weights, set_ or [])
-        text = _merge_folders(arguments, *settings, base=base, experts=experts, out=out, overwrite=overwrite)
+    alone = any(value is not None for value in (method, rank, min_energy, weights, set_, base, experts, out))
+    if alone or _is_folder(arguments[0]):
+        settings = MergeFlags(
+            method or "linear",
+            _parse_rank(rank),
+            min_energy,
+            _parse_weights(weights),
+            _parse_options(set_ or []),
+            experts,
+            overwrite,
+        )
+        text = _merge_folders([_expanded(name) for name in arguments], base, out, settings)
     else:
         from mtft.pipeline.stages.merge import merge_recipe
 
@@ -47,18 +60,30 @@ def merge_command(
     typer.echo(text)
 
 
-def _merge_folders(
-    folders: list[str],
-    method: str,
-    rank: str | None,
-    weights: str | None,
-    options: list[str],
-    *,
-    base: Path | None,
-    experts: str | None,
-    out: Path | None,
-    overwrite: bool,
-) -> str:
+@dataclass(frozen=True)
+class MergeFlags:
+    """The options of `mtft merge` without a recipe."""
+
+    method: str
+    rank: int | str | None
+    min_energy: float | None
+    weights: list[float] | None
+    options: dict[str, object]
+    experts: str | None
+    overwrite: bool
+
+    def refuse(self, *names: str, because: str) -> None:
+        """UserError if one of these flags was given, where it would be ignored."""
+        from mtft.common.errors import UserError
+
+        given = [name for name in names if getattr(self, name) not in (None, {}, "linear")]
+        if given:
+            flags = {"min_energy": "--min-energy", "options": "--set"}
+            shown = ", ".join(flags.get(name, f"--{name}") for name in given)
+            raise UserError(because, where=f"command line, {shown}", do=f"leave {shown} out")
+
+
+def _merge_folders(folders: list[str], base: Path | None, out: Path | None, flags: MergeFlags) -> str:
     """`mtft merge` without a recipe; returns what to print."""
     from mtft.common.errors import UserError
     from mtft.common.run_folders import refuse_run_as_adapter
@@ -69,73 +94,77 @@ def _merge_folders(
         raise UserError(
             f"{recipes[0]} is no folder of an adapter; with a recipe, settings are overrides",
             where="command line",
-            do=f"mtft merge {recipes[0]} merge.method={method} merge.out={out}",
+            do=f"mtft merge {recipes[0]} merge.method={flags.method} merge.out={out}",
         )
-    if base is None:
-        for name in folders:
-            refuse_run_as_adapter(Path(name))
-    numbers, settings = _parse_weights(weights), _parse_options(options)
-    size = "auto" if rank is None else int(rank) if rank.isdecimal() else rank
+    out, size = Path(_expanded(str(out))), "auto" if flags.rank is None else flags.rank
     if base is not None:
-        return _merge_models(
-            base, folders, method, size, numbers, settings, experts=experts, out=out, overwrite=overwrite
-        )
-    if experts == "arrow":
+        return _merge_models(Path(_expanded(str(base))), folders, out, flags)
+    for name in folders:
+        refuse_run_as_adapter(Path(name))
+    how = {"rank": size, "min_energy": flags.min_energy, "overwrite": flags.overwrite}
+    if flags.experts == "arrow":
         from mtft.merge.experts.build_experts import export_arrow
 
-        if method != "linear" or numbers or settings:
-            what = "--experts arrow keeps the adapters as they are: nothing is merged"
-            raise UserError(
-                what, where="command line", do="leave --method, --weights and --set out, or: --experts twin"
-            )
-        export_arrow(folders, out, overwrite=overwrite)
+        what = "--experts arrow keeps the adapters as they are: nothing is merged"
+        flags.refuse("method", "rank", "min_energy", "weights", "options", because=what)
+        export_arrow(folders, out, overwrite=flags.overwrite)
         return f"wrote {len(folders)} experts and the router of their prototypes to {out}"
-    if experts == "twin":
+    if flags.experts == "twin":
         from mtft.merge.experts.build_experts import build_twin
 
         report = build_twin(
-            folders, out, method, options=settings, weights=numbers, average=False, rank=size, overwrite=overwrite
+            folders, out, flags.method, options=flags.options, weights=flags.weights, average=False, **how
         )
         hint = "without a router, which needs rows: a recipe with merge.experts fits one"
         return f"{report.text()}\n{len(folders)} experts beside it, {hint}"
     from mtft.merge.engine.merge import merge_adapters
 
-    return merge_adapters(folders, out, method, settings, numbers, rank=size, overwrite=overwrite).text()
+    return merge_adapters(folders, out, flags.method, flags.options, flags.weights, **how).text()
 
 
-def _merge_models(
-    base: Path,
-    models: list[str],
-    method: str,
-    rank: int | str,
-    weights: list[float] | None,
-    options: dict[str, object],
-    *,
-    experts: str | None,
-    out: Path,
-    overwrite: bool,
-) -> str:
+def _merge_models(base: Path, models: list[str], out: Path, flags: MergeFlags) -> str:
     """Whole models: merged, or merged with a LoRA each (twin), or the LoRA of one."""
     from mtft.common.errors import UserError
 
-    if experts == "arrow" or (experts is None and rank != "auto" and len(models) > 1):
+    rank = flags.rank
+    flags.refuse("min_energy", because="--min-energy is for merges of adapters")
+    if flags.experts == "arrow" or (flags.experts is None and rank is not None and len(models) > 1):
         what = "with --base, --rank is for one model (its LoRA is written) or for --experts twin"
         raise UserError(what, where="command line", do="leave --rank out, or extract the models one by one")
-    if experts == "twin":
+    if isinstance(rank, str):
+        raise UserError(f"--rank {rank} with --base", where="command line", do="a number: --rank 16")
+    how = {"options": flags.options, "weights": flags.weights, "overwrite": flags.overwrite}
+    if flags.experts == "twin":
         from mtft.merge.full_models.extract_lora import twin_models
 
-        width = rank if isinstance(rank, int) else 16
-        twins = twin_models(base, models, out, method, width, options=options, weights=weights, overwrite=overwrite)
-        lines = [f"merged {len(models)} models by {method} into {out / 'shared'}"]
+        twins = twin_models(base, models, out, flags.method, rank or 16, **how)
+        lines = [f"merged {len(models)} models by {flags.method} into {out / 'shared'}"]
         return "\n".join([*lines, *(f"{name}: {held.text()}" for name, held in twins.items())])
-    if rank != "auto":
+    if rank is not None:
         from mtft.merge.full_models.extract_lora import extract_adapter
 
-        return extract_adapter(base, models[0], out, rank, overwrite=overwrite).text()  # type: ignore[arg-type]
+        flags.refuse("method", "weights", "options", because="--base with --rank writes the LoRA of one model")
+        return extract_adapter(base, models[0], out, rank, overwrite=flags.overwrite).text()
     from mtft.merge.full_models.merge_checkpoints import merge_checkpoints
 
-    merge_checkpoints(base, models, out, method, options, weights, overwrite=overwrite)
-    return f"merged {len(models)} models by {method} into {out}"
+    merge_checkpoints(base, models, out, flags.method, **how)
+    return f"merged {len(models)} models by {flags.method} into {out}"
+
+
+def _is_folder(name: str) -> bool:
+    from mtft.common.atomic_folder import restore_replaced
+
+    restore_replaced(Path(_expanded(name)))
+    return os.path.isdir(_expanded(name))
+
+
+def _expanded(name: str) -> str:
+    """With the home folder for `~`, which shells leave as it is in --out=~/x."""
+    return os.path.expanduser(name)
+
+
+def _parse_rank(rank: str | None) -> int | str | None:
+    return int(rank) if rank is not None and rank.isdecimal() and len(rank) < 10 else rank
 
 
 def _parse_weights(weights: str | None) -> list[float] | None:
@@ -153,10 +182,12 @@ def _parse_options(options: list[str]) -> dict[str, object]:
     from mtft.common.errors import UserError
     from mtft.recipe.yaml_source import plain_value
 
-    settings = {}
+    settings: dict[str, object] = {}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
             raise UserError(f"--set {option} is not KEY=VALUE", where="command line", do="--set density=0.5")
+        if key in settings:
+            raise UserError(f"--set {key} twice", where="command line", do="give each option once")
         settings[key] = plain_value(value, where=f"command line, --set {option}")
     return settings

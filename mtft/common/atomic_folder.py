@@ -42,11 +42,10 @@ def atomic_folder(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) ->
     """
     made = [folder for folder in out.absolute().parents if not os.path.lexists(folder)]  # nearest first
     try:
-        _check_place(out, inputs)
+        _check_place(out, inputs)  # before the lock, which writes beside it
         target = out.resolve()
         with sole_writer(target):
-            restore_replaced(target)
-            _check_content(target, out, overwrite)
+            check_replaceable(out, overwrite=overwrite, inputs=inputs)
             _clear_left_over(target)
             scratch = _make_scratch(target)
             try:
@@ -64,6 +63,13 @@ def atomic_folder(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) ->
             for folder in made:
                 folder.rmdir()
         raise
+
+
+def check_replaceable(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raises UserError as atomic_folder does at its start: for what looks at its output before a long work."""
+    _check_place(out, inputs)
+    restore_replaced(out)
+    _check_content(out.resolve(), out, overwrite)
 
 
 def restore_replaced(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from mtft.common.errors import UserError
@@ -20,7 +21,7 @@ def adapters_in(folder: Path) -> list[Path]:
 
 def refuse_run_as_adapter(folder: Path, *, where: str | None = None) -> None:
     """UserError that proposes the adapters of a run, where a folder is no adapter itself."""
-    if not folder.is_dir() or (folder / ADAPTER).is_file():
+    if not os.path.isdir(folder) or (folder / ADAPTER).is_file():
         return
     near = [str(path) for path in adapters_in(folder)]
     if near:

@@ -14,6 +14,7 @@ does not count: that stands in its loading report. Adapters: mtft.models.adapter
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 
 from mtft.common.atomic_folder import restore_replaced
 from mtft.common.errors import UserError
+from mtft.common.own_files import irregular
 from mtft.models.cpu_precision import cpu_dtype
 from mtft.models.quantization import bitsandbytes_config
 from mtft.recipe.schema.model import ModelSection
@@ -53,12 +55,12 @@ def model_location(path: str | Path) -> str:
     """
     path = expand_quickstart(path)
     folder = Path(path)
-    if folder.is_absolute() or folder.parent.is_dir():
-        restore_replaced(folder)
-    if not folder.is_dir():
-        if folder.exists() or folder.is_absolute() or path.count("/") != 1 or path.startswith("."):
+    restore_replaced(folder)
+    if not os.path.isdir(folder):
+        kind = irregular(folder) or "a file"
+        if os.path.exists(folder) or folder.is_absolute() or path.count("/") != 1 or path.startswith("."):
             raise UserError(
-                f"no model folder at {path}" if not folder.exists() else f"{path} is a file, not a folder",
+                f"no model folder at {path}" if not os.path.exists(folder) else f"{path} is {kind}, not a folder",
                 where=f"model {path}",
                 do="give a folder with config.json and *.safetensors, a hub name (org/name), or quickstart:weak",
             )

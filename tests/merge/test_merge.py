@@ -257,3 +257,19 @@ def test_dtype_is_the_inputs(tmp_path, paths):
     assert {x.dtype for x in load(tmp_path / "out" / "adapter_model.safetensors").values()} == {torch.bfloat16}
     merge_adapters(paths, tmp_path / "out32", dtype="fp32")
     assert {x.dtype for x in load(tmp_path / "out32" / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+def test_a_rank_that_is_given_is_obeyed_and_says_what_it_keeps(tmp_path):
+    rng = np.random.default_rng(0)
+    wide = LoraFactors(rng.normal(size=(8, 40)), rng.normal(size=(40, 8)), 1.0)
+    path = g.write(tmp_path / "in", {"layers.0.q": wide})
+    report = merge_adapters([path], tmp_path / "out", rank=1)
+    assert report.rank == 1
+    assert report.energy < 0.5
+    assert "warning: rank 1 keeps only" in report.text()
+    assert not merge_adapters([path], tmp_path / "all", rank=8).warnings
+    with pytest.raises(MergeError, match="keeps only"):
+        merge_adapters([path], tmp_path / "refused", rank=1, min_energy=0.5)
+    with pytest.raises(MergeError, match="keeps only"):  # nobody asked for that rank
+        merge_adapters([path], tmp_path / "refused", per_module=[("q", {"rank": 1})])
+    assert not (tmp_path / "refused").exists()

@@ -25,6 +25,8 @@ from mtft.merge.methods.base import MergeMethod
 
 KEEP_BYTES = 256 << 20
 """Up to this size all uncut factors stay in memory until the rank is known; beyond it they are computed twice."""
+ENOUGH = 0.5
+"""Share of the squared norm below which a merge has lost most of its inputs."""
 
 
 def merge_adapters(
@@ -37,7 +39,7 @@ def merge_adapters(
     average: bool = False,
     rank: int | str = "auto",
     energy: float = 0.99,
-    min_energy: float = 0.5,
+    min_energy: float | None = None,
     saved: str = "error",
     per_module: Sequence[tuple[str, Mapping[str, object]]] = (),
     dtype: str | None = None,
@@ -55,7 +57,8 @@ def merge_adapters(
     method, options: a name of METHODS and its fields. weights: one per adapter, multiply its delta (default 1 each:
     a sum; `average` divides by their sum). scale multiplies the result.
     rank: a number; `lossless`; or `auto`, the smallest usual rank (8, 16, 32, ...) that keeps the share `energy` of the
-    squared norm over all modules. Below `min_energy` nothing is written. saved: what to do with full tensors in the
+    squared norm over all modules. Below `min_energy` nothing is written (None: 0.5; of a rank that is given as a
+    number a warning says what it keeps). saved: what to do with full tensors in the
     adapters (`error`, `average`, `take: NAME`). per_module: (regex, {method, options, weights, rank}), first wins.
     dtype: fp32, bf16, fp16 on disk (default: the inputs'); precision of the maths: fp64, fp32, or auto
     (fp64, but fp32 for the dense passes of elementwise methods).
@@ -68,7 +71,8 @@ def merge_adapters(
     opened = read_adapters(adapters)
     warnings = check_together(opened, allow_base_mismatch=allow_base_mismatch)
     plan = make_merge_plan(opened, method, options, weights, scale, average, per_module, precision, seed)
-    rank = _check_policy(rank, energy, min_energy, plan)
+    least = (0.0 if isinstance(rank, int) else ENOUGH) if min_energy is None else min_energy
+    rank = _check_policy(rank, energy, least, plan)
     full = merge_full_tensors(opened, plan.weights_K, saved)
     if vllm:
         _check_vllm(plan, full)
@@ -82,8 +86,12 @@ def merge_adapters(
                 writer.add(result.name, result.B_MR[:, :final_rank], result.A_RN[:final_rank], result.bias_M)
         limits = {module.name: min(module.rank or final_rank, final_rank) for module in plan.modules}
         table, total = _energies(spectra, limits)
-        if total < min_energy:
-            raise _too_little(total, min_energy, final_rank, spectra)
+        if total < least:
+            raise _too_little(total, least, final_rank, spectra)
+        if min_energy is None and total < ENOUGH:
+            warnings.append(
+                f"rank {final_rank} keeps only {total:.1%} of the merged deltas; `rank auto` keeps {energy:.0%}"
+            )
         if not any(square for _, square in spectra.values()):
             warnings.append("the merged delta is zero in all modules")
         warnings += writer.write_config()
@@ -101,7 +109,7 @@ def merge_adapters(
                 "average": average,
                 "rank": rank,
                 "energy": energy,
-                "min_energy": min_energy,
+                "min_energy": least,
                 "saved": saved,
                 "per_module": [[pattern, dict(change)] for pattern, change in per_module],
                 "dtype": disk_dtype(opened, dtype),

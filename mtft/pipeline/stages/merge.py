@@ -20,8 +20,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
+from mtft.common.atomic_folder import check_replaceable
 from mtft.common.atomic_io import write_json
 from mtft.common.fingerprint import file_hash
+from mtft.common.folder_lock import sole_writer
 from mtft.common.run_folders import refuse_run_as_adapter
 from mtft.evaluation.score_cache import Scores, load_or_score
 from mtft.merge.engine.report import MergeReport
@@ -185,13 +187,16 @@ def merge_recipe(
     """
     section = merge_section(recipe)
     out = out or merge_folder(recipe)
-    if section.base is not None:
-        return merge_models(recipe, section.base, out)
     chosen = chosen_adapters(section, adapters)
-    for folder in chosen:
-        if not isinstance(folder, LoraAdapter):
-            refuse_run_as_adapter(Path(folder))
-    return RecipeMerge(recipe, read_adapters(chosen), out, adapted).run()
+    inputs = [folder.path if isinstance(folder, LoraAdapter) else Path(folder) for folder in chosen]
+    # What needs data may last for hours before the folder is written: nobody else begins, nothing there stops it then.
+    with sole_writer(out):
+        check_replaceable(out, overwrite=section.overwrite, inputs=inputs)
+        if section.base is not None:
+            return merge_models(recipe, section.base, out)
+        for folder in inputs:
+            refuse_run_as_adapter(folder)
+        return RecipeMerge(recipe, read_adapters(chosen), out, adapted).run()
 
 
 def merge_models(recipe: Recipe, base: str, out: Path) -> MergeOutcome:

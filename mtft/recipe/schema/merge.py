@@ -98,8 +98,8 @@ class MergeSection(RecipeSection):
     """Rank of the merged adapter. auto: the smallest usual rank that keeps `energy`."""
     energy: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Share of the squared singular values that rank auto keeps."""
-    min_energy: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """A merge that keeps less than this share at its rank is refused."""
+    min_energy: Annotated[float, Field(ge=0, le=1)] | None = None
+    """A merge that keeps less than this share at its rank is refused. null = 0.5; with a number as rank: a warning."""
     saved: str = "error"
     """Full tensors in the adapters (modules_to_save, biases): error, average, or `take: ADAPTER`."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -68,7 +68,7 @@ def one_block(err: str, code: int) -> None:
 COMMANDS = {
     "check": ["--json"],
     "train": ["--fresh"],
-    "eval": ["--adapter", "--against", "--out"],
+    "eval": ["--adapter", "--against", "--out", "--overwrite"],
     "merge": ["--method", "--rank", "--weights", "--set", "--base", "--experts", "--out", "--overwrite"],
     "report": ["--out"],
     "run": ["--fresh", "--launch"],

@@ -8,6 +8,8 @@ law is taken for each target whose small trials it ranks.
 from __future__ import annotations
 
 import csv
+import io
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,15 +110,19 @@ def predict_csv(
     if scale == "auto" and isinstance(fits, SurrogateFits):
         fits = for_mixtures(fits, rows, where=str(mixtures_csv))
     predictions = fits.predict(rows, level=level)
-    Path(out_csv).parent.mkdir(parents=True, exist_ok=True)
-    with open(out_csv, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([table.index_name, *(name + end for name in fits.targets for end in ("", "_lower", "_upper"))])
-        for position, key in enumerate(table.index):
-            cells: list[Any] = [key]
-            for name, prediction in predictions.items():
-                cells += ["" if name in unsaid else repr(float(column[position])) for column in prediction]
-            writer.writerow(cells)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow([table.index_name, *(name + end for name in fits.targets for end in ("", "_lower", "_upper"))])
+    for position, key in enumerate(table.index):
+        cells: list[Any] = [key]
+        for name, prediction in predictions.items():
+            cells += ["" if name in unsaid else repr(float(column[position])) for column in prediction]
+        writer.writerow(cells)
+    out = Path(out_csv)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}.part")  # whole or not at all
+    aside.write_bytes(text.getvalue().encode())
+    aside.replace(out)
     return len(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,22 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Change keys: train.steps=100 lora=null.", show_default=False),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+
+
+def expand(path: str | Path) -> Path:
+    """With the home folder for `~`, which shells leave as it is in --out=~/x."""
+    return Path(os.path.expanduser(path))
+
+
+def refuse_flags(context: typer.Context, *, but: tuple[str, ...], because: str) -> None:
+    """UserError if options other than `but` were given, where they would be ignored."""
+    from mtft.common.errors import UserError
+
+    named = {parameter.name: parameter.opts[0] for parameter in context.command.params if parameter.name is not None}
+    sources = {flag: context.get_parameter_source(name) for name, flag in named.items() if name not in but}
+    given = [flag for flag, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        raise UserError(because, where=f"command line, {', '.join(given)}", do=f"leave {', '.join(given)} out")
 
 
 def load(path: Path, overrides: list[str] | None, stage: Stage, *, files: bool = True) -> Recipe:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import mtft
-from mtft.cli.common import Overrides, RecipeArgument, load, say
+from mtft.cli.common import Overrides, Overwrite, RecipeArgument, expand, load, say
 
 if TYPE_CHECKING:
     from mtft.training.run_training import TrainResult
@@ -124,20 +124,27 @@ def evaluate(
         Path | None, typer.Option(help="Folder of an older adapter: what got better and what broke since.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file instead of stdout.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Score a model per task on held-out rows (JSON).
 
     Loss, token accuracy and exact match, each with its confidence interval. RECIPE may be the folder of a run (or the
     recipe.yaml in it): its adapter is scored. With any other recipe it is the base model, unless --adapter is given.
     """
+    from mtft.common.atomic_io import write_text
     from mtft.common.errors import UserError
     from mtft.common.run_folders import RESULT, export_of_run
     from mtft.evaluation.evaluate_recipe import as_json, exported
     from mtft.evaluation.evaluate_recipe import evaluate as run_evaluation
+    from mtft.recipe.input_paths import check_output
 
     folder = recipe if recipe.is_dir() else recipe.parent
-    loaded = load(recipe / "recipe.yaml" if recipe.is_dir() else recipe, overrides, "eval")
+    source = recipe / "recipe.yaml" if recipe.is_dir() else recipe
+    loaded = load(source, overrides, "eval")
     own, model = Path(loaded.output.dir), None
+    if out is not None:
+        out = expand(out)
+        check_output(out, loaded, source, adapter, against, overwrite=overwrite)
     if base and adapter is not None:
         raise UserError("--base and --adapter", where="command line", do="give one of the two")
     is_run = recipe.is_dir() or own.resolve() == folder.resolve() or (folder / RESULT).is_file()
@@ -151,8 +158,7 @@ def evaluate(
     if out is None:
         typer.echo(text)
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+        write_text(out, text + "\n")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mtft.cli.common import Overwrite, load
+from mtft.cli.common import Overwrite, expand, load
 
 
 def merge_command(
@@ -51,7 +51,7 @@ def merge_command(
             experts,
             overwrite,
         )
-        text = _merge_folders([_expanded(name) for name in arguments], base, out, settings)
+        text = _merge_folders([str(expand(name)) for name in arguments], base, out, settings)
     else:
         from mtft.pipeline.stages.merge import merge_recipe
 
@@ -96,9 +96,9 @@ def _merge_folders(folders: list[str], base: Path | None, out: Path | None, flag
             where="command line",
             do=f"mtft merge {recipes[0]} merge.method={flags.method} merge.out={out}",
         )
-    out, size = Path(_expanded(str(out))), "auto" if flags.rank is None else flags.rank
+    out, size = expand(out), "auto" if flags.rank is None else flags.rank
     if base is not None:
-        return _merge_models(Path(_expanded(str(base))), folders, out, flags)
+        return _merge_models(expand(base), folders, out, flags)
     for name in folders:
         refuse_run_as_adapter(Path(name))
     how = {"rank": size, "min_energy": flags.min_energy, "overwrite": flags.overwrite}
@@ -154,13 +154,8 @@ def _merge_models(base: Path, models: list[str], out: Path, flags: MergeFlags) -
 def _is_folder(name: str) -> bool:
     from mtft.common.atomic_folder import restore_replaced
 
-    restore_replaced(Path(_expanded(name)))
-    return os.path.isdir(_expanded(name))
-
-
-def _expanded(name: str) -> str:
-    """With the home folder for `~`, which shells leave as it is in --out=~/x."""
-    return os.path.expanduser(name)
+    restore_replaced(expand(name))
+    return os.path.isdir(expand(name))
 
 
 def _parse_rank(rank: str | None) -> int | str | None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mtft.cli.common import Overrides, RecipeArgument, load, say
+from mtft.cli.common import Overrides, Overwrite, RecipeArgument, expand, load, refuse_flags, say
 
 mix_app = typer.Typer(help="Predict the best mixture from a few cheap trials.", no_args_is_help=True)
 
@@ -60,6 +60,7 @@ def mix_sweep(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 @mix_app.command("propose")
 def mix_propose(
+    context: typer.Context,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="[RECIPE [KEY=VALUE]...]", help="A recipe, whose ledger is read.", show_default=False),
@@ -88,6 +89,7 @@ def mix_propose(
     seed: Annotated[int, typer.Option(help="Makes fit and proposal reproducible.")] = 0,
     cv: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Where the mixture goes (YAML).")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Propose a mixture, with the verdict: is it better than the current one, beyond the noise?
 
@@ -98,6 +100,9 @@ def mix_propose(
 
     if arguments and mixtures is None and scores is None:
         from mtft.pipeline.stages.mix import mix_dir, mix_propose, mix_synergy
+
+        what = "with a recipe its own keys say how (mixture.caps, sweep.kl, ...), and the result goes to its output.dir"
+        refuse_flags(context, but=("arguments",), because=what)
 
         loaded = load(Path(arguments[0]), arguments[1:], "mix")
         typer.echo(mix_propose(loaded).table())
@@ -111,6 +116,7 @@ def mix_propose(
             where="command line",
             do="mtft mix propose RECIPE, or: mtft mix propose --mixtures x.csv --scores y.csv --out mixture.yaml",
         )
+    out = _checked_output(out, [mixtures, scores, prior, current, sizes], overwrite)
     from data_mixers.propose.from_csv import (
         ShareLimits,
         fit_csv,
@@ -157,6 +163,7 @@ def mix_fit(
     goal: Annotated[Goal, typer.Option(help="min (losses) or max (accuracies).")] = "min",
     predict: Annotated[Path | None, typer.Option(help="CSV of mixtures to predict.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the predictions go (CSV).")] = None,
+    overwrite: Overwrite = False,
     large_mixtures: Annotated[
         Path | None, typer.Option(help="CSV of large runs (4 or more): predictions are then of their scale.")
     ] = None,
@@ -189,6 +196,7 @@ def mix_fit(
         raise UserError(
             "--large-mixtures and --large-scores belong together", where="command line", do="give both, or neither"
         )
+    out = _checked_output(out, [mixtures, scores, predict, large_mixtures, large_scores], overwrite)
     if predict is not None:  # before the fit, which takes a while
         mixtures_to_predict(predict, read_table(mixtures, index).columns, index=index)
     with _warnings_said():
@@ -245,6 +253,16 @@ def mix_relevance(
         tail = "" if counts is None else f"{int(counts[number]):10d}"
         typer.echo(f"{name:<24}{weights[number]:10.4f}{solved.shares[number]:8.4f}{tail}")
     typer.echo(f"residual {solved.residual:.3g} of the target's size")
+
+
+def _checked_output(out: Path | None, inputs: list[Path | None], overwrite: bool) -> Path | None:
+    """The output's path; UserError if it can't be written, is an input, or is there (without --overwrite)."""
+    from mtft.common.output_paths import check_output_file
+
+    if out is None:
+        return None
+    check_output_file(expand(out), inputs=inputs, overwrite=overwrite)
+    return expand(out)
 
 
 def _weights(entries: list[str] | None) -> dict[str, float]:

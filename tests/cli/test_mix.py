@@ -206,3 +206,57 @@ def test_relevance_loses_no_task_with_or_without_an_index_column(tmp_path, monke
     assert code == 0, err
     assert [line.split()[0] for line in out.splitlines()[1:4]] == [name for name in order if name != "target"]
     assert ("numbers the rows" in err) == (first is not None)
+
+
+RIDGE = ("--surrogate", "ridge", "--target", "loss")
+LARGE = ("--large-mixtures", "x.csv", "--large-scores", "z.csv")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (("fit", *FILES, *RIDGE, "--predict", "x.csv"), "x.csv"),
+        (("fit", *FILES, *RIDGE, "--predict", "x.csv"), "y.csv"),
+        (("fit", *FILES, *RIDGE, "--predict", "natural.csv"), "natural.csv"),
+        (("fit", *FILES, *RIDGE, "--predict", "x.csv"), "below/../x.csv"),
+        (("fit", *FILES, *RIDGE, "--predict", "x.csv"), "hard.csv"),
+        (
+            ("fit", *FILES, *RIDGE, "--predict", "x.csv", "--large-mixtures", "x.csv", "--large-scores", "z.csv"),
+            "z.csv",
+        ),
+        (("propose", *FILES, *RIDGE), "x.csv"),
+        (("propose", *FILES, *RIDGE), "y.csv"),
+        (("propose", *FILES, *RIDGE, "--prior", "natural.csv"), "natural.csv"),
+        (("propose", *FILES, *RIDGE, "--current", "natural.csv"), "natural.csv"),
+        (("propose", *FILES, *RIDGE, "--sizes", "natural.csv"), "natural.csv"),
+    ],
+)
+def test_no_output_is_an_input(trials, capsys, command, name):
+    (trials / "below").mkdir()
+    (trials / "hard.csv").hardlink_to("x.csv")
+    (trials / "z.csv").write_text((trials / "y.csv").read_text())
+    before = {path.name: path.read_bytes() for path in trials.glob("*.csv")}
+    code, out, err = mix(capsys, *command, "--out", name, "--overwrite")
+    assert (code, out) == (2, "")
+    assert "the output is an input" in err
+    assert {path.name: path.read_bytes() for path in trials.glob("*.csv")} == before
+
+
+@pytest.mark.parametrize("command", [("fit", *FILES, *RIDGE, "--predict", "x.csv"), ("propose", *FILES, *RIDGE)])
+def test_nothing_there_is_replaced_unasked(trials, capsys, command):
+    (trials / "out").write_text("mine")
+    (trials / "folder").mkdir()
+    (trials / "link").symlink_to("out")
+    for name, told in (("out", "there already"), ("folder", "a folder"), ("link", "a link"), ("x" * 300, "too long")):
+        code, out, err = mix(capsys, *command, "--out", name)
+        assert (code, out) == (2, ""), name
+        assert told in err
+    assert (trials / "out").read_text() == "mine"
+    assert mix(capsys, *command, "--out", "out", "--overwrite")[0] == 0
+    assert "mine" not in (trials / "out").read_text()
+
+
+def test_flags_that_a_recipe_would_ignore(trials, capsys):
+    code, _, err = mix(capsys, "propose", "recipe.yaml", "--cap", "news=0.1", "--kl", "1")
+    assert code == 2
+    assert "--cap, --kl" in err

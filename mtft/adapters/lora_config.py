@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -23,7 +24,9 @@ from pydantic import (
     ValidationError,
 )
 
+from mtft.adapters.module_patterns import ModulePatterns, Number
 from mtft.common.errors import MergeError
+from mtft.common.foreign_json import read_foreign
 
 CONFIG = "adapter_config.json"
 MAX_BYTES = 32 << 20  # full module names of a large mixture of experts reach a few MB
@@ -45,21 +48,23 @@ REASONS = {
 }
 
 
-Number = TypeVar("Number", int, float)
+MAX_RANK = 65_536
 
 
-def _regex(pattern: str) -> str:
-    """A key of rank_pattern or alpha_pattern."""
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
-    return pattern
+def _plain(value: object) -> object:
+    """5.0 as 5; a number that no float holds is refused here: pydantic would print all its digits."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        raise ValueError("too large")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-ModulePattern = Annotated[str, AfterValidator(_regex)]
-Whole = Annotated[PositiveInt, BeforeValidator(lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)]
-Positive = Annotated[FiniteFloat, Field(gt=0)]
+def _bounded(patterns: dict[str, Number]) -> dict[str, Number]:
+    ModulePatterns(patterns)
+    return patterns
+
+
+Rank = Annotated[PositiveInt, Field(le=MAX_RANK), BeforeValidator(_plain)]
+Positive = Annotated[FiniteFloat, Field(gt=0), BeforeValidator(_plain)]
 
 
 class LoraSettings(BaseModel):
@@ -67,11 +72,11 @@ class LoraSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    r: Whole = 8
+    r: Rank = 8
     alpha: Positive = Field(8.0, alias="lora_alpha")
     rslora: bool = Field(False, alias="use_rslora")
-    rank_pattern: dict[ModulePattern, Whole] = {}
-    alpha_pattern: dict[ModulePattern, Positive] = {}
+    rank_pattern: Annotated[dict[str, Rank], AfterValidator(_bounded)] = {}
+    alpha_pattern: Annotated[dict[str, Positive], AfterValidator(_bounded)] = {}
     fan_in_fan_out: bool = False
     bias: str = "none"
     lora_bias: bool = False
@@ -81,20 +86,21 @@ class LoraSettings(BaseModel):
     task_type: str | None = None
     auto_mapping: dict[str, Any] | None = None
 
+    @cached_property
+    def _ranks(self) -> ModulePatterns[int]:
+        return ModulePatterns(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> ModulePatterns[float]:
+        return ModulePatterns(self.alpha_pattern)
+
     def rank_of(self, module: str) -> int:
-        return _first_match(self.rank_pattern, module, self.r)
+        return self._ranks.first(module, self.r)
 
     def scale_of(self, module: str) -> float:
         """s = alpha/r, or alpha/sqrt(r) under rsLoRA; both after the patterns."""
-        r, alpha = self.rank_of(module), _first_match(self.alpha_pattern, module, self.alpha)
+        r, alpha = self.rank_of(module), self._alphas.first(module, self.alpha)
         return float(alpha / (math.sqrt(r) if self.rslora else r))
-
-
-def _first_match(pattern: dict[str, Number], module: str, default: Number) -> Number:
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):  # PEFT's rule: the first key that matches the end of the name
-            return value
-    return default
 
 
 def _is_default(value: object) -> bool:
@@ -104,21 +110,15 @@ def _is_default(value: object) -> bool:
 def read_settings(folder: Path) -> LoraSettings:
     """Read and check `folder`/adapter_config.json; MergeError names the field that can't be merged."""
     path = folder / CONFIG
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES >> 20} MB")
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise MergeError(f"no {CONFIG}", where=str(folder), do="give the folder of a PEFT LoRA adapter") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise MergeError(f"{CONFIG} can't be read: {error}", where=str(path), do="save the adapter again") from None
+    if not path.exists():
+        raise MergeError(f"no {CONFIG}", where=str(folder), do="give the folder of a PEFT LoRA adapter")
+    config = read_foreign(path, do="save the adapter again", error=MergeError, most=MAX_BYTES)
 
     def refuse(what: str, do: str) -> MergeError:
         return MergeError(what, where=str(path), do=do)
 
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise refuse(f"peft_type is {kind!r}", "only LoRA adapters can be merged")
+    if config.get("peft_type") != "LORA":
+        raise refuse(f"peft_type is {str(config.get('peft_type'))[:80]!r}", "only LoRA adapters can be merged")
     for key, value in config.items():
         if key not in ALLOWED and not _is_default(value):
             why, do = REASONS.get(
@@ -131,9 +131,23 @@ def read_settings(folder: Path) -> LoraSettings:
             f"init_lora_weights = {init!r} changed the base weights, so the factors are no delta of the plain base",
             "re-save it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
+    return lora_settings(config, path)
+
+
+def lora_settings(config: Mapping[str, object], path: Path) -> LoraSettings:
+    """The settings in the content of an adapter_config.json. MergeError names the key of a value that can't be."""
     try:  # null: not set
         return LoraSettings.model_validate({key: value for key, value in config.items() if value is not None})
     except ValidationError as invalid:
-        error = invalid.errors()[0]
-        place = ".".join(map(str, error["loc"]))
-        raise refuse(f"{place} is {error['input']!r}: {error['msg'].lower()}", "save the adapter again") from None
+        error = invalid.errors(include_url=False)[0]
+        place = ".".join(str(part)[:80] for part in error["loc"])
+        shown = _shown(error["input"])
+        what = f"{place} is {shown}: {error['msg'].lower().removeprefix('value error, ')}"
+        raise MergeError(what, where=f"{path}, key {place}", do="save the adapter again") from None
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:80]
+    except ValueError:  # Python prints no number of more than 4300 digits
+        return "a number of thousands of digits"

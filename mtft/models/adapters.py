@@ -14,12 +14,16 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from mtft.adapters.base_identity import BASE, BaseIdentity, fingerprint, recorded_base
-from mtft.adapters.lora_config import CONFIG
+from mtft.adapters.lora_config import CONFIG, MAX_BYTES, LoraSettings, lora_settings
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS, LoraAdapter
+from mtft.adapters.module_patterns import refuse_endless
+from mtft.adapters.safetensors_io import read_header
 from mtft.common.atomic_folder import restore_replaced
 from mtft.common.errors import MergeError, UserError
+from mtft.common.foreign_json import read_foreign
 from mtft.common.run_folders import refuse_run_as_adapter
 from mtft.models.loading import cached_folder, some
+from mtft.models.model_files import check_finite
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -43,10 +47,43 @@ def read_peft_config(folder: str | Path, *, where: str | None = None) -> PeftCon
     if not (folder / WEIGHTS).is_file():
         what = f"the folder holds no {WEIGHTS}: the adapter's weights are missing, or are a pickle"
         raise UserError(what, where=where, do="save it as safetensors")
+    _check_config(folder)
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{CONFIG} can't be used: {_first_line(error)}", where=where, do="save it again") from error
+
+
+def _check_config(folder: Path) -> None:
+    """UserError for a config that is damaged, has values that can't be, or could keep PEFT busy for ever."""
+    path = folder / CONFIG
+    config = read_foreign(path, do="save the adapter again", most=MAX_BYTES)
+    if config.get("peft_type") != "LORA":
+        return
+    settings = lora_settings(config, path)
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        if isinstance(config.get(key), str):
+            try:
+                refuse_endless(config[key], repeats=8)
+            except ValueError as error:
+                do = "list the modules by their names"
+                raise UserError(f"{key}: {error}", where=f"{path}, key {key}", do=do) from None
+    _check_ranks(settings, folder)
+
+
+def _check_ranks(settings: LoraSettings, folder: Path) -> None:
+    """UserError for a rank that the file has not: PEFT would make room for it before it looks."""
+    try:
+        shapes = {key: entry.shape for key, entry in read_header(folder / WEIGHTS).items() if entry.shape}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # PEFT says what is wrong with the file
+    most = max((shape[0] for key, shape in shapes.items() if "lora_A" in key or "lora_embedding_A" in key), default=0)
+    ranks = {f"rank_pattern.{name}": rank for name, rank in settings.rank_pattern.items()}
+    for key, rank in {"r": settings.r, **ranks}.items():
+        # Where every module has a rank of its own, r is that of none.
+        if rank > (max(map(max, shapes.values()), default=0) if key == "r" and ranks else most):
+            what, do = f"{key} is {rank}, and no tensor has that rank", "give the config that belongs to these weights"
+            raise UserError(what, where=f"{folder / CONFIG}, key {key}", do=do)
 
 
 def load_adapter(
@@ -98,6 +135,7 @@ def load_adapter(
     if getattr(config, "bias", "none") != "none":  # of which PEFT's report says nothing
         missing |= get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - _stored(folder)
     _check_names(sorted(missing), sorted(report.unexpected_keys), where)
+    check_finite(adapted, Path(folder), where, only=".default.")
     return adapted
 
 

@@ -26,12 +26,11 @@ from mtft.common.atomic_folder import restore_replaced
 from mtft.common.errors import UserError
 from mtft.common.own_files import irregular
 from mtft.models.cpu_precision import cpu_dtype
+from mtft.models.model_files import ReportFilter, blame, check_finite, check_model_files
 from mtft.models.quantization import bitsandbytes_config
 from mtft.recipe.schema.model import ModelSection
 
 if TYPE_CHECKING:
-    from logging import LogRecord
-
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 QUICKSTART = "quickstart:"
@@ -243,11 +242,12 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
 
     what: how messages call it ("model"). Raises UserError for what can't be loaded, or only in parts.
     """
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     location = model_location(path)
     hub = {} if Path(location).is_dir() else {"revision": revision}
+    if not hub:
+        check_model_files(Path(location))
     where = f"model {path}" + (f" (revision {revision})" if hub else "")
     weights = _has_weights(auto)
     if weights:
@@ -255,30 +255,34 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     told: Any = logging.get_logger("transformers.modeling_utils")
-    told.addFilter(_no_table)
+    report_filter = ReportFilter()
+    told.addFilter(report_filter)
     try:
         loaded = auto.from_pretrained(location, trust_remote_code=False, **hub, **options)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        # ValueError: unknown architecture, or one that comes with code of its own, which is not run.
-        # RuntimeError: shapes that differ from the config's; SafetensorError: a file that is cut.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # what damaged files raise inside transformers has no end
+        reason, place = blame(Path(location), error)
+        if report_filter.mismatch is not None:
+            reason, place = f"config.json says other shapes than its weights have: {report_filter.mismatch}", None
         raise UserError(
             f"the {what} can't be loaded: {reason}",
-            where=where,
+            where=place or where,
             do="check the name and that the hub can be reached (HF_ENDPOINT, login for gated models), or give a folder"
             if hub
             else f"check that it is a whole model for transformers ({what} files included); its code is never run",
         ) from error
     finally:
-        told.removeFilter(_no_table)
+        told.removeFilter(report_filter)
         if bars:
             logging.enable_progress_bar()
     if not weights:
         return loaded
     model, report = loaded
     _check_report(type(model).__name__, report, what, where)
+    check_finite(model, Path(location), where)
     if hub and (cached := cached_folder(location, revision)) is not None:
         model.config._commit_hash = cached.name  # as transformers did before 5.24; it is never saved
     return model
@@ -290,11 +294,6 @@ def cached_folder(name: str, revision: str) -> Path | None:
 
     config = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(config).parent if isinstance(config, str) else None
-
-
-def _no_table(record: LogRecord) -> bool:
-    """Not the loading report of transformers, a line for each weight: what stands there is refused in one sentence."""
-    return "LOAD REPORT" not in record.getMessage()
 
 
 def _has_weights(auto: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,8 +150,16 @@ def _numbers_rows(name: str, rows: list[list[str]]) -> bool:
     return len(numbers) == len(cells) and numbers in (list(range(len(cells))), list(range(1, len(cells) + 1)))
 
 
+ROUNDED = 1e-4
+"""How far the sum of shares may be from 1 without a word."""
+
+
 def check_rows(table: CsvTable, tolerance: float) -> None:
-    """MixError for the first row that is no mixture: a negative share, or a sum further than `tolerance` from 1."""
+    """MixError for the first row that is no mixture: a negative share, or a sum further than `tolerance` from 1.
+
+    A warning counts the rows whose sums are off by less: they are scaled.
+    """
+    off = np.flatnonzero(np.abs(table.values.sum(axis=1) - 1) > ROUNDED)
     for key, line, row in zip(table.index, table.lines, table.values, strict=True):
         negative = np.any(row < 0)
         if negative or abs(row.sum() - 1) > tolerance:
@@ -160,6 +169,9 @@ def check_rows(table: CsvTable, tolerance: float) -> None:
                 where=f"{table.path}:{line}",
                 do="each row holds shares >= 0 that add up to 1 (columns that are no shares do not belong here)",
             )
+    if len(off):
+        first = f"line {table.lines[off[0]]}: {table.values[off[0]].sum():.6g}"
+        warnings.warn(f"{table.path}: the shares of {len(off)} rows don't add up to 1 ({first}); scaled", stacklevel=3)
 
 
 def join(left: CsvTable, right: CsvTable) -> tuple[tuple[str, ...], NDArray[np.float64], NDArray[np.float64]]:

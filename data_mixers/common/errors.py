@@ -24,6 +24,12 @@ class MixError(ValueError):
         return "\n".join(lines)
 
 
+def check_seed(seed: int) -> None:
+    """MixError for a seed that numpy's and scikit-learn's generators don't take."""
+    if not 0 <= seed < 2**32:
+        raise MixError(f"seed is {seed}", where="seed", do="a whole number from 0 to 4294967295")
+
+
 def optional_package(module: str, name: str, *, where: str, install: str) -> Any:
     """The module; MixError, with the way to install it, where it is missing."""
     try:

@@ -174,14 +174,15 @@ class ScaledFits:
     def predict(self, X: ArrayLike, *, level: float = 0.9) -> dict[str, Prediction]:
         """{target: Prediction at the large scale}. Half width: Student's t (m - 1 degrees) times the rmse of the large
         runs left out, at least what the small trials' interval becomes on the map."""
-        small = self.small.predict(X, level=level)
+        small = {name: fitted.model.predict(X, level=level) for name, fitted in self.targets.items()}
         mean_J = self.scale_map.predict(X, np.stack([prediction.mean for prediction in small.values()]))
         factor = float(student.ppf((1 + level) / 2, self.runs - 1)) * np.sqrt(1 + 1 / self.runs)
         out = {}
         for number, (name, prediction) in enumerate(small.items()):
             own = abs(self.scale_map.slope_J[number]) * 0.5 * (prediction.upper - prediction.lower)
             half = np.maximum(factor * self.rmse_J[number], own)
-            out[name] = Prediction(mean_J[number], mean_J[number] - half, mean_J[number] + half)
+            raw, mean = self.targets[name].raw, mean_J[number]
+            out[name] = Prediction(raw(mean), raw(mean - half), raw(mean + half))
         return out
 
     def text(self) -> str:
@@ -189,7 +190,11 @@ class ScaledFits:
         if self.unsaid is not None:
             return self.small.text()
         lines = [f"mapped to {self.runs} large runs (score = slope x small + offset + residual):"]
-        columns = (self.targets, self.scale_map.slope_J, self.scale_map.offset_J, self.rmse_J)
+        raws = [fitted.raw for fitted in self.targets.values()]
+        offset_J, rmse_J = (
+            [raw(x) for raw, x in zip(raws, x_J, strict=True)] for x_J in (self.scale_map.offset_J, self.rmse_J)
+        )
+        columns = (self.targets, self.scale_map.slope_J, offset_J, rmse_J)
         lines += [
             f"  {name:<18}slope {slope:7.3f}  offset {offset:9.4g}  rmse of runs left out {rmse:.4g}"
             for name, slope, offset, rmse in zip(*columns, strict=True)
@@ -202,6 +207,7 @@ def calibrate(fits: SurrogateFits, large_X: ArrayLike, large_scores: ArrayLike) 
     in the order of fits.targets."""
     rows, scores = np.atleast_2d(np.asarray(large_X, dtype=np.float64)), np.atleast_2d(np.asarray(large_scores))
     names, m = tuple(fits.targets), len(rows)
+    scores = np.ldexp(scores, -np.array([[fitted.exponent] for fitted in fits.targets.values()]))
     rows = rows / rows.sum(axis=1, keepdims=True)
     small = small_scale_mean(fits, rows)
     trials = [fitted.arrays.X / fitted.arrays.X.sum(axis=1, keepdims=True) for fitted in fits.targets.values()]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
-from data_mixers.common.errors import MixError
+from data_mixers.common.errors import MixError, check_seed
 from data_mixers.fitting.enough_trials import TOO_FEW, too_few_trials, trials_with
 from data_mixers.mixture.mixture import Floats, Mixture
 from data_mixers.surrogates.base import MINIMUM_TRIALS, Prediction
@@ -26,6 +26,7 @@ from data_mixers.sweep.early_termination import completed
 from data_mixers.sweep.ledger import Arrays, TrialLedger
 from data_mixers.sweep.trial import Goal, TrialRecord
 
+SMALL = 1e-60
 NO_SIGNAL = f"no signal: no surrogate predicts a trial better than the mean of the others; {TOO_FEW}, or too noisy"
 
 
@@ -40,6 +41,11 @@ class TargetFit:
     level: float
     nulls: int  # trials left out because their score is not finite
     trials: int  # with a finite score
+    exponent: int = 0  # scores beyond all measure are fitted divided by this power of two; `arrays` holds those
+
+    def raw(self, fitted: Any) -> Any:
+        """Numbers in units of the fit (an array, or one) as the scores have them."""
+        return fitted if self.exponent == 0 else np.ldexp(fitted, self.exponent)
 
     @property
     def signal(self) -> bool:
@@ -57,7 +63,7 @@ class TargetFit:
         if self.too_few is not None:
             return self.too_few
         if self.model.constant is not None:
-            return f"no signal: every trial has the score {self.model.constant:.6g}"
+            return f"no signal: every trial has the score {self.raw(self.model.constant):.6g}"
         return None if self.model.signal else NO_SIGNAL
 
     @property
@@ -127,21 +133,22 @@ class TargetFit:
             "signal": self.signal and self.unsaid is None,
             "unsaid": self.unsaid,
             "level": self.level,
-            "sd": self.sd,
+            "sd": float(self.raw(self.sd)),
         }
         if self.unsaid is not None:
             return counts | {"candidates": [], "trials": []}
-        half, held = self.model.quantile(self.level) * self.model.held_sigma, self.model.held_mean
+        half, held = self.raw(self.model.quantile(self.level) * self.model.held_sigma), self.raw(self.model.held_mean)
+        noise_sd = self.noise_sd
         return counts | {
             "rho": self.rho,
             "r2": self.r2,
             "coverage": self.coverage,
             "nlpd": self.nlpd,
-            "noise_sd": self.noise_sd,
+            "noise_sd": None if noise_sd is None else float(self.raw(noise_sd)),
             "candidates": [asdict(score) for score in self.model.scores],
             "trials": [
                 {"measured": float(y), "predicted": float(mean), "lower": float(mean - h), "upper": float(mean + h)}
-                for y, mean, h in zip(self.arrays.y, held, half, strict=True)
+                for y, mean, h in zip(self.raw(self.arrays.y), held, half, strict=True)
             ],
         }
 
@@ -163,7 +170,7 @@ class TargetFit:
             lines.append(
                 f"  the model explains {100 * max(0.0, self.r2):.0f} % of the variance of trials left out; "
                 f"{100 * self.level:.0f} % intervals cover {100 * self.coverage:.0f} %; "
-                f"noise sd {self.noise_sd:.4g} (trials: {self.sd:.4g})"
+                f"noise sd {self.raw(self.noise_sd):.4g} (trials: {self.raw(self.sd):.4g})"
             )
         return "\n".join(lines)
 
@@ -195,7 +202,10 @@ class SurrogateFits:
     def predict(self, X: ArrayLike | Mixture, *, level: float = 0.9) -> dict[str, Prediction]:
         """{target: Prediction} for rows X [m, K] in the order of `names` (or one Mixture)."""
         rows = X.over(self.names).shares if isinstance(X, Mixture) else X
-        return {name: fitted.model.predict(rows, level=level) for name, fitted in self.targets.items()}
+        return {
+            name: Prediction(*map(fitted.raw, fitted.model.predict(rows, level=level)))
+            for name, fitted in self.targets.items()
+        }
 
     def report(self) -> dict[str, Any]:
         """{"names": [...], "targets": {target: report}}: JSON-serialisable."""
@@ -226,14 +236,15 @@ def fit_surrogates(
     trials. level: of the intervals. progress: "last" fits each trial's last checkpoint, "all" fits every checkpoint
     with progress as a feature. goal: min or max (per target), where the ledger does not say.
     """
+    check_seed(seed)
     ledger = trials if isinstance(trials, TrialLedger) else TrialLedger(None, trials)
     if limit is not None and limit < MINIMUM_TRIALS:
-        raise MixError(f"limit is {limit}", do=f"the number of trials to use, at least {MINIMUM_TRIALS}")
+        raise MixError(f"limit is {limit}", where="limit", do=f"the number of trials to use, at least {MINIMUM_TRIALS}")
     if limit is not None:
         ledger = ledger.limited(limit)
     names, wanted = ledger.names, ledger.targets if targets == "all" else tuple(targets)
     if cv < 2:
-        raise MixError(f"cv is {cv}", do="at least 2 folds")
+        raise MixError(f"cv is {cv}", where="cv", do="at least 2 folds")
     fits = {}
     for target in wanted:
         arrays = ledger.to_arrays(target, mixed_config=mixed_config)
@@ -245,11 +256,19 @@ def fit_surrogates(
             warnings.warn(
                 f"{target}: every trial has the score {arrays.y[0]:.6g}; it is predicted as such", stacklevel=2
             )
+        exponent = _exponent(arrays.y)
+        arrays = arrays._replace(y=np.ldexp(arrays.y, -exponent)) if exponent else arrays
         model = Stack(candidates=candidates_of(surrogate, goal=aim), folds=cv, seed=seed)
         model.fit(arrays.X, arrays.y, groups=arrays.groups, progress=tau, weights=None)
         count = trials_with(ledger.records, target)
-        fits[target] = TargetFit(target, aim, model, arrays, level, ledger.nulls(target), count)
+        fits[target] = TargetFit(target, aim, model, arrays, level, ledger.nulls(target), count, exponent)
     return SurrogateFits(names, fits)
+
+
+def _exponent(y: Floats) -> int:
+    """The power of two to divide scores by so that their squares are numbers; 0 for scores as people have them."""
+    largest = float(np.abs(y).max())
+    return 0 if largest == 0 or SMALL < largest < 1 / SMALL else math.frexp(largest)[1]
 
 
 def _last_points(ledger: TrialLedger, target: str, arrays: Arrays) -> Arrays:

@@ -60,6 +60,11 @@ class Bounds:
             raise MixError(
                 "max_epochs needs sizes and total", do="give Bounds(sizes=..., total=run length in the same unit)"
             )
+        if self.total is not None and not 0 < self.total < np.inf:
+            raise MixError(f"the run's length is {self.total}", where="total", do="a number > 0")
+        epochs = self.max_epochs.values() if isinstance(self.max_epochs, Mapping) else [self.max_epochs]
+        if not all(limit > 0 for limit in epochs):
+            raise MixError(f"max_epochs is {self.max_epochs}", where="max_epochs", do="numbers > 0")
         for kind, limits in (("floor", self.floors), ("cap", self.caps)):
             for name, value in limits.items():
                 if not 0 <= value <= 1:

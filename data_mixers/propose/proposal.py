@@ -10,6 +10,7 @@ as a result: the gain comes from cross-fitting (significance.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from data_mixers.common.errors import MixError
+from data_mixers.common.errors import MixError, check_seed
 from data_mixers.design.designs import candidate_mixtures
 from data_mixers.fitting.surrogate_fits import SurrogateFits
 from data_mixers.mixture.bounds import Bounds
@@ -33,6 +34,8 @@ Objective = Literal["mean", "worst"] | Mapping[str, float]
 @dataclass(frozen=True)
 class Proposal:
     """The optimum (`mixture`), and `kept`: the mixture to play (the current one unless the verdict is better).
+
+    moved: what the mixture that was played breaks of the bounds; `current` is then the nearest one inside them.
 
     Where nothing can be said (verdict "no signal" or "too few trials to say") `mixture` is the current one too, and
     there is no gain and no prediction; a target of which nothing can be said has none in any case.
@@ -53,11 +56,13 @@ class Proposal:
     binding: list[str]
     objective: float | None
     details: dict[str, Any]
+    moved: str | None = None
 
     @classmethod
     def undecided(cls, why: str, *, current: Mixture, prior: Mixture, bounds: Bounds) -> Proposal:
         """The current mixture, without any number, because of `why` (too_few_trials, TargetFit.unsaid)."""
         verdict = unsaid_verdict(why)
+        current, moved = _inside(current, bounds)
         return cls(
             mixture=current,
             current=current,
@@ -67,13 +72,14 @@ class Proposal:
             gain=None,
             verdict=verdict.word,
             probability=None,
-            text=verdict.text,
+            text=_with_move(verdict.text, moved),
             epochs=_epochs(bounds, current),
             kl_to_prior=float(kl_to(prior.shares, current.shares[None])[0]),
             l1_spread=None,
             binding=[],
             objective=None,
             details=verdict.as_dict(),
+            moved=moved,
         )
 
     @property
@@ -86,13 +92,20 @@ class Proposal:
         """What to play: `mixture` if it is better, else the current mixture."""
         return self.mixture if self.verdict == "better" else self.current
 
+    @property
+    def kept_as(self) -> str:
+        """What `kept` is, in words."""
+        if self.verdict == "better":
+            return "the proposed mixture"
+        return "the current mixture, kept" if self.moved is None else "the current mixture, moved inside the bounds"
+
     def to_yaml(self, path: str | Path) -> None:
         """Write `kept` with the verdict as a comment."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.kept.to_yaml(
             path,
             comment="\n".join(
-                ["mixture proposed from trials" if self.verdict == "better" else "the current mixture, kept", self.text]
+                ["mixture proposed from trials" if self.verdict == "better" else self.kept_as, self.text]
             ),
         )
 
@@ -134,7 +147,7 @@ def target_weights(fits: SurrogateFits, objective: Objective) -> Floats:
         return np.full(len(names), 1 / len(names))
     check_known(objective, names, where="objective", kind="target")
     weight_J = np.array([float(objective.get(name, 0.0)) for name in names])
-    if np.any(weight_J < 0) or weight_J.sum() <= 0:
+    if not np.all(np.isfinite(weight_J)) or np.any(weight_J < 0) or weight_J.sum() <= 0:
         raise MixError(f"objective {dict(objective)}", where="objective", do="weights >= 0, not all 0")
     return weight_J / weight_J.sum()
 
@@ -158,7 +171,12 @@ def propose_mixture(
     seed: int = 0,
 ) -> Proposal:
     """The mixture that minimises the objective over the bounds, its predictions, and the verdict against `current`
-    (default: the prior). min_gain: the gain (in standardised units) below which a change is not worth it."""
+    (default: the prior; where it breaks the bounds, the nearest mixture inside them is what there is to beat and to
+    keep). min_gain: the gain (in standardised units) below which a change is not worth it."""
+    check_seed(seed)
+    for name, number in (("kl", kl), ("min_gain", min_gain)):
+        if not 0 <= number < math.inf:
+            raise MixError(f"{name} is {number}", where=name, do="a number >= 0")
     names = fits.names
     prior, current = prior.over(names, where="prior"), (current or prior).over(names, where="current")
     bounds = (bounds or Bounds()).over(names)
@@ -167,6 +185,7 @@ def propose_mixture(
     worst = objective == "worst"
     if (why := fits.unsaid_together(weight_J)) is not None:
         return Proposal.undecided(why, current=current, prior=prior, bounds=bounds)
+    current, moved = _inside(current, bounds)
 
     def value(rows: Floats) -> Floats:
         g = standardized(fits, rows)
@@ -207,14 +226,31 @@ def propose_mixture(
         gain=verdict.gain,
         verdict=verdict.word,
         probability=verdict.probability,
-        text=verdict.text,
+        text=_with_move(verdict.text, moved),
         epochs=_epochs(bounds, mixture),
         kl_to_prior=float(kl_to(prior.shares, mixture.shares[None])[0]),
         l1_spread=_spread(fits, weight_J, candidates, mixture, kl=kl, prior_K=prior.shares, seed=seed),
         binding=_binding(bounds, mixture.shares),
         objective=objective_value,
         details=verdict.as_dict() | {"kl": kl, "level": level, "min_gain": min_gain, "weights": weight_J.tolist()},
+        moved=moved,
     )
+
+
+def _inside(current: Mixture, bounds: Bounds) -> tuple[Mixture, str | None]:
+    """The mixture, or the nearest one inside the bounds and what it breaks of them. Infeasible if there is none."""
+    bounds.check_feasible()
+    broken = bounds.violations(current)
+    if not broken:
+        return current, None
+    more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
+    return Mixture(current.names, bounds.project(current)), "; ".join(broken[:3]) + more
+
+
+def _with_move(text: str, moved: str | None) -> str:
+    if moved is None:
+        return text
+    return f"{text}\nyour current mixture breaks the bounds ({moved}); the nearest one inside them stands for it"
 
 
 def _law_objective(fits: SurrogateFits, weight_J: Floats):

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from data_mixers.common.csv_tables import check_rows, join, read_table
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Floats
-from data_mixers.sweep.trial import VERSION, Goal, TrialRecord, finite
+from data_mixers.sweep.trial import VERSION, Goal, TrialRecord, finite, record_defect
 
 
 class Arrays(NamedTuple):
@@ -40,6 +40,7 @@ class TrialLedger:
 
     def __init__(self, path: str | Path | None = None, records: Iterable[TrialRecord] = ()) -> None:
         self.path = None if path is None else Path(path)
+        self.source = "ledger"  # how errors call one in memory
         self._records = list(records)
         self._read()
 
@@ -59,8 +60,10 @@ class TrialLedger:
             known = {item.name for item in fields(TrialRecord)}
             if content["v"] > VERSION:
                 raise MixError(f"written by a newer version (v {content['v']})", where=f"{self.path}:{number}")
+            if (problem := record_defect(content)) is not None:
+                raise MixError(problem, where=f"{self.path}:{number}", do="mend or delete that line")
             return TrialRecord(**{key: value for key, value in content.items() if key in known})
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
             raise MixError(
                 f"not a line of a trial ledger: {error}", where=f"{self.path}:{number}", do="mend or delete it"
             ) from error
@@ -132,15 +135,21 @@ class TrialLedger:
         if target not in self.targets:
             raise MixError(
                 f"no trial has a score {target!r}",
-                where=str(self.path or "ledger"),
+                where=str(self.path or self.source),
                 do=f"scores: {', '.join(self.targets)}",
             )
         used = [record for record in self.records if record.scores.get(target) is not None]
+        if not used:
+            raise MixError(
+                f"no trial has a finite {target!r}: all {self.nulls(target)} are empty, NaN or infinite",
+                where=str(self.path or self.source),
+                do="leave that target out, or run the trials again",
+            )
         recipes = len({record.config for record in used})
         if recipes > 1 and not mixed_config:
             raise MixError(
                 f"the trials come from {recipes} different recipes",
-                where=str(self.path or "ledger"),
+                where=str(self.path or self.source),
                 do="start another ledger, or allow it (mixed_config=True)",
             )
         names = self.names
@@ -156,7 +165,9 @@ class TrialLedger:
     def limited(self, n: int) -> TrialLedger:
         """The first n trials, in memory."""
         keep = set(list(dict.fromkeys(record.trial for record in self.records))[:n])
-        return TrialLedger(None, [record for record in self.records if record.trial in keep])
+        limited = TrialLedger(None, [record for record in self.records if record.trial in keep])
+        limited.source = str(self.path or self.source)
+        return limited
 
     @classmethod
     def from_csv(
@@ -191,7 +202,9 @@ class TrialLedger:
                     goal=dict(goal or {}),
                 )
             )
-        return cls(None, records)
+        ledger = cls(None, records)
+        ledger.source = str(scores)
+        return ledger
 
 
 def group_rows(X: Floats) -> NDArray[np.int64]:

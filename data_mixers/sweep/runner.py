@@ -47,13 +47,23 @@ class SweepResult:
         return 1 if self.failed else 0
 
     def text(self) -> str:
-        """A line of counts, and one line per failure."""
+        """A line of counts, and one line for each cause of failures."""
         lines = [
             f"{len(self.done)} trials run{f' ({len(self.stopped)} given up early)' if self.stopped else ''}, "
             f"{len(self.skipped)} were there already, {len(self.failed)} failed ({self.seconds:.0f} s)"
         ]
-        lines += [f"  {trial}  {error.splitlines()[0] if error else ''}" for trial, error in self.failed.items()]
+        causes: dict[str, list[str]] = {}
+        for trial, error in self.failed.items():
+            causes.setdefault(first_line(error), []).append(trial)
+        for cause, trials in causes.items():
+            more = f", ... ({len(trials)} trials)" if len(trials) > 3 else ""
+            lines.append(f"  {', '.join(trials[:3])}{more}  {cause}")
         return "\n".join(lines)
+
+
+def first_line(error: str | None) -> str:
+    """What went wrong with a trial, without its trace."""
+    return error.strip().splitlines()[0] if error and error.strip() else ""
 
 
 def make_trials(names: Sequence[str], shares: Any, *, seed: int = 0, **common: Any) -> list[Trial]:

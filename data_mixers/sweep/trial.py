@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data_mixers.mixture.mixture import Mixture
+from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture
 
 VERSION = 1
 Goal = Literal["min", "max"]  # of a score: losses are minimised
@@ -83,6 +83,28 @@ class TrialRecord:
         for key in ("mixture", "goal", "cost", "sizes"):
             out[key] = None if out[key] is None else dict(out[key])
         return json.dumps(out, allow_nan=False)
+
+
+def record_defect(content: Mapping[str, Any]) -> str | None:
+    """What is wrong with the content of a line of a ledger; None: it may become a TrialRecord."""
+
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    mixture, scores = content["mixture"], content.get("scores", {})
+    if not isinstance(content["trial"], str) or content["status"] not in ("done", "failed"):
+        return "trial is no text, or status is neither done nor failed"
+    if not isinstance(mixture, dict) or not all(number(share) and share >= 0 for share in mixture.values()):
+        return f"the mixture of trial {content['trial']} holds more than shares >= 0"
+    if abs(sum(mixture.values()) - 1) > SUM_TOLERANCE:
+        return f"the mixture of trial {content['trial']} adds up to {sum(mixture.values()):.6g}, not 1"
+    if not isinstance(scores, dict) or not all(score is None or number(score) for score in scores.values()):
+        return f"a score of trial {content['trial']} is neither a number nor null"
+    if not number(content.get("progress", 1.0)) or not isinstance(content.get("points", 1), int):
+        return f"progress or points of trial {content['trial']} are no numbers"
+    if not isinstance(content.get("goal", {}), dict) or not isinstance(content.get("config", ""), str):
+        return f"goal or config of trial {content['trial']} are of another type"
+    return None
 
 
 def done_records(

@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from mtft.cli.common import Overrides, Overwrite, RecipeArgument, expand, load, refuse_flags, say
+
+if TYPE_CHECKING:
+    from data_mixers.sweep.trial import Trial, TrialOutcome
 
 mix_app = typer.Typer(help="Predict the best mixture from a few cheap trials.", no_args_is_help=True)
 
@@ -47,10 +50,20 @@ def mix_design(
 @mix_app.command("sweep")
 def mix_sweep(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Run the trials that the ledger does not hold yet."""
+    from data_mixers.sweep.runner import first_line
     from mtft.pipeline.stages.mix import mix_dir, mix_sweep, too_few
 
     loaded = load(recipe, overrides, "mix")
-    done = mix_sweep(loaded, on_done=lambda trial, outcome: say(f"trial {trial.id}: {outcome.error or 'done'}"))
+    seen: dict[str | None, str] = {}
+
+    def tell(trial: Trial, outcome: TrialOutcome) -> None:
+        """A cause that several trials have is told at the first one."""
+        if outcome.error is not None and (first := seen.setdefault(first_line(outcome.error), trial.id)) != trial.id:
+            say(f"trial {trial.id}: failed as {first} did")
+        else:
+            say(f"trial {trial.id}: {outcome.error or 'done'}")
+
+    done = mix_sweep(loaded, on_done=tell)
     say(done.text())
     if (why := too_few(loaded)) is not None:
         say(f"warning: {why}")
@@ -150,7 +163,7 @@ def mix_propose(
     typer.echo(proposal.table())
     if out is not None:
         proposal.to_yaml(out)
-        say(f"{'the proposed mixture' if proposal.verdict == 'better' else 'the current mixture, kept,'} in {out}")
+        say(f"{proposal.kept_as}{'' if proposal.verdict == 'better' else ','} in {out}")
 
 
 @mix_app.command("fit")
@@ -269,9 +282,11 @@ def _weights(entries: list[str] | None) -> dict[str, float]:
     """{target: weight} of TARGET=W entries."""
     from mtft.common.errors import UserError
 
-    weights = {}
+    weights: dict[str, float] = {}
     for entry in entries or []:
         name, _, text = entry.rpartition("=")
+        if name in weights:
+            raise UserError(f"--weight {name} twice", where="command line", do="give each target one weight")
         try:
             weights[name] = float(text)
         except ValueError:

@@ -260,3 +260,89 @@ def test_flags_that_a_recipe_would_ignore(trials, capsys):
     code, _, err = mix(capsys, "propose", "recipe.yaml", "--cap", "news=0.1", "--kl", "1")
     assert code == 2
     assert "--cap, --kl" in err
+
+
+def scores(name, factor, column="loss"):
+    """y.csv with the losses multiplied, or empty (None)."""
+    with open("y.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    text = [[row[0], "" if factor is None else repr(float(row[1]) * factor), row[2]] for row in rows]
+    return write(name, header, text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--kl", "-1"), "kl is -1"),
+        (("--kl", "nan"), "kl is nan"),
+        (("--min-gain", "nan"), "min_gain is nan"),
+        (("--min-gain", "inf"), "min_gain is inf"),
+        (("--cv", "1"), "cv is 1"),
+        (("--limit", "0"), "limit is 0"),
+        (("--seed", "-1"), "seed is -1"),
+        (("--seed", "9" * 30), "seed is 999"),
+        (("--weight", "loss=nan"), "objective"),
+        (("--cap", "news=nan"), "--cap news=nan"),
+        (("--cap", "news=0.1", "--cap", "code=0.1", "--cap", "chat=0.1"), "caps add up to 0.3"),
+        (("--floor", "news=0.6", "--floor", "code=0.6"), "floors add up to 1.2"),
+        (("--max-epochs", "-1", "--sizes", "natural.csv", "--total", "5"), "max_epochs is -1"),
+        (("--max-epochs", "nan", "--sizes", "natural.csv", "--total", "5"), "max_epochs is nan"),
+        (("--max-epochs", "1", "--sizes", "natural.csv", "--total", "0"), "length is 0"),
+        (("--max-epochs", "1", "--sizes", "natural.csv", "--total", "nan"), "length is nan"),
+    ],
+)
+def test_numbers_that_cannot_be(trials, capsys, arguments, told):
+    code, _, err = mix(capsys, "propose", *FILES, *RIDGE, *arguments, "--out", "m.yaml")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert told in err
+    assert not (trials / "m.yaml").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "propose"])
+def test_scores_that_are_all_empty(trials, capsys, command):
+    scores("empty.csv", None)
+    files = ("--mixtures", "x.csv", "--scores", "empty.csv")
+    code, _, err = mix(capsys, command, *files, *RIDGE)
+    assert code == 2
+    assert "no trial has a finite 'loss': all 30 are empty" in err
+    assert "empty.csv" in err
+
+
+@pytest.mark.parametrize("factor", [1e200, 1e-200, 1e-300])
+def test_scores_of_any_size_say_the_same(trials, capsys, factor):
+    """The shares, the gain and the verdict have no unit; what is predicted has that of the scores."""
+    scores("times.csv", factor)
+    found, tables = [], []
+    for name, out in (("y.csv", "near"), ("times.csv", "far")):
+        files = ("--mixtures", "x.csv", "--scores", name, "--index", "index", *RIDGE)
+        assert mix(capsys, "fit", *files, "--predict", "x.csv", "--out", f"{out}.csv")[0] == 0
+        code, text, _ = mix(capsys, "propose", *files, "--out", f"{out}.yaml")
+        assert code == 0
+        found.append((Mixture.from_yaml(f"{out}.yaml", NAMES).shares, text.splitlines()[-1]))
+        tables.append(np.loadtxt(f"{out}.csv", delimiter=",", skiprows=1)[:, 1:])
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-4)
+    assert found[1][1].split(":")[0] == found[0][1].split(":")[0] == "better"
+    np.testing.assert_allclose(tables[1] / factor, tables[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("few", [(), ("--limit", "5")])
+def test_what_is_kept_lies_inside_the_bounds(trials, capsys, few):
+    command = ("propose", *FILES, *RIDGE, *few, "--cap", "code=0", "--cap", "chat=0")
+    code, out, err = mix(capsys, *command, "--out", "m.yaml")
+    assert code == 0, err
+    np.testing.assert_allclose(Mixture.from_yaml("m.yaml", NAMES).shares, [1, 0, 0], atol=1e-9)
+    assert "your current mixture breaks the bounds (code has 0.333333, its cap is 0" in out
+    assert "moved inside the bounds" in err
+
+
+def test_shares_that_do_not_quite_add_up_are_named(trials, capsys):
+    with open("x.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    write("off.csv", header, [[row[0], *(repr(1.001 * float(cell)) for cell in row[1:])] for row in rows])
+    write("prior.csv", ["name", "share"], zip(NAMES, (0.601, 0.2, 0.2), strict=True))
+    files = ("--mixtures", "off.csv", "--scores", "y.csv", "--index", "index")
+    code, _, err = mix(capsys, "propose", *files, *RIDGE, "--prior", "prior.csv")
+    assert code == 0
+    assert "off.csv: the shares of 30 rows don't add up to 1 (line 2: 1.001); scaled" in err
+    assert "prior.csv: the shares add up to 1.001000; renormalised" in err

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mtft.common.errors import MergeError
+from mtft.common.own_files import irregular
 
 FLOATS = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """On-disk type of each float that an adapter may have; bfloat16 is the upper half of a float32."""
@@ -56,6 +57,8 @@ class TensorFile:
         self.path = path
         redo = "copy or save the adapter again"
         try:
+            if (kind := irregular(path)) is not None:
+                raise ValueError(f"it is {kind}")
             with safe_open(path, framework="np"):
                 pass
             self.entries = read_header(path)
@@ -103,11 +106,11 @@ def open_tensors(folder: Path, weights: str, redo: str) -> dict[str, TensorFile]
 
     Raises MergeError for an index that is broken or leads out of the folder. redo: what to do about it.
     """
-    if (folder / weights).is_file():
+    if os.path.isfile(folder / weights):
         file = TensorFile(folder / weights)
         return dict.fromkeys(file.entries, file)
     index = folder / f"{weights}.index.json"
-    if not index.is_file():
+    if not os.path.isfile(index):
         return None
     try:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]

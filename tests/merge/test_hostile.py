@@ -1,6 +1,7 @@
 """500 broken adapters: each is refused with one clear block or merged soundly; nothing else is written."""
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -13,6 +14,7 @@ from mtft.adapters.lora_factors import WEIGHTS, LoraFactors, read_adapter
 from mtft.common.atomic_folder import CONTENTS
 from mtft.common.errors import MergeError, UserError
 from mtft.merge.engine.merge import merge_adapters
+from mtft.merge.full_models.merge_checkpoints import merge_checkpoints
 from tests.merge import golden as g
 
 MODULES = {"layers.0.q": 0, "layers.1.q": 1}
@@ -190,3 +192,17 @@ def test_links_are_not_followed_out(tmp_path):
     with pytest.raises(UserError, match="link"):
         merge_adapters([good], tmp_path / "out", overwrite=True)
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_shard_that_is_a_pipe_is_not_waited_for(tmp_path):
+    good = pristine(tmp_path / "good")
+    (good / WEIGHTS).unlink()
+    os.mkfifo(good / "a.safetensors")
+    (good / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
+    with pytest.raises(MergeError, match="a named pipe"):
+        merge_adapters([good], tmp_path / "out")
+
+
+def test_a_model_whose_name_is_too_long(tmp_path):
+    with pytest.raises(MergeError, match=r"no model\.safetensors"):
+        merge_checkpoints("x" * 300, [tmp_path], tmp_path / "out")

@@ -86,10 +86,14 @@ def start_run_dir(
     log: MetricsLog,
     *,
     fresh: bool,
+    refused: UserError | None = None,
 ) -> Path | None:
-    """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call."""
-    outcome: Path | UserError | None = None  # the checkpoint, or the error, of the main process
-    if is_main_process():
+    """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call.
+
+    refused: why the main process may not write there; raised on every rank.
+    """
+    outcome: Path | UserError | None = refused  # the checkpoint, or the error, of the main process
+    if is_main_process() and refused is None:
         try:
             if fresh:
                 move_aside(run_dir)

@@ -22,6 +22,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ class MetricsLog:
         self._work: LongWork | None = None  # what is under way, where it is told of
 
     def say(self, text: str) -> None:
-        """One line for the person who watches."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """One line for the person who watches; that the terminal is gone ends no run."""
+        with suppress(OSError):
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, step: int) -> None:
         """Forgets what was logged after `step` (a resumed run logs those steps again) and shows the bar."""

@@ -81,6 +81,9 @@ def _try_to_write(folder: Path, path: Path) -> None:
             file.write(b"\0" * 4096)
             file.flush()
     except OSError as error:
+        blocked = next((above for above in (folder, *folder.parents) if above.exists() and not above.is_dir()), None)
+        if blocked is not None:
+            raise UserError(f"{blocked} is no folder", where=str(path), do="give another place") from error
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         do = "free some space, or give another place" if full else "give another place, or mend the permissions"
         raise UserError(f"nothing can be written there: {error.strerror or error}", where=str(path), do=do) from error

@@ -63,7 +63,7 @@ def test_places_that_are_none(tmp_path: Path, check):
     assert "zero byte" in refused(check, tmp_path / "a\0b")
     assert "not UTF-8" in refused(check, tmp_path / os.fsdecode(b"\xff"))
     (tmp_path / "file").write_text("")
-    assert "nothing can be written" in refused(check, tmp_path / "file" / "out")
+    assert "file is no folder" in refused(check, tmp_path / "file" / "deep" / "out")
 
 
 def test_a_file_is_no_folder(tmp_path: Path):

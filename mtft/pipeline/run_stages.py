@@ -47,7 +47,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
     """
     check_names(recipe)  # not after hours of trials
     root = Path(recipe.output.dir)
-    check_output_folder(root)
+    check_output_folder(root, key="output.dir")
     if root.is_dir():
         check_page(root / PAGE)
     with sole_writer(root):

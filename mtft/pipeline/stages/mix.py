@@ -153,7 +153,7 @@ def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
             where=f"tasks.{missing[0]}.eval_data",
             do="give every task an eval_data file",
         )
-    check_output_folder(mix_dir(recipe))
+    check_output_folder(mix_dir(recipe), key="output.dir")
     with sole_writer(mix_dir(recipe)):
         return _sweep_trials(recipe, sweep, on_done)
 

@@ -53,7 +53,7 @@ def sole_run(run_dir: Path) -> Iterator[UserError | None]:
     with ExitStack() as held:
         if is_main_process():
             try:
-                check_output_folder(run_dir)
+                check_output_folder(run_dir, key="output.dir")
                 held.enter_context(sole_writer(run_dir))
             except UserError as error:
                 if world_size() == 1:

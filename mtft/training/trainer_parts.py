@@ -34,6 +34,7 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.callbacks.early_stopping import EarlyStopping
 from mtft.training.checkpoint.checkpoint import check_identity
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
+from mtft.training.export.rehearsal import clear_rehearsals
 from mtft.training.online_mixture import OnlineMixture, describe_online_mixture, make_controller
 from mtft.training.optim.optimizers import own_optimizer
 from mtft.training.run_files.metrics_log import MetricsLog
@@ -97,6 +98,7 @@ def start_run_dir(
         try:
             if fresh:
                 move_aside(run_dir)
+            clear_rehearsals(run_dir)
             outcome = latest_checkpoint(run_dir, say=log.say)
             if outcome is not None:
                 check_identity(outcome, identity)

@@ -88,7 +88,8 @@ class MetricsLog:
         self._append(METRICS, line)
         losses = "  ".join(f"{task} {_short(values['loss'])}" for task, values in line["tasks"].items())
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=line["step"], losses=losses)
+            with suppress(OSError):
+                self._bar.update(self._bar.task_ids[0], completed=line["step"], losses=losses)
         elif not self.quiet and self._due(line["step"]):
             rate = f", {line['tokens_per_second']:,.0f} tokens/s" if line["tokens_per_second"] else ""
             self.say(f"step {line['step']}/{self.steps}: loss {_short(line['loss'])} ({losses}){rate}")
@@ -119,8 +120,9 @@ class MetricsLog:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+            bar, self._bar = self._bar, None
+            with suppress(OSError):
+                bar.stop()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if self.run_dir is not None:

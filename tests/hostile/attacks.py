@@ -135,7 +135,7 @@ class Attack:
 def on_files(commands: dict[str, list[str]]) -> Iterator[Attack]:
     """Each file that a command reads by each damage."""
     for command, files in READS.items():
-        for _number, file in enumerate(files):
+        for file in files.split():
             for kind, damage in DAMAGES.items():
                 if kind == "another type" and not file.endswith((".json", ".jsonl")):
                     continue

@@ -32,7 +32,8 @@ def fuse_generate(
     from mtft.fuse.batch.jsonl_commands import generate
 
     with _warnings_at_once():
-        done = generate(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite)
+        loaded = load(recipe, overrides, "fuse", files=False)
+        done = generate(loaded, rows, out, overwrite=overwrite, inputs=[recipe], say=say)
     _summarise(done, out)
 
 
@@ -48,7 +49,8 @@ def fuse_score(
     from mtft.fuse.batch.jsonl_commands import score
 
     with _warnings_at_once():
-        done = score(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite)
+        loaded = load(recipe, overrides, "fuse", files=False)
+        done = score(loaded, rows, out, overwrite=overwrite, inputs=[recipe], say=say)
     _summarise(done, out)
 
 

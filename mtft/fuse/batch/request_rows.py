@@ -14,14 +14,12 @@ from typing import Any
 from mtft.common.fingerprint import content_hash
 from mtft.data.readers.row_files import READERS, RowProblem, read_file, short, suffix
 from mtft.fuse.alpha.spec import FusionError
-from mtft.fuse.request_values import check_values
+from mtft.fuse.request_values import ROW_ERRORS, check_values
 
 Row = dict[str, Any]
 TEXTS = ("prompt", "response", "id")  # cells of a CSV file that are text whatever they look like
 LONGEST = 1 << 24  # characters of a row, as JSON: beyond any context
 TOLD = 500  # characters of an error
-# what a row of a shape that nobody thought of may raise
-ROW_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass

@@ -19,7 +19,8 @@ from mtft.common.output_paths import check_output_file
 from mtft.common.own_files import irregular
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.batch.answers_file import Answer, AnswersFile
-from mtft.fuse.batch.request_rows import ROW_ERRORS, JsonlRequest, Row
+from mtft.fuse.batch.request_rows import JsonlRequest, Row
+from mtft.fuse.request_values import ROW_ERRORS
 
 REASONS = 5  # failures that are told; the others stand in the output
 Work = Callable[[list[Row]], list[Row]]

@@ -23,13 +23,17 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """News of a job: text that is certain now, the tokens of this step, and at the end why it ended, or what failed."""
+    """News of a job: text that is certain now, the tokens of this step, and at the end why it ended, or what failed.
+
+    prompt: scores of the prompt's own tokens, of a job that asked for them.
+    """
 
     text: str = ""
     tokens: tuple[TokenScore, ...] = ()
     finish_reason: str | None = None
     error: str | None = None
     status: int = 200
+    prompt: tuple[TokenScore, ...] | None = None
 
 
 @dataclass
@@ -60,6 +64,10 @@ class ServerBusy(Exception):
 
 class ServerStopping(Exception):
     """The server takes nothing new: it is about to end."""
+
+
+class EngineFailed(Exception):
+    """The engine can't serve at present: what is wrong."""
 
 
 def token_score(logp_V: Tensor, token: int, top: int) -> TokenScore:

@@ -55,22 +55,26 @@ def input_files(recipe: Recipe) -> list[Path]:
 
     def collect(value: Any) -> None:
         if isinstance(value, str):
-            places.append(value)
+            with suppress(ValueError):  # `quickstart:` data is no file of anybody's
+                value = expand_quickstart(value)
+            places.extend([value] if os.path.isabs(value) else ())  # as load_recipe makes every path
         elif isinstance(value, dict | list):
             for inner in value.values() if isinstance(value, dict) else value:
                 collect(inner)
 
+    section = fuse_section(recipe)
     collect(recipe.model_dump(mode="json", exclude={"output"}))
     with suppress(FusionError):  # no adapter: said where they are needed
         places += adapter_paths(recipe)
+    places += [section.router] if section.router else []
     files: list[Path] = []
     for text in dict.fromkeys(places):
-        place = Path(expand_quickstart(text))
+        place = Path(text)
         if os.path.isdir(place):
             files += [file for pattern in _MODEL_FILES for file in place.glob(pattern)]
         elif os.path.isfile(place):
             files.append(place)
-        elif glob.has_magic(text) and os.path.isabs(text):
+        elif glob.has_magic(text):
             files += map(Path, glob.iglob(text, recursive=True))
     return files
 

@@ -165,7 +165,7 @@ def test_columns_that_are_not_read_are_told_with_those_that_are(ask):
 def test_the_output_is_no_file_of_the_recipe(places, tmp_path, name):
     """Refused before a model is loaded, whatever path leads there."""
     recipe = recipe_of(places, tmp_path).model_dump(mode="json", exclude_unset=True)
-    recipe["tasks"][0]["data"] = "sub*/x.jsonl"
+    recipe["tasks"] = [{"name": "x", "data": "sub*/x.jsonl"}, {"name": "y", "data": "quickstart:naming"}]
     recipe["fuse"] |= {"router": str(tmp_path / "router.safetensors"), "weights": "router"}
     (tmp_path / "sub").mkdir()
     files = {"recipe": "r.yaml", "input": "in.jsonl", "data": "sub/x.jsonl", "router": "router.safetensors"}

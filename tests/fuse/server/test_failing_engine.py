@@ -90,6 +90,31 @@ def test_an_engine_whose_thread_died_says_so(client, monkeypatch):
     assert engine.idle  # a server that shuts down has nothing to wait for
 
 
+def test_models_of_every_kind_can_be_asked_whether_they_work(tmp_path, double, folders):
+    """Other vocabularies and sliding windows; routed experts."""
+    import numpy as np
+
+    from mtft.adapters.routers import CentroidRouter
+    from mtft.fuse.alpha.spec import FusionSpec
+    from mtft.fuse.expert_routing import PromptRouter
+    from tests.fuse import pairs
+
+    places = pairs.folders(tmp_path)
+    spec = FusionSpec(tokens="map")
+    paths = places["strong"], places["small"], [places["expert"]]
+    states = np.random.default_rng(0).normal(size=(2, 6, 16))
+    CentroidRouter.fit({"one": states[0], "odd": states[1]}).save(tmp_path / "r.safetensors")
+    router = PromptRouter(tmp_path / "r.safetensors", [folders["one"], folders["odd"]])
+    for fused in (
+        FusedCausalLM.load(*paths, spec, dtype="fp32", device="cpu"),
+        tiny.fused(double.weak, FusionSpec(weights="router"), router=router),
+    ):
+        engine = BatchEngine(fused)
+        engine.fault = "it was broken"
+        engine._probe()
+        assert engine.fault is None
+
+
 def test_who_waits_hears_of_a_failure(fused, monkeypatch):
     events = [[] for _ in range(3)]
     engine = BatchEngine(fused, rows=1)

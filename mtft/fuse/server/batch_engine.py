@@ -169,7 +169,7 @@ class BatchEngine:
             ended = {id(job): job for job in (*(job for job, _ in self.running), *joining)}
             self.running, self._batch = [], None
             for job in ended.values():
-                _tell(job, event)
+                job.tell(event)
             if not isinstance(error, FusionError):
                 self._probe()
 
@@ -180,9 +180,9 @@ class BatchEngine:
         if job is None:
             return
         try:
-            _tell(job, StreamEvent(prompt=tuple(self._score_prompt(job))))
+            job.tell(StreamEvent(prompt=tuple(self._score_prompt(job))))
         except Exception as error:  # noqa: BLE001  as in _decode
-            _tell(job, StreamEvent(error=_reason(error), status=500))
+            job.tell(StreamEvent(error=_reason(error), status=500))
             if not isinstance(error, FusionError):
                 self._probe()
 
@@ -210,7 +210,7 @@ class BatchEngine:
             self.scoring.clear()
             self.running, self._batch = [], None
         for job in jobs:
-            _tell(job, StreamEvent(error=f"the engine failed: {reason}", status=503))
+            job.tell(StreamEvent(error=f"the engine failed: {reason}", status=503))
 
     def _take_jobs(self) -> list[GenerationJob]:
         """Jobs that may join now. Those that waited too long hear so."""
@@ -224,7 +224,7 @@ class BatchEngine:
                 while self.waiting and len(self.running) + len(joining) < self.rows:
                     joining.append(self.waiting.popleft())
         for job in late:
-            _tell(job, StreamEvent(error="the server is busy: the request waited too long", status=503))
+            job.tell(StreamEvent(error="the server is busy: the request waited too long", status=503))
         return joining
 
     @torch.no_grad()
@@ -313,7 +313,7 @@ class BatchEngine:
         if reason is not None:
             text += detokenizer.rest()
             job.cancelled = True
-        _tell(job, StreamEvent(text, (score,), reason))
+        job.tell(StreamEvent(text, (score,), reason))
 
     def _full_logprobs(self, logits_V: Tensor) -> Tensor:
         """Log-probabilities over all ids of the strong vocabulary."""
@@ -332,13 +332,6 @@ class BatchEngine:
         if job.top_p < 1:
             scores_1V = TopPLogitsWarper(job.top_p)(ids, scores_1V)
         return int(gumbel_sampling.sample(scores_1V, [gumbel_sampling.key(job.seed, job.sample, position)]))
-
-
-def _tell(job: GenerationJob, event: StreamEvent) -> None:
-    try:
-        job.on_event(event)
-    except RuntimeError:  # the loop that listened is closed: nobody is there
-        job.cancelled = True
 
 
 def _reason(error: BaseException) -> str:

@@ -57,6 +57,13 @@ class GenerationJob:
     cancelled: bool = False
     since: float = field(default_factory=time.monotonic)
 
+    def tell(self, event: StreamEvent) -> None:
+        """To its client, if there is one."""
+        try:
+            self.on_event(event)
+        except RuntimeError:  # the loop that listened is closed
+            self.cancelled = True
+
 
 class ServerBusy(Exception):
     """The queue is full."""

@@ -60,7 +60,7 @@ def sole_writer(target: str | Path, *, wait: float = 0.0) -> Iterator[None]:
     The same thread may take it again inside of the block. wait: seconds to wait for another writer's end.
     Raises FolderBusyError (process, host, since) if another one holds it, UserError if nothing can be written there.
     """
-    real = Path(target).resolve()
+    real = Path(os.path.realpath(target))
     until = time.monotonic() + wait
     while not (taken := _take(real)):
         if time.monotonic() >= until:

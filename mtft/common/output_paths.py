@@ -11,6 +11,7 @@ from pathlib import Path
 from mtft.common.errors import UserError
 from mtft.common.own_files import irregular
 
+LONGEST_PATH = 3800  # bytes, of 4095: names of files lie below
 LONGEST_NAME = 255 - 40  # bytes: side files of the same name with a suffix lie beside it
 
 
@@ -19,7 +20,7 @@ def check_output_file(path: Path, *, inputs: Iterable[Path | None] = (), overwri
 
     Folders, links, devices, pipes and sockets are never replaced. Nothing is made or changed.
     """
-    where = _checked_name(path, None)
+    where = check_output_name(path, None)
     refuse_input_as_output(path, inputs)
     if path.is_symlink():
         target = os.path.realpath(path)
@@ -36,9 +37,9 @@ def check_output_folder(path: Path, *, inputs: Iterable[Path | None] = (), key: 
 
     key: where the user gave it (`output.dir`), for the error. Nothing is made or changed.
     """
-    where = _checked_name(path, key)
+    where = check_output_name(path, key)
     for given in inputs:
-        if given is not None and (real := given.resolve()) and (path.resolve() in (real, *real.parents)):
+        if given is not None and Path(os.path.realpath(given)).is_relative_to(os.path.realpath(path)):
             raise UserError("the output folder is, or holds, an input", where=where, do="give another folder")
     if path.is_symlink() and not path.exists():
         raise UserError("the output folder is a broken link", where=where, do="give another folder")
@@ -56,10 +57,10 @@ def _same(one: Path, other: Path) -> bool:
     try:
         return os.path.samefile(one, other)
     except OSError:
-        return one.resolve() == other.resolve()
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
-def _checked_name(path: Path, key: str | None) -> str:
+def check_output_name(path: Path, key: str | None = None) -> str:
     """What an error calls the output; UserError if no file system of ours could."""
     where = f"{key}: {ascii(str(path))[1:-1]}" if key else ascii(str(path))[1:-1]
     try:
@@ -69,13 +70,23 @@ def _checked_name(path: Path, key: str | None) -> str:
     if "\0" in str(path):
         raise UserError("the output's name holds a zero byte", where=where, do="give another path")
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    whole = len(os.fsencode(os.path.abspath(path)))
+    if whole > LONGEST_PATH:
+        do = f"give a path of {LONGEST_PATH} bytes or less"
+        raise UserError(f"the output's path is too long: {whole} bytes", where=f"{where[:200]}...", do=do)
     if longest > LONGEST_NAME:
         raise UserError(
             f"the output's name is too long: {longest} bytes",
             where=where,
             do=f"give names of {LONGEST_NAME} bytes or less",
         )
-    return f"{key}: {path}" if key else str(path)
+    where = f"{key}: {path}" if key else str(path)
+    if os.path.realpath(path) == os.path.realpath("/"):
+        raise UserError("the output is the root of all folders", where=where, do="give another path")
+    for number, part in enumerate(path.parts):
+        if part == ".." and not (above := Path(*path.parts[:number])).is_dir():
+            raise UserError(f"there is no folder {above} to go up from", where=where, do="give a path without ..")
+    return where
 
 
 def _try_to_write(folder: Path, where: str) -> None:

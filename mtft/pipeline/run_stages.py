@@ -49,9 +49,22 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
     root = Path(recipe.output.dir)
     check_output_folder(root, key="output.dir")
     if root.is_dir():
+        _refuse_foreign_folder(root, recipe)
         check_page(root / PAGE)
     with sole_writer(root):
         return _run_stages(recipe, root, fresh=fresh, launch=launch)
+
+
+def _refuse_foreign_folder(root: Path, recipe: Recipe) -> None:
+    """UserError if somebody's own recipe.yaml lies where the resolved one would be written."""
+    written = root / "recipe.yaml"
+    ours = any((root / name).exists() for name in ("train", "mix", "results.json"))
+    if written.is_file() and not ours and written.read_bytes() != dump_recipe(recipe).encode():
+        raise UserError(
+            "the folder is no run's, and holds a recipe.yaml, which a run would replace",
+            where=f"output.dir: {root}",
+            do="give another output.dir",
+        )
 
 
 def _run_stages(recipe: Recipe, root: Path, *, fresh: bool, launch: str | None) -> Path:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtft.common.errors import UserError
+from mtft.common.output_paths import check_output_name
 from mtft.distributed.launch import is_main_process
 from mtft.evaluation.task_scores import TaskScores
 from mtft.recipe.schema.recipe import Recipe
@@ -53,9 +54,10 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     Raises UserError for another run at work in the folder, another recipe in it, unusable data or model, a diverged
     run, a full disk.
     """
+    check_output_name(Path(recipe.output.dir), "output.dir")
     if not fresh and (result := _finished(recipe, quiet=quiet)) is not None:
         return result
-    with sole_run(Path(recipe.output.dir)) as refused:
+    with sole_run(recipe, fresh=fresh) as refused:
         # again: another one may have ended the run, or begun one of another recipe, just before the lock was ours
         if not fresh and (result := _finished(recipe, quiet=quiet)) is not None:
             return result

@@ -72,10 +72,13 @@ def plan_fusion(
     allow_base_mismatch: bool = False,
     revision: str = "main",
     base_revision: str = "main",
+    template: str | None = None,
+    base_template: str | None = None,
 ) -> FusionPlan:
     """Tokenizers and configs of a fusion, checked. Raises FusionError (or UserError) for what can't work.
 
-    adapters: None if they are not trained yet: then the models alone are looked at.
+    adapters: None if they are not trained yet: then the models alone are looked at. template, base_template: files with
+    chat templates in place of the tokenizers' own; the one that the adapters were trained with goes before the latter.
     """
     if adapters is not None:
         check_experts(adapters)
@@ -86,8 +89,8 @@ def plan_fusion(
     for adapter in map(Path, adapters):
         if (adapter / "adapter_config.json").is_file():
             check_adapter(adapter, base, allow_base_mismatch)
-    tokenizer = load_tokenizer(ModelSection(path=str(strong), revision=revision))
-    small = load_tokenizer(ModelSection(path=str(base), revision=base_revision))
+    tokenizer = load_tokenizer(ModelSection(path=str(strong), revision=revision, chat_template=template))
+    small = load_tokenizer(ModelSection(path=str(base), revision=base_revision, chat_template=base_template))
     if (own_template := _adapters_template(adapters)) is not None:
         small.chat_template = own_template
     level, bridge = choose(tokens or spec.tokens, TOKENS, "tokens"), TokenMap(tokenizer, small)

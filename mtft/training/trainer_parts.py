@@ -85,9 +85,13 @@ def start_run_dir(
     identity: dict[str, str],
     log: MetricsLog,
     *,
+    basis: dict[str, Any],
     fresh: bool,
 ) -> Path | None:
-    """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call."""
+    """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call.
+
+    identity, basis: what the checkpoint must agree with.
+    """
     outcome: Path | UserError | None = None  # the checkpoint, or the error, of the main process
     if is_main_process():
         try:
@@ -95,7 +99,7 @@ def start_run_dir(
                 move_aside(run_dir)
             outcome = latest_checkpoint(run_dir, say=log.say)
             if outcome is not None:
-                check_identity(outcome, identity)
+                check_identity(outcome, identity, basis, say=log.say)
             write_start(run_dir, recipe, plan, identity)
         except UserError as error:  # the other ranks must learn of it: they would wait for ever
             outcome = error

@@ -143,9 +143,9 @@ def _run(
     """All rows, in buckets. prepare: checks a row and adds what work needs; returns its cost. check: of them all."""
     section = fuse_section(recipe)
     check_paths(source, target, overwrite)
-    identity = f"{kind} {fingerprint(recipe)}"
     plan = plan_recipe(recipe) if fused is None else None
     models: Models = fused or plan  # pyright: ignore[reportAssignmentType]  (one of them is there)
+    identity = f"{kind} {fingerprint(recipe, models)}"
     jobs = read_requests(source, partial(prepare, models))
     check(models)
     if fused is None and any(job.error is None for job in jobs):

@@ -109,7 +109,7 @@ def _resume(part: Path, fingerprint: str, jobs: Sequence[JsonlRequest]) -> dict[
     lines = [json.loads(line) for line in complete.splitlines()]
     if lines and lines[0].get("fingerprint") != fingerprint:
         raise FusionError(
-            "a broken-off run with another recipe, seed or other weights stands here",
+            "a broken-off run with another recipe, seed, chat template or other weights stands here",
             where=str(part),
             do="remove it, or give another --out",
         )

@@ -43,6 +43,9 @@ def fuse_stage(
         "experts": {name: file_hash(path / "adapter_model.safetensors") for name, path in experts.items()},
         "held_out": held_out,
     }
+    named = {"strong": fuse.strong.chat_template, "base": (fuse.base or recipe.model).chat_template}
+    if any(named.values()):  # what is in the files counts; without any, runs of earlier versions stand
+        inputs["templates"] = {key: None if path is None else file_hash(Path(path)) for key, path in named.items()}
 
     def strong_alone() -> Scores:
         return load_or_score(folder / "strong", held_out, lambda: evaluate(strong_recipe))

@@ -6,7 +6,6 @@ here, in seconds.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from transformers import DynamicCache
 
 from mtft.adapters.base_identity import BaseIdentity, fingerprint, recorded_base
+from mtft.common.own_files import read_own
 from mtft.fuse.alpha.spec import TOKENS, FusionError, FusionSpec, choose
 from mtft.fuse.tokenizers.token_map import TokenMap
 from mtft.fuse.tokenizers.vocabulary_match import VocabularyMatch, compare_vocabularies, needs_map
@@ -130,7 +130,7 @@ def check_adapter(expert: Path, base: str | Path, allow_base_mismatch: bool) -> 
     """Is it a LoRA of this base? Folders may have moved, so the weights decide; where the adapter does not remember
     them, the last part of the base's name.
     """
-    config = json.loads((expert / "adapter_config.json").read_text("utf-8"))
+    config = read_own(expert / "adapter_config.json", do="save the adapter again, or copy it whole")
     if config.get("peft_type") != "LORA":
         raise FusionError(
             f"peft_type is {config.get('peft_type')!r}: only LoRA adapters are experts",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mtft.common.atomic_io import finite
+from mtft.common.own_files import defect, irregular, read_own_lines
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.batch.request_rows import ROW_ERRORS, JsonlRequest, Row
 
@@ -99,22 +100,29 @@ def _append(file: Any, lines: Sequence[Row]) -> None:
 
 def _resume(part: Path, fingerprint: str, jobs: Sequence[JsonlRequest]) -> dict[int, Row]:
     """Answers that stand already. A torn last line is cut off; an answer to another request is forgotten."""
-    if not part.exists():
+    if not os.path.lexists(part):
         return {}
+    if (kind := irregular(part)) is not None:
+        raise FusionError(f"{kind}, not a file", where=str(part), do="remove it, or give another --out")
     text = part.read_bytes()
     complete = text[: text.rfind(b"\n") + 1]
     if len(complete) < len(text):
         with part.open("r+b") as file:
             file.truncate(len(complete))
-    lines = [json.loads(line) for line in complete.splitlines()]
-    if lines and lines[0].get("fingerprint") != fingerprint:
+    do = "remove it, or give another --out"
+    head = read_own_lines(part, do=do)
+    if complete and (not head.rows or head.numbers[0] != 1 or "fingerprint" not in head.rows[0]):
+        raise FusionError("no broken-off run of ours, or its first line is damaged", where=str(part), do=do)
+    # a damaged answer is not there: its request is done again
+    lines = [line for line in head.rows[1:] if defect(line, {"index": int, "request": str}) is None]
+    if complete and head.rows[0]["fingerprint"] != fingerprint:
         raise FusionError(
             "a broken-off run with another recipe, seed, chat template or other weights stands here",
             where=str(part),
             do="remove it, or give another --out",
         )
     hashes = {job.index: job.hash for job in jobs}
-    return {line["index"]: line for line in lines[1:] if hashes.get(line["index"]) == line["request"]}
+    return {line["index"]: line for line in lines if hashes.get(line["index"]) == line["request"]}
 
 
 def _finish(target: Path, part: Path, done: dict[int, Row]) -> None:

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtft.common.atomic_io import write_json
 from mtft.common.fingerprint import file_hash
+from mtft.common.own_files import write_own
 from mtft.evaluation.gap_closed import gap_closed
 from mtft.evaluation.score_cache import Scores, load_or_score
 from mtft.evaluation.task_scores import METRICS
@@ -69,7 +69,7 @@ def fuse_stage(
             "alpha": stats.summary(),
             "samples": [_sample(fused, store) for store in stores[:SAMPLES] if store is not None],
         }
-        write_json(folder / "fusion.json", content)
+        write_own(folder / "fusion.json", content)
 
     run_cached_stage(folder, inputs, work, fresh=fresh)
     return strong_alone(), load_or_score(folder / "scores", held_out, dict)

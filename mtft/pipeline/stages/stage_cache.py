@@ -9,12 +9,14 @@ Nothing is deleted: `fresh` moves what is there aside to <folder>.old-1, .old-2,
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
+from mtft.common.own_files import Types, read_own, write_own
 
 STARTED, DONE = "started.json", "done.json"
 
@@ -26,7 +28,7 @@ def run_cached_stage(folder: Path, inputs: dict, work: Callable[[], None], *, fr
     With other inputs: UserError that names what differs, or, with `fresh`, a new start beside the old folder.
     """
     inputs = json.loads(json.dumps(inputs))
-    begun = read_json(folder / STARTED)
+    begun = read_json(folder / STARTED)  # the inputs as they are: its keys are the stage's own
     if begun is not None and begun != inputs:
         if not fresh:
             raise UserError(
@@ -42,7 +44,7 @@ def run_cached_stage(folder: Path, inputs: dict, work: Callable[[], None], *, fr
     write_json(folder / STARTED, inputs)
     begin = time.perf_counter()
     work()
-    write_json(folder / DONE, {"seconds": round(time.perf_counter() - begin, 2)})
+    write_own(folder / DONE, {"seconds": round(time.perf_counter() - begin, 2)})
     return True
 
 
@@ -67,16 +69,11 @@ def differences(before: dict, after: dict, prefix: str = "") -> list[str]:
     return out
 
 
-def read_json(path: Path) -> dict | None:
-    """The file's content; None if it isn't there."""
-    if not path.is_file():
+def read_json(path: Path, needs: Mapping[str, Types] | None = None) -> dict | None:
+    """The file's content; None if it isn't there. needs: keys with their types. UserError if it is damaged."""
+    if not os.path.lexists(path):
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"not valid JSON: {error}", where=str(path), do="delete the file: its stage runs again"
-        ) from error
+    return read_own(path, needs, do=f"delete {path.parent} (or run with --fresh): its stage runs again")
 
 
 def _short(value: object) -> str:

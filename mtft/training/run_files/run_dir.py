@@ -25,7 +25,7 @@ from data_mixers.plan.realized import realized_spans
 from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
-from mtft.common.own_files import defect, read_own, write_own
+from mtft.common.own_files import defect, irregular, read_own, write_own
 from mtft.distributed.launch import world_size
 from mtft.recipe.load import dump_recipe, load_recipe
 from mtft.recipe.schema.recipe import Recipe
@@ -117,6 +117,9 @@ def move_aside(run_dir: Path) -> None:
 def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, Any]) -> None:
     """recipe.yaml, env.json and plan.json, before the first step."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    for name in (RECIPE, ENV, PLAN):
+        if (kind := irregular(run_dir / name)) is not None:
+            raise UserError(f"{kind}, not a file", where=str(run_dir / name), do="move it away")
     write_text(run_dir / RECIPE, dump_recipe(recipe))
     chosen = {"micro_batch_tokens": size} if (size := chosen_size(run_dir)) is not None else {}
     write_own(run_dir / ENV, {**environment(), "seed": recipe.seed, "fingerprints": identity, **chosen})
@@ -127,11 +130,19 @@ def write_plan(run_dir: Path, recipe: Recipe, plan: Any) -> None:
     """plan.json. `changes`: the shares that mixture.online has decided, each with the first step that has them."""
     tasks = {row.pop("task"): row for row in plan.table()}
     about = {"steps": plan.steps, "batch": plan.batch, "unit": plan.unit, "style": recipe.train.batch_style}
+    about |= eval_schedule(recipe)
     about |= {"tasks": tasks, "spans": realized_spans(plan)}
     if isinstance(plan, ReplannedPlan):
         constant = ((change.first, change.shares) for change in plan.changes if isinstance(change.shares, Mixture))
         about["changes"] = [{"from": first + 1, "shares": shares.as_dict()} for first, shares in constant]
     write_own(run_dir / PLAN, about)
+
+
+def eval_schedule(recipe: Recipe) -> dict[str, Any]:
+    """{"eval_every", "eval_on_start"}: when the run evaluates, beside its last step; null, false: never."""
+    evaluates = any(task.eval_data is not None for task in recipe.tasks)
+    every = recipe.train.eval_every if evaluates else None
+    return {"eval_every": every, "eval_on_start": evaluates and recipe.train.eval_on_start}
 
 
 def chosen_size(run_dir: Path) -> int | None:

@@ -110,5 +110,63 @@ def _common(trial: Trial, seconds: float) -> dict[str, Any]:
     }
 
 
+def defect(content: Any) -> str | None:
+    """What is wrong with the content of a ledger's line; None if nothing is, or if a newer version wrote it (v)."""
+    if not isinstance(content, dict):
+        return "it holds no object"
+    version = content.get("v")
+    if not isinstance(version, int) or isinstance(version, bool):
+        return "key v is missing" if version is None else "key v is no whole number"
+    if version > VERSION:
+        return None
+    for key, (kind, check) in _KEYS.items():
+        if key not in content:
+            if key in _ALWAYS:
+                return f"key {key} is missing"
+        elif not check(content[key]):
+            return f"key {key} is no {kind}"
+    if content["status"] not in ("done", "failed"):
+        return f"key status is {content['status']!r}, neither done nor failed"
+    if content.get("points", 1) < 1:
+        return "key points is below 1"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _or_null(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _mapping(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+_ALWAYS = ("trial", "status", "mixture")
+# What a line may hold, in words, and whether a value is such.
+_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("trial", "status", "config", "time"), ("text", _is_text)),
+    **dict.fromkeys(("model", "error"), ("text or null", _or_null(_is_text))),
+    **dict.fromkeys(("scale", "tokens"), ("number or null", _or_null(_is_number))),
+    **dict.fromkeys(("seed", "points"), ("whole number", _is_whole)),
+    "steps": ("whole number or null", _or_null(_is_whole)),
+    "progress": ("number", _is_number),
+    "mixture": ("object of numbers", _mapping(lambda share: _is_number(share) and share >= 0)),
+    **dict.fromkeys(("scores", "cost"), ("object of numbers and nulls", _mapping(_or_null(_is_number)))),
+    "goal": ("object of texts", _mapping(_is_text)),
+    "sizes": ("object of numbers, or null", _or_null(_mapping(_is_number))),
+}
+
+
 def finite(score: float | None) -> float | None:
     return float(score) if score is not None and math.isfinite(score) else None

@@ -31,8 +31,8 @@ NEEDS |= {"checksum": int}
 ALWAYS = ("ids.bin", "supervised.bin", "offsets.bin", "learnt.bin", "lines.bin")
 DO = "delete the folder: the store is built anew"
 
-# What this process has verified, for caches where verified.json can't be written: {path: (bytes, mtime_ns)}.
-_seen: dict[str, tuple[int, int]] = {}
+# What this process has verified, also where verified.json can't be written: {folder: {file: [bytes, mtime_ns]}}.
+_seen: dict[Path, dict[str, list[int]]] = {}
 
 
 class DamagedStoreError(UserError):
@@ -90,9 +90,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def verify_files(folder: Path, content: Mapping[str, Any]) -> None:
     """DamagedStoreError for the first file that is not what was written. content: of meta.json."""
     now: dict[str, list[int]] = {}
-    for name in (*ALWAYS, *content):
+    for name in dict.fromkeys((*ALWAYS, *content)):
         try:
-            known = os.stat(folder / name)
+            known = os.stat(f"{folder}/{name}")
         except OSError as error:
             raise DamagedStoreError(f"{name}: {error.strerror}", where=str(folder), do=DO) from None
         size, _ = content.get(name, (None, None))
@@ -100,12 +100,14 @@ def verify_files(folder: Path, content: Mapping[str, Any]) -> None:
             what = f"{name} has {known.st_size:,} bytes, not {size if size is None else format(size, ',')}"
             raise DamagedStoreError(what, where=str(folder), do=DO)
         now[name] = [known.st_size, known.st_mtime_ns]
+    if _seen.get(folder) == now:
+        return
     before = _verified(folder)
-    unseen = [name for name in now if now[name] not in (before.get(name), list(_seen.get(str(folder / name), ())))]
+    unseen = [name for name in now if now[name] != before.get(name)]
     for name in unseen:
         if _crc32(folder / name) != content[name][1]:
             raise DamagedStoreError(f"{name} has changed since it was written", where=str(folder), do=DO)
-    _seen.update({str(folder / name): (size, time) for name, (size, time) in now.items()})
+    _seen[folder] = now
     if unseen:
         with contextlib.suppress(OSError):  # a cache that can only be read: the next process looks again
             write_verified(folder, now)

@@ -18,6 +18,7 @@ that is damaged later is named and built anew.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import uuid
@@ -93,9 +94,10 @@ class TokenStore:
         return TokenStore, (self.path, self.task)
 
     def _map(self, name: str, dtype: Any) -> np.ndarray:
-        if not (self.path / name).stat().st_size:
-            return np.empty(0, dtype)
-        return np.memmap(self.path / name, dtype=dtype, mode="r")
+        with open(f"{self.path}/{name}", "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return np.empty(0, dtype)
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
 
     @property
     def num_examples(self) -> int:

@@ -76,6 +76,10 @@ def finalize_run(
                 content |= {"proof": equal, "not_proved": proof.trouble}
                 content |= {"tasks": summaries, "skipped_steps": trainer.bad_steps, "exported_step": chosen}
                 content |= {"ended": trainer.stopping.ended, "dropped_tasks": trainer.stopping.dropped}
+                if history := trainer.run_log.history(steps):
+                    content["history"] = history
+                    for line in history:
+                        trainer.run_log.say(f"warning: {line}")
                 content |= {"basis": trainer.basis, "fingerprints": trainer.identity}
                 if recipe.model.quantise != "none":
                     content["unquantised_base"] = proof.unquantised

@@ -37,7 +37,7 @@ from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
 from mtft.training.online_mixture import OnlineMixture, describe_online_mixture, make_controller
 from mtft.training.optim.optimizers import own_optimizer
 from mtft.training.run_files.metrics_log import MetricsLog
-from mtft.training.run_files.run_dir import move_aside, write_start
+from mtft.training.run_files.run_dir import eval_schedule, move_aside, write_start
 from mtft.training.step.neftune import Neftune
 from mtft.training.step.objective import Objective
 from mtft.training.step.task_gradients import make_task_gradient_step
@@ -92,12 +92,15 @@ def start_run_dir(
 
     identity, basis: what the checkpoint must agree with.
     """
+    schedule = eval_schedule(recipe)
+    log.eval_every, log.eval_on_start = schedule["eval_every"], schedule["eval_on_start"]
     outcome: Path | UserError | None = None  # the checkpoint, or the error, of the main process
     if is_main_process():
         try:
             if fresh:
                 move_aside(run_dir)
             outcome = latest_checkpoint(run_dir, say=log.say)
+            log.history(0)  # raises for files that can't be read
             if outcome is not None:
                 check_identity(outcome, identity, basis, say=log.say)
             write_start(run_dir, recipe, plan, identity)

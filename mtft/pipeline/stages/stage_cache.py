@@ -28,7 +28,7 @@ def run_cached_stage(folder: Path, inputs: dict, work: Callable[[], None], *, fr
     With other inputs: UserError that names what differs, or, with `fresh`, a new start beside the old folder.
     """
     inputs = json.loads(json.dumps(inputs))
-    begun = read_json(folder / STARTED)  # the inputs as they are: its keys are the stage's own
+    begun = _readable(folder, fresh=fresh)
     if begun is not None and begun != inputs:
         if not fresh:
             raise UserError(
@@ -46,6 +46,20 @@ def run_cached_stage(folder: Path, inputs: dict, work: Callable[[], None], *, fr
     work()
     write_own(folder / DONE, {"seconds": round(time.perf_counter() - begin, 2)})
     return True
+
+
+def _readable(folder: Path, *, fresh: bool) -> dict | None:
+    """started.json: the inputs as they are, since its keys are the stage's own. UserError if it, or done.json, is
+    damaged; with `fresh` such a folder moves aside.
+    """
+    try:
+        read_json(folder / DONE)
+        return read_json(folder / STARTED)
+    except UserError:
+        if not fresh:
+            raise
+        move_aside(folder)
+        return None
 
 
 def move_aside(folder: Path) -> Path:

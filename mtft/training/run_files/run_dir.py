@@ -48,7 +48,9 @@ def check_recipe(run_dir: Path, recipe: Recipe) -> None:
     finished run was trained with. (What an unfinished one goes on from is asked by check_identity.)
     """
     path = run_dir / RECIPE
-    if os.path.lexists(path):
+    if (kind := irregular(path)) is not None:
+        raise UserError(f"{kind}, not a file", where=str(path), do="move it away")
+    if path.exists():
         _compare(load_recipe(path, files=False), recipe, run_dir)
     if (content := read_result_file(run_dir)) is not None and isinstance(content.get("basis"), dict):
         check_same_recipe(content["basis"].get("recipe"), recipe, run_dir / RESULT)

@@ -10,6 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
+from mtft.common.folder_lock import sole_writer
+from mtft.common.output_paths import check_output_file
+from mtft.common.own_files import irregular
 from mtft.report.components.elements import PageSection, Paragraph, table
 from mtft.report.components.run_data import RunData, load_run
 from mtft.report.sections import affinity, merge_and_fuse, results
@@ -27,20 +30,27 @@ MAKERS = {
 }
 MOST_TOLD, MOST_SHOWN = 20, 200  # problems on stderr, and on the page
 
+PAGE = "report.html"
+MARKS = (b'<meta name="generator" content="mtft">', b" MTFT report</title>")  # the second one: of earlier versions
+PATIENCE = 30.0  # seconds: another command that writes the page takes less
+
 
 def write_report(
     run_dirs: Sequence[str | Path],
     out: str | Path | None = None,
     *,
+    overwrite: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes one page for one or several run directories; returns its path.
 
-    `out` defaults to report.html in the first directory. What is damaged or missing is listed on the page, and told to
-    `say` (None: stderr). Raises UserError when a folder holds nothing to report, or nothing of them can be drawn.
+    `out` defaults to report.html in the first directory. An earlier page of ours is replaced, another file only with
+    `overwrite`. What is damaged or missing is listed on the page, and told to `say` (None: stderr). Raises UserError
+    when a folder holds nothing to report, nothing of them can be drawn, or the page can't be written.
     """
+    target = Path(out) if out is not None else Path(run_dirs[0]) / PAGE
     runs = [load_run(Path(folder)) for folder in run_dirs]
-    target = Path(out) if out is not None else Path(run_dirs[0]) / "report.html"
+    check_page(target, overwrite=overwrite)
     sections = [_sections(run) for run in runs]
     problems = [f"{run.folder}: {problem}" for run in runs for problem in run.problems]
     if not any(sections):
@@ -51,7 +61,8 @@ def write_report(
             where=", ".join(map(str, run_dirs)),
             do="mend or remove what is named, or run the recipe again",
         )
-    write_text(target, render(runs, sections))
+    with sole_writer(target, wait=PATIENCE):
+        write_text(target, render(runs, sections))
     say = say or _say
     for problem in problems[:MOST_TOLD]:
         say(f"warning: {problem}")
@@ -62,6 +73,22 @@ def write_report(
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def check_page(target: Path, *, overwrite: bool = False) -> None:
+    """UserError if no page can be written at `target`, or a file stands there that is none of ours."""
+    check_output_file(target, overwrite=overwrite or _is_ours(target))
+
+
+def _is_ours(page: Path) -> bool:
+    try:
+        if irregular(page) is not None:
+            return False
+        with page.open("rb") as file:
+            start = file.read(4096)
+    except OSError:
+        return False
+    return any(mark in start for mark in MARKS)
 
 
 def render(runs: Sequence[RunData], sections: Sequence[list[PageSection]] | None = None) -> str:

@@ -34,6 +34,7 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.callbacks.early_stopping import EarlyStopping
 from mtft.training.checkpoint.checkpoint import check_identity
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
+from mtft.training.export.rehearsal import clear_rehearsals
 from mtft.training.online_mixture import OnlineMixture, describe_online_mixture, make_controller
 from mtft.training.optim.optimizers import own_optimizer
 from mtft.training.run_files.metrics_log import MetricsLog
@@ -87,18 +88,21 @@ def start_run_dir(
     *,
     basis: dict[str, Any],
     fresh: bool,
+    refused: UserError | None = None,
 ) -> Path | None:
     """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call.
 
-    identity, basis: what the checkpoint must agree with.
+    identity, basis: what the checkpoint must agree with. refused: why the main process may not write there; raised on
+    every rank.
     """
     schedule = eval_schedule(recipe)
     log.eval_every, log.eval_on_start = schedule["eval_every"], schedule["eval_on_start"]
-    outcome: Path | UserError | None = None  # the checkpoint, or the error, of the main process
-    if is_main_process():
+    outcome: Path | UserError | None = refused  # the checkpoint, or the error, of the main process
+    if is_main_process() and refused is None:
         try:
             if fresh:
                 move_aside(run_dir)
+            clear_rehearsals(run_dir)
             outcome = latest_checkpoint(run_dir, say=log.say)
             log.history(0)  # raises for files that can't be read
             if outcome is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
+from mtft.common.folder_lock import sole_writer
 from mtft.common.own_files import Types, read_own, write_own
 
 STARTED, DONE = "started.json", "done.json"
@@ -28,6 +29,11 @@ def run_cached_stage(folder: Path, inputs: dict, work: Callable[[], None], *, fr
     With other inputs: UserError that names what differs, or, with `fresh`, a new start beside the old folder.
     """
     inputs = json.loads(json.dumps(inputs))
+    with sole_writer(folder):
+        return _run(folder, inputs, work, fresh=fresh)
+
+
+def _run(folder: Path, inputs: dict, work: Callable[[], None], *, fresh: bool) -> bool:
     begun = _readable(folder, fresh=fresh)
     if begun is not None and begun != inputs:
         if not fresh:

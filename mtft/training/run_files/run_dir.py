@@ -15,7 +15,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from data_mixers.plan.realized import realized_spans
 from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
+from mtft.common.folder_lock import sole_writer
+from mtft.common.output_paths import check_output_folder
 from mtft.common.own_files import defect, irregular, read_own, write_own
-from mtft.distributed.launch import world_size
+from mtft.distributed.launch import is_main_process, world_size
 from mtft.recipe.load import dump_recipe, load_recipe
 from mtft.recipe.schema.recipe import Recipe
 
@@ -41,6 +44,26 @@ _FREE = ("name", "output", "sweep", "merge", "fuse", "run")
 _FREE += ("train.eval_every", "train.eval_on_start", "train.max_bad_steps")
 _PACKAGES = ("mtft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 _PACKAGES += ("bitsandbytes", "deepspeed", "trl")
+
+
+@contextmanager
+def sole_run(run_dir: Path) -> Iterator[UserError | None]:
+    """Nobody else writes the run's folder while the block runs. One lock for all ranks: the main process holds it.
+
+    Raises UserError if another run has it, or nothing can be written there. With several ranks, which would wait for
+    ever for one that has ended, the error is yielded instead, to be told to all of them.
+    """
+    refused: UserError | None = None
+    with ExitStack() as held:
+        if is_main_process():
+            try:
+                check_output_folder(run_dir, key="output.dir")
+                held.enter_context(sole_writer(run_dir))
+            except UserError as error:
+                if world_size() == 1:
+                    raise
+                refused = error
+        yield refused
 
 
 def check_recipe(run_dir: Path, recipe: Recipe) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from data_mixers.common.csv_tables import check_rows, join, read_table
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Floats
-from data_mixers.sweep.trial import VERSION, Goal, TrialRecord, finite, record_defect
+from data_mixers.sweep.trial import VERSION, Goal, TrialRecord, defect, finite
 
 
 class Arrays(NamedTuple):
@@ -46,27 +46,40 @@ class TrialLedger:
 
     def _read(self) -> None:
         """Take in the file anew; nothing to do in memory, or before the first append."""
-        if self.path is None or not self.path.exists():
+        if self.path is None or not os.path.lexists(self.path):
             return
-        lines = self.path.read_bytes().split(b"\n")
+        lines = self._content(self.path).split(b"\n")
         records = [self._parse(line, number) for number, line in enumerate(lines[:-1], 1) if line.strip()]
         if lines[-1]:
             warnings.warn(f"{self.path}: the last line is torn (a writer was killed); it is ignored", stacklevel=3)
         self._records = records
 
+    @staticmethod
+    def _content(path: Path) -> bytes:
+        """The file's bytes. MixError for what is no plain file (it is never opened) or can't be read."""
+        do = "give the file of a sweep's trials"
+        if not path.is_file():
+            raise MixError(f"{'a folder' if path.is_dir() else 'no plain file'}, not a ledger", where=str(path), do=do)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise MixError(f"can't be read: {error.strerror}", where=str(path), do=do) from error
+
     def _parse(self, line: bytes, number: int) -> TrialRecord:
+        where = f"{self.path}:{number}"
         try:
             content = json.loads(line)
-            known = {item.name for item in fields(TrialRecord)}
-            if content["v"] > VERSION:
-                raise MixError(f"written by a newer version (v {content['v']})", where=f"{self.path}:{number}")
-            if (problem := record_defect(content)) is not None:
-                raise MixError(problem, where=f"{self.path}:{number}", do="mend or delete that line")
-            return TrialRecord(**{key: value for key, value in content.items() if key in known})
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
-            raise MixError(
-                f"not a line of a trial ledger: {error}", where=f"{self.path}:{number}", do="mend or delete it"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            problem = "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON ({error})"
+        else:
+            problem = defect(content)
+            if problem is None and content["v"] > VERSION:
+                newer = f"written by a newer version of mtft (v {content['v']}, this one reads {VERSION})"
+                raise MixError(newer, where=where, do="pip install -U mtft")
+        if problem is not None:
+            raise MixError(f"damaged line of a trial ledger: {problem}", where=where, do="mend or delete the line")
+        known = {item.name for item in fields(TrialRecord)}
+        return TrialRecord(**{key: value for key, value in content.items() if key in known})
 
     def append(self, records: Sequence[TrialRecord]) -> None:
         """Add the lines of one trial: one write, one fsync, under a lock. Cuts a torn tail first."""

@@ -85,28 +85,6 @@ class TrialRecord:
         return json.dumps(out, allow_nan=False)
 
 
-def record_defect(content: Mapping[str, Any]) -> str | None:
-    """What is wrong with the content of a line of a ledger; None: it may become a TrialRecord."""
-
-    def number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    mixture, scores = content["mixture"], content.get("scores", {})
-    if not isinstance(content["trial"], str) or content["status"] not in ("done", "failed"):
-        return "trial is no text, or status is neither done nor failed"
-    if not isinstance(mixture, dict) or not all(number(share) and share >= 0 for share in mixture.values()):
-        return f"the mixture of trial {content['trial']} holds more than shares >= 0"
-    if abs(sum(mixture.values()) - 1) > SUM_TOLERANCE:
-        return f"the mixture of trial {content['trial']} adds up to {sum(mixture.values()):.6g}, not 1"
-    if not isinstance(scores, dict) or not all(score is None or number(score) for score in scores.values()):
-        return f"a score of trial {content['trial']} is neither a number nor null"
-    if not number(content.get("progress", 1.0)) or not isinstance(content.get("points", 1), int):
-        return f"progress or points of trial {content['trial']} are no numbers"
-    if not isinstance(content.get("goal", {}), dict) or not isinstance(content.get("config", ""), str):
-        return f"goal or config of trial {content['trial']} are of another type"
-    return None
-
-
 def done_records(
     trial: Trial, points: Sequence[tuple[float, Mapping[str, float]]], seconds: float
 ) -> list[TrialRecord]:
@@ -130,6 +108,67 @@ def _common(trial: Trial, seconds: float) -> dict[str, Any]:
         "cost": {"seconds": round(seconds, 3), "flops": None},
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def defect(content: Any) -> str | None:
+    """What is wrong with the content of a ledger's line; None if nothing is, or if a newer version wrote it (v)."""
+    if not isinstance(content, dict):
+        return "it holds no object"
+    version = content.get("v")
+    if not isinstance(version, int) or isinstance(version, bool):
+        return "key v is missing" if version is None else "key v is no whole number"
+    if version > VERSION:
+        return None
+    for key, (kind, check) in _KEYS.items():
+        if key not in content:
+            if key in _ALWAYS:
+                return f"key {key} is missing"
+        elif not check(content[key]):
+            return f"key {key} is no {kind}"
+    if content["status"] not in ("done", "failed"):
+        return f"key status is {content['status']!r}, neither done nor failed"
+    if content.get("points", 1) < 1:
+        return "key points is below 1"
+    shares = content["mixture"].values()
+    if abs(sum(shares) - 1) > SUM_TOLERANCE:
+        return f"the mixture of trial {content['trial']} adds up to {sum(shares):.6g}, not 1"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _or_null(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _mapping(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+_ALWAYS = ("trial", "status", "mixture")
+# What a line may hold, in words, and whether a value is such.
+_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("trial", "status", "config", "time"), ("text", _is_text)),
+    **dict.fromkeys(("model", "error"), ("text or null", _or_null(_is_text))),
+    **dict.fromkeys(("scale", "tokens"), ("number or null", _or_null(_is_number))),
+    **dict.fromkeys(("seed", "points"), ("whole number", _is_whole)),
+    "steps": ("whole number or null", _or_null(_is_whole)),
+    "progress": ("number", _is_number),
+    "mixture": ("object of numbers", _mapping(lambda share: _is_number(share) and share >= 0)),
+    **dict.fromkeys(("scores", "cost"), ("object of numbers and nulls", _mapping(_or_null(_is_number)))),
+    "goal": ("object of texts", _mapping(_is_text)),
+    "sizes": ("object of numbers, or null", _or_null(_mapping(_is_number))),
+}
 
 
 def finite(score: float | None) -> float | None:

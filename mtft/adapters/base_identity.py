@@ -12,16 +12,18 @@ Adapters from elsewhere have no base.json. If the base that they name is a folde
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from mtft.adapters.lora_config import CONFIG
 from mtft.adapters.safetensors_io import read_header
-from mtft.common.atomic_io import write_json
-from mtft.common.errors import MergeError
+from mtft.common.errors import MergeError, UserError
 from mtft.common.fingerprint import blake2b
+from mtft.common.own_files import read_own, write_own
 
 BASE = "base.json"
 SAMPLE = 1024  # bytes
@@ -43,7 +45,7 @@ class BaseIdentity:
 
 
 def write_base(folder: Path, base: BaseIdentity) -> None:
-    write_json(folder / BASE, asdict(base), indent=2)
+    write_own(folder / BASE, asdict(base), indent=2)
 
 
 def recorded_base(folder: Path) -> BaseIdentity | None:
@@ -52,15 +54,15 @@ def recorded_base(folder: Path) -> BaseIdentity | None:
     MergeError for a base.json that can't be read.
     """
     path = folder / BASE
-    if path.is_file():
+    if os.path.lexists(path):
         try:
-            content = json.loads(path.read_text("utf-8"))
-            known = {key: content.get(key) for key in ("model", "revision", "fingerprint")}
-            if not isinstance(known["model"], str) or not all(v is None or isinstance(v, str) for v in known.values()):
-                raise ValueError("model, revision and fingerprint are texts")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            what = f"{BASE} can't be read: {error}"
-            raise MergeError(what, where=str(path), do="remove it: then only names and shapes are compared") from None
+            content = read_own(path, {"model": str}, do="remove it: then only names and shapes are compared")
+        except UserError as error:
+            raise MergeError(f"{BASE} can't be read: {error.what}", where=error.where, do=error.do) from None
+        known: dict[str, Any] = {key: content.get(key) for key in ("model", "revision", "fingerprint")}
+        if not all(value is None or isinstance(value, str) for value in known.values()):
+            what = f"{BASE} can't be read: damaged: model, revision and fingerprint are texts"
+            raise MergeError(what, where=str(path), do="remove it: then only names and shapes are compared")
         if known["fingerprint"] is None and Path(known["model"]).is_dir():  # it was away when the adapter was written
             known["fingerprint"] = fingerprint(Path(known["model"]))
         return BaseIdentity(**known)

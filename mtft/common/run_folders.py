@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from mtft.common.errors import UserError
+from mtft.common.own_files import read_own
 
 ADAPTER, RESULT = "adapter_config.json", "result.json"
 PLACES = ("*", "train/*/*", "*/*", "*/*/*")  # of adapters below a run: adapter, train/joint/adapter, merge/adapter
@@ -34,7 +34,8 @@ def refuse_run_as_adapter(folder: Path, *, where: str | None = None) -> None:
 def export_of_run(folder: Path) -> Path | None:
     """What a finished run handed over (its adapter, or its model); of a whole pipeline: the joint run's."""
     for run in (folder, folder / JOINT):
-        if (run / RESULT).is_file():
-            name = json.loads((run / RESULT).read_text(encoding="utf-8")).get("export")
+        if os.path.lexists(run / RESULT):
+            do = f"delete it, and `mtft export {run}` does the end of the run again"
+            name = read_own(run / RESULT, {"export": str}, do=do)["export"]
             return run / name if name and (run / name).is_dir() else None
     return None

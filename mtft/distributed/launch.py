@@ -5,7 +5,6 @@ Also the check that all of them really train together. No torch at import.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtft.common.errors import UserError
+from mtft.common.own_files import read_own
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,7 +44,11 @@ class LaunchConfig:
             return cls(0, fsdp, ranks)
         config = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         if config and Path(config).is_file():
-            zero = json.loads(Path(config).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+            settings = read_own(Path(config), do="give DeepSpeed's configuration as a JSON file")
+            section = settings.get("zero_optimization", {})
+            zero = section.get("stage", 0) if isinstance(section, dict) else None
+            if not isinstance(zero, int):
+                raise UserError("zero_optimization.stage is no whole number", where=config, do="give 0, 1, 2 or 3")
         else:
             zero = _integer(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)  # accelerate's own default
         return cls(int(zero), fsdp, ranks)

@@ -26,8 +26,10 @@ import numpy as np
 from mtft.common.atomic_io import write_text
 from mtft.common.bootstrap import percentile_interval, resampled_rows, same_order
 from mtft.common.errors import UserError
+from mtft.common.own_files import read_own_lines
 
 METRICS = ("loss", "token_accuracy", "exact_match")
+_LINE = {"task": str, "id": str, "nll": float, "tokens": int, "correct": int}
 
 
 @dataclass(frozen=True)
@@ -88,23 +90,21 @@ class TaskScores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskScores:
-        """Read what `save` wrote. A broken line is an error with its number."""
-        rows = []
-        with Path(path).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                    rows.append((row["task"], row["id"], float(row["nll"]), int(row["tokens"]), int(row["correct"])))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"not a line of scores: {error}",
-                        where=f"{path}, line {number}",
-                        do="score again with `mtft eval`",
-                    ) from error
-        if len({row[0] for row in rows}) != 1:
-            raise UserError("scores of one task expected", where=str(path), do="score again with `mtft eval`")
-        _, ids, nll, tokens, correct = zip(*rows, strict=True)
-        return cls(rows[0][0], ids, np.array(nll), np.array(tokens, dtype=np.int64), np.array(correct, dtype=np.int64))
+        """Read what `save` wrote. UserError, with its line, for the first that is damaged: scores are whole or none."""
+        do = "delete it (its stage scores again), or score again with `mtft eval`"
+        read = read_own_lines(Path(path), _LINE, do=do)
+        if read.problems:
+            place, _, problem = read.problems[0].partition(": ")
+            raise UserError(f"damaged scores: {problem}", where=f"{path}, {place}", do=do)
+        problem = "the last line is cut off" if read.torn else None
+        if problem is None and len({row["task"] for row in read.rows}) != 1:
+            problem = "lines of several tasks" if read.rows else "no line"
+        if problem is not None:
+            raise UserError(f"damaged scores: {problem}", where=str(path), do=do)
+        ids = tuple(row["id"] for row in read.rows)
+        nll = np.array([row["nll"] for row in read.rows], dtype=np.float64)
+        tokens, correct = (np.array([row[key] for row in read.rows], dtype=np.int64) for key in ("tokens", "correct"))
+        return cls(read.rows[0]["task"], ids, nll, tokens, correct)
 
 
 @dataclass(frozen=True)

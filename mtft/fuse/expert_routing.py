@@ -7,7 +7,7 @@ weights hold for the whole answer; what they mean is in alpha/fused_logits.py.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mtft.adapters.mlp_router import load_router
 from mtft.adapters.routers import ArrowRouter
+from mtft.common.own_files import read_own
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.decoding.multi_lora import BASE
 from mtft.models.hidden_states import last_token_states
@@ -88,7 +89,9 @@ def _router_index(expert: Path, names: Sequence[str]) -> int:
 def _refuse_residuals(folder: Path, experts: Sequence[Path]) -> None:
     """Residuals of a twin merge are no experts by themselves."""
     metadata = folder / "twin.json"
-    if not metadata.is_file() or json.loads(metadata.read_text("utf-8"))["with_shared"]:
+    if not os.path.lexists(metadata):
+        return
+    if read_own(metadata, {"with_shared": bool}, do="merge again: mtft merge RECIPE --overwrite")["with_shared"]:
         return
     if any(expert.resolve().parent == folder.resolve() for expert in experts):
         raise FusionError(

@@ -79,18 +79,23 @@ def input_files(recipe: Recipe) -> list[Path]:
     return files
 
 
-def plan_recipe(recipe: Recipe, *, trained: bool = True) -> FusionPlan:
-    """What is known of a recipe's fusion before any weight is read, checked. trained: its own adapter is there."""
+def plan_recipe(recipe: Recipe, adapters: Sequence[str | Path] | None = None, *, trained: bool = True) -> FusionPlan:
+    """What is known of a recipe's fusion before any weight is read, checked.
+
+    adapters: in place of the recipe's own. trained: its own adapter is there.
+    """
     section = fuse_section(recipe)
     strong, base = section.strong, section.base or recipe.model
     return plan_fusion(
         strong.path,
         base.path,
-        adapter_paths(recipe) if trained else section.adapters,
+        adapter_paths(recipe, adapters) if trained else section.adapters,
         fusion_spec(section),
         routed=section.router is not None,
         revision=strong.revision,
         base_revision=base.revision,
+        template=strong.chat_template,
+        base_template=base.chat_template,
     )
 
 
@@ -114,12 +119,15 @@ def load_fusion(
         base_attention=base.attention,
         revision=strong.revision,
         base_revision=base.revision,
-        plan=plan,
+        plan=plan or plan_recipe(recipe, adapters),
     )
 
 
-def fingerprint(recipe: Recipe) -> str:
-    """sha256 of all that decides a fused answer: the fuse section, the seed and the weights."""
+def fingerprint(recipe: Recipe, models: FusionPlan | FusedCausalLM | None = None) -> str:
+    """sha256 of all that decides a fused answer: the fuse section, the seed, the weights and the chat templates.
+
+    models: with their tokenizers; without them the templates are those of the files that the recipe names.
+    """
     section = fuse_section(recipe)
     parts: dict[str, Any] = {
         "fuse": section.model_dump(mode="json", exclude={"adapters"}),
@@ -131,8 +139,18 @@ def fingerprint(recipe: Recipe) -> str:
         if not Path(section.router).is_file():
             raise FusionError("no router there", where=section.router, do="give a router.safetensors of `mtft merge`")
         parts["router"] = file_hash(Path(section.router))
+    if models is not None:
+        parts["templates"] = [_template(models.tokenizer), _template(models.small_tokenizer)]
+    else:
+        sections = (section.strong, section.base or recipe.model)
+        named = [Path(part.chat_template) for part in sections if part.chat_template is not None]
+        parts["templates"] = [file_hash(path) for path in named if path.is_file()]
     parts["adapters"] = [_folder_identity(Path(adapter)) for adapter in adapter_paths(recipe)]
     return json_hash(parts)
+
+
+def _template(tokenizer: Any) -> Any:
+    return None if tokenizer is None else tokenizer.chat_template
 
 
 def _model_identity(section: ModelSection) -> Any:

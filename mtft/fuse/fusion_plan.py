@@ -6,7 +6,6 @@ here, in seconds.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from transformers import DynamicCache
 
 from mtft.adapters.base_identity import BaseIdentity, fingerprint, recorded_base
+from mtft.common.own_files import read_own
 from mtft.fuse.alpha.spec import TOKENS, FusionError, FusionSpec, choose
 from mtft.fuse.tokenizers.token_map import TokenMap
 from mtft.fuse.tokenizers.vocabulary_match import VocabularyMatch, compare_vocabularies, needs_map
@@ -72,10 +72,13 @@ def plan_fusion(
     allow_base_mismatch: bool = False,
     revision: str = "main",
     base_revision: str = "main",
+    template: str | None = None,
+    base_template: str | None = None,
 ) -> FusionPlan:
     """Tokenizers and configs of a fusion, checked. Raises FusionError (or UserError) for what can't work.
 
-    adapters: None if they are not trained yet: then the models alone are looked at.
+    adapters: None if they are not trained yet: then the models alone are looked at. template, base_template: files with
+    chat templates in place of the tokenizers' own; the one that the adapters were trained with goes before the latter.
     """
     if adapters is not None:
         check_experts(adapters)
@@ -86,8 +89,8 @@ def plan_fusion(
     for adapter in map(Path, adapters):
         if (adapter / "adapter_config.json").is_file():
             check_adapter(adapter, base, allow_base_mismatch)
-    tokenizer = load_tokenizer(ModelSection(path=str(strong), revision=revision))
-    small = load_tokenizer(ModelSection(path=str(base), revision=base_revision))
+    tokenizer = load_tokenizer(ModelSection(path=str(strong), revision=revision, chat_template=template))
+    small = load_tokenizer(ModelSection(path=str(base), revision=base_revision, chat_template=base_template))
     if (own_template := _adapters_template(adapters)) is not None:
         small.chat_template = own_template
     level, bridge = choose(tokens or spec.tokens, TOKENS, "tokens"), TokenMap(tokenizer, small)
@@ -127,7 +130,7 @@ def check_adapter(expert: Path, base: str | Path, allow_base_mismatch: bool) -> 
     """Is it a LoRA of this base? Folders may have moved, so the weights decide; where the adapter does not remember
     them, the last part of the base's name.
     """
-    config = json.loads((expert / "adapter_config.json").read_text("utf-8"))
+    config = read_own(expert / "adapter_config.json", do="save the adapter again, or copy it whole")
     if config.get("peft_type") != "LORA":
         raise FusionError(
             f"peft_type is {config.get('peft_type')!r}: only LoRA adapters are experts",

@@ -14,7 +14,6 @@ Clusters: average linkage on 1 - C. Tasks of one cluster pull together; those of
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
+from mtft.common.own_files import defect, read_own, write_own
 
 FILE = "affinity.json"
 FEWEST = 5  # measures, below which clusters would be noise
@@ -155,7 +154,7 @@ class Affinity:
     def save(self, run_dir: Path) -> Path:
         """Writes <run_dir>/affinity.json, whole or not at all."""
         path = run_dir / FILE
-        write_json(path, self.to_json())
+        write_own(path, self.to_json())
         return path
 
 
@@ -207,26 +206,23 @@ def silhouette(apart: np.ndarray, labels: np.ndarray) -> float:
 
 def read_groups(path: Path, tasks: Sequence[str]) -> dict[str, list[str]]:
     """{group: [task, ...]} out of a run's affinity.json, for `loss.balancer.groups`. Raises UserError."""
-    where = str(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"can't be read: {error.strerror}", where=where, do="train with loss.gradients: {every: 20} first"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"not valid JSON: {error}", where=where) from None
+    where, do = str(path), "train with loss.gradients: {every: 20} first"
+    data = read_own(path, {"tasks": list}, do=do)
     if "clusters" not in data:
         raise UserError(
             f"holds no groups: only {data.get('measures', 0)} measurements of at least {FEWEST}",
             where=where,
             do="measure more often (loss.gradients.every), or train longer",
         )
+    if (problem := defect(data, {"clusters": dict, "clusters.groups": dict})) is None:
+        bad = [name for name, group in data["clusters"]["groups"].items() if not isinstance(group, list)]
+        problem = f"key clusters.groups.{bad[0]} is no list" if bad else None
+    if problem is not None:
+        raise UserError(f"damaged: {problem}", where=where, do=do)
     groups = {name: [task for task in group if task in tasks] for name, group in data["clusters"]["groups"].items()}
     if not any(groups.values()):
-        raise UserError(
-            f"is of other tasks: {', '.join(data['tasks'])}", where=where, do=f"tasks here: {', '.join(tasks)}"
-        )
+        named = ", ".join(map(str, data["tasks"]))
+        raise UserError(f"is of other tasks: {named}", where=where, do=f"tasks here: {', '.join(tasks)}")
     return {name: group for name, group in groups.items() if group}
 
 

@@ -8,7 +8,6 @@ and version of torch: all processes of a run, and a run that goes on, take the s
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -20,6 +19,8 @@ import torch
 
 from mtft.common.atomic_io import write_json
 from mtft.common.cache_folder import default_cache
+from mtft.common.errors import UserError
+from mtft.common.own_files import defect, read_own
 from mtft.recipe.schema.model import ModelSection
 
 SIZE, REPEATS = 256, 9  # the best of so many: other processes may be about
@@ -111,8 +112,10 @@ def _processor() -> str:
 
 
 def _read(place: Path) -> dict[str, dict[str, float]]:
+    """{machine: {precision: GFLOP/s}}; what is damaged is measured again."""
     try:
-        known = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_own(place, do="delete it")
+    except UserError:
         return {}
-    return known if isinstance(known, dict) else {}
+    rates = dict.fromkeys(MEASURED, float)
+    return {key: value for key, value in known.items() if defect(value, rates) is None}

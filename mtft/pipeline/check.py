@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from mtft.data.summary.data_summary import DataSummary
+    from mtft.training.checkpoint.run_basis import run_basis
     from mtft.training.memory.estimate import MemoryEstimate
 
 
@@ -113,7 +114,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
         warnings.append(f"{refusal}: one example a row, so train.packing has no effect")
     warnings += precision_warnings({"model": recipe.model, **others})
     identity = TrainingInputs(tokenizer, stores, held_out).identity(plan)
-    more = position_warning(recipe, config), folder_refusal(recipe, identity)
+    more = position_warning(recipe, config), folder_refusal(recipe, identity, run_basis(recipe, tokenizer))
     warnings += [line for line in more if line is not None]
     learnt = sum(task.tokens_per_step * task.supervised_tokens / task.tokens for task in data.tasks if task.tokens)
     meta = meta_model(recipe)

@@ -161,7 +161,7 @@ def _choose_mixture(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> R
     say("mix")
     run_cached_stage(folder, inputs, work, fresh=fresh)
     chosen = Mixture.from_yaml(folder / mix.MIXTURE, names=recipe.task_names)
-    proposal = read_json(folder / mix.PROPOSAL)
+    proposal = read_json(folder / mix.PROPOSAL, {"gain": (float, type(None)), "mixture": dict})
     if proposal is None or proposal["gain"] is None:  # the trials say nothing: there is no predicted mixture
         return RunChoice(chosen)
     return RunChoice(chosen, Mixture.of(proposal["mixture"]).over(recipe.task_names))

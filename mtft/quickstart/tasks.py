@@ -23,7 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mtft.common.atomic_io import write_text
+from mtft.common.errors import UserError
 from mtft.common.fingerprint import content_hash, hash_number
+from mtft.common.own_files import defect, read_own, write_own
 from mtft.quickstart import stdlib_corpus
 from mtft.quickstart.functions import Function, functions_of
 
@@ -31,6 +33,7 @@ PROMPT_TOKENS = 320  # room for the chat template within 384
 RESPONSE_TOKENS = 96
 EVAL_ROWS = 160  # at most, per task
 TOKENIZER = Path(__file__).parent / "models" / "weak" / "tokenizer.json"
+MADE = "tasks.json"
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def build(out_dir: str | Path, library: Path | None = None) -> dict[str, TaskFil
         result[name] = TaskFiles(*paths, len(train), len(held_out))
     counts = {name: {"train": files.train_rows, "eval": files.eval_rows} for name, files in result.items()}
     # Last, so that its presence says that the rest is whole.
-    write_text(out / "tasks.json", json.dumps({"fingerprint": fingerprint, "tasks": counts}, indent=1) + "\n")
+    write_own(out / MADE, {"fingerprint": fingerprint, "tasks": counts})
     return result
 
 
@@ -180,9 +183,12 @@ def _fingerprint(files: list[stdlib_corpus.SourceFile]) -> str:
 
 def _standing(out: Path, fingerprint: str) -> dict[str, TaskFiles] | None:
     """What an earlier call has written, if it is whole and nothing that it depends on has changed."""
-    if not (out / "tasks.json").exists():
+    try:
+        saved = read_own(out / MADE, {"fingerprint": str, "tasks": dict}, do="delete it")
+    except UserError:  # not there, or damaged: all is made anew
         return None
-    saved = json.loads((out / "tasks.json").read_text(encoding="utf-8"))
+    if any(defect(counts, {"train": int, "eval": int}) for counts in saved["tasks"].values()):
+        return None
     result = {
         name: TaskFiles(out / f"{name}.train.jsonl", out / f"{name}.eval.jsonl", counts["train"], counts["eval"])
         for name, counts in saved["tasks"].items()

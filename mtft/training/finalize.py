@@ -18,8 +18,9 @@ import torch
 
 from data_mixers.plan.mixture_plan import MixturePlan
 from data_mixers.plan.replanned import ReplannedPlan
-from mtft.common.atomic_io import finite, write_json
+from mtft.common.atomic_io import finite
 from mtft.common.errors import UserError
+from mtft.common.own_files import write_own
 from mtft.distributed.collectives import barrier
 from mtft.distributed.launch import is_main_process, world_size
 from mtft.distributed.sharding import whole_weights
@@ -75,10 +76,15 @@ def finalize_run(
                 content |= {"proof": equal, "not_proved": proof.trouble}
                 content |= {"tasks": summaries, "skipped_steps": trainer.bad_steps, "exported_step": chosen}
                 content |= {"ended": trainer.stopping.ended, "dropped_tasks": trainer.stopping.dropped}
+                if history := trainer.run_log.history(steps):
+                    content["history"] = history
+                    for line in history:
+                        trainer.run_log.say(f"warning: {line}")
+                content |= {"basis": trainer.basis, "fingerprints": trainer.identity}
                 if recipe.model.quantise != "none":
                     content["unquantised_base"] = proof.unquantised
                 write_plan(run_dir, recipe, plan)  # a mixture that changed online: what came of it
-                write_json(run_dir / RESULT, finite(content))
+                write_own(run_dir / RESULT, finite(content))
     barrier()
 
 

@@ -124,15 +124,18 @@ def _positions(config: Any) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
-def folder_refusal(recipe: Recipe, identity: Mapping[str, str]) -> str | None:
-    """Why `train` would not begin or go on in the run folder as it is (without --fresh); None: it would."""
+def folder_refusal(recipe: Recipe, identity: Mapping[str, str], basis: Mapping[str, Any]) -> str | None:
+    """Why `train` would not begin or go on in the run folder as it is (without --fresh); None: it would.
+
+    identity, basis: of the run that would begin.
+    """
     run_dir = Path(recipe.output.dir)
     try:
         check_recipe(run_dir, recipe)
         if read_result_file(run_dir) is not None:
             finished_on_other_data(run_dir, identity)
         elif (checkpoint := latest_checkpoint(run_dir, say=lambda _: None, tidy=False)) is not None:
-            check_identity(checkpoint, dict(identity))
+            check_identity(checkpoint, dict(identity), basis)
     except UserError as error:
         return f"`mtft train` will refuse: {error.what} ({error.where}); {error.do}"
     return None

@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from mtft.common.errors import UserError
 from mtft.data.planning import batch_tokens_of, make_plan
+from mtft.distributed.collectives import from_first_rank
 from mtft.distributed.launch import is_main_process
 from mtft.evaluation.heldout_loss import Told
 from mtft.evaluation.task_scores import TaskScores
@@ -25,7 +26,16 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
 from mtft.training.callbacks.best_weights import BestWeights, load_best_weights
 from mtft.training.callbacks.early_stopping import EarlyStopping
-from mtft.training.checkpoint.checkpoint import RunState, load_random_state, load_state, load_weights, save
+from mtft.training.checkpoint.checkpoint import (
+    RunState,
+    check_identity,
+    load_random_state,
+    load_state,
+    load_weights,
+    save,
+)
+from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
+from mtft.training.checkpoint.run_basis import run_basis
 from mtft.training.from_datasets import Rows, recipe_of_datasets
 from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
 from mtft.training.optim.schedule_free import evaluation_weights
@@ -41,11 +51,13 @@ class RunTrainer(Trainer):
 
     evaluations  {step: {task: scores}}: the last one
     identity  what a checkpoint must agree on to be continued (fingerprints), kept with it
+    basis     what the run is trained with (run_basis), kept and compared in the same way; None: not known
     keep      checkpoints that stay on disk
     """
 
     model: nn.Module
     identity: dict[str, Any]
+    basis: dict[str, Any] | None = None
     keep: int
     keep_best: bool = False
     optimizer: Any
@@ -138,24 +150,34 @@ class RunTrainer(Trainer):
         saves = recipe.output.save_every is not None
         args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=saves)
         args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start
-        start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, fresh=False)
+        basis = run_basis(recipe, inputs.tokenizer)
+        start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, basis=basis, fresh=False)
         model = load_for_training(recipe) if model is None else model
         sized = recipe
         if recipe.train.micro_batch_tokens == "auto":
             sized = with_auto_micro_batch(recipe, model, inputs, before=None, say=log.say)
         trainer = cls.from_parts(model, args, trainer_parts(sized, inputs, plan, model, args, log=log))
         trainer.processing_class = inputs.tokenizer  # saved with the model
+        trainer.basis = basis
         trainer.keep_best = recipe.output.export == "best"
         trainer.add_callback(BestWeights(trainer, keep_best=trainer.keep_best))
         return trainer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains to the end, from the start or from a checkpoint (True: the last one of the run's folder).
+        """Trains to the end, from the start or from a checkpoint (True: the last whole one of the run's folder).
 
         With output.export: best the model has the weights of the best evaluation then.
+        Raises UserError for a checkpoint of another run.
         """
+        if resume_from_checkpoint is True:
+            last = from_first_rank(latest_checkpoint(self.run_dir, tidy=False) if is_main_process() else None)
+            if last is None:
+                do = "train() starts from the beginning"
+                raise UserError("there is no whole checkpoint to go on from", where=str(self.run_dir), do=do)
+            resume_from_checkpoint = str(last)
         if resume_from_checkpoint:
             self.args.eval_on_start = False
+            check_identity(Path(resume_from_checkpoint), self.identity, self.basis)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.keep_best:
             load_best_weights(self, "best")
@@ -196,7 +218,8 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         writer = bool(self.args.should_save)
-        save(self.run_state(), self.run_dir, self.state, self.identity, writer=writer, keep=self.keep)
+        state, basis = self.run_state(), self.basis
+        save(state, self.run_dir, self.state, self.identity, basis, writer=writer, keep=self.keep)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))

@@ -76,7 +76,8 @@ def _train(recipe: Recipe, *, fresh: bool, quiet: bool, prove: bool, refused: Us
     from mtft.models.lora_targets import describe_adapter
     from mtft.training.build_model import load_for_training
     from mtft.training.callbacks.best_weights import BestWeights
-    from mtft.training.checkpoint.checkpoint_files import checkpoint_step, load_tree
+    from mtft.training.checkpoint.checkpoint_files import checkpoint_step, ended_at
+    from mtft.training.checkpoint.run_basis import run_basis
     from mtft.training.export.export import CHANGE_THE_BASE, save_initial
     from mtft.training.export.rehearsal import rehearse_export
     from mtft.training.finalize import finalize_run
@@ -100,7 +101,10 @@ def _train(recipe: Recipe, *, fresh: bool, quiet: bool, prove: bool, refused: Us
     # joins the ranks
     args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=True)
     size = None if fresh else chosen_size(run_dir)
-    checkpoint = start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh, refused=refused)
+    basis = run_basis(recipe, inputs.tokenizer)
+    checkpoint = start_run_dir(
+        recipe, run_dir, plan, inputs.identity(plan), log, basis=basis, fresh=fresh, refused=refused
+    )
     args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start and checkpoint is None
     with StopSignal() as stop:
         log.say(f"loading {recipe.model.path}")
@@ -114,10 +118,11 @@ def _train(recipe: Recipe, *, fresh: bool, quiet: bool, prove: bool, refused: Us
         if recipe.train.micro_batch_tokens == "auto":
             sized = with_auto_micro_batch(recipe, model, inputs, before=size, say=log.say)
         trainer = build_trainer(sized, inputs, plan, model, args, log=log, stop=stop)
+        trainer.basis = basis
         trainer.add_callback(BestWeights(trainer, keep_best=recipe.output.export == "best"))
         decides = recipe.train.patience or recipe.train.task_patience
         # a run that its held-out losses had ended when the checkpoint was written: only the end is missing
-        if checkpoint is not None and decides and load_tree(checkpoint)["stopping"]["ended"] is not None:
+        if checkpoint is not None and decides and ended_at(checkpoint):
             trainer.steps.until = args.max_steps = checkpoint_step(checkpoint)
         print_summary(recipe, plan, model, args, trainer.online, checkpoint, say=log.say)
         try:

@@ -38,7 +38,7 @@ from mtft.training.export.rehearsal import clear_rehearsals
 from mtft.training.online_mixture import OnlineMixture, describe_online_mixture, make_controller
 from mtft.training.optim.optimizers import own_optimizer
 from mtft.training.run_files.metrics_log import MetricsLog
-from mtft.training.run_files.run_dir import move_aside, write_start
+from mtft.training.run_files.run_dir import eval_schedule, move_aside, write_start
 from mtft.training.step.neftune import Neftune
 from mtft.training.step.objective import Objective
 from mtft.training.step.task_gradients import make_task_gradient_step
@@ -86,13 +86,17 @@ def start_run_dir(
     identity: dict[str, str],
     log: MetricsLog,
     *,
+    basis: dict[str, Any],
     fresh: bool,
     refused: UserError | None = None,
 ) -> Path | None:
     """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call.
 
-    refused: why the main process may not write there; raised on every rank.
+    identity, basis: what the checkpoint must agree with. refused: why the main process may not write there; raised on
+    every rank.
     """
+    schedule = eval_schedule(recipe)
+    log.eval_every, log.eval_on_start = schedule["eval_every"], schedule["eval_on_start"]
     outcome: Path | UserError | None = refused  # the checkpoint, or the error, of the main process
     if is_main_process() and refused is None:
         try:
@@ -100,8 +104,9 @@ def start_run_dir(
                 move_aside(run_dir)
             clear_rehearsals(run_dir)
             outcome = latest_checkpoint(run_dir, say=log.say)
+            log.history(0)  # raises for files that can't be read
             if outcome is not None:
-                check_identity(outcome, identity)
+                check_identity(outcome, identity, basis, say=log.say)
             write_start(run_dir, recipe, plan, identity)
         except UserError as error:  # the other ranks must learn of it: they would wait for ever
             outcome = error

@@ -171,7 +171,7 @@ def test_file_and_its_groups(tmp_path):
     assert read_groups(path, ("b", "c", "new")) == {"group-1": ["b"], "group-2": ["c"]}
     with pytest.raises(UserError, match="other tasks"):
         read_groups(path, ("x", "y"))
-    with pytest.raises(UserError, match=r"can't be read"):
+    with pytest.raises(UserError, match="no such file"):
         read_groups(tmp_path / "none.json", TASKS)
     (tmp_path / "affinity.json").write_text(json.dumps(measured(3).to_json()))
     with pytest.raises(UserError, match="only 3 measurements"):

@@ -6,11 +6,10 @@ Memory does not grow with the data: what is in flight are a few blocks of rows.
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from mtft.data.readers.row_files import FileRow
 from mtft.data.readers.sources import SourcePart
 from mtft.data.store.progress import progress
 from mtft.data.store.row_names import drop_repeated_names
+from mtft.data.store.store_files import SummedFile, write_meta
 from mtft.data.tokenize.encode import Example, clear_first_token, draw
 from mtft.data.tokenize.parallel_encode import FOUND, RowEncoder, batch_rows, num_processes, parallel_encode
 from mtft.recipe.schema.task import TaskSection
@@ -155,13 +155,13 @@ class StoreWriter:
         self.folder = folder
         self.dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.int32)
         self.examples = self.tokens = self.learnt = self.longest = self.largest_id = 0
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, SummedFile] = {}
         self._starts: list[tuple[str, int]] = []
         self._carry = np.zeros(0, dtype=bool)  # bits that do not fill a byte yet
 
     def __enter__(self) -> StoreWriter:
         for name in ("ids", "supervised", "offsets", "learnt", "lines", "names", "name_lengths"):
-            self._files[name] = (self.folder / f"{name}.bin").open("wb")
+            self._files[name] = SummedFile(self.folder / f"{name}.bin")
         self._files["offsets"].write(np.int64(0).tobytes())
         return self
 
@@ -199,12 +199,14 @@ class StoreWriter:
         self._files["supervised"].write(np.packbits(self._carry).tobytes())
         no_names = not self._files["names"].tell()
         self.__exit__()
-        meta["stats"]["repeated_ids"] = drop_repeated_names(self.folder, self._starts)
+        content = {f"{name}.bin": file.listed() for name, file in self._files.items()}
+        meta["stats"]["repeated_ids"] = drop_repeated_names(self.folder, self._starts, content)
         if no_names:
-            (self.folder / "names.bin").unlink()
-            (self.folder / "name_lengths.bin").unlink()
-        whole = meta | {"dtype": self.dtype.name, "files": self._starts}
-        (self.folder / "meta.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+            for name in ("names.bin", "name_lengths.bin"):
+                (self.folder / name).unlink()
+                del content[name]
+        files = [list(start) for start in self._starts]
+        write_meta(self.folder, meta | {"dtype": self.dtype.name, "files": files, "content": content})
 
 
 def _name(row: FileRow) -> bytes:

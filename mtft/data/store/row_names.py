@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mtft.common.fingerprint import blake2b
+from mtft.data.store.store_files import write_array
 
 
 def row_starts(lines_N: np.ndarray, files: Sequence[tuple[str, int]]) -> np.ndarray:
@@ -25,9 +26,12 @@ def place(example: int, lines_N: np.ndarray, files: Sequence[tuple[str, int]]) -
     return f"{files[file][0]}:{lines_N[example]}"
 
 
-def drop_repeated_names(folder: Path, files: Sequence[tuple[str, int]]) -> dict[str, Any]:
+def drop_repeated_names(
+    folder: Path, files: Sequence[tuple[str, int]], content: dict[str, list[int]]
+) -> dict[str, Any]:
     """Takes its name from every row that has the name of an earlier one, in the written files of a store.
 
+    content: {file: [bytes, CRC-32]}, which gets the new ones.
     Whoever compares two models row by row has to tell rows apart. Returns {} or {"rows": how many, "such_as": one of
     them with both places}.
     """
@@ -62,8 +66,8 @@ def drop_repeated_names(folder: Path, files: Sequence[tuple[str, int]]) -> dict[
         f"{name_of(later).decode('utf-8')!r} at {of}{place(later, lines, files)}; they are called by file and line"
     )
     kept, changed = names[~np.repeat(drop, lengths)], np.where(drop, 0, lengths).astype(np.uint16)
-    kept.tofile(folder / "names.bin")
-    changed.tofile(folder / "name_lengths.bin")
+    content["names.bin"] = write_array(folder / "names.bin", kept)
+    content["name_lengths.bin"] = write_array(folder / "name_lengths.bin", changed)
     return {"rows": len(repeated), "such_as": such_as}
 
 

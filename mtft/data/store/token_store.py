@@ -6,18 +6,23 @@
     learnt.bin      int32 [N]                    supervised tokens of each example
     lines.bin       uint32 [N]                   line of the row it came from
     names.bin, name_lengths.bin                  ids of the rows, if they have any
-    meta.json                                    version, fingerprint, stats, files
+    meta.json                                    version, fingerprint, stats, files; sizes and checksums of the above
+    verified.json                                when they were last found to be right (store_files.py)
 
 Ranks and workers share one copy through the page cache. A store is found by its fingerprint (content of the rows,
 format, template, tokenizer, length policy): the same again is reused, anything else is built anew. One process writes,
-under a lock that dies with it, into a temporary folder that is renamed when all is on disk: there is no half store.
+under a lock that dies with it, into a temporary folder that is renamed when all is on disk: there is no half store. One
+that is damaged later is named and built anew.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -32,11 +37,13 @@ from mtft.common.fingerprint import json_hash
 from mtft.data.notes import describe_note
 from mtft.data.readers.sources import find_source_parts
 from mtft.data.store.row_names import place, row_starts
+from mtft.data.store.store_files import DamagedStoreError, read_meta, verify_files, write_verified
 from mtft.data.tokenize.encode import Example
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.task import TaskSection
 
-VERSION = 7  # of the files and of everything that decides what is in them
+VERSION = 7  # of everything that decides what is in the files: runs compare the fingerprint that it is a part of
+LAYOUT = 8  # of the files; a part of the folder's name alone, so that runs on the same rows stay the same
 
 
 class RowIds(Sequence[str]):
@@ -69,11 +76,15 @@ class RowIds(Sequence[str]):
 
 
 class TokenStore:
-    """Examples of one task, read-only. Cheap to open and to pickle: it holds memory maps, not data."""
+    """Examples of one task, read-only. Cheap to open and to pickle: it holds memory maps, not data.
+
+    Raises DamagedStoreError where the files are not what was written.
+    """
 
     def __init__(self, path: str | Path, task: str) -> None:
         self.path, self.task = Path(path), task
-        self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+        self.meta: dict[str, Any] = read_meta(self.path)
+        verify_files(self.path, self.meta["content"])
         self._ids = self._map("ids.bin", np.dtype(self.meta["dtype"]))
         self._bits = self._map("supervised.bin", np.uint8)
         self._offsets = self._map("offsets.bin", np.int64)
@@ -83,9 +94,10 @@ class TokenStore:
         return TokenStore, (self.path, self.task)
 
     def _map(self, name: str, dtype: Any) -> np.ndarray:
-        if not (self.path / name).stat().st_size:
-            return np.empty(0, dtype)
-        return np.memmap(self.path / name, dtype=dtype, mode="r")
+        with open(f"{self.path}/{name}", "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return np.empty(0, dtype)
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
 
     @property
     def num_examples(self) -> int:
@@ -197,15 +209,17 @@ def open_store(
         limit=limit,
     )
     root = cache / "stores"
-    name = f"{task.name}-{which}-{fingerprint[:16]}"
+    name = f"{task.name}-{which}-{fingerprint[:16]}-{LAYOUT}"
     final = root / name
-    if (final / "meta.json").is_file():
+    try:
         return TokenStore(final, task.name)
+    except DamagedStoreError:  # or not there: looked at again by whoever holds the lock
+        pass
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = root / f"{name}.lock"
         with FileLock(lock):
-            if not (final / "meta.json").is_file():
+            if _is_to_be_built(final, task.name):
                 for stale in root.glob(f"{name}.tmp-*"):  # of a writer that was killed: we hold its lock
                     shutil.rmtree(stale)
                 folder = root / f"{name}.tmp-{uuid.uuid4().hex[:8]}"
@@ -217,6 +231,7 @@ def open_store(
                         folder, task, which, parts, tokenizer, fingerprint,
                         max_length=max_length, too_long=too_long, bad_rows=bad_rows, limit=limit, total=total,
                     )  # fmt: skip
+                    write_verified(folder)
                     for path in [*folder.iterdir(), folder]:
                         sync(path)
                     folder.rename(final)
@@ -230,6 +245,25 @@ def open_store(
             f"the token store of task {task.name} can't be written: {error}", where=str(root), do=do
         ) from error
     return TokenStore(final, task.name)
+
+
+def _is_to_be_built(final: Path, task: str) -> bool:
+    """Whether there is no store; one that is damaged is named and taken away. Under the lock."""
+    if not os.path.lexists(final):
+        return True
+    try:
+        TokenStore(final, task)
+    except DamagedStoreError as error:
+        what = f"the token store of task {task} is damaged: {error.what} ({error.where}); it is built anew"
+        warnings.warn(what, stacklevel=3)
+        doomed = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")
+        final.rename(doomed)  # whoever has it open keeps what he has
+        if doomed.is_dir() and not doomed.is_symlink():
+            shutil.rmtree(doomed)
+        else:
+            doomed.unlink()
+        return True
+    return False
 
 
 @overload

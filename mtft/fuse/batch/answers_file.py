@@ -59,7 +59,7 @@ class AnswersFile:
         """Go on with what is there, or begin; nothing is written yet. FusionError if it is another run's."""
         if self.fingerprint not in (None, fingerprint) and self.answers:
             raise FusionError(
-                "a broken-off run with another recipe, seed or other weights stands here",
+                "a broken-off run with another recipe, seed, chat template or other weights stands here",
                 where=str(self.path),
                 do="remove it, or give another --out",
             )

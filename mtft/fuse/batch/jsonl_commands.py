@@ -162,9 +162,9 @@ def _run(
     section = fuse_section(recipe)
     source, target, inputs = paths
     with output_of(source, target, inputs=[*inputs, *input_files(recipe)], overwrite=overwrite) as answers:
-        identity = f"{kind} {fingerprint(recipe)}"
         plan = plan_recipe(recipe) if fused is None else None
         models: Models = fused or plan  # pyright: ignore[reportAssignmentType]  (one of them is there)
+        identity = f"{kind} {fingerprint(recipe, models)}"
         jobs = read_requests(source, partial(prepare, models))
         check(models)
         done = resume(jobs, answers, identity, overwrite=overwrite)

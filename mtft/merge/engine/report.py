@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mtft.common.atomic_io import write_json
+from mtft.common.own_files import write_own
 
 
 @dataclass
@@ -55,7 +55,7 @@ class MergeReport:
 
 def write_merge_card(folder: Path, report: MergeReport) -> None:
     """Write both files. Nothing in them depends on the time or on the output folder: same inputs, same bytes."""
-    write_json(folder / "merge.json", report.facts(), indent=2)
+    write_own(folder / "merge.json", report.facts(), indent=2)
     (folder / "README.md").write_text(_readme(report), "utf-8")
 
 

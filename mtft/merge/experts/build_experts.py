@@ -21,8 +21,8 @@ from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
 from mtft.adapters.mlp_router import MlpRouter
 from mtft.adapters.routers import CentroidRouter
 from mtft.common.atomic_folder import atomic_folder
-from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
+from mtft.common.own_files import write_own
 from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.engine.merge_plan import MergePlan, make_merge_plan
 from mtft.merge.engine.report import MergeReport
@@ -74,7 +74,7 @@ def build_twin(
             router.save(scratch / "router.safetensors")
         facts = {"experts": dict(zip((a.name for a in opened), folders)), "expert_energy": energies}
         facts |= {"expert_rank": expert_rank, "with_shared": with_shared}
-        write_json(scratch / "twin.json", facts, indent=2)
+        write_own(scratch / "twin.json", facts, indent=2)
     report.out = out
     report.settings |= facts
     return report
@@ -112,7 +112,7 @@ def export_arrow(
             merge_adapters([adapter, *common], scratch / folder, weights=weights, rank=rank, dtype=dtype, vllm=True)
         router.save(scratch / "router.safetensors")
         facts = {"experts": dict(zip(router.names, folders)), "rank": rank, "top": top, "temperature": temperature}
-        write_json(scratch / "arrow.json", facts, indent=2)
+        write_own(scratch / "arrow.json", facts, indent=2)
     return out
 
 

@@ -12,7 +12,7 @@ that `mtft merge` writes are plain LoRAs; this wrapper is for transformers' `gen
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
 from mtft.adapters.mlp_router import MlpRouter, load_router
 from mtft.adapters.routers import ArrowRouter, CentroidRouter
 from mtft.common.errors import MergeError
+from mtft.common.own_files import Types, read_own
 from mtft.merge.linalg.module_factors import ModuleFactors, module_factors
 from mtft.models.adapters import check_fits
 from mtft.models.hidden_states import last_token_states
@@ -134,14 +135,20 @@ def load_routed(model: Any, folder: str | Path) -> RoutedModel:
     MergeError if there is no router: then the folder is for a server that routes by itself.
     """
     folder = Path(folder)
-    facts_file = next((folder / name for name in FACTS if (folder / name).is_file()), None)
+    facts_file = next((folder / name for name in FACTS if os.path.lexists(folder / name)), None)
     if facts_file is None:
         do = "give the folder that `mtft merge` wrote with merge.experts"
         raise MergeError("neither twin.json nor arrow.json is there", where=str(folder), do=do)
-    facts = json.loads(facts_file.read_text("utf-8"))
+    needs: dict[str, Types] = {"experts": dict}
+    needs |= {"with_shared": bool} if facts_file.name == "twin.json" else {"temperature": float}
+    facts = read_own(facts_file, needs, do="merge again: mtft merge RECIPE --overwrite")
     if not (folder / ROUTER).is_file():
         raise MergeError(f"no {ROUTER}", where=str(folder), do="merge with a recipe that names held-out rows")
     router = load_router(folder / ROUTER)
+    missing = [name for name in router.names if not isinstance(facts["experts"].get(name), str)]
+    if missing:
+        do = "merge again: mtft merge RECIPE --overwrite"
+        raise MergeError(f"damaged: no folder of the router's expert {missing[0]}", where=str(facts_file), do=do)
     experts = [read_adapter(folder / facts["experts"][name], name) for name in router.names]
     shared = None if facts_file.name == "arrow.json" or facts["with_shared"] else folder / "shared"
     return RoutedModel(

@@ -10,7 +10,6 @@ whole models as in the paper: a merged model, and for each expert the low-rank r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from mtft.adapters.lora_factors import AdapterLayout
 from mtft.common.atomic_folder import atomic_folder
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
+from mtft.common.own_files import read_own, write_own
 from mtft.merge.full_models.merge_checkpoints import (
     CheckpointDelta,
     FullCheckpoint,
@@ -91,7 +91,7 @@ def extract_adapter(
             )
         facts = {"base": str(root.path), "model": str(tuned.path), "rank": rank}
         facts |= {"energy": min(1.0, held / squares), "left_out": other / (other + squares)}
-        write_json(scratch / "merge.json", facts, indent=2)
+        write_own(scratch / "merge.json", facts, indent=2)
         write_base(scratch, BaseIdentity(str(root.path), None, fingerprint(root.path)))
         write_json(scratch / CONFIG, plain_config(wide, list(layouts), str(root.path)), indent=2)
     return ExtractedLora(Path(out), rank, min(1.0, held / squares), other / (other + squares))
@@ -126,14 +126,14 @@ def twin_models(
             extracted[path.name] = replace(held, out=out / folders[path.name])
         energies = {name: held.energy for name, held in extracted.items()}
         facts = {"experts": folders, "expert_rank": rank, "expert_energy": energies, "with_shared": True}
-        write_json(scratch / "twin.json", facts, indent=2)
+        write_own(scratch / "twin.json", facts, indent=2)
     return extracted
 
 
 def _name_base(adapter: Path, base: Path) -> None:
     """Its base is where the shared model will stand."""
     for name, key in ((CONFIG, "base_model_name_or_path"), (BASE, "model"), ("merge.json", "base")):
-        facts = json.loads((adapter / name).read_text("utf-8"))
+        facts = read_own(adapter / name, do="merge again")
         write_json(adapter / name, {**facts, key: str(base)}, indent=2)
 
 

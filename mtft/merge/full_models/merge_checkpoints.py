@@ -18,6 +18,7 @@ from mtft.adapters.safetensors_io import TensorFile, TensorWriter, as_matrix, op
 from mtft.common.atomic_folder import CONTENTS, atomic_folder, restore_replaced
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import MergeError
+from mtft.common.own_files import write_own
 from mtft.merge.engine.merge_plan import check_weights
 from mtft.merge.linalg.core_space import CoreSpace, IdentityBasis, one_thread
 from mtft.merge.linalg.streamed_delta import DeltaStream, Rule
@@ -133,7 +134,7 @@ def merge_checkpoints(
         facts = {"method": method, "options": rule.describe(), "scale": scale, "seed": seed, "base": str(root.path)}
         facts["models"] = [{"path": str(m.path), "weight": float(w)} for m, w in zip(tuned, weights_K)]
         facts["delta_norms"] = norms
-        write_json(scratch / "merge.json", facts, indent=2)
+        write_own(scratch / "merge.json", facts, indent=2)
     return facts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mtft.common.errors import MergeError
+from mtft.common.own_files import read_own_lines
 from mtft.merge.search.retention import RetentionScores
 
 Evaluate = Callable[[Sequence[float]], Mapping[str, "float | RetentionScores"]]
@@ -94,19 +96,25 @@ class SearchLedger:
             file.write(json.dumps({"adapters": self.names, "weights": key, "losses": losses}) + "\n")
 
     def _read(self, path: Path) -> None:
-        text = path.read_text("utf-8")
-        if text and not text.endswith("\n"):  # a killed run left half a line: don't write on it
-            path.write_text(text + "\n", "utf-8")
-        for number, line in enumerate(text.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                names, key, losses = row["adapters"], tuple(map(float, row["weights"])), dict(row["losses"])
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that a killed run left unfinished: that trial is done again
-            if names != self.names:
+        do = "delete it: the trials are made again"
+        read = read_own_lines(path, {"adapters": list, "weights": list, "losses": dict}, do=do)
+        if read.torn:  # a killed run left half a line: don't write on it
+            with path.open("ab") as file:
+                file.write(b"\n")
+        problems = list(read.problems)
+        for number, row in zip(read.numbers, read.rows, strict=True):
+            if row["adapters"] != self.names:
                 where = f"{path}, line {number}"
                 raise MergeError("the ledger belongs to other adapters", where=where, do="choose another file")
-            self._known[key] = {task: float(loss) for task, loss in losses.items()}
+            numbers = [*row["weights"], *row["losses"].values()]
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+                problems.append(f"line {number}: a weight or a loss is no number")
+                continue
+            self._known[tuple(map(float, row["weights"]))] = {t: float(loss) for t, loss in row["losses"].items()}
+        if problems:
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+            what = f"{path}: trials that can't be read are made again: {'; '.join(problems[:3])}{more}"
+            warnings.warn(what, stacklevel=3)
 
 
 def loss_of(value) -> float:

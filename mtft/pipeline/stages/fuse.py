@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtft.common.atomic_io import write_json
 from mtft.common.fingerprint import file_hash
+from mtft.common.own_files import write_own
 from mtft.evaluation.gap_closed import gap_closed
 from mtft.evaluation.score_cache import Scores, load_or_score
 from mtft.evaluation.task_scores import METRICS
@@ -43,6 +43,9 @@ def fuse_stage(
         "experts": {name: file_hash(path / "adapter_model.safetensors") for name, path in experts.items()},
         "held_out": held_out,
     }
+    named = {"strong": fuse.strong.chat_template, "base": (fuse.base or recipe.model).chat_template}
+    if any(named.values()):  # what is in the files counts; without any, runs of earlier versions stand
+        inputs["templates"] = {key: None if path is None else file_hash(Path(path)) for key, path in named.items()}
 
     def strong_alone() -> Scores:
         return load_or_score(folder / "strong", held_out, lambda: evaluate(strong_recipe))
@@ -66,7 +69,7 @@ def fuse_stage(
             "alpha": stats.summary(),
             "samples": [_sample(fused, store) for store in stores[:SAMPLES] if store is not None],
         }
-        write_json(folder / "fusion.json", content)
+        write_own(folder / "fusion.json", content)
 
     run_cached_stage(folder, inputs, work, fresh=fresh)
     return strong_alone(), load_or_score(folder / "scores", held_out, dict)

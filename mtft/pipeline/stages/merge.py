@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
 from mtft.common.atomic_folder import check_replaceable
-from mtft.common.atomic_io import write_json
 from mtft.common.fingerprint import file_hash
 from mtft.common.folder_lock import sole_writer
+from mtft.common.own_files import write_own
 from mtft.common.run_folders import refuse_run_as_adapter
 from mtft.evaluation.score_cache import Scores, load_or_score
 from mtft.merge.engine.report import MergeReport
@@ -120,7 +120,7 @@ class RecipeMerge:
             from mtft.report.sections.pareto import save_front
 
             facts = pareto_facts(names, search)
-            write_json(self.out.parent / "front.json", facts)
+            write_own(self.out.parent / "front.json", facts)
             self.said.append(f"trade-offs: {save_front(facts, self.out.parent / 'front.png')}")
 
     def _gates(self) -> MergeOutcome:
@@ -267,17 +267,17 @@ def merge_stage(
         return adapted().routed_scores(folder / "adapter")
 
     def work() -> None:
-        report = read_json(folder / "report.json")
+        report = read_json(folder / "report.json", {"method": str, "diagnostics": (dict, type(None))})
         if report is None:
             named = [read_adapter(path, name) for name, path in adapters.items()]
             again = derived_recipes.override_section(
                 recipe, merge=derived_recipes.override_section(section, overwrite=True)
             )  # a broken-off try
             report = merge_recipe(again, named, folder / "adapter", adapted=adapted() if rows else None).as_dict()
-            write_json(folder / "report.json", report)
+            write_own(folder / "report.json", report)
         merged = load_or_score(folder / "scores", tuple(base), scores)
         if singles:
-            write_json(folder / "retention.json", _retention(report, merged))
+            write_own(folder / "retention.json", _retention(report, merged))
 
     def _retention(report: dict, merged: Scores) -> dict:
         from mtft.pipeline.stages.adapter_evaluator import select_examples

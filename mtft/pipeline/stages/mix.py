@@ -28,11 +28,12 @@ from data_mixers.sweep.early_termination import EarlyTermination
 from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.runner import SweepResult, make_trials, run_sweep
 from data_mixers.sweep.trial import Trial
-from mtft.common.atomic_io import write_json, write_text
+from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import content_hash
 from mtft.common.folder_lock import sole_writer
 from mtft.common.output_paths import check_output_folder
+from mtft.common.own_files import read_own_text, write_own
 from mtft.data.planning import epoch_caps, groups, make_plan, requested_mixture, task_sizes
 from mtft.pipeline.stages import derived_recipes
 from mtft.recipe.load import fingerprint
@@ -133,7 +134,7 @@ def _table(recipe: Recipe, trials: list[Trial]) -> str:
 def _other_trials(recipe: Recipe, text: str) -> bool:
     """Whether design.csv describes trials that were run, and others than `text` does."""
     file = mix_dir(recipe) / DESIGN
-    if not file.is_file() or file.read_text(encoding="utf-8") == text:
+    if not os.path.lexists(file) or read_own_text(file, do="delete it: it is written anew") == text:
         return False
     return bool(TrialLedger(mix_dir(recipe) / LEDGER).records)
 
@@ -212,8 +213,8 @@ def mix_propose(recipe: Recipe) -> Proposal:
 
 def _written(folder: Path, fit: dict[str, Any], proposal: Proposal) -> Proposal:
     with sole_writer(folder):
-        write_json(folder / FIT, fit)
-        write_json(folder / PROPOSAL, proposal.as_dict())
+        write_own(folder / FIT, fit)
+        write_own(folder / PROPOSAL, proposal.as_dict())
         proposal.to_yaml(folder / MIXTURE)
     return proposal
 

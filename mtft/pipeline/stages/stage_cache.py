@@ -9,13 +9,15 @@ Nothing is deleted: `fresh` moves what is there aside to <folder>.old-1, .old-2,
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
 from mtft.common.folder_lock import sole_writer
+from mtft.common.own_files import Types, read_own, write_own
 
 STARTED, DONE = "started.json", "done.json"
 
@@ -32,7 +34,7 @@ def run_cached_stage(folder: Path, inputs: dict, work: Callable[[], None], *, fr
 
 
 def _run(folder: Path, inputs: dict, work: Callable[[], None], *, fresh: bool) -> bool:
-    begun = read_json(folder / STARTED)
+    begun = _readable(folder, fresh=fresh)
     if begun is not None and begun != inputs:
         if not fresh:
             raise UserError(
@@ -48,8 +50,22 @@ def _run(folder: Path, inputs: dict, work: Callable[[], None], *, fresh: bool) -
     write_json(folder / STARTED, inputs)
     begin = time.perf_counter()
     work()
-    write_json(folder / DONE, {"seconds": round(time.perf_counter() - begin, 2)})
+    write_own(folder / DONE, {"seconds": round(time.perf_counter() - begin, 2)})
     return True
+
+
+def _readable(folder: Path, *, fresh: bool) -> dict | None:
+    """started.json: the inputs as they are, since its keys are the stage's own. UserError if it, or done.json, is
+    damaged; with `fresh` such a folder moves aside.
+    """
+    try:
+        read_json(folder / DONE)
+        return read_json(folder / STARTED)
+    except UserError:
+        if not fresh:
+            raise
+        move_aside(folder)
+        return None
 
 
 def move_aside(folder: Path) -> Path:
@@ -73,16 +89,11 @@ def differences(before: dict, after: dict, prefix: str = "") -> list[str]:
     return out
 
 
-def read_json(path: Path) -> dict | None:
-    """The file's content; None if it isn't there."""
-    if not path.is_file():
+def read_json(path: Path, needs: Mapping[str, Types] | None = None) -> dict | None:
+    """The file's content; None if it isn't there. needs: keys with their types. UserError if it is damaged."""
+    if not os.path.lexists(path):
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"not valid JSON: {error}", where=str(path), do="delete the file: its stage runs again"
-        ) from error
+    return read_own(path, needs, do=f"delete {path.parent} (or run with --fresh): its stage runs again")
 
 
 def _short(value: object) -> str:

@@ -118,10 +118,17 @@ def train_runs(
 
 
 def _clear_if_other(folder: Path, recipe: Recipe) -> None:
-    """Moves the folder aside if it holds a run of another recipe; a run of this one goes on or stands."""
+    """Moves the folder aside if it holds a run of another recipe, or none that can be read; a run of this one goes on
+    or stands.
+    """
+    from mtft.training.checkpoint.checkpoint import check_checkpoint_recipe
+    from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
+
     with sole_writer(folder):
         try:
             check_recipe(folder, recipe)
+            if (checkpoint := latest_checkpoint(folder, say=lambda _: None, tidy=False)) is not None:
+                check_checkpoint_recipe(checkpoint, recipe)
         except UserError:
             move_aside(folder)
 

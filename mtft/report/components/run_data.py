@@ -1,13 +1,23 @@
-"""Reads what a run left on disk. Every part is optional: a report of half a run is a report of that half."""
+"""Reads what a run left on disk. Every part is optional: a report of half a run is a report of that half.
+
+What can't be read, or has holes, is listed in RunData.problems, and the rest is shown.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mtft.common.errors import UserError
+from mtft.common.own_files import Types, defect, read_own, read_own_text
+from mtft.common.run_history import EVALS, METRICS, evaluated_steps, read_history
+
+MOST_STEPS = 10**7  # steps of a result.json that are looked for: a damaged number must not take all memory
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,7 @@ class RunData:
     front: dict = field(default_factory=dict)  # merge/front.json
     fusion: dict = field(default_factory=dict)  # fuse/fusion.json
     recipe: str = ""
+    problems: list[str] = field(default_factory=list)  # what is damaged or missing, in words
 
     @property
     def tasks(self) -> list[str]:
@@ -90,26 +101,28 @@ def load_run(folder: Path) -> RunData:
     """Reads a folder of `mtft run` or of `mtft train`. Raises UserError when there is nothing in it to report."""
     if not folder.is_dir():
         raise UserError(f"there is no run directory {folder}", do="give the output.dir of a recipe that has been run")
-    single = (folder / "metrics.jsonl").is_file()
-    trains = [_load_train(folder, folder.name)] if single else []
-    for sub in sorted((folder / "train").glob("*/metrics.jsonl")):
-        if not sub.parent.name.endswith(".old"):
-            trains.append(_load_train(sub.parent, sub.parent.name))
+    read = _Reader(folder)
+    trains = [read.train(folder, folder.name)] if os.path.lexists(folder / METRICS) else []
+    for metrics in sorted((folder / "train").glob(f"*/{METRICS}")):
+        if not metrics.parent.name.endswith(".old"):
+            trains.append(read.train(metrics.parent, metrics.parent.name))
     trains.sort(key=lambda run: (run.name.startswith("single-"), run.name != "joint", run.name))
+    recipe = read.text(folder / "recipe.yaml")
     data = RunData(
-        name=_name(folder),
+        name=_name(folder, recipe),
         folder=folder,
-        results=_json(folder / "results.json"),
+        results=read.results(folder / "results.json"),
         trains=trains,
-        fit=_json(folder / "mix" / "fit.json"),
-        proposal=_json(folder / "mix" / "proposal.json"),
-        retention=_json(folder / "merge" / "retention.json"),
-        merge=_json(folder / "merge" / "adapter" / "merge.json"),
-        front=_json(folder / "merge" / "front.json"),
-        fusion=_json(folder / "fuse" / "fusion.json"),
-        recipe=_text(folder / "recipe.yaml"),
+        fit=read.json(folder / "mix" / "fit.json", {"targets": dict}),
+        proposal=read.json(folder / "mix" / "proposal.json", {"text": str}),
+        retention=read.json(folder / "merge" / "retention.json", {"tasks": dict, "method": str}),
+        merge=read.json(folder / "merge" / "adapter" / "merge.json"),
+        front=read.json(folder / "merge" / "front.json", {"trials": list, "tasks": list}),
+        fusion=read.json(folder / "fuse" / "fusion.json", {"gap": dict, "rule": str}),
+        recipe=recipe,
+        problems=read.problems,
     )
-    if not (trains or data.results or data.fit):
+    if not (trains or data.results or data.fit or data.problems):
         raise UserError(
             f"{folder} holds no run: no metrics.jsonl, no train/*/metrics.jsonl, no results.json",
             do="give the output.dir of a recipe that has been run",
@@ -117,18 +130,115 @@ def load_run(folder: Path) -> RunData:
     return data
 
 
-def _load_train(folder: Path, name: str) -> TrainRunData:
-    by_step = {int(line["step"]): line for line in _jsonl(folder / "metrics.jsonl")}
-    evals = {int(line["step"]): line for line in _jsonl(folder / "eval.jsonl")}
-    return TrainRunData(
-        name=name,
-        folder=folder,
-        steps=[by_step[step] for step in sorted(by_step)],
-        evals=[evals[step] for step in sorted(evals)],
-        plan=_json(folder / "plan.json"),
-        env=_json(folder / "env.json"),
-        affinity=_json(folder / "affinity.json"),
-    )
+class _Reader:
+    """Reads the files of a run folder; what is damaged counts as not there, and is noted in `problems`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.problems = folder, []
+
+    def json(self, path: Path, needs: Mapping[str, Types] | None = None) -> dict[str, Any]:
+        """The object in a file; {} if it isn't there or is damaged."""
+        if not os.path.lexists(path):
+            return {}
+        try:
+            content = read_own(path, needs, do="")
+        except UserError as error:
+            self._note(path, error.what)
+            return {}
+        content.pop("format", None)
+        return content
+
+    def text(self, path: Path) -> str:
+        if not os.path.lexists(path):
+            return ""
+        try:
+            return read_own_text(path, do="")
+        except UserError as error:
+            self._note(path, error.what)
+            return ""
+
+    def results(self, path: Path) -> dict[str, Any]:
+        """{stage: {task: {metric: value}}}, without the stages that aren't such."""
+        whole = {}
+        for stage, tasks in self.json(path).items():
+            shaped = isinstance(tasks, dict) and all(isinstance(row, dict) for row in tasks.values())
+            if shaped and all(_is_number(value) for row in tasks.values() for value in row.values()):
+                whole[stage] = tasks
+            else:
+                self._note(path, f"damaged: key {stage} holds no scores of tasks")
+        return whole
+
+    def train(self, folder: Path, name: str) -> TrainRunData:
+        """One training run, with what is wrong with its history."""
+        result = self.json(folder / "result.json") if os.path.lexists(folder / "result.json") else {}
+        plan = self.json(folder / "plan.json")
+        steps = self._lines(folder / METRICS)
+        last = max((line["step"] for line in steps), default=0)
+        done = result.get("steps")
+        last = max(last, done) if isinstance(done, int) and done <= MOST_STEPS else last
+        every, at_start = plan.get("eval_every"), plan.get("eval_on_start") is True
+        # the evaluation after the last step of a run that goes on may be under way
+        evaluated = last if result else last - 1
+        every = every if isinstance(every, int) and every > 0 else None
+        evals = self._lines(folder / EVALS, evaluated_steps(evaluated, every, at_start=at_start))
+        self._holes(folder / METRICS, range(1, last + 1))
+        noted = result.get("history")
+        for note in noted if isinstance(noted, list) else ():
+            self._note(folder / "result.json", str(note))
+        return TrainRunData(
+            name=name,
+            folder=folder,
+            steps=steps,
+            evals=evals,
+            plan=plan,
+            env=self.json(folder / "env.json"),
+            affinity=self.json(folder / "affinity.json"),
+        )
+
+    def _lines(self, path: Path, expected: Iterable[int] = ()) -> list[dict[str, Any]]:
+        """The lines in order of step; a torn last line, which a running process may still be writing, is left out."""
+        try:
+            history = read_history(path, expected)
+        except UserError as error:
+            self._note(path, error.what)
+            return []
+        whole = []
+        for problem in history.problems:
+            self._note(path, problem.removeprefix(f"{path.name}: "))
+        for step in sorted(history.by_step):
+            if (problem := _line_defect(history.by_step[step])) is None:
+                whole.append(history.by_step[step])
+            else:
+                self._note(path, f"step {step}: damaged: {problem}")
+        return whole
+
+    def _holes(self, path: Path, expected: Iterable[int]) -> None:
+        with contextlib.suppress(UserError):  # has been noted
+            for problem in read_history(path, expected).problems:
+                self._note(path, problem.removeprefix(f"{path.name}: "))
+
+    def _note(self, path: Path, what: str) -> None:
+        line = f"{path.relative_to(self.folder)}: {what}"
+        if line not in self.problems:
+            self.problems.append(line)
+
+
+def _line_defect(line: dict[str, Any]) -> str | None:
+    """What is wrong with the numbers of a line; None if nothing is."""
+    for key in ("loss", "tokens", "seconds"):
+        if not _is_number(line.get(key)):
+            return f"key {key} is no number"
+    for task, values in line["tasks"].items():
+        if (problem := defect(values, {})) is not None:
+            return f"key tasks.{task}: {problem}"
+        for key, value in values.items():
+            if not _is_number(value):
+                return f"key tasks.{task}.{key} is no number"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _curve(lines: list[dict], task: str, key: str) -> tuple[list[int], list[float]]:
@@ -137,39 +247,8 @@ def _curve(lines: list[dict], task: str, key: str) -> tuple[list[int], list[floa
     return [step for step, _ in finite], [value for _, value in finite]
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _name(folder: Path) -> str:
-    for line in _text(folder / "recipe.yaml").splitlines():
+def _name(folder: Path, recipe: str) -> str:
+    for line in recipe.splitlines():
         if line.startswith("name:"):
             return line.removeprefix("name:").strip().strip("'\"")
     return folder.resolve().name
-
-
-def _json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"not valid JSON: {error}", where=str(path), do="delete the file and run its stage again"
-        ) from error
-
-
-def _jsonl(path: Path) -> list[dict]:
-    """Lines of a JSONL file that a running process may still be writing: a torn last line is left out."""
-    lines = _text(path).splitlines()
-    out = []
-    for number, line in enumerate(lines, 1):
-        try:
-            out.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise UserError(
-                f"not valid JSON: {error}", where=f"{path}:{number}", do="mend or delete the line"
-            ) from error
-    return out

@@ -8,7 +8,6 @@ takes the evaluation again and writes the same.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,15 +17,16 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
 from mtft.common.errors import UserError
+from mtft.common.own_files import read_own, write_own
 from mtft.distributed.collectives import barrier
 from mtft.distributed.sharding import trainable
 from mtft.evaluation.task_scores import TaskScores
 from mtft.training.callbacks.early_stopping import EarlyStopping
-from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir
+from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir, checkpoint_defects
 from mtft.training.optim.schedule_free import evaluation_weights, settle
 from mtft.training.run_files.metrics_log import MetricsLog
 
-BEST, WEIGHTS = "best", "weights.safetensors"
+BEST, WEIGHTS, RECORD = "best", "weights.safetensors", "best.json"
 
 
 class EvaluatedRun(Protocol):
@@ -77,8 +77,7 @@ def save_best(trainer: EvaluatedRun, step: int, scores: dict[str, TaskScores]) -
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         for task, task_scores in scores.items():
             task_scores.save(folder / f"{task}.jsonl")
-        text = json.dumps({"step": step, "watch": trainer.stopping.watch, "tasks": list(scores)})
-        (folder / "best.json").write_text(text, encoding="utf-8")
+        write_own(folder / RECORD, {"step": step, "watch": trainer.stopping.watch, "tasks": list(scores)})
 
 
 def load_best_weights(trainer: EvaluatedRun, export: str) -> int:
@@ -99,9 +98,13 @@ def load_best_weights(trainer: EvaluatedRun, export: str) -> int:
     if not folder.is_dir():
         what = f"the weights of step {best}, which was the best, were not kept: output.export was another then"
         raise UserError(what, where=str(trainer.run_dir), do="set output.export: last, or start over with --fresh")
-    record = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+    do = "set output.export: last, or start over with --fresh"
+    record = read_own(folder / RECORD, {"step": int, "tasks": list}, do=do)
     if record["step"] != best:
-        raise RuntimeError(f"{folder} holds step {record['step']}, but step {best} was the best")
+        what = f"the folder holds the weights of step {record['step']}, and step {best} was the best"
+        raise UserError(what, where=str(folder), do=do)
+    if (defect := checkpoint_defects(folder)) is not None:
+        raise UserError(f"the best weights can't be used: {defect}", where=str(folder), do=do)
     saved, model = load_file(folder / WEIGHTS), trainable(trainer.model)
     with torch.no_grad():
         for name, value in saved.items():

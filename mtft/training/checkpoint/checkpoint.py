@@ -2,14 +2,15 @@
 mtft.training.checkpoint.checkpoint_files.
 
 Saved: trainable weights and optimizer (whole, also where ranks hold parts of them; under DeepSpeed in its own files);
-schedule and gradient scaler; the balancer; the random state of every rank; counters of skipped steps; and the run's
-identity (fingerprints of plan and data), which must be the same to go on. The data need no state: step s of the plan
-is a pure function of s; with mixture.online, of s and the changes so far, which are saved.
+schedule and gradient scaler; the balancer; the random state of every rank; counters of skipped steps; the run's
+identity (fingerprints of plan and data) and what it is trained with (run_basis.py), which must be the same to go on.
+The data need no state: step s of the plan is a pure function of s; with mixture.online, of s and the changes so far,
+which are saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,14 +33,24 @@ from mtft.distributed.sharding import (
     sharding_of_launch,
     trainable,
 )
+from mtft.recipe.schema.recipe import Recipe
 from mtft.training.checkpoint.checkpoint_files import (
     atomic_checkpoint_dir,
     checkpoint_folder,
     load_tree,
     prune_checkpoints,
+    read_state,
     save_tree,
 )
+from mtft.training.checkpoint.run_basis import (
+    OTHER_RUN,
+    check_basis,
+    check_digest,
+    check_parameters,
+    parameters_digest,
+)
 from mtft.training.online_mixture import OnlineMixture
+from mtft.training.run_files.run_dir import check_same_recipe
 from mtft.training.step.objective import StepContext
 from mtft.training.step.task_gradients import TaskGradientStep
 
@@ -69,7 +80,14 @@ class RunState:
 
 
 def save(
-    run: RunState, run_dir: Path, trainer_state: TrainerState, identity: dict[str, Any], *, writer: bool, keep: int
+    run: RunState,
+    run_dir: Path,
+    trainer_state: TrainerState,
+    identity: dict[str, Any],
+    basis: dict[str, Any] | None = None,
+    *,
+    writer: bool,
+    keep: int,
 ) -> None:
     """Writes checkpoint-<step>. A collective call: one rank writes, and under DeepSpeed every rank its own part."""
     context, step = run.context, trainer_state.global_step
@@ -79,6 +97,7 @@ def save(
     tree = {
         "step": step,
         "identity": identity,
+        "basis": None if basis is None else {**basis, "parameters": parameters_digest(trainable(model))},
         "engine": sharding_of_launch(),
         "tasks": list(context.tasks),
         "optimizer": None if own_files else gathered(context.optimizer.state_dict(), keep=writer),
@@ -105,13 +124,22 @@ def save(
         prune_checkpoints(run_dir, keep)
 
 
-def check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """UserError when a checkpoint was made from other data, another plan or another recipe; says which.
+def check_identity(
+    folder: Path,
+    identity: dict[str, Any],
+    basis: Mapping[str, Any] | None = None,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """UserError when a checkpoint was made from another recipe, template or base, other data or another plan: which.
 
     Also when the launch can't read it: DeepSpeed's files fit only the stage and the number of ranks that wrote them.
+    basis: of the run that would go on (None: not known). say: told of packages that have other versions now.
     """
-    tree = load_tree(folder)
-    before, wrote, here = tree["identity"], tree["engine"], sharding_of_launch()
+    state = read_state(folder, {"identity": dict, "engine": dict, "engine.name": str, "engine.processes": int})
+    if basis is not None:
+        check_basis(state.get("basis"), basis, folder, say=say)
+    before, wrote, here = state["identity"], state["engine"], sharding_of_launch()
     if wrote != here and "zero" in wrote["name"] + here["name"]:
         raise UserError(
             f"{folder.name} was written under {_words(wrote)}, this launch is {_words(here)}: "
@@ -127,11 +155,17 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         raise UserError(what, where=str(folder.parent), do=do)
 
 
+def check_checkpoint_recipe(folder: Path, recipe: Recipe) -> None:
+    """UserError, with both values of each key, when a checkpoint was trained by another recipe, as far as it says."""
+    basis = read_state(folder).get("basis")
+    if isinstance(basis, dict):
+        check_same_recipe(basis.get("recipe"), recipe, folder)
+
+
 def load_weights(bare: nn.Module, folder: Path) -> None:
     """Puts the saved weights into the model, which must have the same trainable parameters."""
     saved, model = load_file(folder / WEIGHTS), trainable(resting(bare))
-    if saved.keys() != model.keys():
-        raise ValueError(f"{folder / WEIGHTS} holds other parameters: {sorted(saved.keys() ^ model.keys())[:4]}")
+    check_parameters(saved, model, folder)
     with torch.no_grad():
         for name, value in saved.items():
             model[name].copy_(placed(value, model[name]))
@@ -140,8 +174,14 @@ def load_weights(bare: nn.Module, folder: Path) -> None:
 def load_state(run: RunState, folder: Path) -> None:
     """Optimizer (DeepSpeed has loaded its own), schedule, scaler, balancer and counters."""
     tree, optimizer, scaler = load_tree(folder), run.context.optimizer, run.context.accelerator.scaler
+    check_digest((tree.get("basis") or {}).get("parameters"), trainable(run.context.model), folder)
     if tree["optimizer"] is not None:
-        optimizer.load_state_dict(placed_moments(optimizer, tree["optimizer"]))
+        try:
+            optimizer.load_state_dict(placed_moments(optimizer, tree["optimizer"]))
+        except (KeyError, IndexError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+            kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+            what = f"{folder.name} holds the state of another optimizer than {kind}: {error!r}"
+            raise UserError(what, where=str(folder.parent), do=OTHER_RUN) from error
     run.scheduler.load_state_dict(tree["scheduler"])
     if scaler is not None and tree["scaler"] is not None:
         scaler.load_state_dict(tree["scaler"])

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from safetensors.torch import load_file, save_file
 
 from mtft.common.atomic_io import sync
 from mtft.common.errors import UserError
+from mtft.common.own_files import FORMAT, Types, read_own
 from mtft.common.state_tree import flatten, unflatten
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 PART = ".part"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
@@ -93,22 +94,39 @@ def save_tree(folder: Path, tree: Any) -> None:
     """Writes a nested state as state.json and state.safetensors."""
     plain, tensors = flatten(tree)
     save_file(tensors, folder / "state.safetensors")
-    (folder / "state.json").write_text(json.dumps(plain), encoding="utf-8")
+    content = json.dumps({"format": FORMAT, **plain})
+    (folder / STATE).write_text(content, encoding="utf-8")
 
 
 def load_tree(folder: Path) -> Any:
     """The inverse of `save_tree`."""
-    plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    plain = read_state(folder)
+    plain.pop("format", None)
     return unflatten(plain, load_file(folder / "state.safetensors"))
+
+
+def read_state(folder: Path, needs: Mapping[str, Types] | None = None) -> dict[str, Any]:
+    """What is no tensor of a checkpoint's state, cheaper than `load_tree`. UserError if it is damaged."""
+    return read_own(folder / STATE, needs, do=f"remove {folder.name}: the run goes on from the one before it")
+
+
+def ended_at(folder: Path) -> bool:
+    """Whether the held-out losses had ended the run when the checkpoint was written."""
+    return read_state(folder, {"stopping": dict, "stopping.ended": (str, type(None))})["stopping"]["ended"] is not None
 
 
 def checkpoint_defects(folder: Path) -> str | None:
     """Why a checkpoint can't be used; None if it is whole."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} can't be read ({error})"
-    for name, (size, checksum) in manifest.items():
+        manifest = read_own(folder / MANIFEST, do="")
+    except UserError as error:
+        return f"{MANIFEST}: {error.what}"
+    for name, listed in manifest.items():
+        if name == "format":
+            continue
+        if not isinstance(listed, list) or len(listed) != 2:
+            return f"{MANIFEST}: damaged: key {name} is not [size, checksum]"
+        size, checksum = listed
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mtft.common.atomic_io import write_json, write_text
+from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
 from mtft.common.folder_lock import sole_writer
+from mtft.common.own_files import write_own
 from mtft.recipe.load import load_recipe
-from mtft.training.checkpoint.checkpoint_files import checkpoint_step, latest_checkpoint, load_tree
+from mtft.training.checkpoint.checkpoint_files import checkpoint_step, ended_at, latest_checkpoint
 from mtft.training.export.export import told_in_card
 from mtft.training.export.proof import PROBE, PROOF
 from mtft.training.finalize import Proof
-from mtft.training.run_files.run_dir import PROVED, RECIPE, RESULT, read_result_file
+from mtft.training.run_files.run_dir import PROVED, RECIPE, RESULT, read_plan, read_result_file
 from mtft.training.run_training import TrainResult, read_result, train
 
 CARD = "README.md"
@@ -62,17 +62,14 @@ def _prove(run_dir: Path, content: dict[str, Any]) -> None:
     content |= {"state": proof.state, "proof": equal, "not_proved": proof.trouble}
     if "unquantised_base" in content:
         content["unquantised_base"] = proof.unquantised
-    write_json(run_dir / RESULT, content)
+    write_own(run_dir / RESULT, content)
 
 
 def _end_again(run_dir: Path, *, quiet: bool) -> None:
     """Everything after the last step, from its checkpoint."""
     checkpoint = latest_checkpoint(run_dir)
-    plan = run_dir / "plan.json"
-    steps = json.loads(plan.read_text(encoding="utf-8"))["steps"] if plan.is_file() else None
-    there = checkpoint is not None and (
-        checkpoint_step(checkpoint) == steps or load_tree(checkpoint)["stopping"]["ended"] is not None
-    )
+    steps = (read_plan(run_dir) or {}).get("steps")
+    there = checkpoint is not None and (checkpoint_step(checkpoint) == steps or ended_at(checkpoint))
     if not there:
         what = "no checkpoint" if checkpoint is None else f"{checkpoint.name} of {steps} steps"
         raise UserError(

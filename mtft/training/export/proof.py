@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mtft.adapters.base_identity import recorded_base
-from mtft.common.atomic_io import write_json, write_text
+from mtft.common.atomic_io import write_text
+from mtft.common.own_files import read_own, write_own
 from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.recipe.schema.recipe import Recipe
 
@@ -26,6 +27,7 @@ PROOF, PROBE = "proof", "probe.safetensors"
 # Largest logit difference allowed, relative to the largest logit: rounding in the order of sums, nothing more.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 _PROBE_TOKENS = 24
+_AGAIN = "delete the folder proof/: `mtft export` then makes the end of the run again from its last checkpoint"
 
 
 class NotProved(RuntimeError):
@@ -53,7 +55,7 @@ def write_probe(model: Any, logits: Tensor, recipe: Recipe, folder: Path) -> Non
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"input_ids": _probe(model), "logits": logits.contiguous()}, folder / PROBE)
-    write_json((folder / PROBE).with_suffix(".json"), probe_settings(model, recipe))
+    write_own((folder / PROBE).with_suffix(".json"), probe_settings(model, recipe))
 
 
 def probe_settings(model: Any, recipe: Recipe) -> dict[str, Any]:
@@ -83,7 +85,7 @@ class ReloadResult:
     def __init__(self, folder: Path, probe: Path, device: torch.device | str) -> None:
         """folder: of the export; probe: the folder that `write_probe` wrote; device: where the base goes."""
         self._folder, self._probe = folder, probe
-        self._settings = json.loads((probe / PROBE).with_suffix(".json").read_text(encoding="utf-8"))
+        self._settings = read_own((probe / PROBE).with_suffix(".json"), {"tolerance": float}, do=_AGAIN)
         script = Path(__file__).with_name("reload_check.py")
         self._process = subprocess.Popen(
             [sys.executable, str(script), str(folder), str(probe / PROBE), str(device)],

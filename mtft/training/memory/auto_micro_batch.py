@@ -13,7 +13,6 @@ dropout the size decides which numbers are drawn. It is written to env.json, and
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 
-from mtft.common.atomic_io import write_json
+from mtft.common.own_files import write_own
 from mtft.common.state_tree import random_state, restore_random_state
 from mtft.data.batching.batch import IGNORE, Batch
 from mtft.distributed.collectives import from_all_ranks, from_first_rank
@@ -34,6 +33,7 @@ from mtft.models.loading import compute_dtype
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.memory.estimate import estimate_memory
 from mtft.training.optim.optimizers import state_bytes
+from mtft.training.run_files.run_dir import ENV, read_env
 from mtft.training.trainer_parts import TrainingInputs
 
 KEY = "micro_batch_tokens"
@@ -54,8 +54,8 @@ def with_auto_micro_batch(
         size = min(from_all_ranks(find_micro_batch(recipe, model, inputs)))  # every rank can hold the least
         say(f"{KEY}: {size} fits and is fast; written to env.json")
     if is_main_process():
-        path = Path(recipe.output.dir) / "env.json"
-        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), KEY: size})
+        run_dir = Path(recipe.output.dir)
+        write_own(run_dir / ENV, {**(read_env(run_dir) or {}), KEY: size})
     return _with_size(recipe, size)
 
 

@@ -32,10 +32,10 @@ from torch import Tensor
 
 from mtft.common.atomic_io import finite, write_text
 from mtft.common.long_work import LongWork, duration
+from mtft.common.run_history import EVALS, METRICS, evaluated_steps, read_history
 from mtft.data.batching.batches import StepContent
 
 MINUTE = 60.0
-METRICS, EVALS = "metrics.jsonl", "eval.jsonl"
 
 
 class MetricsLog:
@@ -45,6 +45,8 @@ class MetricsLog:
         self.run_dir, self.steps, self.quiet = run_dir, steps, quiet
         self.console = Console(stderr=True, quiet=quiet)
         self._bar: Progress | None = None
+        self.eval_every: int | None = None  # when the run evaluates, beside its last step
+        self.eval_on_start = False
         self._told = time.monotonic()  # when a step's line was last shown
         self._work: LongWork | None = None  # what is under way, where it is told of
 
@@ -54,10 +56,13 @@ class MetricsLog:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, step: int) -> None:
-        """Forgets what was logged after `step` (a resumed run logs those steps again) and shows the bar."""
-        if self.run_dir is not None:
-            for name in (METRICS, EVALS):
-                _cut(self.run_dir / name, step or -1)  # from the start: nothing is kept, step 0 is evaluated again
+        """Forgets what was logged after `step` (a resumed run logs those steps again) and shows the bar.
+
+        Says what is wrong with the lines before it.
+        """
+        for name in (METRICS, EVALS):
+            # from the start: nothing is kept, step 0 is evaluated again
+            self._cut(name, step or -1, self._expected(name, step) if step else ())
         if self.quiet or not self.console.is_terminal:
             return
         columns = [TextColumn("train"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA")]
@@ -65,6 +70,17 @@ class MetricsLog:
         self._bar = Progress(*columns, console=self.console, refresh_per_second=4)
         self._bar.add_task("train", total=self.steps, completed=step, losses="")
         self._bar.start()
+
+    def history(self, step: int) -> list[str]:
+        """What is wrong with the lines up to `step`: damaged, doubled, missing. UserError if a file can't be read."""
+        if self.run_dir is None:
+            return []
+        both = [(self.run_dir / name, self._expected(name, step)) for name in (METRICS, EVALS)]
+        return [problem for path, expected in both for problem in read_history(path, expected, until=step).problems]
+
+    def _expected(self, name: str, step: int) -> Sequence[int]:
+        evals = name == EVALS
+        return evaluated_steps(step, self.eval_every, at_start=self.eval_on_start) if evals else range(1, step + 1)
 
     def begin_step(self, step: int, micro_batches: int, tokens: int, *, first: bool) -> None:
         """Optimizer step `step` begins; the first one of a process says what it is about to do."""
@@ -113,7 +129,7 @@ class MetricsLog:
     def evaluation(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
         """Held-out scores of each task; a run that died after its last step takes them again, and replaces the line."""
         if self.run_dir is not None:
-            _cut(self.run_dir / EVALS, step - 1)
+            self._cut(EVALS, step - 1, quiet=True)
         self._append(EVALS, {"step": step, "tasks": tasks})
         losses = "  ".join(f"{task} {_short(values['loss'])}" for task, values in tasks.items())
         self.say(f"step {step}: held-out loss {losses}")
@@ -123,6 +139,20 @@ class MetricsLog:
             bar, self._bar = self._bar, None
             with suppress(OSError):
                 bar.stop()
+
+    def _cut(self, name: str, step: int, expected: Sequence[int] = (), *, quiet: bool = False) -> None:
+        """Keeps one line of each step up to `step`; says what is wrong with them, and what goes."""
+        path = self.run_dir and self.run_dir / name
+        if path is None or not (path.exists() or expected):
+            return
+        history = read_history(path, expected, until=step)
+        if not quiet and step >= 0:
+            for problem in history.problems:
+                self.say(f"warning: {problem}; the weights are not concerned")
+            later = sum(known > step for known in history.by_step)
+            if later:
+                self.say(f"{name}: {later} line{'s' if later > 1 else ''} after step {step} are logged again")
+        write_text(path, "".join(f"{_as_json(row)}\n" for row in history.up_to(step)))
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if self.run_dir is not None:
@@ -177,20 +207,6 @@ def _as_json(line: dict[str, Any]) -> str:
         return json.dumps(line, allow_nan=False)
     except ValueError:  # a loss that is not finite: rare
         return json.dumps(finite(line), allow_nan=False)
-
-
-def _cut(path: Path, step: int) -> None:
-    """Keeps the lines up to `step`; drops a line that a dying process left unfinished."""
-    if not path.is_file():
-        return
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                lines.append(line)
-        except ValueError:
-            continue
-    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _short(value: float | None) -> str:

@@ -11,6 +11,7 @@ scores/       held-out scores of each example after the last step, one file a ta
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -23,15 +24,18 @@ from typing import Any
 from data_mixers.mixture.mixture import Mixture
 from data_mixers.plan.realized import realized_spans
 from data_mixers.plan.replanned import ReplannedPlan
-from mtft.common.atomic_io import write_json, write_text
+from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
 from mtft.common.folder_lock import sole_writer
 from mtft.common.output_paths import check_output_folder
+from mtft.common.own_files import defect, irregular, read_own, write_own
 from mtft.distributed.launch import is_main_process, world_size
 from mtft.recipe.load import dump_recipe, load_recipe
 from mtft.recipe.schema.recipe import Recipe
 
-RECIPE, ENV, RESULT, SCORES = "recipe.yaml", "env.json", "result.json", "scores"
+RECIPE, RESULT, SCORES = "recipe.yaml", "result.json", "scores"
+ENV, PLAN = "env.json", "plan.json"
+RESULT_KEYS = {"steps": int, "seconds": float, "export": str, "tasks": dict}  # that every version has written
 # `state` in result.json: the export was loaded in a fresh process and is what was trained; that was asked for and could
 # not be shown; or it was not asked for.
 PROVED, NOT_PROVED, TRAINED = "trained and proved", "trained, not proved", "trained"
@@ -69,9 +73,7 @@ def refuse_foreign_folder(run_dir: Path) -> None:
     """UserError if the folder holds files that a run would replace, and is no run's: somebody's own recipe.yaml."""
     if (run_dir / ENV).exists() or any(run_dir.glob("checkpoint-*/manifest.json")):
         return
-    theirs = [
-        name for name in (RECIPE, RESULT, "plan.json", "metrics.jsonl", "eval.jsonl") if (run_dir / name).exists()
-    ]
+    theirs = [name for name in (RECIPE, RESULT, PLAN, "metrics.jsonl", "eval.jsonl") if (run_dir / name).exists()]
     if theirs:
         raise UserError(
             f"the folder is no run's, and holds {', '.join(theirs)}, which a run would replace",
@@ -90,11 +92,34 @@ def _inputs(recipe: Recipe) -> list[Path]:
 
 
 def check_recipe(run_dir: Path, recipe: Recipe) -> None:
-    """UserError, naming the keys, when the folder holds a run of another recipe."""
+    """UserError, naming the keys, when the folder holds a run of another recipe: by its recipe.yaml, or by what a
+    finished run was trained with. (What an unfinished one goes on from is asked by check_identity.)
+    """
     path = run_dir / RECIPE
-    if not path.is_file():
-        return
-    before, now = _leaves(load_recipe(path, files=False)), _leaves(recipe)
+    if (kind := irregular(path)) is not None:
+        raise UserError(f"{kind}, not a file", where=str(path), do="move it away")
+    if path.exists():
+        _compare(load_recipe(path, files=False), recipe, run_dir)
+    if (content := read_result_file(run_dir)) is not None and isinstance(content.get("basis"), dict):
+        check_same_recipe(content["basis"].get("recipe"), recipe, run_dir / RESULT)
+
+
+def check_same_recipe(before: Any, recipe: Recipe, where: Path) -> None:
+    """UserError, naming the keys with both values, when `before` (a dumped recipe in a file of ours) trains otherwise.
+
+    where: the file, or the checkpoint.
+    """
+    try:
+        was = Recipe.model_validate(before)
+    except ValueError as error:
+        what = "the recipe that it was trained with can't be read by this version of mtft"
+        do = "continue it with the version that wrote it (versions: env.json), or start over with --fresh"
+        raise UserError(f"{what}: {str(error).splitlines()[0]}", where=str(where), do=do) from error
+    _compare(was, recipe, where.parent)
+
+
+def _compare(was: Recipe, recipe: Recipe, run_dir: Path) -> None:
+    before, now = training_keys(was), training_keys(recipe)
     other = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
     if other:
         shown = [f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in other[:8]]
@@ -109,13 +134,17 @@ def check_recipe(run_dir: Path, recipe: Recipe) -> None:
 def read_result_file(run_dir: Path) -> dict[str, Any] | None:
     """result.json of a finished run, else None."""
     path = run_dir / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not os.path.lexists(path):
+        return None
+    do = f"delete it, and `mtft export {run_dir}` (or the same `mtft train`) does the end again; nothing is trained "
+    do += "twice as long as the last checkpoint stands"
+    return read_own(path, RESULT_KEYS, do=do)
 
 
 def finished_on_other_data(run_dir: Path, identity: Mapping[str, str]) -> None:
     """UserError, naming the tasks, when the finished run in the folder was trained on other rows than there are now."""
-    path = run_dir / ENV
-    before = json.loads(path.read_text(encoding="utf-8")).get("fingerprints", {}) if path.is_file() else {}
+    content = read_result_file(run_dir) or {}
+    before = content.get("fingerprints") or (read_env(run_dir) or {}).get("fingerprints") or {}
     other = [key for key, value in identity.items() if key.startswith("data of ") and before.get(key, value) != value]
     if other:
         raise UserError(
@@ -138,8 +167,11 @@ def move_aside(run_dir: Path) -> None:
 def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, Any]) -> None:
     """recipe.yaml, env.json and plan.json, before the first step."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    for name in (RECIPE, ENV, PLAN):
+        if (kind := irregular(run_dir / name)) is not None:
+            raise UserError(f"{kind}, not a file", where=str(run_dir / name), do="move it away")
     chosen = {"micro_batch_tokens": size} if (size := chosen_size(run_dir)) is not None else {}
-    write_json(run_dir / ENV, {**environment(), "seed": recipe.seed, "fingerprints": identity, **chosen})
+    write_own(run_dir / ENV, {**environment(), "seed": recipe.seed, "fingerprints": identity, **chosen})
     write_text(run_dir / RECIPE, dump_recipe(recipe))  # after env.json, which says that the folder is a run's
     write_plan(run_dir, recipe, plan)
 
@@ -148,26 +180,52 @@ def write_plan(run_dir: Path, recipe: Recipe, plan: Any) -> None:
     """plan.json. `changes`: the shares that mixture.online has decided, each with the first step that has them."""
     tasks = {row.pop("task"): row for row in plan.table()}
     about = {"steps": plan.steps, "batch": plan.batch, "unit": plan.unit, "style": recipe.train.batch_style}
+    about |= eval_schedule(recipe)
     about |= {"tasks": tasks, "spans": realized_spans(plan)}
     if isinstance(plan, ReplannedPlan):
         constant = ((change.first, change.shares) for change in plan.changes if isinstance(change.shares, Mixture))
         about["changes"] = [{"from": first + 1, "shares": shares.as_dict()} for first, shares in constant]
-    write_json(run_dir / "plan.json", about)
+    write_own(run_dir / PLAN, about)
+
+
+def eval_schedule(recipe: Recipe) -> dict[str, Any]:
+    """{"eval_every", "eval_on_start"}: when the run evaluates, beside its last step; null, false: never."""
+    evaluates = any(task.eval_data is not None for task in recipe.tasks)
+    every = recipe.train.eval_every if evaluates else None
+    return {"eval_every": every, "eval_on_start": evaluates and recipe.train.eval_on_start}
 
 
 def chosen_size(run_dir: Path) -> int | None:
     """Tokens of a micro-batch that an earlier start of this run found (train.micro_batch_tokens: auto)."""
+    return (read_env(run_dir) or {}).get("micro_batch_tokens")
+
+
+def read_env(run_dir: Path) -> dict[str, Any] | None:
+    """env.json; None if it isn't there."""
     path = run_dir / ENV
-    return json.loads(path.read_text(encoding="utf-8")).get("micro_batch_tokens") if path.is_file() else None
+    if not os.path.lexists(path):
+        return None
+    env = read_own(path, do="delete it: it is written anew (train.micro_batch_tokens: auto is then measured again)")
+    for key, types in {"micro_batch_tokens": int, "fingerprints": dict}.items():
+        if key in env and (problem := defect(env, {key: types})) is not None:
+            raise UserError(f"damaged: {problem}", where=str(path), do="delete it: it is written anew")
+    return env
+
+
+def read_plan(run_dir: Path) -> dict[str, Any] | None:
+    """plan.json; None if it isn't there."""
+    path = run_dir / PLAN
+    if not os.path.lexists(path):
+        return None
+    return read_own(path, {"steps": int}, do="delete it: the same `mtft train` writes it anew")
 
 
 def environment() -> dict[str, Any]:
     """What the numbers of a run depend on beside its recipe and data."""
     import torch
 
-    versions = {name: _version(name) for name in _PACKAGES}
     return {
-        "versions": {name: value for name, value in versions.items() if value is not None},
+        "versions": package_versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "command": sys.argv,
@@ -178,7 +236,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _leaves(recipe: Recipe) -> dict[str, Any]:
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that the numbers of a run depend on, where they are installed."""
+    versions = {name: _version(name) for name in _PACKAGES}
+    return {name: value for name, value in versions.items() if value is not None}
+
+
+def training_keys(recipe: Recipe) -> dict[str, Any]:
     """{dotted key: value} of everything that training depends on; tasks by name."""
     out: dict[str, Any] = {}
     decides = recipe.train.patience is not None or recipe.train.task_patience is not None

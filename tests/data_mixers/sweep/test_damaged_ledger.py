@@ -1,66 +1,84 @@
-"""Lines of a ledger that no sweep wrote are named, and a cause that many trials share is told once."""
+"""A line of a ledger that is not what was written is named with line and key; a newer one is not called damaged."""
 
 import json
+import os
 
 import pytest
 
-from data_mixers.common.errors import MixError
+from data_mixers import MixError
 from data_mixers.sweep.ledger import TrialLedger
-from data_mixers.sweep.runner import SweepResult
+from data_mixers.sweep.trial import VERSION
 
-GOOD = {"trial": "a", "status": "done", "mixture": {"x": 0.5, "y": 0.5}, "scores": {"loss": 1.0}, "v": 1}
-
-
-def ledger(path, *lines):
-    path.write_text("".join(line + "\n" for line in lines))
-    return TrialLedger(path)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"mixture": {"x": 3, "y": 3}}, "adds up to 6"),
-        ({"mixture": {"x": -1, "y": 2}}, "shares >= 0"),
-        ({"mixture": {"x": "1", "y": 0}}, "shares >= 0"),
-        ({"mixture": {"x": float("nan"), "y": 1}}, "shares >= 0"),
-        ({"mixture": {}}, "adds up to 0"),
-        ({"mixture": [1]}, "shares >= 0"),
-        ({"scores": {"loss": "low"}}, "a score of trial a"),
-        ({"scores": {"loss": float("inf")}}, "a score of trial a"),
-        ({"scores": 5}, "a score of trial a"),
-        ({"progress": "half"}, "progress"),
-        ({"points": "2"}, "points"),
-        ({"trial": 5}, "trial"),
-        ({"status": "lost"}, "status"),
-        ({"goal": 5}, "goal"),
-        ({"v": 99}, "newer version"),
-        ({"v": "x"}, "not a line"),
-    ],
-)
-def test_a_line_that_cannot_be(tmp_path, change, told):
-    with pytest.raises(MixError, match=told) as caught:
-        ledger(tmp_path / "ledger.jsonl", json.dumps(GOOD), json.dumps(GOOD | change))
-    assert caught.value.where.endswith("ledger.jsonl:2")
+WHOLE = {"v": 1, "trial": "a", "status": "done", "mixture": {"sql": 1.0}, "scores": {"sql/loss": 1.5}, "points": 1}
+BAD = {
+    "[]": "it holds no object",
+    "null": "it holds no object",
+    "5": "it holds no object",
+    "{": "not valid JSON",
+    "[" * 100_000: "nested too deeply",
+    '{"trial": "\xff"}': "key v is missing",
+}
+BAD_KEYS = {
+    "v": ("1", "key v is no whole number"),
+    "trial": (5, "key trial is no text"),
+    "status": ("gone", "key status is 'gone'"),
+    "mixture": ([1.0], "key mixture is no object of numbers"),
+    "scores": ({"sql/loss": "1.5"}, "key scores is no object of numbers and nulls"),
+    "progress": (None, "key progress is no number"),
+    "points": (0, "key points is below 1"),
+    "goal": ({"sql/loss": 1}, "key goal is no object of texts"),
+    "sizes": ({"sql": "many"}, "key sizes is no object of numbers, or null"),
+    "seed": (1.5, "key seed is no whole number"),
+    "time": (5, "key time is no text"),
+}
 
 
-@pytest.mark.parametrize("line", ["[]", "null", "5", '"x"', "{}", "[" * 100_000, "{"])
-def test_a_line_of_something_else(tmp_path, line):
-    with pytest.raises(MixError, match="not a line of a trial ledger"):
-        ledger(tmp_path / "ledger.jsonl", line)
+def refused(path, text):
+    path.write_text(json.dumps(WHOLE) + "\n" + text + "\n")
+    with pytest.raises(MixError) as caught:
+        TrialLedger(path)
+    assert caught.value.where == f"{path}:2"
+    return caught.value
 
 
-def test_rounded_shares_and_null_scores_are_read(tmp_path):
-    line = json.dumps(GOOD | {"mixture": {"x": 0.333, "y": 0.666}, "scores": {"loss": None}})
-    assert ledger(tmp_path / "ledger.jsonl", line).nulls("loss") == 1
+def test_a_whole_line_is_read(tmp_path):
+    (tmp_path / "l.jsonl").write_text(json.dumps(WHOLE) + "\n")
+    assert TrialLedger(tmp_path / "l.jsonl").to_arrays("sql/loss").y.tolist() == [1.5]
 
 
-def test_a_common_cause_is_told_once():
-    failed = {f"t{number}": "OSError: no rows\n  File trace" for number in range(40)} | {
-        "other": "ValueError: x",
-        "e": "",
-    }
-    text = SweepResult(failed=failed).text()
-    assert text.count("OSError: no rows") == 1
-    assert "(40 trials)" in text
-    assert "other  ValueError: x" in text
-    assert len(text.splitlines()) == 4
+@pytest.mark.parametrize("text", BAD, ids=lambda text: text[:8])
+def test_a_damaged_line_is_named(tmp_path, text):
+    assert BAD[text] in refused(tmp_path / "l.jsonl", text).what
+
+
+@pytest.mark.parametrize("key", BAD_KEYS)
+def test_a_key_of_another_type_is_named(tmp_path, key):
+    value, told = BAD_KEYS[key]
+    assert told in refused(tmp_path / "l.jsonl", json.dumps({**WHOLE, key: value})).what
+
+
+@pytest.mark.parametrize("key", ["trial", "status", "mixture", "v"])
+def test_a_key_that_is_gone_is_named(tmp_path, key):
+    rest = {name: value for name, value in WHOLE.items() if name != key}
+    assert f"key {key} is missing" in refused(tmp_path / "l.jsonl", json.dumps(rest)).what
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    path = tmp_path / "l.jsonl"
+    path.write_bytes(b'{"trial": "\xff"}\n')
+    with pytest.raises(MixError, match="not valid JSON"):
+        TrialLedger(path)
+
+
+def test_a_newer_line_is_not_called_damaged(tmp_path):
+    error = refused(tmp_path / "l.jsonl", json.dumps({"v": VERSION + 1}))
+    assert "newer version" in error.what
+    assert "damaged" not in error.what
+    assert "pip install" in error.do
+
+
+def test_what_is_no_file_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path, "a folder"), (tmp_path / "pipe", "no plain file")):
+        with pytest.raises(MixError, match=kind):
+            TrialLedger(path)

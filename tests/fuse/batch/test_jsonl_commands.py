@@ -132,7 +132,7 @@ def test_another_recipe_does_not_continue_this_one(ask, places, fused, monkeypat
     ask(ROWS)
     other = recipe_of(places, ask.folder, alpha_rule="forward")
     assert fingerprint(other) != fingerprint(ask.recipe)
-    with pytest.raises(FusionError, match="another recipe, seed or other weights"):
+    with pytest.raises(FusionError, match="another recipe, seed, chat template or other weights"):
         jsonl_commands.generate(other, ask.folder / "x.jsonl", ask.folder / "y.jsonl", fused=fused)
 
 
@@ -235,3 +235,12 @@ def test_another_chat_template_makes_another_run(tmp_path):
         (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
         seen.add(fingerprint(recipe))
     assert len(seen) == 4
+
+
+def test_the_chat_template_in_use_is_a_part_of_the_identity(ask, fused, monkeypatch):
+    """Also where no file of the models shows it: a hub model's, or one that the recipe names."""
+    monkeypatch.setattr(AnswersFile, "finish", lambda *_: None)
+    ask(ROWS)
+    monkeypatch.setattr(fused.tokenizer, "chat_template", "{{ messages[0].content }}")
+    with pytest.raises(FusionError, match="another recipe"):
+        ask(ROWS)

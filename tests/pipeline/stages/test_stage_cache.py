@@ -5,7 +5,9 @@ import json
 import pytest
 
 from mtft.common.errors import UserError
-from mtft.pipeline.stages.stage_cache import differences, run_cached_stage
+from mtft.common.own_files import write_own
+from mtft.pipeline.stages.stage_cache import differences, read_json, run_cached_stage
+from tests.common.test_own_files import DAMAGE
 
 
 class Work:
@@ -69,3 +71,26 @@ def test_fresh_leaves_unchanged_stages_alone(tmp_path):
 def test_differences_of_nested_inputs():
     before, after = {"a": {"b": 1, "c": 2}, "d": 0}, {"a": {"b": 1, "c": 3}, "e": None}
     assert differences(before, after) == ["a.c was 2, is 3", "d was 0, is null"]
+
+
+@pytest.mark.parametrize("name", ["started.json", "done.json"])
+@pytest.mark.parametrize("kind", [kind for kind in DAMAGE if not kind.startswith(("key", "true"))])
+def test_damage_is_named_with_the_remedy(tmp_path, name, kind):
+    work = Work(tmp_path / "a")
+    run_cached_stage(tmp_path / "a", {"x": 1}, work)
+    (tmp_path / "a" / name).write_bytes(DAMAGE[kind][0])
+    with pytest.raises(UserError) as caught:
+        run_cached_stage(tmp_path / "a", {"x": 1}, work)
+    assert name in caught.value.where
+    assert "its stage runs again" in caught.value.do
+    assert work.calls == 1
+    run_cached_stage(tmp_path / "a", {"x": 1}, work, fresh=True)  # as the remedy says
+    assert work.calls == 2
+    assert (tmp_path / "a.old-1" / name).exists()
+
+
+def test_keys_of_what_a_stage_has_written_are_checked(tmp_path):
+    write_own(tmp_path / "proposal.json", {"gain": "much", "mixture": {}})
+    with pytest.raises(UserError, match="key gain is a text, not a number or null"):
+        read_json(tmp_path / "proposal.json", {"gain": (float, type(None)), "mixture": dict})
+    assert read_json(tmp_path / "none.json") is None

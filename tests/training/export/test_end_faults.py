@@ -98,7 +98,7 @@ PARTS = {
     "export_model": (fails, out_of_memory, full_disk),
     "write_card": (fails, full_disk),
     "write_plan": (full_disk,),
-    "write_json": (full_disk,),
+    "write_own": (full_disk,),
     "finite": (fails,),
 }
 PROOF_PARTS = {"probe_logits": (fails, out_of_memory), "write_probe": (full_disk,), "ReloadResult": (fails,)}
@@ -146,7 +146,7 @@ def test_a_part_that_fails_loses_nothing(ended, run, monkeypatch, part, fault):
     assert f"checkpoint-{STEPS}" in text
     assert (folder / f"checkpoint-{STEPS}").is_dir()
     assert not (folder / "result.json").exists()
-    if part in ("write_card", "write_plan", "write_json", "finite"):
+    if part in ("write_card", "write_plan", "write_own", "finite"):
         assert same(weights(folder), weights(ended[1]))  # the adapter and the scores stand
         assert {path.stem for path in (folder / "scores").iterdir()} == set(recipe.task_names)
     monkeypatch.undo()

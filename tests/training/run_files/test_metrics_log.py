@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mtft.common.atomic_io import finite
+from mtft.common.errors import UserError
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_files.metrics_log import EVALS, METRICS, MetricsLog, flat
 from mtft.training.run_training import train
@@ -77,3 +78,79 @@ def test_tracker_gets_every_step_by_task(recipe, tmp_path):
     assert [event.step for event in found] == [step["step"] for step in written]
     assert [event.value for event in found] == pytest.approx([step["tasks"]["copy"]["loss"] for step in written])
     assert {"train/loss", "train/grad_norm", "eval/shout/exact_match"} <= set(events.Tags()["scalars"])
+
+
+def broken_log(tmp_path):
+    """Of a run with an evaluation every two steps: steps 3 and 4 are gone, 2 stands twice, one line is no JSON."""
+    log = MetricsLog(tmp_path, steps=9, quiet=True)
+    for step in (1, 2, 2, 5, 6, 7, 8):
+        log.step(line(step))
+    for step in (0, 2, 6):
+        log.evaluation(step, {"sql": {"loss": 1.0}})
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('[5]\n{"step": 9, "lo')
+
+
+def follow(tmp_path):
+    log, said = MetricsLog(tmp_path, steps=9, quiet=True), []
+    log.say = said.append
+    log.eval_every, log.eval_on_start = 2, True
+    return log, said
+
+
+def test_going_on_says_what_is_wrong_with_the_history(tmp_path):
+    broken_log(tmp_path)
+    log, said = follow(tmp_path)
+    log.start(6)
+    told = "\n".join(said)
+    for words in (
+        "metrics.jsonl: line 8: it holds a list, not an object",
+        "metrics.jsonl: step 2 twice",
+        "metrics.jsonl: no line of steps 3-4;",
+        "metrics.jsonl: 2 lines after step 6 are logged again",
+        "eval.jsonl: no line of step 4;",
+    ):
+        assert words in told
+    assert steps_of(tmp_path / METRICS) == [1, 2, 5, 6]
+    assert log.history(6) == ["metrics.jsonl: no line of steps 3-4", "eval.jsonl: no line of step 4"]
+
+
+def test_a_whole_history_is_not_spoken_of(tmp_path):
+    log, said = follow(tmp_path)
+    for step in range(1, 7):
+        log.step(line(step))
+    for step in (0, 2, 4, 6):
+        log.evaluation(step, {"sql": {"loss": 1.0}})
+    before = (tmp_path / METRICS).read_bytes()
+    said.clear()
+    log.start(6)
+    assert said == []
+    assert log.history(6) == []
+    assert (tmp_path / METRICS).read_bytes() == before
+
+
+def test_a_history_that_is_gone_is_said(tmp_path):
+    log, said = follow(tmp_path)
+    log.start(4)
+    assert "metrics.jsonl: no line of steps 1-4" in said[0]
+    assert "eval.jsonl: no line of steps 0, 2, 4" in said[1]
+
+
+def test_a_folder_in_its_place_is_an_error(tmp_path):
+    (tmp_path / METRICS).mkdir()
+    with pytest.raises(UserError, match="a folder, not a file"):
+        follow(tmp_path)[0].history(3)
+
+
+def test_the_result_says_what_is_missing(recipe, tmp_path):
+    """A run that goes on after somebody cut its log: trained to the end, and marked."""
+    folder = tmp_path / "run"
+    values = {**recipe, "train": {**recipe["train"], "steps": 4}, "output": {"dir": str(folder), "save_every": 2}}
+    train(Recipe.model_validate(values), quiet=True, prove=False)
+    assert "history" not in json.loads((folder / "result.json").read_text())
+    kept = (folder / METRICS).read_text().splitlines(keepends=True)
+    (folder / METRICS).write_text("".join([kept[0], kept[3]]))
+    for path in (folder / "result.json", folder / "checkpoint-4"):
+        path.rename(tmp_path / path.name)
+    train(Recipe.model_validate(values), quiet=True, prove=False)
+    assert json.loads((folder / "result.json").read_text())["history"] == ["metrics.jsonl: no line of step 2"]

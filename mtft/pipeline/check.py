@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from mtft.data.summary.data_summary import DataSummary
-    from mtft.training.checkpoint.run_basis import run_basis
     from mtft.training.memory.estimate import MemoryEstimate
 
 
@@ -75,6 +74,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     from mtft.losses.balancers import make_balancer
     from mtft.models.cpu_precision import precision_warnings
     from mtft.models.loading import load_tokenizer, read_config
+    from mtft.training.checkpoint.run_basis import run_basis
     from mtft.training.memory.estimate import estimate_memory, meta_model
     from mtft.training.online_mixture import describe_online_mixture, make_controller
     from mtft.training.preflight import (

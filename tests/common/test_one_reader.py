@@ -13,7 +13,7 @@ ALLOWED = {
     "mtft/common/own_files.py": (1, "the reader"),
     "mtft/common/folder_lock.py": (1, "who holds a lock: nobody is hindered where it can't be read"),
     "mtft/adapters/base_identity.py": (1, "PEFT's adapter_config.json"),
-    "mtft/adapters/lora_config.py": (1, "PEFT's adapter_config.json"),
+    "mtft/common/foreign_json.py": (1, "JSON of others: configs of models and adapters; names file, line and key"),
     "mtft/adapters/mlp_router.py": (1, "a text in the header of a safetensors file"),
     "mtft/adapters/routers.py": (2, "a text in the header of a safetensors file"),
     "mtft/adapters/safetensors_io.py": (2, "headers and indices of safetensors files"),

@@ -3,7 +3,7 @@
     0  done
     1  failed (a broken disk, out of memory, a bug): `--debug` shows where
     2  the user's to mend: what is wrong, where, what to do
-    130  interrupted
+    130  interrupted (129, 143: by SIGHUP, SIGTERM; training saves then, and ends with 0)
 
 Under torchrun or accelerate every rank runs this, and only the first one speaks.
 """
@@ -11,8 +11,11 @@ Under torchrun or accelerate every rank runs this, and only the first one speaks
 from __future__ import annotations
 
 import errno
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not debug:
         _hush_libraries()
     try:
-        app(arguments, prog_name="mtft")
+        with _unwind_on_signals():
+            app(arguments, prog_name="mtft")
     except SystemExit as stop:
         if _was_interrupt(stop):
             _say("interrupted")
@@ -42,6 +46,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001  the last line of defence: people get a block, not a trace
         return _report(error, _failure(error), 1, debug)
     return 0
+
+
+@contextmanager
+def _unwind_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, through its `finally` blocks: nothing is left half-written.
+
+    The second signal ends it at once. A signal that is ignored (nohup) stays ignored.
+    """
+
+    def unwind(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # no SIGHUP on Windows
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, unwind)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _hush_libraries() -> None:
@@ -84,7 +112,8 @@ def _say(text: str) -> None:
     from mtft.distributed.launch import is_main_process
 
     if is_main_process():
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # the terminal is gone: the exit code still says it
+            print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,12 @@ ONLY_IN = {
         "mtft/training/memory/estimate.py",  # on the meta device, without weights
         "mtft/training/export/reload_check.py",  # what a user without mtft would write
     },
-    "replace of os": {"mtft/common/atomic_io.py", "mtft/adapters/adapter_writer.py"},  # a file; a folder for another
+    # a file; a folder for another; a mixture (data_mixers stands alone)
+    "replace of os": {
+        "mtft/common/atomic_io.py",
+        "mtft/adapters/adapter_writer.py",
+        "data_mixers/mixture/mixture.py",
+    },
     "trust_remote_code of section": set(),
 }
 

@@ -10,6 +10,7 @@ Which shares are allowed is in bounds.py; how a mixture is played exactly is in 
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,10 @@ class Mixture:
         """Write `shares: {name: share}`; `comment` lines go on top. Floats are written in full (repr)."""
         lines = [f"# {line}" for line in comment.splitlines()] + ["shares:"]
         lines += [f"  {_yaml_key(name)}: {share!r}" for name, share in self.as_dict().items()]
-        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path = Path(path)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.part")  # whole or not at all
+        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        os.replace(aside, path)
 
     @classmethod
     def from_yaml(cls, path: str | Path, names: Sequence[str] | None = None) -> Mixture:

@@ -32,7 +32,8 @@ def fuse_generate(
     from mtft.fuse.batch.jsonl_commands import generate
 
     with _warnings_at_once():
-        done = generate(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite)
+        loaded = load(recipe, overrides, "fuse", files=False)
+        done = generate(loaded, rows, out, overwrite=overwrite, inputs=[recipe], say=say)
     _summarise(done, out)
 
 
@@ -48,7 +49,8 @@ def fuse_score(
     from mtft.fuse.batch.jsonl_commands import score
 
     with _warnings_at_once():
-        done = score(load(recipe, overrides, "fuse", files=False), rows, out, overwrite=overwrite)
+        loaded = load(recipe, overrides, "fuse", files=False)
+        done = score(loaded, rows, out, overwrite=overwrite, inputs=[recipe], say=say)
     _summarise(done, out)
 
 
@@ -59,7 +61,7 @@ def fuse_serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; other than this machine's needs a key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the bearer token.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Answers that are made at the same time.")] = 8,
     queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; beyond, clients get 429.")] = 64,

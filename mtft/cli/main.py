@@ -195,11 +195,12 @@ def refresh(
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of finished or running runs.")],
     out: Annotated[Path | None, typer.Option(help="The page; by default report.html in the first folder.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Write one offline HTML page about runs."""
+    """Write one offline HTML page about runs. An earlier page is replaced, another file only with --overwrite."""
     from mtft.report.page import write_report
 
-    typer.echo(write_report(run_dirs, out))
+    typer.echo(write_report(run_dirs, out, overwrite=overwrite))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -12,9 +13,27 @@ from typing import Any
 def write_text(path: Path, text: str) -> None:
     """Writes a file of UTF-8 text, and the folder it lies in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if not process_lives(left_over.suffixes[-2][1:]):
+            left_over.unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def process_lives(number: str) -> bool:
+    """Whether a process of this machine has this number; True for what is no number."""
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError, ValueError):
+        pass
+    return True
 
 
 def sync(path: Path) -> None:

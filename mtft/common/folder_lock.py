@@ -28,6 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+OURS = b'{"process": '
 POLL = 0.1  # seconds between two tries of one who waits
 LONG = 200  # bytes of a name; with dot and suffix it must stay below 255
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -59,7 +60,7 @@ def sole_writer(target: str | Path, *, wait: float = 0.0) -> Iterator[None]:
     The same thread may take it again inside of the block. wait: seconds to wait for another writer's end.
     Raises FolderBusyError (process, host, since) if another one holds it, UserError if nothing can be written there.
     """
-    real = Path(target).resolve()
+    real = Path(os.path.realpath(target))
     until = time.monotonic() + wait
     while not (taken := _take(real)):
         if time.monotonic() >= until:
@@ -98,8 +99,15 @@ def _take(real: Path) -> str:
                 warnings.warn(f"{real.parent} has no file locks: let no second command write {real.name}", stacklevel=4)
                 return "unlocked"
             raise
+        if (there := os.read(file, 1000)) and not there.startswith(OURS):
+            os.close(file)
+            raise UserError(
+                "a file of somebody else stands where the lock would be",
+                where=str(path),
+                do="move it, or give another output",
+            )
         os.ftruncate(file, 0)
-        os.write(file, json.dumps(_about_this_process()).encode())
+        os.pwrite(file, json.dumps(_about_this_process()).encode(), 0)
         _held[real] = _Held(file, threading.get_ident(), os.getpid())
         return "locked"
 

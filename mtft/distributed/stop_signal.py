@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT: finish the optimizer step, save, then stop.
+"""SIGTERM, SIGINT and SIGHUP: finish the optimizer step, save, then stop. A second signal stops at once.
 
-Schedulers send a signal to a launcher and to its processes, and the launcher passes it on: so a second one is no more
-than the first. Only Ctrl-C, again after a while, stops at once; kill -9 always does.
+Schedulers send a signal to a launcher and to its processes, and the launcher passes it on: within two seconds a second
+one is no more than the first.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import torch
 import torch.distributed as dist
 
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
-SAME = 2.0  # seconds in which a second SIGINT counts as the first
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    EXIT_CODES[signal.SIGHUP] = 0  # the terminal is gone
+SAME = 2.0  # seconds in which a second signal counts as the first
 
 
 class StopSignal:
-    """As a context manager, catches both signals in the main thread (elsewhere it catches nothing).
+    """As a context manager, catches the signals in the main thread (elsewhere it catches nothing).
 
+    A signal that is ignored when the block begins (SIGHUP under nohup) stays ignored.
     `seen`: the signal that every rank has agreed to stop for, None so far.
     """
 
@@ -34,7 +37,8 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in EXIT_CODES:
-                self._before[number] = signal.signal(number, self._catch)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._catch)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -45,8 +49,9 @@ class StopSignal:
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if not self._here:
             self._here, self._first = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._first > SAME:
-            signal.signal(number, self._before[signal.SIGINT])
+        elif time.monotonic() - self._first > SAME:
+            for caught in self._before:  # a third one must not be held up by what the second one set off
+                signal.signal(caught, signal.default_int_handler if caught == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(number)
 
     def agreed(self, device: torch.device) -> bool:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from mtft.common.atomic_io import finite, write_json
 from mtft.common.errors import UserError
+from mtft.common.folder_lock import sole_writer
+from mtft.common.output_paths import check_output_folder
 from mtft.data.batching.batch import IGNORE
 from mtft.data.batching.batches import eval_batches
 from mtft.data.batching.packed_attention import packing_refusal
@@ -83,7 +85,23 @@ def refresh(
     share    part of the old tasks' forgetting that the tuned modules hold together
     Raises UserError for adapters that don't fit, unknown tasks, or several processes.
     """
+    check_output_folder(out, inputs=[before, after])
     recipe = _buffered(recipe, new, out, rows=rows, steps=steps)
+    with sole_writer(out):
+        return _refresh(recipe, before, after, out, new=new, rounds=rounds, share=share, say=say)
+
+
+def _refresh(
+    recipe: Recipe,
+    before: Path,
+    after: Path,
+    out: Path,
+    *,
+    new: Sequence[str],
+    rounds: int,
+    share: float,
+    say: Callable[[str], None],
+) -> Refreshed:
     old = [k for k, task in enumerate(recipe.task_names) if task not in new]
     inputs = read_training_inputs(recipe)
     model = load_adapter(load_base(recipe.model), before)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 
 _PROBE_BYTES = 1 << 16
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.arrow", "*.parquet")
 
 
 def fuse_section(recipe: Recipe) -> FuseSection:
@@ -43,6 +47,36 @@ def adapter_paths(recipe: Recipe, adapters: Sequence[str | Path] | None = None) 
             do="train first, or set fuse.adapters",
         )
     return paths
+
+
+def input_files(recipe: Recipe) -> list[Path]:
+    """Files that a recipe names, and those of its models: what no output may replace."""
+    places: list[str] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, str):
+            with suppress(ValueError):  # `quickstart:` data is no file of anybody's
+                value = expand_quickstart(value)
+            places.extend([value] if os.path.isabs(value) else ())  # as load_recipe makes every path
+        elif isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                collect(inner)
+
+    section = fuse_section(recipe)
+    collect(recipe.model_dump(mode="json", exclude={"output"}))
+    with suppress(FusionError):  # no adapter: said where they are needed
+        places += adapter_paths(recipe)
+    places += [section.router] if section.router else []
+    files: list[Path] = []
+    for text in dict.fromkeys(places):
+        place = Path(text)
+        if os.path.isdir(place):
+            files += [file for pattern in _MODEL_FILES for file in place.glob(pattern)]
+        elif os.path.isfile(place):
+            files.append(place)
+        elif glob.has_magic(text):
+            files += map(Path, glob.iglob(text, recursive=True))
+    return files
 
 
 def plan_recipe(recipe: Recipe, *, trained: bool = True) -> FusionPlan:

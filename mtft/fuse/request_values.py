@@ -12,6 +12,9 @@ from mtft.fuse.alpha.spec import FusionError
 
 LARGEST = 1 << 64  # what a seed may be; no other number of a request is larger
 
+# what a row or a body of a shape that nobody thought of may raise
+ROW_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
 
 def check_text(text: str, name: str) -> None:
     """FusionError for half a surrogate pair: JSON can hold one, no text can."""

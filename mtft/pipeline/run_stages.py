@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_mixers.mixture.mixture import Mixture
-from mtft.common.atomic_io import write_json
+from mtft.common.atomic_io import write_json, write_text
 from mtft.common.errors import UserError
+from mtft.common.folder_lock import sole_writer
+from mtft.common.output_paths import check_output_folder
 from mtft.evaluation.score_cache import Scores, load_or_score, table
 from mtft.pipeline.check import check_later_stages, check_names
 from mtft.pipeline.stages.stage_cache import read_json, run_cached_stage
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.merge import MergeSection
 from mtft.recipe.schema.recipe import Recipe
+from mtft.report.page import PAGE, check_page
 
 if TYPE_CHECKING:
     from mtft.pipeline.stages.train import RunChoice
@@ -37,11 +40,34 @@ if TYPE_CHECKING:
 def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None) -> Path:
     """Runs every stage that the recipe has a section for; returns the path of the report.
 
+    Raises UserError if another run writes the folder, or a stage can't be done as asked.
+
     fresh    stages whose inputs have changed run again (their old folders move aside); without it they are refused
     launch   command to start training runs with, for instance `accelerate launch --config_file ddp.yaml`
     """
     check_names(recipe)  # not after hours of trials
     root = Path(recipe.output.dir)
+    check_output_folder(root, key="output.dir")
+    if root.is_dir():
+        _refuse_foreign_folder(root, recipe)
+        check_page(root / PAGE)
+    with sole_writer(root):
+        return _run_stages(recipe, root, fresh=fresh, launch=launch)
+
+
+def _refuse_foreign_folder(root: Path, recipe: Recipe) -> None:
+    """UserError if somebody's own recipe.yaml lies where the resolved one would be written."""
+    written = root / "recipe.yaml"
+    ours = any((root / name).exists() for name in ("train", "mix", "results.json"))
+    if written.is_file() and not ours and written.read_bytes() != dump_recipe(recipe).encode():
+        raise UserError(
+            "the folder is no run's, and holds a recipe.yaml, which a run would replace",
+            where=f"output.dir: {root}",
+            do="give another output.dir",
+        )
+
+
+def _run_stages(recipe: Recipe, root: Path, *, fresh: bool, launch: str | None) -> Path:
     begin = time.perf_counter()
     held_out = tuple(task.name for task in recipe.tasks if task.eval_data is not None)
     if not held_out:
@@ -60,7 +86,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
     refuse_settings(recipe)
     notes = check_later_stages(recipe, meta_model(recipe).model)
     root.mkdir(parents=True, exist_ok=True)
-    (root / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    write_text(root / "recipe.yaml", dump_recipe(recipe))
     say = partial(_say, begin)
     for line in notes:
         say(f"note: {line}")

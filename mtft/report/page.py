@@ -8,6 +8,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mtft.common.atomic_io import write_text
+from mtft.common.folder_lock import sole_writer
+from mtft.common.output_paths import check_output_file
+from mtft.common.own_files import irregular
 from mtft.report.components.elements import PageSection
 from mtft.report.components.run_data import RunData, load_run
 from mtft.report.sections import affinity, merge_and_fuse, results
@@ -23,16 +26,39 @@ MAKERS = (
     results.environment,
 )
 
+PAGE = "report.html"
+MARKS = (b'<meta name="generator" content="mtft">', b" MTFT report</title>")  # the second one: of earlier versions
+PATIENCE = 30.0  # seconds: another command that writes the page takes less
 
-def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+
+def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None, *, overwrite: bool = False) -> Path:
     """Writes one page for one or several run directories; returns its path.
 
-    `out` defaults to report.html in the first directory. Raises UserError when a folder holds nothing to report.
+    `out` defaults to report.html in the first directory. An earlier page of ours is replaced, another file only with
+    `overwrite`. Raises UserError when a folder holds nothing to report, or the page can't be written.
     """
+    target = Path(out) if out is not None else Path(run_dirs[0]) / PAGE
     runs = [load_run(Path(folder)) for folder in run_dirs]
-    target = Path(out) if out is not None else Path(run_dirs[0]) / "report.html"
-    write_text(target, render(runs))
+    check_page(target, overwrite=overwrite)
+    with sole_writer(target, wait=PATIENCE):
+        write_text(target, render(runs))
     return target
+
+
+def check_page(target: Path, *, overwrite: bool = False) -> None:
+    """UserError if no page can be written at `target`, or a file stands there that is none of ours."""
+    check_output_file(target, overwrite=overwrite or _is_ours(target))
+
+
+def _is_ours(page: Path) -> bool:
+    try:
+        if irregular(page) is not None:
+            return False
+        with page.open("rb") as file:
+            start = file.read(4096)
+    except OSError:
+        return False
+    return any(mark in start for mark in MARKS)
 
 
 def render(runs: Sequence[RunData]) -> str:

@@ -9,7 +9,6 @@ Whatever a run can refuse early belongs here (or in mtft/recipe/rules, if the re
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
+from mtft.common.output_paths import check_output_folder
 from mtft.losses.moe_router_loss import check_router_loss
 from mtft.losses.token_nll import resolve_path
 from mtft.models.loading import compute_dtype, read_config, refuse_precision, without_data
@@ -37,7 +37,7 @@ def refuse_settings(recipe: Recipe, *, loaded: bool = False) -> None:
     """UserError for the first setting that a run can't begin with. loaded: the model is there already, as it is."""
     refuse_trackers(recipe.output.trackers)
     refuse_precision(recipe.model)
-    refuse_folder(Path(recipe.output.dir))
+    check_output_folder(Path(recipe.output.dir), key="output.dir")
     resolve_path(recipe.loss.path)
     if recipe.lora is not None and recipe.lora.start is not None:
         read_start(recipe.lora)
@@ -95,16 +95,6 @@ def refuse_trackers(trackers: Sequence[str]) -> None:
         if name not in installed:
             do = f"install its package, for example `pip install {name.replace('_', '-')}`, or take it out"
             raise UserError(f"the tracker {name} is not installed", where="output.trackers", do=do)
-
-
-def refuse_folder(run_dir: Path) -> None:
-    """UserError where the run folder can't be made or written to."""
-    place = run_dir.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        what = f"{place} is {'not writable' if place.is_dir() else 'no folder'}"
-        raise UserError(what, where=f"output.dir: {run_dir}", do="give a folder that can be written to")
 
 
 def refuse_rows(config: Any, stores: Sequence[Any | None]) -> None:

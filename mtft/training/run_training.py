@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtft.common.errors import UserError
+from mtft.common.output_paths import check_output_name
 from mtft.distributed.launch import is_main_process
 from mtft.evaluation.task_scores import TaskScores
 from mtft.recipe.schema.recipe import Recipe
@@ -24,6 +25,7 @@ from mtft.training.run_files.run_dir import (
     chosen_size,
     finished_on_other_data,
     read_result_file,
+    sole_run,
 )
 
 
@@ -48,17 +50,23 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     prove   reload the export in a fresh process and compare its logits (a few seconds); if that fails the run is
             finished all the same, and TrainResult.not_proved says why (`mtft export RUN` tries again)
 
-    SIGTERM or SIGINT: the step is finished, a checkpoint saved, and SystemExit(0 or 130) raised.
-    Raises UserError for another recipe in the folder, unusable data or model, a diverged run, a full disk.
+    SIGTERM, SIGHUP or SIGINT: the step is finished, a checkpoint saved, and SystemExit(0 or 130) raised.
+    Raises UserError for another run at work in the folder, another recipe in it, unusable data or model, a diverged
+    run, a full disk.
     """
-    run_dir = Path(recipe.output.dir)
-    if not fresh:
-        check_recipe(run_dir, recipe)
-        if (result := read_result(run_dir)) is not None:
-            _check_rows(recipe)
-            if is_main_process() and not quiet:
-                print(f"finished already: {run_dir}", file=sys.stderr)
+    check_output_name(Path(recipe.output.dir), "output.dir")
+    if not fresh and (result := _finished(recipe, quiet=quiet)) is not None:
+        return result
+    with sole_run(recipe, fresh=fresh) as refused:
+        # again: another one may have ended the run, or begun one of another recipe, just before the lock was ours
+        if not fresh and (result := _finished(recipe, quiet=quiet)) is not None:
             return result
+        return _train(recipe, fresh=fresh, quiet=quiet, prove=prove, refused=refused)
+
+
+def _train(recipe: Recipe, *, fresh: bool, quiet: bool, prove: bool, refused: UserError | None) -> TrainResult:
+    """`train` in a folder that is ours. refused: it is not, which the other ranks have to be told."""
+    run_dir = Path(recipe.output.dir)
     begin = time.perf_counter()
     # Heavy imports stand here: a finished run is recognised without them.
     from mtft.data.planning import make_plan
@@ -92,7 +100,7 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     # joins the ranks
     args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=True)
     size = None if fresh else chosen_size(run_dir)
-    checkpoint = start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh)
+    checkpoint = start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, fresh=fresh, refused=refused)
     args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start and checkpoint is None
     with StopSignal() as stop:
         log.say(f"loading {recipe.model.path}")
@@ -125,6 +133,18 @@ def train(recipe: Recipe, *, fresh: bool = False, quiet: bool = False, prove: bo
     result = read_result(run_dir)
     if result is None:
         raise RuntimeError(f"{run_dir / RESULT} can't be seen by this process: is it on a shared disk?")
+    return result
+
+
+def _finished(recipe: Recipe, *, quiet: bool) -> TrainResult | None:
+    """The result, if this run has ended. UserError if the folder holds a run of another recipe, or on other rows."""
+    run_dir = Path(recipe.output.dir)
+    check_recipe(run_dir, recipe)
+    result = read_result(run_dir)
+    if result is not None:
+        _check_rows(recipe)
+        if is_main_process() and not quiet:
+            print(f"finished already: {run_dir}", file=sys.stderr)
     return result
 
 

@@ -34,6 +34,7 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.callbacks.early_stopping import EarlyStopping
 from mtft.training.checkpoint.checkpoint import check_identity
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
+from mtft.training.export.rehearsal import clear_rehearsals
 from mtft.training.online_mixture import OnlineMixture, describe_online_mixture, make_controller
 from mtft.training.optim.optimizers import own_optimizer
 from mtft.training.run_files.metrics_log import MetricsLog
@@ -86,13 +87,18 @@ def start_run_dir(
     log: MetricsLog,
     *,
     fresh: bool,
+    refused: UserError | None = None,
 ) -> Path | None:
-    """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call."""
-    outcome: Path | UserError | None = None  # the checkpoint, or the error, of the main process
-    if is_main_process():
+    """Readies the run directory; returns the checkpoint to go on from, the same on every rank. A collective call.
+
+    refused: why the main process may not write there; raised on every rank.
+    """
+    outcome: Path | UserError | None = refused  # the checkpoint, or the error, of the main process
+    if is_main_process() and refused is None:
         try:
             if fresh:
                 move_aside(run_dir)
+            clear_rehearsals(run_dir)
             outcome = latest_checkpoint(run_dir, say=log.say)
             if outcome is not None:
                 check_identity(outcome, identity)

@@ -113,6 +113,13 @@ def test_any_name_can_be_locked(tmp_path: Path, name: str):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_of_somebody_else_is_no_lock(tmp_path: Path):
+    (tmp_path / ".run.lock").write_text("mine")
+    with pytest.raises(UserError, match="somebody else"), sole_writer(tmp_path / "run"):
+        pass
+    assert (tmp_path / ".run.lock").read_text() == "mine"
+
+
 def test_a_place_that_is_no_place_is_the_users_to_mend():
     with pytest.raises(UserError, match="nothing can be written there"), sole_writer("/proc/run"):
         pass

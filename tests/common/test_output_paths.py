@@ -22,7 +22,8 @@ def refused(check, path: Path, **options) -> str:
 
 def test_a_new_file_is_allowed_and_leaves_nothing(tmp_path: Path):
     check_output_file(tmp_path / "deep" / "er" / "out.jsonl")
-    assert not list((tmp_path / "deep" / "er").iterdir())
+    check_output_folder(tmp_path / "deep" / "er")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_replaced_on_request_alone(tmp_path: Path):
@@ -63,12 +64,12 @@ def test_places_that_are_none(tmp_path: Path, check):
     assert "zero byte" in refused(check, tmp_path / "a\0b")
     assert "not UTF-8" in refused(check, tmp_path / os.fsdecode(b"\xff"))
     (tmp_path / "file").write_text("")
-    assert "nothing can be written" in refused(check, tmp_path / "file" / "out")
+    assert "file is no folder" in refused(check, tmp_path / "file" / "deep" / "out")
 
 
 def test_a_file_is_no_folder(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    assert "is a file" in refused(check_output_folder, tmp_path / "file")
+    assert "file is no folder" in refused(check_output_folder, tmp_path / "file")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

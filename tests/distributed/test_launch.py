@@ -12,6 +12,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
+from mtft.common.folder_lock import sole_writer
 from mtft.training.checkpoint.checkpoint_files import checkpoint_step, latest_checkpoint
 from mtft.training.run_training import train
 from tests.distributed.conftest import ROOT
@@ -105,3 +106,22 @@ def test_killed_on_two_machines_stopped_under_torchrun_and_finished(runs, enviro
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
     assert distance(weights(alone / "sgd"), weights(run_dir)) <= 1e-6
+
+
+def test_ranks_of_a_second_launch_are_all_told(recipe, environment, tmp_path):
+    """The first rank may not write: the others hear of it and end, instead of waiting for it."""
+    write_recipes(recipe, tmp_path, ["sgd"], steps=4, eval_every=4, batch_tokens=150)
+    command = [sys.executable, "-m", "mtft", "train", str(tmp_path / "sgd.yaml")]
+    shared = {**environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"ACCELERATE_USE_CPU": "true"}
+    with sole_writer(tmp_path / "sgd"):
+        ranks = [
+            subprocess.Popen(
+                command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, stderr=subprocess.PIPE
+            )
+            for rank in range(2)
+        ]
+        said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert f"another run writes this folder (process {os.getpid()}" in said[0]
+    assert not (tmp_path / "sgd").exists()

@@ -1,5 +1,7 @@
-"""A signal that comes twice, as launchers send it, still lets the run save; Ctrl-C after a while does not wait."""
+"""A signal that comes twice, as launchers send it, still lets the run save; a second one after a while ends it."""
 
+import multiprocessing
+import os
 import signal
 
 import pytest
@@ -11,7 +13,15 @@ from mtft.distributed.stop_signal import StopSignal
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def number(request):
+    """A signal in its default state: a job in the background has some of them ignored."""
+    usual = signal.default_int_handler if request.param == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(request.param, usual)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_twice_is_once(number):
     with StopSignal() as stop:
         signal.raise_signal(number)
@@ -28,16 +38,30 @@ def test_the_first_counts():
         assert stop.seen == signal.SIGINT
 
 
-def test_ctrl_c_again_stops_at_once(monkeypatch):
-    monkeypatch.setattr(stop_signal, "SAME", -1.0)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
-    try:
+def test_a_second_one_after_a_while_stops_at_once(number):
+    """In a process of its own: two of the three end it."""
+
+    def work() -> None:
+        stop_signal.SAME = -1.0
         with StopSignal():
-            signal.raise_signal(signal.SIGINT)
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
+            signal.raise_signal(number)
+            try:
+                signal.raise_signal(number)
+            except KeyboardInterrupt:
+                os._exit(130)
+        os._exit(1)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(60)
+    assert process.exitcode == (130 if number == signal.SIGINT else -number)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(number):
+    signal.signal(number, signal.SIG_IGN)  # nohup does so
+    with StopSignal() as stop:
+        signal.raise_signal(number)
+        assert not stop.agreed(CPU)
 
 
 def test_handlers_come_back():

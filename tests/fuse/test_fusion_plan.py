@@ -99,7 +99,7 @@ def test_what_no_row_can_satisfy(places, tmp_path, count):
     with pytest.raises(FusionError, match="no prompt leaves room") as refused:
         jsonl_commands.generate(recipe, source, tmp_path / "y.jsonl")
     assert refused.value.where == "fuse.max_new_tokens"
-    assert not (tmp_path / "y.jsonl.part").exists()
+    assert not (tmp_path / ".y.jsonl.mtft-part").exists()
 
 
 def test_a_plan_is_what_is_loaded(tmp_path):

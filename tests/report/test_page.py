@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -195,3 +196,19 @@ def test_shares_that_changed_online_are_drawn(run_dir):
         assert x == [1, 6, 6, 11, 11, 20]
         assert y == [0.5, 0.5, 0.8, 0.8, 0.9, 0.9]
         assert render([run]).count("Share of each task, as mixture.online decided") == 1
+
+
+def test_somebody_elses_page_is_not_replaced(run_dir, tmp_path):
+    mine = tmp_path / "page.html"
+    mine.write_text("my notes")
+    with pytest.raises(UserError, match="there already"):
+        write_report([run_dir], mine)
+    assert mine.read_text() == "my notes"
+    assert write_report([run_dir], mine, overwrite=True).read_text() != "my notes"
+    write_report([run_dir], mine)  # now it is ours
+
+
+def test_a_named_pipe_is_no_page(run_dir, tmp_path):
+    os.mkfifo(tmp_path / "page.html")
+    with pytest.raises(UserError, match="a named pipe"):
+        write_report([run_dir], tmp_path / "page.html", overwrite=True)

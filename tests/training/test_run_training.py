@@ -133,7 +133,7 @@ def test_killed_after_the_last_step(few_rows, unbroken, tmp_path):
     assert picture(tmp_path / "late") == unbroken
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), *slow((signal.SIGINT, 130))])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), *slow((signal.SIGINT, 130), (signal.SIGHUP, 0))])
 def test_signal_finishes_the_step_and_saves(few_rows, unbroken, tmp_path, number, code):
     recipe = recipe_in(few_rows, tmp_path / "stopped")
     assert run(recipe, kill_at_step(5, number)) == code

@@ -17,8 +17,9 @@ All rows are checked before a weight is read.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,24 @@ from transformers import StoppingCriteria
 from data_mixers.common.suggest import closest_match, did_you_mean
 from mtft.data.formats.formats import FORMATS
 from mtft.data.formats.messages import RowError
+from mtft.data.readers.row_files import short
 from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.batch.request_rows import Row, read_requests
-from mtft.fuse.batch.resumable_jsonl import BatchSummary, check_paths, run_buckets
+from mtft.fuse.batch.resumable_jsonl import BatchSummary, Say, output_of, resume, run_buckets
 from mtft.fuse.decoding.generate_request import request_spec
 from mtft.fuse.decoding.gumbel_sampling import is_greedy, key
 from mtft.fuse.decoding.prompts import Prompt, encode_answer, encode_prompt, left_pad, pad_small_prompts
 from mtft.fuse.decoding.score_text import score as score_text
 from mtft.fuse.decoding.small_scores import score_small_models
 from mtft.fuse.decoding.token_trace import Observers, RowStats, TokenTrace
-from mtft.fuse.from_recipe import fingerprint, fuse_section, load_fusion, plan_recipe
+from mtft.fuse.from_recipe import fingerprint, fuse_section, input_files, load_fusion, plan_recipe
 from mtft.fuse.fused_model import FusedCausalLM
 from mtft.fuse.fusion_plan import FusionPlan
 from mtft.recipe.schema.recipe import Recipe
 
 STEER = ("alpha", "alpha_rule", "expert_weights")
 GENERATE = ("prompt", "messages", "id", "max_tokens", "seed", "trace", *STEER)
+UNREAD = 10  # columns that are told of
 TRAINING = ("messages", "sharegpt", "alpaca")  # formats of training rows that `score` takes
 COLUMNS = {name: (*FORMATS[name].needs, *FORMATS[name].may) for name in TRAINING}
 SCORE = ("prompt", "response", "id", *STEER, *dict.fromkeys(column for names in COLUMNS.values() for column in names))
@@ -59,8 +62,13 @@ def generate(
     *,
     fused: FusedCausalLM | None = None,
     overwrite: bool = False,
+    inputs: Iterable[Path] = (),
+    say: Say | None = None,
 ) -> BatchSummary:
-    """Answer every row of `source` into `target`. Bad rows become {"error"} lines and are counted in `failed`."""
+    """Answer every row of `source` into `target`. Bad rows become {"error"} lines and are counted in `failed`.
+
+    inputs: files that the output may not be, beside those of the recipe. say: is told of the progress.
+    """
     section = fuse_section(recipe)
     sampling: dict[str, Any] = {"do_sample": False}
     if not is_greedy(section.temperature):
@@ -94,7 +102,8 @@ def generate(
     def work(model: FusedCausalLM, rows: list[Row]) -> list[Row]:
         return generate_bucket(model, rows, sampling)
 
-    return _run("generate", recipe, Path(source), Path(target), fused, overwrite, check, prepare, work)
+    paths = Path(source), Path(target), inputs
+    return _run("generate", recipe, paths, fused, overwrite, say, check, prepare, work)
 
 
 def score(
@@ -104,8 +113,13 @@ def score(
     *,
     fused: FusedCausalLM | None = None,
     overwrite: bool = False,
+    inputs: Iterable[Path] = (),
+    say: Say | None = None,
 ) -> BatchSummary:
-    """Log-probability of every row's response given its prompt, under the fused model and each of its models."""
+    """Log-probability of every row's response given its prompt, under the fused model and each of its models.
+
+    inputs: files that the output may not be, beside those of the recipe. say: is told of the progress.
+    """
     unread: dict[str, int] = {}
 
     def prepare(models: Models, index: int, row: Row) -> int:
@@ -123,40 +137,46 @@ def score(
 
     def check(models: Models) -> None:
         if unread:
-            names = ", ".join(f"{name} ({count} rows)" for name, count in unread.items())
-            warnings.warn(f"columns that are not read: {names}", stacklevel=2)
+            names = ", ".join(f"{name} ({count} rows)" for name, count in islice(unread.items(), UNREAD))
+            more = f" and {len(unread) - UNREAD:,} more" if len(unread) > UNREAD else ""
+            warnings.warn(f"columns that are not read: {names}{more}; read are {', '.join(SCORE)}", stacklevel=2)
 
-    return _run("score", recipe, Path(source), Path(target), fused, overwrite, check, prepare, score_bucket)
+    paths = Path(source), Path(target), inputs
+    return _run("score", recipe, paths, fused, overwrite, say, check, prepare, score_bucket)
 
 
 def _run(
     kind: str,
     recipe: Recipe,
-    source: Path,
-    target: Path,
+    paths: tuple[Path, Path, Iterable[Path]],
     fused: FusedCausalLM | None,
     overwrite: bool,
+    say: Say | None,
     check: Callable[[Models], None],
     prepare: Callable[[Models, int, Row], int],
     work: Callable[[FusedCausalLM, list[Row]], list[Row]],
 ) -> BatchSummary:
-    """All rows, in buckets. prepare: checks a row and adds what work needs; returns its cost. check: of them all."""
+    """All rows, in buckets. paths: rows, output, other inputs. prepare: checks a row and adds what work needs; returns
+    its cost. check: of them all.
+    """
     section = fuse_section(recipe)
-    check_paths(source, target, overwrite)
-    identity = f"{kind} {fingerprint(recipe)}"
-    plan = plan_recipe(recipe) if fused is None else None
-    models: Models = fused or plan  # pyright: ignore[reportAssignmentType]  (one of them is there)
-    jobs = read_requests(source, partial(prepare, models))
-    check(models)
-    if fused is None and any(job.error is None for job in jobs):
-        fused = load_fusion(recipe, plan=plan)
+    source, target, inputs = paths
+    with output_of(source, target, inputs=[*inputs, *input_files(recipe)], overwrite=overwrite) as answers:
+        identity = f"{kind} {fingerprint(recipe)}"
+        plan = plan_recipe(recipe) if fused is None else None
+        models: Models = fused or plan  # pyright: ignore[reportAssignmentType]  (one of them is there)
+        jobs = read_requests(source, partial(prepare, models))
+        check(models)
+        done = resume(jobs, answers, identity, overwrite=overwrite)
+        if fused is None and any(job.error is None and job.index not in done for job in jobs):
+            fused = load_fusion(recipe, plan=plan)
 
-    def work_on(rows: list[Row]) -> list[Row]:
-        if fused is None:
-            raise RuntimeError("a row without a model")
-        return work(fused, rows)
+        def work_on(rows: list[Row]) -> list[Row]:
+            if fused is None:
+                raise RuntimeError("a row without a model")
+            return work(fused, rows)
 
-    return run_buckets(jobs, target, identity, work_on, bucket=section.batch_size)
+        return run_buckets(jobs, answers, done, work_on, bucket=section.batch_size, say=say)
 
 
 def _prompt_and_response(models: Models, row: Row) -> tuple[Prompt, list[int]]:
@@ -269,7 +289,9 @@ def _row_spec(models: Models, row: Row) -> FusionSpec:
 def _check_keys(row: Row, known: tuple[str, ...]) -> None:
     for name in row:
         if name not in known:
-            raise FusionError(f"unknown key {name!r}{did_you_mean(name, known)}")
+            raise FusionError(
+                f"unknown key {short(name)}{did_you_mean(name, known)}; a row may have {', '.join(known)}"
+            )
 
 
 def _whole_number(name: str, value: Any, least: int) -> int:

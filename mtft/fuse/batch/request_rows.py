@@ -14,12 +14,12 @@ from typing import Any
 from mtft.common.fingerprint import content_hash
 from mtft.data.readers.row_files import READERS, RowProblem, read_file, short, suffix
 from mtft.fuse.alpha.spec import FusionError
-from mtft.fuse.request_values import check_values
+from mtft.fuse.request_values import ROW_ERRORS, check_values
 
 Row = dict[str, Any]
 TEXTS = ("prompt", "response", "id")  # cells of a CSV file that are text whatever they look like
-# what a row of a shape that nobody thought of may raise
-ROW_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+LONGEST = 1 << 24  # characters of a row, as JSON: beyond any context
+TOLD = 500  # characters of an error
 
 
 @dataclass
@@ -60,7 +60,10 @@ def read_requests(source: Path, prepare: Callable[[int, Row], int]) -> list[Json
 def _request(index: int, line: int, data: Row, kind: str, prepare: Callable[[int, Row], int]) -> JsonlRequest:
     job = JsonlRequest(index, "", {}, line)
     try:
-        job.hash = content_hash(json.dumps(data, sort_keys=True, default=str))[:16]
+        text = json.dumps(data, sort_keys=True, default=str)
+        job.hash = content_hash(text)[:16]
+        if len(text) > LONGEST:
+            raise FusionError(f"the row has {len(text):,} characters: at most {LONGEST:,}")
         row = _from_cells(data) if kind in (".csv", ".tsv") else data
         # null stands for a key that is not there; Parquet writes one for every key that another row has
         row = _without_nulls(row) if kind == ".parquet" else {key: x for key, x in row.items() if x is not None}
@@ -70,7 +73,7 @@ def _request(index: int, line: int, data: Row, kind: str, prepare: Callable[[int
         check_values(row)
         job.row, job.cost = row, prepare(index, row)
     except FusionError as error:
-        job.error = error.what
+        job.error = error.what if len(error.what) <= TOLD else f"{error.what[:TOLD]}..."
     except ROW_ERRORS as error:
         job.error = f"the row can't be used: {type(error).__name__}: {short(str(error), 200)}"
     return job

@@ -1,24 +1,30 @@
-"""JSONL in, JSONL out, in buckets, resumable: what is done stands in OUT.part, and a killed run goes on from there.
+"""JSONL in, JSONL out, in buckets, resumable: a killed run goes on from its side file (answers_file.py).
 
-OUT.part starts with a fingerprint; every further line is one answer with its index and the hash of its request. Buckets
-are made from all requests, done or not, so a resumed run computes exactly what an uninterrupted one does.
+Every answer is kept with its index and the hash of its request. Buckets are made from all requests, done or not, so a
+resumed run computes exactly what an uninterrupted one does.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mtft.common.atomic_io import finite
+from mtft.common.folder_lock import sole_writer
+from mtft.common.long_work import LongWork
+from mtft.common.output_paths import check_output_file
+from mtft.common.own_files import irregular
 from mtft.fuse.alpha.spec import FusionError
-from mtft.fuse.batch.request_rows import ROW_ERRORS, JsonlRequest, Row
+from mtft.fuse.batch.answers_file import Answer, AnswersFile
+from mtft.fuse.batch.request_rows import JsonlRequest, Row
+from mtft.fuse.request_values import ROW_ERRORS
 
 REASONS = 5  # failures that are told; the others stand in the output
 Work = Callable[[list[Row]], list[Row]]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -31,50 +37,98 @@ class BatchSummary:
     reasons: tuple[str, ...] = ()
 
 
-def check_paths(source: Path, target: Path, overwrite: bool) -> None:
-    """Can the input be read and the output be written? Asked before any weight is loaded."""
-    if not source.is_file():
+@contextmanager
+def output_of(
+    source: Path, target: Path, *, inputs: Iterable[Path] = (), overwrite: bool = False
+) -> Iterator[AnswersFile]:
+    """The output for itself while the block runs; its side file. Asked before any weight is loaded.
+
+    Raises FusionError or UserError if the input can't be read, the output can't be written, is an input, or is being
+    written by another command.
+    """
+    if (kind := irregular(source)) is not None:
+        raise FusionError(f"the input is {kind}, not a file", where=str(source), do="give a file of rows (JSONL)")
+    if not os.path.isfile(source):
         raise FusionError("there is no such input", where=str(source), do="give a file of rows (JSONL)")
-    if target.exists() and not overwrite:
-        raise FusionError(
-            "the output is there already", where=str(target), do="remove it, give another --out, or --overwrite"
-        )
+    check_output_file(target, inputs=[source, *inputs], overwrite=True)
+    with sole_writer(target):
+        answers = AnswersFile(target)
+        # there, by a run that was killed before it could remove its side file: the same command ends it
+        check_output_file(target, overwrite=overwrite or answers.is_done)
+        try:
+            yield answers
+        finally:
+            answers.close()
+
+
+def resume(
+    jobs: Sequence[JsonlRequest], answers: AnswersFile, fingerprint: str, *, overwrite: bool = False
+) -> dict[int, Answer]:
+    """What a broken-off run has done of these jobs, by their index. An answer to another request is forgotten."""
+
+    hashes = {job.index: job.hash for job in jobs}
+    count = {i: answer for i, answer in answers.answers.items() if hashes.get(i) == answer["request"]}
+    if answers.is_done and not (answers.fingerprint == fingerprint and answers.has_written(count)):
+        answers.remove()  # of another run, that has its output
+        check_output_file(answers.target, overwrite=overwrite)
+        count = {}
+    answers.claim(fingerprint)
+    if answers.damaged:
+        lines = "a line is" if answers.damaged == 1 else f"{answers.damaged} lines are"
+        warnings.warn(f"{answers.path}: {lines} damaged; what should stand there is computed again", stacklevel=2)
+    return count
 
 
 def run_buckets(
-    jobs: Sequence[JsonlRequest], target: Path, fingerprint: str, work: Work, *, bucket: int
+    jobs: Sequence[JsonlRequest],
+    answers: AnswersFile,
+    done: dict[int, Answer],
+    work: Work,
+    *,
+    bucket: int,
+    say: Say | None = None,
 ) -> BatchSummary:
-    """Do all jobs and write `target`, sorted by index. `work` gives an answer for each row of a bucket."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    done = _resume(part, fingerprint, jobs)
-    resumed = len(done)
+    """Do the jobs that are not done and write the output, sorted by index. `work` gives an answer for each row of a
+    bucket. say: is told of the progress, every ten seconds.
+    """
+    resumed, missing = len(done), len(jobs) - len(done)
+    progress = None if say is None else LongWork(say, "rows:")
+
+    def write(group: Sequence[JsonlRequest], found: Sequence[Row]) -> None:
+        lines = [
+            {"index": job.index, "id": job.id, "request": job.hash}
+            | ({"line": job.line} if "error" in answer else {})
+            | answer
+            for job, answer in zip(group, found, strict=True)
+            if job.index not in done
+        ]
+        if not lines:
+            return
+        done.update((line["index"], line) for line in answers.add(lines))
+        if progress is not None:
+            progress(len(done) - resumed, missing)
+
     invalid = [job for job in jobs if job.error is not None]
     valid = sorted((job for job in jobs if job.error is None), key=lambda job: (job.cost, job.index))
-    with part.open("a", encoding="utf-8") as file:
-
-        def write(group: Sequence[JsonlRequest], answers: Sequence[Row]) -> None:
-            pairs = [(job, answer) for job, answer in zip(group, answers, strict=True) if job.index not in done]
-            lines = [
-                {"index": job.index, "id": job.id, "request": job.hash}
-                | ({"line": job.line} if "error" in answer else {})
-                | answer
-                for job, answer in pairs
-            ]
-            _append(file, lines)
-            done.update((line["index"], line) for line in lines)
-
-        if not file.tell():
-            _append(file, [{"fingerprint": fingerprint}])
-        write(invalid, [{"error": job.error} for job in invalid])
-        for start in range(0, len(valid), bucket):
-            group = valid[start : start + bucket]
-            if any(job.index not in done for job in group):
-                write(group, _work_isolated(group, work))
-    _finish(target, part, done)
+    write(invalid, [{"error": job.error} for job in invalid])
+    for start in range(0, len(valid), bucket):
+        group = valid[start : start + bucket]
+        if any(job.index not in done for job in group):
+            write(group, _work_isolated(group, work))
+    answers.finish(done)
     failed = [done[index] for index in sorted(done) if "error" in done[index]]
     reasons = [f"line {line.get('line')}: {line['error']}" for line in failed[:REASONS]]
     return BatchSummary(len(jobs), len(failed), resumed, tuple(reasons))
+
+
+def _that_still_count(answers: AnswersFile, jobs: Sequence[JsonlRequest]) -> dict[int, Answer]:
+    """An answer to another request than the row of today is forgotten."""
+    hashes = {job.index: job.hash for job in jobs}
+    return {i: answer for i, answer in answers.answers.items() if hashes.get(i) == answer["request"]}
+
+
+def _answers_all(answers: AnswersFile, fingerprint: str, jobs: Sequence[JsonlRequest]) -> bool:
+    return answers.fingerprint == fingerprint and len(_that_still_count(answers, jobs)) == len(jobs)
 
 
 def _work_isolated(group: list[JsonlRequest], work: Work) -> list[Row]:
@@ -88,39 +142,3 @@ def _work_isolated(group: list[JsonlRequest], work: Work) -> list[Row]:
         if len(group) == 1:
             return [{"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}]
     return [answer for job in group for answer in _work_isolated([job], work)]
-
-
-def _append(file: Any, lines: Sequence[Row]) -> None:
-    """On disk before the next bucket starts."""
-    file.writelines(json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _resume(part: Path, fingerprint: str, jobs: Sequence[JsonlRequest]) -> dict[int, Row]:
-    """Answers that stand already. A torn last line is cut off; an answer to another request is forgotten."""
-    if not part.exists():
-        return {}
-    text = part.read_bytes()
-    complete = text[: text.rfind(b"\n") + 1]
-    if len(complete) < len(text):
-        with part.open("r+b") as file:
-            file.truncate(len(complete))
-    lines = [json.loads(line) for line in complete.splitlines()]
-    if lines and lines[0].get("fingerprint") != fingerprint:
-        raise FusionError(
-            "a broken-off run with another recipe, seed or other weights stands here",
-            where=str(part),
-            do="remove it, or give another --out",
-        )
-    hashes = {job.index: job.hash for job in jobs}
-    return {line["index"]: line for line in lines[1:] if hashes.get(line["index"]) == line["request"]}
-
-
-def _finish(target: Path, part: Path, done: dict[int, Row]) -> None:
-    complete = target.with_name(target.name + ".sorted")
-    with complete.open("w", encoding="utf-8") as file:
-        lines = [{key: value for key, value in done[index].items() if key != "request"} for index in sorted(done)]
-        _append(file, lines)
-    complete.replace(target)
-    part.unlink()

@@ -2,15 +2,18 @@
 
 Clients hand in jobs and get events back. A job that is cancelled leaves at the next token. The rows of a batch don't
 see each other: padding is never attended to, and a row's noise depends on its own seed and position only.
+
+A batch that fails ends for everyone in it; then the engine asks the models for one token. If they can't give it (a
+device that is lost, no memory), it takes nothing more, says so (`fault`), and tries again every few seconds.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +28,18 @@ from mtft.fuse.decoding.prompts import Prompt, left_pad, pad_small_prompts
 from mtft.fuse.decoding.score_text import fused_positions
 from mtft.fuse.fusion_core import FusionCore
 from mtft.fuse.server.incremental_detokenizer import IncrementalDetokenizer
-from mtft.fuse.server.jobs import GenerationJob, ServerBusy, ServerStopping, StreamEvent, TokenScore, token_score
+from mtft.fuse.server.jobs import (
+    EngineFailed,
+    GenerationJob,
+    ServerBusy,
+    ServerStopping,
+    StreamEvent,
+    TokenScore,
+    token_score,
+)
 
 WINDOW = 0.005  # seconds in which prompts come together
+RETRY = 5.0  # seconds between two looks whether failed models work again
 
 
 @dataclass
@@ -50,16 +62,17 @@ class BatchEngine:
         self.fused, self.rows, self.queue, self.wait = fused, rows, queue, wait
         self.metrics = EngineMetrics()
         self.waiting: deque[GenerationJob] = deque()
-        self._tasks: deque[tuple[GenerationJob, Future[list[TokenScore]]]] = deque()
+        self.scoring: deque[GenerationJob] = deque()  # their prompts are to be scored
         self._changed = threading.Condition()
-        self.draining = self._closing = False
+        self.draining = self._closing = self._busy = False
+        self.fault: str | None = None  # why it can't serve
         self.running: list[tuple[GenerationJob, IncrementalDetokenizer]] = []
         self._batch: tuple[CachedModels, ModelLogits] | None = None  # of the running rows; logits at the last token
         self._thread = threading.Thread(target=self._run, name="fuse-engine", daemon=True)
 
     @property
     def idle(self) -> bool:
-        return not (self.waiting or self.running or self._tasks)
+        return not (self.waiting or self.running or self.scoring or self._busy)
 
     def start(self) -> None:
         self._thread.start()
@@ -75,18 +88,32 @@ class BatchEngine:
             self._changed.notify()
         self._thread.join()
 
-    def submit(self, jobs: Sequence[GenerationJob]) -> None:
-        """All of them or none. Raises ServerBusy if they don't fit into the queue,
-        ServerStopping if the server is about to end.
+    def submit(self, jobs: Sequence[GenerationJob], *, score: bool = False) -> None:
+        """All of them or none. score: their prompts are scored, and nothing is generated.
+
+        Raises ServerBusy if they don't fit into the queue, ServerStopping if the server is about to end, EngineFailed
+        if it can't serve.
         """
         with self._changed:
             if self.draining:
                 raise ServerStopping
-            if len(self.waiting) + len(jobs) > self.queue:
+            if self.fault is not None:
+                raise EngineFailed(self.fault)
+            if len(self.waiting) + len(self.scoring) + len(jobs) > self.queue:
                 self.metrics.refused += len(jobs)
                 raise ServerBusy
-            self.waiting.extend(jobs)
+            (self.scoring if score else self.waiting).extend(jobs)
             self.metrics.requests += len(jobs)
+            self._changed.notify()
+
+    def score_too(self, jobs: Sequence[GenerationJob]) -> None:
+        """Score the prompts of jobs that were taken before and have ended: also when the queue is full or drains."""
+        with self._changed:
+            if self._closing:
+                raise ServerStopping
+            if self.fault is not None:
+                raise EngineFailed(self.fault)
+            self.scoring.extend(jobs)
             self._changed.notify()
 
     def cancel(self, jobs: Sequence[GenerationJob]) -> None:
@@ -95,59 +122,109 @@ class BatchEngine:
             for job in jobs:
                 job.cancelled = True
             self.waiting = deque(job for job in self.waiting if not job.cancelled)
-
-    def score_prompt(self, job: GenerationJob) -> list[TokenScore]:
-        """Scores of a prompt's own tokens under what the job asked for, on the engine's thread; waits for it."""
-        task: Future[list[TokenScore]] = Future()
-        with self._changed:
-            if self._closing:
-                raise ServerStopping
-            self._tasks.append((job, task))
-            self._changed.notify()
-        return task.result()
+            self.scoring = deque(job for job in self.scoring if not job.cancelled)
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while self.idle:
-                    if self._closing:
-                        return
-                    self._changed.wait()
-            while self._tasks:
-                job, task = self._tasks.popleft()
-                try:
-                    task.set_result(self._score_prompt(job))
-                except (FusionError, RuntimeError) as error:
-                    task.set_exception(error)
-            if not self.waiting and not self.running:
-                continue
-            if not self.running:
-                time.sleep(WINDOW)  # prompts that come together are read together
-            try:
-                self._read_prompts(self._take_jobs())
-                if self.running:
-                    self._step()
-            except (FusionError, RuntimeError) as error:
-                # the caches may be half written: everyone in the batch hears of it, the next batch starts afresh
-                message = error.what if isinstance(error, FusionError) else str(error).splitlines()[0]
-                for job, _ in self.running:
-                    job.on_event(StreamEvent(error=message, status=500))
-                self.running, self._batch = [], None
+        reason = "its thread has ended"
+        try:
+            while self._wait():
+                if self.fault is not None:
+                    self._probe()
+                    continue
+                self._score_next()
+                if self.waiting or self.running:
+                    self._decode()
+        except BaseException as error:
+            reason = _reason(error)
+            raise
+        finally:
+            self._busy = False
+            if not self._closing:
+                self._fail(reason)
+
+    def _wait(self) -> bool:
+        """Until there is something to do. False: there never will be."""
+        with self._changed:
+            self._busy = False
+            while not (self.waiting or self.running or self.scoring):
+                if self._closing:
+                    return False
+                if not self._changed.wait(None if self.fault is None else RETRY) and self.fault is not None:
+                    break
+            self._busy = True
+            return True
+
+    def _decode(self) -> None:
+        """One token for all that run, after the prompts that can join."""
+        if not self.running:
+            time.sleep(WINDOW)  # prompts that come together are read together
+        joining = self._take_jobs()
+        try:
+            self._read_prompts(joining)
+            if self.running:
+                self._step()
+        except Exception as error:  # noqa: BLE001  whatever it was, its clients hear of it, and the thread lives on
+            # the caches may be half written: everyone in the batch hears of it, the next batch starts afresh
+            event = StreamEvent(error=_reason(error), status=500)
+            ended = {id(job): job for job in (*(job for job, _ in self.running), *joining)}
+            self.running, self._batch = [], None
+            for job in ended.values():
+                job.tell(event)
+            if not isinstance(error, FusionError):
+                self._probe()
+
+    def _score_next(self) -> None:
+        """One prompt: who runs waits for no more than that."""
+        with self._changed:
+            job = self.scoring.popleft() if self.scoring else None
+        if job is None:
+            return
+        try:
+            job.tell(StreamEvent(prompt=tuple(self._score_prompt(job))))
+        except Exception as error:  # noqa: BLE001  as in _decode
+            job.tell(StreamEvent(error=_reason(error), status=500))
+            if not isinstance(error, FusionError):
+                self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Can the models still give a token?"""
+        try:
+            if self.fused.device.type == "cuda":
+                torch.cuda.empty_cache()
+            ids_BL, mask_BL = left_pad([[min(self.fused.end_ids, default=0)]], 0, self.fused.device)
+            specs = self.fused.route_prompts([self.fused.spec], ids_BL, mask_BL)
+            self.fused.fuse(*self.fused.cached_models().read(ids_BL, mask_BL).last(), specs)
+            self.fault = None
+        except Exception as error:  # noqa: BLE001  every failure is one
+            self._fail(_reason(error))
+
+    def _fail(self, reason: str) -> None:
+        """Nothing can be served: whoever is here hears of it, and nobody is let in."""
+        with self._changed:
+            if self.fault is None:
+                logging.getLogger(__name__).error("the engine can't serve: %s", reason)
+            self.fault = reason
+            jobs = [*self.waiting, *self.scoring, *(job for job, _ in self.running)]
+            self.waiting.clear()
+            self.scoring.clear()
+            self.running, self._batch = [], None
+        for job in jobs:
+            job.tell(StreamEvent(error=f"the engine failed: {reason}", status=503))
 
     def _take_jobs(self) -> list[GenerationJob]:
         """Jobs that may join now. Those that waited too long hear so."""
-        joining: list[GenerationJob] = []
-        if self._batch is not None and not self._batch[0].movable:
-            return joining  # a cache that forgets (sliding window) takes no new rows: wait for the batch to end
         with self._changed:
-            while self.waiting and len(self.running) + len(joining) < self.rows:
-                job = self.waiting.popleft()
-                if job.cancelled:
-                    continue
-                if time.monotonic() - job.since > self.wait:
-                    job.on_event(StreamEvent(error="the server is busy: the request waited too long", status=503))
-                    continue
-                joining.append(job)
+            oldest = time.monotonic() - self.wait
+            late = [job for job in self.waiting if job.since < oldest]
+            self.waiting = deque(job for job in self.waiting if job.since >= oldest)
+            joining: list[GenerationJob] = []
+            # a cache that forgets (sliding window) takes no new rows: wait for the batch to end
+            if self._batch is None or self._batch[0].movable:
+                while self.waiting and len(self.running) + len(joining) < self.rows:
+                    joining.append(self.waiting.popleft())
+        for job in late:
+            job.tell(StreamEvent(error="the server is busy: the request waited too long", status=503))
         return joining
 
     @torch.no_grad()
@@ -236,7 +313,7 @@ class BatchEngine:
         if reason is not None:
             text += detokenizer.rest()
             job.cancelled = True
-        job.on_event(StreamEvent(text, (score,), reason))
+        job.tell(StreamEvent(text, (score,), reason))
 
     def _full_logprobs(self, logits_V: Tensor) -> Tensor:
         """Log-probabilities over all ids of the strong vocabulary."""
@@ -255,3 +332,11 @@ class BatchEngine:
         if job.top_p < 1:
             scores_1V = TopPLogitsWarper(job.top_p)(ids, scores_1V)
         return int(gumbel_sampling.sample(scores_1V, [gumbel_sampling.key(job.seed, job.sample, position)]))
+
+
+def _reason(error: BaseException) -> str:
+    """In one line."""
+    if isinstance(error, FusionError):
+        return error.what
+    line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

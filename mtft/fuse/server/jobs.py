@@ -23,13 +23,17 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """News of a job: text that is certain now, the tokens of this step, and at the end why it ended, or what failed."""
+    """News of a job: text that is certain now, the tokens of this step, and at the end why it ended, or what failed.
+
+    prompt: scores of the prompt's own tokens, of a job that asked for them.
+    """
 
     text: str = ""
     tokens: tuple[TokenScore, ...] = ()
     finish_reason: str | None = None
     error: str | None = None
     status: int = 200
+    prompt: tuple[TokenScore, ...] | None = None
 
 
 @dataclass
@@ -53,6 +57,13 @@ class GenerationJob:
     cancelled: bool = False
     since: float = field(default_factory=time.monotonic)
 
+    def tell(self, event: StreamEvent) -> None:
+        """To its client, if there is one."""
+        try:
+            self.on_event(event)
+        except RuntimeError:  # the loop that listened is closed
+            self.cancelled = True
+
 
 class ServerBusy(Exception):
     """The queue is full."""
@@ -60,6 +71,10 @@ class ServerBusy(Exception):
 
 class ServerStopping(Exception):
     """The server takes nothing new: it is about to end."""
+
+
+class EngineFailed(Exception):
+    """The engine can't serve at present: what is wrong."""
 
 
 def token_score(logp_V: Tensor, token: int, top: int) -> TokenScore:

@@ -15,7 +15,7 @@ from mtft.fuse.alpha.spec import FusionError, FusionSpec
 from mtft.fuse.decoding.generate_request import request_spec
 from mtft.fuse.decoding.prompts import Prompt, encode_prompt
 from mtft.fuse.fusion_core import FusionCore
-from mtft.fuse.request_values import check_values
+from mtft.fuse.request_values import ROW_ERRORS, check_values
 
 # What is known and not done: refused, but for values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -35,6 +35,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
 }
 MAX_STOPS, MAX_TOP, DEFAULT_TOKENS = 16, 20, 16
+TOLD = 500  # characters of an error
 
 
 class RequestError(Exception):
@@ -42,7 +43,9 @@ class RequestError(Exception):
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.message, self.status, self.param, self.code = message, status, param, code
+        self.message = message if len(message) <= TOLD else f"{message[:TOLD]}..."
+        self.param = param[:TOLD] if param else param
+        self.status, self.code = status, code
 
     def body(self) -> dict[str, Any]:
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
@@ -164,23 +167,31 @@ def read_completion_request(
         raise RequestError("stream_options takes include_usage, with stream", param="stream_options")
     if parsed.stream and echo:
         raise RequestError("echo is not streamed", param="echo", code="unsupported_parameter")
+    given = _prompts(body, chat)
+    if len(given) * parsed.n > limits.queue:
+        raise RequestError(
+            f"{len(given)} prompts with n = {parsed.n} are more than the queue of {limits.queue}", param="n"
+        )
     try:
-        prompts = _encode_prompts(body, fused, chat)
+        prompts = [encode_prompt(fused, **one) for one in given]
         spec = request_spec(fused, parsed.alpha, parsed.alpha_rule, parsed.expert_weights or None)
     except FusionError as error:
         raise RequestError(f"{error.what}: {error.do}" if error.do else error.what) from error
+    except ROW_ERRORS as error:
+        raise RequestError(f"the request can't be used: {type(error).__name__}: {error}") from error
     longest = max(len(ids) for prompt in prompts for ids in (prompt.ids, prompt.small_ids or ()))
     if max_tokens is None:
-        max_tokens = min(DEFAULT_TOKENS, fused.context - longest) if not chat else fused.context - longest
-    if longest + max_tokens > fused.context or max_tokens < 0:
+        room = fused.context - longest
+        if room < (not echo):
+            raise RequestError(
+                f"the prompt has {longest} tokens: the context holds {fused.context}", code="context_length_exceeded"
+            )
+        max_tokens = room if chat else min(DEFAULT_TOKENS, room)
+    if longest + max_tokens > fused.context:
         raise RequestError(
             f"the prompt has {longest} tokens and max_tokens is {max_tokens}: the context holds {fused.context}",
             param=limit_name,
             code="context_length_exceeded",
-        )
-    if len(prompts) * parsed.n > limits.queue:
-        raise RequestError(
-            f"{len(prompts)} prompts with n = {parsed.n} are more than the queue of {limits.queue}", param="n"
         )
     texts = [str(fused.tokenizer.decode(prompt.ids)) for prompt in prompts]
     return CompletionRequest(chat, parsed, model, models[model], prompts, texts, spec, max_tokens, logprobs, top, echo)
@@ -197,9 +208,9 @@ def _known_values(body: dict[str, Any], schema: type[RequestBody]) -> dict[str, 
         if name in UNSUPPORTED and value is not None and not _asks_for_nothing(name, value):
             raise RequestError(f"{name} is not supported", param=name, code="unsupported_parameter")
         if name not in known and name not in UNSUPPORTED:
-            near = closest_match(name, known)
-            hint = f": did you mean {near}?" if near else ""
-            raise RequestError(f"unknown parameter {name}{hint}", param=name, code="unknown_parameter")
+            near = closest_match(name[:TOLD], known)
+            hint = f"did you mean {near}?" if near else f"known are {', '.join(known)}"
+            raise RequestError(f"unknown parameter {name[:60]}: {hint}", param=name, code="unknown_parameter")
     return {name: value for name, value in body.items() if value is not None}
 
 
@@ -222,9 +233,10 @@ def _validate(body: dict[str, Any], schema: type[ChatBody] | type[CompletionBody
         raise RequestError(message, param=name) from invalid
 
 
-def _encode_prompts(body: dict[str, Any], fused: FusionCore, chat: bool) -> list[Prompt]:
+def _prompts(body: dict[str, Any], chat: bool) -> list[dict[str, Any]]:
+    """What encode_prompt takes, for each prompt."""
     if chat:
-        return [encode_prompt(fused, messages=body.get("messages") or [])]
+        return [{"messages": body.get("messages") or []}]
     prompt: Any = body.get("prompt")
     several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
-    return [encode_prompt(fused, one) for one in (prompt if several else [prompt])]
+    return [{"prompt": one} for one in (prompt if several else [prompt])]

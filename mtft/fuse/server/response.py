@@ -8,21 +8,24 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from fastapi.responses import StreamingResponse
+
 from mtft.fuse.decoding.token_trace import TokenTrace
 from mtft.fuse.server.batch_engine import BatchEngine
-from mtft.fuse.server.jobs import GenerationJob, ServerStopping, StreamEvent, TokenScore
+from mtft.fuse.server.jobs import EngineFailed, GenerationJob, ServerStopping, StreamEvent, TokenScore
 from mtft.fuse.server.logprobs import LogprobShapes, TextOffset
 from mtft.fuse.server.openai_protocol import CompletionRequest, RequestError
 
 if TYPE_CHECKING:
     from fastapi import Request
+    from starlette.types import Receive, Scope, Send
 
     from mtft.fuse.fusion_core import FusionCore
-
-GONE = 0.25  # seconds between two looks whether a client is still there
 
 
 class ResponseStream:
@@ -64,51 +67,76 @@ class ResponseStream:
                     small_ids=prompt.small_ids,
                 )
             )
-        if request.max_tokens:
-            self.engine.submit(self.jobs)
+        if request.max_tokens or request.logprobs:
+            self.engine.submit(self.jobs, score=not request.max_tokens)
         elif self.engine.draining:
             raise ServerStopping
 
     def cancel(self) -> None:
+        """Nobody waits for it any more: its places are free at once. May be called at any time, and twice."""
         self.engine.cancel(self.jobs)
 
-    async def next(self, client: Request | None = None) -> tuple[int, StreamEvent]:
-        """The next event. client: is looked after while it waits; if it has gone, its places are free at once."""
-        while True:
-            try:
-                index, event = await asyncio.wait_for(self.events.get(), None if client is None else GONE)
-            except TimeoutError:
-                if client is not None and await client.is_disconnected():
-                    self.cancel()
-                    raise RequestError("the client has left", status=499) from None
-                continue
-            if event.error is not None:
-                self.cancel()
-                raise RequestError(event.error, status=event.status)
-            return index, event
+    @asynccontextmanager
+    async def watched(self, request: Request) -> AsyncIterator[None]:
+        """A client that leaves meanwhile ends the block (499); whatever ends it early frees the places."""
 
-    async def complete(self, request: Request) -> dict[str, Any]:
-        """The answer in one piece; a client that leaves frees its rows."""
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                continue
+            self.cancel()
+            self.events.put_nowait((0, StreamEvent(error="the client has left", status=499)))
+
+        watcher = asyncio.create_task(watch())
+        try:
+            yield
+        except BaseException:
+            self.cancel()
+            raise
+        finally:
+            watcher.cancel()
+
+    async def next(self) -> tuple[int, StreamEvent]:
+        """The next event. RequestError if it is a failure."""
+        index, event = await self.events.get()
+        if event.error is not None:
+            self.cancel()
+            raise RequestError(event.error, status=event.status, code="engine_failed" if event.status == 500 else None)
+        return index, event
+
+    async def complete(self) -> dict[str, Any]:
+        """The answer in one piece."""
         texts, reasons = [""] * len(self.jobs), ["length"] * len(self.jobs)
         scores: list[list[TokenScore]] = [[] for _ in self.jobs]
-        unfinished = len(self.jobs) if self.request.max_tokens else 0
+        echoed: list[tuple[TokenScore, ...]] = [() for _ in self.jobs]
+        scored = not self.request.max_tokens  # that is all that was asked of the engine then
+        unfinished = 0 if scored and not self.request.logprobs else len(self.jobs)
         while unfinished:
-            index, event = await self.next(request)
+            index, event = await self.next()
+            if event.prompt is not None:
+                echoed[index] = event.prompt
             texts[index] += event.text
             scores[index] += event.tokens
             if event.finish_reason is not None:
                 reasons[index] = event.finish_reason
-                unfinished -= 1
+            unfinished -= event.finish_reason is not None or event.prompt is not None
+            if not unfinished and not scored and self.request.echo and self.request.logprobs:
+                scored, unfinished = True, len(self.jobs)
+                self._score_too()
         choices = []
         for index in range(len(self.jobs)):
-            echoed: list[TokenScore] = []
             if self.request.echo:
                 texts[index] = self.request.texts[index // self.request.body.n] + texts[index]
-                if self.request.logprobs:  # the first token has no prefix, so it has no score
-                    echoed = await asyncio.to_thread(self.engine.score_prompt, self.jobs[index])
             content = {"message": {"role": "assistant", "content": texts[index], "refusal": None}}
-            choices.append(self._choice(index, texts[index], content, echoed + scores[index], reasons[index]))
+            shown = [*echoed[index], *scores[index]]  # the first token has no prefix, so it has no score
+            choices.append(self._choice(index, texts[index], content, shown, reasons[index]))
         return self._head("") | {"choices": choices, "usage": self._usage(sum(map(len, scores)))}
+
+    def _score_too(self) -> None:
+        self.jobs = [replace(job, cancelled=False) for job in self.jobs]
+        try:
+            self.engine.score_too(self.jobs)
+        except (EngineFailed, ServerStopping) as error:
+            raise RequestError(f"the engine failed: {error}", status=503) from error
 
     async def stream(self, first: tuple[int, StreamEvent]) -> AsyncIterator[str]:
         """Server-sent events: chunks, the usage if asked for, [DONE]."""
@@ -159,6 +187,20 @@ class ResponseStream:
             choice["logprobs"] = self.logprobs.completion(scores, self.offsets[index])
         trace = self.jobs[index].trace
         return choice if trace is None or reason is None else choice | {"trace": trace.tokens[0]}
+
+
+class ServerSentEvents(StreamingResponse):
+    """The stream of an answer. Its places are free when it ends, also if it never began: nothing else ends it then."""
+
+    def __init__(self, answer: ResponseStream, first: tuple[int, StreamEvent]) -> None:
+        super().__init__(answer.stream(first), media_type="text/event-stream")
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
 
 
 def _sse(data: dict[str, Any]) -> str:

@@ -28,9 +28,11 @@ from data_mixers.sweep.early_termination import EarlyTermination
 from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.runner import SweepResult, make_trials, run_sweep
 from data_mixers.sweep.trial import Trial
-from mtft.common.atomic_io import write_json
+from mtft.common.atomic_io import write_json, write_text
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import content_hash
+from mtft.common.folder_lock import sole_writer
+from mtft.common.output_paths import check_output_folder
 from mtft.data.planning import epoch_caps, groups, make_plan, requested_mixture, task_sizes
 from mtft.pipeline.stages import derived_recipes
 from mtft.recipe.load import fingerprint
@@ -137,15 +139,12 @@ def _other_trials(recipe: Recipe, text: str) -> bool:
 
 
 def _write_design(recipe: Recipe, text: str) -> None:
-    folder = mix_dir(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / DESIGN).write_text(text, encoding="utf-8")
+    with sole_writer(mix_dir(recipe)):
+        write_text(mix_dir(recipe) / DESIGN, text)
 
 
 def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
     """Runs the trials that the ledger does not hold yet."""
-    from mtft.training.sweep_trial import run_trial
-
     sweep = _sweep(recipe)
     missing = [task.name for task in recipe.tasks if task.eval_data is None]
     if missing:
@@ -154,6 +153,14 @@ def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
             where=f"tasks.{missing[0]}.eval_data",
             do="give every task an eval_data file",
         )
+    check_output_folder(mix_dir(recipe), key="output.dir")
+    with sole_writer(mix_dir(recipe)):
+        return _sweep_trials(recipe, sweep, on_done)
+
+
+def _sweep_trials(recipe: Recipe, sweep: SweepSection, on_done: Any) -> SweepResult:
+    from mtft.training.sweep_trial import run_trial
+
     trials = design(recipe, _stores(recipe))
     _write_design(recipe, _table(recipe, trials))
     # Workers share the cores: two of them with all cores' threads each wait for each other most of the time.
@@ -204,9 +211,10 @@ def mix_propose(recipe: Recipe) -> Proposal:
 
 
 def _written(folder: Path, fit: dict[str, Any], proposal: Proposal) -> Proposal:
-    write_json(folder / FIT, fit)
-    write_json(folder / PROPOSAL, proposal.as_dict())
-    proposal.to_yaml(folder / MIXTURE)
+    with sole_writer(folder):
+        write_json(folder / FIT, fit)
+        write_json(folder / PROPOSAL, proposal.as_dict())
+        proposal.to_yaml(folder / MIXTURE)
     return proposal
 
 

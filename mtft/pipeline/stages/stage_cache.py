@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
+from mtft.common.folder_lock import sole_writer
 
 STARTED, DONE = "started.json", "done.json"
 
@@ -26,6 +27,11 @@ def run_cached_stage(folder: Path, inputs: dict, work: Callable[[], None], *, fr
     With other inputs: UserError that names what differs, or, with `fresh`, a new start beside the old folder.
     """
     inputs = json.loads(json.dumps(inputs))
+    with sole_writer(folder):
+        return _run(folder, inputs, work, fresh=fresh)
+
+
+def _run(folder: Path, inputs: dict, work: Callable[[], None], *, fresh: bool) -> bool:
     begun = read_json(folder / STARTED)
     if begun is not None and begun != inputs:
         if not fresh:

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_mixers.mixture.mixture import Mixture, natural, uniform
+from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
+from mtft.common.folder_lock import sole_writer
 from mtft.data.planning import task_sizes
 from mtft.pipeline.stages import derived_recipes
 from mtft.pipeline.stages.stage_cache import move_aside
@@ -117,17 +119,17 @@ def train_runs(
 
 def _clear_if_other(folder: Path, recipe: Recipe) -> None:
     """Moves the folder aside if it holds a run of another recipe; a run of this one goes on or stands."""
-    try:
-        check_recipe(folder, recipe)
-    except UserError:
-        move_aside(folder)
+    with sole_writer(folder):
+        try:
+            check_recipe(folder, recipe)
+        except UserError:
+            move_aside(folder)
 
 
 def _launched(recipe: Recipe, folder: Path, launch: str) -> None:
     """`LAUNCH -m mtft train RECIPE` in its own processes; they write to our terminal."""
     written = folder.with_name(f"{folder.name}.recipe.yaml")
-    written.parent.mkdir(parents=True, exist_ok=True)
-    written.write_text(dump_recipe(recipe), encoding="utf-8")
+    write_text(written, dump_recipe(recipe))
     command = [*shlex.split(launch), "-m", "mtft", "train", str(written)]
     code = subprocess.run(command, check=False).returncode
     if code != 0 or read_result_file(folder) is None:

@@ -11,6 +11,7 @@ import torch
 
 from mtft.common.atomic_io import write_json, write_text
 from mtft.common.errors import UserError
+from mtft.common.folder_lock import sole_writer
 from mtft.recipe.load import load_recipe
 from mtft.training.checkpoint.checkpoint_files import checkpoint_step, latest_checkpoint, load_tree
 from mtft.training.export.export import told_in_card
@@ -31,6 +32,11 @@ def export_run(run_dir: Path, *, quiet: bool = False) -> TrainResult:
     """
     if not (run_dir / RECIPE).is_file():
         raise UserError(f"the folder holds no {RECIPE}", where=str(run_dir), do="give the output.dir of a run")
+    with sole_writer(run_dir):
+        return _export(run_dir, quiet=quiet)
+
+
+def _export(run_dir: Path, *, quiet: bool) -> TrainResult:
     content = read_result_file(run_dir)
     exported = content is not None and (run_dir / content["export"]).is_dir()
     if content is None or not exported or content.get("state") != PROVED:

@@ -9,6 +9,7 @@ it fails after the training nothing is lost, since the adapter stands and `mtft 
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mtft.training.export.chat_files import save_chat_files
 from mtft.training.export.export import INITIAL, write_card, write_weights
 from mtft.training.export.proof import probe_settings, write_probe
 
+SCRATCH = ".rehearsal-"
 WHOLE_MODEL = 1 << 30  # bytes up to which a whole model is written to see whether it can be
 
 
@@ -53,10 +55,16 @@ def rehearse_export(model: Any, recipe: Recipe, plan: Any, *, tokenizer: Any) ->
         raise trouble
 
 
+def clear_rehearsals(run_dir: Path) -> None:
+    """Removes what a run that was killed in its rehearsal has left in its folder."""
+    for left_over in run_dir.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
 def _rehearse(model: Any, recipe: Recipe, plan: Any, tokenizer: Any) -> None:
     run_dir = Path(recipe.output.dir)
     try:
-        scratch = tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=run_dir)
+        scratch = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=run_dir)
     except OSError as error:
         what = f"nothing can be written into the output folder: {error.strerror}"
         raise UserError(what, where=str(run_dir), do="give another output.dir") from error

@@ -21,7 +21,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mtft.common.atomic_io import finite, write_text
+from mtft.common.long_work import LongWork, duration
 from mtft.data.batching.batches import StepContent
 
 MINUTE = 60.0
 METRICS, EVALS = "metrics.jsonl", "eval.jsonl"
-SILENCE = 10.0  # seconds after which something is said
 
 
 class MetricsLog:
@@ -48,8 +49,9 @@ class MetricsLog:
         self._work: LongWork | None = None  # what is under way, where it is told of
 
     def say(self, text: str) -> None:
-        """One line for the person who watches."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """One line for the person who watches; that the terminal is gone ends no run."""
+        with suppress(OSError):
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, step: int) -> None:
         """Forgets what was logged after `step` (a resumed run logs those steps again) and shows the bar."""
@@ -86,7 +88,8 @@ class MetricsLog:
         self._append(METRICS, line)
         losses = "  ".join(f"{task} {_short(values['loss'])}" for task, values in line["tasks"].items())
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=line["step"], losses=losses)
+            with suppress(OSError):
+                self._bar.update(self._bar.task_ids[0], completed=line["step"], losses=losses)
         elif not self.quiet and self._due(line["step"]):
             rate = f", {line['tokens_per_second']:,.0f} tokens/s" if line["tokens_per_second"] else ""
             self.say(f"step {line['step']}/{self.steps}: loss {_short(line['loss'])} ({losses}){rate}")
@@ -117,8 +120,9 @@ class MetricsLog:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+            bar, self._bar = self._bar, None
+            with suppress(OSError):
+                bar.stop()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if self.run_dir is not None:
@@ -191,46 +195,3 @@ def _cut(path: Path, step: int) -> None:
 
 def _short(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
-
-
-class LongWork:
-    """Call it with (parts done, parts in all) after each part; it says so at most every SILENCE seconds.
-
-    first  the first part is told of at once, with what follows from it
-    total  more to say of the seconds that the whole will take
-    """
-
-    def __init__(
-        self,
-        say: Callable[[str], None],
-        what: str,
-        *,
-        first: bool = False,
-        total: Callable[[float], str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.say, self.what, self.first, self.total, self.clock = say, what, first, total, clock
-        self.begin = self.said = clock()
-
-    def __call__(self, done: int, of: int) -> None:
-        now = self.clock()
-        if not (self.first and done == 1) and (now - self.said < SILENCE or done >= of):
-            return
-        self.said = now
-        whole = (now - self.begin) / done * of
-        left = f", about {duration(whole - (now - self.begin))} to go" if done < of else ""
-        more = "" if self.total is None else f"; {self.total(whole)}"
-        self.say(f"{self.what} {done} of {of} done after {duration(now - self.begin)}{left}{more}")
-
-
-def duration(seconds: float) -> str:
-    """0.2 s, 35 s, 4 min 10 s, 2 h 5 min, 3 days 4 h."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    for unit, size, below, small in (("day", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if whole >= size:
-            count, rest = whole // size, whole % size // small
-            many = "s" if unit == "day" and count > 1 else ""
-            return f"{count} {unit}{many}" + (f" {rest} {below}" if rest else "")
-    return f"{whole} s"

@@ -14,7 +14,8 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from data_mixers.plan.realized import realized_spans
 from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.atomic_io import write_json, write_text
 from mtft.common.errors import UserError
-from mtft.distributed.launch import world_size
+from mtft.common.folder_lock import sole_writer
+from mtft.common.output_paths import check_output_folder
+from mtft.distributed.launch import is_main_process, world_size
 from mtft.recipe.load import dump_recipe, load_recipe
 from mtft.recipe.schema.recipe import Recipe
 
-RECIPE, RESULT, SCORES = "recipe.yaml", "result.json", "scores"
+RECIPE, ENV, RESULT, SCORES = "recipe.yaml", "env.json", "result.json", "scores"
 # `state` in result.json: the export was loaded in a fresh process and is what was trained; that was asked for and could
 # not be shown; or it was not asked for.
 PROVED, NOT_PROVED, TRAINED = "trained and proved", "trained, not proved", "trained"
@@ -37,6 +40,53 @@ _FREE = ("name", "output", "sweep", "merge", "fuse", "run")
 _FREE += ("train.eval_every", "train.eval_on_start", "train.max_bad_steps")
 _PACKAGES = ("mtft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 _PACKAGES += ("bitsandbytes", "deepspeed", "trl")
+
+
+@contextmanager
+def sole_run(recipe: Recipe, *, fresh: bool) -> Iterator[UserError | None]:
+    """Nobody else writes the run's folder while the block runs. One lock for all ranks: the main process holds it.
+
+    Raises UserError if another run has it, nothing can be written there, or what is there is none of ours. With
+    several ranks, which would wait for ever for one that has ended, the error is yielded instead, to be told to all of
+    them.
+    """
+    refused: UserError | None = None
+    run_dir = Path(recipe.output.dir)
+    with ExitStack() as held:
+        if is_main_process():
+            try:
+                check_output_folder(run_dir, inputs=_inputs(recipe) if fresh else (), key="output.dir")
+                refuse_foreign_folder(run_dir)
+                held.enter_context(sole_writer(run_dir))
+            except UserError as error:
+                if world_size() == 1:
+                    raise
+                refused = error
+        yield refused
+
+
+def refuse_foreign_folder(run_dir: Path) -> None:
+    """UserError if the folder holds files that a run would replace, and is no run's: somebody's own recipe.yaml."""
+    if (run_dir / ENV).exists() or any(run_dir.glob("checkpoint-*/manifest.json")):
+        return
+    theirs = [
+        name for name in (RECIPE, RESULT, "plan.json", "metrics.jsonl", "eval.jsonl") if (run_dir / name).exists()
+    ]
+    if theirs:
+        raise UserError(
+            f"the folder is no run's, and holds {', '.join(theirs)}, which a run would replace",
+            where=f"output.dir: {run_dir}",
+            do="give another output.dir",
+        )
+
+
+def _inputs(recipe: Recipe) -> list[Path]:
+    """Models and data of a recipe that lie on this disk: a folder that holds one of them is not moved aside."""
+    given = [recipe.model.path]
+    for task in recipe.tasks:
+        for files in (task.data, task.eval_data):
+            given += [files] if isinstance(files, str) else list(files or ())
+    return [Path(path) for path in given if Path(path).exists()]
 
 
 def check_recipe(run_dir: Path, recipe: Recipe) -> None:
@@ -64,7 +114,7 @@ def read_result_file(run_dir: Path) -> dict[str, Any] | None:
 
 def finished_on_other_data(run_dir: Path, identity: Mapping[str, str]) -> None:
     """UserError, naming the tasks, when the finished run in the folder was trained on other rows than there are now."""
-    path = run_dir / "env.json"
+    path = run_dir / ENV
     before = json.loads(path.read_text(encoding="utf-8")).get("fingerprints", {}) if path.is_file() else {}
     other = [key for key, value in identity.items() if key.startswith("data of ") and before.get(key, value) != value]
     if other:
@@ -88,9 +138,9 @@ def move_aside(run_dir: Path) -> None:
 def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, Any]) -> None:
     """recipe.yaml, env.json and plan.json, before the first step."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / RECIPE, dump_recipe(recipe))
     chosen = {"micro_batch_tokens": size} if (size := chosen_size(run_dir)) is not None else {}
-    write_json(run_dir / "env.json", {**environment(), "seed": recipe.seed, "fingerprints": identity, **chosen})
+    write_json(run_dir / ENV, {**environment(), "seed": recipe.seed, "fingerprints": identity, **chosen})
+    write_text(run_dir / RECIPE, dump_recipe(recipe))  # after env.json, which says that the folder is a run's
     write_plan(run_dir, recipe, plan)
 
 
@@ -107,7 +157,7 @@ def write_plan(run_dir: Path, recipe: Recipe, plan: Any) -> None:
 
 def chosen_size(run_dir: Path) -> int | None:
     """Tokens of a micro-batch that an earlier start of this run found (train.micro_batch_tokens: auto)."""
-    path = run_dir / "env.json"
+    path = run_dir / ENV
     return json.loads(path.read_text(encoding="utf-8")).get("micro_batch_tokens") if path.is_file() else None
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from mtft.adapters.routers import CentroidRouter
+from mtft.common.errors import UserError
 from mtft.fuse.alpha.spec import FusionError
-from mtft.fuse.batch import jsonl_commands, resumable_jsonl
+from mtft.fuse.batch import jsonl_commands
+from mtft.fuse.batch.answers_file import AnswersFile
 from mtft.fuse.from_recipe import fingerprint, load_fusion
 from mtft.recipe.schema.recipe import Recipe
 from tests.fuse import tiny
@@ -84,7 +86,7 @@ def test_answers(ask):
     assert sum(step["alpha"][0] for step in trace) / len(trace) == pytest.approx(answers[4]["alpha_mean"])
     assert len(trace[0]["top"]["fused"]) == 5
     assert 0 <= trace[0]["tv"] <= 1
-    assert not (ask.folder / "y.jsonl.part").exists()
+    assert sorted(path.name for path in ask.folder.iterdir()) == ["x.jsonl", "y.jsonl"]
 
 
 def test_a_row_alone_gives_the_same(ask):
@@ -109,7 +111,7 @@ def test_killed_and_resumed_equals_uninterrupted(ask, monkeypatch):
     monkeypatch.setattr(jsonl_commands, "generate_bucket", dying)
     with pytest.raises(KeyboardInterrupt):
         ask(ROWS)
-    part = ask.folder / "y.jsonl.part"
+    part = ask.folder / ".y.jsonl.mtft-part"
     with part.open("a") as file:
         file.write('{"index": 5, "id": null, "te')  # torn by the kill
     summary = ask(ROWS)
@@ -119,16 +121,14 @@ def test_killed_and_resumed_equals_uninterrupted(ask, monkeypatch):
 
 
 def test_changed_rows_are_done_again(ask, monkeypatch):
-    monkeypatch.setattr(
-        resumable_jsonl, "_finish", lambda *_: None
-    )  # leaves the .part behind, as a kill at the very end does
+    monkeypatch.setattr(AnswersFile, "finish", lambda *_: None)  # leaves it behind, as a kill at the very end does
     ask(ROWS)
     changed = [*ROWS[:5], {"prompt": "something else"}]
     assert ask(changed).resumed == 5
 
 
 def test_another_recipe_does_not_continue_this_one(ask, places, fused, monkeypatch):
-    monkeypatch.setattr(resumable_jsonl, "_finish", lambda *_: None)
+    monkeypatch.setattr(AnswersFile, "finish", lambda *_: None)
     ask(ROWS)
     other = recipe_of(places, ask.folder, alpha_rule="forward")
     assert fingerprint(other) != fingerprint(ask.recipe)
@@ -138,7 +138,7 @@ def test_another_recipe_does_not_continue_this_one(ask, places, fused, monkeypat
 
 def test_finished_output_is_not_overwritten_by_accident(ask):
     ask(ROWS[:1])
-    with pytest.raises(FusionError, match="there already"):
+    with pytest.raises(UserError, match="there already"):
         ask(ROWS[:1])
     assert ask(ROWS[:1], overwrite=True).rows == 1
 

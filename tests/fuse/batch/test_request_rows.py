@@ -119,6 +119,7 @@ def json_values():
 @given(st.dictionaries(st.sampled_from([*jsonl_commands.SCORE, *jsonl_commands.GENERATE]), json_values(), max_size=5))
 def test_no_row_ends_a_run(fused, tmp_path, row):
     """Any JSON under any key, beside a good row: it is answered, or fails by itself, and the output is JSON."""
+    from mtft.fuse.batch.answers_file import AnswersFile
     from mtft.fuse.batch.jsonl_commands import Row, _prompt_and_response, _row_spec
     from mtft.fuse.batch.resumable_jsonl import run_buckets
 
@@ -131,10 +132,52 @@ def test_no_row_ends_a_run(fused, tmp_path, row):
     good = {"prompt": "a", "response": "b"}
     source.write_text(f"{json.dumps(row)}\n{json.dumps(good)}\n{json.dumps(good | row)}\n")
     jobs = read_requests(source, prepare)
-    done = run_buckets(jobs, tmp_path / "y.jsonl", "x", lambda rows: [{} for _ in rows], bucket=1)
+    answers = AnswersFile(tmp_path / "y.jsonl")
+    answers.claim("x")
+    done = run_buckets(jobs, answers, {}, lambda rows: [{} for _ in rows], bucket=1)
     answers = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "y.jsonl").open()]
     assert done.rows == len(answers) == 3
     assert "error" not in answers[1]
+
+
+def test_a_row_that_is_too_long_for_anything(ask):
+    rows = ['{"prompt": "a"}', f'{{"prompt": "{"x" * (1 << 24)}"}}', '{"prompt": "b"}']
+    done, answers = ask("\n".join(rows))
+    assert (done.failed, answers[1]["line"]) == (1, 2)
+    assert answers[1]["error"] == "the row has 16,777,230 characters: at most 16,777,216"
+
+
+def test_unknown_keys_tell_the_known_ones_and_errors_stay_short(ask):
+    long = "k" * 100_000
+    done, answers = ask(f'{{"wish": 1, "prompt": "a"}}\n{{"{long}": 1}}\n{{"prompt": "a", "alpha": "{long}"}}\n')
+    assert done.failed == 3
+    assert answers[0]["error"].startswith("unknown key 'wish'; a row may have prompt, messages, id, max_tokens, seed")
+    assert all(len(answer["error"]) < 600 for answer in answers)
+
+
+def test_columns_that_are_not_read_are_told_with_those_that_are(ask):
+    row = {f"column{i}": i for i in range(1000)} | {"prompt": "a", "response": "b"}
+    with pytest.warns(UserWarning, match=r"column9 \(1 rows\) and 990 more; read are prompt, response"):
+        ask(json.dumps(row), kind=jsonl_commands.score)
+
+
+@pytest.mark.parametrize("name", ["recipe", "input", "data", "router", "weights"])
+def test_the_output_is_no_file_of_the_recipe(places, tmp_path, name):
+    """Refused before a model is loaded, whatever path leads there."""
+    recipe = recipe_of(places, tmp_path).model_dump(mode="json", exclude_unset=True)
+    recipe["tasks"] = [{"name": "x", "data": "sub*/x.jsonl"}, {"name": "y", "data": "quickstart:naming"}]
+    recipe["fuse"] |= {"router": str(tmp_path / "router.safetensors"), "weights": "router"}
+    (tmp_path / "sub").mkdir()
+    files = {"recipe": "r.yaml", "input": "in.jsonl", "data": "sub/x.jsonl", "router": "router.safetensors"}
+    for file in files.values():
+        (tmp_path / file).write_text("{}\n")
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    out = places["strong"] / "model.safetensors" if name == "weights" else tmp_path / "sub" / ".." / files[name]
+    before = out.read_bytes()
+    command = ["fuse", "generate", str(tmp_path / "r.yaml"), "--in", str(tmp_path / "in.jsonl"), "--out", str(out)]
+    result = CliRunner().invoke(app, [*command, "--overwrite"])
+    assert "the output is an input" in str(result.exception)
+    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("out of memory"), ValueError("bad"), OverflowError("large")])

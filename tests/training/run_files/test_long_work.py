@@ -2,7 +2,8 @@
 
 import pytest
 
-from mtft.training.run_files.metrics_log import LongWork, MetricsLog, duration
+from mtft.common.long_work import LongWork, duration
+from mtft.training.run_files.metrics_log import MetricsLog
 
 
 @pytest.mark.parametrize(

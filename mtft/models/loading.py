@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from logging import WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,8 +256,9 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     told: Any = logging.get_logger("transformers.modeling_utils")
-    report_filter = ReportFilter()
+    report_filter, level = ReportFilter(told.getEffectiveLevel()), told.level
     told.addFilter(report_filter)
+    told.setLevel(min(WARNING, told.getEffectiveLevel()))  # of the report
     try:
         loaded = auto.from_pretrained(location, trust_remote_code=False, **hub, **options)
     except torch.OutOfMemoryError:
@@ -276,6 +278,7 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
         ) from error
     finally:
         told.removeFilter(report_filter)
+        told.setLevel(level)
         if bars:
             logging.enable_progress_bar()
     if not weights:

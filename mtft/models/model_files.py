@@ -91,14 +91,16 @@ def check_finite(model: torch.nn.Module, folder: Path, where: str, *, only: str 
 class ReportFilter:
     """Holds back the loading report of transformers, a line for each weight: it is refused in one sentence."""
 
-    def __init__(self) -> None:
+    def __init__(self, level: int) -> None:
+        self.level = level
+        """Of the other messages that are to be seen."""
         self.mismatch: str | None = None
         """The first weight whose shape is not that of the config, and both shapes."""
 
     def filter(self, record: LogRecord) -> bool:
         text = record.getMessage()
         if "LOAD REPORT" not in text:
-            return True
+            return record.levelno >= self.level
         row = re.search(r"^(\S.*?)\s+\|\s*MISMATCH\s*\|.*?(\[[\d, ]*\]).*?(\[[\d, ]*\])", text, re.MULTILINE)
         if row is not None:
             self.mismatch = f"{row[1]} is {row[2]}, and {row[3]} by the config"

@@ -1,6 +1,7 @@
 """Folders of models with one thing wrong: refused before training, with the file and the key."""
 
 import json
+import logging
 import os
 import shutil
 
@@ -75,7 +76,9 @@ def test_values_that_cannot_be(folder, key, value):
     assert last in str(error)
 
 
-def test_sizes_of_another_model_are_named_with_the_first_weight(folder):
+@pytest.mark.parametrize("level", [logging.WARNING, logging.CRITICAL])
+def test_sizes_of_another_model_are_named_with_the_first_weight(folder, caplog, level):
+    caplog.set_level(level, logger="transformers.modeling_utils")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 300}))
     error = refused(folder)

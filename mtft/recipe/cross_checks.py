@@ -15,8 +15,9 @@ from typing import Any
 from data_mixers.common.errors import MixError
 from data_mixers.common.suggest import closest_match
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture
+from mtft.common.listing import listed
 from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
-from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child
+from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child, kind_of
 
 # keys of `shares` that are no task's name
 RULES = (*TemperatureShares.model_fields, *FileShares.model_fields, *ScheduleShares.model_fields)
@@ -134,7 +135,7 @@ def _unknown_tasks(path: KeyPath, given: Iterable[str], names: tuple[str, ...], 
     for name in given if names else ():
         if name not in names:
             near = closest_match(name, [*names, *also])
-            do = f"did you mean {near}?" if near else f"the tasks are {', '.join(names)}"
+            do = f"did you mean {near}?" if near else f"the tasks are {listed(names)}"
             problems.append(YamlProblem((*path, name), f"names a task that is not there: {name!r}", do))
     return problems
 
@@ -142,7 +143,7 @@ def _unknown_tasks(path: KeyPath, given: Iterable[str], names: tuple[str, ...], 
 def _without(path: KeyPath, given: Mapping[str, Any], names: tuple[str, ...], what: str, do: str) -> list[YamlProblem]:
     """A mapping that has no number for some of the tasks. what: "share"."""
     lost = [name for name in names if name not in given]
-    return [YamlProblem(path, f"has no {what} for {', '.join(lost)}", do)] if lost else []
+    return [YamlProblem(path, f"has no {what} for {listed(lost)}", do)] if lost else []
 
 
 def _share_paths(source: YamlSource) -> list[KeyPath]:
@@ -169,6 +170,10 @@ def _shares(source: YamlSource, path: KeyPath, names: tuple[str, ...]) -> list[Y
     here = ".".join(map(str, path))
     rules = [rule for rule in RULES if rule in value and rule not in names]
     if rules:  # {temperature: ...} or {file: ...}; with another key beside it, it would pass as a mapping of tasks
+        rule, wanted = rules[0], {"file": (str, "text"), "schedule": (list, "a list of stops")}
+        kind, words = wanted.get(rule, (object, ""))
+        if not isinstance(value[rule], kind):
+            return [YamlProblem((*path, rule), f"is {kind_of(value[rule])}, and must be {words}")]
         return [
             YamlProblem((*path, key), f"{key!r} is not a key of {here} beside {rules[0]}", "a rule stands alone")
             for key in value
@@ -185,7 +190,7 @@ def _shares(source: YamlSource, path: KeyPath, names: tuple[str, ...]) -> list[Y
             do = "give at least one task a share above 0; together they make 1"
             problems.append(YamlProblem(path, "adds up to 0", do))
         elif abs(total - 1) > SUM_TOLERANCE and not problems:
-            scaled = ", ".join(f"{name}: {share / total:.4g}" for name, share in shares.items())
+            scaled = listed((f"{name}: {share / total:.4g}" for name, share in shares.items()), 40)
             problems.append(YamlProblem(path, f"adds up to {total:.6g}, not 1", f"in these proportions: {{{scaled}}}"))
     return problems
 

@@ -55,9 +55,16 @@ def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return "a name of letters, digits and _ . - that starts with a letter or digit" if pattern else "text"
     word = {int: "a whole number", float: "a number", bool: "true or false"}[annotation]
     limits = [
-        f"{sign} {getattr(item, key)}" for item in constraints for kind, sign, key in _LIMITS if type(item) is kind
+        f"{sign} {_bound(getattr(item, key))}"
+        for item in constraints
+        for kind, sign, key in _LIMITS
+        if type(item) is kind
     ]
     return " and ".join([f"{word} {limits[0]}", *limits[1:]]) if limits else word
+
+
+def _bound(value: float) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _flatten(metadata: Iterable[Any]) -> list[Any]:

@@ -261,7 +261,9 @@ def kind_of(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.12g}"
     if isinstance(value, int):  # Python writes out no number of more than 4,300 digits
-        return str(value) if value.bit_length() < 128 else f"a number of {int(value.bit_length() * 0.30103) + 1} digits"
+        return (
+            str(value) if value.bit_length() < 128 else f"a number of about {int(value.bit_length() * 0.30103)} digits"
+        )
     return "a list" if isinstance(value, list) else "a mapping"
 
 

@@ -11,8 +11,12 @@ Under torchrun or accelerate every rank runs this, and only the first one speaks
 from __future__ import annotations
 
 import errno
+import io
+import os
 import sys
 from collections.abc import Sequence
+
+LONGEST_BLOCK = 50  # lines of an error; what names a file's problems stops long before
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not debug:
         _hush_libraries()
+    for stream in (sys.stdout, sys.stderr):  # LANG=C, LATIN-1: a sign that can't be written is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if not _has_working_directory():
+        _say("error: the working directory is gone\n  do:    cd to a folder that is there")
+        return 2
     try:
         app(arguments, prog_name="mtft")
     except SystemExit as stop:
@@ -33,6 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except UserError as error:
         return _report(error, str(error), 2, debug)
+    except UnicodeEncodeError as error:
+        if error.encoding == sys.getfilesystemencoding() and isinstance(error.object, str):
+            what = f"error: a path can't be written in {error.encoding}\n  where: {error.object!a}"
+            return _report(
+                error, f"{what}\n  do:    set LC_ALL=C.UTF-8 (or PYTHONUTF8=1), or use other names", 2, debug
+            )
+        return _report(error, _failure(error), 1, debug)
     except ValueError as error:
         from data_mixers.common.errors import MixError
 
@@ -42,6 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001  the last line of defence: people get a block, not a trace
         return _report(error, _failure(error), 1, debug)
     return 0
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def _hush_libraries() -> None:
@@ -76,7 +101,10 @@ def _report(error: Exception, block: str, code: int, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    _say(block)
+    from mtft.common.listing import first_lines
+
+    lines = block.splitlines()
+    _say("\n".join([*first_lines(lines[:-2], LONGEST_BLOCK, 2000), *first_lines(lines[-2:], 2, 2000)]))
     return code
 
 

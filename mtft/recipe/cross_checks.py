@@ -16,6 +16,7 @@ from data_mixers.common.errors import MixError
 from data_mixers.common.suggest import closest_match
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture
 from mtft.common.listing import listed
+from mtft.common.own_files import irregular
 from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
 from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child, kind_of
 
@@ -49,6 +50,8 @@ def check_files(source: YamlSource, resolve: Callable[[str], str]) -> list[YamlP
         if glob.has_magic(place):
             if not glob.glob(place, recursive=True):
                 problems.append(YamlProblem(path, f"matches no file: {place}", "check the pattern"))
+        elif (kind := irregular(Path(place))) not in (None, "a folder"):
+            problems.append(YamlProblem(path, f"names {kind}, not a file: {place}", "give files, or a saved dataset"))
         elif not Path(place).exists():
             problems.append(YamlProblem(path, f"names a file that is not there: {place}", _near_file(Path(place))))
     reference: KeyPath = ("mixture", "online", "reference")
@@ -65,6 +68,8 @@ def check_files(source: YamlSource, resolve: Callable[[str], str]) -> list[YamlP
 
 
 def _mixture_file(path: KeyPath, place: Path, names: tuple[str, ...]) -> list[YamlProblem]:
+    if (kind := irregular(place)) is not None:
+        return [YamlProblem(path, f"names {kind}, not a file: {place}", "give a mixture.yaml")]
     if not place.is_file():
         do = "`mtft mix propose RECIPE` writes it; or give shares by a rule (natural, uniform)"
         return [YamlProblem(path, f"names a file that is not there: {place}", do)]

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
+from mtft.common.cache_folder import expand_home
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import json_hash
 from mtft.common.listing import clipped, first_lines
@@ -111,7 +112,12 @@ def _place(text: str, base: Path, kind: PathKind) -> str:
     """An absolute path, unless the text names something that is not a file."""
     if text.startswith(kind.schemes):
         return text
-    place = os.path.normpath((Path.cwd() if kind.output else base) / Path(text).expanduser())
+    place = os.path.normpath((Path.cwd() if kind.output else base) / expand_home(text))
+    try:
+        place.encode("utf-8")
+    except UnicodeEncodeError:
+        do = "call the folder something in UTF-8: what a run writes names its paths"
+        raise UserError("the path is not UTF-8", where=ascii(place), do=do) from None
     is_path = not kind.hub or text.startswith(("/", "./", "../", "~")) or text in (".", "..") or os.path.isdir(place)
     return place if is_path else text
 

@@ -7,6 +7,7 @@ stay the text that was written, so a task may be called `2024`. Nothing here kno
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mtft.common.own_files import irregular
 
 KeyPath = tuple[str | int, ...]
 
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # a zero byte, half of a surrogate pair
 _TAG = "tag:yaml.org,2002:"
 _MAX_BYTES = 1 << 23
 _MAX_VALUES = 60_000  # keys and values: reading them takes seconds; aliases of aliases write a billion in ten lines
@@ -242,6 +244,8 @@ class _Builder:
             self._problem(path, node, what, "write a number or true/false")
             return None
         if kind in ("str", "timestamp", "value"):
+            if _NO_TEXT.search(node.value):
+                self._problem(path, node, f"holds a sign that no text has: {node.value!a}", "remove it")
             return str(node.value)
         return self._foreign_tag(path, node)
 

@@ -23,7 +23,7 @@ STYLES = ("-", "--", ":", "-.")
 GREY = "#8a8f98"
 # A name is a name: `$` begins no formula in it. Texts ask for this when they are made, so each function is decorated.
 plain_text = matplotlib.rc_context({"text.parse_math": False})
-LONGEST_NAME = 32
+LONGEST_NAME = 24
 NUMBERS_UP_TO = 40  # rows of a heat map; beyond, they could not be read, and drawing them takes minutes
 MOST_IN_LEGEND = 36
 _number = count()
@@ -40,7 +40,7 @@ def name_shown(name: str) -> str:
     """A name as plots write it: in one line, no longer than there is room for, no signs that turn the text around."""
     printable = "".join(letter if letter.isprintable() else " " for letter in clipped(name, 4 * LONGEST_NAME))
     shown = clipped(" ".join(printable.split()), LONGEST_NAME)
-    return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves `_...` out of legends
+    return f" {shown}" if shown.startswith("_") else shown or "–"  # matplotlib leaves `_...` out of legends
 
 
 @contextmanager

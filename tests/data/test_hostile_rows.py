@@ -201,3 +201,12 @@ def test_a_hundred_thousand_columns_are_listed_in_a_line():
     with pytest.raises(UserError, match="and 99,988 more") as caught:
         make_reader(task(), [columns], lambda column: None)
     assert len(str(caught.value)) < 2000
+
+
+def test_of_many_columns_that_nobody_reads_some_are_named(tmp_path):
+    row = {"prompt": "a", "response": "b"} | {f"c{i}": "x" for i in range(1000)}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    said = read(tmp_path, tmp_path / "rows.jsonl", tokenizer(TEMPLATES["chatml"])).warnings.splitlines()
+    assert "t: column c19 (1 of 1 rows) is not read" in said
+    assert len(said) == 21
+    assert "more than 20 columns" in said[-1]

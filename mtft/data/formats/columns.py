@@ -17,7 +17,7 @@ from mtft.common.errors import UserError
 from mtft.common.listing import listed
 from mtft.data.formats.formats import FORMATS
 from mtft.data.formats.messages import Conversation, RowError, is_blank, refused_column
-from mtft.data.formats.render_limit import check_length, render_limit
+from mtft.data.formats.render_limit import RenderLimit, check_length
 from mtft.data.readers.arrow_rows import UnreadableCell
 from mtft.recipe.schema.task import TaskSection
 
@@ -89,7 +89,7 @@ class RowReader:
 
     def unread(self, row: Mapping[str, Any]) -> list[str]:
         """Columns of the row that hold something and that nobody reads."""
-        return [column for column in row.keys() - self._read if not is_blank(row[column])]
+        return [column for column, value in row.items() if column not in self._read and not is_blank(value)]
 
 
 def make_reader(
@@ -210,7 +210,7 @@ def _compile(task: TaskSection, columns: list[str]) -> tuple[Callable[[Mapping[s
     where = f"tasks.{task.name}.template"
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_written)
     try:
-        with render_limit():  # what is constant, {{ 9 ** 9 ** 9 }}, is computed here
+        with RenderLimit():  # what is constant, {{ 9 ** 9 ** 9 }}, is computed here
             tree = environment.parse(task.template or "")
             compiled = environment.from_string(tree)
             used = frozenset(meta.find_undeclared_variables(tree) - set(environment.globals))
@@ -239,7 +239,7 @@ def _render(compiled: Any, row: Mapping[str, Any]) -> str:
     from jinja2 import TemplateError
 
     try:
-        with render_limit():
+        with RenderLimit():
             return check_length(compiled.render(row))
     except RowError:
         raise

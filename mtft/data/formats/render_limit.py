@@ -10,8 +10,6 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 from mtft.common.errors import UserError
@@ -32,21 +30,25 @@ class _TimeIsUp(BaseException):
     """No Exception: Jinja takes those of constants that it can't compute for "not now", and goes on."""
 
 
-@contextmanager
-def render_limit() -> Iterator[None]:
+class RenderLimit:
     """Raises EndlessTemplate in the middle of what takes more than SECONDS of the processor."""
-    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGVTALRM, _stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-    try:
-        yield
-    except _TimeIsUp:
-        raise EndlessTemplate(f"takes more than {SECONDS:g} seconds: does it ever end?") from None
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+
+    inside = False  # whether the main thread is in a template
+
+    def __enter__(self) -> None:
+        self._armed = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
+        if self._armed:
+            RenderLimit.inside = True
+            if signal.getsignal(signal.SIGVTALRM) is not _stop:
+                signal.signal(signal.SIGVTALRM, _stop)
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._armed:
+            RenderLimit.inside = False  # a signal that comes now is too late to stop anything
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        if kind is _TimeIsUp:
+            raise EndlessTemplate(f"takes more than {SECONDS:g} seconds: does it ever end?") from None
 
 
 def check_length(text: str) -> str:
@@ -57,4 +59,5 @@ def check_length(text: str) -> str:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise _TimeIsUp
+    if RenderLimit.inside:
+        raise _TimeIsUp

@@ -21,7 +21,7 @@ from mtft.common.errors import UserError
 from mtft.data.formats.columns import RowReader, make_reader
 from mtft.data.formats.messages import RowError, is_blank
 from mtft.data.formats.render_limit import EndlessTemplate
-from mtft.data.notes import COLUMN
+from mtft.data.notes import COLUMN, MORE_COLUMNS, MOST_NAMED
 from mtft.data.readers.row_files import FileRow, RowProblem
 from mtft.data.tokenize.assistant_turns import RenderedChat
 from mtft.data.tokenize.chat_template import ChatRenderer
@@ -67,8 +67,11 @@ class RowEncoder:
             if isinstance(row, RowProblem):
                 problems.append((index, row))
                 continue
-            for column in self.reader.unread(row.data):
+            unread = self.reader.unread(row.data)
+            for column in unread[:MOST_NAMED]:
                 notes[f"{COLUMN}{column}"] += 1
+            if len(unread) > MOST_NAMED:
+                notes[MORE_COLUMNS] += 1
             for column in self.reader.unseen:
                 notes[f"{FOUND}{column}"] += not is_blank(row.data.get(column))
             try:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from mtft.common.errors import UserError
 from mtft.data.formats.messages import REASONING, Message, RowError
-from mtft.data.formats.render_limit import check_length, render_limit
+from mtft.data.formats.render_limit import RenderLimit, check_length
 
 # For models without a chat template. The generation prompt ends without a space, because most tokenizers put the space
 # in front of a word into the word's token.
@@ -116,7 +116,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            with render_limit():
+            with RenderLimit():
                 text: Any = self.tokenizer.apply_chat_template(
                     [self._spelled(message) for message in messages],
                     tools=list(tools) if tools else None,

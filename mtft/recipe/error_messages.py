@@ -52,7 +52,9 @@ def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     constraints = _flatten(metadata)
     if annotation is str:
         pattern = any(getattr(item, "pattern", None) for item in constraints)
-        return "a name of letters, digits and _ . - that starts with a letter or digit" if pattern else "text"
+        return (
+            "a name of at most 100 letters, digits and _ . - that starts with a letter or digit" if pattern else "text"
+        )
     word = {int: "a whole number", float: "a number", bool: "true or false"}[annotation]
     limits = [
         f"{sign} {_bound(getattr(item, key))}"

@@ -70,3 +70,13 @@ class Options:
 def test_options_of_methods_have_an_upper_end(options):
     with pytest.raises(UserError, match="a number between -1e\\+12 and 1e\\+12 is needed"):
         check_options(Options(**options), "merge.options")
+
+
+def test_names_of_tasks_leave_room_for_names_of_files(folder):
+    assert "a name of at most 100 letters" in folder.message(f"tasks.sum.name={'n' * 101}")
+
+
+@pytest.mark.parametrize("shares", ["{file: 5}", "{schedule: 5}"])
+def test_a_rule_of_the_wrong_kind_is_no_task(folder, shares):
+    rule = shares[1:].partition(":")[0]
+    assert f"mixture.shares.{rule} is 5, and must be" in folder.message(f"mixture.shares={shares}")

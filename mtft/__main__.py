@@ -11,11 +11,15 @@ Under torchrun or accelerate every rank runs this, and only the first one speaks
 from __future__ import annotations
 
 import errno
+import io
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+
+LONGEST_BLOCK = 50  # lines of an error; what names a file's problems stops long before
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not debug:
         _hush_libraries()
+    for stream in (sys.stdout, sys.stderr):  # LANG=C, LATIN-1: a sign that can't be written is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if not _has_working_directory():
+        _say("error: the working directory is gone\n  do:    cd to a folder that is there")
+        return 2
     try:
         with _unwind_on_signals():
             app(arguments, prog_name="mtft")
@@ -37,6 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except UserError as error:
         return _report(error, str(error), 2, debug)
+    except UnicodeEncodeError as error:
+        if error.encoding == sys.getfilesystemencoding() and isinstance(error.object, str):
+            what = f"error: a path can't be written in {error.encoding}\n  where: {error.object!a}"
+            return _report(
+                error, f"{what}\n  do:    set LC_ALL=C.UTF-8 (or PYTHONUTF8=1), or use other names", 2, debug
+            )
+        return _report(error, _failure(error), 1, debug)
     except ValueError as error:
         from data_mixers.common.errors import MixError
 
@@ -72,14 +89,25 @@ def _unwind_on_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
 def _hush_libraries() -> None:
-    """Deprecations inside libraries are for their developers; users can do nothing about them (PYTHONWARNINGS wins)."""
+    """Deprecations inside libraries are for their developers; users can do nothing about them (PYTHONWARNINGS wins).
+    Other warnings are lines for people.
+    """
     import logging
     import warnings
 
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not where in the source it was said
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on import which kernels a CPU lacks
 
 
@@ -104,7 +132,10 @@ def _report(error: Exception, block: str, code: int, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    _say(block)
+    from mtft.common.listing import first_lines
+
+    lines = block.splitlines()
+    _say("\n".join([*first_lines(lines[:-2], LONGEST_BLOCK, 2000), *first_lines(lines[-2:], 2, 2000)]))
     return code
 
 

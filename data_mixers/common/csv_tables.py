@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_mixers.common.errors import MixError
+
+LARGEST = 1 << 28  # bytes of a table: a thousand times what trials are
 
 
 def read_shares_yaml(path: str | Path) -> list[tuple[str, float]]:
@@ -47,7 +51,7 @@ def read_shares_yaml(path: str | Path) -> list[tuple[str, float]]:
 
 def read_shares_csv(path: str | Path) -> list[tuple[str, float]]:
     """(name, share) pairs: two columns (a header is skipped), or one row under a header of names."""
-    rows = [row for row in csv.reader(read_text(path).splitlines()) if any(cell.strip() for cell in row)]
+    rows = [row for row in _rows(path) if any(cell.strip() for cell in row)]
     if len(rows) == 2 and (len(rows[0]) != 2 or _is_number(rows[1][0])):
         return [
             (name.strip(), parse_number(cell, f"{path}:2", name)) for name, cell in zip(rows[0], rows[1], strict=False)
@@ -92,13 +96,13 @@ def read_table(
     may have no key column: without `index` the first column is one only if its name or its cells say so, and else the
     rows are numbered (index_name LINE). Errors: repeated or missing index, repeated column, cell that is no number,
     ragged row."""
-    rows = list(csv.reader(read_text(path).splitlines()))
+    rows = _rows(path)
     if len(rows) < 2:
         raise MixError("no rows", where=str(path), do="a header and at least one row")
     header = [cell.strip() for cell in rows[0]]
     if len(set(header)) != len(header):
-        repeated = sorted({name for name in header if header.count(name) > 1})
-        raise MixError(f"column named twice: {', '.join(repeated)}", where=f"{path}:1")
+        repeated = sorted(name for name, count in Counter(header).items() if count > 1)[:8]
+        raise MixError(f"column named twice: {', '.join(repeated)[:400]}", where=f"{path}:1")
     if index is None:
         index = next((name for name in INDEX_NAMES if name in header), header[0])
         if unnumbered and index not in INDEX_NAMES and not _numbers_rows(index, rows[1:]):
@@ -108,7 +112,7 @@ def read_table(
                 *([str(line), *row] if any(map(str.strip, row)) else row for line, row in enumerate(rows[1:], 2)),
             ]
     if index not in header:
-        raise MixError(f"no column {index!r}", where=f"{path}:1", do=f"the columns are: {', '.join(header)}")
+        raise MixError(f"no column {index!r}", where=f"{path}:1", do=f"the columns are: {', '.join(header[:8])[:400]}")
     at = header.index(index)
     columns = [name for name in header if name != index]
     keys: dict[str, int] = {}
@@ -188,9 +192,21 @@ def join(left: CsvTable, right: CsvTable) -> tuple[tuple[str, ...], NDArray[np.f
     return left.index, left.values, right.values[[position[key] for key in left.index]]
 
 
+def _rows(path: str | Path) -> list[list[str]]:
+    """The file's cells; MixError where it is no CSV."""
+    try:
+        return list(csv.reader(read_text(path).splitlines()))
+    except csv.Error as error:
+        raise MixError(f"no CSV: {error}", where=str(path)) from error
+
+
 def read_text(path: str | Path) -> str:
     """The file's text; MixError where it is missing or is not UTF-8."""
+    if os.path.exists(path) and not os.path.isfile(path):  # never opened: a pipe would be waited for
+        raise MixError("a folder, a pipe or a device, not a file", where=str(path))
     try:
+        if os.path.getsize(path) > LARGEST:
+            raise MixError(f"{os.path.getsize(path):,} bytes, and {LARGEST:,} are the most", where=str(path))
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise MixError("no such file", where=str(path)) from error

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
+
+LONGEST, MOST = 100, 2000  # of names: people misspell short ones, and each comparison takes time
 
 
 def closest_match(name: object, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """The known name most like `name`; None if none reaches `cutoff` (difflib's ratio, 0 to 1)."""
-    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
+    if len(wanted := str(name)) > LONGEST:
+        return None
+    near = [other for other in islice(known, MOST) if len(other) <= LONGEST]
+    matches = difflib.get_close_matches(wanted, near, n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 

@@ -216,8 +216,11 @@ def run(
 
     Finished stages are skipped, interrupted ones continue.
     """
+    from mtft.distributed.launch import check_launch
     from mtft.pipeline.run_stages import run_recipe as run_pipeline
 
+    if launch is not None:
+        check_launch(launch)
     run_pipeline(load(recipe, overrides, "run"), fresh=fresh, launch=launch)
 
 

@@ -103,7 +103,7 @@ def irregular(path: Path) -> str | None:
     """ "a folder", "a named pipe", ... if `path` is there and is no plain file; never opens it."""
     try:
         mode = os.stat(path).st_mode
-    except OSError:
+    except (OSError, ValueError):  # not there, or a name that no file can have
         return None
     return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no plain file")
 

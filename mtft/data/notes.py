@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mtft.common.listing import clipped
+
 NOTES = {
     "default_template": "the model has no chat template: the default one is used (User: ... Assistant: ...)",
     "special_in_text": "conversations hold special tokens in their own text (rendered by a template before?)",
@@ -16,6 +18,9 @@ NOTES = {
     "opened": "answers lack what the template's generation prompt opens: at inference it will stand there",
     "thought_closed": "answers begin by closing the thought that the template's generation prompt opens",
 }
+MOST_NAMED = 20  # columns of a row that nobody reads and that are named
+MORE_COLUMNS = "more_columns"
+NOTES[MORE_COLUMNS] = f"rows have more than {MOST_NAMED} columns that are not read; only these are named"
 COLUMN, KEY = "column:", "key:"  # prefixes of notes that name what nobody reads
 
 
@@ -23,7 +28,7 @@ def describe_note(note: str, count: int, rows: int) -> str:
     """One sentence for people. rows: of the task, `count` of which are meant."""
     share = f"({count:,} of {rows:,} rows)"
     if note.startswith(COLUMN):
-        return f"column {note.removeprefix(COLUMN)} {share} is not read"
+        return f"column {clipped(note.removeprefix(COLUMN), 80)} {share} is not read"
     if note.startswith(KEY):
-        return f"the key {note.removeprefix(KEY)!r} of messages {share} is not read by the chat template"
+        return f"the key {clipped(note.removeprefix(KEY), 80)!r} of messages {share} is not read by the chat template"
     return f"{NOTES[note]} {share}"

@@ -14,9 +14,11 @@ from data_mixers.mixture.mixture import Mixture, natural, tempered, uniform
 from data_mixers.plan.mixture_plan import MixturePlan
 from data_mixers.plan.replanned import ReplannedPlan
 from data_mixers.plan.schedule import MixtureSchedule
+from mtft.common.errors import UserError
 from mtft.data.store.token_store import TokenStore
 from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
 from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.schema.section import MOST_STEPS
 
 
 def requested_shares(recipe: Recipe, sizes: dict[str, int]) -> Mixture | MixtureSchedule:
@@ -98,7 +100,7 @@ def make_plan(
     under its mean, so steps grow and shrink with the shares of long examples);
     unit tokens: a step holds batch_tokens tokens.
     epochs: steps = as many as show `epochs` times the rows (tokens) that all tasks have together.
-    Raises MixError when a share asks for more epochs than allowed and on_cap is `error`.
+    Raises MixError when a share asks for more epochs than allowed and on_cap is `error`, UserError for too many steps.
     """
     by_examples = recipe.mixture.unit == "examples"
     requested = mixture or requested_shares(recipe, task_sizes(recipe, stores))
@@ -111,6 +113,9 @@ def make_plan(
             raise ValueError("train.steps or train.epochs must be given")
         total = sum(len(length) if by_examples else int(length.sum()) for length in lengths)
         steps = max(1, round(epochs * total / batch))
+        if steps > MOST_STEPS:
+            what = f"{epochs:g} epochs are {steps:,} steps, and {MOST_STEPS:,} is the most"
+            raise UserError(what, where="train.epochs", do="lower train.epochs, or raise train.batch_tokens")
     return (MixturePlan if recipe.mixture.online is None else ReplannedPlan)(
         requested,
         [len(length) for length in lengths],

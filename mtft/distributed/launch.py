@@ -5,14 +5,17 @@ Also the check that all of them really train together. No torch at import.
 
 from __future__ import annotations
 
+import itertools
 import os
+import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtft.common.errors import UserError
-from mtft.common.own_files import read_own
+from mtft.common.own_files import irregular, read_own
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,6 +55,24 @@ class LaunchConfig:
         else:
             zero = _integer(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)  # accelerate's own default
         return cls(int(zero), fsdp, ranks)
+
+
+def check_launch(command: str) -> None:
+    """UserError if a launch command can't be split, names no program, or a --config_file that is no file."""
+    where = "command line, --launch"
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"can't be split into words: {error}", where=where, do="close its quotes") from None
+    if not words or shutil.which(words[0]) is None:
+        what = f"there is no program {words[0] if words else command!r}"
+        raise UserError(what, where=where, do="--launch 'accelerate launch --config_file ddp.yaml'")
+    configs = [word.partition("=")[2] for word in words if word.startswith("--config_file=")]
+    configs += [value for flag, value in itertools.pairwise(words) if flag == "--config_file"]
+    for config in map(Path, configs):
+        if (kind := irregular(config)) is not None or not config.exists():
+            what = f"the config file {config} is {kind}" if kind else f"there is no config file {config}"
+            raise UserError(what, where=where, do="name one, such as recipes/accelerate/ddp.yaml")
 
 
 def _flag(environment: Mapping[str, str], name: str) -> bool:

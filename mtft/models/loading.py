@@ -65,6 +65,10 @@ def model_location(path: str | Path) -> str:
                 do="give a folder with config.json and *.safetensors, a hub name (org/name), or quickstart:weak",
             )
         return path
+    for item in folder.iterdir():
+        if (kind := irregular(item)) not in (None, "a folder"):
+            what = f"the folder holds {kind}: {item.name}"
+            raise UserError(what, where=f"model {path}", do="remove it: a model is read from plain files")
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         raise UserError(
@@ -92,6 +96,9 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
     tokenizer = from_pretrained(AutoTokenizer, section.path, section.revision, what="tokenizer")
     if section.chat_template is not None:
+        if (kind := irregular(Path(section.chat_template))) is not None:  # never opened: a pipe would be waited for
+            what = f"the chat template {section.chat_template} is {kind}"
+            raise UserError(what, where="model.chat_template", do="name a file with a Jinja template")
         try:
             tokenizer.chat_template = Path(section.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

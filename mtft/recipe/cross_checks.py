@@ -15,8 +15,10 @@ from typing import Any
 from data_mixers.common.errors import MixError
 from data_mixers.common.suggest import closest_match
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture
+from mtft.common.listing import listed
+from mtft.common.own_files import irregular
 from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
-from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child
+from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child, kind_of
 
 # keys of `shares` that are no task's name
 RULES = (*TemperatureShares.model_fields, *FileShares.model_fields, *ScheduleShares.model_fields)
@@ -48,6 +50,8 @@ def check_files(source: YamlSource, resolve: Callable[[str], str]) -> list[YamlP
         if glob.has_magic(place):
             if not glob.glob(place, recursive=True):
                 problems.append(YamlProblem(path, f"matches no file: {place}", "check the pattern"))
+        elif (kind := irregular(Path(place))) not in (None, "a folder"):
+            problems.append(YamlProblem(path, f"names {kind}, not a file: {place}", "give files, or a saved dataset"))
         elif not Path(place).exists():
             problems.append(YamlProblem(path, f"names a file that is not there: {place}", _near_file(Path(place))))
     reference: KeyPath = ("mixture", "online", "reference")
@@ -64,6 +68,8 @@ def check_files(source: YamlSource, resolve: Callable[[str], str]) -> list[YamlP
 
 
 def _mixture_file(path: KeyPath, place: Path, names: tuple[str, ...]) -> list[YamlProblem]:
+    if (kind := irregular(place)) is not None:
+        return [YamlProblem(path, f"names {kind}, not a file: {place}", "give a mixture.yaml")]
     if not place.is_file():
         do = "`mtft mix propose RECIPE` writes it; or give shares by a rule (natural, uniform)"
         return [YamlProblem(path, f"names a file that is not there: {place}", do)]
@@ -134,7 +140,7 @@ def _unknown_tasks(path: KeyPath, given: Iterable[str], names: tuple[str, ...], 
     for name in given if names else ():
         if name not in names:
             near = closest_match(name, [*names, *also])
-            do = f"did you mean {near}?" if near else f"the tasks are {', '.join(names)}"
+            do = f"did you mean {near}?" if near else f"the tasks are {listed(names)}"
             problems.append(YamlProblem((*path, name), f"names a task that is not there: {name!r}", do))
     return problems
 
@@ -142,7 +148,7 @@ def _unknown_tasks(path: KeyPath, given: Iterable[str], names: tuple[str, ...], 
 def _without(path: KeyPath, given: Mapping[str, Any], names: tuple[str, ...], what: str, do: str) -> list[YamlProblem]:
     """A mapping that has no number for some of the tasks. what: "share"."""
     lost = [name for name in names if name not in given]
-    return [YamlProblem(path, f"has no {what} for {', '.join(lost)}", do)] if lost else []
+    return [YamlProblem(path, f"has no {what} for {listed(lost)}", do)] if lost else []
 
 
 def _share_paths(source: YamlSource) -> list[KeyPath]:
@@ -169,6 +175,10 @@ def _shares(source: YamlSource, path: KeyPath, names: tuple[str, ...]) -> list[Y
     here = ".".join(map(str, path))
     rules = [rule for rule in RULES if rule in value and rule not in names]
     if rules:  # {temperature: ...} or {file: ...}; with another key beside it, it would pass as a mapping of tasks
+        rule, wanted = rules[0], {"file": (str, "text"), "schedule": (list, "a list of stops")}
+        kind, words = wanted.get(rule, (object, ""))
+        if not isinstance(value[rule], kind):
+            return [YamlProblem((*path, rule), f"is {kind_of(value[rule])}, and must be {words}")]
         return [
             YamlProblem((*path, key), f"{key!r} is not a key of {here} beside {rules[0]}", "a rule stands alone")
             for key in value
@@ -185,7 +195,7 @@ def _shares(source: YamlSource, path: KeyPath, names: tuple[str, ...]) -> list[Y
             do = "give at least one task a share above 0; together they make 1"
             problems.append(YamlProblem(path, "adds up to 0", do))
         elif abs(total - 1) > SUM_TOLERANCE and not problems:
-            scaled = ", ".join(f"{name}: {share / total:.4g}" for name, share in shares.items())
+            scaled = listed((f"{name}: {share / total:.4g}" for name, share in shares.items()), 40)
             problems.append(YamlProblem(path, f"adds up to {total:.6g}, not 1", f"in these proportions: {{{scaled}}}"))
     return problems
 

@@ -14,10 +14,12 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from data_mixers.common.suggest import closest_match
+from mtft.common.listing import MOST_LINES
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.section import RecipeSection
 from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child, kind_of
 
+_HINTS = 2 * MOST_LINES  # unknown keys that are compared with the known ones, which takes time
 _LIMITS = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
 
 
@@ -50,12 +52,21 @@ def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     constraints = _flatten(metadata)
     if annotation is str:
         pattern = any(getattr(item, "pattern", None) for item in constraints)
-        return "a name of letters, digits and _ . - that starts with a letter or digit" if pattern else "text"
+        return (
+            "a name of at most 100 letters, digits and _ . - that starts with a letter or digit" if pattern else "text"
+        )
     word = {int: "a whole number", float: "a number", bool: "true or false"}[annotation]
     limits = [
-        f"{sign} {getattr(item, key)}" for item in constraints for kind, sign, key in _LIMITS if type(item) is kind
+        f"{sign} {_bound(getattr(item, key))}"
+        for item in constraints
+        for kind, sign, key in _LIMITS
+        if type(item) is kind
     ]
     return " and ".join([f"{word} {limits[0]}", *limits[1:]]) if limits else word
+
+
+def _bound(value: float) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _flatten(metadata: Iterable[Any]) -> list[Any]:
@@ -69,12 +80,12 @@ def explain(error: ValidationError, source: YamlSource) -> list[YamlProblem]:
     wrong: dict[KeyPath, YamlProblem] = {}
     for path, kind in _located(error, source):
         if kind == "extra_forbidden":
-            unknown.append(_unknown(path, source))
+            unknown.append(_unknown(path, source, hint=len(unknown) < _HINTS))
         elif kind == "missing":
             missing.append(_missing(path, source))
         else:
             wrong.setdefault(path, _wrong(path, source))
-    meant = {(*problem.path[:-1], _nearest(problem.path, source)) for problem in unknown}
+    meant = {(*problem.path[:-1], _nearest(problem.path, source)) for problem in unknown[:_HINTS]}
     problems = unknown + [problem for problem in missing if problem.path not in meant] + list(wrong.values())
     inner = {problem.path[:end] for problem in problems for end in range(len(problem.path))}
     # A list whose items are all wrong is also reported as too short: its items say enough.
@@ -119,8 +130,10 @@ def _is_meant(prefix: KeyPath, branch: str, source: YamlSource) -> bool:
     return bool(name) and (branch == name or branch.startswith(f"{name}["))
 
 
-def _unknown(path: KeyPath, source: YamlSource) -> YamlProblem:
+def _unknown(path: KeyPath, source: YamlSource, *, hint: bool) -> YamlProblem:
     section, key = source.show(path[:-1]) or "the recipe", str(path[-1])
+    if not hint:
+        return YamlProblem(path, f"{key!r} is not a key of {section}")
     near = _nearest(path, source)
     elsewhere = [name for name, field in Recipe.model_fields.items() for model in _sections(field.annotation)
                  if key in model.model_fields]  # fmt: skip
@@ -154,7 +167,7 @@ def _wrong(path: KeyPath, source: YamlSource) -> YamlProblem:
             do = f"did you mean {near}?"
         elif "number" in needed and _is_number(value):
             do = "remove the quotes"
-    elif "text" in needed and isinstance(value, int | float):
+    elif (needed.startswith("text") or ", or text" in needed) and isinstance(value, int | float):
         do = "put it in quotes"
     return YamlProblem(path, f"is {kind_of(value)}, and must be {needed}", do)
 

@@ -16,8 +16,10 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
+from mtft.common.cache_folder import expand_home
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import json_hash
+from mtft.common.listing import clipped, first_lines
 from mtft.recipe.cross_checks import check_files, check_source
 from mtft.recipe.error_messages import explain
 from mtft.recipe.schema.loss import BalancerSection
@@ -88,26 +90,34 @@ def _as_error(problems: Sequence[YamlProblem], source: YamlSource) -> UserError:
 
     def sentence(problem: YamlProblem) -> str:
         shown = source.show(problem.path)
-        return problem.what if problem.what.startswith("'") else f"{shown or 'the recipe'} {problem.what}"
+        what = clipped(problem.what, 300)
+        return what if what.startswith("'") else f"{clipped(shown, 120) or 'the recipe'} {what}"
 
     if len(distinct) == 1:
         origin = source.origin(distinct[0].path)
         place = f"command line, {origin}" if origin.startswith("override") else f"{source.file}, {origin}"
-        key = source.show(distinct[0].path)
+        key = clipped(source.show(distinct[0].path), 120)
         return UserError(
             sentence(distinct[0]), where=f"{place}, key {key}" if key else place, do=distinct[0].do or None
         )
-    lines = [f"{len(distinct)} problems in the recipe"]
-    for problem in distinct:
-        lines.append(f"  {source.origin(problem.path)}: {sentence(problem)}{'; ' + problem.do if problem.do else ''}")
-    return UserError("\n".join(lines), where=str(source.file), do="mend these, then run `mtft check` on it")
+    lines = [
+        f"  {source.origin(problem.path)}: {sentence(problem)}{'; ' + problem.do if problem.do else ''}"
+        for problem in distinct
+    ]
+    what = "\n".join([f"{len(distinct):,} problems in the recipe", *first_lines(lines)])
+    return UserError(what, where=str(source.file), do="mend these, then run `mtft check` on it")
 
 
 def _place(text: str, base: Path, kind: PathKind) -> str:
     """An absolute path, unless the text names something that is not a file."""
     if text.startswith(kind.schemes):
         return text
-    place = os.path.normpath((Path.cwd() if kind.output else base) / Path(text).expanduser())
+    place = os.path.normpath((Path.cwd() if kind.output else base) / expand_home(text))
+    try:
+        place.encode("utf-8")
+    except UnicodeEncodeError:
+        do = "call the folder something in UTF-8: what a run writes names its paths"
+        raise UserError("the path is not UTF-8", where=ascii(place), do=do) from None
     is_path = not kind.hub or text.startswith(("/", "./", "../", "~")) or text in (".", "..") or os.path.isdir(place)
     return place if is_path else text
 

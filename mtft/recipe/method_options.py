@@ -5,7 +5,7 @@ The one checker of balancers, aggregators and merge methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
@@ -14,8 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_mixers.common.suggest import did_you_mean
 from mtft.common.errors import UserError
+from mtft.common.listing import clipped
+from mtft.recipe.yaml_source import kind_of
 
 Method = TypeVar("Method")
+LARGEST = 1e12  # of any number among the options: past it are overflows and memory that nobody has
 
 
 def find_method(
@@ -57,7 +60,7 @@ def check_option_names(
 def check_options(method: Any, where: str, *, error: type[UserError] = UserError) -> None:
     """Checks every option of a method by its annotation (2 becomes 2.0 where a float is asked for, and 2.0 becomes 2).
 
-    Raises `error` at `where`.option.
+    No number may be beyond LARGEST, infinite or NaN. Raises `error` at `where`.option.
     """
     for field in fields(method):
         value = getattr(method, field.name)
@@ -65,8 +68,25 @@ def check_options(method: Any, where: str, *, error: type[UserError] = UserError
             object.__setattr__(method, field.name, _validated(_adapters(type(method))[field.name], value))
         except ValidationError as invalid:
             do = None if field.default is MISSING else f"the default is {field.default!r}"
-            what = f"{value!r}: {invalid.errors()[0]['msg'].lower()}"
+            what = f"{_shown(value)}: {invalid.errors()[0]['msg'].lower()}"
             raise error(what, where=f"{where}.{field.name}", do=do) from None
+        for number in _numbers_in(getattr(method, field.name)):
+            if not abs(number) <= LARGEST:
+                what = f"{_shown(number)}: a number between -{LARGEST:g} and {LARGEST:g} is needed"
+                raise error(what, where=f"{where}.{field.name}", do=f"the default is {field.default!r}")
+
+
+def _numbers_in(value: Any) -> Iterator[int | float]:
+    """The numbers of an option, also inside of lists and mappings."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers_in(part)
+
+
+def _shown(value: Any) -> str:
+    return kind_of(value) if type(value) is int else clipped(repr(value), 100)
 
 
 @cache

@@ -6,20 +6,27 @@ stay the text that was written, so a task may be called `2024`. Nothing here kno
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from mtft.common.errors import UserError
+from mtft.common.listing import clipped, listed
+from mtft.common.own_files import irregular
 
 KeyPath = tuple[str | int, ...]
 
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # a zero byte, half of a surrogate pair
 _TAG = "tag:yaml.org,2002:"
-_MAX_VALUES = 100_000  # aliases of aliases can write a billion values in ten lines
+_MAX_BYTES = 1 << 23
+_MAX_VALUES = 60_000  # keys and values: reading them takes seconds; aliases of aliases write a billion in ten lines
 
 
 @dataclass
@@ -79,11 +86,16 @@ def read_yaml(file: Path) -> YamlSource:
 
     Raises UserError if the file is missing, empty, not UTF-8, not YAML, or not a mapping.
     """
+    kind = irregular(file)
+    if kind not in (None, "a folder"):  # never opened: a pipe would be waited for
+        raise UserError(f"{file} is {kind}, not a recipe", do="name the YAML file")
     try:
+        if os.path.getsize(file) > _MAX_BYTES:
+            raise UserError(f"{file} has {os.path.getsize(file):,} bytes: no recipe", do="name the YAML file")
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = sorted(path.name for path in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
-        do = f"recipes in that folder: {', '.join(near[:8])}" if near else "check the path"
+        do = f"recipes in that folder: {listed(near, 8)}" if near else "check the path"
         raise UserError(f"there is no recipe {file}", do=do) from None
     except IsADirectoryError:
         raise UserError(f"{file} is a folder, not a recipe", do="name the YAML file") from None
@@ -117,6 +129,7 @@ def plain_value(text: str, *, where: str) -> Any:
 def _parse(text: str, source: YamlSource, path: KeyPath, where: str, origin: str | None = None) -> Any:
     """Parse `text` as one YAML value at `path` of the recipe. `origin` names the text if it is not the file."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _BoundedComposer
     try:
         node = yaml.compose(text)
         return None if node is None else _Builder(yaml, source, origin).build(node, path)
@@ -126,8 +139,29 @@ def _parse(text: str, source: YamlSource, path: KeyPath, where: str, origin: str
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         do = "look for a missing quote, colon or bracket, a tab, or wrong indentation, there or on the line before"
         raise UserError(f"not readable as YAML: {reason}", where=where + line, do=do) from None
+    except _TooMany as error:
+        what = f"more than {_MAX_VALUES:,} keys and values: no recipe, or aliases of aliases"
+        raise UserError(what, where=f"{where}, line {error.args[0]}", do="name the YAML file of a recipe") from None
     except RecursionError:
         raise UserError("the YAML is nested too deep", where=where, do="recipes have four levels") from None
+
+
+class _TooMany(Exception):
+    """More keys and values than any recipe has, and the line where the count is full."""
+
+
+class _BoundedComposer(Composer):
+    """Stops in the middle of a text with too many values."""
+
+    def __init__(self, loader: Any = None) -> None:
+        super().__init__(loader)
+        self._values = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._values += 1
+        if self._values > _MAX_VALUES:
+            raise _TooMany(self.parser.peek_event().start_mark.line + 1)
+        return super().compose_node(parent, index)
 
 
 class _Builder:
@@ -141,8 +175,10 @@ class _Builder:
 
     def build(self, node: Node, path: KeyPath) -> Any:
         self._values += 1
-        if id(node) in self._open or self._values > _MAX_VALUES:
-            self._problem(path, node, "is an alias that contains itself, or grows without end", "write the value out")
+        if self._values > _MAX_VALUES:
+            raise _TooMany(node.start_mark.line + 1)
+        if id(node) in self._open:
+            self._problem(path, node, "is an alias that contains itself", "write the value out")
             return None
         self._source.origins.setdefault(path, self._origin(node))
         self._open.add(id(node))
@@ -167,13 +203,15 @@ class _Builder:
     def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
         lines: dict[str, int] = {}
-        merged: list[Node] = []
+        merged: Node | None = None
         for key_node, value_node in node.value:
             if not isinstance(key_node, ScalarNode):
-                self._problem(path, key_node, "has a list or a mapping as a key", "keys are plain words")
+                self._problem((*path, "?"), key_node, "is a list or a mapping as a key", "keys are plain words")
                 continue
             if key_node.tag == _TAG + "merge":  # `<<: *anchor`
-                merged.append(value_node)
+                if merged is not None:
+                    self._problem((*path, "<<"), key_node, "is given twice", "give one: <<: [*first, *second]")
+                merged = value_node
                 continue
             key = str(key_node.value)
             here = (*path, key)
@@ -184,11 +222,14 @@ class _Builder:
             lines[key] = key_node.start_mark.line + 1
             self._source.origins[here] = self._origin(key_node)
             values[key] = self.build(value_node, here)
-        for value_node in merged:
-            inherited = self.build(value_node, path)
+        if merged is not None:
+            inherited = self.build(merged, path)
             for part in inherited if isinstance(inherited, list) else [inherited]:
                 if isinstance(part, dict):
                     values = part | values
+                else:
+                    what = f"is {kind_of(part)}, and must be a mapping"
+                    self._problem((*path, "<<"), merged, what, "give an alias of one: <<: *name")
         return values
 
     def _scalar(self, node: ScalarNode, path: KeyPath) -> Any:
@@ -199,9 +240,12 @@ class _Builder:
             if kind in ("bool", "int", "float"):
                 return getattr(self._construct, f"construct_yaml_{kind}")(node)
         except (ValueError, KeyError, IndexError):
-            self._problem(path, node, f"is {node.value!r}, which is no valid {kind}", "write a number or true/false")
+            what = f"is {clipped(str(node.value), 60)!r}, which is no valid {kind}"
+            self._problem(path, node, what, "write a number or true/false")
             return None
         if kind in ("str", "timestamp", "value"):
+            if _NO_TEXT.search(node.value):
+                self._problem(path, node, f"holds a sign that no text has: {node.value!a}", "remove it")
             return str(node.value)
         return self._foreign_tag(path, node)
 
@@ -218,8 +262,12 @@ def kind_of(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return f"the text {value if len(value) <= 40 else value[:37] + '...'!r}"
-    if isinstance(value, int | float):
-        return f"{value:.12g}" if isinstance(value, float) else f"{str(value)[:40]}"
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    if isinstance(value, int):  # Python writes out no number of more than 4,300 digits
+        return (
+            str(value) if value.bit_length() < 128 else f"a number of about {int(value.bit_length() * 0.30103)} digits"
+        )
     return "a list" if isinstance(value, list) else "a mapping"
 
 
@@ -281,6 +329,6 @@ def _next_key(parent: Any, path: KeyPath, rest: str, origin: str) -> tuple[str |
     if isinstance(parent, dict):
         return head, tail
     names = [str(item["name"]) for item in parent if isinstance(item, dict) and "name" in item]
-    listed = f"its items are {', '.join(names)}" if names else f"it has {len(parent)} items, counted from 0"
+    items = f"its items are {listed(names)}" if names else f"it has {len(parent)} items, counted from 0"
     shown = ".".join(map(str, path))
-    raise UserError(f"{shown} has no item {head!r}", where=f"command line, {origin}", do=listed)
+    raise UserError(f"{shown} has no item {head!r}", where=f"command line, {origin}", do=items)

@@ -79,12 +79,13 @@ def test_damaged_files_are_one_clear_block(tmp_path):
     packed[14:20] = b"\xff" * 6
     (tmp_path / "rows.jsonl.gz").write_bytes(packed)
     dates = pyarrow.array([2**60], pyarrow.timestamp("ms"))
-    table = pyarrow.table({"prompt": ["a"], "response": ["b"], "when": dates})
-    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "response": dates}), tmp_path / "rows.parquet")
     Dataset.from_dict({"prompt": ["a"], "response": ["b"]}).save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / "state.json").write_text("{")
     assert "cannot be read" in refusal(tmp_path, tmp_path / "rows.jsonl.gz", tokenizer())
-    assert "'when'" in refusal(tmp_path, tmp_path / "rows.parquet", tokenizer())
+    assert "rows.parquet:1: column 'response': can't be read" in refusal(
+        tmp_path, tmp_path / "rows.parquet", tokenizer()
+    )
     assert "can't be read" in refusal(tmp_path, tmp_path / "saved", tokenizer())
 
 

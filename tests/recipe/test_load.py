@@ -107,7 +107,7 @@ error: 'learning_rate' is not a key of the recipe
     "quoted number": (
         ["train.learning_rate='2e-4'"],
         """\
-error: train.learning_rate is the text '2e-4', and must be a number > 0
+error: train.learning_rate is the text '2e-4', and must be a number > 0 and <= 1000
   where: command line, override "train.learning_rate='2e-4'", key train.learning_rate
   do:    remove the quotes""",
     ),
@@ -121,7 +121,7 @@ error: model.dtype is the text 'bfloat16', and must be one of auto, fp32, bf16, 
     "fraction where a whole number is due": (
         ["lora.r=8.5"],
         """\
-error: lora.r is 8.5, and must be a whole number > 0
+error: lora.r is 8.5, and must be a whole number > 0 and <= 65536
   where: command line, override 'lora.r=8.5', key lora.r""",
     ),
     "yes is no boolean": (
@@ -228,7 +228,7 @@ key mixture.shares.schedule.0.at""",
         ["mixture.shares={schedule: [{at: 0, shares: naturall}]}"],
         """\
 error: mixture.shares.schedule.0.shares is the text 'naturall', and must be one of natural, uniform, or \
-{temperature: a number}, or {file: text}, or a mapping from names to a number >= 0
+{temperature: a number >= -20 and <= 20}, or {file: text}, or a mapping from names to a number >= 0 and <= 1000000000
   where: command line, override 'mixture.shares={schedule: [{at: 0, shares: naturall}]}', \
 key mixture.shares.schedule.0.shares
   do:    did you mean natural?""",
@@ -357,8 +357,8 @@ error: 13 problems in the recipe
   line 9: tasks.sum.data is 5, and must be text, or a list of at least one item, each text; put it in quotes
   line 10: mixture.shares.sum is given twice (first on line 10); keep one of them
   line 10: mixture.shares adds up to 0.5, not 1; in these proportions: {sum: 1}
-  line 12: train.steps is the text 'ten', and must be a whole number > 0, or null
-  line 13: train.epochs is -1, and must be a number > 0, or null
+  line 12: train.steps is the text 'ten', and must be a whole number > 0 and <= 10000000, or null
+  line 13: train.epochs is -1, and must be a number > 0 and <= 100000, or null
   line 14: train.packing is the text 'yes', and must be true or false
   line 15: 'otput' is not a key of the recipe; did you mean output?
   where: DIR/recipe.yaml
@@ -384,7 +384,7 @@ def test_null_sections_and_full_fine_tuning(folder):
     assert folder.load("lora=").lora is None
     assert "lora is 5, and must be a mapping with the keys r, alpha" in folder.message("lora=5")
     assert folder.load("sweep.lora=full").sweep.lora == "full"
-    assert "sweep.lora.r is 0, and must be a whole number > 0" in folder.message("sweep.lora={r: 0}")
+    assert "sweep.lora.r is 0, and must be a whole number > 0 and <= 65536" in folder.message("sweep.lora={r: 0}")
     assert "'rank' is not a key of sweep.lora" in folder.message("sweep.lora={rank: 4}")
 
 

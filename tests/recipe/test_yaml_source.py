@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mtft.common.errors import UserError
-from mtft.recipe.yaml_source import apply_override, read_yaml
+from mtft.recipe.yaml_source import apply_override, kind_of, read_yaml
 
 
 @pytest.fixture
@@ -69,12 +69,13 @@ def test_anchors_and_merge_keys(read):
     assert source.values["a"]["p"] == 1
 
 
-def test_an_alias_of_itself_and_a_billion_laughs_are_problems(read):
+def test_an_alias_of_itself_and_a_billion_laughs_are_refused(read):
     assert "alias" in read("x: &a [*a]").problems[0].what
     bomb = "a: &a [0,0,0,0,0,0,0,0,0]\n" + "".join(
         f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi")
     )
-    assert "grows without end" in read(bomb).problems[0].what
+    with pytest.raises(UserError, match="more than 60,000 keys and values"):
+        read(bomb)
 
 
 @pytest.mark.parametrize(
@@ -165,3 +166,30 @@ def test_bad_overrides(read, override, what):
     assert caught.value.what == what
     assert caught.value.where.startswith("command line")
     assert caught.value.do
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "what", "line"),
+    [
+        ("a:\n  b: 1\n  <<: 5\n", ("a", "<<"), "is 5, and must be a mapping", "line 3"),
+        ("a: &a {b: 1}\nc:\n  <<: [*a, x]\n", ("c", "<<"), "is the text 'x', and must be a mapping", "line 3"),
+        ("a: &a {b: 1}\nc:\n  <<: *a\n  <<: *a\n", ("c", "<<"), "is given twice", "line 4"),
+        ("a: 1\n? [b]\n: 1\n", ("?",), "is a list or a mapping as a key", "line 2"),
+    ],
+)
+def test_merge_keys_that_merge_nothing_are_problems_of_their_line(read, text, path, what, line):
+    source = read(text)
+    assert [(problem.path, problem.what) for problem in source.problems] == [(path, what)]
+    assert source.origin(path) == line
+
+
+def test_a_text_with_too_many_values_is_given_up_on_its_way(read, monkeypatch):
+    monkeypatch.setattr("mtft.recipe.yaml_source._MAX_VALUES", 100)
+    with pytest.raises(UserError, match="more than 100 keys and values") as caught:
+        read("x:\n" + "- 1\n" * 1000 + "[")  # the bracket is never reached
+    assert caught.value.where.endswith("line 99")
+
+
+def test_numbers_of_any_length_can_be_said(read):
+    assert kind_of(read("a: 0x" + "f" * 20_000).values["a"]) == "a number of about 24082 digits"
+    assert len(read("a: " + "1" * 20_000).problems[0].what) < 120

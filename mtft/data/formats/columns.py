@@ -14,8 +14,11 @@ from typing import Any
 
 from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
+from mtft.common.listing import listed
 from mtft.data.formats.formats import FORMATS
 from mtft.data.formats.messages import Conversation, RowError, is_blank, refused_column
+from mtft.data.formats.render_limit import RenderLimit, check_length
+from mtft.data.readers.arrow_rows import UnreadableCell
 from mtft.recipe.schema.task import TaskSection
 
 PROMPTS = ("prompt", "question", "query", "instruction", "input")
@@ -30,6 +33,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
+# What Python raises inside of a template: {{ a / b }} on strings, {{ range(10 ** 9) }}, {{ "a" * 10 ** 12 }}
+_FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError)
 READ_ELSEWHERE = {"id"}  # columns that are read without a format: the row's name in reports
 
 
@@ -52,6 +57,9 @@ class RowReader:
         """The conversation of a row; raises RowError."""
         form = FORMATS[self.name]
         get: dict[str, Any] = {}
+        for column in self._read:
+            if isinstance(cell := row.get(column), UnreadableCell):
+                raise RowError(f"can't be read: {cell.why}", column)
         if self.template is not None:
             get["text" if self.name == "text" else "prompt"] = self.template(row)
         for role, column in self.columns.items():
@@ -61,7 +69,7 @@ class RowReader:
                 get[role] = column  # written in the recipe itself: "negative, positive"
             elif role not in form.may:
                 near = nearest(column, row)
-                hint = f"; nearest: {near!r}" if near else f"; the row has {', '.join(map(repr, list(row)[:8]))}"
+                hint = f"; nearest: {near!r}" if near else f"; the row has {listed(map(repr, row), 8)}"
                 raise RowError("is null" if column in row else f"missing{hint}", column)
         if self.label_names and "label_names" not in get:
             get["label_names"] = self.label_names
@@ -81,7 +89,7 @@ class RowReader:
 
     def unread(self, row: Mapping[str, Any]) -> list[str]:
         """Columns of the row that hold something and that nobody reads."""
-        return [column for column in row.keys() - self._read if not is_blank(row[column])]
+        return [column for column, value in row.items() if column not in self._read and not is_blank(value)]
 
 
 def make_reader(
@@ -112,7 +120,7 @@ def _declared(task: TaskSection, declared: dict[str, str], columns: list[str], t
     fitting = [name for name, form in FORMATS.items() if set(form.needs) <= roles_filled <= {*form.needs, *form.may}]
     if not fitting:
         ways = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in FORMATS.items())
-        what = f"the roles {', '.join(sorted(declared))} make no format"
+        what = f"the roles {listed(sorted(declared))} make no format"
         raise UserError(what, where=where, do=f"formats are {ways}")
     if template is not None and declared.keys() & {"prompt", "text"}:
         what = "`template` makes the prompt, and `format` names a column for it too"
@@ -120,7 +128,7 @@ def _declared(task: TaskSection, declared: dict[str, str], columns: list[str], t
     missing = [c for role, c in declared.items() if c not in columns and role in FORMATS[fitting[0]].needs]
     if missing:
         what = f"task {task.name}: no row has the column {_hinted(missing, columns)}"
-        raise UserError(what, where=where, do=f"the columns are {', '.join(columns)}")
+        raise UserError(what, where=where, do=f"the columns are {listed(columns)}")
     optional = [c for role, c in declared.items() if role in FORMATS[fitting[0]].may and role != "label_names"]
     unseen = tuple(column for column in optional if column not in columns)
     return RowReader(fitting[0], dict(declared), declared=True, unseen=unseen)
@@ -138,7 +146,7 @@ def _named(task: TaskSection, wanted: str, rows: Sequence[Mapping], columns: lis
         response = next((c for c in RESPONSES if c in columns), None)
         if response is None:
             what = f"task {task.name}: `template` makes the prompt, but where is the response?"
-            do = f"write format: {{response: COLUMN}}; the columns are {', '.join(columns)}"
+            do = f"write format: {{response: COLUMN}}; the columns are {listed(columns)}"
             raise UserError(what, where=where, do=do)
         beside = (role for role in FORMATS["prompt_response"].may if role not in template[1])
         return RowReader("prompt_response", {"response": response} | {role: role for role in beside})
@@ -161,7 +169,7 @@ def _named(task: TaskSection, wanted: str, rows: Sequence[Mapping], columns: lis
         f"{c!r} is near {near!r}" for name in candidates for c in FORMATS[name].needs if (near := nearest(c, columns))
     ]
     raise UserError(
-        f"task {task.name}: the columns {', '.join(columns) or '(none)'} fit "
+        f"task {task.name}: the columns {listed(columns) or '(none)'} fit "
         + ("no known format" if wanted == "auto" else f"not the format {wanted!r}")
         + (f" ({'; '.join(hints)})" if hints else ""),
         where=where,
@@ -185,8 +193,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 def _hinted(missing: Iterable[str], columns: Iterable[str]) -> str:
     """Columns that are not there, each with the nearest that is."""
-    hints = [f"{c!r}" + (f" (did you mean {near!r}?)" if (near := nearest(c, columns)) else "") for c in missing]
-    return ", ".join(hints)
+    hints = (f"{c!r}" + (f" (did you mean {near!r}?)" if (near := nearest(c, columns)) else "") for c in missing)
+    return listed(hints)
 
 
 def _role_content(value: object) -> bool:
@@ -202,16 +210,17 @@ def _compile(task: TaskSection, columns: list[str]) -> tuple[Callable[[Mapping[s
     where = f"tasks.{task.name}.template"
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_written)
     try:
-        tree = environment.parse(task.template or "")
-        compiled = environment.from_string(tree)
-    except TemplateError as error:
+        with RenderLimit():  # what is constant, {{ 9 ** 9 ** 9 }}, is computed here
+            tree = environment.parse(task.template or "")
+            compiled = environment.from_string(tree)
+            used = frozenset(meta.find_undeclared_variables(tree) - set(environment.globals))
+    except (TemplateError, *_FAILURES) as error:
         do = "columns stand in double braces: {{ column }}"
         raise UserError(f"the template cannot be parsed: {error}", where=where, do=do) from error
-    used = frozenset(meta.find_undeclared_variables(tree) - set(environment.globals))
     unknown = used - set(columns)
     if unknown and columns:
         what = f"no row has the column {_hinted(sorted(unknown), columns)}"
-        raise UserError(what, where=where, do=f"the columns are {', '.join(columns)}")
+        raise UserError(what, where=where, do=f"the columns are {listed(columns)}")
     return partial(_render, compiled), used
 
 
@@ -230,10 +239,11 @@ def _render(compiled: Any, row: Mapping[str, Any]) -> str:
     from jinja2 import TemplateError
 
     try:
-        return compiled.render(row)
+        with RenderLimit():
+            return check_length(compiled.render(row))
     except RowError:
         raise
     except TemplateError as error:
         raise RowError(f"the template fails: {error}") from error
-    except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:  # {{ a / b }} on strings
+    except _FAILURES as error:
         raise RowError(f"the template fails: {type(error).__name__}: {error}") from error

@@ -80,26 +80,50 @@ def _classification(get: Mapping[str, Any]) -> Conversation:
 
 def _multiple_choice(get: Mapping[str, Any]) -> Conversation:
     """Options get letters; the response is the letter of the right one."""
-    choices, answer = get["choices"], get["answer"]
-    marks: Sequence[Any] = string.ascii_uppercase
+    choices, answer, given = get["choices"], get["answer"], None
     if isinstance(choices, dict):  # ARC: {"text": [...], "label": ["A", ...]}
-        choices, marks = choices.get("text"), choices.get("label") or marks
+        choices, given = choices.get("text"), choices.get("label")
+    marks = list(string.ascii_uppercase) if given in (None, []) else _marks(given, choices)
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(marks):
         raise RowError("expected a list of 2 to 26 choices", "choices", choices)
-    texts = [as_text(choice, "choices") for choice in choices]
+    texts, marks = [as_text(choice, "choices") for choice in choices], marks[: len(choices)]
+    if given and type(answer) is int and all(type(mark) is int for mark in given):
+        answer = str(answer)  # choices that are numbered in the row are meant by their numbers
     meant = set()
     if isinstance(answer, str):
-        known = list(marks)[: len(texts)]
-        meant |= {texts.index(answer)} if answer in texts else set()
-        meant |= {known.index(answer)} if answer in known else set()
-        if answer.strip().isdecimal() and int(answer) < len(texts) and answer not in known:
-            meant.add(int(answer))
+        meant |= {index for index, text in enumerate(texts) if text == answer}
+        if len(meant) > 1:
+            raise RowError("is the text of several choices", "answer", answer)
+        meant |= {marks.index(answer)} if answer in marks else set()
+        number = _whole(answer)
+        if number is not None and number < len(texts) and answer not in marks:
+            meant.add(number)
     if len(meant) > 1:
         raise RowError("is the text of one choice and the letter or number of another", "answer", answer)
     right = meant.pop() if meant else _index(answer, len(texts), "answer")
-    lines = [f"{mark}. {text}" for mark, text in zip(marks, texts, strict=False)]
+    lines = [f"{mark}. {text}" for mark, text in zip(marks, texts, strict=True)]
     prompt = "\n".join([as_text(get["question"], "question"), *lines])
-    return _conversation(get, (_user(prompt), _assistant(str(marks[right]))))
+    return _conversation(get, (_user(prompt), _assistant(marks[right])))
+
+
+def _marks(given: object, choices: object) -> list[str]:
+    """What the row calls its choices: one name each, no two the same."""
+    marks = [str(mark) if type(mark) is int else mark for mark in given] if isinstance(given, list | str) else None
+    if marks is None or not isinstance(choices, list) or len(marks) < len(choices):
+        some = f"{len(marks)} labels for " if marks is not None else ""
+        size = f"{len(choices)} choices" if isinstance(choices, list) else "the choices"
+        raise RowError(f"expected a list with a label for each choice: {some}{size}", "choices", given)
+    return _distinct([as_text(mark, "choices") for mark in marks], "choices", given)
+
+
+def _distinct(names: list[str], column: str, value: object) -> list[str]:
+    """The names, or RowError if one is blank or two are the same: which of them an answer means can't be known."""
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RowError(f"the name {twice[:40]!r} stands twice", column, value)
+    if not all(map(str.strip, names)):
+        raise RowError("a name is blank", column, value)
+    return names
 
 
 _BESIDE_TURNS = ("system", "tools")
@@ -130,15 +154,19 @@ def _assistant(text: str) -> dict[str, Any]:
 
 
 def _names(value: object) -> list[str] | None:
-    if value is None or isinstance(value, list):
-        return [as_text(name, "label_names") for name in value] if value else None
+    if value is None or value == []:
+        return None
     if isinstance(value, str):
         try:
-            parsed = json.loads(value) if value.lstrip().startswith("[") else value.split(",")
-        except ValueError as error:
+            names = json.loads(value) if value.lstrip().startswith("[") else value.split(",")
+        except (ValueError, RecursionError) as error:
             raise RowError(f"expected JSON: {error}", "label_names", value) from None
-        return [str(name).strip() for name in parsed]
-    raise RowError("expected a list of names", "label_names", value)
+        names = [str(name).strip() if isinstance(name, str | int | float) else name for name in names]
+    else:
+        names = value
+    if not isinstance(names, list):
+        raise RowError("expected a list of names", "label_names", value)
+    return _distinct([as_text(name, "label_names") for name in names], "label_names", value)
 
 
 def _label(value: object, names: list[str] | None) -> str:
@@ -152,8 +180,8 @@ def _label(value: object, names: list[str] | None) -> str:
 
 
 def _index(value: object, size: int, column: str) -> int:
-    if isinstance(value, str) and value.strip().isdecimal():
-        value = int(value)
+    if isinstance(value, str) and (number := _whole(value)) is not None:
+        value = number
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -161,3 +189,8 @@ def _index(value: object, size: int, column: str) -> int:
     if not 0 <= value < size:
         raise RowError(f"index out of range: there are {size}", column, value)
     return value
+
+
+def _whole(text: str) -> int | None:
+    """The number that a text of decimal digits is. Python may refuse to convert more than 640 of them."""
+    return int(text) if len(text) <= 640 and text.strip().isdecimal() else None

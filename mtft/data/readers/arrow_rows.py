@@ -3,6 +3,9 @@
 Arrow gives every object the keys of all its neighbours, and null where one has no such key. A reader that hands these
 on teaches the model `{"q": "Rome", "x": null}` for a call that had one argument. So a null in an object is no value;
 nulls in a column of JSON text (`datasets.Json`, Arrow's extension `arrow.json`) were written by somebody, and stay.
+
+A cell that Python has no value for (a date in the year 300,000, an unknown time zone, text that is no UTF-8) becomes an
+`UnreadableCell`: an error of its row if a format reads it, and nothing otherwise.
 """
 
 from __future__ import annotations
@@ -10,15 +13,25 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mtft.common.errors import UserError
+from mtft.common.listing import listed
 from mtft.data.readers.json_stream import unique_keys
 
 if TYPE_CHECKING:
     import pyarrow
 
 BATCH_ROWS = 1024
+_UNDECODABLE = (ValueError, OverflowError, LookupError, RecursionError, NotImplementedError)  # ArrowInvalid: ValueError
+
+
+@dataclass(frozen=True)
+class UnreadableCell:
+    """A cell that can't be decoded, and why."""
+
+    why: str
 
 
 def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
@@ -55,7 +68,7 @@ def parquet_features(path: str) -> Mapping[str, Any]:
 
     try:
         return Features.from_arrow_schema(pyarrow.parquet.read_schema(path))
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError):
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # the rows speak for themselves
 
 
@@ -63,29 +76,37 @@ def refuse_repeated(columns: Sequence[str], name: str, line: int = 1) -> None:
     """UserError if two columns have one name: which of them counts can't be known."""
     twice = [column for column, count in Counter(columns).items() if count > 1]
     if twice:
-        listed = ", ".join(map(repr, twice))
-        raise UserError(f"{name}:{line}: two columns are called {listed}", do="rename or remove one of them")
+        raise UserError(
+            f"{name}:{line}: two columns are called {listed(map(repr, twice))}", do="rename or remove one of them"
+        )
 
 
 def table_rows(table: pyarrow.Table | pyarrow.RecordBatch) -> Iterator[dict[str, Any]]:
     """Rows of a table. A null column stays None (it is missing for that row); nulls further in are left out."""
-    types = {field.name: field.type for field in table.schema}
-    plain = {name for name, kind in types.items() if not _nested(kind)}
-    for row in _plain_rows(table):
-        yield {name: value if name in plain else _value(value, types[name]) for name, value in row.items()}
+    columns = [_cells(column, field.type) for column, field in zip(table.columns, table.schema, strict=True)]
+    names = table.schema.names
+    for cells in zip(*columns, strict=True):
+        yield dict(zip(names, cells, strict=True))
 
 
-def _plain_rows(table: pyarrow.Table | pyarrow.RecordBatch) -> list[dict[str, Any]]:
+def _cells(column: Any, kind: pyarrow.DataType) -> list[Any]:
     try:
-        return table.to_pylist()
-    except (ValueError, OverflowError, LookupError) as error:  # a date in the year 300,000; text that is no UTF-8
-        for name, column in zip(table.schema.names, table.columns, strict=True):
-            try:
-                column.to_pylist()
-            except (ValueError, OverflowError, LookupError):
-                what = f"the column {name!r} holds what can't be read: {error}"
-                raise UserError(what, do="write it as text, or leave it out") from error
-        raise
+        return _decoded(column, kind)
+    except _UNDECODABLE:
+        return [_cell(scalar, kind) for scalar in column]
+
+
+def _decoded(column: Any, kind: pyarrow.DataType) -> list[Any]:
+    values = column.to_pylist()
+    return [_value(value, kind) for value in values] if _nested(kind) else values
+
+
+def _cell(scalar: pyarrow.Scalar, kind: pyarrow.DataType) -> Any:
+    try:
+        value = scalar.as_py()
+        return _value(value, kind) if _nested(kind) else value
+    except _UNDECODABLE as error:
+        return UnreadableCell(f"{type(error).__name__}: {str(error)[:200]}")
 
 
 def _nested(kind: pyarrow.DataType) -> bool:
@@ -105,7 +126,7 @@ def _value(value: Any, kind: pyarrow.DataType) -> Any:
             return _value(value, kind.storage_type)
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value  # formats.py refuses it with its column
     if pyarrow.types.is_struct(kind):
         return {

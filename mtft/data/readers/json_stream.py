@@ -12,6 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from mtft.common.listing import listed
+from mtft.data.readers import bounded_lines
+
 CHUNK = 1 << 20  # bytes
 _NEAR_END = 12  # an error so near the end of what was read may be one of what was not: -Infinity, \\u00e9
 _SPACE = " \t\r\n"
@@ -38,7 +41,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise ValueError(f"the key {', '.join(map(repr, twice))} stands twice in one object")
+        raise ValueError(f"the key {listed(map(repr, twice))} stands twice in one object")
     return found
 
 
@@ -80,7 +83,11 @@ def _one(decoder: json.JSONDecoder, reader: _TextCursor) -> tuple[object, int]:
         except json.JSONDecodeError as error:
             # a newline ends a string in JSON, so one that is not closed is found out at the end of its line
             cut = error.pos >= len(reader.text) - _NEAR_END or error.msg.startswith("Unterminated string")
-            if not (cut and reader.more()):
+            if not cut:
+                raise
+            if len(reader.text) - reader.position > bounded_lines.LONGEST_ROW:
+                raise bounded_lines.RowTooLong from None
+            if not reader.more():
                 raise
             continue
         behind = reader.text[end : end + 1]

@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from mtft.common.errors import UserError
+from mtft.common.listing import clipped
 from mtft.data.readers.arrow_rows import parquet_rows, refuse_repeated
+from mtft.data.readers.bounded_lines import CsvLines, RowTooLong, bounded_lines
 from mtft.data.readers.json_stream import ArrayError, iter_array, unique_keys
 
 
@@ -54,7 +56,7 @@ class RowProblem(NamedTuple):
     value: object = None
 
     def __str__(self) -> str:
-        column = f"column {self.column!r}: " if self.column else ""
+        column = f"column {clipped(self.column, 80)!r}: " if self.column else ""
         value = f" (got {short(self.value)})" if self.value is not None else ""
         return f"{self.file}:{self.line}: {column}{self.what}{value}"
 
@@ -110,7 +112,10 @@ def _text(raw: bytes) -> str:
 
 def _read_jsonl(path: str, name: str) -> Iterator[FileRow | RowProblem]:
     with _open(path) as file:
-        for line, raw in enumerate(file, 1):
+        for line, raw in enumerate(bounded_lines(file), 1):
+            if raw is None:
+                yield RowProblem(name, line, str(RowTooLong()))
+                continue
             raw = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw  # Windows' byte order mark
             if raw.strip():
                 yield _parse(name, line, raw)
@@ -157,13 +162,15 @@ def _read_csv(path: str, name: str) -> Iterator[FileRow | RowProblem]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 128 KiB is shorter than a long document
     # surrogateescape keeps undecodable bytes visible; formats.py refuses them with the column's name
     with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if suffix(path) == ".tsv" else ",", strict=True)
-        line, header = 1, None
+        lines = CsvLines(file)
+        reader = csv.reader(lines, delimiter="\t" if suffix(path) == ".tsv" else ",", strict=True)
+        header = None
         while True:
-            line = reader.line_num + 1
+            line = lines.number + 1
+            lines.restart()
             try:
                 cells = next(reader, None)
-            except csv.Error as error:
+            except (csv.Error, RowTooLong) as error:
                 yield RowProblem(name, line, f"broken CSV: {error}")
                 continue
             if cells is None:

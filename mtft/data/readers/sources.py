@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import blake2b
+from mtft.common.listing import listed
 from mtft.data.readers.arrow_rows import dataset_rows, parquet_features
 from mtft.data.readers.row_files import COMPRESSED, READERS, FileRow, RowProblem, read_file, suffix
 from mtft.recipe.schema.task import TaskSection
@@ -138,12 +139,12 @@ def _pick(splits: list[str], split: str | None, which: str, key: str) -> str:
     if which == "train" and split is not None:
         if split in splits:
             return split
-        what = f"no split {split!r}; there are {', '.join(splits)}"
+        what = f"no split {split!r}; there are {listed(splits)}"
         raise UserError(what, where=f"{task}.split", do="name one of them")
     customary = ("train",) if which == "train" else ("validation", "valid", "dev", "eval", "test")
     chosen = next((name for name in customary if name in splits), splits[0] if len(splits) == 1 else None)
     if chosen is None:
-        what = f"none of the splits {', '.join(splits)} is called {' or '.join(customary)}"
+        what = f"none of the splits {listed(splits)} is called {' or '.join(customary)}"
         do = f"name one in {task}.split" if which == "train" else "save the held-out rows to a file and name that"
         raise UserError(what, where=key, do=do)
     return chosen

@@ -31,7 +31,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from mtft.common.atomic_io import sync
-from mtft.common.cache_folder import default_cache
+from mtft.common.cache_folder import writable_cache
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import json_hash
 from mtft.data.notes import describe_note
@@ -195,7 +195,7 @@ def open_store(
 
     if which == "train" and task.limit is not None:
         limit = task.limit if limit is None else min(limit, task.limit)
-    cache = cache_dir or default_cache()
+    cache = cache_dir or writable_cache()
     parts = find_source_parts(task, which, cache)
     contents = [part.content() for part in parts]
     fingerprint = _fingerprint(

@@ -15,6 +15,7 @@ from mtft.data.summary.wide_table import WideTable
 SHOWN = 1200  # characters of a rendered example
 STYLES = {"mixed": "", "unmixed": ", one task a micro-batch", "alternating": ", one task a step"}
 Columns = dict[str, Callable[[TaskSummary], str]]
+MOST_SAMPLES, MOST_WARNINGS = 20, 40
 DATA: Columns = {
     "examples": lambda task: f"{task.examples:,}",
     "held out": lambda task: "-" if task.eval_examples is None else f"{task.eval_examples:,}",
@@ -47,8 +48,12 @@ def render_summary(summary: DataSummary) -> Group:
     ]
     parts += [_spans(summary)] if summary.spans else []
     parts += [Text(_summary(summary)), Text(""), Text("the first example of each task, learnt parts between ⟦ and ⟧")]
-    parts += [_sample(task) for task in summary.tasks]
-    parts += [Text.assemble(("warning: ", "yellow"), warning) for warning in summary.warnings]
+    parts += [_sample(task) for task in summary.tasks[:MOST_SAMPLES]]
+    if (more := len(summary.tasks) - MOST_SAMPLES) > 0:
+        parts.append(Text(f"... and {more:,} more tasks"))
+    parts += [Text.assemble(("warning: ", "yellow"), warning) for warning in summary.warnings[:MOST_WARNINGS]]
+    if (more := len(summary.warnings) - MOST_WARNINGS) > 0:
+        parts.append(Text(f"... and {more:,} more warnings (all of them: mtft check --json)"))
     return Group(*parts)
 
 

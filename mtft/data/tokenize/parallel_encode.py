@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+from mtft.common.errors import UserError
 from mtft.data.formats.columns import RowReader, make_reader
 from mtft.data.formats.messages import RowError, is_blank
-from mtft.data.notes import COLUMN
+from mtft.data.formats.render_limit import EndlessTemplate
+from mtft.data.notes import COLUMN, MORE_COLUMNS, MOST_NAMED
 from mtft.data.readers.row_files import FileRow, RowProblem
 from mtft.data.tokenize.assistant_turns import RenderedChat
 from mtft.data.tokenize.chat_template import ChatRenderer
@@ -65,14 +67,19 @@ class RowEncoder:
             if isinstance(row, RowProblem):
                 problems.append((index, row))
                 continue
-            for column in self.reader.unread(row.data):
+            unread = self.reader.unread(row.data)
+            for column in unread[:MOST_NAMED]:
                 notes[f"{COLUMN}{column}"] += 1
+            if len(unread) > MOST_NAMED:
+                notes[MORE_COLUMNS] += 1
             for column in self.reader.unseen:
                 notes[f"{FOUND}{column}"] += not is_blank(row.data.get(column))
             try:
                 rendered = self.renderer.render(self.reader(row.data))
                 texts += [(index, text) for text in rendered] if tokenise else []
                 waiting += sum(len(text.text) for text in rendered)
+            except EndlessTemplate as error:
+                raise UserError(error.what, where=f"{row.file}:{row.line}", do=error.do) from error
             except RowError as error:
                 problems.append((index, RowProblem(row.file, row.line, error.what, error.column, error.value)))
             if waiting > BLOCK_CHARACTERS:  # a template that splits conversations makes much text of few rows
@@ -84,8 +91,8 @@ class RowEncoder:
         found = encode(self.tokenizer, [text for _, text in texts])
         return [(index, example) for (index, _), example in zip(texts, found, strict=True)]
 
-    def preview_empty_row(self, row: FileRow) -> str:
-        """How the example of a row without an answer would look."""
+    def preview_empty_row(self, row: FileRow) -> str | None:
+        """How the example of a row without an answer would look; None if that is not all that is wrong with it."""
 
         def fill(value: Any) -> Any:
             if isinstance(value, str):
@@ -94,7 +101,10 @@ class RowEncoder:
                 return [fill(item) for item in value]
             return {key: fill(item) for key, item in value.items()} if isinstance(value, dict) else value
 
-        rendered = self.renderer.render(self.reader(fill(row.data)))
+        try:
+            rendered = self.renderer.render(self.reader(fill(row.data)))
+        except (RowError, RecursionError):
+            return None
         return draw(self.tokenizer, encode(self.tokenizer, rendered)[0])
 
 

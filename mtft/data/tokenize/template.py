@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mtft.common.errors import UserError
 from mtft.data.formats.messages import REASONING, Message, RowError
+from mtft.data.formats.render_limit import RenderLimit, check_length
 
 # For models without a chat template. The generation prompt ends without a space, because most tokenizers put the space
 # in front of a word into the word's token.
@@ -115,18 +116,21 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            text: Any = self.tokenizer.apply_chat_template(
-                [self._spelled(message) for message in messages],
-                tools=list(tools) if tools else None,
-                chat_template=self.source if self.default else None,
-                add_generation_prompt=generate,
-                tokenize=False,
-            )
-            text.encode("utf-8")
+            with RenderLimit():
+                text: Any = self.tokenizer.apply_chat_template(
+                    [self._spelled(message) for message in messages],
+                    tools=list(tools) if tools else None,
+                    chat_template=self.source if self.default else None,
+                    add_generation_prompt=generate,
+                    tokenize=False,
+                )
+            check_length(text).encode("utf-8")
         except UnicodeEncodeError as error:
             raise RowError("invalid UTF-8 (half of a surrogate pair) in a call or a tool") from error
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise RowError(f"the chat template refuses it: {error}") from error
+        except (ArithmeticError, RecursionError, MemoryError) as error:  # range(10**9), 'a' * 10**12
+            raise RowError(f"the chat template fails: {type(error).__name__}: {error}") from error
         return text
 
     def adapt(self, messages: Sequence[Message]) -> tuple[list[Message], set[str]]:

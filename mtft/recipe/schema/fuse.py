@@ -23,13 +23,13 @@ class FuseSection(RecipeSection):
     """The constant of alpha_rule `fixed`."""
     alpha_max: Annotated[float, Field(gt=0, le=10)] = 2.0
     """Upper end of the search for the other rules."""
-    max_new_tokens: Annotated[int, Field(gt=0)] = 64
+    max_new_tokens: Annotated[int, Field(gt=0, le=10**6)] = 64
     """Length limit of `mtft fuse generate`."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     """0 = greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling, after fusion."""
-    batch_size: Annotated[int, Field(gt=0)] = 8
+    batch_size: Annotated[int, Field(gt=0, le=10**5)] = 8
     """Prompts decoded together."""
     weights: Literal["active", "onehot", "uniform", "user", "router"] = "active"
     """How several experts share the step: by how much each has to say, the loudest alone, evenly, `user_weights`, or as

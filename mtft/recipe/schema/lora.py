@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtft.recipe.schema.section import INPUT, RecipeSection, SomeTexts
+from mtft.recipe.schema.section import INPUT, Positive, Rank, RecipeSection, SomeTexts
 
 
 class LoraSection(RecipeSection):
-    r: Annotated[int, Field(gt=0)] = 16
+    r: Rank = 16
     """Rank."""
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Positive = 32
     """Scale: the update is alpha/r * B A (alpha/sqrt(r) with rslora)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of A."""
@@ -30,5 +30,5 @@ class LoraSection(RecipeSection):
     in B alone and merge exactly (LoRA-FA; half of the optimizer's state, and A's inputs need not be kept)."""
     start: Annotated[str | None, INPUT] = None
     """Folder of a LoRA adapter of this base to train on from, in place of a fresh one. Relative to the recipe."""
-    plus: Annotated[float, Field(ge=1)] = 1.0
+    plus: Annotated[float, Field(ge=1, le=10**4)] = 1.0
     """LoRA+: how many times as fast as A the Bs learn (the paper: 16, with about half the usual learning rate)."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from mtft.recipe.schema.section import Options, RecipeSection
+from mtft.recipe.schema.section import Count, NotNegative, Options, Positive, RecipeSection
 
 
 class BalancerSection(RecipeSection):
@@ -22,13 +22,13 @@ class SampleWeightsSection(RecipeSection):
 
     rule: Literal["linupper", "quadratic", "extremes", "focal"]
     """linupper: easy samples fade out; quadratic: the middle counts; extremes: the ends; focal: sure ones fade out."""
-    sharpness: Annotated[float, Field(gt=0)] = 0.4
+    sharpness: Positive = 0.4
     """Of the softmax over a group's samples (not focal): small = few samples count."""
     group: Literal["task", "all"] = "task"
     """Samples that are compared: those of one task, or all, in one micro-batch of all ranks (not focal)."""
-    burn_in: Annotated[int, Field(ge=0)] = 500
+    burn_in: Annotated[int, Field(ge=0, le=10**8)] = 500
     """Optimizer steps with equal weights first."""
-    gamma: Annotated[float, Field(ge=0)] = 2.0
+    gamma: NotNegative = 2.0
     """Exponent of focal: (1 - mean token probability) ** gamma."""
 
 
@@ -39,13 +39,13 @@ class FlatMinimaSection(RecipeSection):
 
     name: Literal["f_mtl", "samo"]
     """f_mtl: perturbed by each task's own gradient; samo: by a mix of the mean gradient and two forward passes."""
-    rho: Annotated[float, Field(gt=0)] | None = None
+    rho: Positive | None = None
     """Length of the perturbation; null: 0.05 for f_mtl, 0.001 for samo."""
     adaptive: bool = False
     """f_mtl: scale the perturbation by the size of each weight (ASAM)."""
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5
     """samo: share of the task's own estimate in its perturbation."""
-    probe: Annotated[float, Field(gt=0)] = 0.01
+    probe: Positive = 0.01
     """samo: length of the two-sided difference that estimates a task's gradient."""
 
 
@@ -57,7 +57,7 @@ class GradientSection(RecipeSection):
     DDP; elsewhere `loss.balancer: {name: lagged}`. null: the weighted sum, as without this section."""
     options: Options = {}
     """The aggregator's own options."""
-    every: Annotated[int, Field(gt=0)] | None = None
+    every: Count | None = None
     """Steps between two measurements of how tasks get on with each other (metrics, affinity.json, the report)."""
     split: bool = False
     """Measure each task's examples in two halves, so that a step's noise does not pull the cosines of affinity.json
@@ -82,7 +82,7 @@ class LossSection(RecipeSection):
     """Weights of single samples; null: all equal."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target that is spread over the whole vocabulary. Counts in the losses that training reports."""
-    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    z_loss: NotNegative = 0.0
     """Adds z_loss * logsumexp(logits)^2 to each token's loss (1e-4 in PaLM); counts in the reported losses."""
-    orthogonal: Annotated[float, Field(ge=0)] = 0.0
+    orthogonal: NotNegative = 0.0
     """OrthoReg: weight of a penalty that keeps the columns of each LoRA update orthogonal, for merging."""

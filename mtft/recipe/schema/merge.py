@@ -6,7 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtft.recipe.schema.section import INPUT, OUTPUT, Numbers, Options, RecipeSection, Texts
+from mtft.recipe.schema.section import (
+    INPUT,
+    OUTPUT,
+    Count,
+    NotNegative,
+    Number,
+    Numbers,
+    Options,
+    Positive,
+    Processes,
+    Rank,
+    RecipeSection,
+    Texts,
+)
 
 
 class ModuleRule(RecipeSection):
@@ -20,7 +33,7 @@ class ModuleRule(RecipeSection):
     """The method's options for these modules."""
     weights: Numbers | None = None
     """Weight of each adapter in these modules."""
-    rank: Annotated[int, Field(gt=0)] | None = None
+    rank: Rank | None = None
     """Largest rank of these modules."""
 
 
@@ -29,13 +42,13 @@ class WeightSearch(RecipeSection):
 
     by: Literal["grid", "cobyqa", "cma", "lorahub", "front"] = "grid"
     """grid: one common scale; cobyqa, cma, lorahub: a weight each; front: spread over all trade-offs, for `prefer`."""
-    budget: Annotated[int, Field(gt=0)] = 40
+    budget: Count = 40
     """Merges to try."""
-    rows: Annotated[int, Field(gt=1)] = 64
+    rows: Annotated[int, Field(gt=1, le=10**9)] = 64
     """Held-out rows of each task to choose on (and as many for the verdict); at most a third of what there is."""
-    worst: Annotated[float, Field(ge=0)] = 0.0
+    worst: NotNegative = 0.0
     """How much the worst task counts beyond the mean."""
-    prefer: dict[str, Annotated[float, Field(ge=0)]] = {}
+    prefer: dict[str, NotNegative] = {}
     """What each task counts; {} = all the same. With `front` another preference costs no new trial."""
 
 
@@ -46,11 +59,11 @@ class GateTraining(RecipeSection):
         "adamerging_task", "adamerging_layer", "atlas", "self_positioning", "cat_gates", "scalearn", "concrete"
     ] = "adamerging_layer"
     """adamerging_*, concrete: by the entropy of the output, no labels; the others by labels (docs/merging.md)."""
-    rows: Annotated[int, Field(gt=1)] = 64
+    rows: Annotated[int, Field(gt=1, le=10**9)] = 64
     """Held-out rows of each task to learn on; at most a third of what there is."""
-    steps: Annotated[int, Field(gt=0)] | None = None
+    steps: Count | None = None
     """null = the method's own."""
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: Positive | None = None
     """null = the method's own."""
     negate: Texts = ()
     """Tasks to unlearn (atlas)."""
@@ -61,15 +74,15 @@ class Experts(RecipeSection):
 
     kind: Literal["twin", "arrow"] = "twin"
     """twin: the merged adapter plus a small residual each, by request; arrow: the adapters themselves, by token."""
-    rank: Annotated[int, Field(gt=0)] = 8
+    rank: Rank = 8
     """Rank of a residual (twin)."""
     with_shared: bool = False
     """Each expert holds the shared adapter too: one plain LoRA a request, for servers (twin)."""
     router: Literal["centroid", "mlp"] = "centroid"
     """By the prompt's last state: nearest centroid, or a trained network (twin)."""
-    rows: Annotated[int, Field(gt=1)] = 64
+    rows: Annotated[int, Field(gt=1, le=10**9)] = 64
     """Held-out prompts of each task to fit the router on; at most a third of what there is (twin)."""
-    top: Annotated[int, Field(gt=0)] | None = None
+    top: Count | None = None
     """Experts that serve one token; null = all (arrow)."""
     general: Annotated[Texts, INPUT] = ()
     """Folders of adapters for general ability, whose mean delta is taken off every expert (arrow)."""
@@ -90,11 +103,11 @@ class MergeSection(RecipeSection):
     """Learn the weights by gradients, per layer or module."""
     experts: Experts | None = None
     """Keep the adapters apart, with a router."""
-    scale: float = 1.0
+    scale: Number = 1.0
     """Multiplies the result."""
     average: bool = False
     """Divide by the sum of the weights."""
-    rank: Literal["auto", "lossless"] | Annotated[int, Field(gt=0)] = "auto"
+    rank: Literal["auto", "lossless"] | Rank = "auto"
     """Rank of the merged adapter. auto: the smallest usual rank that keeps `energy`."""
     energy: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Share of the squared singular values that rank auto keeps."""
@@ -112,7 +125,7 @@ class MergeSection(RecipeSection):
     """Other methods, weights or ranks for some modules; the first rule that matches counts."""
     allow_base_mismatch: bool = False
     """Merge although the adapters name different bases (one model under two names)."""
-    workers: Annotated[int, Field(gt=0)] = 1
+    workers: Processes = 1
     """Processes, one LAPACK thread each."""
     out: Annotated[str | None, OUTPUT] = None
     """Folder of the merged adapter; null: <output.dir>/merge/adapter."""

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtft.recipe.schema.section import INPUT, RecipeSection, Share, SomeTexts, TaskName
+from mtft.recipe.schema.section import INPUT, Count, Positive, RecipeSection, Share, SomeTexts, TaskName
 
 
 class TemperatureShares(RecipeSection):
-    temperature: float
+    temperature: Annotated[float, Field(ge=-20, le=20)]
     """Share of task k ~ size_k ** temperature: 1 = natural, 0 = uniform, below 0 the small ones get more. (Others write
     the exponent as 1/T.)"""
 
@@ -56,27 +56,27 @@ class OnlineSection(RecipeSection):
     name: Literal["bandit", "group_dro", "linear_law"]
     """bandit: what still has a high training loss is drawn more (ODM's EXP3); group_dro: what is above its `reference`
     loss (DoReMi's rule); linear_law: what lowers the held-out losses of all tasks most, by probes (Aioli)."""
-    every: Annotated[int, Field(gt=0)] = 20
+    every: Count = 20
     """Optimizer steps between two decisions (linear_law: the length of a round). After step s the shares of step s + 1
     on are decided."""
-    warmup: Annotated[int, Field(ge=0)] = 0
+    warmup: Annotated[int, Field(ge=0, le=10**8)] = 0
     """Steps at the start whose losses don't count."""
-    scale: Annotated[float, Field(gt=0)] | None = None
+    scale: Positive | None = None
     """bandit: what a loss is divided by; smaller = bolder. null: 10, as in the paper."""
-    eta: Annotated[float, Field(gt=0)] | None = None
+    eta: Positive | None = None
     """group_dro, linear_law: step size of a decision. null: 1 for group_dro, 0.5 for linear_law."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     """group_dro: part of the shares that is spread evenly at each decision. null: 1e-4."""
     reference: Annotated[dict[str, Share] | str | None, INPUT] = None
     """group_dro: the loss that each task can be expected to reach, {task: nats a token}, or the folder of a finished
     run (its held-out losses; relative to the recipe). null: 0, so the loss itself counts."""
-    probe_steps: Annotated[int, Field(gt=0)] | None = None
+    probe_steps: Count | None = None
     """linear_law: steps of the probe of each task, at the start of each round. null: 5."""
     probe_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """linear_law: share of the probed task in its probe. null: 0.75."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """linear_law: part of what earlier rounds found that is kept. null: each round starts from the shares before it."""
-    tokens: Annotated[int, Field(gt=0)] | None = None
+    tokens: Count | None = None
     """linear_law: held-out tokens of a measurement, over all ranks. null: as many as a step has, at most 16384."""
 
 
@@ -92,7 +92,7 @@ class MixtureSection(RecipeSection):
     """Largest share of a task, in the same way."""
     groups: dict[TaskName, GroupSection] = {}
     """Floors and caps of several tasks together, in the same way: {code: {tasks: [sql, python], cap: 0.5}}."""
-    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    max_epochs: Positive | None = None
     """How often any row may be seen at the most; a task's own max_epochs wins."""
     on_cap: Literal["error", "redistribute"] = "error"
     """What happens when a share asks for more epochs than allowed."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
-from mtft.recipe.schema.section import OUTPUT, RecipeSection, Texts
+from mtft.recipe.schema.section import OUTPUT, Count, RecipeSection, Texts
 
 
 class OutputSection(RecipeSection):
     dir: Annotated[str, OUTPUT]
     """Run directory. Relative to the working directory, as for every other tool's output."""
-    save_every: Annotated[int, Field(gt=0)] | None = None
+    save_every: Count | None = None
     """Steps between checkpoints; null: only at the end and on a signal."""
-    keep: Annotated[int, Field(gt=0)] = 2
+    keep: Count = 2
     """Checkpoints that stay on disk."""
     export: Literal["last", "best"] = "last"
     """Weights that the run hands over: those after the last step, or those of the evaluation with the best

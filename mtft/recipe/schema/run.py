@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from mtft.recipe.schema.section import RecipeSection
+from mtft.recipe.schema.section import RecipeSection, Steps
 
 
 class RunSection(RecipeSection):
@@ -20,5 +18,5 @@ class RunSection(RecipeSection):
     """Also train one adapter per task (what the merge stage merges, and the yardstick of retention)."""
     tune_strong: bool = True
     """Also tune the strong model by LoRA on the same mixture: the yardstick of fusion's gap closed."""
-    single_steps: Annotated[int, Field(gt=0)] | None = None
+    single_steps: Steps | None = None
     """Steps of a single-task run; null: the joint run's steps times the task's share, at least 10."""

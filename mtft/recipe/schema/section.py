@@ -7,12 +7,22 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
-Share = Annotated[float, Field(ge=0)]
+# Every number has an upper end, far beyond what makes sense: past it are overflows and memory that nobody has.
+MOST_STEPS = 10**7
+Count = Annotated[int, Field(gt=0, le=10**9)]  # rows, steps between two things, tries
+Steps = Annotated[int, Field(gt=0, le=MOST_STEPS)]
+Tokens = Annotated[int, Field(gt=0, le=10**8)]  # of a batch
+Processes = Annotated[int, Field(gt=0, le=1024)]
+Rank = Annotated[int, Field(gt=0, le=2**16)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
+Number = Annotated[float, Field(ge=-1e9, le=1e9)]
+Share = NotNegative
 Texts = Annotated[tuple[str, ...], Field(strict=False)]  # lists in YAML
 SomeTexts = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-Numbers = Annotated[tuple[float, ...], Field(strict=False)]
+Numbers = Annotated[tuple[Number, ...], Field(strict=False)]
 Options = dict[str, StrictInt | StrictFloat | StrictStr | bool]  # of a method, whose own class checks them
-TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]  # files are named after tasks
 
 
 @dataclass(frozen=True)

@@ -8,40 +8,40 @@ from pydantic import Field
 
 from mtft.recipe.schema.lora import LoraSection
 from mtft.recipe.schema.model import ModelSection
-from mtft.recipe.schema.section import RecipeSection, Share
+from mtft.recipe.schema.section import Count, NotNegative, Processes, RecipeSection, Share, Steps, Tokens
 
 
 class SweepSection(RecipeSection):
     """Trials for `mtft mix` and the mix stage of `mtft run`: ordinary runs of this recipe with another mixture."""
 
-    trials: Annotated[int, Field(gt=0)] = 32
+    trials: Annotated[int, Field(gt=0, le=10**4)] = 32
     """Mixtures to try, the current one and its repeats included."""
     design: Literal["dirichlet", "space_filling", "cocktail"] = "dirichlet"
     """RegMix's Dirichlet around the natural shares, space-filling under the mixture's floors and caps, or the grid of
     single tasks, pairs, all, and all but one in equal shares (which neither `trials` nor the bounds change)."""
-    repeats: Annotated[int, Field(ge=0)] = 0
+    repeats: Annotated[int, Field(ge=0, le=10**4)] = 0
     """Extra runs of the current mixture with other seeds: the estimate of the noise."""
     model: ModelSection | None = None
     """Proxy model; null: the recipe's own."""
     lora: LoraSection | Literal["full"] | None = None
     """LoRA of the trials; null: the recipe's own; full: full fine-tuning."""
-    steps: Annotated[int, Field(gt=0)] = 50
+    steps: Steps = 50
     """Optimizer steps of a trial."""
-    batch_tokens: Annotated[int, Field(gt=0)] | None = None
+    batch_tokens: Tokens | None = None
     """Tokens in a step of a trial; null: the recipe's own."""
-    eval_limit: Annotated[int, Field(gt=0)] | None = None
+    eval_limit: Count | None = None
     """Use only the first held-out rows of each task in trials."""
     surrogate: str = "auto"
     """Model of score by mixture: auto, linear, ridge, lightgbm, exp, power, gp, ..."""
     objective: Literal["mean", "worst"] | dict[str, Share] = "mean"
     """What the proposal minimises over the tasks' held-out losses, each standardised over the trials."""
-    kl: Annotated[float, Field(ge=0)] = 0.05
+    kl: NotNegative = 0.05
     """Pull towards the prior (the natural shares)."""
     checks: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = ()
     """Shares of a trial's steps, such as [0.3, 0.6], at which it is scored and given up if hopeless; empty: never."""
-    full_trials: Annotated[int, Field(ge=6)] = 8
+    full_trials: Annotated[int, Field(ge=6, le=10**4)] = 8
     """With `checks`: the first trials, which run to the end and say what is hopeless."""
-    workers: Annotated[int, Field(gt=0)] = 1
+    workers: Processes = 1
     """Trials at the same time, one process each."""
     backend: Literal["process", "ray"] = "process"
     """Local processes or a Ray cluster (extra `ray`)."""

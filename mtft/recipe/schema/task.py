@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtft.recipe.schema.section import DATA, RecipeSection, SomeTexts, TaskName
+from mtft.recipe.schema.section import DATA, NotNegative, Positive, RecipeSection, SomeTexts, TaskName
 
 
 class TaskSection(RecipeSection):
@@ -24,11 +24,11 @@ class TaskSection(RecipeSection):
     """Jinja template over the columns (sandboxed) that gives the prompt; the response comes from `format`."""
     eval_data: Annotated[str | SomeTexts | None, DATA] = None
     """Held-out rows of this task, same format."""
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: NotNegative = 1.0
     """The user's weight of this task in the loss; multiplies the balancer's."""
-    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    max_epochs: Positive | None = None
     """How often a row may be seen at the most. The plan refuses, or redistributes, what goes beyond."""
-    limit: Annotated[int, Field(gt=0)] | None = None
+    limit: Annotated[int, Field(gt=0, le=10**12)] | None = None
     """Use only the first rows."""
     metrics: Annotated[tuple[Literal["loss", "token_accuracy", "exact_match"], ...], Field(strict=False)] = (
         "loss",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,10 +16,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from mtft.common.listing import clipped
+
 # Okabe & Ito's palette: eight colours that colour-blind readers can tell apart; line styles go on from there.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A900")
 STYLES = ("-", "--", ":", "-.")
 GREY = "#8a8f98"
+# A name is a name: `$` begins no formula in it. Texts ask for this when they are made, so each function is decorated.
+plain_text = matplotlib.rc_context({"text.parse_math": False})
+LONGEST_NAME = 24
+NUMBERS_UP_TO = 40  # rows of a heat map; beyond, they could not be read, and drawing them takes minutes
+MOST_IN_LEGEND = 36
 _number = count()
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
@@ -27,6 +37,22 @@ def task_style(index: int) -> tuple[str, str]:
     return COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
 
 
+def name_shown(name: str) -> str:
+    """A name as plots write it: in one line, no longer than there is room for, no signs that turn the text around."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in clipped(name, 4 * LONGEST_NAME))
+    shown = clipped(" ".join(printable.split()), LONGEST_NAME)
+    return f" {shown}" if shown.startswith("_") else shown or "–"  # matplotlib leaves `_...` out of legends
+
+
+@contextmanager
+def quiet_glyphs() -> Iterator[None]:
+    """matplotlib's font has no emoji; in SVG text stays text, and the reader's fonts draw them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        yield
+
+
+@plain_text
 def line_plot(
     curves: Curves, *, ylabel: str, xlabel: str = "optimizer step", points: Curves | None = None, smooth: int = 1
 ) -> str:
@@ -38,7 +64,7 @@ def line_plot(
             axis.plot(x, y, color=colour, alpha=0.18, linewidth=0.8)
             y = np.convolve(y, np.ones(smooth) / smooth, mode="valid")
             x = x[smooth - 1 :]
-        axis.plot(x, y, color=colour, linestyle=style, linewidth=1.5, label=name)
+        axis.plot(x, y, color=colour, linestyle=style, linewidth=1.5, label=name_shown(name))
         if points and name in points and points[name][0]:
             axis.plot(
                 *points[name], color=colour, linestyle="none", marker="o", markersize=4.5, markeredgecolor="white"
@@ -50,6 +76,7 @@ def line_plot(
     return to_svg(figure)
 
 
+@plain_text
 def grouped_bars(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Grouped horizontal bars: {task: {series: share}}."""
     tasks, series = list(rows), list(dict.fromkeys(name for row in rows.values() for name in row))
@@ -58,9 +85,9 @@ def grouped_bars(rows: Mapping[str, Mapping[str, float]]) -> str:
     for index, name in enumerate(series):
         at = np.arange(len(tasks)) + (index - (len(series) - 1) / 2) * height
         values = [rows[task].get(name, 0.0) for task in tasks]
-        bars = axis.barh(at, values, height=height * 0.9, color=COLORS[index % len(COLORS)], label=name)
+        bars = axis.barh(at, values, height=height * 0.9, color=COLORS[index % len(COLORS)], label=name_shown(name))
         axis.bar_label(bars, labels=[f"{value:.1%}" for value in values], padding=3, fontsize=7.5)
-    axis.set_yticks(np.arange(len(tasks)), tasks)
+    axis.set_yticks(np.arange(len(tasks)), [name_shown(task) for task in tasks])
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -69,6 +96,7 @@ def grouped_bars(rows: Mapping[str, Mapping[str, float]]) -> str:
     return to_svg(figure)
 
 
+@plain_text
 def prediction_plot(
     measured: Sequence[float], mean: Sequence[float], lower: Sequence[float], upper: Sequence[float]
 ) -> str:
@@ -92,6 +120,7 @@ def prediction_plot(
     return to_svg(figure)
 
 
+@plain_text
 def heat_map(
     values: Sequence[Sequence[float | None]],
     names: Sequence[str],
@@ -115,10 +144,14 @@ def heat_map(
     colours = matplotlib.colormaps["RdBu" if low < 0 else "Reds"].with_extremes(bad="#d9dce1")
     edges = np.arange(len(names) + 1) - 0.5
     cells = np.ma.masked_invalid(grid)
-    axis.pcolormesh(edges, edges, cells, vmin=low, vmax=high, cmap=colours, edgecolor="face", linewidth=0.2)
+    many = len(names) > NUMBERS_UP_TO  # then the cells are one picture, not shapes of their own
+    axis.pcolormesh(
+        edges, edges, cells, vmin=low, vmax=high, cmap=colours, edgecolor="face", linewidth=0.2, rasterized=many
+    )
     axis.invert_yaxis()
     axis.set_aspect("equal")
-    for (row, column), value in np.ndenumerate(grid):
+    names = [name_shown(name) for name in names]
+    for (row, column), value in () if many else np.ndenumerate(grid):
         text = "–" if np.isnan(value) else f"{value:.2f}"
         text = re.sub(r"^(-?)0\.", r"\1.", text) if small else text  # -0.31 -> -.31
         depth = abs(value) / high if low < 0 else (value - low) / (high - low)
@@ -146,12 +179,16 @@ def _outline(axis, blocks: Sequence[int]) -> None:
         start += block
 
 
+@plain_text
 def bar_plot(rows: Mapping[str, float], *, xlabel: str, reference: float | None = None) -> str:
     """Horizontal bars with their values; `reference` draws a dashed line (for instance 1.0 = the tuned model)."""
     names, values = list(rows), [float(value) for value in rows.values()]
     figure, axis = _axis(7.6, 0.8 + 0.32 * len(names))
-    drawn = axis.barh(names, values, color=[COLORS[0] if value >= 0 else COLORS[1] for value in values], height=0.62)
+    drawn = axis.barh(
+        range(len(names)), values, color=[COLORS[0] if value >= 0 else COLORS[1] for value in values], height=0.62
+    )
     axis.bar_label(drawn, labels=[f"{value:.2f}" for value in values], padding=3, fontsize=8)
+    axis.set_yticks(range(len(names)), [name_shown(name) for name in names])
     if reference is not None:
         axis.axvline(reference, color=GREY, linestyle="--", linewidth=1)
     axis.invert_yaxis()
@@ -177,14 +214,27 @@ def _axis(width: float, height: float):
 
 def _legend(axis, entries: int) -> None:
     """Beside the plot, never over the data."""
-    if entries > 1:
-        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + entries // 18)
+    if entries < 2:
+        return
+    handles, labels = axis.get_legend_handles_labels()
+    shown = labels[:MOST_IN_LEGEND]
+    title = None if len(labels) == len(shown) else f"the first {len(shown)} of {len(labels)}"
+    axis.legend(
+        handles[: len(shown)], shown, title=title, frameon=False, fontsize=8, title_fontsize=8, loc="center left",
+        bbox_to_anchor=(1.01, 0.5), ncols=1 + len(shown) // 18,
+    )  # fmt: skip
 
 
 def to_svg(figure: Figure) -> str:
     """SVG without the XML header; ids made unique, since several SVGs share one page."""
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "mtft"}):
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "svg.hashsalt": "mtft",
+        "text.parse_math": False,
+    }
+    with matplotlib.rc_context(settings), quiet_glyphs():
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]

@@ -12,13 +12,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mtft.report.components.plots import to_svg
+from mtft.report.components.plots import name_shown, plain_text, quiet_glyphs, to_svg
 
 TASKS = 4
 """Of more tasks the pairs of the four whose losses spread most are shown."""
 GREY, BLUE, ORANGE, RED = "#b9bec7", "#2f6fb2", "#d98c21", "#c2352b"
 
 
+@plain_text
 def front_figure(facts: dict[str, Any]) -> Figure:
     """facts: front.json, as mtft.merge.search.pareto makes it."""
     trials, tasks = facts["trials"], facts["tasks"]
@@ -47,12 +48,14 @@ def front_caption(facts: dict[str, Any]) -> str:
     return f"{len(facts['trials'])} merges, {best} of them on the Pareto front of {len(facts['tasks'])} tasks"
 
 
+@plain_text
 def save_front(facts: dict[str, Any], path: Path) -> Path:
     """Write the picture as PNG."""
     figure = front_figure(facts)
     figure.suptitle("Held-out loss of " + front_caption(facts), fontsize=10.5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with quiet_glyphs():
+        figure.savefig(path, dpi=110, metadata={"Software": None})
     return path
 
 
@@ -76,8 +79,8 @@ def _panel(axis: Any, facts: dict[str, Any], a: str, b: str) -> None:
     hollow = {"facecolors": "none", "edgecolors": ORANGE, "linewidths": 1.8, "marker": "s", "s": 80}
     axis.scatter(*at([facts["uniform"]]), label="all weights 1", zorder=3, **hollow)
     axis.scatter(*at([facts["chosen"]]), s=34, color=RED, marker="D", label="chosen", zorder=4)
-    axis.set_xlabel(f"loss on {a}", fontsize=9)
-    axis.set_ylabel(f"loss on {b}", fontsize=9)
+    axis.set_xlabel(f"loss on {name_shown(a)}", fontsize=9)
+    axis.set_ylabel(f"loss on {name_shown(b)}", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

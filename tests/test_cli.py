@@ -172,7 +172,7 @@ def test_errors_of_data_mixers_are_one_block_too(folder, call):
 
 
 def break_report(monkeypatch, error: BaseException) -> None:
-    def write_report(*_: object) -> None:
+    def write_report(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(mtft.report.page, "write_report", write_report)

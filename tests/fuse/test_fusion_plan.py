@@ -92,7 +92,7 @@ def test_rows_are_checked_before_weights(places, tmp_path):
         assert all("error" in answer for answer in read(tmp_path / f"{kind.__name__}.jsonl"))
 
 
-@pytest.mark.parametrize("count", [256, 10**12])
+@pytest.mark.parametrize("count", [256, 10**6])
 def test_what_no_row_can_satisfy(places, tmp_path, count):
     recipe = recipe_of(places, tmp_path, tokens="map", max_new_tokens=count)
     source = write(tmp_path / "x.jsonl", [{"prompt": "the quick"}])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from mtft.adapters.base_identity import BASE, fingerprint
 from mtft.adapters.lora_factors import read_adapter
 from mtft.common.errors import UserError
+from mtft.common.own_files import FORMAT
 from mtft.evaluation.evaluate_recipe import evaluate
 from mtft.fuse.load_models import load_model, load_weak_model
 from mtft.merge.engine.merge import merge_adapters
@@ -278,7 +279,7 @@ def test_training_on_records_the_base_of_the_recipe(model_folder, adapter, tmp_p
     exported = export_model(model, tmp_path / "run", tokenizer=load_tokenizer(section(moved)))
     assert json.loads((exported / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
     base = json.loads((exported / BASE).read_text())
-    assert base == {"model": str(moved), "revision": None, "fingerprint": fingerprint(model_folder)}
+    assert base == {"format": FORMAT, "model": str(moved), "revision": None, "fingerprint": fingerprint(model_folder)}
 
 
 def test_a_base_that_is_away_at_the_end_is_remembered(model_folder, tmp_path):

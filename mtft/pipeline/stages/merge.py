@@ -189,13 +189,14 @@ def merge_recipe(
     out = out or merge_folder(recipe)
     chosen = chosen_adapters(section, adapters)
     inputs = [folder.path if isinstance(folder, LoraAdapter) else Path(folder) for folder in chosen]
+    if section.base is None:
+        for folder in inputs:
+            refuse_run_as_adapter(folder)
     # What needs data may last for hours before the folder is written: nobody else begins, nothing there stops it then.
     with sole_writer(out):
         check_replaceable(out, overwrite=section.overwrite, inputs=inputs)
         if section.base is not None:
             return merge_models(recipe, section.base, out)
-        for folder in inputs:
-            refuse_run_as_adapter(folder)
         return RecipeMerge(recipe, read_adapters(chosen), out, adapted).run()
 
 

@@ -47,7 +47,7 @@ def _command(command: list[str], here: Path, log: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(here)
-    os.environ["MTFT_CACHE"] = str(here / "cache")
+    os.environ |= {"MTFT_CACHE": str(here / "cache"), "HOME": str(here / "home")}
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     code = 99
     try:
@@ -110,7 +110,8 @@ def faults(
         if not path.startswith(may_change) and outcome.files.get(path) != content:
             wrong.append(f"{'changes' if path in outcome.files else 'loses'} {path}")
     if place:  # an odd one, and still the place that was asked for
-        may_change = (*may_change, os.path.normpath(place))
+        normal = os.path.normpath(place)
+        may_change = (*may_change, "" if normal == "." else normal, " ".join(normal.split()), "home/")
     left = [path for path in outcome.files if path not in before and not path.startswith(may_change)]
     if left:
         wrong.append(f"leaves {', '.join(left[:3])}")

@@ -67,8 +67,11 @@ class Siege:
         before = snapshot(self.here)
         outcome = run(list(attack.arguments), self.here, self.log)
         wrong = faults(attack.command, outcome, before, expected, attack.names, attack.place)
-        if (now := snapshot_around(self.here)) != around:
-            wrong.append(f"leaves {', '.join(sorted(now - around))} beside its folder")
+        beside = sorted(snapshot_around(self.here) - around)
+        if beside and attack.place != "..":
+            wrong.append(f"leaves {', '.join(beside)} beside its folder")
+        for path in beside:
+            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
         return wrong, outcome.said
 
 

@@ -43,7 +43,7 @@ def atomic_folder(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) ->
     made = [folder for folder in out.absolute().parents if not os.path.lexists(folder)]  # nearest first
     try:
         _check_place(out, inputs)  # before the lock, which writes beside it
-        target = out.resolve()
+        target = _real(out)
         with sole_writer(target):
             check_replaceable(out, overwrite=overwrite, inputs=inputs)
             _clear_left_over(target)
@@ -69,7 +69,7 @@ def check_replaceable(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()
     """Raises UserError as atomic_folder does at its start: for what looks at its output before a long work."""
     _check_place(out, inputs)
     restore_replaced(out)
-    _check_content(out.resolve(), out, overwrite)
+    _check_content(_real(out), out, overwrite)
 
 
 def restore_replaced(folder: Path) -> None:
@@ -77,7 +77,7 @@ def restore_replaced(folder: Path) -> None:
 
     Nothing happens where `folder` is there or was never moved. UserError if it can't be put back: says how.
     """
-    target = folder.resolve()
+    target = _real(folder)
     if os.path.lexists(target) or not (moved := _moved_aside(target)):
         return
     try:
@@ -104,12 +104,17 @@ def _moved_aside(target: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.stat().st_ctime_ns)
 
 
+def _real(path: Path) -> Path:
+    """Behind all links; of a link that leads to itself, the link (Path.resolve raises)."""
+    return Path(os.path.realpath(path))
+
+
 def _check_place(out: Path, inputs: Sequence[Path]) -> None:
     if os.path.islink(out):
-        raise UserError("the output folder is a link", where=str(out), do=f"give what it points at: {out.resolve()}")
+        raise UserError("the output folder is a link", where=str(out), do=f"give what it points at: {_real(out)}")
     check_output_folder(out, inputs=inputs)
     for given in inputs:
-        if given.resolve() in out.resolve().parents:
+        if _real(given) in _real(out).parents:
             raise UserError(f"the output folder lies in an input ({given})", where=str(out), do="give another folder")
 
 

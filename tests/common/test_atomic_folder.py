@@ -258,3 +258,9 @@ def test_a_second_writer_is_refused_at_its_start(tmp_path):
     assert not begun
     assert (out / "x").read_text() == "first"
     assert names(tmp_path) == ["out"]
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(UserError, match="is a link"), atomic_folder(tmp_path / "out", overwrite=True):
+        pass

@@ -24,6 +24,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -210,14 +211,16 @@ def open_store(
     )
     root = cache / "stores"
     name = f"{task.name}-{which}-{fingerprint[:16]}-{LAYOUT}"
-    final = root / name
+    final, lock = root / name, root / f"{name}.lock"
     try:
-        return TokenStore(final, task.name)
+        found = TokenStore(final, task.name)
+        with suppress(OSError):  # of a builder that was killed at its very end
+            lock.unlink(missing_ok=True)
+        return found
     except DamagedStoreError:  # or not there: looked at again by whoever holds the lock
         pass
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = root / f"{name}.lock"
         with FileLock(lock):
             if _is_to_be_built(final, task.name):
                 for stale in root.glob(f"{name}.tmp-*"):  # of a writer that was killed: we hold its lock

@@ -163,3 +163,11 @@ def test_of_several_at_once_one_builds_it_anew(where):
         child.join(60)
     assert [count for count, _ in found] == [len(ROWS)] * 4
     assert sum(said for _, said in found) == 1
+
+
+def test_the_lock_of_a_builder_that_was_killed_goes(where):
+    store = open_(where)
+    lock = store.path.with_name(f"{store.path.name}.lock")
+    lock.touch()
+    open_(where)
+    assert not lock.exists()

@@ -7,6 +7,7 @@ and what it can't place aside.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -23,7 +24,7 @@ from mtft.common.errors import MergeError, UserError
 from mtft.common.foreign_json import read_foreign
 from mtft.common.run_folders import refuse_run_as_adapter
 from mtft.models.loading import cached_folder, some
-from mtft.models.model_files import check_finite
+from mtft.models.model_files import broken_weights, check_finite
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -115,6 +116,10 @@ def load_adapter(
         config = read_peft_config(folder, where=where)
     if not any_base:
         check_base(folder, model, where=where)
+    weights = Path(folder) / WEIGHTS
+    if os.path.lexists(weights) and (why := broken_weights(weights)) is not None:
+        do = "copy or save the adapter again"
+        raise UserError(f"not a whole safetensors file ({why})", where=str(weights), do=do)
     config.inference_mode = not trainable
     config.base_model_name_or_path = model.name_or_path  # wherever it was when the adapter was trained
     try:

@@ -58,7 +58,7 @@ def blame(folder: Path, error: Exception) -> tuple[str, str | None]:
     if tokenizer.is_file() and not isinstance(read_foreign(tokenizer, do="", most=1 << 40).get("model"), dict):
         return "tokenizer.json holds no tokenizer: there is no object under the key model", f"{tokenizer}, key model"
     for path in sorted(folder.glob("*.safetensors")):
-        if (broken := _broken(path)) is not None:
+        if (broken := broken_weights(path)) is not None:
             return f"{path.name} is not a whole safetensors file ({broken})", str(path)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])[:300]
@@ -176,7 +176,8 @@ def _holder(folder: Path, name: str) -> str | None:
     return None
 
 
-def _broken(path: Path) -> str | None:
+def broken_weights(path: Path) -> str | None:
+    """Why a file holds no whole safetensors; None if it does."""
     from safetensors import SafetensorError, safe_open
 
     if (kind := irregular(path)) is not None:

@@ -98,3 +98,13 @@ def test_what_is_whole_is_loaded(folder):
     (folder / CONFIG).write_text(json.dumps(config | patterns))
     assert read_adapter(folder).settings.scale_of("model.layers.0.self_attn.q_proj") == 4
     load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"5", b"[]", bytes(4096), b"cut"])
+@pytest.mark.parametrize("use", [read_adapter, load])
+def test_weights_that_are_no_safetensors(folder, use, content):
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:-100] if content == b"cut" else content)
+    with pytest.raises(UserError, match="not a whole safetensors file") as caught:
+        use(folder)
+    assert caught.value.where == str(folder / WEIGHTS)

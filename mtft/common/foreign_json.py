@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtft.common.errors import UserError
-from mtft.common.own_files import irregular
+from mtft.common.own_files import irregular, type_name
 
 MOST_BYTES = 64 << 20  # full module names of a large mixture of experts reach a few MB
 
@@ -21,7 +21,7 @@ def read_foreign(path: Path, *, do: str, error: type[UserError] = UserError, mos
             raise ValueError(f"it is larger than {most >> 20} MB")
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
         if not isinstance(content, dict):
-            raise ValueError(f"it holds {type(content).__name__}, not an object")
+            raise ValueError(f"it holds {type_name(type(content))}, not an object")
     except json.JSONDecodeError as bad:
         what = f"{path.name} can't be read: not valid JSON ({bad.msg})"
         raise error(what, where=f"{path}:{bad.lineno}", do=do) from None

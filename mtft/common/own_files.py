@@ -111,7 +111,7 @@ def irregular(path: Path) -> str | None:
 def defect(content: Any, needs: Mapping[str, Types]) -> str | None:
     """What is wrong with the parsed content of a file of ours; None if nothing is."""
     if not isinstance(content, dict):
-        return f"it holds {_name(type(content))}, not an object"
+        return f"it holds {type_name(type(content))}, not an object"
     number = content.get("format", FORMAT)
     if not isinstance(number, int) or isinstance(number, bool):
         return "key format is no whole number"
@@ -125,7 +125,7 @@ def defect(content: Any, needs: Mapping[str, Types]) -> str | None:
             node = node[part]
         if not _is(node, types):
             wanted = types if isinstance(types, tuple) else (types,)
-            return f"key {key} is {_name(type(node))}, not {' or '.join(map(_name, wanted))}"
+            return f"key {key} is {type_name(type(node))}, not {' or '.join(map(type_name, wanted))}"
     return None
 
 
@@ -150,5 +150,6 @@ def _is(value: Any, types: Types) -> bool:
     return isinstance(value, wanted) or (isinstance(value, int) and float in wanted)
 
 
-def _name(kind: type) -> str:
+def type_name(kind: type) -> str:
+    """What a JSON value of this type is called: an object, a list, null."""
     return _NAMES.get(kind, kind.__name__)

@@ -165,6 +165,7 @@ def prompts() -> None:
 
 
 def generate() -> None:
+    from mtft.common.errors import UserError
     from mtft.fuse.batch.jsonl_commands import generate as run
     from mtft.recipe.schema.recipe import Recipe
 
@@ -179,7 +180,11 @@ def generate() -> None:
         "output": {"dir": str(here / "run")},
         "fuse": section,
     }
-    run(Recipe.model_validate(asked), here / "prompts.jsonl", here / "answers.jsonl")
+    try:
+        run(Recipe.model_validate(asked), here / "prompts.jsonl", here / "answers.jsonl")
+    except UserError as error:  # killed after the last answer stood: as a command that is given twice
+        if "there already" not in error.what:
+            raise
 
 
 CASES = {

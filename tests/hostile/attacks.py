@@ -146,8 +146,8 @@ def on_files(commands: dict[str, list[str]]) -> Iterator[Attack]:
 
                 parts = file.split("/")
                 names = (parts[-1], parts[0], parts[-2]) if len(parts) > 1 else (parts[-1],)
-                if file.startswith("cache/"):
-                    names = ("copy",)
+                if file.startswith("cache/") or file.endswith((".train.jsonl", ".eval.jsonl")):
+                    names = (*names, "copy", "shout")  # the task
                 yield Attack(f"{file} {kind}", command, tuple(commands[command]), strike, names, file.startswith(OURS))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mtft.common.own_files import type_name
 from mtft.data.readers.json_stream import unique_keys
 
 Message = dict[str, Any]
@@ -73,7 +74,7 @@ class Conversation:
 def as_text(value: object, column: str, *, empty: bool = True) -> str:
     """The value as a string that can be encoded; empty=False refuses blank text."""
     if not isinstance(value, str):
-        raise RowError(f"expected text, found {type(value).__name__}", column, value)
+        raise RowError(f"expected text, found {type_name(type(value))}", column, value)
     if not empty and not value.strip():
         raise RowError("is empty", column, value)
     try:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from mtft.common.errors import UserError
 from mtft.common.listing import clipped
+from mtft.common.own_files import type_name
 from mtft.data.readers.arrow_rows import parquet_rows, refuse_repeated
 from mtft.data.readers.bounded_lines import CsvLines, RowTooLong, bounded_lines
 from mtft.data.readers.json_stream import ArrayError, iter_array, unique_keys
@@ -102,7 +103,7 @@ def _parse(file: str, line: int, raw: bytes) -> FileRow | RowProblem:
 
 def _checked(file: str, line: int, data: object) -> FileRow | RowProblem:
     if not isinstance(data, dict):
-        return RowProblem(file, line, f"the row is a {type(data).__name__}, not an object with columns", value=data)
+        return RowProblem(file, line, f"the row is {type_name(type(data))}, not an object with columns", value=data)
     return FileRow(file, line, data)
 
 

@@ -152,7 +152,7 @@ def test_template_is_sandboxed():
         ({"prompt": "a", "response": None}, "response", "null"),
         ({"prompt": "a", "response": ""}, "response", "empty"),
         ({"prompt": "a", "response": " \n"}, "response", "empty"),
-        ({"prompt": "a", "response": 3}, "response", "expected text, found int"),
+        ({"prompt": "a", "response": 3}, "response", "expected text, found a whole number"),
         ({"prompt": ["a"], "response": "b"}, "prompt + response[0]", "expected an object"),
         ({"prompt": "a", "response": "\ud800"}, "response", "invalid UTF-8"),
     ],

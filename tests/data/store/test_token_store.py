@@ -244,7 +244,7 @@ def test_all_bad_rows_in_one_error(tmp_path, made):
     assert "4 of 8 rows" in text
     assert "a.jsonl:3: broken JSON" in text
     assert "a.jsonl:4: column 'response': missing; nearest: 'respons'" in text
-    assert "a.jsonl:5: column 'prompt': expected text, found int (got 3)" in text
+    assert "a.jsonl:5: column 'prompt': expected text, found a whole number (got 3)" in text
     assert "a.jsonl:6: invalid UTF-8" in text
     assert not list((tmp_path / "cache" / "stores").glob("*tmp*"))
 

@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +129,17 @@ def _open(real: Path) -> tuple[Path, int]:
     beside, inside = _places(real)
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
-        return beside, os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
+        with suppress(OSError):  # another's file
+            os.fchmod(file, 0o666)  # whatever the umask is: every user of a shared folder has to see it
+        return beside, file
     except OSError as error:
+        if beside.exists():
+            raise UserError(
+                f"the lock of the folder can't be opened: {error.strerror}",
+                where=str(beside),
+                do="another user's run may be at work; if none is, remove the file",
+            ) from error
         try:
             return inside, os.open(inside, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError:
@@ -162,15 +171,17 @@ def _about_this_process() -> dict[str, object]:
 
 def _busy(target: Path, real: Path) -> FolderBusyError:
     who = ""
-    for path in _places(real):
+    held = _held.get(real)
+    ours = held is not None and held.process == os.getpid()
+    # A POSIX lock goes when its process closes any descriptor of the file: our own is never opened again.
+    for path in () if ours else _places(real):
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
             who = f" (process {about['process']} on {about['host']}, since {about['since']})"
             break
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    held = _held.get(real)
-    if held is not None and held.process == os.getpid():
+    if ours:
         who = f" (this process, {os.getpid()}, in another thread)"
     what = "folder" if real.is_dir() or not real.suffix else "file"
     return FolderBusyError(

@@ -58,7 +58,8 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
 def _refuse_foreign_folder(root: Path, recipe: Recipe) -> None:
     """UserError if somebody's own recipe.yaml lies where the resolved one would be written."""
     written = root / "recipe.yaml"
-    ours = any((root / name).exists() for name in ("train", "mix", "results.json"))
+    known = ("train/*/env.json", "mix/ledger.jsonl", "results.json")
+    ours = any(True for name in known for _ in root.glob(name))
     if written.is_file() and not ours and written.read_bytes() != dump_recipe(recipe).encode():
         raise UserError(
             "the folder is no run's, and holds a recipe.yaml, which a run would replace",
@@ -161,7 +162,7 @@ def _choose_mixture(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> R
     say("mix")
     run_cached_stage(folder, inputs, work, fresh=fresh)
     chosen = Mixture.from_yaml(folder / mix.MIXTURE, names=recipe.task_names)
-    proposal = read_json(folder / mix.PROPOSAL, {"gain": (float, type(None)), "mixture": dict})
+    proposal = read_json(folder / mix.PROPOSAL, {"gain": (list, float, type(None)), "mixture": dict})
     if proposal is None or proposal["gain"] is None:  # the trials say nothing: there is no predicted mixture
         return RunChoice(chosen)
     return RunChoice(chosen, Mixture.of(proposal["mixture"]).over(recipe.task_names))

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
 from mtft.common.folder_lock import sole_writer
-from mtft.common.output_paths import check_output_file
+from mtft.common.output_paths import check_output_file, refuse_input_as_output
 from mtft.common.own_files import irregular
 from mtft.report.components.elements import PageSection, Paragraph, table
 from mtft.report.components.run_data import RunData, load_run
@@ -50,6 +50,10 @@ def write_report(
     """
     target = Path(out) if out is not None else Path(run_dirs[0]) / PAGE
     runs = [load_run(Path(folder)) for folder in run_dirs]
+    if not _is_ours(target):
+        files = (path for folder in run_dirs for path in Path(folder).rglob("*") if path.is_file())
+        read = (path for path in files if path.suffix != PAGE[-5:])
+        refuse_input_as_output(target, read)
     check_page(target, overwrite=overwrite)
     sections = [_sections(run) for run in runs]
     problems = [f"{run.folder}: {problem}" for run in runs for problem in run.problems]

@@ -167,3 +167,10 @@ def test_a_named_pipe_is_no_page(run_dir, tmp_path):
     os.mkfifo(tmp_path / "page.html")
     with pytest.raises(UserError, match="a named pipe"):
         write_report([run_dir], tmp_path / "page.html", overwrite=True)
+
+
+def test_a_file_of_the_run_is_no_page(run_dir):
+    before = (run_dir / "train" / "joint" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="is an input"):
+        write_report([run_dir], run_dir / "train" / "joint" / "metrics.jsonl", overwrite=True)
+    assert (run_dir / "train" / "joint" / "metrics.jsonl").read_bytes() == before

@@ -35,6 +35,7 @@ from mtft.common.atomic_io import sync
 from mtft.common.cache_folder import writable_cache
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import json_hash
+from mtft.common.folder_lock import sole_writer
 from mtft.data.notes import describe_note
 from mtft.data.readers.sources import find_source_parts
 from mtft.data.store.row_names import place, row_starts
@@ -190,8 +191,6 @@ def open_store(
     is known. Raises UserError for rows that can't be used, for a task in which nothing is learnt, and when the disk is
     full.
     """
-    from filelock import FileLock
-
     from mtft.data.store.build_store import build_store  # needs the tokenizer's libraries; opening does not
 
     if which == "train" and task.limit is not None:
@@ -211,17 +210,18 @@ def open_store(
     )
     root = cache / "stores"
     name = f"{task.name}-{which}-{fingerprint[:16]}-{LAYOUT}"
-    final, lock = root / name, root / f"{name}.lock"
+    final, lock = root / name, root / f".{name}.lock"
     try:
         found = TokenStore(final, task.name)
-        with suppress(OSError):  # of a builder that was killed at its very end
-            lock.unlink(missing_ok=True)
+        if lock.exists():  # of a builder that was killed at its very end: it goes with the next holder
+            with suppress(UserError), sole_writer(final):
+                pass
         return found
     except DamagedStoreError:  # or not there: looked at again by whoever holds the lock
         pass
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
+        with sole_writer(final, wait=float("inf")):  # whoever waits finds the store
             if _is_to_be_built(final, task.name):
                 for stale in root.glob(f"{name}.tmp-*"):  # of a writer that was killed: we hold its lock
                     shutil.rmtree(stale)
@@ -241,7 +241,6 @@ def open_store(
                     sync(root)
                 finally:
                     shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink(missing_ok=True)  # whoever still waits on it finds the store
     except OSError as error:
         do = "make room, or name another folder in MTFT_CACHE"
         raise UserError(

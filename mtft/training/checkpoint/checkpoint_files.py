@@ -153,7 +153,9 @@ def latest_checkpoint(run_dir: Path, *, say: Callable[[str], None] = print, tidy
 
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
     """Keeps the newest `keep` checkpoints."""
-    for folder in sorted(_checkpoints(run_dir), key=checkpoint_step)[:-keep]:
+    # Those of another program, which may lie there too, have no manifest: they neither count nor go.
+    ours = [folder for folder in _checkpoints(run_dir) if (folder / MANIFEST).is_file()]
+    for folder in sorted(ours, key=checkpoint_step)[:-keep]:
         # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its good name.
         doomed = folder.with_name(folder.name + PART)
         folder.rename(doomed)

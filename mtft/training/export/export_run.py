@@ -11,6 +11,7 @@ import torch
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
 from mtft.common.folder_lock import sole_writer
+from mtft.common.output_paths import check_output_folder
 from mtft.common.own_files import write_own
 from mtft.recipe.load import load_recipe
 from mtft.training.checkpoint.checkpoint_files import checkpoint_step, ended_at, latest_checkpoint
@@ -32,6 +33,7 @@ def export_run(run_dir: Path, *, quiet: bool = False) -> TrainResult:
     """
     if not (run_dir / RECIPE).is_file():
         raise UserError(f"the folder holds no {RECIPE}", where=str(run_dir), do="give the output.dir of a run")
+    check_output_folder(run_dir)
     with sole_writer(run_dir):
         return _export(run_dir, quiet=quiet)
 

@@ -71,15 +71,24 @@ def sole_run(recipe: Recipe, *, fresh: bool) -> Iterator[UserError | None]:
 
 def refuse_foreign_folder(run_dir: Path) -> None:
     """UserError if the folder holds files that a run would replace, and is no run's: somebody's own recipe.yaml."""
-    if (run_dir / ENV).exists() or any(run_dir.glob("checkpoint-*/manifest.json")):
+    if _is_env(run_dir / ENV) or any(run_dir.glob("checkpoint-*/manifest.json")):
         return
-    theirs = [name for name in (RECIPE, RESULT, PLAN, "metrics.jsonl", "eval.jsonl") if (run_dir / name).exists()]
+    names = (RECIPE, ENV, RESULT, PLAN, "metrics.jsonl", "eval.jsonl", "adapter", "model", "proof", SCORES)
+    theirs = [name for name in names if os.path.lexists(run_dir / name)]
     if theirs:
         raise UserError(
             f"the folder is no run's, and holds {', '.join(theirs)}, which a run would replace",
             where=f"output.dir: {run_dir}",
             do="give another output.dir",
         )
+
+
+def _is_env(path: Path) -> bool:
+    """Whether it is an env.json of ours, damaged or not; somebody else's may have the name."""
+    if irregular(path) is not None or not path.exists():
+        return False
+    text = path.read_bytes()
+    return not text.startswith(b"{") or b'"fingerprints"' in text or b'"versions"' in text
 
 
 def _inputs(recipe: Recipe) -> list[Path]:
@@ -157,11 +166,14 @@ def finished_on_other_data(run_dir: Path, identity: Mapping[str, str]) -> None:
 
 def move_aside(run_dir: Path) -> None:
     """Renames the folder to the first free <folder>.old-N. Nothing is deleted."""
-    if run_dir.exists():
+    real = Path(os.path.realpath(run_dir))  # of a link, what it points at: the lock is on that
+    if real.exists():
         number = 1
-        while (old := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+        while (old := real.with_name(f"{real.name}.old-{number}")).exists():
             number += 1
-        run_dir.rename(old)
+        real.rename(old)
+        if run_dir.is_symlink():
+            real.mkdir()
 
 
 def write_start(run_dir: Path, recipe: Recipe, plan: Any, identity: dict[str, Any]) -> None:

@@ -167,7 +167,7 @@ def test_of_several_at_once_one_builds_it_anew(where):
 
 def test_the_lock_of_a_builder_that_was_killed_goes(where):
     store = open_(where)
-    lock = store.path.with_name(f"{store.path.name}.lock")
+    lock = store.path.with_name(f".{store.path.name}.lock")
     lock.touch()
     open_(where)
     assert not lock.exists()

@@ -84,11 +84,11 @@ def refuse_foreign_folder(run_dir: Path) -> None:
 
 
 def _is_env(path: Path) -> bool:
-    """Whether it is an env.json of ours, damaged or not; somebody else's may have the name."""
+    """Whether it is an env.json of ours, whole or in part; somebody else's may have the name."""
     if irregular(path) is not None or not path.exists():
         return False
     text = path.read_bytes()
-    return not text.startswith(b"{") or b'"fingerprints"' in text or b'"versions"' in text
+    return b'"fingerprints"' in text or b'"versions"' in text
 
 
 def _inputs(recipe: Recipe) -> list[Path]:

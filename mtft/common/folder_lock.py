@@ -29,6 +29,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 OURS = b'{"process": '
+INSIDE = ".mtft.lock"
 POLL = 0.1  # seconds between two tries of one who waits
 LONG = 200  # bytes of a name; with dot and suffix it must stay below 255
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -71,6 +72,27 @@ def sole_writer(target: str | Path, *, wait: float = 0.0) -> Iterator[None]:
     finally:
         if taken == "locked":
             _release(real)
+
+
+def refuse_busy_below(folder: Path) -> None:
+    """FolderBusyError if another process writes a folder somewhere below: for who is about to move it."""
+    for lock in folder.rglob(".*.lock") if fcntl is not None else ():
+        target = lock.parent if lock.name == INSIDE else lock.with_name(lock.name[1 : -len(".lock")])
+        with _guard:
+            held = _held.get(Path(os.path.realpath(target)))
+            if held is not None and held.process == os.getpid():
+                continue  # ours; opening and closing the file would give it back
+            try:
+                file = os.open(lock, os.O_RDWR)
+            except OSError:
+                continue
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _TAKEN:
+                    raise _busy(target, Path(os.path.realpath(target))) from None
+            finally:
+                os.close(file)
 
 
 def _take(real: Path) -> str:
@@ -152,7 +174,7 @@ def _places(real: Path) -> tuple[Path, Path]:
     name = real.name
     if len(os.fsencode(name)) > LONG:
         name = blake2b(16, os.fsencode(name)).hexdigest()
-    return real.with_name(f".{name}.lock"), real / ".mtft.lock"
+    return real.with_name(f".{name}.lock"), real / INSIDE
 
 
 def _is_at(file: int, path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from mtft.common.errors import UserError
 from mtft.evaluation.task_scores import TaskScores
 
 Scores = dict[str, TaskScores]
@@ -19,6 +20,20 @@ def load_or_score(folder: Path, tasks: tuple[str, ...], score: Callable[[], Scor
     for task, task_scores in scores.items():
         task_scores.save(paths[task])
     return scores
+
+
+def check_same_examples(stages: dict[str, Scores], root: Path) -> None:
+    """UserError where two stages' scores of a task are of other examples: nothing can be compared then."""
+    for task in dict.fromkeys(task for scores in stages.values() for task in scores):
+        seen = {stage: frozenset(scores[task].ids) for stage, scores in stages.items() if task in scores}
+        first, *others = seen.items()
+        for stage, ids in others:
+            if ids != first[1]:
+                raise UserError(
+                    f"the scores of {task} are of other examples: {len(first[1])} of {first[0]}, {len(ids)} of {stage}",
+                    where=str(root),
+                    do="--fresh runs the stages again whose inputs have changed; else delete the folder of that stage",
+                )
 
 
 def table(stages: dict[str, Scores]) -> dict[str, dict[str, dict[str, float]]]:

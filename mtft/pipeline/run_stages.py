@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from data_mixers.mixture.mixture import Mixture
 from mtft.common.atomic_io import write_json, write_text
 from mtft.common.errors import UserError
+from mtft.common.fingerprint import json_hash
 from mtft.common.folder_lock import sole_writer
 from mtft.common.output_paths import check_output_folder
-from mtft.evaluation.score_cache import Scores, load_or_score, table
+from mtft.evaluation.score_cache import Scores, check_same_examples, load_or_score, table
 from mtft.pipeline.check import check_later_stages, check_names
-from mtft.pipeline.stages.stage_cache import read_json, run_cached_stage
+from mtft.pipeline.stages.stage_cache import model_state, read_json, run_cached_stage
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.merge import MergeSection
 from mtft.recipe.schema.recipe import Recipe
@@ -102,9 +103,10 @@ def _run_stages(recipe: Recipe, root: Path, *, fresh: bool, launch: str | None) 
         return evaluate(recipe, adapter, stores=eval_stores)
 
     stages: dict[str, Scores] = {}
-    # The base's scores depend on the data alone: named by their fingerprint.
+    # Named by what the base's scores depend on: the held-out rows and the model.
     data = "-".join(store.fingerprint[:8] for store in eval_stores if store is not None)
-    stages["base"] = load_or_score(root / "train" / f"base-{data}", held_out, lambda: score(None))
+    state = {"held_out": data, "model": model_state(recipe.model)}
+    stages["base"] = load_or_score(root / "train" / f"base-{json_hash(state)[:16]}", held_out, lambda: score(None))
     singles = _single_task_scores(results)
     if singles:
         stages["single"] = singles
@@ -122,6 +124,7 @@ def _run_stages(recipe: Recipe, root: Path, *, fresh: bool, launch: str | None) 
                 stages["base"],
                 singles,
                 fresh=fresh,
+                state=state,
                 score=score,
                 beside={labels["joint"]: results["joint"].scores},
             )
@@ -130,9 +133,12 @@ def _run_stages(recipe: Recipe, root: Path, *, fresh: bool, launch: str | None) 
         experts = _name_adapters(recipe.fuse.adapters or ())
         tuned = results["strong"].scores if "strong" in results else None
         alone, fused = fuse_stage(
-            recipe, recipe.fuse, experts or {"joint": results["joint"].adapter_dir}, tuned, fresh=fresh
+            recipe, recipe.fuse, experts or {"joint": results["joint"].adapter_dir}, tuned, data=data, fresh=fresh
         )
         stages |= {"strong base": alone, "fused": fused} | ({"strong tuned": tuned} if tuned else {})
+    strong = {name: scores for name, scores in stages.items() if name in ("strong base", "fused", "strong tuned")}
+    for group in (strong, {name: scores for name, scores in stages.items() if name not in strong}):
+        check_same_examples(group, root)  # another tokenizer may leave out other rows
     return _report(root, stages, say)
 
 

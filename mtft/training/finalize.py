@@ -30,7 +30,7 @@ from mtft.training.export.export import export_model, write_card
 from mtft.training.export.proof import PROOF, ReloadResult, probe_logits, write_probe
 from mtft.training.run_files.run_dir import NOT_PROVED, PROVED, RESULT, SCORES, TRAINED, write_plan
 from mtft.training.trainer import MultiTaskTrainer
-from mtft.training.trainer_parts import TrainingInputs
+from mtft.training.trainer_parts import TrainingInputs, held_out_identity
 
 
 def finalize_run(
@@ -80,7 +80,8 @@ def finalize_run(
                     content["history"] = history
                     for line in history:
                         trainer.run_log.say(f"warning: {line}")
-                content |= {"basis": trainer.basis, "fingerprints": trainer.identity}
+                scored = held_out_identity(inputs.held_out)
+                content |= {"basis": trainer.basis, "fingerprints": {**(trainer.identity or {}), **scored}}
                 if recipe.model.quantise != "none":
                     content["unquantised_base"] = proof.unquantised
                 write_plan(run_dir, recipe, plan)  # a mixture that changed online: what came of it

@@ -28,7 +28,7 @@ from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.checkpoint.checkpoint import check_identity
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
-from mtft.training.run_files.run_dir import check_recipe, finished_on_other_data, read_result_file
+from mtft.training.run_files.run_dir import check_recipe, read_result_file
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 
@@ -129,11 +129,13 @@ def folder_refusal(recipe: Recipe, identity: Mapping[str, str], basis: Mapping[s
 
     identity, basis: of the run that would begin.
     """
+    from mtft.training.finished_run import check_finished
+
     run_dir = Path(recipe.output.dir)
     try:
         check_recipe(run_dir, recipe)
         if read_result_file(run_dir) is not None:
-            finished_on_other_data(run_dir, identity)
+            check_finished(recipe)
         elif (checkpoint := latest_checkpoint(run_dir, say=lambda _: None, tidy=False)) is not None:
             check_identity(checkpoint, dict(identity), basis)
     except UserError as error:

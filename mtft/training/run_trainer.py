@@ -42,7 +42,13 @@ from mtft.training.optim.schedule_free import evaluation_weights
 from mtft.training.preflight import refuse_rows, refuse_settings
 from mtft.training.run_files.metrics_log import MetricsLog, flat
 from mtft.training.run_files.run_dir import check_recipe, read_result_file
-from mtft.training.trainer_parts import TrainerParts, read_training_inputs, start_run_dir, trainer_parts
+from mtft.training.trainer_parts import (
+    TrainerParts,
+    held_out_identity,
+    read_training_inputs,
+    start_run_dir,
+    trainer_parts,
+)
 from mtft.training.training_arguments import training_arguments
 
 
@@ -150,7 +156,7 @@ class RunTrainer(Trainer):
         saves = recipe.output.save_every is not None
         args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=saves)
         args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start
-        basis = run_basis(recipe, inputs.tokenizer)
+        basis = run_basis(recipe, inputs.tokenizer, held_out_identity(inputs.held_out))
         start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, basis=basis, fresh=False)
         model = load_for_training(recipe) if model is None else model
         sized = recipe

@@ -23,7 +23,6 @@ from mtft.training.run_files.run_dir import (
     SCORES,
     check_recipe,
     chosen_size,
-    finished_on_other_data,
     read_result_file,
     sole_run,
 )
@@ -85,7 +84,7 @@ def _train(recipe: Recipe, *, fresh: bool, quiet: bool, prove: bool, refused: Us
     from mtft.training.preflight import refuse_rows, refuse_settings
     from mtft.training.run_files.metrics_log import MetricsLog
     from mtft.training.trainer import build_trainer
-    from mtft.training.trainer_parts import print_summary, read_training_inputs, start_run_dir
+    from mtft.training.trainer_parts import held_out_identity, print_summary, read_training_inputs, start_run_dir
     from mtft.training.training_arguments import training_arguments
 
     refuse_settings(recipe)
@@ -101,7 +100,7 @@ def _train(recipe: Recipe, *, fresh: bool, quiet: bool, prove: bool, refused: Us
     # joins the ranks
     args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=True)
     size = None if fresh else chosen_size(run_dir)
-    basis = run_basis(recipe, inputs.tokenizer)
+    basis = run_basis(recipe, inputs.tokenizer, held_out_identity(inputs.held_out))
     checkpoint = start_run_dir(
         recipe, run_dir, plan, inputs.identity(plan), log, basis=basis, fresh=fresh, refused=refused
     )
@@ -147,21 +146,18 @@ def _finished(recipe: Recipe, *, quiet: bool) -> TrainResult | None:
     check_recipe(run_dir, recipe)
     result = read_result(run_dir)
     if result is not None:
-        _check_rows(recipe)
+        if not result.adapter_dir.is_dir():
+            raise UserError(
+                f"the run is finished, and {result.adapter_dir.name}/ is gone from its folder",
+                where=str(run_dir),
+                do=f"mtft export {run_dir} makes it again from the last checkpoint, or --fresh trains again",
+            )
+        from mtft.training.finished_run import check_finished
+
+        check_finished(recipe)
         if is_main_process() and not quiet:
             print(f"finished already: {run_dir}", file=sys.stderr)
     return result
-
-
-def _check_rows(recipe: Recipe) -> None:
-    """UserError when the rows of a finished run's recipe have changed since. Rows that are gone are no matter."""
-    from mtft.training.trainer_parts import data_identity, read_training_inputs
-
-    try:
-        inputs = read_training_inputs(recipe)
-    except UserError:
-        return
-    finished_on_other_data(Path(recipe.output.dir), data_identity(inputs.stores))
 
 
 def read_result(run_dir: Path) -> TrainResult | None:
@@ -170,5 +166,12 @@ def read_result(run_dir: Path) -> TrainResult | None:
     if content is None:
         return None
     scores = {task: TaskScores.load(run_dir / SCORES / f"{task}.jsonl") for task in content["tasks"]}
+    for task, about in content["tasks"].items():
+        if isinstance(about, dict) and about.get("examples", len(scores[task].ids)) != len(scores[task].ids):
+            raise UserError(
+                f"damaged scores: {len(scores[task].ids)} examples, and {about['examples']} by {RESULT}",
+                where=str(run_dir / SCORES / f"{task}.jsonl"),
+                do=f"mtft export {run_dir} scores again, or --fresh trains again",
+            )
     export = run_dir / content["export"]
     return TrainResult(run_dir, export, content["steps"], content["seconds"], scores, content.get("not_proved"))

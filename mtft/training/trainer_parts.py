@@ -69,6 +69,11 @@ def data_identity(stores: Sequence[Any]) -> dict[str, str]:
     return {f"data of {store.task}": store.fingerprint for store in stores}
 
 
+def held_out_identity(stores: Sequence[Any | None]) -> dict[str, str]:
+    """{"held-out rows of TASK": fingerprint}: what the scores of a run are of."""
+    return {f"held-out rows of {store.task}": store.fingerprint for store in stores if store is not None}
+
+
 def read_training_inputs(recipe: Recipe, *, eval_limit: int | None = None, tokenizer: Any = None) -> TrainingInputs:
     """Tokenizer and token stores of a recipe; the stores are built by one process where they don't stand yet.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mtft.common.errors import UserError
-from mtft.common.folder_lock import FolderBusyError, sole_writer
+from mtft.common.folder_lock import FolderBusyError, refuse_busy_below, sole_writer
 
 
 def _hold(folder: Path, told) -> None:
@@ -111,6 +111,44 @@ def test_any_name_can_be_locked(tmp_path: Path, name: str):
     with sole_writer(tmp_path / name):
         assert len(list(tmp_path.iterdir())) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_below_is_seen(tmp_path: Path):
+    (tmp_path / "outer").mkdir()
+    held = Holder(tmp_path / "outer" / "inner")
+    try:
+        with sole_writer(tmp_path / "outer"), pytest.raises(FolderBusyError, match=f"process {held.process.pid} on"):
+            refuse_busy_below(tmp_path / "outer")
+    finally:
+        held.leave()
+    with sole_writer(tmp_path / "outer" / "inner"):
+        refuse_busy_below(tmp_path / "outer")  # our own
+
+
+def test_another_threads_refusal_leaves_the_lock_where_it_is(tmp_path: Path):
+    """A POSIX lock is lost when its process closes any descriptor of the file."""
+    refused: list[UserError] = []
+
+    def other() -> None:
+        with suppress(FolderBusyError), sole_writer(tmp_path / "run"):
+            refused.append(UserError("not refused"))
+
+    def from_elsewhere() -> None:
+        try:
+            with sole_writer(tmp_path / "run"):
+                os._exit(1)
+        except FolderBusyError:
+            os._exit(0)
+
+    with sole_writer(tmp_path / "run"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        process = multiprocessing.get_context("fork").Process(target=from_elsewhere)
+        process.start()
+        process.join(30)
+    assert process.exitcode == 0
+    assert not refused
 
 
 def test_a_file_of_somebody_else_is_no_lock(tmp_path: Path):

@@ -18,7 +18,7 @@ from mtft.common.own_files import write_own
 from mtft.evaluation.gap_closed import gap_closed
 from mtft.evaluation.score_cache import Scores, load_or_score
 from mtft.evaluation.task_scores import METRICS
-from mtft.pipeline.stages.stage_cache import run_cached_stage
+from mtft.pipeline.stages.stage_cache import adapter_state, model_state, run_cached_stage
 from mtft.recipe.schema.fuse import FuseSection
 from mtft.recipe.schema.recipe import Recipe
 
@@ -30,9 +30,12 @@ SAMPLE_TOKENS = 48
 
 
 def fuse_stage(
-    recipe: Recipe, fuse: FuseSection, experts: Mapping[str, Path], tuned: Scores | None, *, fresh: bool
+    recipe: Recipe, fuse: FuseSection, experts: Mapping[str, Path], tuned: Scores | None, *, data: str, fresh: bool
 ) -> tuple[Scores, Scores]:
-    """Scores of the strong model alone and of the fused model. tuned: the strong model's own tuning, if it was run."""
+    """Scores of the strong model alone and of the fused model.
+
+    tuned: of the strong model's own tuning, if it was run. data: which held-out rows these are.
+    """
     from mtft.evaluation.evaluate_recipe import evaluate
 
     folder = Path(recipe.output.dir) / "fuse"
@@ -40,8 +43,10 @@ def fuse_stage(
     strong_recipe = recipe.model_copy(update={"model": fuse.strong})  # its tokenizer makes the rows
     inputs = {
         "fuse": fuse.model_dump(mode="json", exclude={"adapters"}),
-        "experts": {name: file_hash(path / "adapter_model.safetensors") for name, path in experts.items()},
+        "experts": {name: adapter_state(path) for name, path in experts.items()},
+        "models": {"strong": model_state(fuse.strong), "base": model_state(fuse.base or recipe.model)},
         "held_out": held_out,
+        "rows": data,
     }
     named = {"strong": fuse.strong.chat_template, "base": (fuse.base or recipe.model).chat_template}
     if any(named.values()):  # what is in the files counts; without any, runs of earlier versions stand

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from mtft.adapters.lora_factors import LoraAdapter, read_adapter, read_adapters
 from mtft.common.atomic_folder import check_replaceable
-from mtft.common.fingerprint import file_hash
 from mtft.common.folder_lock import sole_writer
 from mtft.common.own_files import write_own
 from mtft.common.run_folders import refuse_run_as_adapter
@@ -30,7 +29,7 @@ from mtft.merge.engine.report import MergeReport
 from mtft.merge.from_recipe import chosen_adapters, merge_folder, merge_from_recipe, merge_options, merge_section
 from mtft.merge.search.retention import retention
 from mtft.pipeline.stages import derived_recipes
-from mtft.pipeline.stages.stage_cache import read_json, run_cached_stage
+from mtft.pipeline.stages.stage_cache import adapter_state, read_json, run_cached_stage
 from mtft.recipe.schema.merge import MergeSection
 from mtft.recipe.schema.recipe import Recipe
 
@@ -238,19 +237,22 @@ def merge_stage(
     singles: Scores,
     *,
     fresh: bool,
+    state: Mapping[str, str],
     score: Callable[[Path], Scores],
     beside: Mapping[str, Scores],
 ) -> Scores:
     """Merges `adapters` ({name: folder}) and scores the result. Returns its scores.
 
-    base, singles: held-out scores of the base model and of each task's own adapter; score(adapter folder) -> Scores;
+    base, singles: held-out scores of the base model and of each task's own adapter; state: digests of the held-out
+    rows and the model that they are of; score(adapter folder) -> Scores;
     beside: scores of other adapters for all tasks (the joint one), to stand in the retention table.
     """
     folder = Path(recipe.output.dir) / "merge"
     unused = {name for name in ("base", "search", "gates", "experts") if getattr(section, name) is None}
     inputs = {
         "merge": section.model_dump(mode="json", exclude={"out", "overwrite", "adapters", *unused}),
-        "adapters": {name: file_hash(path / "adapter_model.safetensors") for name, path in adapters.items()},
+        "adapters": {name: adapter_state(path) for name, path in adapters.items()},
+        **state,
     }
     rows = rows_needed(section)
     opened: list[AdapterEvaluator] = []

@@ -85,7 +85,8 @@ def trial_config(recipe: Recipe, stores: list[Any]) -> str:
     """What the trials of one fit must agree on: everything but the mixture, and the data."""
     sweep = _sweep(recipe)
     rules = fingerprint(derived_recipes.proxy_recipe(recipe, sweep), without=("name", "output", "mixture"))
-    parts = [rules, f"{sweep.eval_limit}", *(store.fingerprint for store in stores)]
+    held_out = [store.fingerprint for store in _held_out(recipe)]
+    parts = [rules, f"{sweep.eval_limit}", *(store.fingerprint for store in stores), *held_out]
     return content_hash(" ".join(parts))
 
 
@@ -239,6 +240,13 @@ def _stores(recipe: Recipe) -> list[Any]:
     from mtft.models.loading import load_tokenizer
 
     return open_stores(recipe, load_tokenizer(recipe.model), "train")
+
+
+def _held_out(recipe: Recipe) -> list[Any]:
+    from mtft.data.store.token_store import open_stores
+    from mtft.models.loading import load_tokenizer
+
+    return [store for store in open_stores(recipe, load_tokenizer(recipe.model), "eval") if store is not None]
 
 
 def _goals(recipe: Recipe) -> dict[str, str]:

@@ -14,10 +14,14 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from mtft.adapters.base_identity import fingerprint
 from mtft.common.atomic_io import write_json
 from mtft.common.errors import UserError
+from mtft.common.fingerprint import file_hash, json_hash
 from mtft.common.folder_lock import sole_writer
 from mtft.common.own_files import Types, read_own, write_own
+from mtft.models.loading import expand_quickstart
+from mtft.recipe.schema.model import ModelSection
 
 STARTED, DONE = "started.json", "done.json"
 
@@ -66,6 +70,18 @@ def _readable(folder: Path, *, fresh: bool) -> dict | None:
             raise
         move_aside(folder)
         return None
+
+
+def model_state(section: ModelSection) -> str:
+    """Digest of a model: its section, and the weights in its folder, which may change under the same path."""
+    folder = Path(expand_quickstart(section.path))
+    return json_hash([section.model_dump(mode="json"), fingerprint(folder) if folder.is_dir() else None])
+
+
+def adapter_state(folder: Path) -> str:
+    """Digest of an adapter: its weights, and the settings that say how they act."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return json_hash([file_hash(folder / name) if (folder / name).is_file() else None for name in names])
 
 
 def move_aside(folder: Path) -> Path:

@@ -123,11 +123,14 @@ def _clear_if_other(folder: Path, recipe: Recipe) -> None:
     """
     from mtft.training.checkpoint.checkpoint import check_checkpoint_recipe
     from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
+    from mtft.training.finished_run import check_finished
 
     with sole_writer(folder):
         try:
             check_recipe(folder, recipe)
-            if (checkpoint := latest_checkpoint(folder, say=lambda _: None, tidy=False)) is not None:
+            if read_result_file(folder) is not None:
+                check_finished(recipe)
+            elif (checkpoint := latest_checkpoint(folder, say=lambda _: None, tidy=False)) is not None:
                 check_checkpoint_recipe(checkpoint, recipe)
         except UserError:
             move_aside(folder)

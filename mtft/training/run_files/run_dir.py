@@ -26,7 +26,7 @@ from data_mixers.plan.realized import realized_spans
 from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
-from mtft.common.folder_lock import sole_writer
+from mtft.common.folder_lock import refuse_busy_below, sole_writer
 from mtft.common.output_paths import check_output_folder
 from mtft.common.own_files import defect, irregular, read_own, write_own
 from mtft.distributed.launch import is_main_process, world_size
@@ -154,13 +154,15 @@ def finished_on_other_data(run_dir: Path, identity: Mapping[str, str]) -> None:
     """UserError, naming the tasks, when the finished run in the folder was trained on other rows than there are now."""
     content = read_result_file(run_dir) or {}
     before = content.get("fingerprints") or (read_env(run_dir) or {}).get("fingerprints") or {}
-    other = [key for key, value in identity.items() if key.startswith("data of ") and before.get(key, value) != value]
+    other = [key for key, value in identity.items() if key != "plan" and before.get(key, value) != value]
     if other:
+        scored = all(key.startswith("held-out") for key in other)
+        scores = f"; `mtft eval {run_dir}` scores it on the rows of now" if scored else ""
         raise UserError(
             f"the folder holds a finished run on other rows: {', '.join(other)} changed since (or the tokenizer, or "
             "how rows are read)",
             where=str(run_dir),
-            do="--fresh trains again (the old run is kept beside it), or give another output.dir",
+            do=f"--fresh trains again (the old run is kept beside it), or give another output.dir{scores}",
         )
 
 
@@ -168,6 +170,7 @@ def move_aside(run_dir: Path) -> None:
     """Renames the folder to the first free <folder>.old-N. Nothing is deleted."""
     real = Path(os.path.realpath(run_dir))  # of a link, what it points at: the lock is on that
     if real.exists():
+        refuse_busy_below(real)
         number = 1
         while (old := real.with_name(f"{real.name}.old-{number}")).exists():
             number += 1

@@ -173,7 +173,7 @@ def test_what_a_merge_keeps_is_reported_on_rows_it_has_not_seen(trained, tmp_pat
     whole = with_merge(trained, tmp_path / "run", search={"by": "grid", "rows": 3})
     adapted = AdapterEvaluator(recipe, 3)
     singles = {task: adapted.scores(path, None, [task])[task] for task, path in adapters.items()}
-    arguments = {"fresh": False, "score": adapted.scores, "beside": {}}
+    arguments = {"fresh": False, "state": {}, "score": adapted.scores, "beside": {}}
     found = merge_stage(whole, whole.merge, adapters, adapted.scores(None), singles, **arguments)
     kept = json.loads((tmp_path / "run" / "merge" / "retention.json").read_text())
     assert kept["rows"]["copy"] == {"seen": 6, "reported": 6}
@@ -188,7 +188,7 @@ def test_the_stage_scores_experts_behind_their_router(trained, tmp_path):
     whole = with_merge(trained, tmp_path / "run", experts={"kind": "arrow"})
     adapted = AdapterEvaluator(whole, 2)
     singles = {task: adapted.scores(path, None, [task])[task] for task, path in adapters.items()}
-    arguments = {"fresh": False, "score": adapted.scores, "beside": {}}
+    arguments = {"fresh": False, "state": {}, "score": adapted.scores, "beside": {}}
     found = merge_stage(whole, whole.merge, adapters, adapted.scores(None), singles, **arguments)
     folder = tmp_path / "run" / "merge"
     assert mean_loss(found) == pytest.approx(mean_loss(adapted.routed_scores(folder / "adapter")), rel=1e-6)

@@ -12,7 +12,13 @@ from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.checkpoint import run_basis as module
 from mtft.training.checkpoint.checkpoint import check_identity
-from mtft.training.checkpoint.run_basis import check_digest, check_parameters, parameters_digest, run_basis
+from mtft.training.checkpoint.run_basis import (
+    check_basis,
+    check_digest,
+    check_parameters,
+    parameters_digest,
+    run_basis,
+)
 from mtft.training.run_files.run_dir import check_recipe
 from mtft.training.run_training import train
 from mtft.training.trainer import MultiTaskTrainer
@@ -140,3 +146,23 @@ def test_damaged_state_is_named(started, tmp_path):
     with pytest.raises(UserError, match="damaged") as caught:
         check_identity(tmp_path, {})
     assert "state.json:1" in (caught.value.where or "")
+
+
+def test_other_held_out_rows_are_said_and_refused_where_the_run_decides_by_them(started, recipe):
+    values, folder = started
+    tokenizer = AutoTokenizer.from_pretrained(recipe["model"]["path"])
+    state = json.loads((folder / "checkpoint-2" / "state.json").read_text())
+    rows = dict(state["basis"]["held_out"])
+    assert rows
+    said: list[str] = []
+    same = Recipe.model_validate(values)
+    check_basis(state["basis"], run_basis(same, tokenizer, rows), folder / "checkpoint-2", say=said.append)
+    assert said == []
+    other = {**rows, next(iter(rows)): "other"}
+    check_basis(state["basis"], run_basis(same, tokenizer, other), folder / "checkpoint-2", say=said.append)
+    assert "held-out rows of copy have changed since checkpoint-2" in said[0]
+    best = {**values, "output": {**values["output"], "export": "best"}}
+    before = {**state["basis"], "recipe": Recipe.model_validate(best).model_dump(mode="json")}
+    now = run_basis(Recipe.model_validate(best), tokenizer, other)
+    with pytest.raises(UserError, match="the run decides by them"):
+        check_basis(before, now, folder / "checkpoint-2", say=said.append)

@@ -62,8 +62,10 @@ def blame(folder: Path, error: Exception) -> tuple[str, str | None]:
             return f"{path.name} is not a whole safetensors file ({broken})", str(path)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])[:300]
-    if isinstance(error, KeyError | IndexError | AttributeError | AssertionError | ArithmeticError | TypeError):
-        text = f"{type(error).__name__}: {text}"
+    if isinstance(error, KeyError | IndexError):
+        text = f"one of its files lacks {text}"
+    elif isinstance(error, AttributeError | AssertionError | ArithmeticError | TypeError):
+        text = f"one of its files holds a value of another kind than is meant ({text})"
     return text or type(error).__name__, _named(folder, str(error))
 
 

@@ -76,7 +76,9 @@ def sole_writer(target: str | Path, *, wait: float = 0.0) -> Iterator[None]:
 
 def refuse_busy_below(folder: Path) -> None:
     """FolderBusyError if another process writes a folder somewhere below: for who is about to move it."""
-    for lock in folder.rglob(".*.lock") if fcntl is not None else ():
+    if fcntl is None:
+        return
+    for lock in folder.rglob(".*.lock"):
         target = lock.parent if lock.name == INSIDE else lock.with_name(lock.name[1 : -len(".lock")])
         with _guard:
             held = _held.get(Path(os.path.realpath(target)))

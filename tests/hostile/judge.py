@@ -46,6 +46,8 @@ def _command(command: list[str], here: Path, log: Path) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  pytest has put others in their place
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     os.chdir(here)
     os.environ |= {"MTFT_CACHE": str(here / "cache"), "HOME": str(here / "home")}
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

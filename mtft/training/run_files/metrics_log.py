@@ -21,8 +21,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mtft.common.atomic_io import finite, write_text
-from mtft.common.long_work import LongWork, duration
+from mtft.common.long_work import SILENCE, LongWork, duration
 from mtft.common.run_history import EVALS, METRICS, evaluated_steps, read_history
 from mtft.data.batching.batches import StepContent
 
@@ -49,6 +50,8 @@ class MetricsLog:
         self.eval_on_start = False
         self._told = time.monotonic()  # when a step's line was last shown
         self._work: LongWork | None = None  # what is under way, where it is told of
+        self._new_work: Callable[[], LongWork] | None = None
+        self._begun = 0.0
 
     def say(self, text: str) -> None:
         """One line for the person who watches; that the terminal is gone ends no run."""
@@ -92,10 +95,15 @@ class MetricsLog:
             self.say(f"step {step}/{self.steps} begins: {held} on this process")
         left = self.steps - step + 1
         steps = f"the {left} steps that are left" if left > 1 else "the one step that is left"
-        self._work = LongWork(self.say, what, first=first, total=lambda one: f"{steps}: about {duration(left * one)}")
+        total: Callable[[float], str] = lambda one: f"{steps}: about {duration(left * one)}"  # noqa: E731
+        self._begun, self._new_work = time.monotonic(), partial(LongWork, self.say, what, first=first, total=total)
+        self._work = self._new_work() if first else None  # of the others only those that last
 
     def micro_batch(self, done: int, of: int) -> None:
         """So many of the step's micro-batches are done."""
+        if self._work is None and self._new_work is not None and time.monotonic() - self._begun >= SILENCE:
+            self._work = self._new_work()
+            self._work.begin = self._work.said = self._begun
         if self._work is not None:
             self._work(done, of)
 

@@ -59,3 +59,12 @@ def test_a_run_says_what_it_is_about_to_do_before_the_first_step(capsys):
     quiet.micro_batch(1, 8)
     assert quiet.evaluating(0, 3, first=True) is None
     assert not capsys.readouterr().err
+
+
+def test_a_later_step_is_told_of_where_it_lasts(capsys):
+    log = MetricsLog(None, steps=100)
+    log.begin_step(2, 8, 65536, first=False)
+    log._begun -= 80
+    log.micro_batch(4, 8)
+    said = capsys.readouterr().err
+    assert said.startswith("step 2/100: micro-batch 4 of 8 done after 1 min 20 s, about 1 min 20 s to go")

@@ -102,7 +102,7 @@ PARTS = {
     "finite": (fails,),
 }
 PROOF_PARTS = {"probe_logits": (fails, out_of_memory), "write_probe": (full_disk,), "ReloadResult": (fails,)}
-HARMLESS = {"is_main_process", "barrier", "part_of_the_end", "Proof", "Path"}
+HARMLESS = {"held_out_identity", "is_main_process", "barrier", "part_of_the_end", "Proof", "Path"}
 
 
 def test_all_parts_are_made_to_fail():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+import mtft.training.trainer  # noqa: F401
+import tests.fuse.tiny  # noqa: F401  the forked processes have the libraries then
 from tests.hostile.attacks import READS
 from tests.hostile.judge import Outcome, faults
 from tests.hostile.siege import Siege, draw

@@ -50,14 +50,14 @@ def atomic_folder(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) ->
             scratch = _make_scratch(target)
             try:
                 yield scratch
-                write_own(scratch / CONTENTS, {"files": _marks(scratch)})
+                list_contents(scratch)
                 mask = os.umask(0)
                 os.umask(mask)
                 scratch.chmod(0o755 & ~mask)
                 _check_content(target, out, overwrite)  # it took a while
                 _put_in_place(scratch, target)
             finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+                _remove(scratch)
     except BaseException:
         with suppress(OSError):  # the first that isn't empty
             for folder in made:
@@ -70,6 +70,20 @@ def check_replaceable(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()
     _check_place(out, inputs)
     restore_replaced(out)
     _check_content(_real(out), out, overwrite)
+
+
+def list_contents(folder: Path) -> None:
+    """Writes the list of a folder's files, by which it is known to hold nothing else."""
+    write_own(folder / CONTENTS, {"files": _marks(folder)})
+
+
+def unlisted(folder: Path, *, besides: Sequence[str] = ()) -> list[str]:
+    """Files of a folder that its list doesn't name, nor `besides`; all of them, if there is no sound list."""
+    try:
+        listed = read_own(folder / CONTENTS, {"files": dict}, do="")["files"]
+    except UserError:
+        listed = {}
+    return [name for name in _files(folder) if name not in listed and name not in besides]
 
 
 def restore_replaced(folder: Path) -> None:
@@ -154,8 +168,13 @@ def _foreign(folder: Path) -> str | None:
 
 def _marks(folder: Path) -> dict[str, str]:
     """{path within the folder: what tells its content}; links and other things that are no files have none."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
-    return {name: _mark(path) for path in files if (name := path.relative_to(folder).as_posix()) != CONTENTS}
+    return {name: _mark(folder / name) for name in _files(folder)}
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths within the folder of all that is no folder, but for the list itself."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return [name for path in found if (name := path.relative_to(folder).as_posix()) != CONTENTS]
 
 
 def _mark(path: Path) -> str:
@@ -170,6 +189,14 @@ def _mark(path: Path) -> str:
     return f"{size} {whole.hexdigest()}"
 
 
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:  # a signal meanwhile: it ends the command, but leaves nothing
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def _put_in_place(scratch: Path, target: Path) -> None:
     if not os.path.lexists(target):
         scratch.rename(target)
@@ -181,7 +208,7 @@ def _put_in_place(scratch: Path, target: Path) -> None:
         except BaseException:
             old.rename(target)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
 
 
 def _short(target: Path) -> str:

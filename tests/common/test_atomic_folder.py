@@ -51,6 +51,25 @@ def test_written_replaced_and_nothing_left(tmp_path, way):
     assert names(out) == [CONTENTS, "README.md", "sub"]
 
 
+def test_a_signal_while_the_old_one_is_removed_leaves_nothing(tmp_path, monkeypatch, way):
+    write(tmp_path / "out", "old")
+    really, files = os.unlink, 0
+
+    def interrupted(*arguments, **options) -> None:
+        nonlocal files
+        files += 1
+        if files == 2:
+            raise SystemExit(143)
+        really(*arguments, **options)
+
+    monkeypatch.setattr(os, "unlink", interrupted)
+    with pytest.raises(SystemExit):
+        write(tmp_path / "out", "new")
+    assert files > 2
+    assert content(tmp_path / "out") == "new"
+    assert names(tmp_path) == ["out"]
+
+
 def test_exchange(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").write_text("b")

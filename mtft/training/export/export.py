@@ -6,6 +6,9 @@ sharded engines leave when their weights were not gathered). That it can be load
 
 from __future__ import annotations
 
+import itertools
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from mtft.adapters.base_identity import write_base
+from mtft.common.atomic_folder import list_contents, unlisted
 from mtft.common.atomic_io import let_read, write_text
 from mtft.common.errors import UserError
+from mtft.common.listing import listed
 from mtft.evaluation.task_scores import METRICS, TaskScores
 from mtft.models.adapters import base_of
 from mtft.models.loading import expand_quickstart
@@ -24,7 +29,7 @@ from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir
 from mtft.training.export.chat_files import how_to_prompt, save_chat_files
 from mtft.training.run_files.run_dir import environment
 
-ADAPTER, MODEL, INITIAL = "adapter", "model", "initial_adapter"
+ADAPTER, MODEL, INITIAL, CARD = "adapter", "model", "initial_adapter", "README.md"
 CHANGE_THE_BASE = ("pissa", "olora")  # initialisations that move a part of the base weights into the adapter
 
 
@@ -32,14 +37,29 @@ def export_model(model: Any, run_dir: Path, *, tokenizer: Any, state: Mapping[st
     """Writes run_dir/adapter (PEFT) or run_dir/model (full fine-tuning) and returns the folder.
 
     `state`: the weights, gathered, where the engine shards them (FSDP, ZeRO-3). An adapter that started from a changed
-    base (PiSSA, OLoRA) is converted to one for the unchanged base, by PEFT, with twice the rank.
+    base (PiSSA, OLoRA) is converted to one for the unchanged base, by PEFT, with twice the rank. A former export
+    is replaced; if it holds files that no export wrote, it stays under another name.
     """
     from peft import PeftModel
 
     target = run_dir / (ADAPTER if isinstance(model, PeftModel) else MODEL)
     with atomic_checkpoint_dir(target, manifest=False) as folder:
         write_weights(model, folder, initial=run_dir / INITIAL, tokenizer=tokenizer, state=state)
+        list_contents(folder)
+        _keep_others(target)
     return target
+
+
+def _keep_others(target: Path) -> None:
+    """Moves a former export aside that holds what no export wrote (a user's notes, another tool's files)."""
+    if not target.is_dir() or not (others := unlisted(target, besides=[CARD])):
+        return
+    number = next(k for k in itertools.count(1) if not os.path.lexists(target.with_name(f"{target.name}.before-{k}")))
+    kept = target.with_name(f"{target.name}.before-{number}")
+    target.rename(kept)
+    warnings.warn(
+        f"{target} held {listed(map(repr, others))}, which no export wrote: it is kept as {kept.name}", stacklevel=2
+    )
 
 
 def write_weights(
@@ -146,7 +166,7 @@ def write_card(
         lines += [f"Trained on the base quantised to {recipe.model.quantise}. {_on_the_unquantised(unquantised)}", ""]
     versions = ", ".join(f"{name} {number}" for name, number in environment()["versions"].items())
     lines += ["## Versions", "", versions, "", "## Recipe", "", "```yaml", dump_recipe(recipe).rstrip(), "```", ""]
-    write_text(folder / "README.md", "\n".join(lines))
+    write_text(folder / CARD, "\n".join(lines))
 
 
 def told_in_card(proof: float | None, not_proved: str | None) -> str:

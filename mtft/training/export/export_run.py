@@ -15,13 +15,11 @@ from mtft.common.output_paths import check_output_folder
 from mtft.common.own_files import write_own
 from mtft.recipe.load import load_recipe
 from mtft.training.checkpoint.checkpoint_files import checkpoint_step, ended_at, latest_checkpoint
-from mtft.training.export.export import told_in_card
+from mtft.training.export.export import CARD, told_in_card
 from mtft.training.export.proof import PROBE, PROOF
 from mtft.training.finalize import Proof
 from mtft.training.run_files.run_dir import PROVED, RECIPE, RESULT, read_plan, read_result_file
 from mtft.training.run_training import TrainResult, read_result, train
-
-CARD = "README.md"
 
 
 def export_run(run_dir: Path, *, quiet: bool = False) -> TrainResult:

@@ -16,6 +16,7 @@ from mtft.evaluation.evaluate_recipe import as_json, evaluate
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.export.export import check_tensors
+from mtft.training.export.export_run import export_run
 from mtft.training.export.proof import ReloadResult, probe_logits, write_probe
 from mtft.training.run_training import train
 
@@ -42,6 +43,7 @@ def test_adapter_is_proved_in_a_fresh_process(proved):
     written = json.loads((result.adapter_dir.parent / "result.json").read_text())
     assert written["proof"] <= 1e-5
     assert sorted(path.name for path in result.adapter_dir.iterdir()) == [
+        ".mtft_files.json",
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -54,6 +56,27 @@ def test_adapter_is_proved_in_a_fresh_process(proved):
     card = (result.adapter_dir / "README.md").read_text()
     assert all(text in card for text in ("| copy | 0.500 |", "exact_match", "torch ", "learning_rate: 0.005"))
     assert "User: What is the capital of Italy?\n\nAssistant:" in card  # the base has no template: the default one
+
+
+def test_a_replaced_export_with_files_of_the_user_is_kept(recipe, tmp_path):
+    _, result = finished(recipe, tmp_path / "run")
+    assert result.adapter_dir is not None
+    own = result.adapter_dir / "notes" / "mine.txt"
+    (result.adapter_dir.parent / "result.json").unlink()
+    export_run(tmp_path / "run", quiet=True)  # nothing of another: replaced
+    assert not list((tmp_path / "run").glob("adapter.*"))
+
+    own.parent.mkdir()
+    own.write_text("where I tried it")
+    for number in (1, 2):
+        (result.adapter_dir.parent / "result.json").unlink()
+        with pytest.warns(UserWarning, match=rf"notes/mine.txt'.*kept as adapter\.before-{number}"):
+            export_run(tmp_path / "run", quiet=True)
+        kept = tmp_path / "run" / f"adapter.before-{number}"
+        assert (kept / "notes" / "mine.txt").read_text() == "where I tried it"
+        assert (kept / "adapter_model.safetensors").is_file()
+        assert not own.exists()
+        (kept / "notes").rename(own.parent)
 
 
 @pytest.mark.slow

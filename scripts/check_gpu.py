@@ -4,12 +4,13 @@
     python scripts/check_gpu.py --minutes 15 --json gpu.json
     python scripts/check_gpu.py --only packing fusion      # some checks; --list names them
 
-Random models, no network. Each line is PASS or MISS with its figure and its bar, INFO where there is no bar, or SKIP with
-what the machine lacks. Exit status 0 if nothing missed. What needs no GPU runs on a machine without one too, on smaller
-shapes; nothing is said of a GPU then.
+Random models, no network. Each line is PASS or MISS with its figure and its bar, INFO where there is no bar, or SKIP
+with what the machine lacks. Exit status 0 if nothing missed, 1 if something did. What needs no GPU runs on a machine
+without one too, on smaller shapes; nothing is said of a GPU then.
 
 Checks run one after the other in a worker process. One that dies of a check (a CUDA error ends it too: nothing after
-it on that device could be believed), or takes far longer than it should, is a MISS, and the next worker goes on.
+it on that device could be believed), or takes far longer than it should (--patience), is a MISS, and the next worker
+goes on with the rest.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from gpu_checks import Bench, Check, Line, all_checks  # noqa: E402
+from gpu_checks import Bench, Check, Line, all_checks, reason, skip  # noqa: E402
 
-START = 120.0  # seconds in which a worker has imported its libraries
-PATIENCE = (240.0, 8.0)  # a check is stopped after so many seconds, or so many times what it should take
+START = 12.0  # seconds in which a worker has imported its libraries
+PATIENCE = 10.0  # a check is stopped after so many times what it should take, and a minute more
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -89,8 +90,8 @@ def quiet() -> None:
     disable_progress_bar()
 
 
-def work(names: Sequence[str], scratch: Path, checks: dict[str, Check]) -> int:
-    """Runs the checks; every event is a line of JSON on what was the standard output."""
+def work(names: Sequence[str], scratch: Path, checks: dict[str, Check], known: dict[str, Any] | None = None) -> int:
+    """Runs the checks; every event is a line of JSON on what was the standard output. known: for `facts()`."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not come between
 
@@ -98,12 +99,17 @@ def work(names: Sequence[str], scratch: Path, checks: dict[str, Check]) -> int:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
-    known = facts()
-    quiet()
+    if known is None:
+        known = facts()
+        quiet()
     bench = Bench(known["device"], scratch, tuple(filter(None, os.environ.get("CHECK_GPU_ALL", "").split(","))))
     tell(event="hello", facts=known)
     for name in names:
         tell(event="begin", check=name)
+        if checks[name].gpus and not bench.on_gpu:
+            tell(event="line", check=name, line=asdict(skip(checks[name].about, "torch sees no GPU")), seconds=0.0)
+            tell(event="end", check=name)
+            continue
         begun = time.perf_counter()
         try:
             for line in checks[name].run(bench):
@@ -111,28 +117,14 @@ def work(names: Sequence[str], scratch: Path, checks: dict[str, Check]) -> int:
                 begun = time.perf_counter()
         except BaseException as error:  # noqa: BLE001  whatever it was, it is this check's
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            missed = Line(checks[name].about, "MISS", note=reason)
+            missed = Line(checks[name].about, "MISS", note=reason(error))
             tell(event="line", check=name, line=asdict(missed), seconds=time.perf_counter() - begun)
-            if isinstance(error, KeyboardInterrupt) or not sound(bench):
-                tell(event="lost", check=name, reason=reason)
+            if isinstance(error, KeyboardInterrupt) or not bench.sound():
+                tell(event="lost", check=name)
                 return 1
         tell(event="end", check=name)
         bench.free()
     return 0
-
-
-def sound(bench: Bench) -> bool:
-    """Whether the device still answers: a CUDA error stays with its process."""
-    if not bench.on_gpu:
-        return True
-    import torch
-
-    try:
-        torch.cuda.synchronize()
-        return float(torch.ones(2, device="cuda").sum()) == 2
-    except Exception:  # noqa: BLE001  every one is the answer
-        return False
 
 
 # ---- the process that starts it
@@ -243,7 +235,7 @@ class Session:
         start: Callable[[Sequence[str]], Worker],
         gpus: int,
         say: Callable[[str], None],
-        patience: tuple[float, float] = PATIENCE,
+        patience: float = PATIENCE,
     ) -> None:
         self.checks, self.left, self.start, self.gpus = checks, list(names), start, gpus
         self.say, self.patience = say, patience
@@ -295,7 +287,7 @@ class Session:
     def _one_worker(self) -> None:
         worker = self.start(self._batch())
         current: str | None = None
-        bound = time.monotonic() + START
+        bound = time.monotonic() + self.patience * START
         try:
             while True:
                 try:
@@ -318,13 +310,13 @@ class Session:
                         self._skip(self._refusal(self.left[0]) or "it can't run here")
                     if self._refusal(current) is not None:
                         return  # a new look at what still can
-                    bound = time.monotonic() + max(self.patience[0], self.patience[1] * self.expected(current))
+                    bound = time.monotonic() + self.patience * (6 + self.expected(current))
                 elif event["event"] == "line":
                     self._add(event["check"], Line(**event["line"]), event["seconds"])
                 else:  # end, or lost: its line was told before
                     self.left.remove(event["check"])
                     current = None
-                    bound = time.monotonic() + START
+                    bound = time.monotonic() + self.patience * START
                     if event["event"] == "lost":
                         return
         finally:
@@ -333,10 +325,10 @@ class Session:
     def _unfinished(self, current: str | None) -> bool:
         return current is not None or bool(self._batch())
 
-    def _give_up(self, current: str | None, reason: str) -> None:
+    def _give_up(self, current: str | None, why: str) -> None:
         """MISS for the check that was running; before the first, for the first that was asked for."""
         name = current if current is not None else self._batch()[0]
-        self._add(name, Line(self.checks[name].about, "MISS", note=reason))
+        self._add(name, Line(self.checks[name].about, "MISS", note=why))
         self.left.remove(name)
 
 
@@ -363,6 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--json", type=Path, metavar="FILE", help="write everything here too")
     options.add_argument("--only", nargs="+", metavar="NAME", help="these checks only")
     options.add_argument("--list", action="store_true", help="name the checks and stop")
+    options.add_argument(
+        "--patience", type=float, default=PATIENCE, help="times what a check should take until it is stopped"
+    )
     options.add_argument("--worker", help=argparse.SUPPRESS)
     options.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     asked = options.parse_args(arguments)
@@ -374,8 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return work(asked.worker.split(","), asked.scratch, checks)
     if unknown := [name for name in asked.only or () if name not in checks]:
         options.error(f"no check {unknown[0]!r}: choose from {', '.join(checks)}")
-    if not asked.minutes > 0:
-        options.error("--minutes must be above 0")
+    if not (asked.minutes > 0 and asked.patience > 0):
+        options.error("--minutes and --patience must be above 0")
     if asked.json is not None and not asked.json.resolve().parent.is_dir():
         options.error(f"there is no folder {asked.json.resolve().parent}")
     gpus = visible_gpus()
@@ -394,6 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             start=start,
             gpus=len(gpus),
             say=lambda text: print(text, file=sys.stderr, flush=True),
+            patience=asked.patience,
         )
         page = session.run()
     if asked.json is not None:

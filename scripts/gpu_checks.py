@@ -13,6 +13,7 @@ import os
 import random
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +94,7 @@ class Sizes:
     fuse_width: int
 
 
-ON_CPU = Sizes(64, 2, 4, 512, 3, 320, 64, 2, 5, 32)
+ON_CPU = Sizes(64, 2, 4, 512, 3, 320, 128, 2, 5, 32)
 ON_GPU = Sizes(256, 4, 4, 4096, 24, 2048, 512, 8, 32, 256)
 FUSE_VOCABULARY = 152_064
 
@@ -167,6 +168,30 @@ class Bench:
         from mtft.recipe.schema.recipe import Recipe
 
         return Recipe.model_validate(self.content(name, **changes))
+
+    def sound(self) -> bool:
+        """Whether the device still answers: a CUDA error stays with its process."""
+        if not self.on_gpu:
+            return True
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+            return float(torch.ones(2, device=self.device).sum()) == 2
+        except Exception:  # noqa: BLE001  every one is the answer
+            return False
+
+    def guarded(self, what: str, find: Callable[[], Line]) -> Line:
+        """`find()`, or MISS with the error: the other lines of a check are found all the same."""
+        try:
+            return find()
+        except Exception as error:
+            if not self.sound():
+                raise
+            traceback.print_exc()
+            return Line(what, "MISS", note=reason(error))
+        finally:
+            self.free()
 
     def free(self) -> None:
         """Gives memory back between checks."""
@@ -296,6 +321,11 @@ def train_apart(content: Mapping[str, Any], *, cpu: bool) -> Path:
     if done.returncode != 0:
         raise RuntimeError(f"mtft train ended with {done.returncode}: {last_line(done.stderr)}")
     return run
+
+
+def reason(error: BaseException) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def last_line(text: str) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gpu_checks import FUSE_VOCABULARY, Bench, Check, Lines, at_most, byte_tokenizer, holds, info, write_adapters
+from gpu_checks import FUSE_VOCABULARY, WORDS, Bench, Check, Lines, at_most, byte_tokenizer, holds, info, write_adapters
 
 WAIT = 60.0  # seconds for an answer of the server
 
@@ -176,7 +176,7 @@ def server(bench: Bench) -> Lines:
     fused = with_text(bench)
     body = {"max_tokens": 3 * bench.sizes.new_tokens, "temperature": 0, "stop": []}
     with served(fused) as (url, app), httpx.Client(base_url=url, timeout=WAIT) as http:
-        prompts = [f"copy: {word}" for word in "red green blue cat dog bird sun moon".split()]
+        prompts = [f"copy: {word}" for word in WORDS[:8]]
         alone = [stream(http, body | {"prompt": prompt})[0] for prompt in prompts]
         with ThreadPoolExecutor(8) as clients:
             found = list(clients.map(lambda prompt: stream(http, body | {"prompt": prompt}), prompts))
@@ -221,10 +221,17 @@ def out_of_memory(bench: Bench, fused: Any) -> Iterator[None]:
     if bench.on_gpu:
         bench.free()
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(max(torch.cuda.memory_allocated() / total, 1e-9))
+        torch.cuda.set_per_process_memory_fraction(max(torch.cuda.memory_reserved() / total, 1e-9))
+        held, size = [], 1 << 26
+        while size >= 512:  # what is free in the blocks that are reserved
+            try:
+                held.append(torch.empty(size, dtype=torch.uint8, device=bench.device))
+            except torch.OutOfMemoryError:
+                size //= 2
         try:
             yield
         finally:
+            held.clear()
             torch.cuda.set_per_process_memory_fraction(1.0)
         return
     before, failed = fused.fuse, []

@@ -1,19 +1,21 @@
 """Gates, routed experts and RegMean's matrices beside a model on a device. Checks of scripts/check_gpu.py.
 
-The reference of each is the CPU in fp32, on the weights that the device has: those of a quantised base as they are read
-back. What is compared is what the adapters change, so that adapters that do nothing (factors that were rounded to 0) are
-as far off as can be.
+The reference of each is the CPU in fp32, on the weights that the device has: those of a quantised base as they are
+read back. What is compared is what the adapters change, so that adapters that do nothing (factors that were rounded to
+0) are as far off as can be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpu_checks import TASKS, Bench, Check, Lines, at_most, skip, write_adapters
 from gpu_checks_train import package
 
+Work = Callable[[Any, list[Path], str, Path], Any]
 BAR = {"bf16": 0.1, "nf4": 0.1}  # bf16 keeps 8 bits, and a difference of two logits fewer
 GRAM_BAR = 0.03
 
@@ -27,18 +29,22 @@ def merging(bench: Bench) -> Lines:
             yield skip("gates, arrow, twin, RegMean on nf4", "bitsandbytes is not installed")
             continue
         for name, work in WORKS.items():
-            figures = []
-            for reference in (True, False):
-                model = load(base, precision, bench, reference=reference)
-                place = "cpu" if reference else bench.device
-                out = bench.folder(name)
-                figures.append(work(model, adapters, place, out))
-                del model
-                bench.free()
-            expected, found = figures
-            error = float((found - expected).norm() / expected.norm())
+            what = f"{name}, {precision}: what the adapters change, against fp32 on the CPU"
             bar = GRAM_BAR if name == "RegMean" else BAR[precision]
-            yield at_most(f"{name}, {precision}: what the adapters change, against fp32 on the CPU", error, bar)
+            compared = partial(compare, work, base, adapters, precision, bench)
+            yield bench.guarded(what, lambda what=what, bar=bar, compared=compared: at_most(what, compared(), bar))
+
+
+def compare(work: Work, base: Path, adapters: list[Path], precision: str, bench: Bench) -> float:
+    """How far the device's is off, by the size of the reference."""
+    sides = []
+    for reference in (True, False):
+        model = load(base, precision, bench, reference=reference)
+        sides.append(work(model, adapters, "cpu" if reference else bench.device, bench.folder("merge")))
+        del model
+        bench.free()
+    expected, found = sides
+    return float((found - expected).norm() / expected.norm())
 
 
 def load(base: Path, precision: str, bench: Bench, *, reference: bool) -> Any:
@@ -153,7 +159,7 @@ def regmean(model: Any, adapters: list[Path], place: str, out: Path) -> Any:
     return torch.cat([(G / G.diagonal().mean().clamp(min=1e-30)).flatten() for G in parts])
 
 
-WORKS: dict[str, Callable[[Any, list[Path], str, Path], Any]] = {
+WORKS: dict[str, Work] = {
     "gates": gates,
     "arrow": arrow,
     "twin": twin,

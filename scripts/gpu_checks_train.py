@@ -226,7 +226,9 @@ def sigterm(bench: Bench) -> Lines:
     note = f"stopped after step {steps}; {', '.join(left) or 'no checkpoint'}"
     yield holds("SIGTERM to the group: its last step is saved", good, note if good else f"{note}; {last_line(said)}")
     train_apart(content, cpu=False)
-    yield same_end("SIGTERM to the group: resumed against unbroken", bench, whole, run, step_lines(whole), step_lines(run))
+    yield same_end(
+        "SIGTERM to the group: resumed against unbroken", bench, whole, run, step_lines(whole), step_lines(run)
+    )
 
 
 def count_lines(path: Path) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from gpu_checks import FUSE_VOCABULARY, WORDS, Bench, Check, Lines, at_most, byte_tokenizer, holds, info, write_adapters
 
+TIE = 1e-3  # nats: ten times the bar of the log-probabilities
 WAIT = 60.0  # seconds for an answer of the server
 
 
@@ -90,25 +91,25 @@ def fusion(bench: Bench) -> Lines:
     text = torch.cat([ids, expected], dim=1)
     whole = torch.cat([mask, torch.ones_like(expected)], dim=1)
     truth = logprobs(reference, "cpu", text, whole)
-    gap = truth.topk(2, dim=-1).values
-    closest = float((gap[..., 0] - gap[..., 1]).min())
+    best, second = truth[:, :-1].topk(2, dim=-1).values.unbind(-1)
+    sure = (best - second > TIE).cumprod(dim=1).bool()  # what comes after two that are as likely hangs on rounding
     del reference
     fused = fused_model(folder, bench.device, torch.float32, vocabulary)
     got = logprobs(fused, bench.device, text, whole).double()
     likely = truth > truth.amax(-1, keepdim=True) - 20  # beyond, e^-20: fp32 has no digits left of such a sum
     apart = float((got - truth)[likely].abs().max())
     yield at_most(f"V = {vocabulary}, batched, fp32: log-probabilities against fp64 on the CPU", apart, 1e-4)
-    note = f"{expected.numel()} tokens; the closest two favourites are {closest:.1e} nats apart"
+    note = f"of {int(sure.sum())}; {int((~sure).sum())} come after two that are within {TIE} nats"
     for name, options in (("batched", {}), ("speculative", {"speculative": 3})):
         tokens = answers(fused, bench.device, **options)
-        wrong = int((tokens != expected).sum())
+        wrong = int((tokens != expected)[sure].sum())
         yield at_most(f"V = {vocabulary}, {name}: tokens that are not the reference's", wrong, 0, note)
     wrong, furthest = 0, 0.0
     for row in range(size.rows):
         real = int(mask[row].sum())
         one = ids[row : row + 1, -real:].to(bench.device)
         found = fused.generate(input_ids=one, attention_mask=torch.ones_like(one), **new)[0, real:].cpu()
-        wrong += int((found != expected[row]).sum())
+        wrong += int((found != expected[row])[sure[row]].sum())
         alone = fused(text[row : row + 1, -real - size.new_tokens :].to(bench.device)).logits.cpu().double()
         last = truth[row]
         near = likely[row]
@@ -250,6 +251,6 @@ def out_of_memory(bench: Bench, fused: Any) -> Iterator[None]:
 
 
 FUSE = (
-    Check("fusion", "fusion at V = 152k: alone, batched, speculative", fusion, (12, 40)),
-    Check("server", "the server: 8 streams, a client that leaves, no memory", server, (6, 15)),
+    Check("fusion", "fusion at V = 152k: alone, batched, speculative", fusion, (12, 20)),
+    Check("server", "the server: 8 streams, a client that leaves, no memory", server, (6, 8)),
 )

@@ -165,4 +165,4 @@ WORKS: dict[str, Work] = {
     "twin": twin,
     "RegMean": regmean,
 }
-MERGE = (Check("merge", "gates, arrow, twin, RegMean in bf16 and nf4 against the CPU", merging, (10, 20)),)
+MERGE = (Check("merge", "gates, arrow, twin, RegMean in bf16 and nf4 against the CPU", merging, (10, 10)),)

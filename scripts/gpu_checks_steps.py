@@ -167,7 +167,7 @@ def task_gradients(bench: Bench) -> Lines:
     coef_K[present] = 1 / len(present)
     taps = TaskGradients(model, K, isolated=is_isolated(model))
     with taps:
-        taps.begin(batch.task_ids_BT.cpu(), learnt_BT.cpu())
+        taps.begin(batch.task_ids_BT, learnt_BT)
         taps.watch(sum(losses()) / len(present)).backward()
     together = taps.jacobian(coef_K)
     expected = {name: torch.stack(values) for name, values in alone.items()}
@@ -284,9 +284,9 @@ def fp16(bench: Bench) -> Lines:
 
 
 STEPS = (
-    Check("split", "one against four micro-batches: gradients", splits, (5, 10)),
-    Check("packing", "packing: a changed neighbour changes nothing", packing, (5, 15)),
-    Check("gradients", "task gradients against one backward a task", task_gradients, (3, 5)),
-    Check("methods", "every balancer and aggregator, F-MTL, SAMO, NEFTune, MeZO", methods, (25, 30)),
-    Check("fp16", "fp16: overflow and an empty step", fp16, (4, 8)),
+    Check("split", "one against four micro-batches: gradients", splits, (5, 5)),
+    Check("packing", "packing: a changed neighbour changes nothing", packing, (5, 20)),
+    Check("gradients", "task gradients against one backward a task", task_gradients, (3, 3)),
+    Check("methods", "every balancer and aggregator, F-MTL, SAMO, NEFTune, MeZO", methods, (25, 15)),
+    Check("fp16", "fp16: overflow and an empty step", fp16, (4, 5)),
 )

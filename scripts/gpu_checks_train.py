@@ -284,10 +284,10 @@ def supervised_share(recipe: Any) -> float:
 
 
 TRAIN = (
-    Check("versions", "versions, native bf16, flash, bitsandbytes", versions, (8, 15)),
-    Check("lora", "LoRA in bf16: proof, and the loss of fp32 on the CPU", lora_bf16, (10, 60)),
-    Check("full", "full fine-tuning in fp32: proof", full_fp32, (8, 20)),
-    Check("quantised", "nf4 and int8: train, proof, resume", quantised, (20, 60)),
-    Check("sigterm", "SIGTERM to the process group, and resume", sigterm, (25, 60)),
-    Check("memory", "estimate against peak, auto gives memory back", memory, (0, 40), gpus=1),
+    Check("versions", "versions, native bf16, flash, bitsandbytes", versions, (8, 10)),
+    Check("lora", "LoRA in bf16: proof, and the loss of fp32 on the CPU", lora_bf16, (10, 25)),
+    Check("full", "full fine-tuning in fp32: proof", full_fp32, (8, 12)),
+    Check("quantised", "nf4 and int8: train, proof, resume", quantised, (20, 25)),
+    Check("sigterm", "SIGTERM to the process group, and resume", sigterm, (25, 30)),
+    Check("memory", "estimate against peak, auto gives memory back", memory, (0, 20), gpus=1),
 )

@@ -74,7 +74,7 @@ def model_location(path: str | Path) -> str:
         raise UserError(
             "the folder holds an adapter, not a model" if adapter else "the folder holds no config.json",
             where=f"model {path}",
-            do="give the base model's folder" + ("; an adapter is given with --adapter" if adapter else ""),
+            do="give the base's folder (model.path)" + ("; an adapter is given with --adapter" if adapter else ""),
         )
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))

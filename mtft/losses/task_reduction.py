@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtft.common.device_copy import to_device
 from mtft.data.batching.batch import IGNORE, Batch
 
 Normalise = Literal["token", "sample", "task_token", "task_sample"]
@@ -89,7 +90,7 @@ def step_counts(
     """
     total = torch.zeros(2, num_tasks, dtype=torch.int64)
     for batch in batches:
-        total += torch.stack(count(batch, num_tasks)).cpu()
+        total += torch.stack(count(batch.host, num_tasks))
     return TaskCounts(*_all_reduce(total, group, device))
 
 
@@ -120,7 +121,7 @@ def coefficients(batch: Batch, counts: TaskCounts, w_K: Tensor, normalise: str) 
     per_unit_K = task_coefficients(counts, w_K, normalise) / counts.units(normalise).double().cpu().clamp(min=1)
     device = batch.labels_BT.device
     supervised_BT = batch.labels_BT != IGNORE
-    c_BT = per_unit_K.to(device)[batch.task_ids_BT.long().clamp(min=0)]
+    c_BT = to_device(per_unit_K, device)[batch.task_ids_BT.long().clamp(min=0)]
     if normalise in ("sample", "task_sample"):
         c_BT = c_BT / sample_tokens(batch).clamp(min=1)
     return torch.where(supervised_BT, c_BT, 0.0).float()

@@ -9,14 +9,13 @@ dimensions may go into elementwise operations. Counted as waits: values that the
 `equal`, a copy to the CPU), sizes that depend on values (nonzero, boolean indices, unique), and copies to the device
 that aren't both pinned and non-blocking. What a kernel does inside (a solver that looks at its error code) is not seen.
 
-How: tensors of the device are wrapper subclasses on the PrivateUse1 key (autograd, devices, guards are torch's own), and
-a dispatch mode runs every operation on the CPU tensors within. Storages and pickling are not there.
+How: tensors of the device are wrapper subclasses on the PrivateUse1 key (autograd, devices, guards: torch's own), and a
+dispatch mode runs every operation on the CPU tensors within. Storages and pickling are not there.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -178,23 +177,15 @@ def to_cpu(value: Any) -> Any:
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Simulation | None) -> Any:
     """One operation, on the held tensors."""
-    leaves = tree_leaves((args, kwargs))
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     ours = [x for x in tensors if isinstance(x, DeviceTensor)]
     packet = func.overloadpacket
     asked = kwargs.get("device")
-    asked = None if asked is None else torch.device(asked)
-    there = bool(ours) if asked is None else asked.type == NAME
-    if packet is aten._pin_memory and seen is not None and not ours:
-        made = args[0].clone()
-        seen.pinned[made.untyped_storage().data_ptr()] = made
-        return made
-    if packet is aten.is_pinned and seen is not None and not ours:
-        return _is_pinned(args[0], seen)
+    there = bool(ours) if asked is None else torch.device(asked).type == NAME
+    if not ours and not there:
+        return _on_the_cpu(func, packet, args, kwargs, seen)
     if packet in COPIES:
-        source, target = (
-            (args[1], isinstance(args[0], DeviceTensor)) if packet is not aten._to_copy else (args[0], there)
-        )
+        source, target = (args[0], there) if packet is aten._to_copy else (args[1], isinstance(args[0], DeviceTensor))
         _count_copy(source, target, kwargs, args, seen)
     elif ours:
         _refuse_mixture(func, packet, args, tensors)
@@ -205,26 +196,34 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Simulati
             _count_indices(args, seen)
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    held = {id(x.held): x for x in ours}
     out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
     if packet is aten.copy_:
         return args[0]
-    if packet is aten._to_copy:
-        there = there if asked is not None else bool(ours)
-    if not there:
+    if not there or isinstance(out, bool | int | float):
         return out
+    by_held = {id(x.held): x for x in ours}
 
     def wrap(x: Any) -> Any:
-        if not isinstance(x, Tensor) or isinstance(x, DeviceTensor):
+        if not isinstance(x, Tensor):
             return x
-        known = held.get(id(x))
-        if known is not None:
-            if known.shape != x.shape or known.stride() != x.stride():
-                raise NotImplementedError(f"{func} changes the shape of its own argument")
-            return known
-        return DeviceTensor(x)
+        known = by_held.get(id(x))
+        if known is None:
+            return DeviceTensor(x)
+        if known.shape != x.shape or known.stride() != x.stride():
+            raise NotImplementedError(f"{func} changes the shape of its own argument")
+        return known
 
-    return tree_map(wrap, out)
+    return wrap(out) if isinstance(out, Tensor) else tree_map(wrap, out)
+
+
+def _on_the_cpu(func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Simulation | None) -> Any:
+    if seen is not None and packet is aten._pin_memory:
+        made = args[0].clone()
+        seen.pinned[made.untyped_storage().data_ptr()] = made
+        return made
+    if seen is not None and packet is aten.is_pinned:
+        return _is_pinned(args[0], seen)
+    return func(*args, **kwargs)
 
 
 def _held(x: Any) -> Any:
@@ -242,9 +241,8 @@ def _refuse_mixture(func: Any, packet: Any, args: tuple[Any, ...], tensors: list
     name = str(func).removeprefix("aten.")
     numbers_allowed = torch.Tag.pointwise in func.tags or name.startswith(TAKE_NUMBERS)
     wrong = [x for x in strangers if x.dim() > 0 or not numbers_allowed]
-    if numbers_allowed and args and isinstance(args[0], Tensor) and name.split(".")[0].endswith("_"):
-        if not isinstance(args[0], DeviceTensor):  # a CPU number can't take a device's result in place
-            wrong = [args[0]]
+    if numbers_allowed and name.split(".")[0].endswith("_") and not isinstance(args[0], DeviceTensor):
+        wrong = [args[0]]  # a CPU number can't take a device's result in place
     if wrong:
         shapes = ", ".join(str(tuple(x.shape)) for x in wrong)
         raise DeviceMixture(f"{name} at {_place()}: a CPU tensor of shape {shapes} beside tensors of the device")
@@ -315,6 +313,3 @@ class _Hooks(backend_registration._DummyPrivateUse1Hook):
 
     def is_available(self) -> bool:
         return _Hooks.here
-
-
-Step = Callable[[], Any]

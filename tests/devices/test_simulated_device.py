@@ -1,4 +1,4 @@
-"""The simulated device itself: it refuses what CUDA refuses, counts what CUDA waits for, and computes what the CPU does."""
+"""The simulated device itself: it refuses what CUDA refuses, counts what CUDA waits for, computes as the CPU."""
 
 import copy
 

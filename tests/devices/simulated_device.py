@@ -49,9 +49,6 @@ COPIES = (aten._to_copy, aten.copy_, aten.copy)
 TAKE_NUMBERS = ("_foreach_", "fill", "masked_fill", "lerp", "addc", "clamp", "where", "index_put", "_index_put_impl")
 
 
-_LIBRARY = torch.library.Library("_", "IMPL")
-
-
 class DeviceMixture(RuntimeError):
     """A tensor of the CPU met one of the device."""
 
@@ -107,7 +104,6 @@ class Simulation(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        simulated_device()
         self.waits: list[Wait] = []
         self.copies: list[Wait] = []  # of every kind, in either direction
         self.pinned: dict[int, Tensor] = {}
@@ -143,11 +139,7 @@ class Simulation(TorchDispatchMode):
 
 
 def simulated_device() -> torch.device:
-    """The device; registered with torch at the first call."""
-    if not _Hooks.registered:
-        _Hooks.registered = True
-        backend_registration._setup_privateuseone_for_python_backend(NAME, _Module(), _Hooks(), None)
-        _LIBRARY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast casts nothing here
+    """The device of every simulation."""
     return torch.device(f"{NAME}:0")
 
 
@@ -308,8 +300,13 @@ class _Module(backend_registration._DummyBackendModule):
 class _Hooks(backend_registration._DummyPrivateUse1Hook):
     """What torch.accelerator sees: a device inside of a simulation, none outside, where other tests run."""
 
-    registered = False
     here = False
 
     def is_available(self) -> bool:
         return _Hooks.here
+
+
+# At the import, before any test runs: the first backward of a process decides which devices autograd knows.
+backend_registration._setup_privateuseone_for_python_backend(NAME, _Module(), _Hooks(), None)
+_LIBRARY = torch.library.Library("_", "IMPL")
+_LIBRARY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast casts nothing here

@@ -79,8 +79,9 @@ def test_a_run_on_the_device_is_the_run_on_the_cpu(recipe, tmp_path, kind):
     expected, *_ = run(recipe, tmp_path / "cpu", KINDS[kind], on_device=False)
     found, seen, starts = run(recipe, tmp_path / "device", KINDS[kind], on_device=True)
     assert len(expected) == 2
+    # mezo: a difference of two losses of fp32 over 2e-3
     for one, other in zip(figures(found), figures(expected), strict=True):
-        assert one == pytest.approx(other, rel=3e-3 if kind == "mezo" else 1e-4, nan_ok=True)
+        assert one == pytest.approx(other, rel=5e-2 if kind == "mezo" else 1e-4, nan_ok=True)
     # From one forward to the next: a micro-batch, but for those between two passes over the whole step.
     waits = [after - before for (step, before), (same, after) in pairwise(starts) if step == same]
     between_passes = len(starts) // MICRO_BATCHES - 2

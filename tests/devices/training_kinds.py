@@ -17,7 +17,7 @@ PER_TASK = {"copy": 1.0, "twice": 2.0, "shout": 0.5}
 BALANCER_OPTIONS: dict[str, dict[str, Any]] = {
     "fixed": {"values": PER_TASK},
     "coba": {"warmup": 2},
-    "visatb": {"given": PER_TASK, "received": PER_TASK},
+    "visatb": {"given": PER_TASK, "received": PER_TASK, "alone": PER_TASK},
 }
 
 

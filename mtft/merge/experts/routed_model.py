@@ -128,7 +128,7 @@ class RoutedModel:
         return p.to(x.dtype).reshape(len(p), *([1] * (x.dim() - 2)), -1)
 
     def _arrow(self, name: str, x: Tensor) -> Tensor:
-        """ArrowRouter.probabilities on the device of x: through numpy every module would wait for a GPU at each token."""
+        """ArrowRouter.probabilities on the device of x: by numpy each module would wait for a GPU at each token."""
         assert isinstance(self.router, ArrowRouter)
         if name not in self._prototypes:
             self._prototypes[name] = torch.from_numpy(self.router.prototypes[name].T.copy()).to(x.device)

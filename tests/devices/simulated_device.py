@@ -3,6 +3,7 @@
     device = simulated_device()               torch.device("simulated:0")
     with Simulation() as seen: ...            tensors there compute as on the CPU, to the bit; .device says simulated:0
     seen.waits                                the places (file:line, what) at which the host would have waited
+    seen.unordered                            those at which a GPU adds numbers in another order each time
 
 Refused, as on CUDA (DeviceMixture): an operation on a tensor of the device and one of the CPU; a CPU tensor without
 dimensions may go into elementwise operations. Counted as waits: values that the host reads (`item`, `tolist`, `bool`,
@@ -43,6 +44,8 @@ SIZES = {
         aten.bincount, aten.repeat_interleave, aten.masked_scatter_backward,
     )
 }  # fmt: skip
+UNORDERED = (aten.index_add, aten.index_add_, aten.scatter_add, aten.scatter_add_, aten.scatter_reduce,
+             aten.scatter_reduce_, aten.bincount, aten.cumsum)  # fmt: skip
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index)
 COPIES = (aten._to_copy, aten.copy_, aten.copy)
 # Elementwise in effect, though not tagged so: a CPU number without dimensions may stand beside a device tensor.
@@ -106,6 +109,7 @@ class Simulation(TorchDispatchMode):
         super().__init__()
         self.waits: list[Wait] = []
         self.copies: list[Wait] = []  # of every kind, in either direction
+        self.unordered: list[Wait] = []  # sums of floating-point numbers that a GPU adds in another order each time
         self.pinned: dict[int, Tensor] = {}
 
     def __enter__(self) -> Simulation:
@@ -184,6 +188,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Simulati
     if seen is not None and ours:
         if (what := READS.get(func) or SIZES.get(packet)) is not None:
             seen.wait(what)
+        if packet in UNORDERED and any(x.is_floating_point() for x in ours) and not _is_extreme(args, kwargs):
+            seen.unordered.append(Wait(_place(), f"{packet.__name__}: a sum in any order"))
         if packet in INDEXING:
             _count_indices(args, seen)
     if asked is not None:
@@ -220,6 +226,11 @@ def _on_the_cpu(func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 def _held(x: Any) -> Any:
     return x.held if isinstance(x, DeviceTensor) else x
+
+
+def _is_extreme(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """A largest or smallest value, which no order changes."""
+    return kwargs.get("reduce") in ("amax", "amin") or "amax" in args or "amin" in args
 
 
 def _refuse_mixture(func: Any, packet: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:

@@ -110,6 +110,28 @@ def test_a_planted_wait_is_counted_with_its_place(seen, planted):
     assert seen.waits[0].where.startswith("tests/devices/test_simulated_device.py:")
 
 
+UNORDERED = {
+    "index_add": lambda: on_device(3).index_add(0, on_device(2, dtype=torch.long), on_device(2)),
+    "scatter_add": lambda: on_device(3).scatter_add_(0, on_device(2, dtype=torch.long), on_device(2)),
+    "bincount with weights": lambda: on_device(3, dtype=torch.long).bincount(on_device(3).double()),
+    "cumsum": lambda: on_device(3).cumsum(0),
+}
+
+
+@pytest.mark.parametrize("planted", UNORDERED)
+def test_a_planted_sum_in_any_order_is_noticed(seen, planted):
+    UNORDERED[planted]()
+    assert [x.where.partition(":")[0] for x in seen.unordered] == ["tests/devices/test_simulated_device.py"]
+
+
+def test_sums_of_whole_numbers_and_largest_values_have_no_order(seen):
+    at = on_device(2, dtype=torch.long)
+    on_device(3, dtype=torch.long).scatter_add_(0, at, at)
+    on_device(3).scatter_reduce_(0, at, on_device(2), reduce="amax")
+    on_device(3, dtype=torch.long).cumsum(0)
+    assert seen.unordered == []
+
+
 def test_what_needs_no_wait_counts_none(seen):
     x = pinned(4).to(DEVICE, non_blocking=True)
     y = on_device(4).copy_(pinned(4), non_blocking=True)

@@ -6,15 +6,17 @@ import contextlib
 from itertools import pairwise
 
 import pytest
+import torch
 
 from mtft.data.planning import make_plan
+from mtft.losses.task_reduction import group_sums
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.trainer import build_trainer
 from mtft.training.trainer_parts import read_training_inputs
 from mtft.training.training_arguments import training_arguments
-from tests.devices.simulated_device import Simulation, simulated_device, to_device
+from tests.devices.simulated_device import Simulation, simulated_device, to_cpu, to_device
 from tests.devices.training_kinds import IN_THE_FAST_SUITE, KINDS
 from tests.slow import slow
 from tests.training.conftest import lines
@@ -82,7 +84,20 @@ def test_a_run_on_the_device_is_the_run_on_the_cpu(recipe, tmp_path, kind):
     # mezo: a difference of two losses of fp32 over 2e-3
     for one, other in zip(figures(found), figures(expected), strict=True):
         assert one == pytest.approx(other, rel=5e-2 if kind == "mezo" else 1e-4, nan_ok=True)
+    # Each place has one addend there: the label of a row. Backwards of torch's own operations have no place in mtft.
+    unordered = {str(x) for x in seen.unordered if not x.where.startswith("elsewhere")}
+    assert all("token_nll.py" in where for where in unordered), unordered
     # From one forward to the next: a micro-batch, but for those between two passes over the whole step.
     waits = [after - before for (step, before), (same, after) in pairwise(starts) if step == same]
     between_passes = len(starts) // MICRO_BATCHES - 2
     assert sum(number > MOST_WAITS for number in waits) <= between_passes, f"{waits}\n{seen.told()}"
+
+
+def test_sums_of_groups_are_those_of_the_cpu_and_an_infinity_stays_in_its_group():
+    group_N, x_N = torch.tensor([2, 0, 2, 0, 3]), torch.tensor([1.0, 2.0, 4.0, torch.inf, torch.nan]).double()
+    expected = group_sums(group_N, x_N, 5)
+    with Simulation() as seen:
+        found = group_sums(group_N.to(simulated_device()), x_N.to(simulated_device()), 5)
+    torch.testing.assert_close(to_cpu(found), expected, equal_nan=True)
+    assert expected.tolist()[2] == 5.0
+    assert seen.unordered == []

@@ -51,6 +51,13 @@ PATHS: dict[str, Path] = {
     "score": score(None),
     "score in chunks": score(3),
 }
+IN_THE_FAST_SUITE = (
+    "one row",
+    "a batch whose rows end",
+    "sampled, temperature, top-p",
+    "speculative",
+    "score in chunks",
+)
 SPECS = {
     **{f"alpha by {rule}": FusionSpec(alpha_rule=rule) for rule in RULES},
     **{f"weights {name}": FusionSpec(weights=name) for name in WEIGHTS if name not in ("user", "router")},

@@ -14,11 +14,12 @@ from mtft.fuse.batch import jsonl_commands
 from mtft.fuse.decoding.token_trace import TokenTrace
 from mtft.fuse.expert_routing import PromptRouter
 from mtft.fuse.fused_model import FusedCausalLM
-from tests.devices.fusion_paths import IDS, MASK, NEW, PATHS, SPECS
+from tests.devices.fusion_paths import IDS, IN_THE_FAST_SUITE, MASK, NEW, PATHS, SPECS
 from tests.devices.simulated_device import Simulation, simulated_device, to_cpu, to_device
 from tests.fuse import pairs, tiny
 from tests.fuse.batch.test_jsonl_commands import read, recipe_of, write
 from tests.fuse.conftest import folders
+from tests.slow import slow
 
 __all__ = ["folders"]
 
@@ -47,12 +48,14 @@ def double(folders):
     return lambda spec=None: tiny.fused(tiny.weak(folders["base"], [folders["one"], folders["odd"]]), spec)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "path", [*IN_THE_FAST_SUITE, *slow(*(path for path in PATHS if path not in IN_THE_FAST_SUITE))]
+)
 def test_a_path_gives_on_the_device_what_it_gives_on_the_cpu(double, path):
     same(double, PATHS[path])
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", slow(*SPECS))
 def test_a_rule_gives_on_the_device_what_it_gives_on_the_cpu(double, spec):
     same(lambda: double(SPECS[spec]), PATHS["a batch"])
 
@@ -66,7 +69,7 @@ def test_a_trace_is_the_same(double):
     same(double, traced)
 
 
-@pytest.mark.parametrize("speculative", [None, 2])
+@pytest.mark.parametrize("speculative", [2, *slow(None)])
 def test_routed_prompts(folders, tmp_path, speculative):
     noise = np.random.default_rng(0).normal(size=(6, 16))
     CentroidRouter.fit({"odd": noise, "one": noise + 0.1}).save(tmp_path / "router.safetensors")

@@ -6,7 +6,7 @@ Of a quantised base, whose weights are packed whole numbers: in the precision of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def module_factors(
     return module, [load(adapter) for adapter in adapters]
 
 
-def _precision(model: nn.Module, weight: Tensor) -> torch.dtype:
+def _precision(model: nn.Module, weight: Any) -> torch.dtype:
     """That of a weight; of a packed one (whole numbers, 8-bit floats): that of the model's first plain weight."""
     plain = (x.dtype for x in (weight, *model.parameters()) if x.is_floating_point() and x.element_size() > 1)
     return next(plain, torch.float32)

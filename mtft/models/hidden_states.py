@@ -17,4 +17,4 @@ def last_token_states(model: Any, input_ids: Tensor, attention_mask: Tensor | No
         return hidden_BTD[:, -1]
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (attention_mask * positions).argmax(dim=1)
-    return hidden_BTD[torch.arange(len(last)), last]
+    return hidden_BTD[torch.arange(len(last), device=last.device), last]

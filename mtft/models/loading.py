@@ -144,7 +144,8 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def resolve_dtype(dtype: str) -> torch.dtype:
     """A precision by its name in recipes. `auto`: bf16 where the device is fast in it (CPUs are measured), or fp32."""
     if dtype == "auto" and torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        # Not where it is emulated (T4, V100): that is many times slower than fp32.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return cpu_dtype() if dtype == "auto" else DTYPES[dtype]
 
 

@@ -27,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback, Trai
 
 from data_mixers.plan.mixture_plan import MixturePlan
 from data_mixers.plan.replanned import ReplannedPlan
+from mtft.common.device_copy import to_device
 from mtft.common.state_tree import random_state
 from mtft.data.batching.batch import Batch
 from mtft.data.batching.batches import BatchSource
@@ -192,7 +193,7 @@ class MultiTaskTrainer(RunTrainer):
         self._last = [] if empty else batches, loss_K, probs_K, even_K
         content, rate = self.steps.content(step - 1), self._get_learning_rate()
         self._line = step_line(step, self.tasks, content, rate, loss, loss_K, w_K, share_K, counts.tokens_K)
-        return torch.tensor(loss, device=device)
+        return to_device(torch.tensor(loss), device)
 
     def _gradients(
         self, model: nn.Module, batches: list[Batch], counts: TaskCounts, w_K: Tensor, share_K: Tensor, step: int

@@ -122,10 +122,11 @@ def start_run_dir(
 
 
 class TrainerParts(NamedTuple):
-    """Keyword arguments of MultiTaskTrainer, and what its `optimizer_cls_and_kwargs` becomes."""
+    """Keyword arguments of MultiTaskTrainer, and what its `optimizer_cls_and_kwargs` and `deterministic` become."""
 
     options: dict[str, Any]
     optimizer: tuple[Any, dict[str, Any]] | None
+    deterministic: bool = False
 
 
 def trainer_parts(
@@ -231,7 +232,7 @@ def trainer_parts(
         "max_bad_steps": section.max_bad_steps,
         "keep": recipe.output.keep,
     }
-    return TrainerParts(options, own_optimizer(recipe, args))
+    return TrainerParts(options, own_optimizer(recipe, args), section.deterministic)
 
 
 SHOWN_TASKS = 20  # whose shares are said before the first step

@@ -12,6 +12,7 @@ from mtft.distributed.sharding import fsdp_settings
 from mtft.models.loading import compute_dtype, refuse_precision
 from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.determinism import fix_workspace
 from mtft.training.optim.lr_schedules import schedule_arguments
 from mtft.training.optim.optimizers import MUON, optimizer_name
 
@@ -30,6 +31,8 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
     shards_on_cpu = on_cpu and engine() != "ddp" and world_size() > 1
     if shards_on_cpu:
         init_cpu_process_group()
+    if section.deterministic:
+        fix_workspace()
     dtype = compute_dtype(recipe.model)
     refuse_precision(recipe.model)
     args = TrainingArguments(

@@ -62,8 +62,6 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
         disable_tqdm=True,  # our own progress line
         ddp_find_unused_parameters=False,  # every rank uses every trainable parameter, also on an empty micro-batch
         ddp_broadcast_buffers=False,
-        dataloader_pin_memory=not on_cpu,
-        dataloader_num_workers=0 if on_cpu else 2,
         remove_unused_columns=False,
     )
     if engine() == "fsdp":

@@ -27,6 +27,7 @@ from mtft.common.folder_lock import sole_writer
 from mtft.common.output_paths import check_output_folder
 from mtft.evaluation.score_cache import Scores, check_same_examples, load_or_score, table
 from mtft.pipeline.check import check_later_stages, check_names
+from mtft.pipeline.stages.mix_files import refuse_foreign_stage
 from mtft.pipeline.stages.stage_cache import model_state, read_json, run_cached_stage
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.merge import MergeSection
@@ -52,6 +53,8 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
     if root.is_dir():
         _refuse_foreign_folder(root, recipe)
         check_page(root / PAGE)
+        if recipe.sweep is not None and len(recipe.tasks) > 1:
+            refuse_foreign_stage(recipe)
     with sole_writer(root):
         return _run_stages(recipe, root, fresh=fresh, launch=launch)
 

@@ -50,7 +50,7 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
         activation_checkpointing_kwargs={"use_reentrant": False} if section.gradient_checkpointing else None,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        use_cpu=on_cpu and not (shards_on_cpu and engine() == "deepspeed"),
+        use_cpu=on_cpu,
         accelerator_config={"use_configured_state": True} if shards_on_cpu else None,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=section.eval_every or steps,

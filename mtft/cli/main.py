@@ -49,6 +49,7 @@ def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show every task and warning, however many.")] = False,
 ) -> None:
     """Say what a recipe would do, and what is wrong with it.
 
@@ -66,9 +67,9 @@ def check(
     elif sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(checked.render())
+        Console().print(checked.render(everything=everything))
     else:
-        typer.echo(checked.text())
+        typer.echo(checked.text(everything=everything))
 
 
 @app.command()

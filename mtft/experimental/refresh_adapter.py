@@ -194,7 +194,8 @@ def _check_adapters(before: Path, after: Path) -> None:
     shapes = []
     for folder, config in zip((before, after), configs, strict=True):
         if config.peft_type != "LORA":
-            raise UserError(f"a {config.peft_type.value} adapter, not a LoRA", where=str(folder), do=do)
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise UserError(f"a {kind} adapter, not a LoRA", where=str(folder), do=do)
         if (why := broken_weights(folder / WEIGHTS)) is not None:
             what = f"not a whole safetensors file ({why})"
             raise UserError(what, where=str(folder / WEIGHTS), do="copy or save the adapter again")

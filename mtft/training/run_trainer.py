@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from mtft.common.errors import UserError
 from mtft.data.planning import batch_tokens_of, make_plan
 from mtft.distributed.collectives import from_first_rank
+from mtft.distributed.extensions import extension_notes
 from mtft.distributed.launch import is_main_process
 from mtft.evaluation.heldout_loss import Told
 from mtft.evaluation.task_scores import TaskScores
@@ -157,6 +158,8 @@ class RunTrainer(Trainer):
         for store in inputs.stores:
             for line in store.warnings():
                 log.say(f"warning: {line}")
+        for line in extension_notes():
+            log.say(f"note: {line}")
         saves = recipe.output.save_every is not None
         args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=saves)
         args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start

@@ -116,7 +116,7 @@ def token_nll(
         if label_smoothing or z_loss:
             raise UserError("the fused loss path has no label smoothing or z-loss", do="set loss.path=gather")
         return -model(**inputs, shift_labels=batch.labels_BT, fused_lm_head=True).log_probs.float()
-    logits_NV = _supervised_logits(model, inputs, supervised_BT)
+    logits_NV = supervised_logits(model, inputs, supervised_BT)
     labels_N = batch.labels_BT[supervised_BT]
     rows = max(1, len(labels_N)) if chunk_rows is None else chunk_rows
     if rows >= len(labels_N) and torch.is_grad_enabled() and not (many_backwards or label_smoothing or z_loss):
@@ -147,7 +147,7 @@ def token_scores(
     """
     inputs = _inputs(model, batch, attention, isolated) if inputs is None else inputs
     supervised_BT = batch.labels_BT != IGNORE
-    logits_NV = _supervised_logits(model, inputs, supervised_BT)
+    logits_NV = supervised_logits(model, inputs, supervised_BT)
     labels_N = batch.labels_BT[supervised_BT]
     nll_BT = torch.zeros(supervised_BT.shape, dtype=torch.float32, device=labels_N.device)
     hit_BT = torch.zeros_like(supervised_BT)
@@ -164,7 +164,7 @@ def _row_nll(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float, z_loss
     return nll_N + z_loss * logits_NV.logsumexp(dim=-1).square() if z_loss else nll_N
 
 
-def _supervised_logits(model: nn.Module, inputs: dict[str, Any], supervised_BT: Tensor) -> Tensor:
+def supervised_logits(model: nn.Module, inputs: dict[str, Any], supervised_BT: Tensor) -> Tensor:
     """[n, V] in row order, in the model's precision."""
     if "logits_to_keep" not in inspect.signature(_bare(model).forward).parameters:
         return model(**inputs).logits[supervised_BT]

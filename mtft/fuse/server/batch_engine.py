@@ -26,6 +26,7 @@ from mtft.fuse.decoding import gumbel_sampling
 from mtft.fuse.decoding.model_state import CachedModels, ModelLogits
 from mtft.fuse.decoding.prompts import Prompt, left_pad, pad_small_prompts
 from mtft.fuse.decoding.score_text import fused_positions
+from mtft.fuse.decoding.small_scores import small_positions
 from mtft.fuse.fusion_core import FusionCore
 from mtft.fuse.server.incremental_detokenizer import IncrementalDetokenizer
 from mtft.fuse.server.jobs import (
@@ -254,8 +255,7 @@ class BatchEngine:
         ids_1L = torch.tensor([job.ids], device=self.fused.device)
         scores = [TokenScore(job.ids[0], None)]
         if isinstance(job.source, int):
-            logits_LM = self.fused.cached_models().read_weak(ids_1L, keep=0)[0][job.source][0]
-            rows = (self._full_logprobs(logits_V) for logits_V in logits_LM[:-1])
+            rows = map(self._full_logprobs, small_positions(self.fused, ids_1L[:, :-1], job.source))
         else:
             spec = replace(job.spec, alpha_rule="fixed", alpha=0.0) if job.source == "strong" else job.spec
             predict_1L = torch.ones_like(ids_1L, dtype=torch.bool)

@@ -20,6 +20,7 @@ _TEXT = re.compile(
     r"|bad_alloc|NOT_INITIALIZED when calling .?cublas(Lt)?Create",
     re.IGNORECASE,
 )
+_DEVICE = re.compile(r"\b(CUDA|HIP|XPU) (driver )?error\b|device-side assert", re.IGNORECASE)
 _CLASSES = {"OutOfMemoryError", "MemoryError"}  # by name: torch need not be there to ask
 
 
@@ -33,6 +34,19 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def is_device_error(error: BaseException | None) -> bool:
+    """Whether `error` came from the device itself, and not from a lack of memory.
+
+    After an illegal access, a failed assertion or a lost card every later call of the process fails as well: torch's
+    AcceleratorError, or the text that it had before.
+    """
+    if error is None or is_out_of_memory(error):
+        return False
+    return any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__) or (
+        isinstance(error, RuntimeError) and _DEVICE.search(str(error)) is not None
+    )
 
 
 def give_back(error: BaseException) -> None:

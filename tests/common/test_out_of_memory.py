@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from mtft.common.out_of_memory import give_back, is_out_of_memory
+from mtft.common.out_of_memory import give_back, is_device_error, is_out_of_memory
 
 # As the libraries write them: torch 2.13's CUDACachingAllocator, CUDAException, CPUAllocator and cuBLAS/cuDNN handles,
 # NCCL, MPS, XPU; bitsandbytes multiplies int8 through cublasLt and allocates through torch.
@@ -48,6 +48,12 @@ def test_memory_that_ran_out(error):
 @pytest.mark.parametrize("error", OTHERS, ids=str)
 def test_another_failure(error):
     assert not is_out_of_memory(error)
+    assert is_device_error(error) == str(error).startswith("CUDA")
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=str)
+def test_no_memory_is_no_failed_device(error):
+    assert not is_device_error(error)
 
 
 def test_what_a_kept_error_holds_is_freed():

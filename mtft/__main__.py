@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
 LONGEST_BLOCK = 50  # lines of an error; what names a file's problems stops long before
 
 
@@ -59,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if isinstance(error, MixError):
             return _report(error, f"error: {error}", 2, debug)
+        return _report(error, _failure(error), 1, debug)
+    except OSError as error:
+        if error.errno in PLACES and isinstance(error.filename, str | bytes):
+            what = f"error: {error.strerror}\n  where: {os.fsdecode(error.filename)}"
+            return _report(error, f"{what}\n  do:    mend the path or its permissions, or give another", 2, debug)
         return _report(error, _failure(error), 1, debug)
     except Exception as error:  # noqa: BLE001  the last line of defence: people get a block, not a trace
         return _report(error, _failure(error), 1, debug)

@@ -133,7 +133,7 @@ def test_wrong_usage(call, arguments):
         (["report", "gone"], "error: there is no run directory gone"),
         (["merge", "--out", "m", "recipe.yaml"], "error: recipe.yaml is no folder of an adapter"),
         (["merge", "--method", "ties", "a", "b"], "error: no folder for the merged adapter"),
-        (["merge", "--weights", "1,x", "--out", "m", "a", "b"], "error: --weights 1,x is no list of numbers"),
+        (["merge", "--weights", "1,x", "--out", "m", "a", "b"], "error: --weights is x, and must be a number from"),
         (["merge", "--set", "density", "--out", "m", "a", "b"], "error: --set density is not KEY=VALUE"),
         (["merge", "--base", "b", "--rank", "8", "--out", "m", "a", "c"], "error: with --base, --rank"),
         (["merge", "--experts", "arrow", "--method", "ties", "--out", "m", "a"], "error: --experts arrow keeps"),
@@ -201,6 +201,14 @@ def test_a_full_disk_says_so(call, monkeypatch):
     code, _, err = call("report", "x")
     assert code == 1
     assert "free some space" in err
+
+
+@pytest.mark.parametrize("number", [errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG])
+def test_a_path_that_the_system_refuses_is_the_users_to_mend(call, monkeypatch, number):
+    break_report(monkeypatch, OSError(number, os.strerror(number), "/data/loop"))
+    code, _, err = call("report", "x")
+    assert code == 2
+    assert err.splitlines()[:2] == [f"error: {os.strerror(number)}", "  where: /data/loop"]
 
 
 def test_ctrl_c(call, monkeypatch):

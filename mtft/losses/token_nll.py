@@ -22,6 +22,7 @@ About a quarter less time for head and loss together on a CPU, where fresh memor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -115,7 +116,7 @@ def token_nll(
         if label_smoothing or z_loss:
             raise UserError("the fused loss path has no label smoothing or z-loss", do="set loss.path=gather")
         return -model(**inputs, shift_labels=batch.labels_BT, fused_lm_head=True).log_probs.float()
-    logits_NV = _supervised_logits(model, inputs, batch)
+    logits_NV = supervised_logits(model, inputs, batch.supervised_N)
     labels_N = batch.labels_BT.flatten()[batch.supervised_N]
     rows = max(1, len(labels_N)) if chunk_rows is None else chunk_rows
     if rows >= len(labels_N) and torch.is_grad_enabled() and not (many_backwards or label_smoothing or z_loss):
@@ -146,7 +147,7 @@ def token_scores(
     No gradient. One forward, whatever the batch holds, so that ranks stay together; `chunk_rows` = fp32 rows at a time.
     """
     inputs = _inputs(model, batch, attention, isolated) if inputs is None else inputs
-    logits_NV = _supervised_logits(model, inputs, batch)
+    logits_NV = supervised_logits(model, inputs, batch.supervised_N)
     at_N, labels_N = batch.supervised_N, batch.labels_BT.flatten()[batch.supervised_N]
     nll_BT = torch.zeros(batch.labels_BT.shape, dtype=torch.float32, device=labels_N.device)
     hit_BT = torch.zeros_like(nll_BT, dtype=torch.bool)
@@ -163,11 +164,11 @@ def _row_nll(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float, z_loss
     return nll_N + z_loss * logits_NV.logsumexp(dim=-1).square() if z_loss else nll_N
 
 
-def _supervised_logits(model: nn.Module, inputs: dict[str, Any], batch: Batch) -> Tensor:
-    """[n, V] in row order, in the model's precision."""
+def supervised_logits(model: nn.Module, inputs: Mapping[str, Any], at_N: Tensor) -> Tensor:
+    """[n, V] in the model's precision. at_N: the positions in the rows, one row after the other."""
     from transformers import PreTrainedModel
 
-    at_N, bare = batch.supervised_N, _bare(model)
+    bare = _bare(model)
     head = bare.get_output_embeddings() if isinstance(bare, PreTrainedModel) else None
     if head is None:
         return model(**inputs).logits.flatten(0, 1)[at_N]

@@ -25,6 +25,7 @@ import torch
 
 from mtft.common.atomic_folder import restore_replaced
 from mtft.common.errors import UserError
+from mtft.common.out_of_memory import is_out_of_memory
 from mtft.common.own_files import irregular
 from mtft.models.cpu_precision import cpu_dtype
 from mtft.models.model_files import ReportFilter, blame, check_finite, check_model_files
@@ -270,11 +271,11 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
     told.setLevel(min(WARNING - 1, told.getEffectiveLevel()))
     try:
         loaded = auto.from_pretrained(location, trust_remote_code=False, **hub, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except (ImportError, MemoryError):
+    except ImportError:
         raise
     except Exception as error:  # what damaged files raise inside transformers has no end
+        if is_out_of_memory(error):
+            raise
         reason, place = blame(Path(location), error)
         if report_filter.mismatch is not None:
             reason, place = f"config.json says other shapes than its weights have: {report_filter.mismatch}", None

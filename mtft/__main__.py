@@ -128,7 +128,9 @@ def _failure(error: Exception) -> str:
     text = f"failed: {type(error).__name__}{': ' + lines[0] if lines else ''}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{text}\n  do:    free some space; the same command continues"
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+    from mtft.common.out_of_memory import is_out_of_memory
+
+    if is_out_of_memory(error):
         return f"{text}\n  do:    lower train.micro_batch_tokens, or set train.gradient_checkpointing=true"
     return f"{text}\n  do:    the same command with --debug shows where; if it looks like our mistake, please report it"
 

@@ -230,7 +230,7 @@ def _task_gradients(model: Any, inputs: TrainingInputs, layout: BatchLayout) -> 
     _only(model, lambda name: True)
     with evaluation_mode(model), TaskGradients(model, K, isolated=True) as taps:  # a batch holds one task only
         for batch in pieces:
-            taps.begin(batch.task_ids_BT, batch.labels_BT != IGNORE)
+            taps.begin(batch.host.task_ids_BT, batch.host.labels_BT != IGNORE)
             c_BT = coefficients(batch, counts, even_K, "task_token")
             taps.watch((c_BT * token_nll(model, batch, path="gather")).sum()).backward()
     model.zero_grad(set_to_none=True)

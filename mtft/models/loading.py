@@ -25,6 +25,7 @@ import torch
 
 from mtft.common.atomic_folder import restore_replaced
 from mtft.common.errors import UserError
+from mtft.common.out_of_memory import is_out_of_memory
 from mtft.common.own_files import irregular
 from mtft.models.cpu_precision import cpu_dtype
 from mtft.models.model_files import ReportFilter, blame, check_finite, check_model_files
@@ -74,7 +75,7 @@ def model_location(path: str | Path) -> str:
         raise UserError(
             "the folder holds an adapter, not a model" if adapter else "the folder holds no config.json",
             where=f"model {path}",
-            do="give the base model's folder" + ("; an adapter is given with --adapter" if adapter else ""),
+            do="give the base's folder (model.path)" + ("; an adapter is given with --adapter" if adapter else ""),
         )
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
@@ -144,7 +145,8 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def resolve_dtype(dtype: str) -> torch.dtype:
     """A precision by its name in recipes. `auto`: bf16 where the device is fast in it (CPUs are measured), or fp32."""
     if dtype == "auto" and torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        # Not where it is emulated (T4, V100): that is many times slower than fp32.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return cpu_dtype() if dtype == "auto" else DTYPES[dtype]
 
 
@@ -269,11 +271,11 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
     told.setLevel(min(WARNING - 1, told.getEffectiveLevel()))
     try:
         loaded = auto.from_pretrained(location, trust_remote_code=False, **hub, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except (ImportError, MemoryError):
+    except ImportError:
         raise
     except Exception as error:  # what damaged files raise inside transformers has no end
+        if is_out_of_memory(error):
+            raise
         reason, place = blame(Path(location), error)
         if report_filter.mismatch is not None:
             reason, place = f"config.json says other shapes than its weights have: {report_filter.mismatch}", None

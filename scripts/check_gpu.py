@@ -305,7 +305,7 @@ class Session:
                     if event["facts"]["device"] == "cpu":
                         self.gpus = 0  # there may be one that this torch can't use
                 elif event["event"] == "begin":
-                    current = event["check"]
+                    current = str(event["check"])
                     while self.left[0] != current:  # the worker was not asked for them
                         self._skip(self._refusal(self.left[0]) or "it can't run here")
                     if self._refusal(current) is not None:

@@ -111,7 +111,8 @@ def decoding(
     bench_fuse.llama(*small, 2).save_pretrained(folder / "base")
     adapter = bench_fuse.make_adapter(folder / "adapter", folder / "base", 0)
     with torch.device(bench.device):
-        alone = bench_fuse.llama(*strong, 1).to(dtype)
+        alone: Any = bench_fuse.llama(*strong, 1)
+        alone = alone.to(dtype)
     ours = copy.deepcopy(alone, {id(p): p for p in alone.parameters()})  # the same weights
     bench_fuse.transpose_lm_head(ours)  # as FusedCausalLM.load does
     weak = bench_fuse.load_weak_model(folder / "base", [adapter], dtype=dtype, device=bench.device)

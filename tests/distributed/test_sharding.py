@@ -1,13 +1,18 @@
 """What every engine shares, on one rank: parts of weights made whole and cut again, and a launch that did not shard."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mtft.common.errors import UserError
+from mtft.data.batching.batch import Batch
 from mtft.distributed.sharding import (
     check_sharded,
     fsdp_settings,
@@ -17,7 +22,9 @@ from mtft.distributed.sharding import (
     sharding_of_launch,
     trainable,
 )
+from mtft.losses.task_reduction import step_counts
 from mtft.training.checkpoint.checkpoint_files import load_tree, save_tree
+from mtft.training.step.objective import Objective, StepContext, forward_backward
 
 
 @pytest.fixture
@@ -93,3 +100,50 @@ def test_engine_of_the_launch(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     assert sharding_of_launch() == {"name": "zero3", "processes": 4}
+
+
+class LetterLoss(Objective):
+    """A loss of every token, of a model that is no language model."""
+
+    def nll(self, model, batch):
+        return model(batch.input_ids_BT).square().mean(dim=-1)
+
+
+class OneRank:
+    """What forward_backward uses of accelerate's Accelerator, without its state of the whole process."""
+
+    num_processes, use_distributed, no_sync = 1, False, Accelerator.no_sync
+    gradient_state = SimpleNamespace(_set_sync_gradients=lambda last: None)
+
+    def __init__(self, *, fsdp):
+        self.is_fsdp2 = fsdp
+
+    def backward(self, loss):
+        loss.backward()
+
+
+def test_accumulation_under_fsdp_keeps_a_part_of_the_gradients_a_rank(one_rank):
+    """accelerate's no_sync would keep whole fp32 gradients on every rank until the last micro-batch of a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5))
+    parts = []
+    for ids in ([[1, 2, 3]], [[4, 5, 6]], [[0, 0, 2]]):
+        ids_BT = torch.tensor(ids)
+        zeros_BT = torch.zeros_like(ids_BT)
+        parts.append(Batch(ids_BT, ids_BT, zeros_BT, zeros_BT, ids_BT))
+    counts = step_counts(parts, 1, device=torch.device("cpu"))
+    whole = copy.deepcopy(model)
+    for module in (*model, model):
+        fully_shard(module)
+    found = []
+
+    def hold(done, of):
+        found.append([type(parameter.grad) for parameter in model.parameters()])
+
+    for network, accelerator, told in ((model, OneRank(fsdp=True), hold), (whole, OneRank(fsdp=False), None)):
+        objective, device = LetterLoss("task_token", "gather", "sdpa"), torch.device("cpu")
+        context = StepContext(network, network, objective, accelerator, ("only",), device, None, 0, False, told)
+        forward_backward(context, network, parts, counts, torch.ones(1), 1)
+    assert found == [[DTensor] * 3] * 3
+    for sharded, parameter in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(sharded.grad.full_tensor(), parameter.grad)

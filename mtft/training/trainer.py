@@ -59,6 +59,7 @@ from mtft.training.step.extra_losses import global_losses, heldout_losses, valid
 from mtft.training.step.objective import Objective, StepContext, forward_backward
 from mtft.training.step.task_gradients import TaskGradientStep
 from mtft.training.trainer_parts import TrainingInputs, trainer_parts
+from mtft.training.training_arguments import use_one_gpu
 
 
 class MultiTaskTrainer(RunTrainer):
@@ -101,6 +102,7 @@ class MultiTaskTrainer(RunTrainer):
         keep: int = 2,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        use_one_gpu(args, log.say)
         super().__init__(model, args, train_dataset=steps, eval_dataset=(), callbacks=callbacks)  # pyright: ignore
         self.remove_callback(PrinterCallback)
         self.add_callback(_StepCallback(self))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -69,3 +70,17 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
     if engine() == "fsdp":
         args.fsdp_plugin_args = fsdp_settings(dtype)
     return args
+
+
+def use_one_gpu(args: TrainingArguments, say: Callable[[str], None]) -> None:
+    """A process trains on one GPU, however many it sees.
+
+    Trainer would wrap the model in DataParallel: it copies the weights to every GPU in every pass, splits our batches
+    wrongly, and is slower than a launcher's processes.
+    """
+    if args.n_gpu > 1:
+        say(
+            f"note: {args.n_gpu} GPUs are visible, and one process trains on one of them ({args.device}). All of them: "
+            f"torchrun --nproc_per_node {args.n_gpu} -m mtft train RECIPE (docs/launching.md)"
+        )
+        args._n_gpu = 1

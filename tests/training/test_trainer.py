@@ -275,3 +275,18 @@ def test_weights_of_balancers_do_not_depend_on_the_split(recipe, tmp_path, balan
         assert left == pytest.approx(right, rel=1e-4)
     if balancer["name"] != "temperature":
         assert found["one"][5] != found["one"][1]
+
+
+def test_several_gpus_without_a_launcher_are_one_and_the_run_says_so(recipe, tmp_path, capsys):
+    """Trainer would wrap the model in DataParallel."""
+    recipe = Recipe.model_validate({**recipe, "train": {**recipe["train"], "steps": 1}})
+    inputs = read_training_inputs(recipe)
+    plan = make_plan(recipe, inputs.stores)
+    args = training_arguments(recipe, tmp_path, steps=plan.steps, evaluates=False, saves=False)
+    assert args.n_gpu == 0
+    args._n_gpu = 4  # what transformers finds where four are visible
+    log = MetricsLog(tmp_path, steps=plan.steps)
+    trainer = build_trainer(recipe, inputs, plan, load_for_training(recipe), args, log=log)
+    trainer.train()
+    assert not any(isinstance(module, torch.nn.DataParallel) for module in trainer.model_wrapped.modules())
+    assert "torchrun --nproc_per_node 4 -m mtft train" in capsys.readouterr().err

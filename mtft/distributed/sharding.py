@@ -9,8 +9,8 @@
 All of them are held to one process on two gloo ranks (tests/distributed). A checkpoint of whole tensors goes on under
 every engine and number of ranks that writes such; DeepSpeed's only under the stage and the number of ranks it is from.
 
-With ZeRO a step whose gradient is not finite has been taken before anyone can look at it: such a run is stopped, and
-goes on from its last checkpoint.
+A step whose gradient is not finite is skipped, under ZeRO by DeepSpeed itself (0.19, in every precision); if it took
+one, the run is stopped, and goes on from its last checkpoint.
 """
 
 from __future__ import annotations

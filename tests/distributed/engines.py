@@ -118,12 +118,6 @@ def main(folder):
 
     for name in ("loss", "gradient"):
         with poisoned(name, 4):
-            if deepspeed_files:  # it has taken the step already
-                with pytest.raises(UserError, match="not finite"):
-                    train(recipes[name], prove=False, quiet=True)
-            else:
-                train(recipes[name], prove=False, quiet=True)
-        if deepspeed_files:
             train(recipes[name], prove=False, quiet=True)
 
     with StopSignal() as stop:

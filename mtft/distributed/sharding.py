@@ -52,6 +52,32 @@ def fsdp_settings(dtype: torch.dtype) -> dict[str, Any]:
     return {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "mixed_precision_policy": policy}
 
 
+def set_deepspeed_precision(plugin: Any, dtype: torch.dtype, *, full: bool) -> None:
+    """Writes the precision of a run into accelerate's DeepSpeed plugin; with bf16 it is that of DDP.
+
+    What is trained stays fp32, the forward pass runs under autocast, gradients are summed and averaged in fp32.
+    DeepSpeed's own bf16 mode would cast an adapter (or the whole model) to bf16 and sum and average in it. Its fp16
+    mode is kept, for its loss scaling.
+
+    Raises UserError when the user's configuration fixes another precision than the recipe's.
+    """
+    import torch
+
+    config = plugin.deepspeed_config
+    for name, own_mode in (("bf16", False), ("fp16", dtype == torch.float16)):
+        if config.get(name, {}).get("enabled") is True and not own_mode:
+            raise UserError(
+                f"DeepSpeed's configuration fixes {name}; the recipe's model.dtype decides ({dtype})",
+                where=f"{name}.enabled in DeepSpeed's configuration",
+                do=f'take {name} out of it, or set "enabled": "auto"',
+            )
+    narrow = dtype == torch.bfloat16
+    # No module is "safe" in bf16: weights and gradients travel between ranks in the precision that they have.
+    config["torch_autocast"] = {"enabled": narrow, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    # Only for loading, where ZeRO-3 shards the base in its precision. The engine does not read this copy.
+    plugin.dschf.config["bf16"] = {"enabled": narrow and not full}
+
+
 def check_sharded(model: nn.Module) -> None:
     """Refuses a run that asked for FSDP and did not get it: each rank would hold everything, or train alone."""
     from torch.distributed.tensor import DTensor

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from mtft.distributed.launch import engine, init_cpu_process_group, world_size
-from mtft.distributed.sharding import fsdp_settings
+from mtft.distributed.sharding import fsdp_settings, set_deepspeed_precision
 from mtft.models.loading import compute_dtype, refuse_precision
 from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.schema.recipe import Recipe
@@ -49,7 +49,7 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
         max_grad_norm=section.max_grad_norm,
         activation_checkpointing=section.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if section.gradient_checkpointing else None,
-        bf16=dtype == torch.bfloat16,
+        bf16=dtype == torch.bfloat16 and engine() != "deepspeed",  # see set_deepspeed_precision
         fp16=dtype == torch.float16,
         use_cpu=on_cpu and not (shards_on_cpu and engine() == "deepspeed"),
         accelerator_config={"use_configured_state": True} if shards_on_cpu else None,
@@ -69,6 +69,8 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
     )
     if engine() == "fsdp":
         args.fsdp_plugin_args = fsdp_settings(dtype)
+    if engine() == "deepspeed":
+        set_deepspeed_precision(args.deepspeed_plugin, dtype, full=recipe.lora is None)
     return args
 
 

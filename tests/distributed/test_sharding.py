@@ -19,6 +19,7 @@ from mtft.distributed.sharding import (
     gathered,
     placed_moments,
     resting,
+    set_deepspeed_precision,
     sharding_of_launch,
     trainable,
 )
@@ -89,6 +90,30 @@ def test_gradients_are_averaged_in_fp32():
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
     policy = fsdp_settings(torch.float32)["mixed_precision_policy"]
     assert (policy.param_dtype, policy.reduce_dtype) == (None, None)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_bf16_under_deepspeed_is_autocast_and_what_is_trained_stays_fp32(full):
+    """Its own bf16 mode casts an adapter to bf16, and sums and averages gradients in it."""
+    plugin = SimpleNamespace(deepspeed_config={"bf16": {"enabled": "auto"}}, dschf=SimpleNamespace(config={}))
+    set_deepspeed_precision(plugin, torch.bfloat16, full=full)
+    autocast = plugin.deepspeed_config["torch_autocast"]
+    assert autocast == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert plugin.dschf.config["bf16"]["enabled"] is not full  # ZeRO-3 shards a frozen base in bf16, as it is loaded
+    set_deepspeed_precision(plugin, torch.float32, full=full)
+    assert not plugin.deepspeed_config["torch_autocast"]["enabled"]
+    assert not plugin.dschf.config["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("bf16", torch.float32), ("fp16", torch.float32)]
+)
+def test_a_precision_in_deepspeed_s_own_file_is_refused(name, dtype):
+    config = {name: {"enabled": True}}
+    plugin = SimpleNamespace(deepspeed_config=config, dschf=SimpleNamespace(config={}))
+    with pytest.raises(UserError, match=f"fixes {name}") as caught:
+        set_deepspeed_precision(plugin, dtype, full=False)
+    assert caught.value.where == f"{name}.enabled in DeepSpeed's configuration"
 
 
 def test_engine_of_the_launch(monkeypatch):

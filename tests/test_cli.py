@@ -133,7 +133,7 @@ def test_wrong_usage(call, arguments):
         (["report", "gone"], "error: there is no run directory gone"),
         (["merge", "--out", "m", "recipe.yaml"], "error: recipe.yaml is no folder of an adapter"),
         (["merge", "--method", "ties", "a", "b"], "error: no folder for the merged adapter"),
-        (["merge", "--weights", "1,x", "--out", "m", "a", "b"], "error: --weights 1,x is no list of numbers"),
+        (["merge", "--weights", "1,x", "--out", "m", "a", "b"], "error: --weights is x, and must be a number from"),
         (["merge", "--set", "density", "--out", "m", "a", "b"], "error: --set density is not KEY=VALUE"),
         (["merge", "--base", "b", "--rank", "8", "--out", "m", "a", "c"], "error: with --base, --rank"),
         (["merge", "--experts", "arrow", "--method", "ties", "--out", "m", "a"], "error: --experts arrow keeps"),

@@ -24,6 +24,7 @@ from data_mixers.plan.plan_spec import PlanSpec
 from data_mixers.plan.quota import Ints, exact_quota
 
 BLOCK = 4096  # rows between two count marks
+MOST_ROWS = 10**9  # of a run: sorting them takes some 60 bytes each
 
 
 class TokenBalancedOrder:
@@ -35,6 +36,7 @@ class TokenBalancedOrder:
         self.spec, self._lengths = spec, lengths
         self._on_cap: OnCap = on_cap
         self._check_lengths()
+        self._check_rows()
         K = len(spec.names)
         self._owed_K = np.array([0.0] * K if spec.carry is None else spec.carry)
         self._share_K: Floats | None = None  # where they are constant
@@ -132,6 +134,19 @@ class TokenBalancedOrder:
                     f"task {name} has a row of {length.max()} tokens, a step has {self.spec.batch}",
                     do="raise the batch tokens",
                 )
+
+    def _check_rows(self) -> None:
+        """MixError for a run of more rows than can be put in order."""
+        spec = self.spec
+        shares_K = zip(spec.mixture.shares.tolist(), self._lengths, strict=True)
+        total = spec.steps * spec.batch
+        rows = round(sum(share * total / float(length.mean()) for share, length in shares_K if share > 0))
+        if rows > MOST_ROWS:
+            raise MixError(
+                f"a run by tokens is put in order as a whole: it has {rows:,} rows, and {MOST_ROWS:,} is the most",
+                where="mixture.unit",
+                do="fewer steps, fewer tokens in a step, or mixture.unit: examples, which needs no such order",
+            )
 
     def _tokens_of(self, k: int, end: float) -> float:
         """Tokens in the visits start .. end of task k."""

@@ -2,7 +2,8 @@
 
 One line per (trial, progress). All lines of a trial are appended under a file lock with one write and one fsync; each
 says how many belong to the trial (`points`), so that a half-written trial is not taken for a whole one. A torn last
-line is ignored with a warning and cut off at the next append; a torn line in the middle is an error with its number.
+line that begins as ours do is ignored with a warning and cut off at the next append; any other, and a torn line in the
+middle, is an error with its number.
 Same (trial, progress) twice: the later one counts. A non-finite score is kept as null, counted, and never fitted.
 """
 
@@ -24,6 +25,8 @@ from data_mixers.common.csv_tables import check_rows, join, read_table
 from data_mixers.common.errors import MixError
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Floats
 from data_mixers.sweep.trial import VERSION, Goal, TrialRecord, defect, finite
+
+BEGIN = b'{"trial": '  # of every line
 
 
 class Arrays(NamedTuple):
@@ -50,6 +53,9 @@ class TrialLedger:
             return
         lines = self._content(self.path).split(b"\n")
         records = [self._parse(line, number) for number, line in enumerate(lines[:-1], 1) if line.strip()]
+        if (torn := lines[-1].strip(b"\0"))[: len(BEGIN)] != BEGIN[: len(torn)]:  # it would be cut off
+            where, do = f"{self.path}:{len(lines)}", "mend or delete the line, or move the file"
+            raise MixError("the last line, without an end, is none of a trial ledger", where=where, do=do)
         if lines[-1]:
             warnings.warn(f"{self.path}: the last line is torn (a writer was killed); it is ignored", stacklevel=3)
         self._records = records

@@ -18,6 +18,7 @@ from multiprocessing.context import SpawnContext
 from multiprocessing.reduction import ForkingPickler
 
 from data_mixers.common.errors import MixError
+from data_mixers.common.spawn_context import spawn_context
 from data_mixers.sweep.trial import Finish, RunTrial, Trial, TrialOutcome
 
 
@@ -89,7 +90,7 @@ def run_in_processes(
             f"run_trial cannot be sent to a worker process: {error}",
             do="make it a function of a module (or functools.partial of one), or use backend='inline'",
         ) from error
-    context = multiprocessing.get_context("spawn")
+    context = spawn_context(run_trial)
     queue, pool = deque(todo), [_Worker(context, run_trial) for _ in range(min(workers, len(todo)))]
 
     def settle(worker: _Worker, outcome: TrialOutcome) -> None:

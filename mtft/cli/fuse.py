@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mtft.cli.common import Overrides, Overwrite, RecipeArgument, load, say
+from mtft.cli.numbers import number, whole
 
 if TYPE_CHECKING:
     from mtft.fuse.batch.resumable_jsonl import BatchSummary
@@ -61,12 +62,15 @@ def fuse_serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; other than this machine's needs a key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
+    port: Annotated[int, whole("--port", 0, 65535, help="Port to listen on; 0: a free one.")] = 8000,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the bearer token.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Answers that are made at the same time.")] = 8,
-    queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; beyond, clients get 429.")] = 64,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds that one may wait; beyond, its client gets 503.")] = 60,
-    body_bytes: Annotated[int, typer.Option(min=1, help="Largest request; beyond, clients get 413.")] = 1 << 20,
+    rows: Annotated[int, whole("--rows", 1, 10**5, help="Answers that are made at the same time.")] = 8,
+    queue: Annotated[int, whole("--queue", 1, 10**6, help="Answers that may wait; beyond, clients get 429.")] = 64,
+    wait: Annotated[
+        float, number("--wait", 0, 10**6, help="Seconds that one may wait; beyond, its client gets 503.")
+    ] = 60,
+    body_bytes: Annotated[int, whole("--body-bytes", 1, 2**32, help="Largest request; beyond, clients get 413.")] = 1
+    << 20,
 ) -> None:
     """Serve the fused model (OpenAI-compatible). Ctrl-C or SIGTERM: what runs is finished, then it ends."""
     from importlib.util import find_spec

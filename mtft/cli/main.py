@@ -11,6 +11,7 @@ import typer
 
 import mtft
 from mtft.cli.common import Overrides, Overwrite, RecipeArgument, expand, load, say
+from mtft.cli.numbers import number, whole
 
 if TYPE_CHECKING:
     from mtft.training.run_training import TrainResult
@@ -48,6 +49,7 @@ def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show every task and warning, however many.")] = False,
 ) -> None:
     """Say what a recipe would do, and what is wrong with it.
 
@@ -65,9 +67,9 @@ def check(
     elif sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(checked.render())
+        Console().print(checked.render(everything=everything))
     else:
-        typer.echo(checked.text())
+        typer.echo(checked.text(everything=everything))
 
 
 @app.command()
@@ -169,10 +171,11 @@ def refresh(
     new: Annotated[list[str], typer.Option(help="A task that was added; repeat it for several.")],
     out: Annotated[Path, typer.Option(help="Folder for adapter/ and refresh.json.")],
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often to measure and tune.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a round.")] = 10,
-    rows: Annotated[int, typer.Option(min=1, help="Training rows of each task in the buffer.")] = 64,
-    share: Annotated[float, typer.Option(min=0.01, max=1, help="Part of the forgetting that is tuned away.")] = 0.5,
+    rounds: Annotated[int, whole("--rounds", 1, 1000, help="How often to measure and tune.")] = 3,
+    steps: Annotated[int, whole("--steps", 1, 10**7, help="Optimizer steps of a round.")] = 10,
+    rows: Annotated[int, whole("--rows", 1, 10**9, help="Training rows of each task in the buffer.")] = 64,
+    share: Annotated[float, number("--share", 0.01, 1, help="Part of the forgetting that is tuned away.")] = 0.5,
+    overwrite: Overwrite = False,
 ) -> None:
     """After adding a task: tune again what forgot the old ones.
 
@@ -182,9 +185,11 @@ def refresh(
     from mtft.experimental.refresh_adapter import refresh as run_refresh
 
     loaded = load(recipe, overrides, "train")
+    before, after, out = expand(before), expand(after), expand(out)
     refreshed = run_refresh(
-        loaded, before, after, out, new=new, rounds=rounds, steps=steps, rows=rows, share=share, say=say
-    )
+        loaded, before, after, out, new=new, rounds=rounds, steps=steps, rows=rows, share=share, overwrite=overwrite,
+        say=say,
+    )  # fmt: skip
     for task, first in refreshed.losses["before"].items():
         then, now = refreshed.losses["after"][task], refreshed.losses["refreshed"][task]
         say(f"{task}: held-out loss {first:.4f} before, {then:.4f} after, {now:.4f} refreshed")

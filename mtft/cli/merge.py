@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from mtft.cli.common import Overwrite, expand, load
+from mtft.cli.numbers import NumberRange, number
 
 
 def merge_command(
@@ -20,7 +21,7 @@ def merge_command(
     method: Annotated[str | None, typer.Option(help="Merge method (docs/merging.md).")] = None,
     rank: Annotated[str | None, typer.Option(help="auto, lossless, or a number.")] = None,
     min_energy: Annotated[
-        float | None, typer.Option(help="Refuse a rank that keeps less than this share (0 to 1).")
+        float | None, number("--min-energy", 0, 1, help="Refuse a rank that keeps less than this share (0 to 1).")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="w1,w2,...: one for each adapter.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the method.")] = None,
@@ -159,18 +160,12 @@ def _is_folder(name: str) -> bool:
 
 
 def _parse_rank(rank: str | None) -> int | str | None:
-    return int(rank) if rank is not None and rank.isdecimal() and len(rank) < 10 else rank
+    return None if rank is None else NumberRange("--rank", 1, 2**16, words=("auto", "lossless"))(rank)
 
 
 def _parse_weights(weights: str | None) -> list[float] | None:
-    from mtft.common.errors import UserError
-
-    try:
-        return None if weights is None else [float(weight) for weight in weights.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--weights {weights} is no list of numbers", where="command line", do="--weights 1,0.5"
-        ) from None
+    each = NumberRange("--weights", -1e9, 1e9, whole=False)  # as merge.weights of a recipe
+    return None if weights is None else [each(weight) for weight in weights.split(",")]
 
 
 def _parse_options(options: list[str]) -> dict[str, object]:

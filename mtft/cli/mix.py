@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mtft.cli.common import Overrides, Overwrite, RecipeArgument, expand, load, refuse_flags, say
+from mtft.cli.numbers import LARGEST, NumberRange, number, seed_option, whole
 
 if TYPE_CHECKING:
     from data_mixers.sweep.trial import Trial, TrialOutcome
@@ -90,17 +91,21 @@ def mix_propose(
     current: Annotated[Path | None, typer.Option(help="Shares to beat (CSV, YAML). Default: the prior.")] = None,
     cap: Annotated[list[str] | None, typer.Option(metavar="NAME=SHARE", help="Largest share of a task.")] = None,
     floor: Annotated[list[str] | None, typer.Option(metavar="NAME=SHARE", help="Smallest share of a task.")] = None,
-    max_epochs: Annotated[float | None, typer.Option(help="Passes over any task (with --sizes, --total).")] = None,
+    max_epochs: Annotated[
+        float | None, number("--max-epochs", 0, LARGEST, help="Passes over any task (with --sizes, --total).")
+    ] = None,
     sizes: Annotated[Path | None, typer.Option(help="Rows of each task (CSV, YAML).")] = None,
-    total: Annotated[float | None, typer.Option(help="Rows of the whole run.")] = None,
-    kl: Annotated[float, typer.Option(help="Pull towards the prior.")] = 0.05,
-    min_gain: Annotated[float, typer.Option(help="Gain below which a change is not worth it (sd of the scores).")] = 0,
+    total: Annotated[float | None, number("--total", 1, LARGEST, help="Rows of the whole run.")] = None,
+    kl: Annotated[float, number("--kl", 0, LARGEST, help="Pull towards the prior.")] = 0.05,
+    min_gain: Annotated[
+        float, number("--min-gain", 0, LARGEST, help="Gain below which a change is not worth it (sd of the scores).")
+    ] = 0,
     other_scale: Annotated[
         bool, typer.Option("--other-scale", help="The mixture is for a larger model or run.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="Use only the first N trials.")] = None,
-    seed: Annotated[int, typer.Option(help="Makes fit and proposal reproducible.")] = 0,
-    cv: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
+    limit: Annotated[int | None, whole("--limit", 3, 10**9, help="Use only the first N trials.")] = None,
+    seed: Annotated[int, seed_option("Makes fit and proposal reproducible.")] = 0,
+    cv: Annotated[int, whole("--cv", 2, 1000, help="Folds of the cross-validation.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Where the mixture goes (YAML).")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -190,9 +195,9 @@ def mix_fit(
             show_default=False,
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first N trials.")] = None,
-    seed: Annotated[int, typer.Option(help="Makes the whole fit reproducible.")] = 0,
-    cv: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
+    limit: Annotated[int | None, whole("--limit", 3, 10**9, help="Use only the first N trials.")] = None,
+    seed: Annotated[int, seed_option("Makes the whole fit reproducible.")] = 0,
+    cv: Annotated[int, whole("--cv", 2, 1000, help="Folds of the cross-validation.")] = 5,
 ) -> None:
     """Fit trials of your own, from CSV files.
 
@@ -240,8 +245,10 @@ def mix_relevance(
     ] = None,
     method: Annotated[Literal["l1", "l2"], typer.Option(help="l1: few tasks (A-MTRL); l2: the earlier rule.")] = "l1",
     noise: Annotated[bool, typer.Option("--noise", help="Lasso by cross-validation, for sketches with noise.")] = False,
-    rows: Annotated[int | None, typer.Option(help="Rows to draw in all: says how many from each task.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the folds of --noise.")] = 0,
+    rows: Annotated[
+        int | None, whole("--rows", 1, 10**12, help="Rows to draw in all: says how many from each task.")
+    ] = None,
+    seed: Annotated[int, seed_option("Of the folds of --noise.")] = 0,
 ) -> None:
     """Which tasks matter for a target: the Lasso of its sketch on the others' (advice beside the trials' answer)."""
     import numpy as np
@@ -262,9 +269,9 @@ def mix_relevance(
     counts = None if rows is None else solved.rows(rows)
     typer.echo(f"{'task':<24}{'weight':>10}{'share':>8}" + ("" if counts is None else f"{'rows':>10}"))
     weights = np.round(solved.nu, 4) + 0.0  # no -0.0000
-    for number, name in enumerate(sources):
-        tail = "" if counts is None else f"{int(counts[number]):10d}"
-        typer.echo(f"{name:<24}{weights[number]:10.4f}{solved.shares[number]:8.4f}{tail}")
+    for place, name in enumerate(sources):
+        tail = "" if counts is None else f"{int(counts[place]):10d}"
+        typer.echo(f"{name:<24}{weights[place]:10.4f}{solved.shares[place]:8.4f}{tail}")
     typer.echo(f"residual {solved.residual:.3g} of the target's size")
 
 
@@ -281,16 +288,14 @@ def _checked_output(out: Path | None, inputs: list[Path | None], overwrite: bool
 def _weights(entries: list[str] | None) -> dict[str, float]:
     """{target: weight} of TARGET=W entries."""
     from mtft.common.errors import UserError
+    from mtft.common.listing import clipped
 
     weights: dict[str, float] = {}
     for entry in entries or []:
         name, _, text = entry.rpartition("=")
         if name in weights:
             raise UserError(f"--weight {name} twice", where="command line", do="give each target one weight")
-        try:
-            weights[name] = float(text)
-        except ValueError:
-            raise UserError(f"--weight {entry}", where="command line", do="--weight TARGET=2") from None
+        weights[name] = NumberRange(f"--weight {clipped(name, 60)}", 0, LARGEST, whole=False)(text)
     return weights
 
 

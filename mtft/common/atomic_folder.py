@@ -151,7 +151,7 @@ def _check_content(target: Path, out: Path, overwrite: bool) -> None:
 
 def _foreign(folder: Path) -> str | None:
     """What stands in a folder beside what atomic_folder wrote; None: nothing."""
-    if not (folder / CONTENTS).is_file():
+    if not os.path.lexists(folder / CONTENTS):
         name = min(path.name for path in folder.iterdir())
         return f"mtft did not write this folder as a whole (it holds {name!r}, and no {CONTENTS})"
     try:

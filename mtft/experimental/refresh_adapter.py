@@ -11,6 +11,7 @@ bit-equal. The adapters must be LoRA adapters of the same shape, the second one 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtft.common.atomic_io import finite, write_json
+from mtft.adapters.lora_factors import WEIGHTS
+from mtft.adapters.safetensors_io import read_header
+from mtft.common.atomic_folder import atomic_folder
+from mtft.common.atomic_io import finite
 from mtft.common.errors import UserError
-from mtft.common.folder_lock import sole_writer
-from mtft.common.output_paths import check_output_folder
+from mtft.common.own_files import write_own
 from mtft.data.batching.batch import IGNORE
 from mtft.data.batching.batches import eval_batches
 from mtft.data.batching.packed_attention import packing_refusal
@@ -35,16 +38,19 @@ from mtft.gradients.capture.task_gradients import TaskGradients
 from mtft.gradients.forgetting import forgetting, module_of, select_forgetful_modules, totals
 from mtft.losses.task_reduction import coefficients, step_counts, task_coefficients
 from mtft.losses.token_nll import token_nll
-from mtft.models.adapters import load_adapter
+from mtft.models.adapters import load_adapter, read_peft_config
 from mtft.models.loading import load_base, pad_id
+from mtft.models.model_files import broken_weights
+from mtft.recipe.input_paths import input_paths
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.export.export import export_model
+from mtft.training.export.export import ADAPTER, export_model
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.trainer import build_trainer
 from mtft.training.trainer_parts import TrainingInputs, read_training_inputs
 from mtft.training.training_arguments import training_arguments
 
 FILE = "refresh.json"
+SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora")
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ def refresh(
     steps: int = 10,
     rows: int = 64,
     share: float = 0.5,
+    overwrite: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Refreshed:
     """k-FPF on two adapters. `new`: the task(s) that were added; all others of the recipe are old.
@@ -83,25 +90,28 @@ def refresh(
     rounds   measure and tune so often;  steps  optimizer steps of a round, with the recipe's batches and learning rate
     rows     training rows of each task in the buffer
     share    part of the old tasks' forgetting that the tuned modules hold together
-    Raises UserError for adapters that don't fit, unknown tasks, or several processes.
+    overwrite  replace the folder of an earlier refresh, if nothing in it was changed
+    Raises UserError for adapters that don't fit, unknown tasks, several processes, or an output that holds anything.
     """
-    check_output_folder(out, inputs=[before, after])
-    recipe = _buffered(recipe, new, out, rows=rows, steps=steps)
-    with sole_writer(out):
-        return _refresh(recipe, before, after, out, new=new, rounds=rounds, share=share, say=say)
+    inputs = [before, after, *input_paths(recipe)]
+    buffered = _buffered(recipe, new, out, rows=rows, steps=steps)
+    with atomic_folder(out, overwrite=overwrite, inputs=inputs) as folder:
+        _check_adapters(before, after)
+        rounds_done, losses = _refresh(buffered, before, after, folder, new=new, rounds=rounds, share=share, say=say)
+    return Refreshed(out / ADAPTER, rounds_done, losses)
 
 
 def _refresh(
     recipe: Recipe,
     before: Path,
     after: Path,
-    out: Path,
+    folder: Path,
     *,
     new: Sequence[str],
     rounds: int,
     share: float,
     say: Callable[[str], None],
-) -> Refreshed:
+) -> tuple[list[Round], dict[str, dict[str, float]]]:
     old = [k for k, task in enumerate(recipe.task_names) if task not in new]
     inputs = read_training_inputs(recipe)
     model = load_adapter(load_base(recipe.model), before)
@@ -109,7 +119,6 @@ def _refresh(
     start, at_start = _adapter(model), _task_gradients(model, inputs, layout)
     losses = {"before": _held_out(model, inputs, layout)}
     model = load_adapter(load_base(recipe.model), after)
-    _check_shapes(start, _adapter(model), before, after)
     losses["after"] = _held_out(model, inputs, layout)
     done: list[Round] = []
     for number in range(1, rounds + 1):
@@ -126,8 +135,7 @@ def _refresh(
             break
         _tune(recipe, inputs, model, chosen, seed=recipe.seed + number)
     losses["refreshed"] = _held_out(model, inputs, layout)
-    out.mkdir(parents=True, exist_ok=True)
-    adapter = export_model(model, out, tokenizer=inputs.tokenizer)
+    export_model(model, folder, tokenizer=inputs.tokenizer)
     content = {
         "before": str(before),
         "after": str(after),
@@ -135,8 +143,8 @@ def _refresh(
         "rounds": [vars(finished) for finished in done],
         "losses": losses,
     }
-    write_json(out / FILE, finite(content))
-    return Refreshed(adapter, done, losses)
+    write_own(folder / FILE, finite(content))
+    return done, losses
 
 
 def _buffered(recipe: Recipe, new: Sequence[str], out: Path, *, rows: int, steps: int) -> Recipe:
@@ -177,13 +185,28 @@ def _adapter(model: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name}
 
 
-def _check_shapes(one: dict[str, Tensor], other: dict[str, Tensor], before: Path, after: Path) -> None:
-    if {name: p.shape for name, p in one.items()} != {name: p.shape for name, p in other.items()}:
+def _check_adapters(before: Path, after: Path) -> None:
+    """UserError if one of them is no whole LoRA adapter, or their weights can't be compared. Loads nothing."""
+    configs = [read_peft_config(folder) for folder in (before, after)]
+    where, do = f"{before}, {after}", "train the second one on from the first (lora.start)"
+    if os.path.samefile(before, after):
+        raise UserError("--before and --after are the same adapter", where=where, do=do)
+    shapes = []
+    for folder, config in zip((before, after), configs, strict=True):
+        if config.peft_type != "LORA":
+            raise UserError(f"a {config.peft_type.value} adapter, not a LoRA", where=str(folder), do=do)
+        if (why := broken_weights(folder / WEIGHTS)) is not None:
+            what = f"not a whole safetensors file ({why})"
+            raise UserError(what, where=str(folder / WEIGHTS), do="copy or save the adapter again")
+        shapes.append({name: entry.shape for name, entry in read_header(folder / WEIGHTS).items()})
+    if shapes[0] != shapes[1]:
         raise UserError(
-            "the two adapters have other modules or ranks, so their weights can't be compared",
-            where=f"{before}, {after}",
-            do="train the second one on from the first (lora.start)",
+            "the two adapters have other modules or ranks, so their weights can't be compared", where=where, do=do
         )
+    for key in SCALES:  # equal factors would be other deltas
+        was, is_ = (getattr(config, key) for config in configs)
+        if was != is_:
+            raise UserError(f"the two adapters have other scales: {key} is {was!r} and {is_!r}", where=where, do=do)
 
 
 def _only(model: Any, wanted: Callable[[str], bool]) -> None:

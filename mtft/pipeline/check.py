@@ -36,22 +36,27 @@ class CheckReport:
         content |= {"memory": self.memory.as_dict(), "warnings": [*content["warnings"], *self.warnings]}
         return {**content, "online": self.online}
 
-    def render(self) -> Group:
-        """For a rich console."""
+    def render(self, *, everything: bool = False) -> Group:
+        """For a rich console. everything: each task and each warning, however many there are."""
         from rich.console import Group
         from rich.text import Text
 
-        from mtft.data.summary.render_console import render_summary
+        from mtft.data.summary.render_console import render_summary, warning_text
 
-        said = [Text.assemble(("warning: ", "yellow"), warning) for warning in self.warnings]
-        return Group(render_summary(self.data), *map(Text, self._more()), *said)
+        said = map(warning_text, self._warnings(everything))
+        return Group(render_summary(self.data, everything=everything), *map(Text, self._more()), *said)
 
-    def text(self) -> str:
+    def text(self, *, everything: bool = False) -> str:
         """For files and pipes."""
-        from mtft.data.summary.render_console import summary_text
+        from mtft.data.summary.render_console import summary_text, warning_text
 
-        said = [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join([summary_text(self.data).rstrip("\n"), *self._more(), *said])
+        said = [warning_text(line).plain for line in self._warnings(everything)]
+        return "\n".join([summary_text(self.data, everything=everything).rstrip("\n"), *self._more(), *said])
+
+    def _warnings(self, everything: bool) -> list[str]:
+        from mtft.data.summary.brief import warning_lines
+
+        return warning_lines(self.warnings, [task.name for task in self.data.tasks], everything=everything)
 
     def _more(self) -> list[str]:
         return [*([self.online] if self.online else []), self.memory.text()]

@@ -14,8 +14,13 @@ SHOWN = (
 WIDTH = 108  # where the output is no terminal, or a narrow one: wrapped lines read better than cut headings
 
 
+MOST_TASKS, SHOWN_OF_MANY = 20, 8
+
+
 def print_results(results: dict[str, dict[str, dict[str, float]]], console: Console | None = None) -> None:
-    """results: {stage: {task: {metric: value}}}."""
+    """results: {stage: {task: {metric: value}}}. Of more than MOST_TASKS tasks their mean, and those that differ most
+    between the first stage and the last; results.json has all of them.
+    """
     console = console or Console(width=max(WIDTH, Console().width))
     tasks = list(dict.fromkeys(task for stage in results.values() for task in stage))
     for metric, title in SHOWN:
@@ -23,7 +28,28 @@ def print_results(results: dict[str, dict[str, dict[str, float]]], console: Cons
         table.add_column("task", no_wrap=True)
         for stage in results:
             table.add_column(stage, justify="right", min_width=max(map(len, stage.split())))
-        for task in tasks:
+        shown = tasks if len(tasks) <= MOST_TASKS else _most_changed(results, tasks, metric)
+        if len(shown) < len(tasks):
+            table.add_row(f"mean of {len(tasks):,}", *(_mean(scores, metric) for scores in results.values()))
+        for task in shown:
             values = [results[stage].get(task, {}).get(metric) for stage in results]
             table.add_row(task, *("–" if value is None else f"{value:.3f}" for value in values))
         console.print(table)
+        if len(shown) < len(tasks):
+            console.print(f"and {len(tasks) - len(shown):,} more tasks (results.json)")
+
+
+def _most_changed(results: dict[str, dict[str, dict[str, float]]], tasks: list[str], metric: str) -> list[str]:
+    """The tasks with the largest difference between the first stage and the last, in their own order."""
+
+    def change(task: str) -> float:
+        known = [scores[task][metric] for scores in results.values() if scores.get(task, {}).get(metric) is not None]
+        return abs(known[-1] - known[0]) if known else -1.0
+
+    chosen = set(sorted(tasks, key=change, reverse=True)[:SHOWN_OF_MANY])
+    return [task for task in tasks if task in chosen]
+
+
+def _mean(scores: dict[str, dict[str, float]], metric: str) -> str:
+    known = [values[metric] for values in scores.values() if values.get(metric) is not None]
+    return f"{sum(known) / len(known):.3f}" if known else "–"

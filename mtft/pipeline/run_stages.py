@@ -25,10 +25,12 @@ from mtft.common.errors import UserError
 from mtft.common.fingerprint import json_hash
 from mtft.common.folder_lock import sole_writer
 from mtft.common.output_paths import check_output_folder
+from mtft.common.own_files import irregular
 from mtft.evaluation.score_cache import Scores, check_same_examples, load_or_score, table
 from mtft.pipeline.check import check_later_stages, check_names
+from mtft.pipeline.stages.mix_files import refuse_foreign_stage
 from mtft.pipeline.stages.stage_cache import model_state, read_json, run_cached_stage
-from mtft.recipe.load import dump_recipe
+from mtft.recipe.load import dump_recipe, load_recipe
 from mtft.recipe.schema.merge import MergeSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.report.page import PAGE, check_page
@@ -52,21 +54,31 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, launch: str | None = None
     if root.is_dir():
         _refuse_foreign_folder(root, recipe)
         check_page(root / PAGE)
+        if recipe.sweep is not None and len(recipe.tasks) > 1:
+            refuse_foreign_stage(recipe)
     with sole_writer(root):
         return _run_stages(recipe, root, fresh=fresh, launch=launch)
 
 
 def _refuse_foreign_folder(root: Path, recipe: Recipe) -> None:
-    """UserError if somebody's own recipe.yaml lies where the resolved one would be written."""
+    """UserError if recipe.yaml, where the resolved one would be written, is somebody's own, or damaged."""
     written = root / "recipe.yaml"
     known = ("train/*/env.json", "mix/ledger.jsonl", "results.json")
     ours = any(True for name in known for _ in root.glob(name))
-    if written.is_file() and not ours and written.read_bytes() != dump_recipe(recipe).encode():
-        raise UserError(
-            "the folder is no run's, and holds a recipe.yaml, which a run would replace",
-            where=f"output.dir: {root}",
-            do="give another output.dir",
-        )
+    do = "move it away if the folder is a run's: it is written anew; else give another output.dir"
+    if (kind := irregular(written)) is not None:
+        raise UserError(f"{kind}, not a file", where=str(written), do=do)
+    if not written.exists() or ours or written.read_bytes() == dump_recipe(recipe).encode():
+        return
+    try:
+        load_recipe(written, files=False)
+    except UserError as error:
+        raise UserError(f"damaged, or not a recipe: {error.what}", where=error.where or str(written), do=do) from None
+    raise UserError(
+        "the folder is no run's, and holds a recipe.yaml, which a run would replace",
+        where=f"output.dir: {root}",
+        do="give another output.dir",
+    )
 
 
 def _run_stages(recipe: Recipe, root: Path, *, fresh: bool, launch: str | None) -> Path:

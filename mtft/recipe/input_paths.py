@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mtft.common.output_paths import check_output_file
-from mtft.recipe.schema.section import PathKind, RecipeSection
+from mtft.recipe.schema.loss import BalancerSection
+from mtft.recipe.schema.section import BALANCER_OPTIONS, INPUT, PathKind, RecipeSection
 
 
 def check_output(out: Path, recipe: RecipeSection, *more: Path | None, overwrite: bool) -> None:
@@ -31,7 +32,11 @@ def input_paths(node: Any, kind: PathKind | None = None) -> Iterator[Path]:
     elif isinstance(node, str) and kind is not None:
         if not kind.output and not node.startswith(kind.schemes or ("\0",)):
             yield from map(Path, [node, *glob.glob(node, recursive=True)])
+    elif isinstance(node, dict) and kind is not None:
+        yield from input_paths(tuple(node[key] for key in kind.options if key in node), INPUT)
     elif isinstance(node, RecipeSection):
         for name, field in type(node).model_fields.items():
             own = next((item for item in field.metadata if isinstance(item, PathKind)), None)
             yield from input_paths(getattr(node, name), own)
+        if isinstance(node, BalancerSection):
+            yield from input_paths(node.model_extra, BALANCER_OPTIONS)

@@ -24,7 +24,7 @@ from mtft.recipe.cross_checks import check_files, check_source
 from mtft.recipe.error_messages import explain
 from mtft.recipe.schema.loss import BalancerSection
 from mtft.recipe.schema.recipe import Recipe
-from mtft.recipe.schema.section import DATA, INPUT, PathKind, RecipeSection
+from mtft.recipe.schema.section import BALANCER_OPTIONS, DATA, INPUT, PathKind, RecipeSection
 from mtft.recipe.yaml_source import YamlProblem, YamlSource, apply_override, read_yaml
 
 
@@ -128,14 +128,17 @@ def _absolute(value: Any, base: Path, kind: PathKind | None = None) -> Any:
         return tuple(_absolute(item, base, kind) for item in value)
     if isinstance(value, str) and kind is not None:
         return _place(value, base, kind)
+    if isinstance(value, dict) and kind is not None:
+        paths = {key: value[key] for key in kind.options if isinstance(value.get(key), str)}
+        return {**value, **{key: _place(path, base, INPUT) for key, path in paths.items()}}
     if not isinstance(value, RecipeSection):
         return value
     update: dict[str, Any] = {}
     for name, field in type(value).model_fields.items():
         own = next((item for item in field.metadata if isinstance(item, PathKind)), None)
         update[name] = _absolute(getattr(value, name), base, own)
-    if isinstance(value, BalancerSection) and isinstance(groups := (value.model_extra or {}).get("groups"), str):
-        update["groups"] = _place(groups, base, INPUT)  # of a former run's affinity.json
+    if isinstance(value, BalancerSection):
+        update |= _absolute(value.model_extra, base, BALANCER_OPTIONS)
     return value.model_copy(update=update)
 
 

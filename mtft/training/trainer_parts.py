@@ -234,6 +234,9 @@ def trainer_parts(
     return TrainerParts(options, own_optimizer(recipe, args))
 
 
+SHOWN_TASKS = 20  # whose shares are said before the first step
+
+
 def print_summary(
     recipe: Recipe,
     plan: MixturePlan | ReplannedPlan,
@@ -252,11 +255,14 @@ def print_summary(
         f"{recipe.name}: {plan.steps} steps of {plan.batch} {plan.unit}, {trained:,} of {total:,} parameters trained, "
         f"{processes} process{'es' if processes > 1 else ''} on {args.device.type}"
     )
-    for row in plan.table():
+    table = plan.table()
+    for row in table[:SHOWN_TASKS]:
         say(
             f"  {row['task']}: share {row['asked']:.3f} asked, {row['realised']:.3f} realised, "
             f"{row['rows']} of {row['size']} rows ({row['epochs']:.2f} epochs)"
         )
+    if (more := len(table) - SHOWN_TASKS) > 0:
+        say(f"  and {more:,} more tasks (plan.json)")
     if online is not None:
         say(describe_online_mixture(recipe, online.controller))
     if checkpoint is not None:

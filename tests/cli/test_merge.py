@@ -63,18 +63,18 @@ def test_places_that_are_refused(merge, tmp_path, out, told, overwrite):
     ("arguments", "told"),
     [
         (["--rank", "0"], "rank is 0"),
-        (["--rank", "-1"], "rank is '-1'"),
+        (["--rank", "-1"], "rank is -1"),
         (["--rank", "9" * 5000], "rank is"),
-        (["--min-energy", "nan"], "min_energy is nan"),
-        (["--min-energy", "1.1"], "min_energy is 1.1"),
+        (["--min-energy", "nan"], "--min-energy is nan"),
+        (["--min-energy", "1.1"], "--min-energy is 1.1"),
         (["--rank", "1", "--min-energy", "0.99"], "keeps only"),
         (["--method", "ties", "--set", "density=1", "--set", "density=0.1"], "density twice"),
         (["--experts", "arrow", "--rank", "4"], "--rank"),
         (["--experts", "arrow", "--min-energy", "0.1"], "--min-energy"),
         (["--base", "in/one", "--min-energy", "0.1"], "--min-energy"),
         (["--base", "in/one", "--rank", "lossless", "--experts", "twin"], "lossless"),
-        (["--weights", "1,nan"], "not finite"),
-        (["--weights", "1e300,1e300"], "overflow"),
+        (["--weights", "1,nan"], "--weights is nan"),
+        (["--weights", "1e300,1e300"], "--weights is 1e300"),
     ],
 )
 def test_flags_that_are_refused(merge, tmp_path, arguments, told):

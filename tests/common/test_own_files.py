@@ -10,26 +10,7 @@ import pytest
 
 from mtft.common.errors import UserError
 from mtft.common.own_files import FORMAT, read_own, read_own_lines, write_own
-
-NEEDS = {"steps": int, "loss": float, "tasks": dict, "tasks.sql": (str, type(None))}
-WHOLE = {"steps": 3, "loss": 1, "tasks": {"sql": None}}
-DAMAGE = {
-    "empty": (b"", ":1", "not valid JSON"),
-    "cut": (b'{"steps": 3,\n "lo', ":2", "not valid JSON"),
-    "list": (b"[]", "", "a list, not an object"),
-    "null": (b"null", "", "null, not an object"),
-    "number": (b"5", "", "a whole number, not an object"),
-    "deep": (b"[" * 100_000, "", "nested too deeply"),
-    "bytes": (b'{"steps": "\xff"}', "", "not UTF-8"),
-    "key gone": (json.dumps({**WHOLE, "tasks": {}}).encode(), "", "key tasks.sql is missing"),
-    "key of another type": (
-        json.dumps({**WHOLE, "steps": "3"}).encode(),
-        "",
-        "key steps is a text, not a whole number",
-    ),
-    "true for a number": (json.dumps({**WHOLE, "steps": True}).encode(), "", "key steps is true or false"),
-    "format no number": (json.dumps({**WHOLE, "format": "x"}).encode(), "", "key format"),
-}
+from tests.common.damage import DAMAGE, NEEDS, WHOLE
 
 
 def test_what_is_written_is_read(tmp_path: Path):

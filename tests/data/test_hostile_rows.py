@@ -5,6 +5,7 @@ import json
 import struct
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 import pytest
 
@@ -13,6 +14,7 @@ from mtft.data.formats import render_limit
 from mtft.data.formats.columns import make_reader
 from mtft.data.formats.messages import RowError
 from mtft.data.readers import bounded_lines
+from mtft.data.readers.arrow_rows import UnreadableCell
 from mtft.data.readers.row_files import FileRow, RowProblem, read_file
 from mtft.data.tokenize.chat_template import ChatRenderer
 from mtft.data.tokenize.parallel_encode import RowEncoder
@@ -94,6 +96,71 @@ def test_cells_that_python_has_no_value_for_matter_only_where_they_are_read(kind
     assert "column odd" in found.warnings
     text = refusal(tmp_path, tmp_path / "read.parquet", tokenizer(TEMPLATES["chatml"]))
     assert "read.parquet:2: column 'prompt': can't be read" in text
+
+
+TEXTS = {
+    "string": pyarrow.string(),
+    "large_string": pyarrow.large_string(),
+    "string_view": pyarrow.string_view(),
+    "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    "dictionary of large_string": pyarrow.dictionary(pyarrow.int32(), pyarrow.large_string()),
+    "dictionary of small indices": pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
+    "dictionary, further in": pyarrow.struct([("x", pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))]),
+    "dictionary in a list": pyarrow.list_(pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
+}
+
+
+def _texts(kind, good, bad, number):
+    """`number` rows of a type of text, the third of them with bytes that are no UTF-8."""
+    binary = pyarrow.array([bad if i == 2 else good for i in range(number)], pyarrow.binary())
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.StructArray.from_arrays([_texts(kind.field(0).type, good, bad, number)], ["x"])
+    if pyarrow.types.is_list(kind):
+        return pyarrow.ListArray.from_arrays(list(range(number + 1)), _texts(kind.value_type, good, bad, number))
+    if not pyarrow.types.is_dictionary(kind):
+        _, offsets, data = binary.buffers()
+        text = pyarrow.Array.from_buffers(pyarrow.string(), number, [None, offsets, data])
+        return pyarrow.compute.cast(text, kind)
+    _, offsets, data = pyarrow.array([good, bad], pyarrow.binary()).buffers()
+    words = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, data]).cast(kind.value_type)
+    indices = pyarrow.array([int(i == 2) for i in range(number)], kind.index_type)
+    return pyarrow.DictionaryArray.from_arrays(indices, words)
+
+
+@pytest.mark.parametrize("rows", [4, 2500])  # in one batch, and in several
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_of_every_type_that_is_no_utf8_is_an_error_of_its_row(name, rows, tmp_path):
+    kind = TEXTS[name]
+    columns = {"prompt": ["a"] * rows, "response": ["x"] * rows, "odd": _texts(kind, b"b", b"\xff\xfe", rows)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "beside.parquet", row_group_size=1000)
+    found = list(read_file(str(tmp_path / "beside.parquet"), "rows.parquet"))
+    assert [row.line for row in found] == list(range(1, rows + 1))
+    assert [row.line for row in found if isinstance(row.data["odd"], UnreadableCell)] == [3]
+    assert "b" in str(found[-1].data["odd"])
+    assert len(read(tmp_path, tmp_path / "beside.parquet", tokenizer(TEMPLATES["chatml"])).texts) == rows
+    columns["prompt"] = columns.pop("odd")
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "read.parquet")
+    if not pyarrow.types.is_nested(kind):
+        text = refusal(tmp_path, tmp_path / "read.parquet", tokenizer(TEMPLATES["chatml"]))
+        assert "read.parquet:3: column 'prompt': can't be read" in text
+
+
+def test_dictionaries_hold_what_plain_columns_do(tmp_path):
+    categories = pyarrow.array(["b", None, "b", "c"]).cast(pyarrow.dictionary(pyarrow.int8(), pyarrow.string()))
+    numbers = pyarrow.array([7, None, 8, 7]).dictionary_encode()
+    columns = {
+        "x.y": [1, 2, 3, 4],
+        "x": categories,
+        "n": numbers,
+        "t": pyarrow.array([1, 2, 3, 4], pyarrow.duration("s")),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet", row_group_size=2)
+    found = [row.data for row in read_file(str(tmp_path / "rows.parquet"), "rows.parquet")]
+    assert [list(row) for row in found] == [["x.y", "x", "n", "t"]] * 4
+    assert [row["x"] for row in found] == ["b", None, "b", "c"]
+    assert [row["n"] for row in found] == [7, None, 8, 7]
+    assert found[2]["x.y"] == 3
+    assert found[2]["t"].seconds == 3
 
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

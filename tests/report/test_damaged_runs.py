@@ -1,7 +1,6 @@
 """A report of a damaged run draws what is whole, and lists on the page and on stderr what is not."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,11 +8,10 @@ import sys
 import pytest
 
 from mtft.common.errors import UserError
-from mtft.common.own_files import FORMAT
 from mtft.report.components import plots
 from mtft.report.page import write_report
 from mtft.report.sections import pareto
-from tests.common.test_own_files import DAMAGE
+from tests.common.damage import DAMAGE, NOT_FILES, OBJECTS, damage
 from tests.report.hand_made import TASKS, lines, write, write_run
 
 GRADIENTS = {"tasks": list(TASKS), "measures": 6, "step": 20, "clusters": {"groups": {"group-1": list(TASKS)}}}
@@ -34,9 +32,6 @@ FILES = {
     "merge/adapter/merge.json": None,
     "fuse/fusion.json": None,
 }
-UNREADABLE = {kind: content for kind, (content, _, _) in DAMAGE.items()}
-UNREADABLE |= {"newer": json.dumps({"format": FORMAT + 1}).encode(), "a folder": None, "a pipe": None}
-OBJECTS = {"key gone", "key of another type", "true for a number"}  # of other files: objects all the same
 
 
 @pytest.fixture
@@ -54,17 +49,6 @@ def quick_plots(monkeypatch):
         monkeypatch.setattr(module, "to_svg", lambda _: "<svg></svg>")
 
 
-def damage(path, kind):
-    path.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "a folder":
-        path.mkdir()
-    elif kind == "a pipe":
-        os.mkfifo(path)
-    else:
-        path.write_bytes(UNREADABLE[kind] + b"\n" * path.name.endswith(".jsonl"))
-
-
 def page_of(run_dir):
     said = []
     html = write_report([run_dir], say=said.append).read_text(encoding="utf-8")
@@ -79,12 +63,12 @@ def test_a_whole_run_has_no_such_list(run_dir):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("kind", UNREADABLE)
+@pytest.mark.parametrize("kind", [*DAMAGE, "newer", *NOT_FILES])
 def test_what_is_whole_is_drawn(run_dir, name, kind):
     damage(run_dir / name, kind)
     html, said = page_of(run_dir)
     assert "Throughput" in html  # of the other run, if not of this one
-    text = name == "recipe.yaml" and kind not in ("bytes", "a folder", "a pipe")  # shown as it stands
+    text = name == "recipe.yaml" and kind not in ("bytes", *NOT_FILES)  # shown as it stands
     empty = kind == "empty" and name.endswith(".jsonl")  # eval.jsonl of a run that has not evaluated
     if not (kind in OBJECTS or text or (empty and "eval" in name)):
         assert any(name in line for line in said), said

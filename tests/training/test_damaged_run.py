@@ -1,6 +1,5 @@
 """Every file of a run folder, damaged in every way: the command goes on with what is right, or says file and remedy."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -12,11 +11,8 @@ from mtft.training.checkpoint.checkpoint import check_identity
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
 from mtft.training.export.export_run import export_run
 from mtft.training.run_training import read_result, train
-from tests.common.test_own_files import DAMAGE
+from tests.common.damage import NOT_FILES, UNREADABLE, damage
 from tests.training.conftest import lines
-
-UNREADABLE = {kind: content for kind, (content, _, _) in DAMAGE.items() if not kind.startswith(("key", "true"))}
-UNREADABLE |= {"a folder": None, "a pipe": None}
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +30,6 @@ def copy(finished, tmp_path):
     values, folder = finished
     shutil.copytree(folder, tmp_path / "run")
     return Recipe.model_validate({**values, "output": {**values["output"], "dir": str(tmp_path / "run")}})
-
-
-def damage(path, kind):
-    path.unlink()
-    if kind == "a folder":
-        path.mkdir()
-    elif kind == "a pipe":
-        os.mkfifo(path)
-    else:
-        path.write_bytes(UNREADABLE[kind] + b"\n" * path.name.endswith(".jsonl"))
 
 
 def refused(path, call):
@@ -74,7 +60,7 @@ def test_a_run_that_goes_on(copy, name, kind):
     folder = Path(copy.output.dir)
     (folder / "result.json").unlink()
     damage(folder / name, kind)
-    if name.endswith(".jsonl") and UNREADABLE[kind] is not None:
+    if name.endswith(".jsonl") and kind not in NOT_FILES:
         from mtft.training.run_files.metrics_log import MetricsLog
 
         said, log = [], MetricsLog(folder, steps=4)

@@ -101,6 +101,10 @@ class BatchSource:
     def step(self, s: int) -> PlannedStep:
         """The examples of step s, by asking the plan."""
         task, _, row = self.plan.step(s)
+        return self.step_of(task, row)
+
+    def step_of(self, task: np.ndarray, row: np.ndarray) -> PlannedStep:
+        """These rows of these tasks with their lengths."""
         lengths = np.empty(len(task), dtype=np.int64)
         for k in np.unique(task):
             lengths[task == k] = self.stores[k].lengths[row[task == k]]
@@ -120,11 +124,15 @@ class BatchSource:
     def padding(self, s: int) -> tuple[int, int]:
         """(real tokens, positions) of step s over all ranks."""
         step = self.step(s)
-        positions = 0
-        for micro_batches in self.layout(step):
-            for rows in micro_batches:
-                positions += len(rows) * max((int(step.lengths[row].sum()) for row in rows), default=EMPTY_ROW)
-        return int(step.lengths.sum()), positions
+        return int(step.lengths.sum()), self.positions(step, self.layout(step))
+
+    def positions(self, step: PlannedStep, layout: list[list[list[list[int]]]]) -> int:
+        """Positions, padding included, of a step laid out so, over all ranks."""
+        return sum(
+            len(rows) * max((int(step.lengths[row].sum()) for row in rows), default=EMPTY_ROW)
+            for micro_batches in layout
+            for rows in micro_batches
+        )
 
     def __getitem__(self, s: int) -> list[Batch]:
         if not 0 <= s < len(self):

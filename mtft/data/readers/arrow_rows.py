@@ -10,6 +10,7 @@ A cell that Python has no value for (a date in the year 300,000, an unknown time
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from mtft.data.readers.json_stream import unique_keys
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
 
 BATCH_ROWS = 1024
 _UNDECODABLE = (ValueError, OverflowError, LookupError, RecursionError, NotImplementedError)  # ArrowInvalid: ValueError
@@ -51,10 +53,61 @@ def parquet_rows(path: str, name: str) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             refuse_repeated(file.schema_arrow.names, name)
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                yield from table_rows(batch)
+            yield from _file_rows(path, file)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a Parquet file that can be read: {error}", do="make it again") from error
+
+
+def _file_rows(path: str, file: pyarrow.parquet.ParquetFile) -> Iterator[dict[str, Any]]:
+    """Rows of an open file. Dictionaries (of texts, as pandas' categories are) are read as what they stand for.
+
+    Arrow would make the dictionary of a column anew, and there one text that is no UTF-8 fails the whole file.
+    """
+    import pyarrow.parquet
+
+    schema = file.schema_arrow
+    if all(_plain(field.type) == field.type for field in schema):
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            yield from table_rows(batch)
+        return
+    with pyarrow.parquet.ParquetFile(path, metadata=_without_arrow_schema(file.metadata)) as as_stored:
+        stored = as_stored.schema_arrow
+        apart = [f.name for f in schema if f.type != _plain(f.type) == _plain(stored.field(f.name).type)]
+        others = [name for name in schema.names if name not in apart]
+        columns = (as_stored, apart), (file, others)
+        streams = [
+            (row for batch in source.iter_batches(batch_size=BATCH_ROWS, columns=names) for row in table_rows(batch))
+            if names
+            else ({} for _ in range(file.metadata.num_rows))
+            for source, names in columns
+        ]
+        for own, rest in zip(*streams, strict=True):
+            yield {name: own[name] if name in apart else rest[name] for name in schema.names}
+
+
+def _without_arrow_schema(metadata: pyarrow.parquet.FileMetaData) -> pyarrow.parquet.FileMetaData:
+    """The same without Arrow's own schema, which says which columns were dictionaries."""
+    import pyarrow.parquet
+
+    footer = io.BytesIO()
+    metadata.write_metadata_file(footer)
+    content = footer.getvalue().replace(b"ARROW:schema", b"ARROW:unread")
+    return pyarrow.parquet.read_metadata(io.BytesIO(content))
+
+
+def _plain(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """The type with each dictionary replaced by its values, and large texts by texts where a dictionary is."""
+    import pyarrow
+
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        value = _plain(kind.value_type)
+        return pyarrow.string() if types.is_large_string(value) else value
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_plain(field.type)) for field in kind])
+    if types.is_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_plain(kind.value_type)))
+    return kind
 
 
 def parquet_features(path: str) -> Mapping[str, Any]:

@@ -51,6 +51,8 @@ class DataSummary:
     packing: bool
     batch_style: str
     padding_share: float
+    sampled: bool
+    """Whether micro-batches and padding are told from a part of a step, because steps are so large."""
     spans: tuple[dict[str, Any], ...]
     """Shares in equal parts of the run, where they change: {"steps": [first, last], "asked": {}, "realised": {}}."""
     warnings: tuple[str, ...]

@@ -1,97 +1,150 @@
-"""A description as people see it: tables, one example per task with what is learnt in color, warnings."""
+"""A description as people see it: tables, one example per task with what is learnt in color, warnings.
+
+Of many tasks (brief.py) a page: totals, extremes, one example.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from mtft.data.summary.brief import (
+    DATA_EXTREMES,
+    EVERYTHING,
+    MOST_TASKS,
+    PLAN_EXTREMES,
+    extremes,
+    warning_lines,
+)
 from mtft.data.summary.data_summary import DataSummary, TaskSummary
 from mtft.data.summary.wide_table import WideTable
 
-SHOWN = 1200  # characters of a rendered example
+SHOWN, SHOWN_OF_MANY = 1200, 300  # characters of a rendered example
 STYLES = {"mixed": "", "unmixed": ", one task a micro-batch", "alternating": ", one task a step"}
-Columns = dict[str, Callable[[TaskSummary], str]]
-MOST_SAMPLES, MOST_WARNINGS = 20, 40
+Cell = Callable[[TaskSummary], str]
+Total = Callable[[Sequence[TaskSummary]], str]
+Columns = dict[str, tuple[Cell, Total]]
+
+
+def _counted(count: Callable[[TaskSummary], int | None]) -> tuple[Cell, Total]:
+    """A column of whole numbers, and their sum."""
+
+    def shown(value: int | None) -> str:
+        return "-" if value is None else f"{value:,}"
+
+    def total(tasks: Sequence[TaskSummary]) -> str:
+        known = [value for task in tasks if (value := count(task)) is not None]
+        return shown(sum(known) if known else None)
+
+    return lambda task: shown(count(task)), total
+
+
+def _summed(value: Callable[[TaskSummary], float], form: str) -> tuple[Cell, Total]:
+    return lambda task: format(value(task), form), lambda tasks: format(sum(map(value, tasks)), form)
+
+
 DATA: Columns = {
-    "examples": lambda task: f"{task.examples:,}",
-    "held out": lambda task: "-" if task.eval_examples is None else f"{task.eval_examples:,}",
-    "prompt tokens": lambda task: f"{task.prompt_tokens:,}",
-    "learnt tokens": lambda task: f"{task.supervised_tokens:,}",
-    "mean": lambda task: f"{task.mean_length:.0f}",
-    "longest": lambda task: f"{task.longest:,}",
-    "cut": lambda task: f"{task.truncated:,}",
-    "dropped": lambda task: f"{task.dropped:,}",
-    "skipped": lambda task: f"{task.skipped:,}",
+    "examples": _counted(lambda task: task.examples),
+    "held out": _counted(lambda task: task.eval_examples),
+    "prompt tokens": _counted(lambda task: task.prompt_tokens),
+    "learnt tokens": _counted(lambda task: task.supervised_tokens),
+    "mean": (
+        lambda task: f"{task.mean_length:.0f}",
+        lambda tasks: f"{sum(t.tokens for t in tasks) / sum(t.examples for t in tasks):.0f}",
+    ),
+    "longest": (lambda task: f"{task.longest:,}", lambda tasks: f"{max(task.longest for task in tasks):,}"),
+    "cut": _counted(lambda task: task.truncated),
+    "dropped": _counted(lambda task: task.dropped),
+    "skipped": _counted(lambda task: task.skipped),
 }
 PLAN: Columns = {
-    "asked": lambda task: f"{task.asked_share:.4f}",
-    "played": lambda task: f"{task.realised_share:.4f}",
-    "of tokens": lambda task: f"{task.token_share:.3f}",
-    "of learnt": lambda task: f"{task.supervised_share:.3f}",
-    "epochs": lambda task: f"{task.epochs:.2f}",
-    "examples/step": lambda task: f"{task.examples_per_step:.1f}",
-    "tokens/step": lambda task: f"{task.tokens_per_step:,.0f}",
-    "weight": lambda task: f"{task.weight:g}",
-    "share x weight": lambda task: f"{task.effective_weight:.4f}",
+    "asked": _summed(lambda task: task.asked_share, ".4f"),
+    "played": _summed(lambda task: task.realised_share, ".4f"),
+    "of tokens": _summed(lambda task: task.token_share, ".3f"),
+    "of learnt": _summed(lambda task: task.supervised_share, ".3f"),
+    "epochs": (
+        lambda task: f"{task.epochs:.2f}",
+        lambda tasks: f"{sum(t.epochs * t.examples for t in tasks) / sum(t.examples for t in tasks):.2f}",
+    ),
+    "examples/step": _summed(lambda task: task.examples_per_step, ".1f"),
+    "tokens/step": _summed(lambda task: task.tokens_per_step, ",.0f"),
+    "weight": (lambda task: f"{task.weight:g}", lambda tasks: ""),
+    "share x weight": _summed(lambda task: task.effective_weight, ".4f"),
 }
 
 
-def render_summary(summary: DataSummary) -> Group:
-    """Tables, one example per task with its learnt tokens in color, and the warnings."""
+def render_summary(summary: DataSummary, *, everything: bool = False) -> Group:
+    """Tables, the first example with its learnt tokens in color, and the warnings.
+
+    Of more than MOST_TASKS tasks: totals, the extremes and one example, unless `everything` is asked for.
+    """
+    brief = len(summary.tasks) > MOST_TASKS and not everything
+    of_data = extremes(summary.tasks, DATA_EXTREMES) if brief else summary.tasks
+    of_plan = extremes(summary.tasks, PLAN_EXTREMES) if brief else summary.tasks
     parts: list[RenderableType] = [
-        _table(f"{summary.name}: data", summary, DATA),
-        _table(f"mixture, by {summary.unit}", summary, PLAN),
+        _table(f"{summary.name}: data", summary, DATA, of_data),
+        _table(f"mixture, by {summary.unit}", summary, PLAN, of_plan),
     ]
-    parts += [_spans(summary)] if summary.spans else []
-    parts += [Text(_summary(summary)), Text(""), Text("the first example of each task, learnt parts between ⟦ and ⟧")]
-    parts += [_sample(task) for task in summary.tasks[:MOST_SAMPLES]]
-    if (more := len(summary.tasks) - MOST_SAMPLES) > 0:
-        parts.append(Text(f"... and {more:,} more tasks"))
-    parts += [Text.assemble(("warning: ", "yellow"), warning) for warning in summary.warnings[:MOST_WARNINGS]]
-    if (more := len(summary.warnings) - MOST_WARNINGS) > 0:
-        parts.append(Text(f"... and {more:,} more warnings (all of them: mtft check --json)"))
-    return Group(*parts)
+    parts += [_spans(summary, of_plan)] if summary.spans else []
+    parts += [Text(_summary(summary)), Text("")]
+    if brief:
+        parts.append(Text(f"shown: the extremes of {len(summary.tasks):,} tasks (all of them: {EVERYTHING})"))
+        parts.append(Text("the first example, learnt parts between ⟦ and ⟧"))
+    else:
+        parts.append(Text("the first example of each task, learnt parts between ⟦ and ⟧"))
+    parts += [_sample(task, SHOWN_OF_MANY if brief else SHOWN) for task in summary.tasks[: 1 if brief else None]]
+    said = warning_lines(summary.warnings, [task.name for task in summary.tasks], everything=everything)
+    return Group(*parts, *map(warning_text, said))
 
 
-def summary_text(summary: DataSummary, width: int = 120) -> str:
+def warning_text(line: str) -> Text:
+    """A warning as a line; the one that counts the rest as it is."""
+    return Text(line) if line.startswith("... and ") else Text.assemble(("warning: ", "yellow"), line)
+
+
+def summary_text(summary: DataSummary, width: int = 120, *, everything: bool = False) -> str:
     """`render_summary` as plain text: without color the learnt parts of an example stand between ⟦ and ⟧."""
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(render_summary(summary))
+    Console(file=stream, width=width, color_system=None).print(render_summary(summary, everything=everything))
     return stream.getvalue()
 
 
-def _table(title: str, summary: DataSummary, columns: Columns) -> WideTable:
-    rows = [(task.name, *(cell(task) for cell in columns.values())) for task in summary.tasks]
+def _table(title: str, summary: DataSummary, columns: Columns, shown: Sequence[TaskSummary]) -> WideTable:
+    rows = [(task.name, *(cell(task) for cell, _ in columns.values())) for task in shown]
+    if len(shown) < len(summary.tasks):
+        every = f"all {len(summary.tasks):,} tasks"
+        rows.append((every, *(total(summary.tasks) for _, total in columns.values())))
     return WideTable(title, ("task", *columns), rows)
 
 
-def _spans(summary: DataSummary) -> WideTable:
+def _spans(summary: DataSummary, shown: Sequence[TaskSummary]) -> WideTable:
     """A schedule: how the shares move over the run."""
     names = [f"steps {span['steps'][0] + 1:,} to {span['steps'][1]:,}" for span in summary.spans]
     rows = [
         (task.name, *(f"{span['asked'][task.name]:.3f} {span['realised'][task.name]:.3f}" for span in summary.spans))
-        for task in summary.tasks
+        for task in shown
     ]
     return WideTable("share over the run: asked, played", ("task", *names), rows)
 
 
 def _summary(summary: DataSummary) -> str:
+    about = "about " if summary.sampled else ""
     return (
         f"{summary.steps:,} steps of {summary.batch:,} {summary.unit}: {summary.examples:,} examples, "
         f"{summary.tokens:,} tokens "
-        f"({summary.tokens_per_step:,.0f} a step), {summary.micro_batches_per_step:.1f} micro-batches a step on one "
-        f"process, {summary.padding_share:.1%} padding ({'packed' if summary.packing else 'one example a row'}"
-        f"{STYLES[summary.batch_style]})"
+        f"({summary.tokens_per_step:,.0f} a step), {about}{summary.micro_batches_per_step:,.1f} micro-batches a step "
+        f"on one process, {about}{summary.padding_share:.1%} padding "
+        f"({'packed' if summary.packing else 'one example a row'}{STYLES[summary.batch_style]})"
     )
 
 
-def _sample(task: TaskSummary) -> Panel:
+def _sample(task: TaskSummary, most: int) -> Panel:
     text = Text()
     for part, learnt in task.sample:
-        shown = part if len(part) <= SHOWN else f"{part[: SHOWN // 2]} [...] {part[-SHOWN // 2 :]}"
+        shown = part if len(part) <= most else f"{part[: most // 2]} [...] {part[-most // 2 :]}"
         text.append(f"⟦{shown}⟧" if learnt else shown, style="bold green" if learnt else "dim")
     return Panel(text, title=Text(task.name), title_align="left")

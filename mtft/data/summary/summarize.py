@@ -1,7 +1,7 @@
 """What a recipe will do to its data, before any weight is loaded: the content of `mtft check`.
 
-Stores are built (they are needed for training anyway), the plan is made, and the first steps are laid out, so every
-number here is that of the run and not an estimate.
+Stores are built (they are needed for training anyway) and the plan is made, so shares, epochs, examples and steps are
+those of the run. Padding and micro-batches are those of some of its steps (lay_out.py).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mtft.data.batching.batches import BatchSource
 from mtft.data.planning import epoch_caps, make_plan, share_bounds
 from mtft.data.store.token_store import TokenStore, open_stores
 from mtft.data.summary.data_summary import DataSummary, TaskSummary
+from mtft.data.summary.lay_out import lay_out
 from mtft.data.tokenize.chat_template import ChatRenderer
 from mtft.data.tokenize.encode import runs
 from mtft.recipe.schema.recipe import Recipe
 
 FROM_STORE = ("rows", "tokens", "longest", "truncated", "dropped", "skipped", "notes")  # as its stats have them
-LAID_OUT = 8  # steps, all over the run, whose padding is counted
 LOOKED_AT = 100_000  # examples of a task that are searched for held-out ones
 
 
@@ -55,7 +55,7 @@ def summarize_data(
         max_length=recipe.train.max_length,
         packing=recipe.train.packing,
         pad_id=0,
-        unmixed=recipe.train.batch_style == "unmixed",
+        unmixed=recipe.train.batch_style != "mixed",  # alternating steps hold one task anyway
     )
     table = plan.table()
     # tokens of the whole run, [K]: rows planned x the task's mean (exact over whole epochs)
@@ -84,8 +84,7 @@ def summarize_data(
         )
         for task, store, held, entry, played, learnt in zip(recipe.tasks, stores, held_out, table, played_K, learnt_K)
     )
-    looked_at = np.unique(np.linspace(0, plan.steps - 1, LAID_OUT).astype(int)).tolist()
-    real, positions = np.sum([source.padding(s) for s in looked_at], axis=0)
+    laid_out = lay_out(source, plan, [entry["rows"] for entry in table], recipe.seed)
     summary = DataSummary(
         name=recipe.name,
         tasks=tasks,
@@ -95,10 +94,11 @@ def summarize_data(
         examples=sum(entry["rows"] for entry in table),
         tokens=round(float(played_K.sum())),
         tokens_per_step=float(played_K.sum() / plan.steps),
-        micro_batches_per_step=float(np.mean([len(source.layout(source.step(s))[0]) for s in looked_at])),
+        micro_batches_per_step=laid_out.micro_batches_per_step,
         packing=recipe.train.packing,
         batch_style=recipe.train.batch_style,
-        padding_share=float(1 - real / positions),
+        padding_share=laid_out.padding_share,
+        sampled=laid_out.sampled,
         spans=tuple(realized_spans(plan)),
         warnings=(),
     )

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+from data_mixers.common.spawn_context import spawn_context
 from mtft.common.errors import UserError
 from mtft.data.formats.columns import RowReader, make_reader
 from mtft.data.formats.messages import RowError, is_blank
@@ -137,8 +137,8 @@ def parallel_encode(encoder: RowEncoder, processes: int) -> Iterator[Run]:
     if processes == 1:
         yield lambda blocks, tokenise: ((block, encoder(block, tokenise())) for block in blocks)
         return
-    context = get_context("spawn")  # a fork would inherit the threads of torch and of the tokenizer in unknown states
-    pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=encoder.arguments)
+    # a fork would inherit the threads of torch and of the tokenizer in unknown states
+    pool = ProcessPoolExecutor(processes, spawn_context(encoder.arguments), _start, encoder.arguments)
 
     def run(blocks: Iterable[Block], tokenise: Callable[[], bool]) -> Iterator[tuple[Block, EncodedBlock]]:
         waiting: deque[tuple[Block, Future[EncodedBlock] | None]] = deque()
@@ -149,7 +149,7 @@ def parallel_encode(encoder: RowEncoder, processes: int) -> Iterator[Run]:
         while waiting:
             yield result(*waiting.popleft())
 
-    # A dead pool (a worker killed for memory; a script that can't be imported again) costs time, not the build.
+    # A dead pool (a worker killed for memory) costs time, not the build.
     def submit(block: Block, tokenise: bool) -> Future[EncodedBlock] | None:
         try:
             return pool.submit(_encode, block, tokenise)

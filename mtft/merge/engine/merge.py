@@ -62,7 +62,7 @@ def merge_adapters(
     adapters (`error`, `average`, `take: NAME`). per_module: (regex, {method, options, weights, rank}), first wins.
     dtype: fp32, bf16, fp16 on disk (default: the inputs'); precision of the maths: fp64, fp32, or auto
     (fp64, but fp32 for the dense passes of elementwise methods).
-    workers: processes over modules (a script needs the usual `if __name__ == "__main__"` then).
+    workers: processes over modules.
     vllm: refuse what vLLM can't load. diagnostics: also norms, overlaps and interference of the adapters.
     Raises UserError (MergeError for the adapters and the merge); the output folder is then as it was before.
     """

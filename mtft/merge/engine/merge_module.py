@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from data_mixers.common.spawn_context import spawn_context
 from mtft.merge.engine.merge_plan import MergePlan, ModulePlan
 from mtft.merge.linalg.core_space import MergedCore, Spectrum, balanced_factors, one_thread, svd, too_large
 from mtft.merge.methods.base import ModuleInputs
@@ -111,7 +111,8 @@ def merge_modules(
                 result = merge_module(plan, module, seen[module.method], rank, cap)
             yield result
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start, (plan, seen, rank, cap)) as pool:
+    job = (plan, seen, rank, cap)
+    with ProcessPoolExecutor(workers, spawn_context(job), _start, job) as pool:
         yield from pool.map(_work, range(len(plan.modules)), chunksize=4)
 
 

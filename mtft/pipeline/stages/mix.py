@@ -36,14 +36,13 @@ from mtft.common.output_paths import check_output_folder
 from mtft.common.own_files import read_own_text, write_own
 from mtft.data.planning import epoch_caps, groups, make_plan, requested_mixture, task_sizes
 from mtft.pipeline.stages import derived_recipes
+from mtft.pipeline.stages.mix_files import DESIGN, FIT, LEDGER, MIXTURE, PROPOSAL, mix_dir, refuse_foreign_files
 from mtft.recipe.load import fingerprint
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.sweep import SweepSection
 
 if TYPE_CHECKING:
     from data_mixers.propose.proposal import Proposal
-
-DESIGN, LEDGER, FIT, PROPOSAL, MIXTURE = "design.csv", "ledger.jsonl", "fit.json", "proposal.json", "mixture.yaml"
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,8 @@ def design(recipe: Recipe, stores: list[Any]) -> list[Trial]:
 
 def mix_design(recipe: Recipe) -> str:
     """The design's text, written to <output.dir>/mix/design.csv, where the trials of another design stay described."""
+    check_output_folder(mix_dir(recipe), key="output.dir")
+    refuse_foreign_files(recipe, DESIGN, LEDGER)
     text = _table(recipe, design(recipe, _stores(recipe)))
     if not _other_trials(recipe, text):
         _write_design(recipe, text)
@@ -156,6 +157,7 @@ def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
             do="give every task an eval_data file",
         )
     check_output_folder(mix_dir(recipe), key="output.dir")
+    refuse_foreign_files(recipe, DESIGN, LEDGER)
     with sole_writer(mix_dir(recipe)):
         return _sweep_trials(recipe, sweep, on_done)
 
@@ -194,6 +196,7 @@ def mix_propose(recipe: Recipe) -> Proposal:
     sweep, folder = _sweep(recipe), mix_dir(recipe)
     if not (folder / LEDGER).is_file():
         raise UserError("no trials have been run", where=str(folder / LEDGER), do="mtft mix sweep RECIPE")
+    refuse_foreign_files(recipe, LEDGER, FIT, PROPOSAL, MIXTURE)
     where = space(recipe, _stores(recipe))
     targets, ledger = list(_goals(recipe)), TrialLedger(folder / LEDGER)
     if (why := too_few(recipe)) is not None:  # nothing is fitted: a surrogate of three trials is none
@@ -229,10 +232,6 @@ def too_few(recipe: Recipe) -> str | None:
 def mix_synergy(recipe: Recipe) -> str:
     """What the trials of a cocktail grid say of each task beside each other, as a table."""
     return synergy(TrialLedger(mix_dir(recipe) / LEDGER), recipe.task_names, seed=recipe.seed).text()
-
-
-def mix_dir(recipe: Recipe) -> Path:
-    return Path(recipe.output.dir) / "mix"
 
 
 def _stores(recipe: Recipe) -> list[Any]:

@@ -36,7 +36,7 @@ class FuseSection(RecipeSection):
     `router` says for each prompt."""
     user_weights: Numbers | None = None
     """One weight per expert for weights: user; they add up to 1."""
-    router: str | None = None
+    router: Annotated[str | None, INPUT] = None
     """File for weights: router; `mtft merge` with merge.experts.kind: twin writes one (router.safetensors)."""
     plausibility: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """After fusion drop tokens below this share of the strong model's best probability; 0 = off."""

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from mtft.recipe.schema.section import (
     INPUT,
+    MERGE_OPTIONS,
     OUTPUT,
     Count,
     NotNegative,
@@ -29,7 +30,7 @@ class ModuleRule(RecipeSection):
     """Regular expression, searched in the module's full name."""
     method: str | None = None
     """Method for these modules; null: the section's, with its own default options."""
-    options: Options | None = None
+    options: Annotated[Options | None, MERGE_OPTIONS] = None
     """The method's options for these modules."""
     weights: Numbers | None = None
     """Weight of each adapter in these modules."""
@@ -119,7 +120,7 @@ class MergeSection(RecipeSection):
     """Precision of the merged adapter on disk; auto = as the inputs."""
     vllm: bool = False
     """Refuse what vLLM can't load (biases, full tensors)."""
-    options: Options = {}
+    options: Annotated[Options, MERGE_OPTIONS] = {}
     """The method's own options."""
     per_module: Annotated[tuple[ModuleRule, ...], Field(strict=False)] = ()
     """Other methods, weights or ranks for some modules; the first rule that matches counts."""

@@ -32,16 +32,20 @@ class PathKind:
     output   relative to the working directory; else to the recipe's folder
     schemes  a text that starts so names something that is no file
     hub      only what looks like a path, or is a folder, is one; anything else is a name on the hub
+    options  of a mapping of a method's options, those that hold a path
     """
 
     output: bool = False
     schemes: tuple[str, ...] = ()
     hub: bool = False
+    options: tuple[str, ...] = ()
 
 
 INPUT, OUTPUT = PathKind(), PathKind(output=True)
 DATA = PathKind(schemes=("hub:", "quickstart:"))
 MODEL = PathKind(schemes=("quickstart:",), hub=True)
+MERGE_OPTIONS = PathKind(options=("grams",))
+BALANCER_OPTIONS = PathKind(options=("groups",))
 
 
 class RecipeSection(BaseModel):

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from mtft.common.run_history import EVALS, METRICS, evaluated_steps, read_histor
 from mtft.data.batching.batches import StepContent
 
 MINUTE = 60.0
+MOST_TASKS, WORST = 20, 5  # whose losses are shown in one line; of more tasks so many
 
 
 class MetricsLog:
@@ -110,7 +111,7 @@ class MetricsLog:
     def step(self, line: dict[str, Any]) -> None:
         """One optimizer step is done."""
         self._append(METRICS, line)
-        losses = "  ".join(f"{task} {_short(values['loss'])}" for task, values in line["tasks"].items())
+        losses = task_losses(line["tasks"])
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.update(self._bar.task_ids[0], completed=line["step"], losses=losses)
@@ -139,8 +140,7 @@ class MetricsLog:
         if self.run_dir is not None:
             self._cut(EVALS, step - 1, quiet=True)
         self._append(EVALS, {"step": step, "tasks": tasks})
-        losses = "  ".join(f"{task} {_short(values['loss'])}" for task, values in tasks.items())
-        self.say(f"step {step}: held-out loss {losses}")
+        self.say(f"step {step}: held-out loss {task_losses(tasks)}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -200,6 +200,16 @@ def step_line(
         "supervised": int(supervised_K.sum()),
         "tasks": values,
     }
+
+
+def task_losses(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """`sql 0.412  chat 1.207`; of more than MOST_TASKS tasks those with the highest losses. Files have them all."""
+    shown = list(tasks)
+    if len(shown) > MOST_TASKS:
+        known = [task for task in shown if tasks[task]["loss"] is not None and not math.isnan(tasks[task]["loss"])]
+        shown = sorted(known, key=lambda task: -tasks[task]["loss"])[:WORST]
+    text = "  ".join(f"{task} {_short(tasks[task]['loss'])}" for task in shown)
+    return text if len(shown) == len(tasks) else f"highest: {text}, and {len(tasks) - len(shown):,} more tasks"
 
 
 def flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:

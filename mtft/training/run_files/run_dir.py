@@ -70,11 +70,15 @@ def sole_run(recipe: Recipe, *, fresh: bool) -> Iterator[UserError | None]:
 
 
 def refuse_foreign_folder(run_dir: Path) -> None:
-    """UserError if the folder holds files that a run would replace, and is no run's: somebody's own recipe.yaml."""
+    """UserError if the folder holds files that a run would replace, and is no run's: somebody's own recipe.yaml; or if
+    env.json, which says whose it is, is damaged.
+    """
     if _is_env(run_dir / ENV) or any(run_dir.glob("checkpoint-*/manifest.json")):
         return
     names = (RECIPE, ENV, RESULT, PLAN, "metrics.jsonl", "eval.jsonl", "adapter", "model", "proof", SCORES)
     theirs = [name for name in names if os.path.lexists(run_dir / name)]
+    if ENV in theirs:  # somebody else's may be any object; everything else is damage
+        read_own(run_dir / ENV, do="put it back whole if the folder is a run's, or give another output.dir")
     if theirs:
         raise UserError(
             f"the folder is no run's, and holds {', '.join(theirs)}, which a run would replace",

@@ -256,3 +256,21 @@ def test_permuting_tasks_changes_nothing_but_their_order(seed):
     for k in range(K):
         place = int(np.flatnonzero(order == k)[0])
         assert np.array_equal(a[2][a[0] == k], b[2][b[0] == place])  # the same rows in the same order
+
+
+def test_totals_of_constant_shares_need_no_step_to_be_scheduled(monkeypatch):
+    def plan(steps):
+        return MixturePlan(Mixture.of({"a": 0.5, "b": 0.3, "c": 0.2}), [7, 11, 13], steps=steps, batch=9, seed=3)
+
+    small = plan(2050)
+    assert small.counts(2050).tolist() == (small.counts(2049) + np.bincount(small.step(2049)[0], minlength=3)).tolist()
+    monkeypatch.setattr(StepQuota, "_schedule", None)
+    large = plan(10**7)
+    assert sum(entry["rows"] for entry in large.table()) == 9 * 10**7
+    assert len(large.fingerprint) == 64
+
+
+def test_an_order_by_tokens_that_no_memory_holds_is_refused():
+    with pytest.raises(MixError, match="100,000,000,000 rows") as caught:
+        MixturePlan(Mixture.of({"a": 1.0}), [2], steps=10**6, batch=10**6, seed=0, unit="tokens", lengths=[[10, 10]])
+    assert "mixture.unit" in caught.value.do

@@ -7,7 +7,7 @@ import pytest
 from mtft.common.errors import UserError
 from mtft.common.own_files import write_own
 from mtft.pipeline.stages.stage_cache import differences, read_json, run_cached_stage
-from tests.common.test_own_files import DAMAGE
+from tests.common.damage import DAMAGE
 
 
 class Work:

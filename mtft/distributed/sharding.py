@@ -9,13 +9,14 @@
 All of them are held to one process on two gloo ranks (tests/distributed). A checkpoint of whole tensors goes on under
 every engine and number of ranks that writes such; DeepSpeed's only under the stage and the number of ranks it is from.
 
-With ZeRO a step whose gradient is not finite has been taken before anyone can look at it: such a run is stopped, and
-goes on from its last checkpoint.
+A step whose gradient is not finite is skipped, under ZeRO by DeepSpeed itself (0.19, in every precision); if it took
+one, the run is stopped, and goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -51,6 +52,32 @@ def fsdp_settings(dtype: torch.dtype) -> dict[str, Any]:
     return {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "mixed_precision_policy": policy}
 
 
+def set_deepspeed_precision(plugin: Any, dtype: torch.dtype, *, full: bool) -> None:
+    """Writes the precision of a run into accelerate's DeepSpeed plugin; with bf16 it is that of DDP.
+
+    What is trained stays fp32, the forward pass runs under autocast, gradients are summed and averaged in fp32.
+    DeepSpeed's own bf16 mode would cast an adapter (or the whole model) to bf16 and sum and average in it. Its fp16
+    mode is kept, for its loss scaling.
+
+    Raises UserError when the user's configuration fixes another precision than the recipe's.
+    """
+    import torch
+
+    config = plugin.deepspeed_config
+    for name, own_mode in (("bf16", False), ("fp16", dtype == torch.float16)):
+        if config.get(name, {}).get("enabled") is True and not own_mode:
+            raise UserError(
+                f"DeepSpeed's configuration fixes {name}; the recipe's model.dtype decides ({dtype})",
+                where=f"{name}.enabled in DeepSpeed's configuration",
+                do=f'take {name} out of it, or set "enabled": "auto"',
+            )
+    narrow = dtype == torch.bfloat16
+    # No module is "safe" in bf16: weights and gradients travel between ranks in the precision that they have.
+    config["torch_autocast"] = {"enabled": narrow, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    # Only for loading, where ZeRO-3 shards the base in its precision. The engine does not read this copy.
+    plugin.dschf.config["bf16"] = {"enabled": narrow and not full}
+
+
 def check_sharded(model: nn.Module) -> None:
     """Refuses a run that asked for FSDP and did not get it: each rank would hold everything, or train alone."""
     from torch.distributed.tensor import DTensor
@@ -64,6 +91,15 @@ def check_sharded(model: nn.Module) -> None:
             where="the launcher's configuration (distributed_type: FSDP)",
             do="start several processes with recipes/accelerate/fsdp2.yaml, or take one.yaml or ddp.yaml",
         )
+
+
+def accumulating(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:
+    """Around a backward pass that is not the last one of its step: gradients are averaged over ranks after the last.
+
+    Not under FSDP: without averaging every rank keeps the whole fp32 gradient of all that is trained (28 GB of a 7 B
+    model in full fine-tuning). There each pass averages, and a rank keeps its part.
+    """
+    return nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(model)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

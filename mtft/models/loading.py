@@ -62,19 +62,19 @@ def model_location(path: str | Path) -> str:
         if os.path.exists(folder) or folder.is_absolute() or path.count("/") != 1 or path.startswith("."):
             raise UserError(
                 f"no model folder at {path}" if not os.path.exists(folder) else f"{path} is {kind}, not a folder",
-                where=f"model {path}",
+                where=f"model path {path}",
                 do="give a folder with config.json and *.safetensors, a hub name (org/name), or quickstart:weak",
             )
         return path
     for item in folder.iterdir():
         if (kind := irregular(item)) not in (None, "a folder"):
             what = f"the folder holds {kind}: {item.name}"
-            raise UserError(what, where=f"model {path}", do="remove it: a model is read from plain files")
+            raise UserError(what, where=f"model path {path}", do="remove it: a model is read from plain files")
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         raise UserError(
             "the folder holds an adapter, not a model" if adapter else "the folder holds no config.json",
-            where=f"model {path}",
+            where=f"model path {path}",
             do="give the base's folder (model.path)" + ("; an adapter is given with --adapter" if adapter else ""),
         )
     if not any(folder.glob("*.safetensors")):
@@ -83,7 +83,7 @@ def model_location(path: str | Path) -> str:
             f"the weights are pickles ({', '.join(pickled[:3])}), which can run code when they are read"
             if pickled
             else "the folder holds no *.safetensors",
-            where=f"model {path}",
+            where=f"model path {path}",
             do="convert them on a machine you trust: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
             if pickled
             else "put the model's *.safetensors there",
@@ -258,7 +258,7 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
     hub = {} if Path(location).is_dir() else {"revision": revision}
     if not hub:
         check_model_files(Path(location))
-    where = f"model {path}" + (f" (revision {revision})" if hub else "")
+    where = f"model path {path}" + (f" (revision {revision})" if hub else "")
     weights = _has_weights(auto)
     if weights:
         options |= {"use_safetensors": True, "output_loading_info": True}

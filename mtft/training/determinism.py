@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -33,10 +34,11 @@ def deterministic_kernels(asked: bool) -> Iterator[None]:
         return
     fix_workspace()
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill, cudnn = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn
-    was = cudnn.deterministic, cudnn.benchmark
+    memory: Any = torch.utils.deterministic
+    cudnn: Any = torch.backends.cudnn
+    was = memory.fill_uninitialized_memory, cudnn.deterministic, cudnn.benchmark
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
+    memory.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield
@@ -51,5 +53,4 @@ def deterministic_kernels(asked: bool) -> Iterator[None]:
         ) from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        cudnn.deterministic, cudnn.benchmark = was
+        memory.fill_uninitialized_memory, cudnn.deterministic, cudnn.benchmark = was

@@ -22,12 +22,12 @@ from mtft.common.atomic_io import finite
 from mtft.common.errors import UserError
 from mtft.common.own_files import write_own
 from mtft.distributed.collectives import barrier
-from mtft.distributed.launch import is_main_process, world_size
+from mtft.distributed.launch import LaunchConfig, is_main_process
 from mtft.distributed.sharding import whole_weights
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.callbacks.best_weights import load_best_weights
 from mtft.training.export.export import export_model, write_card
-from mtft.training.export.proof import PROOF, ReloadResult, probe_logits, write_probe
+from mtft.training.export.proof import PROOF, NoRoom, ReloadResult, probe_logits, write_probe
 from mtft.training.run_files.run_dir import NOT_PROVED, PROVED, RESULT, SCORES, TRAINED, write_plan
 from mtft.training.trainer import MultiTaskTrainer
 from mtft.training.trainer_parts import TrainingInputs, held_out_identity
@@ -86,6 +86,10 @@ def finalize_run(
                     content["unquantised_base"] = proof.unquantised
                 write_plan(run_dir, recipe, plan)  # a mixture that changed online: what came of it
                 write_own(run_dir / RESULT, finite(content))
+                if proof.skipped is not None:
+                    trainer.run_log.say(
+                        f"note: {proof.skipped}; where there is, `mtft export {run_dir}` makes the proof"
+                    )
     barrier()
 
 
@@ -99,10 +103,12 @@ class Proof:
         self._logits: torch.Tensor | None = None
         self._running: ReloadResult | None = None
         self._equal: float | None = None
+        self._no_room = False
 
     def ask(self, model: Any) -> None:
-        """What the trained model says. A collective call."""
-        with self._harmless(only_here=True):
+        """What the trained model says. A collective call where weights are sharded."""
+        launch = LaunchConfig.from_environment()
+        with self._harmless(together=launch.shards_weights and launch.ranks > 1):
             self._logits = probe_logits(model, torch.device(self._device))
 
     def start(self, model: Any, export_dir: Path, recipe: Recipe, cleanup: ExitStack) -> None:
@@ -127,17 +133,24 @@ class Proof:
     @property
     def state(self) -> str:
         """For result.json."""
-        return NOT_PROVED if self.trouble is not None else PROVED if self._equal is not None else TRAINED
+        if self.trouble is not None:
+            return TRAINED if self._no_room else NOT_PROVED
+        return PROVED if self._equal is not None else TRAINED
+
+    @property
+    def skipped(self) -> str | None:
+        """Why it was left out, where that is no error."""
+        return f"not proved: {self.trouble}" if self._no_room else None
 
     @contextmanager
-    def _harmless(self, *, only_here: bool = False) -> Iterator[None]:
-        """Keeps an error as `trouble`; not where the other ranks would wait for this one (`only_here`)."""
+    def _harmless(self, *, together: bool = False) -> Iterator[None]:
+        """Keeps an error as `trouble`; not where the other ranks would wait for this one (`together`)."""
         try:
             yield
         except Exception as error:
-            if only_here and world_size() > 1:
+            if together:
                 raise
-            self.trouble = str(error).strip() or type(error).__name__
+            self.trouble, self._no_room = str(error).strip() or type(error).__name__, isinstance(error, NoRoom)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from mtft.distributed.launch import is_main_process
 from mtft.evaluation.task_scores import TaskScores
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_files.run_dir import (
+    NOT_PROVED,
     RESULT,
     SCORES,
     check_recipe,
@@ -177,4 +178,5 @@ def read_result(run_dir: Path) -> TrainResult | None:
                 do=f"mtft export {run_dir} scores again, or --fresh trains again",
             )
     export = run_dir / content["export"]
-    return TrainResult(run_dir, export, content["steps"], content["seconds"], scores, content.get("not_proved"))
+    not_proved = content.get("not_proved") if content.get("state") == NOT_PROVED else None  # else left out: a note
+    return TrainResult(run_dir, export, content["steps"], content["seconds"], scores, not_proved)

@@ -62,6 +62,7 @@ from mtft.training.step.extra_losses import global_losses, heldout_losses, valid
 from mtft.training.step.objective import Objective, StepContext, forward_backward
 from mtft.training.step.task_gradients import TaskGradientStep
 from mtft.training.trainer_parts import TrainingInputs, trainer_parts
+from mtft.training.training_arguments import use_one_gpu
 
 
 class MultiTaskTrainer(RunTrainer):
@@ -104,6 +105,7 @@ class MultiTaskTrainer(RunTrainer):
         keep: int = 2,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        use_one_gpu(args, log.say)
         super().__init__(model, args, train_dataset=steps, eval_dataset=(), callbacks=callbacks)  # pyright: ignore
         self.remove_callback(PrinterCallback)
         self.add_callback(_StepCallback(self))
@@ -225,17 +227,24 @@ class MultiTaskTrainer(RunTrainer):
         gradient_step.finish(step, task_coefficients(counts, used_K, self.objective.normalise), share_K, passes)
         return parts
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
-        """The norm before clipping. A step that is empty or not finite loses its gradients here, so nothing moves.
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Not in an empty step: nothing was run, and a gradient scaler (fp16) asserts that it has scaled something."""
+        return 0.0 if self._trouble == "empty" else super()._clip_grad_norm(model)
 
-        Called by Trainer between clipping and the optimizer step. Without gradients an optimizer leaves weights,
-        moments and decay alone; the schedule goes on.
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
+        """The norm before clipping. A step that is empty or not finite ends here, so nothing moves.
+
+        Called by Trainer between clipping and the optimizer step. An empty one is no step for accelerate; one that is
+        not finite loses its gradients, and without them an optimizer leaves weights, moments and decay alone. The
+        schedule goes on.
         """
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = 0.0 if self._trouble == "empty" else super()._get_grad_norm(model, grad_norm)
         norm = None if norm is None else float(norm)
-        if self._trouble is None and norm is not None and not np.isfinite(norm):
+        if self._trouble == "empty":
+            self.accelerator.gradient_state._set_sync_gradients(False)
+        elif self._trouble is None and norm is not None and not np.isfinite(norm):
             self._trouble = "non-finite"
-        if self._trouble is not None and not self.is_deepspeed_enabled:  # whose engine has taken the step already
+        if self._trouble is not None and not self.is_deepspeed_enabled:  # which has seen to it in the backward pass
             model.zero_grad(set_to_none=True)
         self._line["grad_norm"] = norm
         return norm
@@ -243,6 +252,9 @@ class MultiTaskTrainer(RunTrainer):
     def finish_step(self, control: TrainerControl) -> None:
         """After the optimizer step: balancer, metrics, bad steps, signals. On every rank."""
         context = self._context
+        skipped = self.accelerator.optimizer_step_was_skipped  # by a gradient scaler or DeepSpeed
+        if skipped:  # Trainer holds the schedule back then; ours is a function of the step under every engine
+            self.lr_scheduler.step()
         batches, loss_K, probs_K, even_K = self._last
         if self._trouble is None:
             step, needs, valid_K, gram_KK = self.state.global_step, self.balancer.needs, None, None
@@ -274,7 +286,7 @@ class MultiTaskTrainer(RunTrainer):
         self.run_log.step(self._line)
         if self.args.report_to:
             self.callback_handler.on_log(self.args, self.state, self.control, flat(self._line))
-        too_late = self._trouble == "non-finite" and self.is_deepspeed_enabled  # the engine has taken the step
+        too_late = self._trouble == "non-finite" and self.is_deepspeed_enabled and not skipped  # it was taken
         if too_late or self._bad.in_a_row >= self._bad.most:
             written = self.run_dir if self.args.should_save else None
             self._bad.give_up(self._line, self.steps.names(self.state.global_step - 1), written)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
 
 from mtft.distributed.launch import engine, init_cpu_process_group, world_size
-from mtft.distributed.sharding import fsdp_settings
+from mtft.distributed.sharding import fsdp_settings, set_deepspeed_precision
 from mtft.models.loading import compute_dtype, refuse_precision
 from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.schema.recipe import Recipe
@@ -51,7 +52,7 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
         max_grad_norm=section.max_grad_norm,
         activation_checkpointing=section.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if section.gradient_checkpointing else None,
-        bf16=dtype == torch.bfloat16,
+        bf16=dtype == torch.bfloat16 and engine() != "deepspeed",  # see set_deepspeed_precision
         fp16=dtype == torch.float16,
         use_cpu=on_cpu,
         accelerator_config={"use_configured_state": True} if shards_on_cpu else None,
@@ -69,4 +70,20 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
     )
     if engine() == "fsdp":
         args.fsdp_plugin_args = fsdp_settings(dtype)
+    if engine() == "deepspeed":
+        set_deepspeed_precision(args.deepspeed_plugin, dtype, full=recipe.lora is None)
     return args
+
+
+def use_one_gpu(args: TrainingArguments, say: Callable[[str], None]) -> None:
+    """A process trains on one GPU, however many it sees.
+
+    Trainer would wrap the model in DataParallel: it copies the weights to every GPU in every pass, splits our batches
+    wrongly, and is slower than a launcher's processes.
+    """
+    if args.n_gpu > 1:
+        say(
+            f"note: {args.n_gpu} GPUs are visible, and one process trains on one of them ({args.device}). All of them: "
+            f"torchrun --nproc_per_node {args.n_gpu} -m mtft train RECIPE (docs/launching.md)"
+        )
+        args._n_gpu = 1

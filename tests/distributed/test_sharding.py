@@ -1,13 +1,18 @@
 """What every engine shares, on one rank: parts of weights made whole and cut again, and a launch that did not shard."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mtft.common.errors import UserError
+from mtft.data.batching.batch import Batch
 from mtft.distributed.sharding import (
     check_sharded,
     elements,
@@ -15,10 +20,13 @@ from mtft.distributed.sharding import (
     gathered,
     placed_moments,
     resting,
+    set_deepspeed_precision,
     sharding_of_launch,
     trainable,
 )
+from mtft.losses.task_reduction import step_counts
 from mtft.training.checkpoint.checkpoint_files import load_tree, save_tree
+from mtft.training.step.objective import Objective, StepContext, forward_backward
 
 
 @pytest.fixture
@@ -85,6 +93,30 @@ def test_gradients_are_averaged_in_fp32():
     assert (policy.param_dtype, policy.reduce_dtype) == (None, None)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_bf16_under_deepspeed_is_autocast_and_what_is_trained_stays_fp32(full):
+    """Its own bf16 mode casts an adapter to bf16, and sums and averages gradients in it."""
+    plugin = SimpleNamespace(deepspeed_config={"bf16": {"enabled": "auto"}}, dschf=SimpleNamespace(config={}))
+    set_deepspeed_precision(plugin, torch.bfloat16, full=full)
+    autocast = plugin.deepspeed_config["torch_autocast"]
+    assert autocast == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert plugin.dschf.config["bf16"]["enabled"] is not full  # ZeRO-3 shards a frozen base in bf16, as it is loaded
+    set_deepspeed_precision(plugin, torch.float32, full=full)
+    assert not plugin.deepspeed_config["torch_autocast"]["enabled"]
+    assert not plugin.dschf.config["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("bf16", torch.float32), ("fp16", torch.float32)]
+)
+def test_a_precision_in_deepspeed_s_own_file_is_refused(name, dtype):
+    config = {name: {"enabled": True}}
+    plugin = SimpleNamespace(deepspeed_config=config, dschf=SimpleNamespace(config={}))
+    with pytest.raises(UserError, match=f"fixes {name}") as caught:
+        set_deepspeed_precision(plugin, dtype, full=False)
+    assert caught.value.where == f"{name}.enabled in DeepSpeed's configuration"
+
+
 def test_engine_of_the_launch(monkeypatch):
     assert sharding_of_launch() == {"name": "ddp", "processes": 1}
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -105,3 +137,50 @@ def test_all_numbers_of_a_parameter_are_counted():
     packed = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
     assert packed.numel() == 64 * 64 // 2
     assert [elements(parameter) for parameter in (whole, taken, packed)] == [15, 15, 64 * 64]
+
+
+class LetterLoss(Objective):
+    """A loss of every token, of a model that is no language model."""
+
+    def nll(self, model, batch):
+        return model(batch.input_ids_BT).square().mean(dim=-1)
+
+
+class OneRank:
+    """What forward_backward uses of accelerate's Accelerator, without its state of the whole process."""
+
+    num_processes, use_distributed, no_sync = 1, False, Accelerator.no_sync
+    gradient_state = SimpleNamespace(_set_sync_gradients=lambda last: None)
+
+    def __init__(self, *, fsdp):
+        self.is_fsdp2 = fsdp
+
+    def backward(self, loss):
+        loss.backward()
+
+
+def test_accumulation_under_fsdp_keeps_a_part_of_the_gradients_a_rank(one_rank):
+    """accelerate's no_sync would keep whole fp32 gradients on every rank until the last micro-batch of a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5))
+    parts = []
+    for ids in ([[1, 2, 3]], [[4, 5, 6]], [[0, 0, 2]]):
+        ids_BT = torch.tensor(ids)
+        zeros_BT = torch.zeros_like(ids_BT)
+        parts.append(Batch(ids_BT, ids_BT, zeros_BT, zeros_BT, ids_BT))
+    counts = step_counts(parts, 1, device=torch.device("cpu"))
+    whole = copy.deepcopy(model)
+    for module in (*model, model):
+        fully_shard(module)
+    found = []
+
+    def hold(done, of):
+        found.append([type(parameter.grad) for parameter in model.parameters()])
+
+    for network, accelerator, told in ((model, OneRank(fsdp=True), hold), (whole, OneRank(fsdp=False), None)):
+        objective, device = LetterLoss("task_token", "gather", "sdpa"), torch.device("cpu")
+        context = StepContext(network, network, objective, accelerator, ("only",), device, None, 0, False, told)
+        forward_backward(context, network, parts, counts, torch.ones(1), 1)
+    assert found == [[DTensor] * 3] * 3
+    for sharded, parameter in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(sharded.grad.full_tensor(), parameter.grad)

@@ -269,6 +269,41 @@ def test_an_error_comes_as_it_is_and_leaves_no_thread(recipe, tmp_path, where):
     assert set(threading.enumerate()) <= before
 
 
+@pytest.fixture
+def in_fp16(monkeypatch):
+    """Makes a trainer do on the CPU what accelerate does for fp16 on GPUs alone: autocast and a gradient scaler."""
+
+    def change(trainer, **options):
+        monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
+        trainer.accelerator.native_amp = True
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", **options)
+
+    return change
+
+
+def test_fp16_takes_overflows_and_empty_steps(recipe, tmp_path, in_fp16):
+    """Steps of `copy` alone are empty, the first other one overflows: the schedule and the rest go on as in fp32."""
+    tasks = [{**task, "weight": 0.0 if task["name"] == "copy" else 1.0} for task in recipe["tasks"]]
+    mixture = {"shares": {"copy": 0.5, "twice": 0.25, "shout": 0.25}}
+    settings = {**recipe["train"], "batch_tokens": 16, "steps": 12}  # one example a step
+    for name, fp16 in (("fp32", False), ("fp16", True)):
+        (tmp_path / name).mkdir()
+        lora = {**recipe["lora"], "dropout": 0.0}
+        trainer, *_ = trainer_for(recipe, tmp_path / name, tasks=tasks, mixture=mixture, train=settings, lora=lora)
+        if fp16:  # a first scale that overflows once
+            in_fp16(trainer, init_scale=2.0**40, backoff_factor=2.0**-30)
+        trainer.train()
+    expected, found = lines(tmp_path / "fp32"), lines(tmp_path / "fp16")
+    empty = [line.get("skipped") for line in expected]
+    assert 0 < empty.count("empty") < len(empty)
+    assert empty[0] == "empty"
+    first = empty.index(None)
+    assert [line.get("skipped") for line in found] == [*empty[:first], "non-finite", *empty[first + 1 :]]
+    assert [line["learning_rate"] for line in found] == [line["learning_rate"] for line in expected]
+    assert trainer.accelerator.scaler.get_scale() == 2.0**10
+    assert float(found[-1]["loss"]) < float(found[first]["loss"])
+
+
 def test_own_balancer_weights_reach_the_loss(recipe, tmp_path):
     fixed = {"balancer": {"name": "fixed", "values": {"copy": 3.0, "twice": 1.0, "shout": 0.0}}}
     trainer, *_ = trainer_for(recipe, tmp_path, loss=fixed)
@@ -309,3 +344,18 @@ def test_weights_of_balancers_do_not_depend_on_the_split(recipe, tmp_path, balan
         assert left == pytest.approx(right, rel=1e-4)
     if balancer["name"] != "temperature":
         assert found["one"][5] != found["one"][1]
+
+
+def test_several_gpus_without_a_launcher_are_one_and_the_run_says_so(recipe, tmp_path, capsys):
+    """Trainer would wrap the model in DataParallel."""
+    recipe = Recipe.model_validate({**recipe, "train": {**recipe["train"], "steps": 1}})
+    inputs = read_training_inputs(recipe)
+    plan = make_plan(recipe, inputs.stores)
+    args = training_arguments(recipe, tmp_path, steps=plan.steps, evaluates=False, saves=False)
+    assert args.n_gpu == 0
+    args._n_gpu = 4  # what transformers finds where four are visible
+    log = MetricsLog(tmp_path, steps=plan.steps)
+    trainer = build_trainer(recipe, inputs, plan, load_for_training(recipe), args, log=log)
+    trainer.train()
+    assert not any(isinstance(module, torch.nn.DataParallel) for module in trainer.model_wrapped.modules())
+    assert "torchrun --nproc_per_node 4 -m mtft train" in capsys.readouterr().err

@@ -63,6 +63,8 @@ def _prove(run_dir: Path, content: dict[str, Any]) -> None:
     if "unquantised_base" in content:
         content["unquantised_base"] = proof.unquantised
     write_own(run_dir / RESULT, content)
+    if proof.skipped is not None:  # a note at the end of a run; here the proof was asked for
+        raise UserError(proof.skipped, where=str(run_dir), do="run it on a machine that has, or free some")
 
 
 def _end_again(run_dir: Path, *, quiet: bool) -> None:

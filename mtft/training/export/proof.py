@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from mtft.adapters.base_identity import recorded_base
 from mtft.common.atomic_io import write_text
 from mtft.common.own_files import read_own, write_own
+from mtft.distributed.launch import engine
 from mtft.evaluation.evaluation_mode import evaluation_mode
+from mtft.models.loading import compute_dtype
 from mtft.recipe.schema.recipe import Recipe
 
 PROOF, PROBE = "proof", "probe.safetensors"
@@ -32,6 +34,10 @@ _AGAIN = "delete the folder proof/: `mtft export` then makes the end of the run 
 
 class NotProved(RuntimeError):
     """An export that a fresh process could not load, or that is not what was trained."""
+
+
+class NoRoom(NotProved):
+    """No memory for a second copy of the base, on the device or the CPU: nothing is known to be wrong."""
 
 
 def _probe(model: nn.Module) -> Tensor:
@@ -62,6 +68,8 @@ def probe_settings(model: Any, recipe: Recipe) -> dict[str, Any]:
     """How the fresh process loads the base, and how far its logits may be from the trained model's."""
     config: Any = model.config
     base_dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.uint8)
+    if engine() == "fsdp":  # which gathers the weights in the precision of the forward pass, whatever it keeps
+        base_dtype = compute_dtype(recipe.model)
     quantisation = getattr(config, "quantization_config", None)
     return {
         "dtype": str(base_dtype).removeprefix("torch."),
@@ -113,6 +121,10 @@ class ReloadResult:
                 raise NotProved(f"the base model is no longer at {base.model}: put it back, and the proof can be made")
             raise NotProved(f"{self._folder} can't be loaded in a fresh process: {last}")
         report = json.loads(out.strip().splitlines()[-1])
+        if (needed := report.get("no_memory")) is not None:
+            raise NoRoom(
+                f"there was no memory for a second copy of the base ({needed / 2**30:.1f} GiB on a GPU or the CPU)"
+            )
         largest, tolerance = max(report["largest"], 1e-9), self._settings["tolerance"]
         relative = report["difference"] / largest
         if not relative <= tolerance:

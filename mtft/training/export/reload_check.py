@@ -2,6 +2,10 @@
 
     python reload_check.py FOLDER PROBE.safetensors DEVICE    ->    one JSON line: largest difference, largest logit
 
+DEVICE is only the first choice: the trained model still lies there, and if it is a part of one (FSDP, ZeRO-3) the whole
+may not fit. Without room for a second copy there, or when it runs out, the CPU does it; without room anywhere the
+line says how many bytes that would have taken.
+
 An adapter of a quantised base is also loaded on that base as it was before, which people may serve it on or merge
 it into: how far its logits are from those it was trained to give.
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +25,28 @@ from typing import Any
 def main(folder: str, probe_file: str, device: str) -> None:
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     probe = load_file(probe_file)
     settings = json.loads(Path(probe_file).with_suffix(".json").read_text(encoding="utf-8"))
-    options = {"dtype": getattr(torch, settings["dtype"]), "use_safetensors": True}
-    options["attn_implementation"] = settings["attention"]
-    if settings["quantisation"]:
-        options |= {"quantization_config": BitsAndBytesConfig(**settings["quantisation"]), "device_map": {"": device}}
-    config = Path(folder) / "adapter_config.json"
+    dtype, config = getattr(torch, settings["dtype"]), Path(folder) / "adapter_config.json"
+    base, of_base = folder, {}
+    if config.is_file():
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        of_base = {"revision": settings["revision"]}
 
-    def load(device: str, **options: Any) -> Any:
-        if not config.is_file():
-            model = AutoModelForCausalLM.from_pretrained(folder, **options)
-        else:
+    def load(device: str, quantisation: dict[str, Any] | None) -> Any:
+        flash = settings["attention"].startswith("flash") and device == "cpu"  # which has no such kernel
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **of_base}
+        options["attn_implementation"] = "sdpa" if flash else settings["attention"]
+        if quantisation:
+            options |= {"quantization_config": BitsAndBytesConfig(**quantisation), "device_map": {"": device}}
+        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        if config.is_file():
             from peft import PeftModel
 
-            base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-            model = AutoModelForCausalLM.from_pretrained(base, revision=settings["revision"], **options)
             model = PeftModel.from_pretrained(model, folder)
-        if "quantization_config" not in options:
+        if not quantisation:
             model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  (its stub has no self)
         return model.eval()
 
@@ -47,33 +54,43 @@ def main(folder: str, probe_file: str, device: str) -> None:
         with torch.inference_mode():
             return model(input_ids=probe["input_ids"].to(device), use_cache=False).logits.float().cpu()
 
-    expected = probe["logits"]
-    model = load(device, **options)
-    report: dict[str, Any] = {"difference": float((logits_of(model, device) - expected).abs().max())}
-    report["largest"] = float(expected.abs().max())
-    if settings["quantisation"]:
-        needed = int(1.2 * model.num_parameters() * getattr(torch, settings["dtype"]).itemsize)
-        del model, options["quantization_config"], options["device_map"]
-        gc.collect()
-        place = device_with(needed, device)
-        report["unquantised"] = None
-        if place is not None:
-            logits = logits_of(load(place, **options), place)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, **of_base))
+    whole = int(1.2 * sum(parameter.numel() for parameter in shapes.parameters()) * dtype.itemsize)
+
+    def ask(quantisation: dict[str, Any] | None, needed: int) -> Any:
+        """Logits of the first place that has room; None: none has."""
+        for place in places(needed, device):
+            try:
+                return logits_of(load(place, quantisation), place)
+            except torch.OutOfMemoryError:  # the trained model goes on working there
+                gc.collect()
+        return None
+
+    expected, quantisation = probe["logits"], settings["quantisation"]
+    report: dict[str, Any] = {"largest": float(expected.abs().max()), "unquantised": None}
+    logits = ask(quantisation, whole // 2 if quantisation else whole)  # embeddings and norms are not quantised
+    if logits is None:
+        report["no_memory"] = whole
+    else:
+        report["difference"] = float((logits - expected).abs().max())
+        if quantisation and (logits := ask(None, whole)) is not None:
             same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
             report["unquantised"] = {"difference": float((logits - expected).abs().max()), "same_top": float(same)}
     print(json.dumps(report))
 
 
-def device_with(needed: int, device: str) -> str | None:
-    """Where `needed` bytes are free: `device`, the CPU, or nowhere."""
+def places(needed: int, device: str) -> Iterator[str]:
+    """Where `needed` bytes are free, one after the other: `device`, the CPU."""
     import psutil
     import torch
 
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         if torch.cuda.mem_get_info(device)[0] >= needed:
-            return device
-    return "cpu" if psutil.virtual_memory().available >= needed else None
+            yield device
+    if psutil.virtual_memory().available >= needed:
+        yield "cpu"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mtft.data.batching.batch import Batch
+from mtft.distributed.sharding import accumulating
 from mtft.gradients.capture.task_gradients import TaskGradients
 from mtft.losses.orthogonality_penalty import adapter_orthogonality
 from mtft.losses.sample_weights import SampleWeights
@@ -108,7 +109,7 @@ def forward_backward(
     step: int,
     measured: tuple[TaskGradientStep, TaskGradients] | None = None,
 ) -> list[TaskSums]:
-    """Gradients of step `step` in .grad (or in the engine), averaged over ranks once; the task sums of its batches.
+    """Gradients of step `step` in .grad (or in the engine), averaged over ranks; the task sums of its batches.
 
     counts: of the whole step, over all ranks. measured: captures the task gradients on the way
     (mtft.gradients.capture.task_gradients).
@@ -118,7 +119,7 @@ def forward_backward(
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         accelerator.gradient_state._set_sync_gradients(last)
-        with nullcontext() if last else accelerator.no_sync(model):
+        with nullcontext() if last else accumulating(accelerator, model):
             if measured is not None:
                 measured[0].begin(batch, last=last)
             nll_BT = objective.nll(model, batch)

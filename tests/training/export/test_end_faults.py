@@ -59,6 +59,7 @@ def plant_process(monkeypatch, process):
 
 KILLED = Process("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
 TORCH_OUT_OF_MEMORY = Process("raise MemoryError('CUDA out of memory')")
+NO_ROOM = Process('print(\'{"no_memory": 3221225472, "largest": 4.0}\')')
 OTHER_LOGITS = Process('print(\'{"difference": 3.0, "largest": 4.0}\')')
 
 
@@ -197,6 +198,32 @@ def test_a_proof_that_fails_leaves_a_finished_run_that_is_marked(ended, run, mon
     assert written["tasks"].keys() == set(recipe.task_names)
     assert same(weights(folder), weights(ended[1]))
     assert "Trained, not proved: " in (folder / "adapter" / "README.md").read_text()
+
+
+def test_no_room_for_a_second_copy_is_a_note_and_export_tries_again(ended, run, monkeypatch, capsys):
+    recipe, folder = run
+    plant_process(monkeypatch, NO_ROOM)
+    result = train(recipe)
+    assert result.not_proved is None
+    told = capsys.readouterr().err
+    assert "not proved: there was no memory for a second copy of the base (3.0 GiB on a GPU or the CPU)" in told
+    assert f"`mtft export {folder}`" in told
+    assert json.loads((folder / "result.json").read_text())["state"] == "trained"
+    assert "Trained, not proved: there was no memory" in (folder / "adapter" / "README.md").read_text()
+    with pytest.raises(UserError, match="no memory for a second copy"):
+        export_run(folder, quiet=True)
+
+
+def test_ranks_that_hold_whole_weights_wait_for_no_other(monkeypatch, tmp_path):
+    """Out of memory when the trained model is asked: an error only where the weights are gathered from all ranks."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(finalize, "probe_logits", out_of_memory)
+    proof = finalize.Proof(tmp_path, "cpu")
+    proof.ask(None)
+    assert proof.trouble == "MemoryError"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(MemoryError):
+        proof.ask(None)
 
 
 @pytest.mark.slow

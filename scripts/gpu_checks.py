@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import traceback
@@ -329,7 +330,10 @@ def reason(error: BaseException) -> str:
 
 
 def last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it said nothing"])[-1]
+    """The last line of what a process said that names an error, or that says anything: launchers end with a frame."""
+    said = [line.strip() for line in text.splitlines() if any(letter.isalpha() for letter in line)]
+    named = [line for line in said if re.match(r"(error|[\w.]*(Error|Exception|Exit))\b", line)]
+    return (named or said or ["it said nothing"])[-1]
 
 
 def all_checks() -> dict[str, Check]:

@@ -4,10 +4,12 @@ the CPU, and the host waits no more often than it must.
 
 import contextlib
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
 
+from mtft.data.batching.prefetch import PrefetchedSteps
 from mtft.data.planning import make_plan
 from mtft.losses.task_reduction import group_sums
 from mtft.recipe.schema.recipe import Recipe
@@ -27,20 +29,11 @@ MICRO_BATCHES = 3  # of a step of the recipe
 STEPS = 2
 
 
-class Pinned:
-    """Steps of a source in pinned memory, as the loader of a GPU hands them out."""
+class PinnedSteps(PrefetchedSteps):
+    """Batches in pinned memory, as on a GPU; pinned in this thread, which the simulation sees."""
 
-    def __init__(self, source):
-        self.source = source
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, step):
-        return [batch.pin_memory() for batch in self.source[step]]
-
-    def __getattr__(self, name):
-        return getattr(self.source, name)
+    def __getitem__(self, s):
+        return [batch.pin_memory() for batch in super().__getitem__(s)]
 
 
 def run(recipe, folder, change, *, steps=STEPS, on_device, **train):
@@ -62,9 +55,9 @@ def run(recipe, folder, change, *, steps=STEPS, on_device, **train):
             lambda *_: starts.append((trainer.state.global_step, len(seen.waits)))
         )
         trainer = build_trainer(whole, inputs, plan, model, args, log=MetricsLog(folder, steps=plan.steps, quiet=True))
-        if on_device:
-            trainer.steps = Pinned(trainer.steps)
-        trainer.train()
+        steps_of = PinnedSteps if on_device else PrefetchedSteps
+        with mock.patch("mtft.training.trainer.PrefetchedSteps", steps_of):
+            trainer.train()
     return lines(folder), seen, starts
 
 

@@ -265,7 +265,8 @@ def memory(bench: Bench) -> Lines:
 
     auto = bench.recipe("auto", **{**changes, "train": {**changes["train"], "micro_batch_tokens": "auto"}})
     Path(auto.output.dir).mkdir(parents=True)
-    network = load_for_training(auto).to(torch.device("cuda"))
+    network: Any = load_for_training(auto)
+    network.to(torch.device("cuda"))
     bench.free()
     held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     found = with_auto_micro_batch(auto, network, read_training_inputs(auto), before=None, say=lambda _: None)

@@ -231,7 +231,7 @@ def test_bf16_equals_one_process(alone, launched):
         adapter       0 under DDP, FSDP2, ZeRO-1 and 2; 1.7e-4 under ZeRO-3, whose linear rounds in another order
         whole model   up to 1.7e-4 under DDP and ZeRO-1, 2.5e-4 under ZeRO-3, 1.9e-3 under FSDP2 (its norms are in bf16)
         faults        DeepSpeed's bf16 mode, as it was before: adapter 2.6e-3, whole model 3.8e-2 (ZeRO-1 and 3);
-                      gradients averaged in bf16 by FSDP2: adapter 4.8e-4
+                      gradients averaged in bf16: adapter 4.8e-4 (FSDP2), 1.2e-3 (DDP)
 
     Where the second rank has no token a step is a single micro-batch, and a wrong factor is what must show:
     0.5, where ZeRO-3's rounding is 1e-3.

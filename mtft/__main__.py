@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
 LONGEST_BLOCK = 50  # lines of an error; what names a file's problems stops long before
 
 
@@ -59,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if isinstance(error, MixError):
             return _report(error, f"error: {error}", 2, debug)
+        return _report(error, _failure(error), 1, debug)
+    except OSError as error:
+        if error.errno in PLACES and isinstance(error.filename, str | bytes):
+            what = f"error: {error.strerror}\n  where: {os.fsdecode(error.filename)}"
+            return _report(error, f"{what}\n  do:    mend the path or its permissions, or give another", 2, debug)
         return _report(error, _failure(error), 1, debug)
     except Exception as error:  # noqa: BLE001  the last line of defence: people get a block, not a trace
         return _report(error, _failure(error), 1, debug)
@@ -122,7 +128,9 @@ def _failure(error: Exception) -> str:
     text = f"failed: {type(error).__name__}{': ' + lines[0] if lines else ''}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{text}\n  do:    free some space; the same command continues"
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+    from mtft.common.out_of_memory import is_out_of_memory
+
+    if is_out_of_memory(error):
         return f"{text}\n  do:    lower train.micro_batch_tokens, or set train.gradient_checkpointing=true"
     return f"{text}\n  do:    the same command with --debug shows where; if it looks like our mistake, please report it"
 

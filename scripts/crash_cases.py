@@ -25,6 +25,7 @@ class Case:
     ranks     processes that work together
     standing  what is there before and must be there, whole, at any moment: the old output or the new one
     share     kills of this case among all
+    once      what it has written it refuses to write again
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     ranks: int = 1
     standing: str | None = None
     share: int = 4
+    once: bool = False
 
 
 def recipe(**changes: Any) -> Any:
@@ -196,7 +198,7 @@ CASES = {
         Case("export", trained, export),
         Case("sweep", inputs, sweep),
         Case("run", inputs, whole, share=2),
-        Case("merge", adapters, merge, share=6),
+        Case("merge", adapters, merge, share=6, once=True),
         Case("merge-overwrite", merged, lambda: merge(overwrite=True), standing="out", share=8),
         Case("report", trained, report),
         Case("fuse", prompts, generate),

@@ -203,6 +203,14 @@ def test_a_full_disk_says_so(call, monkeypatch):
     assert "free some space" in err
 
 
+@pytest.mark.parametrize("number", [errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG])
+def test_a_path_that_the_system_refuses_is_the_users_to_mend(call, monkeypatch, number):
+    break_report(monkeypatch, OSError(number, os.strerror(number), "/data/loop"))
+    code, _, err = call("report", "x")
+    assert code == 2
+    assert err.splitlines()[:2] == [f"error: {os.strerror(number)}", "  where: /data/loop"]
+
+
 def test_ctrl_c(call, monkeypatch):
     break_report(monkeypatch, KeyboardInterrupt())
     assert call("report", "x") == (130, "", "interrupted\n")

@@ -1,30 +1,50 @@
-"""The Ray backend of run_sweep: one task per trial, at most `workers` at the same time. Ray is imported here only."""
+"""The Ray backend of run_sweep: one task per trial, at most `workers` at the same time. Ray is imported here only.
+
+Ray shows a task the GPUs that it holds for it; one that asks for none sees them all. So a trial asks for one where the
+cluster has GPUs, if nothing else was said.
+"""
 
 from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections import deque
+from typing import Any
 
-from data_mixers.common.errors import optional_package
+from data_mixers.common.errors import MixError, optional_package
 from data_mixers.sweep.process_pool import attempt
 from data_mixers.sweep.trial import Finish, RunTrial, Trial, TrialOutcome
 
 
-def run_on_ray(todo: list[Trial], run_trial: RunTrial, finish: Finish, workers: int, timeout: float | None) -> None:
-    """As run_in_processes. Joins the cluster of RAY_ADDRESS (or one that is initialised), else starts a local one."""
+def run_on_ray(
+    todo: list[Trial],
+    run_trial: RunTrial,
+    finish: Finish,
+    workers: int,
+    timeout: float | None,
+    cpus: int = 1,
+    gpus: float | None = None,
+) -> None:
+    """As run_in_processes. Joins the cluster of RAY_ADDRESS (or one that is initialised), else starts a local one.
+
+    cpus, gpus: what Ray holds for each trial; gpus None: one, where the cluster has any.
+    """
     ray = optional_package("ray", "Ray", where="sweep.backend: ray", install="'mtft[ray]'")
     if not todo:
         return
     ours = not ray.is_initialized()
+    address = os.environ.get("RAY_ADDRESS")
     if ours:
-        address = os.environ.get("RAY_ADDRESS")
-        local = {} if address else {"num_cpus": workers, "include_dashboard": False}
+        local = {} if address else {"num_cpus": workers * cpus, "include_dashboard": False}
         ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
-    # max_calls=0: a worker process goes on to its next trial; retries are counted by the driver, not by Ray.
-    remote = ray.remote(num_cpus=1, max_retries=0)(attempt)
     queue, running = deque(todo), {}
     try:
+        if gpus is None:
+            gpus = min(1, ray.cluster_resources().get("GPU", 0))
+        _check_room(ray, cpus, gpus, grows=not ours or bool(address))
+        # max_calls=0: a worker process goes on to its next trial; retries are counted by the driver, not by Ray.
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(attempt)
         while queue or running:
             while queue and len(running) < workers:
                 trial = queue.popleft()
@@ -47,3 +67,14 @@ def run_on_ray(todo: list[Trial], run_trial: RunTrial, finish: Finish, workers: 
     finally:
         if ours:
             ray.shutdown()
+
+
+def _check_room(ray: Any, cpus: int, gpus: float, *, grows: bool) -> None:
+    """A trial that no machine has room for, which Ray would wait with: said, or refused where no machine can join."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in alive):
+        return
+    what = f"no machine of the Ray cluster has {cpus} CPUs and {gpus:g} GPUs, which a trial asks for"
+    if not grows:
+        raise MixError(what, where="sweep.resources", do="ask for less, or set RAY_ADDRESS to a cluster that has them")
+    warnings.warn(f"{what}: trials wait until one joins (sweep.resources)", stacklevel=3)

@@ -89,6 +89,8 @@ def run_sweep(
     seed: int = 0,
     on_done: Callable[[Trial, TrialOutcome], None] | None = None,
     stopping: EarlyTermination | None = None,
+    cpus: int = 1,
+    gpus: float | None = None,
 ) -> SweepResult:
     """Run what the ledger does not have yet.
 
@@ -98,7 +100,7 @@ def run_sweep(
     retries: further attempts within this call. timeout: seconds for one attempt. on_done: called after each trial, for
     progress bars. stopping: give up hopeless trials (early_termination.py): the first `reference` trials of the order
     run to the end, the others get what those say as `run_trial(trial, stop=StopRule)` and may return early, with a last
-    progress below 1.
+    progress below 1. cpus, gpus: what Ray holds for each trial; gpus None: one, where the cluster has any.
     """
     if backend not in BACKENDS:
         raise MixError(f"sweep backend {backend!r}", where="sweep.backend", do="process, ray or inline")
@@ -132,7 +134,7 @@ def run_sweep(
                 on_done(trial, outcome)
             return False
 
-        run = BACKENDS[backend]
+        run = partial(run_on_ray, cpus=cpus, gpus=gpus) if backend == "ray" else BACKENDS[backend]
         if stopping is None:
             run(todo, run_trial, finish, workers, timeout)
         else:

@@ -27,12 +27,14 @@ _TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", 
 class LaunchConfig:
     """What `accelerate launch` or torchrun has put into the environment.
 
-    zero: DeepSpeed's stage, 0 = no DeepSpeed; fsdp: version, 0 = no FSDP; ranks: processes.
+    zero: DeepSpeed's stage, 0 = no DeepSpeed; fsdp: version, 0 = no FSDP; ranks: processes; cpu_optimizer: DeepSpeed
+    takes an optimizer of its own, on the CPU.
     """
 
     zero: int = 0
     fsdp: int = 0
     ranks: int = 1
+    cpu_optimizer: bool = False
 
     @property
     def shards_weights(self) -> bool:
@@ -52,9 +54,13 @@ class LaunchConfig:
             zero = section.get("stage", 0) if isinstance(section, dict) else None
             if not isinstance(zero, int):
                 raise UserError("zero_optimization.stage is no whole number", where=config, do="give 0, 1, 2 or 3")
+            offload = section.get("offload_optimizer") or {}
+            device = offload.get("device") if isinstance(offload, dict) else None
+            forced = settings.get("zero_force_ds_cpu_optimizer", True)
         else:
             zero = _integer(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)  # accelerate's own default
-        return cls(int(zero), fsdp, ranks)
+            device, forced = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"), True
+        return cls(int(zero), fsdp, ranks, cpu_optimizer=bool(forced) and device not in (None, "", "none"))
 
 
 def check_launch(command: str) -> None:
@@ -94,6 +100,11 @@ def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
 def world_size() -> int:
     """Processes that the launcher started (torchrun, accelerate launch); 1 without a launcher."""
     return _integer(os.environ, "WORLD_SIZE", 1)
+
+
+def several_machines() -> bool:
+    """True where processes of this launch run on other machines too."""
+    return _integer(os.environ, "LOCAL_WORLD_SIZE", world_size()) < world_size()
 
 
 def is_main_process() -> bool:

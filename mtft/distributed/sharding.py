@@ -107,6 +107,12 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def elements(parameter: Tensor) -> int:
+    """Numbers in a parameter: all of them, where ZeRO-3 has left an empty tensor or nf4 packs two in a byte."""
+    packed = vars(parameter).get("quant_state")
+    return int(vars(parameter).get("ds_numel", parameter.numel() if packed is None else packed.shape.numel()))
+
+
 def resting(model: nn.Module) -> nn.Module:
     """The model with every rank holding its own part only: FSDP leaves some weights gathered after a forward pass."""
     from torch.distributed.fsdp import FSDPModule

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtft.data.batching.batch import IGNORE, Batch
+from mtft.data.batching.batch import Batch
 from mtft.data.batching.batches import EvalBatch, eval_batches
 from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.evaluation.task_scores import TaskScores
@@ -117,12 +117,12 @@ def sum_by_row(sums_3N: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
 
 def example_sums(nll_BT: Tensor, hit_BT: Tensor, batch: Batch, piece: EvalBatch) -> np.ndarray:
     """float64 [3, n]: sum of nll, supervised tokens and hits of each example, in the order (row, segment)."""
-    segment_BT = batch.segment_ids_BT.long()
-    supervised_BT = batch.labels_BT != IGNORE
+    host, at_N = batch.host, batch.host.supervised_N
+    segment_BT = host.segment_ids_BT.long()
     per_row_B = segment_BT.amax(dim=1) + 1  # examples in each row; segments count from 0
     first_B = per_row_B.cumsum(0) - per_row_B
-    example_N = (first_B[:, None] + segment_BT)[supervised_BT]
-    ones_N = torch.ones_like(example_N, dtype=torch.float64)
-    values = (nll_BT[supervised_BT].double(), ones_N, hit_BT[supervised_BT].double())
+    example_N = (first_B[:, None] + segment_BT).flatten()[at_N]
+    found_2N = torch.stack([x_BT.flatten()[batch.supervised_N].double() for x_BT in (nll_BT, hit_BT)]).cpu()
+    values = (found_2N[0], torch.ones_like(found_2N[0]), found_2N[1])
     sums = [torch.bincount(example_N, weights=value_N, minlength=len(piece.examples)) for value_N in values]
-    return torch.stack(sums).cpu().numpy()
+    return torch.stack(sums).numpy()

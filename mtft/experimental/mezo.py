@@ -58,13 +58,12 @@ def mezo_step(
             restore_random_state(random)
             for parameter, start, z in zip(parameters, aside, directions(parameters, seed, step), strict=True):
                 parameter.copy_(start + sign * epsilon * z)
-            loss, parts = torch.zeros((), dtype=torch.float64), []
+            loss, parts = torch.zeros((), dtype=torch.float64, device=context.device), []
             for batch in batches:
                 nll_BT = objective.nll(model, batch)
-                loss += objective.loss(nll_BT, batch, counts, w_K, step).double().cpu()
+                loss += objective.loss(nll_BT, batch, counts, w_K, step).double()
                 parts.append(task_sums(nll_BT, batch, len(context.tasks)))
             if dist.is_initialized():
-                loss = loss.to(context.device)
                 dist.all_reduce(loss)
             penalty = objective.penalty(model)
             losses.append(float(loss) + (0.0 if penalty is None else float(penalty)))

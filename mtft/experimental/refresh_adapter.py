@@ -194,7 +194,8 @@ def _check_adapters(before: Path, after: Path) -> None:
     shapes = []
     for folder, config in zip((before, after), configs, strict=True):
         if config.peft_type != "LORA":
-            raise UserError(f"a {config.peft_type.value} adapter, not a LoRA", where=str(folder), do=do)
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise UserError(f"a {kind} adapter, not a LoRA", where=str(folder), do=do)
         if (why := broken_weights(folder / WEIGHTS)) is not None:
             what = f"not a whole safetensors file ({why})"
             raise UserError(what, where=str(folder / WEIGHTS), do="copy or save the adapter again")
@@ -229,7 +230,7 @@ def _task_gradients(model: Any, inputs: TrainingInputs, layout: BatchLayout) -> 
     _only(model, lambda name: True)
     with evaluation_mode(model), TaskGradients(model, K, isolated=True) as taps:  # a batch holds one task only
         for batch in pieces:
-            taps.begin(batch.task_ids_BT, batch.labels_BT != IGNORE)
+            taps.begin(batch.host.task_ids_BT, batch.host.labels_BT != IGNORE)
             c_BT = coefficients(batch, counts, even_K, "task_token")
             taps.watch((c_BT * token_nll(model, batch, path="gather")).sum()).backward()
     model.zero_grad(set_to_none=True)

@@ -9,12 +9,12 @@ and makes K passes as cheap as the batch allows: a row of one task is computed o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtft.common.device_copy import to_device
 from mtft.common.state_tree import random_state, restore_random_state
 from mtft.data.batching.batch import IGNORE, Batch
 from mtft.experimental.flat_minima import RHO, Mix, Named, f_mtl, samo
@@ -93,14 +93,14 @@ class SharpnessAwareStep:
         """Normal numbers for each parameter, the same on every rank and at every call."""
         generator = torch.Generator().manual_seed(1_000_003 * self.context.seed + self.step)
         for parameter in self.parameters.values():
-            yield torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            yield to_device(torch.randn(parameter.shape, generator=generator), parameter.device)
 
 
 def rows_of(batch: Batch, task: int) -> Batch | None:
     """The rows with a supervised token of the task; None: there is none."""
-    has_B = ((batch.task_ids_BT == task) & (batch.labels_BT != IGNORE)).any(dim=1)
+    has_B = ((batch.host.task_ids_BT == task) & (batch.host.labels_BT != IGNORE)).any(dim=1)
     if bool(has_B.all()):
         return batch
     if not bool(has_B.any()):
         return None
-    return replace(batch, **{name: value[has_B] for name, value in vars(batch).items()})
+    return batch.host.map(lambda x: x[has_B]).to(batch.labels_BT.device)

@@ -139,15 +139,29 @@ class FusedCausalLM(FusionCore):
             )
         if self.spec.weights == "router":
             raise FusionError("a router needs to know where the prompt ends", do="use score() or generate()")
-        logits = self.cached_models().read(self.check_ids(input_ids), attention_mask, logits_to_keep)
-        flat, strong_BLV = logits.map(lambda x_BLV: x_BLV.flatten(0, 1)), logits.strong
-        dtype = torch.promote_types(strong_BLV.dtype, torch.float32)
-        out_NV = torch.empty(flat.strong.shape, dtype=dtype, device=strong_BLV.device)
-        step = self.positions_at_once(out_NV.element_size())
-        for part in (slice(start, start + step) for start in range(0, len(out_NV), step)):
-            logits_N = flat.map(lambda x_NV, part=part: x_NV[part])
-            out_NV[part] = self.fuse(*logits_N, [self.spec] * len(logits_N.strong)).logprobs_NV
-        return CausalLMOutput(logits=out_NV.view(strong_BLV.shape))
+        (rows, length), models = self.check_ids(input_ids).shape, self.cached_models()
+        kept = min(logits_to_keep or length, length)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        out_BLV = torch.empty(rows, kept, self.vocab_size, dtype=dtype, device=self.device)
+        # What is returned is all that holds every position: the models' own logits are made for some at a time.
+        step = self.positions_at_once(out_BLV.element_size())
+        columns = max(1, step // rows)
+        start = 0
+        while start < length:
+            # the first pass reads the context too, whose logits are never made
+            stop = min(start + columns + (length - kept if start == 0 else 0), length)
+            mask_BC = None if attention_mask is None else attention_mask[:, start:stop]
+            keep = stop - max(start, length - kept)
+            logits = models.read(input_ids[:, start:stop], mask_BC, keep)
+            flat = logits.map(lambda x_BCV: x_BCV.flatten(0, 1))
+            fused_NV = torch.empty_like(flat.strong, dtype=dtype)
+            for part in (slice(first, first + step) for first in range(0, len(fused_NV), step)):
+                logits_N = flat.map(lambda x_NV, part=part: x_NV[part])
+                fused_NV[part] = self.fuse(*logits_N, [self.spec] * len(logits_N.strong)).logprobs_NV
+            end = stop - (length - kept)
+            out_BLV[:, end - keep : end] = fused_NV.unflatten(0, (rows, keep))
+            start = stop
+        return CausalLMOutput(logits=out_BLV)
 
     __call__ = forward
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtft.data.batching.batch import IGNORE, Batch
-from mtft.losses.task_reduction import sample_tokens
+from mtft.losses.task_reduction import group_sums, sample_tokens
 
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "linupper": lambda h: torch.clamp(h + 1, max=1),
@@ -76,9 +76,8 @@ class SampleWeights:
         e_BT = torch.exp(RULES[self.rule](h_BT) / self.sharpness)
         # One share per supervised token: over a sample they add up to 1.
         share_BT = torch.where(real_BT, 1.0 / sample_tokens(batch).clamp(min=1), 0.0).double()
-        totals_2G = e_BT.new_zeros(2, groups)
-        totals_2G[0].index_add_(0, group_BT.flatten(), (share_BT * e_BT).flatten())
-        totals_2G[1].index_add_(0, group_BT.flatten(), share_BT.flatten())
+        parts = (share_BT * e_BT, share_BT)
+        totals_2G = torch.stack([group_sums(group_BT.flatten(), x_BT.flatten(), groups) for x_BT in parts])
         _all_reduce(totals_2G, process_group, dist.ReduceOp.SUM)
         mean_G = totals_2G[0] / totals_2G[1].clamp(min=1)
         return torch.where(real_BT, e_BT / mean_G[group_BT], 1.0).float()
@@ -88,7 +87,12 @@ def _sample_mean(x_BT: Tensor, batch: Batch) -> Tensor:
     """float64 [B, T]: mean of x over the supervised tokens of the position's sample; 0 where it has none."""
     slot_BT = batch.segment_ids_BT.long().clamp(min=0)
     x_BT = torch.where(batch.labels_BT != IGNORE, x_BT, 0.0).double()
-    return torch.zeros_like(x_BT).scatter_add_(1, slot_BT, x_BT).gather(1, slot_BT) / sample_tokens(batch).clamp(min=1)
+    if x_BT.device.type == "cpu":
+        sum_BS = torch.zeros_like(x_BT).scatter_add_(1, slot_BT, x_BT)
+    else:  # in the same order at each call: see group_sums
+        samples_S = torch.arange(max(1, int(batch.host.segment_ids_BT.max()) + 1), device=x_BT.device)
+        sum_BS = torch.where(slot_BT[:, None] == samples_S[:, None], x_BT[:, None], 0.0).sum(dim=2)
+    return sum_BS.gather(1, slot_BT) / sample_tokens(batch).clamp(min=1)
 
 
 def _range(loss_BT: Tensor, real_BT: Tensor, group_BT: Tensor, groups: int, process_group) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtft.common.device_copy import to_device
 from mtft.data.batching.batch import IGNORE, Batch
 
 Normalise = Literal["token", "sample", "task_token", "task_sample"]
@@ -89,7 +90,7 @@ def step_counts(
     """
     total = torch.zeros(2, num_tasks, dtype=torch.int64)
     for batch in batches:
-        total += torch.stack(count(batch, num_tasks)).cpu()
+        total += torch.stack(count(batch.host, num_tasks))
     return TaskCounts(*_all_reduce(total, group, device))
 
 
@@ -120,7 +121,7 @@ def coefficients(batch: Batch, counts: TaskCounts, w_K: Tensor, normalise: str) 
     per_unit_K = task_coefficients(counts, w_K, normalise) / counts.units(normalise).double().cpu().clamp(min=1)
     device = batch.labels_BT.device
     supervised_BT = batch.labels_BT != IGNORE
-    c_BT = per_unit_K.to(device)[batch.task_ids_BT.long().clamp(min=0)]
+    c_BT = to_device(per_unit_K, device)[batch.task_ids_BT.long().clamp(min=0)]
     if normalise in ("sample", "task_sample"):
         c_BT = c_BT / sample_tokens(batch).clamp(min=1)
     return torch.where(supervised_BT, c_BT, 0.0).float()
@@ -161,15 +162,24 @@ def task_probs(sums: TaskSums, counts: TaskCounts) -> Tensor:
 def _sums(batch: Batch, num_tasks: int, samples_of: Tensor | None) -> tuple[Tensor, Tensor]:
     """float64 [K] of x (None: x = 1): its sum over supervised tokens, and the sum over samples of its mean."""
     supervised_BT = batch.labels_BT != IGNORE
-    zeros_K = torch.zeros(num_tasks, dtype=torch.float64, device=batch.labels_BT.device)
     n_BT = sample_tokens(batch)
     # Not boolean indexing: on a GPU that would wait for the size.
     x_BT = supervised_BT.double() if samples_of is None else torch.where(supervised_BT, samples_of, 0.0).double()
     task_N = batch.task_ids_BT.long().clamp(min=0).flatten()
-    return (
-        zeros_K.index_add(0, task_N, x_BT.flatten()),
-        zeros_K.index_add(0, task_N, (x_BT / n_BT.clamp(min=1)).flatten()),
-    )
+    mean_BT = x_BT / n_BT.clamp(min=1)
+    return group_sums(task_N, x_BT.flatten(), num_tasks), group_sums(task_N, mean_BT.flatten(), num_tasks)
+
+
+def group_sums(group_N: Tensor, x_N: Tensor, groups: int) -> Tensor:
+    """[G]: sum of x over the positions of each group, 0, 1, ...
+
+    `index_add` adds in the order of the positions on the CPU, and in another one at each call on a GPU: the last bits
+    of what balancers see would be chance. There each group is one sum over all positions, 0 outside of the group.
+    """
+    if x_N.device.type == "cpu":
+        return x_N.new_zeros(groups).index_add(0, group_N, x_N)
+    member_GN = group_N == torch.arange(groups, device=x_N.device)[:, None]
+    return torch.where(member_GN, x_N, 0.0).sum(dim=1)
 
 
 def _all_reduce(total: Tensor, group: dist.ProcessGroup | None, device: torch.device | str) -> Tensor:

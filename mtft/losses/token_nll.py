@@ -2,9 +2,10 @@
 
 Paths, equal to rounding, each the other's oracle in tests/losses/test_token_nll.py:
 
-gather  (reference, default) asks the model's own forward for logits at the supervised positions only
-        (`logits_to_keep` = boolean mask [B, T] -> [n, V]), so that wrappers, sharded engines and logit scaling or
-        capping stay as they are. [B, T, V] is never built, but for models whose forward has no `logits_to_keep`.
+gather  (reference, default) lets the model's own output head see the supervised positions only ([n, D] -> [n, V], by
+        a hook on it), so that wrappers, sharded engines and logit scaling or capping stay as they are. [B, T, V] is
+        never built, but for modules that aren't transformers'. Not by transformers' `logits_to_keep`: for a boolean
+        mask there the host waits for the GPU, in the forward and in the backward.
 fused   (for GPUs, needs trl) trl's fused head: projection and softmax in tiles, so not even [n, V] is built. The
         bare model must be prepared with `add_fused_head` before PEFT wraps it. Without Triton it is slower than gather.
 
@@ -21,7 +22,7 @@ About a quarter less time for head and loss together on a CPU, where fresh memor
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from mtft.common.errors import UserError
-from mtft.data.batching.batch import IGNORE, Batch
+from mtft.data.batching.batch import Batch
 from mtft.data.batching.packed_attention import model_inputs, packing_refusal
 
 if TYPE_CHECKING:
@@ -111,13 +112,12 @@ def token_nll(
     many_backwards   allow several backward passes through one forward (retain_graph), for a third buffer of logits
     """
     inputs = _inputs(model, batch, attention, isolated) if inputs is None else inputs
-    supervised_BT = batch.labels_BT != IGNORE
     if path == "fused":
         if label_smoothing or z_loss:
             raise UserError("the fused loss path has no label smoothing or z-loss", do="set loss.path=gather")
         return -model(**inputs, shift_labels=batch.labels_BT, fused_lm_head=True).log_probs.float()
-    logits_NV = _supervised_logits(model, inputs, supervised_BT)
-    labels_N = batch.labels_BT[supervised_BT]
+    logits_NV = supervised_logits(model, inputs, batch.supervised_N)
+    labels_N = batch.labels_BT.flatten()[batch.supervised_N]
     rows = max(1, len(labels_N)) if chunk_rows is None else chunk_rows
     if rows >= len(labels_N) and torch.is_grad_enabled() and not (many_backwards or label_smoothing or z_loss):
         nll_N = row_nll_in_place(logits_NV, labels_N)
@@ -127,8 +127,9 @@ def token_nll(
         parts = zip(logits_NV.split(rows), labels_N.split(rows), strict=True)
         options = (label_smoothing, z_loss)
         nll_N = torch.cat([checkpoint(_row_nll, *part, *options, use_reentrant=False) for part in parts])
-    # masked_scatter and not a branch on "no label": zero rows still reach every parameter, with a zero gradient.
-    return nll_N.new_zeros(supervised_BT.shape).masked_scatter(supervised_BT, nll_N)
+    # Not a branch on "no label": zero rows still reach every parameter, with a zero gradient.
+    nll_BT = nll_N.new_zeros(batch.labels_BT.numel()).index_put((batch.supervised_N,), nll_N)
+    return nll_BT.view_as(batch.labels_BT)
 
 
 @torch.no_grad()
@@ -146,15 +147,14 @@ def token_scores(
     No gradient. One forward, whatever the batch holds, so that ranks stay together; `chunk_rows` = fp32 rows at a time.
     """
     inputs = _inputs(model, batch, attention, isolated) if inputs is None else inputs
-    supervised_BT = batch.labels_BT != IGNORE
-    logits_NV = _supervised_logits(model, inputs, supervised_BT)
-    labels_N = batch.labels_BT[supervised_BT]
-    nll_BT = torch.zeros(supervised_BT.shape, dtype=torch.float32, device=labels_N.device)
-    hit_BT = torch.zeros_like(supervised_BT)
+    logits_NV = supervised_logits(model, inputs, batch.supervised_N)
+    at_N, labels_N = batch.supervised_N, batch.labels_BT.flatten()[batch.supervised_N]
+    nll_BT = torch.zeros(batch.labels_BT.shape, dtype=torch.float32, device=labels_N.device)
+    hit_BT = torch.zeros_like(nll_BT, dtype=torch.bool)
     if len(labels_N):
         parts = list(zip(logits_NV.split(chunk_rows), labels_N.split(chunk_rows), strict=True))
-        nll_BT[supervised_BT] = torch.cat([_row_nll(logits, labels, 0.0, 0.0) for logits, labels in parts])
-        hit_BT[supervised_BT] = torch.cat([logits.argmax(dim=-1) == labels for logits, labels in parts])
+        nll_BT.view(-1)[at_N] = torch.cat([_row_nll(logits, labels, 0.0, 0.0) for logits, labels in parts])
+        hit_BT.view(-1)[at_N] = torch.cat([logits.argmax(dim=-1) == labels for logits, labels in parts])
     return nll_BT, hit_BT
 
 
@@ -164,13 +164,26 @@ def _row_nll(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float, z_loss
     return nll_N + z_loss * logits_NV.logsumexp(dim=-1).square() if z_loss else nll_N
 
 
-def _supervised_logits(model: nn.Module, inputs: dict[str, Any], supervised_BT: Tensor) -> Tensor:
-    """[n, V] in row order, in the model's precision."""
-    if "logits_to_keep" not in inspect.signature(_bare(model).forward).parameters:
-        return model(**inputs).logits[supervised_BT]
-    logits = model(**inputs, logits_to_keep=supervised_BT).logits
-    if logits.dim() != 2:
-        raise ValueError(f"the model gave logits of shape {tuple(logits.shape)} for a mask of supervised positions")
+def supervised_logits(model: nn.Module, inputs: Mapping[str, Any], at_N: Tensor) -> Tensor:
+    """[n, V] in the model's precision. at_N: the positions in the rows, one row after the other."""
+    from transformers import PreTrainedModel
+
+    bare = _bare(model)
+    head = bare.get_output_embeddings() if isinstance(bare, PreTrainedModel) else None
+    if head is None:
+        return model(**inputs).logits.flatten(0, 1)[at_N]
+
+    def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_BTD, *more = args
+        return hidden_BTD.flatten(0, 1)[at_N], *more
+
+    hook = head.register_forward_pre_hook(pick)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        hook.remove()
+    if logits.shape[:-1] != at_N.shape:
+        raise ValueError(f"the model gave logits of shape {tuple(logits.shape)} for {len(at_N)} supervised positions")
     return logits
 
 

@@ -22,6 +22,7 @@ from mtft.adapters.safetensors_io import read_header
 from mtft.common.atomic_folder import restore_replaced
 from mtft.common.errors import MergeError, UserError
 from mtft.common.foreign_json import read_foreign
+from mtft.common.out_of_memory import is_out_of_memory
 from mtft.common.run_folders import refuse_run_as_adapter
 from mtft.models.loading import cached_folder, some
 from mtft.models.model_files import broken_weights, check_finite
@@ -132,7 +133,7 @@ def load_adapter(
             do="copy or save the adapter again, whole",
         ) from error
     except (RuntimeError, ValueError, AttributeError) as error:
-        if isinstance(error, MemoryError) or "out of memory" in str(error):
+        if is_out_of_memory(error):
             raise
         what = f"the adapter does not fit the model: {_first_line(error)}"
         raise UserError(what, where=where, do=USE_ITS_BASE) from error

@@ -25,6 +25,7 @@ import torch
 
 from mtft.common.atomic_folder import restore_replaced
 from mtft.common.errors import UserError
+from mtft.common.out_of_memory import is_out_of_memory
 from mtft.common.own_files import irregular
 from mtft.models.cpu_precision import cpu_dtype
 from mtft.models.model_files import ReportFilter, blame, check_finite, check_model_files
@@ -61,20 +62,20 @@ def model_location(path: str | Path) -> str:
         if os.path.exists(folder) or folder.is_absolute() or path.count("/") != 1 or path.startswith("."):
             raise UserError(
                 f"no model folder at {path}" if not os.path.exists(folder) else f"{path} is {kind}, not a folder",
-                where=f"model {path}",
+                where=f"model path {path}",
                 do="give a folder with config.json and *.safetensors, a hub name (org/name), or quickstart:weak",
             )
         return path
     for item in folder.iterdir():
         if (kind := irregular(item)) not in (None, "a folder"):
             what = f"the folder holds {kind}: {item.name}"
-            raise UserError(what, where=f"model {path}", do="remove it: a model is read from plain files")
+            raise UserError(what, where=f"model path {path}", do="remove it: a model is read from plain files")
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         raise UserError(
             "the folder holds an adapter, not a model" if adapter else "the folder holds no config.json",
-            where=f"model {path}",
-            do="give the base model's folder" + ("; an adapter is given with --adapter" if adapter else ""),
+            where=f"model path {path}",
+            do="give the base's folder (model.path)" + ("; an adapter is given with --adapter" if adapter else ""),
         )
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
@@ -82,7 +83,7 @@ def model_location(path: str | Path) -> str:
             f"the weights are pickles ({', '.join(pickled[:3])}), which can run code when they are read"
             if pickled
             else "the folder holds no *.safetensors",
-            where=f"model {path}",
+            where=f"model path {path}",
             do="convert them on a machine you trust: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
             if pickled
             else "put the model's *.safetensors there",
@@ -144,7 +145,8 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def resolve_dtype(dtype: str) -> torch.dtype:
     """A precision by its name in recipes. `auto`: bf16 where the device is fast in it (CPUs are measured), or fp32."""
     if dtype == "auto" and torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        # Not where it is emulated (T4, V100): that is many times slower than fp32.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return cpu_dtype() if dtype == "auto" else DTYPES[dtype]
 
 
@@ -256,7 +258,7 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
     hub = {} if Path(location).is_dir() else {"revision": revision}
     if not hub:
         check_model_files(Path(location))
-    where = f"model {path}" + (f" (revision {revision})" if hub else "")
+    where = f"model path {path}" + (f" (revision {revision})" if hub else "")
     weights = _has_weights(auto)
     if weights:
         options |= {"use_safetensors": True, "output_loading_info": True}
@@ -265,14 +267,15 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
     told: Any = logging.get_logger("transformers.modeling_utils")
     report_filter, level = ReportFilter(told.getEffectiveLevel()), told.level
     told.addFilter(report_filter)
-    told.setLevel(min(WARNING, told.getEffectiveLevel()))  # of the report
+    # Below that of the report, which is a warning; not at it: there transformers warns of layers that aren't sharded.
+    told.setLevel(min(WARNING - 1, told.getEffectiveLevel()))
     try:
         loaded = auto.from_pretrained(location, trust_remote_code=False, **hub, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except (ImportError, MemoryError):
+    except ImportError:
         raise
     except Exception as error:  # what damaged files raise inside transformers has no end
+        if is_out_of_memory(error):
+            raise
         reason, place = blame(Path(location), error)
         if report_filter.mismatch is not None:
             reason, place = f"config.json says other shapes than its weights have: {report_filter.mismatch}", None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mtft.common.errors import UserError
 from mtft.models.adapters import load_adapter, read_peft_config
@@ -56,6 +57,7 @@ def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> Peft
     # names of expert weights that PEFT turned into parameters matched no module either
     if any(target in (config.target_modules or ()) for target in unmatched):
         raise refusal
+    share_inputs(adapted)
     return _freeze_a(adapted) if section.freeze_a else adapted
 
 
@@ -68,6 +70,7 @@ def continue_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     config.lora_dropout = section.dropout
     start, where = str(section.start), f"lora.start: {section.start}"
     adapted = load_adapter(model, start, config=config, trainable=True, where=where)
+    share_inputs(adapted)
     return _freeze_a(adapted) if section.freeze_a else adapted
 
 
@@ -84,6 +87,26 @@ def read_start(section: LoraSection) -> LoraConfig:
         told = [f"r: {r}, alpha: {alpha}, rslora: {str(rslora).lower()}" for r, alpha, rslora in (has, wants)]
         raise UserError(f"the adapter has {told[0]}; the recipe has {told[1]}", where=where, do=f"lora: {{{told[0]}}}")
     return config
+
+
+def share_inputs(adapted: nn.Module) -> None:
+    """Under autocast the adapted layers take their input as it is, so that q, k and v (gate and up) keep one tensor.
+
+    PEFT casts it to the adapter's fp32, which autocast casts back for `lora_A`: each layer keeps a copy of its own for
+    the backward pass, of the same numbers. Outside of autocast the cast is needed. With dropout there is a copy for
+    each layer anyway, and DoRA takes its norms in the precision of the input: both are left alone.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in adapted.modules():
+        if not isinstance(module, LoraLayer) or module.lora_variant:
+            continue
+        if all(isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values()):
+            module.register_forward_pre_hook(_cast_unless_autocast)
+
+
+def _cast_unless_autocast(module: Any, inputs: tuple[Any, ...]) -> None:
+    module.cast_input_dtype_enabled = not torch.is_autocast_enabled(inputs[0].device.type)
 
 
 def _freeze_a(adapted: PeftModel) -> PeftModel:

@@ -164,7 +164,7 @@ def _choose_mixture(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> R
         return RunChoice(mix.space(recipe, stores).current)
     folder = mix.mix_dir(recipe)
     inputs = {
-        "sweep": sweep.model_dump(mode="json", exclude={"workers", "backend"}),
+        "sweep": sweep.model_dump(mode="json", exclude={"workers", "backend", "resources"}),
         "config": mix.trial_config(recipe, stores),
         "mixture": recipe.mixture.model_dump(mode="json"),
         "steps": recipe.train.steps,

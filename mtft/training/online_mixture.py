@@ -7,8 +7,8 @@ After optimizer step s, once its metrics are known:
     decided   by data_mixers.online.controller on every rank, from the same numbers; what the first rank says is played
     planned   the chain's steps from s + 1 on; rows go on in their epochs
 
-Every rank then has the same plan by construction, and so the same micro-batches. Nothing is fetched ahead of a change:
-the trainer reads its steps one by one (no loader processes). A checkpoint after step s holds what was decided there.
+Every rank then has the same plan by construction, and so the same micro-batches. Nothing is built ahead of a change:
+the trainer reads its steps one by one. A checkpoint after step s holds what was decided there.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import torch
 from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
 from mtft.common.output_paths import check_output_folder
+from mtft.distributed.extensions import extension_notes
 from mtft.losses.moe_router_loss import check_router_loss
 from mtft.losses.token_nll import resolve_path
 from mtft.models.loading import compute_dtype, read_config, refuse_precision, without_data
@@ -35,6 +36,7 @@ IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 
 def refuse_settings(recipe: Recipe, *, loaded: bool = False) -> None:
     """UserError for the first setting that a run can't begin with. loaded: the model is there already, as it is."""
+    extension_notes()
     refuse_trackers(recipe.output.trackers)
     refuse_precision(recipe.model)
     check_output_folder(Path(recipe.output.dir), key="output.dir")

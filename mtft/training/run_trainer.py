@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from mtft.common.errors import UserError
 from mtft.data.planning import batch_tokens_of, make_plan
 from mtft.distributed.collectives import from_first_rank
+from mtft.distributed.extensions import extension_notes
 from mtft.distributed.launch import is_main_process
 from mtft.evaluation.heldout_loss import Told
 from mtft.evaluation.task_scores import TaskScores
@@ -36,6 +37,7 @@ from mtft.training.checkpoint.checkpoint import (
 )
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
 from mtft.training.checkpoint.run_basis import run_basis
+from mtft.training.determinism import deterministic_kernels
 from mtft.training.from_datasets import Rows, recipe_of_datasets
 from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
 from mtft.training.optim.schedule_free import evaluation_weights
@@ -59,6 +61,7 @@ class RunTrainer(Trainer):
     identity  what a checkpoint must agree on to be continued (fingerprints), kept with it
     basis     what the run is trained with (run_basis), kept and compared in the same way; None: not known
     keep      checkpoints that stay on disk
+    deterministic  trains with deterministic kernels alone (mtft.training.determinism)
     """
 
     model: nn.Module
@@ -66,6 +69,7 @@ class RunTrainer(Trainer):
     basis: dict[str, Any] | None = None
     keep: int
     keep_best: bool = False
+    deterministic: bool = False
     optimizer: Any
     stopping: EarlyStopping
     run_log: MetricsLog
@@ -77,6 +81,7 @@ class RunTrainer(Trainer):
         """A trainer of ready-made parts."""
         trainer = cls(model, args, **parts.options)
         trainer.optimizer_cls_and_kwargs = parts.optimizer  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.deterministic = parts.deterministic
         return trainer
 
     @classmethod
@@ -153,6 +158,8 @@ class RunTrainer(Trainer):
         for store in inputs.stores:
             for line in store.warnings():
                 log.say(f"warning: {line}")
+        for line in extension_notes():
+            log.say(f"note: {line}")
         saves = recipe.output.save_every is not None
         args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=saves)
         args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start
@@ -184,7 +191,8 @@ class RunTrainer(Trainer):
         if resume_from_checkpoint:
             self.args.eval_on_start = False
             check_identity(Path(resume_from_checkpoint), self.identity, self.basis)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        with deterministic_kernels(self.deterministic):
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.keep_best:
             load_best_weights(self, "best")
         return output

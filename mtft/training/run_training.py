@@ -70,6 +70,7 @@ def _train(recipe: Recipe, *, fresh: bool, quiet: bool, prove: bool, refused: Us
     begin = time.perf_counter()
     # Heavy imports stand here: a finished run is recognised without them.
     from mtft.data.planning import make_plan
+    from mtft.distributed.extensions import extension_notes
     from mtft.distributed.stop_signal import EXIT_CODES, StopSignal
     from mtft.models.cpu_precision import precision_warnings
     from mtft.models.loading import read_config
@@ -98,6 +99,8 @@ def _train(recipe: Recipe, *, fresh: bool, quiet: bool, prove: bool, refused: Us
             log.say(f"warning: {line}")
     for line in precision_warnings({"model": recipe.model}):
         log.say(f"warning: {line}")
+    for line in extension_notes():
+        log.say(f"note: {line}")
     # joins the ranks
     args = training_arguments(recipe, run_dir, steps=plan.steps, evaluates=inputs.evaluates, saves=True)
     size = None if fresh else chosen_size(run_dir)

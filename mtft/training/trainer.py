@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
+from transformers.trainer_utils import TrainOutput
 
 from data_mixers.plan.mixture_plan import MixturePlan
 from data_mixers.plan.replanned import ReplannedPlan
+from mtft.common.device_copy import to_device
 from mtft.common.state_tree import random_state
 from mtft.data.batching.batch import Batch
 from mtft.data.batching.batches import BatchSource
+from mtft.data.batching.prefetch import AHEAD, PrefetchedSteps
 from mtft.distributed.launch import check_ranks
 from mtft.distributed.sharding import check_sharded
 from mtft.distributed.stop_signal import StopSignal
@@ -115,6 +118,7 @@ class MultiTaskTrainer(RunTrainer):
         self._bad = NonFiniteSteps(most=max_bad_steps)
         self._score = score
         self._line: dict[str, Any] = {}
+        self._prefetched: PrefetchedSteps | None = None
         self._trouble: str | None = None
         self.gradient_step = gradient_step
         self.stopping = stopping or EarlyStopping(tasks)
@@ -146,16 +150,22 @@ class MultiTaskTrainer(RunTrainer):
 
     # ---- data
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._prefetched is not None:
+                self._prefetched.close()
+
     def get_train_dataloader(self) -> DataLoader:
         """Steps 0, 1, ... of the source. Not prepared by accelerate: every rank already reads its own part."""
+        # A mixture that changes online would come too late for what is built ahead.
+        self._prefetched = PrefetchedSteps(self.steps, self.args.device, ahead=0 if self.online is not None else AHEAD)
         return DataLoader(
-            self.steps,  # pyright: ignore[reportArgumentType]  (map-style by __getitem__ and __len__)
+            self._prefetched,  # pyright: ignore[reportArgumentType]  (map-style by __getitem__ and __len__)
             batch_size=1,
             shuffle=False,
             collate_fn=itemgetter(0),
-            # Workers fetch ahead, and a mixture that changes online would come too late.
-            num_workers=0 if self.online is not None else self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
         )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, None]:
@@ -194,7 +204,7 @@ class MultiTaskTrainer(RunTrainer):
         self._last = [] if empty else batches, loss_K, probs_K, even_K
         content, rate = self.steps.content(step - 1), self._get_learning_rate()
         self._line = step_line(step, self.tasks, content, rate, loss, loss_K, w_K, share_K, counts.tokens_K)
-        return torch.tensor(loss, device=device)
+        return to_device(torch.tensor(loss), device)
 
     def _gradients(
         self, model: nn.Module, batches: list[Batch], counts: TaskCounts, w_K: Tensor, share_K: Tensor, step: int

@@ -20,7 +20,7 @@ from mtft.data.store.token_store import open_stores
 from mtft.data.tokenize.vocabulary_check import check_vocabulary
 from mtft.distributed.collectives import from_first_rank
 from mtft.distributed.launch import is_main_process
-from mtft.distributed.sharding import trainable
+from mtft.distributed.sharding import elements, trainable
 from mtft.distributed.stop_signal import StopSignal
 from mtft.evaluation.heldout_loss import BatchLayout, Told, evaluate_model
 from mtft.evaluation.task_scores import TaskScores
@@ -122,10 +122,11 @@ def start_run_dir(
 
 
 class TrainerParts(NamedTuple):
-    """Keyword arguments of MultiTaskTrainer, and what its `optimizer_cls_and_kwargs` becomes."""
+    """Keyword arguments of MultiTaskTrainer, and what its `optimizer_cls_and_kwargs` and `deterministic` become."""
 
     options: dict[str, Any]
     optimizer: tuple[Any, dict[str, Any]] | None
+    deterministic: bool = False
 
 
 def trainer_parts(
@@ -231,7 +232,7 @@ def trainer_parts(
         "max_bad_steps": section.max_bad_steps,
         "keep": recipe.output.keep,
     }
-    return TrainerParts(options, own_optimizer(recipe, args))
+    return TrainerParts(options, own_optimizer(recipe, args), section.deterministic)
 
 
 SHOWN_TASKS = 20  # whose shares are said before the first step
@@ -248,8 +249,8 @@ def print_summary(
     say: Callable[[str], None],
 ) -> None:
     """Says what is derived from the recipe before the first step."""
-    trained = sum(parameter.numel() for parameter in trainable(model).values())
-    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(map(elements, trainable(model).values()))
+    total = sum(map(elements, model.parameters()))
     processes = args.world_size
     say(
         f"{recipe.name}: {plan.steps} steps of {plan.batch} {plan.unit}, {trained:,} of {total:,} parameters trained, "

@@ -13,6 +13,7 @@ from mtft.distributed.sharding import fsdp_settings, set_deepspeed_precision
 from mtft.models.loading import compute_dtype, refuse_precision
 from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.determinism import fix_workspace
 from mtft.training.optim.lr_schedules import schedule_arguments
 from mtft.training.optim.optimizers import MUON, optimizer_name
 
@@ -31,6 +32,8 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
     shards_on_cpu = on_cpu and engine() != "ddp" and world_size() > 1
     if shards_on_cpu:
         init_cpu_process_group()
+    if section.deterministic:
+        fix_workspace()
     dtype = compute_dtype(recipe.model)
     refuse_precision(recipe.model)
     args = TrainingArguments(
@@ -51,7 +54,7 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
         activation_checkpointing_kwargs={"use_reentrant": False} if section.gradient_checkpointing else None,
         bf16=dtype == torch.bfloat16 and engine() != "deepspeed",  # see set_deepspeed_precision
         fp16=dtype == torch.float16,
-        use_cpu=on_cpu and not (shards_on_cpu and engine() == "deepspeed"),
+        use_cpu=on_cpu,
         accelerator_config={"use_configured_state": True} if shards_on_cpu else None,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=section.eval_every or steps,
@@ -63,8 +66,6 @@ def training_arguments(recipe: Recipe, run_dir: Path, *, steps: int, evaluates: 
         disable_tqdm=True,  # our own progress line
         ddp_find_unused_parameters=False,  # every rank uses every trainable parameter, also on an empty micro-batch
         ddp_broadcast_buffers=False,
-        dataloader_pin_memory=not on_cpu,
-        dataloader_num_workers=0 if on_cpu else 2,
         remove_unused_columns=False,
     )
     if engine() == "fsdp":

@@ -27,6 +27,7 @@ _SAME = {  # setting of transformers -> key of the recipe, with the same meaning
     "eval_on_start": "train.eval_on_start",
     "label_smoothing_factor": "loss.label_smoothing",
     "seed": "seed",
+    "full_determinism": "train.deterministic",
 }
 _OPTIONAL = {  # the same where they are set
     "neftune_noise_alpha": "train.neftune",

@@ -78,3 +78,10 @@ def checked_slow(folder, trial, stop=None):
     (Path(folder) / f"{trial.id}-{time.time_ns()}").touch()
     time.sleep(0.05)
     return checked(trial, stop)
+
+
+def gpus_seen(trial):
+    """Scores: how many GPUs this process is shown, and the first of them (-1: it is shown all that there are)."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    ids = [] if not seen else seen.split(",")
+    return [(1.0, {"count": float(len(ids)) if seen is not None else -1.0, "first": float(ids[0]) if ids else -1.0})]

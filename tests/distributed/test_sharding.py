@@ -15,6 +15,7 @@ from mtft.common.errors import UserError
 from mtft.data.batching.batch import Batch
 from mtft.distributed.sharding import (
     check_sharded,
+    elements,
     fsdp_settings,
     gathered,
     placed_moments,
@@ -125,6 +126,17 @@ def test_engine_of_the_launch(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     assert sharding_of_launch() == {"name": "zero3", "processes": 4}
+
+
+def test_all_numbers_of_a_parameter_are_counted():
+    """Where ZeRO-3 has taken them away (ds_numel, as DeepSpeed names it), and where nf4 packs two in a byte."""
+    import bitsandbytes as bnb
+
+    whole, taken = nn.Parameter(torch.zeros(3, 5)), nn.Parameter(torch.zeros(0))
+    taken.ds_numel = 15
+    packed = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    assert packed.numel() == 64 * 64 // 2
+    assert [elements(parameter) for parameter in (whole, taken, packed)] == [15, 15, 64 * 64]
 
 
 class LetterLoss(Objective):

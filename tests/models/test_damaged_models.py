@@ -146,6 +146,19 @@ def test_weights_that_are_no_numbers(folder, value, name, dtype):
     assert WEIGHTS in error.where
 
 
+def test_of_a_whole_model_nothing_is_said(folder, caplog):
+    load(folder)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("kind", ["another type", "a list"])
+def test_classes_of_errors_are_not_named(folder, kind):
+    config = json.loads((folder / "config.json").read_text())
+    config["attention_dropout"] = [] if kind == "a list" else {"a": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert not any(name in refused(folder).what for name in ("TypeError", "NoneType", "<class"))
+
+
 def test_large_numbers_are_numbers(folder):
     """Their sum overflows in fp16."""
     tensors = {key: tensor.to(torch.float16) for key, tensor in load_file(folder / WEIGHTS).items()}

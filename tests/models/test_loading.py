@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from mtft.common.errors import UserError
-from mtft.models.loading import compute_dtype, load_base, load_tokenizer, model_location, pad_id
+from mtft.models.loading import compute_dtype, load_base, load_tokenizer, model_location, pad_id, resolve_dtype
 from mtft.models.lora import add_lora
 from mtft.recipe.schema.lora import LoraSection
 from mtft.recipe.schema.model import ModelSection
@@ -134,3 +134,10 @@ def test_variants_of_lora_train_and_are_proved(recipe, tmp_path, lora):
 def test_variants_that_want_data_are_refused(tmp_path):
     with pytest.raises(ValidationError, match="mica"):
         LoraSection(init="eva")
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bf16_on_a_gpu_that_computes_in_it_and_not_where_it_is_emulated(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert resolve_dtype("auto") == expected

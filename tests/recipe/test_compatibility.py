@@ -26,6 +26,8 @@ CASES = {
     "sweep + tasks.*.eval_data": ("mix", ["tasks.sum.eval_data="]),
     "loss.balancer + tasks.*.eval_data": ("train", ["tasks.sum.eval_data="], PLAIN, READS_VALIDATION),
     "lora: null + model.quantise": ("train", ["lora=null", "model.quantise=nf4"]),
+    "sweep.resources + sweep.backend": ("mix", ["sweep.resources={gpus: 1}"]),
+    "sweep.resources.gpus": ("mix", ["sweep.backend=ray", "sweep.resources={gpus: 1.5}"]),
     "sweep.lora: full + quantise": ("mix", ["sweep.lora=full", "model.quantise=int8"]),
     "lora.start + lora.init": ("train", ["lora.start=runs/a/adapter", "lora.init=pissa"]),
     "lora.init + model.quantise": ("train", ["lora.init=pissa", "model.quantise=nf4"]),

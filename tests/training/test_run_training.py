@@ -3,7 +3,10 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,7 +44,7 @@ def run(recipe, prepare=lambda: None):
     return process.exitcode
 
 
-def kill_at_step(step, number=signal.SIGKILL):
+def kill_at_step(step, number=signal.SIGKILL, send=os.kill):
     def plant():
         from mtft.training.trainer import MultiTaskTrainer
 
@@ -49,7 +52,7 @@ def kill_at_step(step, number=signal.SIGKILL):
 
         def deadly(self, *args, **kwargs):
             if self.state.global_step + 1 == step:
-                os.kill(os.getpid(), number)
+                send(os.getpid(), number)
             return whole(self, *args, **kwargs)
 
         MultiTaskTrainer.training_step = deadly
@@ -141,6 +144,54 @@ def test_signal_finishes_the_step_and_saves(few_rows, unbroken, tmp_path, number
     assert not (tmp_path / "stopped" / "result.json").exists()
     assert run(recipe) == 0
     assert picture(tmp_path / "stopped") == unbroken
+
+
+def with_loader_settings(plant=lambda: None):
+    """What transformers' loader would be asked for on a machine with a GPU; then `plant`."""
+
+    def prepare():
+        from mtft.training import training_arguments as module
+
+        TrainingArguments = module.TrainingArguments
+        module.TrainingArguments = lambda **settings: TrainingArguments(**{**settings, "dataloader_num_workers": 2})
+        plant()
+
+    return prepare
+
+
+def test_signal_to_the_whole_group_saves(few_rows, unbroken, tmp_path):
+    """As schedulers and launchers send it: whatever process builds batches gets it too."""
+
+    def to_group(process, number):
+        """From another process: torch's loader workers forgive a signal of their parent."""
+        assert process == os.getpgid(0) == os.getpid()
+        send = "import os, sys; os.killpg(int(sys.argv[1]), int(sys.argv[2]))"
+        subprocess.run([sys.executable, "-c", send, str(process), str(int(number))], start_new_session=True, check=True)
+
+    def plant():
+        os.setsid()
+        kill_at_step(5, signal.SIGTERM, to_group)()
+
+    recipe = recipe_in(few_rows, tmp_path / "stopped")
+    assert run(recipe, with_loader_settings(plant)) == 0
+    assert (tmp_path / "stopped" / "checkpoint-5").is_dir()
+    assert run(recipe, with_loader_settings()) == 0
+    assert picture(tmp_path / "stopped") == unbroken
+
+
+def test_long_steps_hold_no_files_open(few_rows, tmp_path):
+    """100 micro-batches a step, 60 more open files than at the start: as a limit of 1024 and a larger step."""
+
+    def plant():
+        here = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (here + 60, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+    settings = {"steps": 3, "batch_tokens": 6000, "micro_batch_tokens": 64, "max_length": 64}
+    recipe = recipe_in(
+        few_rows, tmp_path / "long", train=settings, tasks=[{**t, "limit": 60} for t in few_rows["tasks"]]
+    )
+    assert run(recipe, with_loader_settings(plant)) == 0
+    assert len(lines(tmp_path / "long")) == 3
 
 
 def test_torn_checkpoint_is_passed_over(few_rows, unbroken, tmp_path):

@@ -1,6 +1,8 @@
 """The trainer against a loop that is written out by hand, and the promise that the split of a step does not matter."""
 
+import itertools
 import json
+import threading
 
 import pytest
 import torch
@@ -233,6 +235,38 @@ def test_step_without_any_weight_is_skipped_and_named(recipe, tmp_path):
     assert "copy" in caught.value.what
     assert trainer.bad_steps["empty"] == 3
     assert all(torch.equal(p, start[name]) for name, p in trainer.model.named_parameters())
+
+
+class Breaks(TrainerCallback):
+    def __init__(self, error):
+        self.error = error
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise self.error
+
+
+@pytest.mark.parametrize("where", ["batch", "step", "Ctrl-C"])
+def test_an_error_comes_as_it_is_and_leaves_no_thread(recipe, tmp_path, where):
+    trainer, *_ = trainer_for(recipe, tmp_path)
+    before = set(threading.enumerate())
+    error = KeyboardInterrupt() if where == "Ctrl-C" else OSError("the disk is gone")
+    if where == "batch":
+        store = trainer.steps.stores[0]
+        example, served = store.example, itertools.count()
+
+        def failing(i):
+            if next(served) == 20:
+                raise error
+            return example(i)
+
+        store.example = failing
+    else:
+        trainer.add_callback(Breaks(error))
+    with pytest.raises(type(error)) as caught:
+        trainer.train()
+    assert caught.value is error
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.fixture

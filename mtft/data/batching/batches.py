@@ -23,6 +23,7 @@ from mtft.data.tokenize.encode import Example
 
 EMPTY_ROW = 8  # positions of a row that holds padding only
 EVAL_WINDOW = 4096  # examples that are packed together in evaluation
+KEPT = 4  # steps whose content is remembered: the one in training, and what is built ahead of it
 
 
 class ExampleStore(Protocol):
@@ -93,7 +94,7 @@ class BatchSource:
         self.micro_batch_tokens, self.capacity = micro_batch_tokens, min(max_length, micro_batch_tokens)
         self.packing, self.pad_id, self.unmixed, self.rank, self.world = packing, pad_id, unmixed, rank, world
         self.until: int | None = None
-        self._dealt: tuple[int, PlannedStep] | None = None  # the last step that was dealt out
+        self._dealt: dict[int, PlannedStep] = {}  # the last steps that were dealt out
 
     def __len__(self) -> int:
         return self.plan.steps if self.until is None else self.until
@@ -138,7 +139,9 @@ class BatchSource:
         if not 0 <= s < len(self):
             raise IndexError(f"step {s} of {len(self)}")
         step = self.step(s)
-        self._dealt = s, step
+        self._dealt[s] = step
+        while len(self._dealt) > KEPT:
+            del self._dealt[next(iter(self._dealt))]
         dealt = self.layout(step)[self.rank]
         examples = {
             i: (self.stores[step.task[i]].example(int(step.row[i])), int(step.task[i]))
@@ -164,7 +167,8 @@ class BatchSource:
 
     def _planned(self, s: int) -> PlannedStep:
         """A step as it was dealt out: what a mixture decides later never changes it."""
-        return self._dealt[1] if self._dealt is not None and self._dealt[0] == s else self.step(s)
+        dealt = self._dealt.get(s)
+        return self.step(s) if dealt is None else dealt
 
 
 class EvalBatch(NamedTuple):

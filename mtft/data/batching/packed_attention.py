@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mtft.common.device_copy import to_device
 from mtft.data.batching.batch import Batch
 
 # model_type of transformers' configs for which tests/data/batching/test_packed_attention.py holds: bit-equal losses,
@@ -70,11 +71,11 @@ def model_inputs(batch: Batch, attention: str, *, packed_ok: bool = True) -> dic
 
 def _borders(batch: Batch) -> dict[str, Any]:
     """Cumulative lengths over the flattened batch, for varlen flash attention. Padding joins what it follows."""
-    position_BT = batch.position_ids_BT
+    position_BT = batch.host.position_ids_BT
     starts = torch.nonzero((position_BT == 0).flatten(), as_tuple=False).flatten()
-    end = torch.tensor([position_BT.numel()], device=starts.device)
-    cumulative = torch.cat([starts, end]).to(torch.int32)
+    cumulative = torch.cat([starts, torch.tensor([position_BT.numel()])]).to(torch.int32)
     longest = int(cumulative.diff().max())
+    cumulative = to_device(cumulative, batch.position_ids_BT.device)
     return {
         "cu_seq_lens_q": cumulative,
         "cu_seq_lens_k": cumulative,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mtft.common.folder_lock import sole_writer
 from mtft.common.long_work import LongWork
+from mtft.common.out_of_memory import give_back, is_out_of_memory
 from mtft.common.output_paths import check_output_file
 from mtft.common.own_files import irregular
 from mtft.fuse.alpha.spec import FusionError
@@ -141,4 +142,6 @@ def _work_isolated(group: list[JsonlRequest], work: Work) -> list[Row]:
     except (RuntimeError, *ROW_ERRORS) as error:  # memory that does not suffice is a RuntimeError
         if len(group) == 1:
             return [{"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}]
+        if is_out_of_memory(error):
+            give_back(error)  # before the rows are tried alone
     return [answer for job in group for answer in _work_isolated([job], work)]

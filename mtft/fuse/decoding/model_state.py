@@ -133,12 +133,15 @@ class CachedModel:
         at, rows = self.groups.index(group), self.mask_BC.shape[0]
         other = copy.copy(self)
         other.groups, self.groups = (group,), (*self.groups[:at], *self.groups[at + 1 :])
-        other._fill_cache(lambda x: x[at * rows : (at + 1) * rows], self)
+        other._fill_cache(lambda x: x[at * rows : (at + 1) * rows], self, keep=True)
         self._fill_cache(lambda x: torch.cat([x[: at * rows], x[(at + 1) * rows :]]), self)
         return other
 
     def join(self, other: CachedModel, at: int) -> None:
-        """Take back a group that was split off, as group number `at`. Both must have read the same tokens."""
+        """Take back a group that was split off, as group number `at`. Both must have read the same tokens.
+
+        `other` is empty after it.
+        """
         for cached in (self, other):
             if cached.has_gaps:
                 cached.drop_gaps()
@@ -149,7 +152,10 @@ class CachedModel:
         self._fill_cache(lambda x, y: torch.cat([x[:start], y, x[start:]]), self, other)
 
     def append_rows(self, other: CachedModel) -> None:
-        """Take in the prompts of another cache of the same model and groups, behind left padding where needed."""
+        """Take in the prompts of another cache of the same model and groups, behind left padding where needed.
+
+        `other` is empty after it.
+        """
         length = max(self.length, other.length)
 
         def append(*both: Tensor) -> Tensor:
@@ -160,11 +166,19 @@ class CachedModel:
         self.mask_BC = torch.cat([F.pad(cached.mask_BC, (length - cached.length, 0)) for cached in (self, other)])
         self.has_gaps = not bool(self.mask_BC.all())
 
-    def _fill_cache(self, change: Callable[..., Tensor], *sources: CachedModel) -> None:
-        """A new cache: `change` of the sources' keys, and of their values [rows, heads, columns, width], per layer."""
+    def _fill_cache(self, change: Callable[..., Tensor], *sources: CachedModel, keep: bool = False) -> None:
+        """A new cache: `change` of the sources' keys, and of their values [rows, heads, columns, width], per layer.
+
+        The sources give up each layer as it is taken over, so that never more than one is held twice; unless they are
+        to `keep` them.
+        """
         cache = preallocated_cache(self.model)
         for index, layers in enumerate(zip(*(source.cache.layers for source in sources), strict=True)):
-            cache.update(change(*(x.keys for x in layers)), change(*(x.values for x in layers)), index)
+            keys, values = (change(*(getattr(layer, part) for layer in layers)) for part in ("keys", "values"))
+            if not keep:
+                for layer in layers:
+                    layer.reset()  # dynamic layers drop their tensors
+            cache.update(keys, values, index)
         self.cache = cache
 
     @property

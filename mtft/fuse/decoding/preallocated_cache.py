@@ -46,6 +46,14 @@ class PreallocatedLayer(DynamicLayer):
         self.values, self._values_buffer = _append(self.values, value_states, self._values_buffer)
         return self.keys, self.values
 
+    def reset(self) -> None:
+        super().reset()
+        self._keys_buffer = self._values_buffer = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._keys_buffer = self._values_buffer = None  # else all rows stay in memory until the next token
+
 
 def _append(old: Tensor, new: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(old and new columns as one tensor, the buffer that it is the front of: None for short ones)."""

@@ -6,7 +6,7 @@ compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,17 @@ def score_small_models(
         for t, logits_BLM in enumerate((*experts, base_BLM)):
             sums_TB[t].index_add_(0, row_N, _known(logits_BLM[row_N, column_N], target_N).to(sums_TB))
     return SmallScores(sums_TB[:-1], sums_TB[-1], [len(answer) for _, answer in pairs])
+
+
+@torch.no_grad()
+def small_positions(fused: FusionCore, ids_1L: Tensor, expert: int) -> Iterator[Tensor]:
+    """The logits [M] of one expert after each token of one text.
+
+    As many positions as max_logit_bytes allows are read at once, so a long text may differ from one pass by rounding.
+    """
+    models, chunk = fused.cached_models(), fused.positions_at_once()
+    for ids_1C in ids_1L.split(chunk, 1) if ids_1L.numel() else ():
+        yield from models.read_weak(ids_1C, keep=0)[0][expert][0]
 
 
 def _known(logits_NM: Tensor, target_N: Tensor) -> Tensor:

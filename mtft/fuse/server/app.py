@@ -218,6 +218,8 @@ def serve(
 ) -> None:
     """Serve a recipe's fusion until SIGTERM or SIGINT; what runs then is finished first (graceful_shutdown.py).
 
+    RuntimeError when its device or its engine fails for good.
+
     announce: is told the address as soon as requests are answered.
     """
     from uvicorn import Config
@@ -240,3 +242,5 @@ def serve(
         if announce is not None:
             announce(f"serving {recipe.name} on http://{host}:{bound.getsockname()[1]}; SIGTERM or Ctrl-C ends it")
         server.run(sockets=[bound])
+        if app.state.engine.lost:
+            raise RuntimeError(f"the engine can't work again in this process: {app.state.engine.fault}")

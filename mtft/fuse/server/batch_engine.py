@@ -3,8 +3,9 @@
 Clients hand in jobs and get events back. A job that is cancelled leaves at the next token. The rows of a batch don't
 see each other: padding is never attended to, and a row's noise depends on its own seed and position only.
 
-A batch that fails ends for everyone in it; then the engine asks the models for one token. If they can't give it (a
-device that is lost, no memory), it takes nothing more, says so (`fault`), and tries again every few seconds.
+A batch that fails ends for everyone in it; then the engine asks the models for one token. If they can't give it (no
+memory, say), it takes nothing more, says so (`fault`), and tries again every few seconds. A device that fails does not
+come back within a process, nor does the engine's thread: then it is `lost`, and the server ends (graceful_shutdown.py).
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from mtft.common.out_of_memory import is_device_error
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.decoding import gumbel_sampling
 from mtft.fuse.decoding.model_state import CachedModels, ModelLogits
 from mtft.fuse.decoding.prompts import Prompt, left_pad, pad_small_prompts
 from mtft.fuse.decoding.score_text import fused_positions
+from mtft.fuse.decoding.small_scores import small_positions
 from mtft.fuse.fusion_core import FusionCore
 from mtft.fuse.server.incremental_detokenizer import IncrementalDetokenizer
 from mtft.fuse.server.jobs import (
@@ -66,6 +69,7 @@ class BatchEngine:
         self._changed = threading.Condition()
         self.draining = self._closing = self._busy = False
         self.fault: str | None = None  # why it can't serve
+        self.lost = False  # it never will again in this process
         self.running: list[tuple[GenerationJob, IncrementalDetokenizer]] = []
         self._batch: tuple[CachedModels, ModelLogits] | None = None  # of the running rows; logits at the last token
         self._thread = threading.Thread(target=self._run, name="fuse-engine", daemon=True)
@@ -141,6 +145,7 @@ class BatchEngine:
             self._busy = False
             if not self._closing:
                 self._fail(reason)
+                self.lost = True
 
     def _wait(self) -> bool:
         """Until there is something to do. False: there never will be."""
@@ -198,6 +203,7 @@ class BatchEngine:
             self.fault = None
         except Exception as error:  # noqa: BLE001  every failure is one
             self._fail(_reason(error))
+            self.lost = self.lost or is_device_error(error)
 
     def _fail(self, reason: str) -> None:
         """Nothing can be served: whoever is here hears of it, and nobody is let in."""
@@ -254,8 +260,7 @@ class BatchEngine:
         ids_1L = torch.tensor([job.ids], device=self.fused.device)
         scores = [TokenScore(job.ids[0], None)]
         if isinstance(job.source, int):
-            logits_LM = self.fused.cached_models().read_weak(ids_1L, keep=0)[0][job.source][0]
-            rows = (self._full_logprobs(logits_V) for logits_V in logits_LM[:-1])
+            rows = map(self._full_logprobs, small_positions(self.fused, ids_1L[:, :-1], job.source))
         else:
             spec = replace(job.spec, alpha_rule="fixed", alpha=0.0) if job.source == "strong" else job.spec
             predict_1L = torch.ones_like(ids_1L, dtype=torch.bool)

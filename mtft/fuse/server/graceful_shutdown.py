@@ -1,5 +1,7 @@
 """A server that drains: at SIGTERM or Ctrl-C it finishes what runs, refuses what comes (503), and ends with status 0.
 
+It also ends, with status 1, when its engine can't work again in this process (a device that failed).
+
 uvicorn alone stops to listen at once, so that clients see a refused connection, and at the end sends itself the signal
 again, so that a supervisor sees a killed process.
 """
@@ -40,6 +42,8 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
+        if self.engine.lost:  # whoever was waiting has heard of it; a supervisor starts another process
+            self.should_exit = True
         if self._until is not None and (self.engine.idle or time.monotonic() > self._until):
             self.should_exit = True
         self._close_silent()

@@ -40,12 +40,13 @@ class SplitHalves:
         self._size_H = torch.zeros(2 * self.num_tasks, dtype=torch.int64)
 
     def deal(self, batch: Batch) -> Tensor:
-        """int [B, T]: the half of every token, -1 = padding. An example lies in one half."""
-        segment_BT, task_BT = batch.segment_ids_BT.cpu(), batch.task_ids_BT.cpu()
+        """int [B, T] on the CPU: the half of every token, -1 = padding. An example lies in one half."""
+        batch = batch.host
+        segment_BT, task_BT = batch.segment_ids_BT, batch.task_ids_BT
         first_BT = torch.ones_like(segment_BT, dtype=torch.bool)
         first_BT[:, 1:] = segment_BT[:, 1:] != segment_BT[:, :-1]
         example_N = first_BT.flatten().cumsum(0) - 1
-        learnt_N = example_N[(batch.labels_BT.cpu() != IGNORE).flatten()]
+        learnt_N = example_N[(batch.labels_BT != IGNORE).flatten()]
         learnt = torch.bincount(learnt_N, minlength=int(first_BT.sum())).tolist()
         half_of = []
         for task, tokens in zip(task_BT[first_BT].tolist(), learnt, strict=True):

@@ -101,14 +101,16 @@ class TaskGradients:
         """Before the forward of a micro-batch: the task of every token, -1 = padding.
 
         supervised_BT: positions that the head sees, where it is asked for these alone (mtft.losses.token_nll) and is
-        trained. last: no micro-batch of this step comes after this one (for gram_only).
+        trained. Both are looked at here, so on the CPU (Batch.host) nobody waits for a GPU. last: no micro-batch of
+        this step comes after this one (for gram_only).
         """
         self._learn_uses()
         if not self.isolated:
             _one_task_a_row(task_ids_BT)
-        orders = [order_by_task(task_ids_BT, self.num_tasks)]
+        device = self._blocks.device
+        orders = [order_by_task(task_ids_BT, self.num_tasks, device)]
         if supervised_BT is not None:
-            orders.append(order_by_task(task_ids_BT[supervised_BT], self.num_tasks))
+            orders.append(order_by_task(task_ids_BT[supervised_BT], self.num_tasks, device))
         self._orders = {order.rows: order for order in reversed(orders)}
         self._sides = list(task_ids_BT.shape)
         one_process = ranks_of() == 1

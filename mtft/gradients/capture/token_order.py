@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtft.common.device_copy import to_device
 from mtft.data.batching.batch import PADDING
 
 
@@ -23,8 +24,8 @@ class TokenOrder(NamedTuple):
     parts: list[tuple[int, int, int]]
 
 
-def order_by_task(task_ids: Tensor, num_tasks: int) -> TokenOrder:
-    """Order of tokens with these task ids (int, any shape, row-major; -1 = padding).
+def order_by_task(task_ids: Tensor, num_tasks: int, device: torch.device | str | None = None) -> TokenOrder:
+    """Order of tokens with these task ids (int, any shape, row-major; -1 = padding), for contractions on `device`.
 
     Tokens lie in runs of one task (an example is never torn apart), and a run is a slice that costs no copy. With many
     short runs, sorting is cheaper: then every row is gathered, and each task is one slice.
@@ -40,12 +41,13 @@ def order_by_task(task_ids: Tensor, num_tasks: int) -> TokenOrder:
     starts_N = torch.cat([borders.new_zeros(1), borders])
     starts, tasks = starts_N.tolist(), task_N[starts_N].tolist()
     runs = [(k, a, b) for k, a, b in zip(tasks, starts, [*starts[1:], rows], strict=True) if k != PADDING]
-    if len(runs) <= _most_runs(rows, num_tasks, task_N.device):
+    device = task_N.device if device is None else torch.device(device)
+    if len(runs) <= _most_runs(rows, num_tasks, device):
         return TokenOrder(rows, None, runs)
     index_N = torch.argsort(task_N, stable=True)[int((task_N == PADDING).sum()) :]
     ends = torch.bincount(task_N[index_N], minlength=num_tasks).cumsum(0).tolist()
     parts = [(k, a, b) for k, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if b > a]
-    return TokenOrder(rows, index_N, parts)
+    return TokenOrder(rows, to_device(index_N, device), parts)
 
 
 def _most_runs(rows: int, num_tasks: int, device: torch.device) -> int:

@@ -60,6 +60,7 @@ class RoutedModel:
         self.model, self.router, self.top, self.temperature = model, router, top, temperature
         self.probabilities_BK: Tensor | None = None  # of the current request
         self._on = True
+        self._prototypes: dict[str, Tensor] = {}  # Arrow's, where their modules are
         names = sorted({name for adapter in (*opened, *always) for name in adapter.modules})
         loaded = {name: module_factors(model, name, (*opened, *always)) for name in names}
         self._handles = [
@@ -117,9 +118,7 @@ class RoutedModel:
     def _weights(self, name: str, x: Tensor) -> Tensor:
         """p for the positions of x: [B, 1, K] or [B, T, K]."""
         if isinstance(self.router, ArrowRouter):
-            flat = x.reshape(-1, x.shape[-1]).double().cpu().numpy()
-            p = self.router.probabilities(name, flat, self.top, self.temperature)
-            return torch.tensor(p, dtype=x.dtype, device=x.device).reshape(*x.shape[:-1], -1)
+            return self._arrow(name, x)
         p = self.probabilities_BK
         if p is None or x.shape[0] % len(p):
             raise MergeError(
@@ -127,6 +126,17 @@ class RoutedModel:
             )
         p = p.repeat_interleave(x.shape[0] // len(p), dim=0)  # beams of one prompt lie side by side
         return p.to(x.dtype).reshape(len(p), *([1] * (x.dim() - 2)), -1)
+
+    def _arrow(self, name: str, x: Tensor) -> Tensor:
+        """ArrowRouter.probabilities on the device of x: by numpy each module would wait for a GPU at each token."""
+        assert isinstance(self.router, ArrowRouter)
+        if name not in self._prototypes:
+            self._prototypes[name] = torch.from_numpy(self.router.prototypes[name].T.copy()).to(x.device)
+        scores = (x.double() @ self._prototypes[name].double()).abs()
+        if self.top is not None and self.top < len(self.router.names):
+            least = scores.topk(self.top, dim=-1).values[..., -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        return torch.softmax(scores / self.temperature, dim=-1).to(x.dtype)
 
 
 def load_routed(model: Any, folder: str | Path) -> RoutedModel:

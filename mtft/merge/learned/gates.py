@@ -93,6 +93,8 @@ class Gates(nn.Module):
                 value.data += 0.001 * torch.randn(value.shape, generator=self._generator, dtype=torch.float64)
         if kind == "self_positioning":
             self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        first = next(f for factors in self._factors.values() for _, f in factors)
+        self.to(first.A_RN.device)  # drawn on the CPU, the same on every device
         self._handles: list = []
         self.attach(model)
 
@@ -157,13 +159,13 @@ class Gates(nn.Module):
 
     def _hook(self, name: str):
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x, gates = inputs[0], self.of(name).to(output.dtype)
+            gates = self.of(name).to(output)
             for k, (A_RN, B_MR, bias_M) in self._factors[name]:
                 g = gates[k]
-                inner = x @ A_RN.T
+                inner = inputs[0].to(A_RN.dtype) @ A_RN.T
                 if self.settings.layout == "rank":
-                    output = output + (inner * g[: inner.shape[-1]]) @ B_MR.T
-                    g = torch.ones((), dtype=output.dtype)
+                    output = output + (inner * g[: inner.shape[-1]].to(inner.dtype)) @ B_MR.T
+                    g = torch.ones_like(g[0])
                 else:
                     output = output + g * (inner @ B_MR.T)
                 if bias_M is not None:

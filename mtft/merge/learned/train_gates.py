@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mtft.adapters.lora_factors import LoraAdapter, LoraFactors, read_adapters
 from mtft.common.errors import MergeError
+from mtft.losses.token_nll import supervised_logits
 from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.engine.report import MergeReport
 from mtft.merge.learned.gates import GATE_KINDS, Gates
@@ -61,13 +62,14 @@ def train_gates(
 ) -> GateResult:
     """Train the gates of `kind` (KINDS) on `batches`, taken in turn; the model is left as it was.
 
-    logits(model, batch) -> [B, T, V]; default model(**batch.inputs).logits. l1, l2: penalties on the gates (atlas).
+    logits(model, batch) -> [B, T, V], or [P, V] at the labels alone, which is the default where the model's forward
+    can leave the others out. l1, l2: penalties on the gates (atlas).
     Entropy can collapse onto one answer: training stops below half of the experts' own mean entropy, and says so.
     """
     opened = read_adapters(adapters)
     if not batches:
         raise MergeError("no batches", where="batches", do="give a few examples of each task")
-    forward = logits or (lambda net, batch: net(**batch.inputs).logits)
+    forward = logits or _logits_at_labels
     gates = Gates(model, opened, kind, seed=seed)  # checks the kind
     warnings = _warn_few_examples(batches)
     frozen = [(p, p.requires_grad) for p in model.parameters()]
@@ -107,10 +109,14 @@ def train_gates(
     return GateResult(gates, history, warnings)
 
 
-def objective(logits_BTV: Tensor, batch: GateBatch, entropy: bool) -> Tensor:
-    """Mean entropy, or mean loss, over the response positions; `negate` turns its sign."""
+def _logits_at_labels(model: nn.Module, batch: GateBatch) -> Tensor:
+    return supervised_logits(model, batch.inputs, (batch.labels_BT != IGNORE).flatten().nonzero()[:, 0])
+
+
+def objective(logits: Tensor, batch: GateBatch, entropy: bool) -> Tensor:
+    """Mean entropy, or mean loss, over the response positions; `negate` turns its sign. logits: of all, or of these."""
     chosen = batch.labels_BT != IGNORE
-    picked_PV = logits_BTV[chosen]
+    picked_PV = logits if logits.dim() == 2 else logits[chosen]
     if entropy:
         log_p = F.log_softmax(picked_PV.float() if picked_PV.dtype != torch.float64 else picked_PV, dim=-1)
         return -(log_p.exp() * log_p).sum(dim=-1).mean()

@@ -149,8 +149,10 @@ def measure_grams(adapters: Sequence[LoraAdapter], adapted: AdapterEvaluator, fo
         with adapted.adapter(adapter.path) as network:
             inner = network.base_model.model
             modules = {name: inner.get_submodule(name) for name in adapter.modules}
+            adapts_head = inner.get_output_embeddings() in modules.values()
+            part = inner if adapts_head else inner.base_model  # logits are made only for the sake of their input
             passes = (
-                (lambda inner=inner, batch=batch: inner(**adapted.inputs(batch)), batch.segment_ids_BT != PADDING)
+                (lambda part=part, batch=batch: part(**adapted.inputs(batch)), batch.segment_ids_BT != PADDING)
                 for batch in adapted.batches(tasks[adapter.name], "choose")
             )
             save_grams(collect_grams(modules, passes), folder, adapter.name)

@@ -182,6 +182,7 @@ def _sweep_trials(recipe: Recipe, sweep: SweepSection, on_done: Any) -> SweepRes
         stopping=EarlyTermination(sweep.full_trials) if sweep.checks else None,
         workers=sweep.workers,
         backend=sweep.backend,
+        **({} if sweep.resources is None else sweep.resources.model_dump()),
         seed=recipe.seed,
         on_done=on_done,
     )

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from mtft.distributed.launch import LaunchConfig
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.schema.sweep import SweepSection
 
 Stage = Literal["check", "train", "eval", "mix", "merge", "fuse", "run"]
 TRAINING: tuple[Stage, ...] = ("check", "train", "mix", "run")
@@ -47,6 +48,12 @@ def planned_trials(recipe: Recipe) -> int:
     from data_mixers.design.cocktail import cocktail_grid
 
     return len(cocktail_grid(len(recipe.tasks))) * (1 + recipe.sweep.repeats)
+
+
+def part_of_several_gpus(sweep: SweepSection | None) -> bool:
+    """True where a trial asks for, say, one GPU and a half."""
+    gpus = None if sweep is None or sweep.resources is None else sweep.resources.gpus
+    return gpus is not None and gpus > 1 and gpus % 1 != 0
 
 
 def quantised(model: ModelSection) -> bool:

@@ -11,6 +11,15 @@ from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.section import Count, NotNegative, Processes, RecipeSection, Share, Steps, Tokens
 
 
+class ResourcesSection(RecipeSection):
+    """What Ray holds for each trial (`sweep.backend: ray`)."""
+
+    cpus: Processes = 1
+    """CPU cores."""
+    gpus: Annotated[float, Field(ge=0, le=64)] | None = None
+    """GPUs: a part of one (0.5: two trials on each) or whole ones; null: one where the cluster has GPUs, else none."""
+
+
 class SweepSection(RecipeSection):
     """Trials for `mtft mix` and the mix stage of `mtft run`: ordinary runs of this recipe with another mixture."""
 
@@ -45,3 +54,5 @@ class SweepSection(RecipeSection):
     """Trials at the same time, one process each."""
     backend: Literal["process", "ray"] = "process"
     """Local processes or a Ray cluster (extra `ray`)."""
+    resources: ResourcesSection | None = None
+    """With `backend: ray`: what is held for each trial; null: one CPU, and one GPU where the cluster has GPUs."""

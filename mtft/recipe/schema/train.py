@@ -71,6 +71,10 @@ class TrainSection(RecipeSection):
     share of the loss goes to the others. null: never."""
     min_delta: NotNegative = 0.0
     """By how much a held-out loss must fall to count as better."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time: two runs on the same GPUs and versions are equal to the bit
+    (docs/training.md). Slower, flash attention's backward most of all; an operation without such a kernel is an error.
+    """
     max_bad_steps: Count = 10
     """Stop after so many steps in a row with a non-finite loss or gradient, or with no supervised token."""
 

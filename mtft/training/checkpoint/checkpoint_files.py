@@ -58,9 +58,10 @@ def atomic_checkpoint_dir(
     writer    rank 0, which makes, syncs and renames the folder; others may write into it between the barriers
     A full disk ends in UserError with the last good state untouched.
     """
-    folder = target.with_name(target.name + PART)
+    folder, old = target.with_name(target.name + PART), target.with_name(f"{target.name}.old{PART}")
     if writer:
-        shutil.rmtree(folder, ignore_errors=True)
+        for left_over in (folder, old):
+            shutil.rmtree(left_over, ignore_errors=True)
         folder.mkdir(parents=True)
     barrier()
     try:
@@ -68,10 +69,11 @@ def atomic_checkpoint_dir(
         barrier()
         if writer:
             _seal(folder, manifest=manifest)
-            if target.exists():
-                shutil.rmtree(target)
+            if target.exists():  # whole under its name until the new one stands there
+                target.rename(old)
             folder.rename(target)
             sync(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
         full = _is_full(error, folder)  # before the folder is removed: it may be what fills the disk
         shutil.rmtree(folder, ignore_errors=True)

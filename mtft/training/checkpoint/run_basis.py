@@ -22,6 +22,7 @@ from torch import Tensor
 from mtft.adapters.base_identity import fingerprint
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import json_hash
+from mtft.distributed.sharding import elements
 from mtft.models.loading import expand_quickstart
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_files.run_dir import check_same_recipe, package_versions
@@ -99,7 +100,7 @@ def _check_held_out(before: Any, now: Mapping[str, Any], folder: Path, say: Call
 def parameters_digest(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
     """{"digest", "tensors", "numbers"} of names and shapes (whole ones, also where an engine shards them)."""
     shapes = {name: list(getattr(value, "ds_shape", value.shape)) for name, value in parameters.items()}
-    numbers = sum(int(getattr(value, "ds_numel", value.numel())) for value in parameters.values())
+    numbers = sum(map(elements, parameters.values()))
     return {"digest": json_hash(shapes), "tensors": len(shapes), "numbers": numbers}
 
 

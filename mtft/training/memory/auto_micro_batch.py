@@ -12,7 +12,6 @@ dropout the size decides which numbers are drawn. It is written to env.json, and
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,8 @@ from typing import Any
 import psutil
 import torch
 
+from mtft.common.errors import UserError
+from mtft.common.out_of_memory import free_unused, give_back, is_out_of_memory
 from mtft.common.own_files import write_own
 from mtft.common.state_tree import random_state, restore_random_state
 from mtft.data.batching.batch import IGNORE, Batch
@@ -48,10 +49,19 @@ def with_auto_micro_batch(
 
     before  what an earlier start found (folder.chosen_size); that of the writing rank counts. A collective call: all
             ranks get the same number.
+
+    Raises UserError, on all ranks, where a rank has no memory for a single row.
     """
     size = from_first_rank(before)
     if size is None:
         size = min(from_all_ranks(find_micro_batch(recipe, model, inputs)))  # every rank can hold the least
+        if not size:
+            raise UserError(
+                "the device ran out of memory on a micro-batch of one row, the smallest that there is",
+                where=f"train.{KEY}: auto",
+                do="set train.gradient_checkpointing: true, lower train.max_length, quantise the base "
+                "(model.quantise: nf4), or take a device with more memory",
+            )
         say(f"{KEY}: {size} fits and is fast; written to env.json")
     if is_main_process():
         run_dir = Path(recipe.output.dir)
@@ -64,7 +74,7 @@ def _with_size(recipe: Recipe, size: int) -> Recipe:
 
 
 def find_micro_batch(recipe: Recipe, model: Any, inputs: TrainingInputs) -> int:
-    """The best size for this rank's device. Gradients and random state are left as they were."""
+    """The best size for this rank's device; 0: not even one row. Gradients and random state are left as they were."""
     train, device = recipe.train, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stores = [store for store in inputs.stores if store.num_examples]
     longest = max(int(store.lengths.max()) for store in stores)
@@ -84,7 +94,7 @@ def find_micro_batch(recipe: Recipe, model: Any, inputs: TrainingInputs) -> int:
     try:
         if device.type == "cuda":
             states = state_bytes(train.optimizer, [tuple(parameter.shape) for parameter in trainable(model).values()])
-            return largest(candidates, lambda size: _fits_gpu(try_size, size, states, device))
+            return largest_on_gpu(candidates, try_size, states, device)
         free = CPU_SHARE * psutil.virtual_memory().available
 
         def fits(size: int) -> bool:
@@ -159,19 +169,39 @@ def _pass(recipe: Recipe, model: Any, batch: Batch) -> None:
         model.zero_grad(set_to_none=True)
 
 
-def _fits_gpu(try_size: Callable[[int], None], size: int, states: int, device: torch.device) -> bool:
-    gc.collect()
-    torch.cuda.empty_cache()
+def largest_on_gpu(
+    candidates: Sequence[int], try_size: Callable[[int], None], states: int, device: torch.device
+) -> int:
+    """The last size that leaves room for the optimizer's `states`; 0 where the first ran out of memory."""
+    first_ran = True
+
+    def fits(size: int) -> bool:
+        nonlocal first_ran
+        peak = _peak(try_size, size, device)
+        if peak is None:
+            first_ran = first_ran and size != candidates[0]
+            return False
+        _, total = torch.cuda.mem_get_info(device)
+        return peak + states <= GPU_SHARE * total
+
+    size = largest(candidates, fits)
+    return size if first_ran else 0
+
+
+def _peak(try_size: Callable[[int], None], size: int, device: torch.device) -> int | None:
+    """Bytes that torch reserved at the highest point; None: out of memory. What the trial held is given back."""
+    free_unused()
     torch.cuda.reset_peak_memory_stats(device)
     try:
         try_size(size)
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
-    _, total = torch.cuda.mem_get_info(device)
-    return torch.cuda.max_memory_reserved(device) + states <= GPU_SHARE * total
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        give_back(error)
+        return None
+    peak = torch.cuda.max_memory_reserved(device)
+    free_unused()
+    return peak
 
 
 def _seconds(try_size: Callable[[int], None], size: int) -> float:

@@ -51,7 +51,7 @@ class Neftune:
     def draw(self, batch: Batch, width: int) -> Tensor:
         """fp32 [B, T, D] on the batch's device; 0 on padding."""
         device = batch.input_ids_BT.device
-        ids_BT, segment_BT = batch.input_ids_BT.cpu(), batch.segment_ids_BT.cpu()
+        ids_BT, segment_BT = batch.host.input_ids_BT, batch.host.segment_ids_BT
         noise_BTD = torch.zeros(*ids_BT.shape, width, device=device)
         generator = torch.Generator(device=device)
         for row, segment_T in enumerate(segment_BT):

@@ -143,8 +143,8 @@ class TaskGradientStep:
     def begin(self, batch: Batch, *, last: bool) -> None:
         """Before the forward of each micro-batch of a measured step."""
         if self.taps is not None:
-            ids_BT = batch.task_ids_BT if self.halves is None else self.halves.deal(batch)
-            self.taps.begin(ids_BT, batch.labels_BT != IGNORE, last=last)
+            ids_BT = batch.host.task_ids_BT if self.halves is None else self.halves.deal(batch)
+            self.taps.begin(ids_BT, batch.host.labels_BT != IGNORE, last=last)
 
     def finish(self, step: int, used_K: Tensor, asked_K: Tensor, passes: Passes | None = None) -> None:
         """After the last backward, before clipping. A collective call in measured steps.

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_mixers import MixError
+from data_mixers.sweep import ray_backend
 from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.runner import make_trials, run_sweep
 from tests.data_mixers import toy_trials as toys
@@ -149,3 +150,93 @@ def test_ray_gives_what_inline_gives(tmp_path, inline, monkeypatch):
     broken = TrialLedger(tmp_path / "b.jsonl")
     result = run_sweep(toys.toy_trials(), toys.dies_on_two, broken, workers=2, backend="ray", retries=0)
     assert (len(result.done), len(result.failed)) == (5, 1)
+
+
+@pytest.fixture
+def cluster_with_gpus(monkeypatch):
+    """A Ray cluster of this machine that believes in two GPUs: what it shows a task is what it holds for it."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    options = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
+    ray.init(num_cpus=2, num_gpus=2, **options)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_a_trial_on_ray_sees_the_gpus_that_it_is_given(tmp_path, cluster_with_gpus):
+    for asked, expected in (({}, 1), ({"gpus": 0.5}, 1), ({"gpus": 2}, 2)):
+        ledger = TrialLedger(tmp_path / f"{expected}-{len(asked)}-{asked.get('gpus')}.jsonl")
+        trials = toys.toy_trials()[:2]
+        result = run_sweep(trials, toys.gpus_seen, ledger, workers=2, backend="ray", retries=0, **asked)
+        assert not result.failed
+        assert [record.scores["count"] for record in ledger.records] == [expected] * 2
+
+
+@pytest.mark.slow
+def test_a_local_ray_without_room_for_a_trial_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(MixError, match="no machine of the Ray cluster has 1 CPUs and 64 GPUs"):
+        run_sweep(toys.toy_trials(), toys.score, TrialLedger(tmp_path / "l.jsonl"), backend="ray", gpus=64)
+
+
+class RayOf:
+    """What run_on_ray asks of ray, on a cluster with `gpus` GPUs: notes what each task holds, and runs it at once."""
+
+    class exceptions:
+        RayError = RuntimeError
+
+    def __init__(self, gpus):
+        self.gpus, self.held = gpus, []
+
+    def is_initialized(self):
+        return True
+
+    def cluster_resources(self):
+        return {"CPU": 8.0, "GPU": float(self.gpus)} if self.gpus else {"CPU": 8.0}
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": self.cluster_resources()}]
+
+    def remote(self, **options):
+        def task(function):
+            class Task:
+                def remote(_, *arguments):
+                    self.held.append((options["num_cpus"], options["num_gpus"]))
+                    return partial(function, *arguments)
+
+            return Task()
+
+        return task
+
+    def wait(self, references, num_returns, timeout):
+        return references[:1], references[1:]
+
+    def get(self, references):
+        return [work() for work in references]
+
+
+@pytest.mark.parametrize(
+    "there, asked, held",
+    [
+        (2, {}, (1, 1)),
+        (0, {}, (1, 0)),
+        (2, {"gpus": 0.5}, (1, 0.5)),
+        (2, {"gpus": 2, "cpus": 4}, (4, 2)),
+        (2, {"gpus": 0}, (1, 0)),
+    ],
+)
+def test_what_ray_holds_for_a_trial(tmp_path, inline, monkeypatch, there, asked, held):
+    cluster = RayOf(there)
+    monkeypatch.setattr(ray_backend, "optional_package", lambda *_, **__: cluster)
+    ledger = TrialLedger(tmp_path / "l.jsonl")
+    run_sweep(toys.toy_trials(), toys.score, ledger, workers=2, backend="ray", **asked)
+    assert cluster.held == [held] * 6
+    assert scores(ledger) == inline
+
+
+def test_trials_that_ray_has_no_room_for_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_backend, "optional_package", lambda *_, **__: RayOf(2))
+    with pytest.warns(UserWarning, match="has 1 CPUs and 3 GPUs, which a trial asks for: trials wait"):
+        run_sweep(toys.toy_trials(), toys.score, TrialLedger(tmp_path / "l.jsonl"), backend="ray", gpus=3)

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ import uvicorn
 from fastapi.testclient import TestClient
 
 from mtft.fuse.fused_model import FusedCausalLM
+from mtft.fuse.server import app as app_module
 from mtft.fuse.server import batch_engine
 from mtft.fuse.server.app import make_app
 from mtft.fuse.server.batch_engine import BatchEngine
@@ -66,6 +68,48 @@ def test_health_fails_while_the_models_do(client, fused, monkeypatch, fault):
     assert client.post("/v1/completions", json=WISH).status_code == 200
 
 
+LOST = [
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+]
+
+
+@pytest.mark.parametrize("fault", LOST, ids=lambda fault: type(fault).__name__)
+def test_a_server_whose_device_failed_ends_with_a_failure(fused, monkeypatch, fault):
+    """Every later call fails too: another process has to be started, which a supervisor does for an exit code."""
+    monkeypatch.setattr(app_module, "load_fusion", lambda _: fused)
+    address, ended = [], []
+
+    def run():
+        try:
+            app_module.serve(SimpleNamespace(name="fusion"), port=0, announce=address.append)
+        except RuntimeError as error:
+            ended.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    until(lambda: address)
+    url = address[0].partition(" on ")[2].partition(";")[0]
+    until(lambda: httpx.get(f"{url}/health").status_code == 200)
+    monkeypatch.setattr(fused, "cached_models", lambda: (_ for _ in ()).throw(fault))
+    assert httpx.post(f"{url}/v1/completions", json=WISH, timeout=20).status_code in (500, 503)
+    thread.join(20)
+    assert not thread.is_alive()
+    assert "can't work again in this process" in ended[0]
+
+
+def test_no_memory_is_no_lost_device(client, fused, monkeypatch):
+    monkeypatch.setattr(batch_engine, "RETRY", 0.02)
+    engine = client.app.state.engine
+    with monkeypatch.context() as patch:
+        error = torch.AcceleratorError("CUDA error: out of memory")
+        patch.setattr(fused, "cached_models", lambda: (_ for _ in ()).throw(error))
+        client.post("/v1/completions", json=WISH)
+        until(lambda: engine.fault is not None)
+    until(lambda: engine.fault is None)
+    assert not engine.lost
+
+
 @pytest.mark.parametrize("body", [WISH, WISH | {"stream": True}, ECHO])
 def test_one_batch_that_fails_is_no_failing_engine(client, monkeypatch, body):
     """Too large for the memory, say: what comes after it is served."""
@@ -88,6 +132,7 @@ def test_an_engine_whose_thread_died_says_so(client, monkeypatch):
     assert client.get("/health").status_code == 503
     assert client.post("/v1/completions", json=WISH).status_code == 503
     assert engine.idle  # a server that shuts down has nothing to wait for
+    assert engine.lost
 
 
 def test_models_of_every_kind_can_be_asked_whether_they_work(tmp_path, double, folders):

@@ -10,6 +10,8 @@ from mtft.adapters.lora_factors import LoraFactors, read_adapter
 from mtft.common.errors import MergeError
 from mtft.merge.learned.gates import GATE_KINDS, Gates
 from mtft.merge.learned.train_gates import GateBatch, fold_gates, objective, train_gates
+from mtft.training.memory.activation_peak import LiveBytes
+from tests.fuse import tiny
 from tests.merge import golden as g
 
 VOCABULARY = 7
@@ -183,3 +185,23 @@ def test_untrained_gates_are_a_scaled_sum(paths, kind, weight):
         for name in adapter.modules:
             model.get_submodule(name).weight.data += weight * torch.tensor(g.delta(adapter.factors(name)))
     torch.testing.assert_close(found, model(**one.inputs).logits, atol=1e-9, rtol=0)
+
+
+def test_logits_are_made_for_the_labels_alone(tmp_path):
+    """As with all of them, but for rounding; counted: no buffer of a whole batch's logits is ever there."""
+    width, length = 4096, 64
+    base = tiny.base(tmp_path / "base", vocab_size=width)
+    experts = [tiny.adapter(tmp_path / name, base, seed) for seed, name in enumerate("ab")]
+    model = tiny.model(1, width=16, dtype=torch.float32, vocab_size=width)
+    ids = torch.arange(length)[None] + 3
+    labels = torch.full_like(ids, -100)
+    labels[:, :4] = ids[:, 1:5]
+    one = GateBatch({"input_ids": ids, "use_cache": False}, labels, "a")
+    every = {}
+    for name, logits in {"all": lambda net, b: net(**b.inputs).logits, "labels": None}.items():
+        with LiveBytes(model.parameters()) as live:
+            result = train_gates(model, experts, [one], "cat_gates", steps=3, logits=logits)
+        every[name] = (result.history, live.peak)
+    assert every["labels"][0] == pytest.approx(every["all"][0], rel=1e-5)
+    assert every["all"][1] > length * width * 4
+    assert every["labels"][1] < length * width * 4

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,3 +173,26 @@ def test_proof_fails_when_the_export_is_not_what_was_trained(recipe, proved, tmp
         pytest.raises(RuntimeError, match="differ from the trained model's"),
     ):
         proof.result()
+
+
+def test_a_kill_while_the_old_export_is_removed_leaves_it_no_stranger(recipe, tmp_path, monkeypatch):
+    """Half of an export, without its list, would pass for somebody's own folder."""
+    _, result = finished(recipe, tmp_path / "run")
+    assert result.adapter_dir is not None
+    (tmp_path / "run" / "result.json").unlink()
+    really, removed = shutil.rmtree, []
+
+    def killed(path, *arguments, **options):
+        if (Path(path) / ".mtft_files.json").is_file():
+            removed.append(path)
+            (Path(path) / ".mtft_files.json").unlink()
+            raise KeyboardInterrupt
+        really(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_run(tmp_path / "run", quiet=True)
+    monkeypatch.undo()
+    assert removed
+    export_run(tmp_path / "run", quiet=True)
+    assert [path.name for path in sorted((tmp_path / "run").glob("adapter*"))] == ["adapter"]

@@ -2,15 +2,26 @@
 
 import json
 import signal
+import weakref
 
 import pytest
 import torch
 
+from mtft.common.errors import UserError
 from mtft.common.state_tree import random_state
 from mtft.data.planning import make_plan
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
-from mtft.training.memory.auto_micro_batch import fastest, find_micro_batch, full_batch, largest, sizes
+from mtft.training.memory import auto_micro_batch
+from mtft.training.memory.auto_micro_batch import (
+    fastest,
+    find_micro_batch,
+    full_batch,
+    largest,
+    largest_on_gpu,
+    sizes,
+    with_auto_micro_batch,
+)
 from mtft.training.run_training import train
 from mtft.training.trainer_parts import read_training_inputs
 from tests.slow import slow
@@ -33,6 +44,72 @@ def test_search():
     assert fastest([1, 2, 4, 8, 16, 32], lambda size: True, seconds) == 2  # within 5 % of the best
     assert asked == [1, 2, 4, 8, 16]  # two in a row without a gain
     assert fastest([1, 2, 4], lambda size: size < 2, seconds) == 1
+
+
+CPU = torch.device("cpu")
+REFUSALS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.50 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+]
+
+
+class Device:
+    """torch.cuda's accounts of a device that holds `room` bytes: a trial of n tokens takes n."""
+
+    def __init__(self, monkeypatch, room):
+        self.room, self.peak = room, 0
+        for name, answer in {
+            "empty_cache": lambda: None,
+            "reset_peak_memory_stats": lambda _: None,
+            "max_memory_reserved": lambda _: self.peak,
+            "mem_get_info": lambda _: (0, room),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+    def trial(self, refusal, kept):
+        def layer(activations):
+            saved = activations * 2
+            kept["alive"].append(weakref.ref(saved))
+            raise refusal
+
+        def try_size(size):
+            activations = torch.zeros(size)
+            kept["alive"].append(weakref.ref(activations))
+            self.peak = size
+            if size > self.room:
+                try:
+                    layer(activations)
+                except RuntimeError as error:
+                    kept["log"].append(error)  # as a tool that logs errors would
+                    raise
+
+        return try_size
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+def test_every_refusal_of_memory_is_a_size_that_does_not_fit(monkeypatch, refusal):
+    kept = {"alive": [], "log": []}
+    device = Device(monkeypatch, room=10)
+    assert largest_on_gpu([2, 4, 8, 16, 32], device.trial(refusal, kept), 1, CPU) == 8
+    assert [one() for one in kept["alive"]] == [None] * 5  # also where the error is kept
+    assert largest_on_gpu([8, 16], device.trial(refusal, kept), 6, CPU) == 8  # tight, but it ran
+    assert largest_on_gpu([16, 32], device.trial(refusal, kept), 0, CPU) == 0
+
+
+def test_another_failure_of_a_trial_ends_the_search(monkeypatch):
+    device = Device(monkeypatch, room=10)
+    fault = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal"):
+        largest_on_gpu([8, 16], device.trial(fault, {"alive": [], "log": []}), 0, CPU)
+
+
+def test_one_row_that_does_not_fit_is_refused_before_the_first_step(recipe, monkeypatch):
+    whole = Recipe.model_validate({**recipe, "train": {**recipe["train"], "micro_batch_tokens": "auto"}})
+    monkeypatch.setattr(auto_micro_batch, "find_micro_batch", lambda *_: 0)
+    with pytest.raises(UserError, match="out of memory on a micro-batch of one row"):
+        with_auto_micro_batch(whole, None, None, before=None, say=print)
 
 
 def test_the_batch_that_is_tried_is_full():

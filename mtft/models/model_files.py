@@ -25,6 +25,7 @@ AGAIN = "copy or save the model again, whole"
 MEND = "give the config.json that belongs to these weights"
 
 _CLASS_NAME = re.compile(r"\b[A-Z]\w*(?:Error|Exception): ")  # means nothing to people
+_CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 SIZES = re.compile(
     r"(hidden|intermediate|vocab)_size|num_(attention|key_value)_heads|head_dim|d_model|n_(embd|head|positions)"
     r"|max_position_embeddings"
@@ -63,7 +64,7 @@ def blame(folder: Path, error: Exception) -> tuple[str, str | None]:
             return f"{path.name} is not a whole safetensors file ({broken})", str(path)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
-    text = _CLASS_NAME.sub("", text)[:300]
+    text = _CLASS.sub(r"\1", _CLASS_NAME.sub("", text)).replace("NoneType", "null")[:300]
     if isinstance(error, KeyError | IndexError):
         text = f"one of its files lacks {text}"
     elif isinstance(error, AttributeError | AssertionError | ArithmeticError | TypeError):

@@ -228,16 +228,18 @@ def test_bf16_equals_one_process(alone, launched):
 
     Distance from the end of one process, relative to the way there (two CPU cores, torch 2.13):
 
-        adapter           0 under FSDP2, ZeRO-1 and 2, 1.7e-4 under ZeRO-3, whose linear rounds in another order
-        whole model       3e-5 under ZeRO-1, 2e-4 under ZeRO-3, 1.6e-3 under FSDP2, which computes norms in bf16 too
-        DeepSpeed's bf16  2.6e-3 for the adapter and 3.9e-2 for the whole model under ZeRO-1: the fault of before
+        adapter       0 under DDP, FSDP2, ZeRO-1 and 2; 1.7e-4 under ZeRO-3, whose linear rounds in another order
+        whole model   up to 1.7e-4 under DDP and ZeRO-1, 2.5e-4 under ZeRO-3, 1.9e-3 under FSDP2 (its norms are in bf16)
+        faults        DeepSpeed's bf16 mode, as it was before: adapter 2.6e-3, whole model 3.8e-2 (ZeRO-1 and 3);
+                      gradients averaged in bf16: adapter 4.8e-4 (FSDP2), 1.2e-3 (DDP)
 
-    Where the second rank has no token a step is a single micro-batch, and a wrong factor is what must show: 0.5.
+    Where the second rank has no token a step is a single micro-batch, and a wrong factor is what must show:
+    0.5, where ZeRO-3's rounding is 1e-3.
     """
     engine, folder = launched
     if engine not in ONLY["bf16-sgd"]:
         return
-    for name, allowed in (("bf16-sgd", 6e-4), ("bf16-empty", 5e-3), ("bf16-full", 6e-3)):
+    for name, allowed in (("bf16-sgd", 6e-4 if engine == "zero3" else 2e-4), ("bf16-empty", 5e-3), ("bf16-full", 6e-3)):
         start = load_file(folder / "untied" / "model.safetensors") if name == "bf16-full" else None
         expected, found = weights(alone / name), weights(folder / name)
         assert {value.dtype for value in found.values()} == {torch.float32}, name

@@ -156,7 +156,7 @@ def test_classes_of_errors_are_not_named(folder, kind):
     config = json.loads((folder / "config.json").read_text())
     config["attention_dropout"] = [] if kind == "a list" else {"a": 1}
     (folder / "config.json").write_text(json.dumps(config))
-    assert "TypeError" not in refused(folder).what
+    assert not any(name in refused(folder).what for name in ("TypeError", "NoneType", "<class"))
 
 
 def test_large_numbers_are_numbers(folder):

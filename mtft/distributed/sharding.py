@@ -16,7 +16,6 @@ one, the run is stopped, and goes on from its last checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -91,15 +90,6 @@ def check_sharded(model: nn.Module) -> None:
             where="the launcher's configuration (distributed_type: FSDP)",
             do="start several processes with recipes/accelerate/fsdp2.yaml, or take one.yaml or ddp.yaml",
         )
-
-
-def accumulating(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:
-    """Around a backward pass that is not the last one of its step: gradients are averaged over ranks after the last.
-
-    Not under FSDP: without averaging every rank keeps the whole fp32 gradient of all that is trained (28 GB of a 7 B
-    model in full fine-tuning). There each pass averages, and a rank keeps its part.
-    """
-    return nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(model)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

@@ -94,12 +94,15 @@ def share_inputs(adapted: nn.Module) -> None:
 
     PEFT casts it to the adapter's fp32, which autocast casts back for `lora_A`: each layer keeps a copy of its own for
     the backward pass, of the same numbers. Outside of autocast the cast is needed. With dropout there is a copy for
-    each layer anyway, and DoRA takes its norms in the precision of the input: both are left alone.
+    each layer anyway, and DoRA takes its norms in the precision of the input: both are left alone. A base in fp32 is
+    computed without autocast.
     """
     from peft.tuners.lora import LoraLayer
 
     for module in adapted.modules():
         if not isinstance(module, LoraLayer) or module.lora_variant:
+            continue
+        if all(parameter.dtype == torch.float32 for parameter in module.get_base_layer().parameters()):
             continue
         if all(isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values()):
             module.register_forward_pre_hook(_cast_unless_autocast)

@@ -8,7 +8,7 @@ forward_backward   one forward and one backward pass a micro-batch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mtft.data.batching.batch import Batch
-from mtft.distributed.sharding import accumulating
 from mtft.gradients.capture.task_gradients import TaskGradients
 from mtft.losses.orthogonality_penalty import adapter_orthogonality
 from mtft.losses.sample_weights import SampleWeights
@@ -119,7 +118,7 @@ def forward_backward(
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         accelerator.gradient_state._set_sync_gradients(last)
-        with nullcontext() if last else accumulating(accelerator, model):
+        with nullcontext() if last else _accumulating(accelerator, model):
             if measured is not None:
                 measured[0].begin(batch, last=last)
             nll_BT = objective.nll(model, batch)
@@ -135,3 +134,12 @@ def forward_backward(
         if context.told is not None:
             context.told(index + 1, len(batches))
     return parts
+
+
+def _accumulating(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:
+    """Around a backward pass that is not the last one of its step: gradients are averaged over ranks after the last.
+
+    Not under FSDP: without averaging every rank keeps the whole fp32 gradient of all that is trained (28 GB of a 7 B
+    model in full fine-tuning). There each pass averages, and a rank keeps its part.
+    """
+    return nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(model)

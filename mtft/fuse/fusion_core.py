@@ -145,6 +145,10 @@ class FusionCore:
 
         return ModelLogits(logits.strong, [spread(x_NM) for x_NM in logits.experts], spread(logits.base))
 
+    def full_logprobs(self, logits: Tensor) -> Tensor:
+        """Log-probabilities [..., V] of one model alone, over all ids of the strong vocabulary."""
+        return self.pad_to_vocabulary(torch.log_softmax(logits.float(), -1))
+
     def pad_to_vocabulary(self, scores: Tensor) -> Tensor:
         """Scores [..., M] of a small model over all V ids; it gives the ids that it lacks no chance."""
         return torch.nn.functional.pad(scores, (0, self.vocab_size - scores.shape[-1]), value=-torch.inf)

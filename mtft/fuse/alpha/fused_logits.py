@@ -72,15 +72,15 @@ def fuse_logits(
     device = strong_NV.device
 
     buffers = FusionBuffers() if buffers is None else buffers
-    base, shifts, lse = _normalise(base_NV.to(dtype), buffers, "base"), [], {}
-    lse["the small base"] = base.lse_N1
+    strong, base = _normalise(strong_NV.to(dtype), buffers, "strong"), _normalise(base_NV.to(dtype), buffers, "base")
+    lse, shifts = {"the strong model": strong.lse_N1, "the small base": base.lse_N1}, []
     for t, expert_NV in enumerate(experts_TNV):  # one by one: of their [N, V] buffers only d stays
         expert = _normalise(expert_NV.to(dtype), buffers, "expert")
+        d_NM = torch.sub(expert.logits_NV, base.logits_NV, out=buffers.like(f"shift {t}", expert.p_NV))
+        d_NM -= expert.lse_N1 - base.lse_N1
         lse[f"expert {t}"] = expert.lse_N1
-        shift = _shift(expert, base, spec.d_max, buffers, f"shift {t}")
+        shift = _shift(expert, base, d_NM, _reach(d_NM, lse), spec.d_max, buffers)
         shifts.append(shift._replace(d_NV=_to_strong_vocabulary(shift.d_NV, vocabulary, token_map)))
-    strong = _normalise(strong_NV.to(dtype), buffers, "strong")
-    _check_finite({"the strong model": strong.lse_N1} | lse)
     p_NV = strong.p_NV
     logp_NV = torch.sub(strong.logits_NV, strong.lse_N1, out=buffers.like("log strong", p_NV))
     c_NT = torch.stack([shift.c_N for shift in shifts], -1)
@@ -156,10 +156,19 @@ def _normalise(logits_NV: Tensor, buffers: FusionBuffers, name: str) -> _Model:
     return _Model(logits_NV, logits_NV.amax(-1, keepdim=True) - p_NV.amax(-1, keepdim=True).log(), p_NV)
 
 
-def _check_finite(lse: dict[str, Tensor]) -> None:
-    """A NaN or +inf anywhere in a row, or nothing but -inf, shows in the row's logsumexp [N, 1]."""
-    if math.isfinite(torch.cat(list(lse.values())).sum()):  # one NaN or infinity is enough to spoil the sum
-        return
+def _reach(d_NM: Tensor, lse: dict[str, Tensor]) -> float:
+    """Largest |d|; the host waits for the device once, for this and for whether the models' logits are usable.
+
+    A NaN or +inf anywhere in a row, or nothing but -inf, shows in the row's logsumexp [N, 1]: FusionError.
+    """
+    far = torch.maximum(d_NM.amax(), d_NM.amin().neg())  # aminmax is ten times slower than both
+    far, total = torch.stack([far, torch.cat(list(lse.values())).sum()]).tolist()
+    if not math.isfinite(total):  # one NaN or infinity is enough to spoil the sum
+        _name_not_finite(lse)
+    return far
+
+
+def _name_not_finite(lse: dict[str, Tensor]) -> None:
     for name, lse_N1 in lse.items():
         bad = (~lse_N1[:, 0].isfinite()).nonzero()
         if len(bad):
@@ -169,17 +178,14 @@ def _check_finite(lse: dict[str, Tensor]) -> None:
             )
 
 
-def _shift(expert: _Model, base: _Model, d_max: float, buffers: FusionBuffers, name: str) -> _Shift:
-    """d = log Q_E - log Q, clamped; c = sum Q_E (d + expm1(-d)) and c' = sum Q (expm1(d) - d).
+def _shift(expert: _Model, base: _Model, d_NM: Tensor, far: float, d_max: float, buffers: FusionBuffers) -> _Shift:
+    """d = log Q_E - log Q, at most `far` from 0, is clamped; c = sum Q_E (d + expm1(-d)) and c' = sum Q (expm1(d) - d).
 
     Without clamps these equal the KL divergences; they are never negative, and an error in the normalisers enters
     squared only, so no digits cancel when expert and base nearly agree. Then, too, Q_E = Q (1 + k) with k = expm1(d),
     so that c = sum Q k d - c': one exponential gives both.
     """
-    d_NM = torch.sub(expert.logits_NV, base.logits_NV, out=buffers.like(name, expert.p_NV))
-    d_NM -= expert.lse_N1 - base.lse_N1
-    far = max(float(d_NM.amax()), -float(d_NM.amin()))  # aminmax is ten times slower than both; NaN goes to the else
-    if far <= d_max and not math.isnan(far):
+    if far <= d_max:  # False for NaN
         clamped_N = torch.zeros(len(d_NM), dtype=torch.long, device=d_NM.device)
         k_NM = torch.expm1(d_NM, out=expert.p_NV)  # which nobody needs any more
         scratch_NM = buffers.like("scratch", d_NM)

@@ -93,8 +93,8 @@ def solve_root(tilt: ExponentialTilt, rule: str, target_N: Tensor, a_max_N: Tens
     zero = torch.zeros_like(a_max_N)
     step = TiltStep(zero, zero, zero, torch.zeros_like(flat_N), 0)
     done_N = flat_N | (target_N <= 0)
-    # off the CPU a look at `done` waits for the device, so it is taken every eighth pass only
-    every = 1 if a_max_N.device.type == "cpu" else 8
+    # off the CPU a look at `done` waits for the device; most roots need two to four passes
+    every = 1 if a_max_N.device.type == "cpu" else 2
     if every == 1 and bool(done_N.all()):
         return step
     slack_N, tiny_N, rho_N = rtol * target_N, BRACKET * a_max_N, (2 * target_N).sqrt()

@@ -29,12 +29,11 @@ def decode_step_by_step(fused: FusionCore, request: GenerateRequest) -> Tensor |
     """One token per pass of all models."""
     rows, device = len(request.ids_BL), request.ids_BL.device
     output = GeneratedColumns(request, fused.vocab_size)
-    active_A = torch.arange(rows, device=device)  # rows in the caches
+    active, active_A = list(range(rows)), torch.arange(rows, device=device)  # rows in the caches
     models = fused.cached_models()
     logits = models.read(request.ids_BL, request.mask_BL, 1, request.small_prompt).last()
     position = 0
     while True:
-        active = active_A.tolist()
         step = fused.fuse(*logits, [request.specs[row] for row in active])
         scores_AV = step.logprobs_NV.to(device)
         if request.processors:  # some write into the scores they are given
@@ -48,19 +47,20 @@ def decode_step_by_step(fused: FusionCore, request: GenerateRequest) -> Tensor |
         next_B = torch.full((rows,), request.pad, dtype=torch.long, device=device)
         next_B[active_A] = torch.where(finished_A, request.pad, next_A)
         if request.observer is not None:
-            live = (~finished_A).nonzero().squeeze(-1)
-            live_logits = fused.to_strong_vocabulary(logits.select(live))
-            request.observer.step(active_A[live].tolist(), step.select(live), next_A[live], *live_logits)
+            live_A = (~finished_A).nonzero().squeeze(-1)
+            live_logits = fused.to_strong_vocabulary(logits.select(live_A))
+            request.observer.step(active_A[live_A].tolist(), step.select(live_A), next_A[live_A], *live_logits)
         output.append(next_B, (active_A, scores_AV, step.logprobs_NV))
-        finished_A = output.finished_B[active_A]
-        if bool(output.finished_B.all()):
+        finished = output.finished_B.tolist()  # the one thing that the host waits for here
+        if all(finished):
             return output.result()
-        if request.compact and int((~finished_A).sum()) <= COMPACT * len(active_A):
-            keep = (~finished_A).nonzero().squeeze(-1)
+        live = [at for at, row in enumerate(active) if not finished[row]]
+        if request.compact and len(live) <= COMPACT * len(active):
+            keep = torch.tensor(live, device=device)
             models.select(keep)
-            active_A, finished_A = active_A[keep], finished_A[keep]
+            active, active_A = [active[at] for at in live], active_A[keep]
         # a finished row that stays reads padding that is never attended to: its positions must not grow
-        mask_A1 = (~finished_A).long()[:, None] if bool(finished_A.any()) else None
+        mask_A1 = (~output.finished_B[active_A]).long()[:, None] if any(finished[row] for row in active) else None
         logits = models.read(next_B[active_A][:, None], mask_A1).last()
         position += 1
 

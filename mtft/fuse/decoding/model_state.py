@@ -275,6 +275,12 @@ class CachedModels:
         for cached, more in zip(self.all, other.all, strict=True):
             cached.append_rows(more)
 
+    def squeeze(self) -> None:
+        """Drop gaps where rows that came or left have made them many; then caches move, if they may."""
+        if self.movable:
+            for cached in self.all:
+                cached.squeeze()
+
     @property
     def movable(self) -> bool:
         return all(cached.movable for cached in self.all)

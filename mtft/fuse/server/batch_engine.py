@@ -16,15 +16,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mtft.common.out_of_memory import is_device_error
 from mtft.fuse.alpha.spec import FusionError
-from mtft.fuse.decoding import gumbel_sampling
 from mtft.fuse.decoding.model_state import CachedModels, ModelLogits
 from mtft.fuse.decoding.prompts import Prompt, left_pad, pad_small_prompts
 from mtft.fuse.decoding.score_text import fused_positions
@@ -40,6 +36,8 @@ from mtft.fuse.server.jobs import (
     TokenScore,
     token_score,
 )
+from mtft.fuse.server.next_tokens import choose_tokens, read_scores, served_logprobs
+from mtft.fuse.server.prefill import PART, Prefill, cut_prompts
 
 WINDOW = 0.005  # seconds in which prompts come together
 RETRY = 5.0  # seconds between two looks whether failed models work again
@@ -72,11 +70,17 @@ class BatchEngine:
         self.lost = False  # it never will again in this process
         self.running: list[tuple[GenerationJob, IncrementalDetokenizer]] = []
         self._batch: tuple[CachedModels, ModelLogits] | None = None  # of the running rows; logits at the last token
+        self._prefill: Prefill | None = None  # prompts that are about to join
         self._thread = threading.Thread(target=self._run, name="fuse-engine", daemon=True)
 
     @property
     def idle(self) -> bool:
-        return not (self.waiting or self.running or self.scoring or self._busy)
+        return not (self.waiting or self._taken or self.scoring or self._busy)
+
+    @property
+    def _taken(self) -> list[GenerationJob]:
+        """Jobs whose prompts are read, or being read."""
+        return [*(job for job, _ in self.running), *(self._prefill.jobs if self._prefill is not None else ())]
 
     def start(self) -> None:
         self._thread.start()
@@ -136,7 +140,7 @@ class BatchEngine:
                     self._probe()
                     continue
                 self._score_next()
-                if self.waiting or self.running:
+                if self.waiting or self._taken:
                     self._decode()
         except BaseException as error:
             reason = _reason(error)
@@ -151,7 +155,7 @@ class BatchEngine:
         """Until there is something to do. False: there never will be."""
         with self._changed:
             self._busy = False
-            while not (self.waiting or self.running or self.scoring):
+            while not (self.waiting or self._taken or self.scoring):
                 if self._closing:
                     return False
                 if not self._changed.wait(None if self.fault is None else RETRY) and self.fault is not None:
@@ -160,19 +164,20 @@ class BatchEngine:
             return True
 
     def _decode(self) -> None:
-        """One token for all that run, after the prompts that can join."""
-        if not self.running:
+        """One token for all that run, after a part of the prompts that can join."""
+        if not self._taken:
             time.sleep(WINDOW)  # prompts that come together are read together
         joining = self._take_jobs()
         try:
-            self._read_prompts(joining)
+            self._begin(joining)
+            self._read_prompts()
             if self.running:
                 self._step()
         except Exception as error:  # noqa: BLE001  whatever it was, its clients hear of it, and the thread lives on
             # the caches may be half written: everyone in the batch hears of it, the next batch starts afresh
             event = StreamEvent(error=_reason(error), status=500)
-            ended = {id(job): job for job in (*(job for job, _ in self.running), *joining)}
-            self.running, self._batch = [], None
+            ended = {id(job): job for job in (*self._taken, *joining)}
+            self.running, self._batch, self._prefill = [], None, None
             for job in ended.values():
                 job.tell(event)
             if not isinstance(error, FusionError):
@@ -211,10 +216,10 @@ class BatchEngine:
             if self.fault is None:
                 logging.getLogger(__name__).error("the engine can't serve: %s", reason)
             self.fault = reason
-            jobs = [*self.waiting, *self.scoring, *(job for job, _ in self.running)]
+            jobs = [*self.waiting, *self.scoring, *self._taken]
             self.waiting.clear()
             self.scoring.clear()
-            self.running, self._batch = [], None
+            self.running, self._batch, self._prefill = [], None, None
         for job in jobs:
             job.tell(StreamEvent(error=f"the engine failed: {reason}", status=503))
 
@@ -226,7 +231,7 @@ class BatchEngine:
             self.waiting = deque(job for job in self.waiting if job.since >= oldest)
             joining: list[GenerationJob] = []
             # a cache that forgets (sliding window) takes no new rows: wait for the batch to end
-            if self._batch is None or self._batch[0].movable:
+            if self._prefill is None and (self._batch is None or self._batch[0].movable):
                 while self.waiting and len(self.running) + len(joining) < self.rows:
                     joining.append(self.waiting.popleft())
         for job in late:
@@ -234,25 +239,36 @@ class BatchEngine:
         return joining
 
     @torch.no_grad()
-    def _read_prompts(self, jobs: list[GenerationJob]) -> None:
-        """Read the prompts and put them beside the rows that run."""
+    def _begin(self, jobs: list[GenerationJob]) -> None:
+        """Prompts that are to join, in parts if somebody runs meanwhile."""
         if not jobs:
             return
-        new = [(job, IncrementalDetokenizer(self.fused.tokenizer, job.stops)) for job in jobs]
-        self.running += new
         self.metrics.prompt_tokens += sum(len(job.ids) for job in jobs)
         ids_BL, mask_BL = left_pad([job.ids for job in jobs], 0, self.fused.device)
         small = pad_small_prompts(self.fused, [Prompt(job.ids, job.small_ids) for job in jobs], self.fused.device)
         specs = self.fused.route_prompts([job.spec for job in jobs], *(small or (ids_BL, mask_BL)))
         for job, spec in zip(jobs, specs, strict=True):
             job.spec = spec
-        models = self.fused.cached_models()
-        logits = models.read(ids_BL, mask_BL, small_prompt=small).last()
+        # small models with another tokenizer read the whole text at once
+        width = PART if self.running and self.fused.token_map is None else self.fused.context
+        self._prefill = Prefill(jobs, self.fused.cached_models(), cut_prompts((ids_BL, mask_BL), small, width))
+
+    @torch.no_grad()
+    def _read_prompts(self) -> None:
+        """A part of the prompts; after the last, they are put beside the rows that run."""
+        prefill = self._prefill
+        if prefill is not None and all(job.cancelled for job in prefill.jobs):
+            prefill = self._prefill = None
+        if prefill is None or (logits := prefill.read()) is None:
+            return
+        models = prefill.models
         if self._batch is not None:
             running, running_logits = self._batch
             running.append_rows(models)
+            running.squeeze()
             models, logits = running, running_logits.map(lambda *both: torch.cat(both), logits)
-        self._batch = models, logits
+        self._batch, self._prefill = (models, logits), None
+        self.running += [(job, IncrementalDetokenizer(self.fused.tokenizer, job.stops)) for job in prefill.jobs]
 
     @torch.no_grad()
     def _score_prompt(self, job: GenerationJob) -> list[TokenScore]:
@@ -260,7 +276,7 @@ class BatchEngine:
         ids_1L = torch.tensor([job.ids], device=self.fused.device)
         scores = [TokenScore(job.ids[0], None)]
         if isinstance(job.source, int):
-            rows = map(self._full_logprobs, small_positions(self.fused, ids_1L[:, :-1], job.source))
+            rows = map(self.fused.full_logprobs, small_positions(self.fused, ids_1L[:, :-1], job.source))
         else:
             spec = replace(job.spec, alpha_rule="fixed", alpha=0.0) if job.source == "strong" else job.spec
             predict_1L = torch.ones_like(ids_1L, dtype=torch.bool)
@@ -275,37 +291,32 @@ class BatchEngine:
         if self._batch is None:
             raise RuntimeError("a step without a batch")
         models, logits = self._batch
-        fused = self.fused.fuse(*logits, [job.spec for job, _ in self.running])
+        jobs = [job for job, _ in self.running]
+        fused = self.fused.fuse(*logits, [job.spec for job in jobs])
+        logp_NV = served_logprobs(self.fused, jobs, fused, logits)
+        tokens_N = choose_tokens(logp_NV, jobs, [len(detokenizer.tokens) for _, detokenizer in self.running])
+        scores, alpha, clipped = read_scores(logp_NV, tokens_N, jobs, fused)
         self.metrics.steps += 1
-        self.metrics.tokens += len(self.running)
-        self.metrics.alpha += float(fused.alpha_NT.sum())
-        self.metrics.clipped += int(fused.clipped_N.sum())
-        tokens = []
-        for row, (job, detokenizer) in enumerate(self.running):
-            if job.source == "fused":
-                logp_V = fused.logprobs_NV[row]
-            else:
-                source = logits.strong if job.source == "strong" else logits.experts[int(job.source)]
-                logp_V = self._full_logprobs(source[row])
-            token = self._next_token(job, logp_V, len(detokenizer.tokens))
-            tokens.append(token)
+        self.metrics.tokens += len(jobs)
+        self.metrics.alpha += alpha
+        self.metrics.clipped += clipped
+        for row, ((job, detokenizer), score) in enumerate(zip(self.running, scores, strict=True)):
             if job.trace is not None:
                 row_1 = torch.tensor([row])
                 wide = self.fused.to_strong_vocabulary(logits.select(row_1))
-                job.trace.step([0], fused.select(row_1), torch.tensor([token]), *wide)
-            self._report(job, detokenizer, token_score(logp_V, token, job.top))
-        keep = [row for row, (job, _) in enumerate(self.running) if not job.cancelled]
+                job.trace.step([0], fused.select(row_1), torch.tensor([score.id]), *wide)
+            self._report(job, detokenizer, score)
+        keep = [row for row, job in enumerate(jobs) if not job.cancelled]
         self.running = [self.running[row] for row in keep]
         if not keep:
             self._batch = None
             return
-        if len(keep) < len(tokens):
-            models.select(torch.tensor(keep))
-        if models.movable:
-            for cached in models.all:
-                cached.squeeze()
-        next_B1 = torch.tensor([[tokens[row]] for row in keep], device=self.fused.device)
-        self._batch = models, models.read(next_B1).last()
+        if len(keep) < len(jobs):
+            keep_N = torch.tensor(keep, device=tokens_N.device)
+            models.select(keep_N)
+            models.squeeze()
+            tokens_N = tokens_N[keep_N]
+        self._batch = models, models.read(tokens_N[:, None]).last()
 
     def _report(self, job: GenerationJob, detokenizer: IncrementalDetokenizer, score: TokenScore) -> None:
         """The client hears of the token; a job that has ended is marked as cancelled, so that its row leaves."""
@@ -319,24 +330,6 @@ class BatchEngine:
             text += detokenizer.rest()
             job.cancelled = True
         job.tell(StreamEvent(text, (score,), reason))
-
-    def _full_logprobs(self, logits_V: Tensor) -> Tensor:
-        """Log-probabilities over all ids of the strong vocabulary."""
-        return self.fused.pad_to_vocabulary(torch.log_softmax(logits_V.float(), -1))
-
-    def _next_token(self, job: GenerationJob, logp_V: Tensor, position: int) -> int:
-        """As generate does: temperature, top-k, top-p, then the row's own draw."""
-        if gumbel_sampling.is_greedy(job.temperature):
-            return int(logp_V.argmax())
-        scores_1V: Any = logp_V[None]
-        ids: Any = None  # these three look at the scores only
-        if job.temperature != 1:
-            scores_1V = TemperatureLogitsWarper(float(job.temperature))(ids, scores_1V)
-        if job.top_k:
-            scores_1V = TopKLogitsWarper(job.top_k)(ids, scores_1V)
-        if job.top_p < 1:
-            scores_1V = TopPLogitsWarper(job.top_p)(ids, scores_1V)
-        return int(gumbel_sampling.sample(scores_1V, [gumbel_sampling.key(job.seed, job.sample, position)]))
 
 
 def _reason(error: BaseException) -> str:

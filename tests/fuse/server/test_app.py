@@ -13,6 +13,7 @@ import uvicorn
 
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.fused_model import FusedCausalLM
+from mtft.fuse.server import batch_engine
 from mtft.fuse.server.app import check_binding, make_app
 from mtft.fuse.server.batch_engine import BatchEngine
 from mtft.fuse.server.jobs import GenerationJob, ServerBusy, ServerStopping
@@ -293,7 +294,7 @@ def test_while_it_drains_the_server_finishes_and_refuses(fused):
 def test_a_failing_batch_is_heard_and_the_next_one_works(fused, monkeypatch):
     events = []
     engine = BatchEngine(fused)
-    monkeypatch.setattr(engine, "_next_token", lambda *_: (_ for _ in ()).throw(FusionError("broken")))
+    monkeypatch.setattr(batch_engine, "choose_tokens", lambda *_: (_ for _ in ()).throw(FusionError("broken")))
     engine.start()
     engine.submit([GenerationJob([5, 6], 3, fused.spec, events.append)])
     while not events:

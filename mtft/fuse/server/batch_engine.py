@@ -250,7 +250,8 @@ class BatchEngine:
         for job, spec in zip(jobs, specs, strict=True):
             job.spec = spec
         # small models with another tokenizer read the whole text at once
-        width = PART if self.running and self.fused.token_map is None else self.fused.context
+        in_parts = self.running and self.fused.token_map is None
+        width = max(1, PART // len(jobs)) if in_parts else self.fused.context
         self._prefill = Prefill(jobs, self.fused.cached_models(), cut_prompts((ids_BL, mask_BL), small, width))
 
     @torch.no_grad()

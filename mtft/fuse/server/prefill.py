@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mtft.fuse.decoding.model_state import CachedModels, ModelLogits, PaddedIds
 from mtft.fuse.server.jobs import GenerationJob
 
-PART = 512  # tokens of each prompt: about what the others' next token may wait for
+PART = 256  # tokens of all prompts together: what the others' next token has to wait for
 
 
 @dataclass

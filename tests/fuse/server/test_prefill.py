@@ -49,7 +49,7 @@ def fused(folders):
 
 @pytest.fixture
 def widths(monkeypatch):
-    """Tokens of every read of the strong model's rows."""
+    """Columns of every read."""
     seen, read = [], CachedModel.read
 
     def spy(self, ids_BL, *args, **kwargs):

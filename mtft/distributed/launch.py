@@ -28,13 +28,16 @@ class LaunchConfig:
     """What `accelerate launch` or torchrun has put into the environment.
 
     zero: DeepSpeed's stage, 0 = no DeepSpeed; fsdp: version, 0 = no FSDP; ranks: processes; cpu_optimizer: DeepSpeed
-    takes an optimizer of its own, on the CPU.
+    takes an optimizer of its own, on the CPU; sequence_ranks: ranks that share a row (context and sequence
+    parallelism); tensor_ranks: ranks that share a layer (tensor parallelism).
     """
 
     zero: int = 0
     fsdp: int = 0
     ranks: int = 1
     cpu_optimizer: bool = False
+    sequence_ranks: int = 1
+    tensor_ranks: int = 1
 
     @property
     def shards_weights(self) -> bool:
@@ -45,8 +48,9 @@ class LaunchConfig:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> LaunchConfig:
         ranks = _integer(environment, "WORLD_SIZE", 1)
         fsdp = _integer(environment, "FSDP_VERSION", 1) if _flag(environment, "ACCELERATE_USE_FSDP") else 0
+        sequence, tensor = _parallelism(environment, ranks if fsdp else None)
         if not _flag(environment, "ACCELERATE_USE_DEEPSPEED"):
-            return cls(0, fsdp, ranks)
+            return cls(0, fsdp, ranks, sequence_ranks=sequence, tensor_ranks=tensor)
         config = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         if config and Path(config).is_file():
             settings = read_own(Path(config), do="give DeepSpeed's configuration as a JSON file")
@@ -57,10 +61,13 @@ class LaunchConfig:
             offload = section.get("offload_optimizer") or {}
             device = offload.get("device") if isinstance(offload, dict) else None
             forced = settings.get("zero_force_ds_cpu_optimizer", True)
+            sequence = max(sequence, _size(settings, "sequence_parallel_size"))
+            tensor = max(tensor, _size(settings.get("tensor_parallel"), "autotp_size"))
         else:
             zero = _integer(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)  # accelerate's own default
             device, forced = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"), True
-        return cls(int(zero), fsdp, ranks, cpu_optimizer=bool(forced) and device not in (None, "", "none"))
+        own_optimizer = bool(forced) and device not in (None, "", "none")
+        return cls(int(zero), fsdp, ranks, own_optimizer, sequence, tensor)
 
 
 def check_launch(command: str) -> None:
@@ -95,6 +102,30 @@ def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
         return int(value)
     except ValueError:
         raise UserError(f"{value!r} is not a number", where=f"environment variable {name}") from None
+
+
+def _parallelism(environment: Mapping[str, str], fsdp_ranks: int | None) -> tuple[int, int]:
+    """(ranks that share a row, ranks that share a layer), of accelerate's parallelism_config.
+
+    UserError for sizes of data parallelism that FSDP can't shard over: accelerate says so after the model is loaded.
+    """
+    if not _flag(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return 1, 1
+    axes = ("DP_REPLICATE", "DP_SHARD", "CP", "SP", "TP")
+    replicas, shards, cp, sp, tp = (_integer(environment, f"PARALLELISM_CONFIG_{axis}_SIZE", 1) for axis in axes)
+    if fsdp_ranks is not None and cp * sp * tp == 1 and (shards == 1 or replicas * shards != fsdp_ranks):
+        raise UserError(
+            f"dp_replicate_size {replicas} x dp_shard_size {shards} can't be had of {fsdp_ranks} processes under FSDP",
+            where="parallelism_config in the launcher's configuration",
+            do="take it out, or give sizes whose product is the number of processes, dp_shard_size above 1",
+        )
+    return cp * sp, tp
+
+
+def _size(section: object, key: str) -> int:
+    """A size in DeepSpeed's JSON; 1 where it is left out, 0, or no number (which DeepSpeed refuses itself)."""
+    size = section.get(key) if isinstance(section, dict) else None
+    return size if isinstance(size, int) else 1
 
 
 def world_size() -> int:

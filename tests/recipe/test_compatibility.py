@@ -33,6 +33,12 @@ CASES = {
     "lora.init + model.quantise": ("train", ["lora.init=pissa", "model.quantise=nf4"]),
     "model.quantise + DeepSpeed": ("train", ["model.quantise=nf4"], ZERO_3),
     "model.quantise + FSDP": ("train", ["model.quantise=nf4"], FSDP),
+    "parallelism_config_cp_size, parallelism_config_sp_size": (
+        "train",
+        [],
+        LaunchConfig(fsdp=2, ranks=2, sequence_ranks=2),
+    ),
+    "parallelism_config_tp_size": ("check", [], LaunchConfig(fsdp=2, ranks=4, tensor_ranks=2)),
     "fsdp_version: 1": ("train", [], LaunchConfig(fsdp=1, ranks=2)),
     "model.dtype: fp16 + FSDP": ("train", ["model.dtype=fp16"], FSDP),
     "train.optimizer + FSDP": ("train", ["train.optimizer=adafactor"], FSDP),

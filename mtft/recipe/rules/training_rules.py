@@ -66,6 +66,16 @@ TRAINING_RULES: tuple[Rule, ...] = (
     Rule("model.quantise + FSDP", TRAINING, lambda r, e, n: quantised(r.model) and e.fsdp > 0,
         "FSDP2 cuts float weights only; a quantised base is packed in bytes and would stay whole on every GPU",
         "launch with recipes/accelerate/ddp.yaml: each rank holds the small base; or set model.quantise: none"),
+    Rule("parallelism_config_cp_size, parallelism_config_sp_size", TRAINING, lambda r, e, n: e.sequence_ranks > 1,
+        "context and sequence parallelism cut each row over ranks and compute attention without the mask that keeps "
+        "packed examples apart; here each rank reads whole rows of its own",
+        "take it out of the launcher's configuration; for long rows set train.gradient_checkpointing: true, and "
+        "launch with recipes/accelerate/fsdp2.yaml"),
+    Rule("parallelism_config_tp_size", TRAINING, lambda r, e, n: e.tensor_ranks > 1,
+        "under tensor parallelism the ranks that share a layer must read the same rows; here each rank reads rows of "
+        "its own",
+        "take it out of the launcher's configuration; a model that does not fit on one GPU trains under "
+        "recipes/accelerate/fsdp2.yaml or zero3.yaml"),
     Rule("fsdp_version: 1", TRAINING, lambda r, e, n: e.fsdp == 1,
         "FSDP 1 flattens the weights of a layer into one, which mixes frozen and trained ones", "set fsdp_version: 2"),
     Rule("model.dtype: fp16 + FSDP", TRAINING, lambda r, e, n: e.fsdp > 0 and r.model.dtype == "fp16",

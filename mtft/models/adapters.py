@@ -135,14 +135,18 @@ def load_adapter(
     except (RuntimeError, ValueError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
-        what = f"the adapter does not fit the model: {_first_line(error)}"
-        raise UserError(what, where=where, do=USE_ITS_BASE) from error
+        raise does_not_fit(error, where) from error
     missing = {name.replace(".default", "") for name in report.missing_keys}
     if getattr(config, "bias", "none") != "none":  # of which PEFT's report says nothing
         missing |= get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - _stored(folder)
     _check_names(sorted(missing), sorted(report.unexpected_keys), where)
     check_finite(adapted, Path(folder), where, only=".default.")
     return adapted
+
+
+def does_not_fit(error: Exception, where: str) -> UserError:
+    """The refusal of an adapter that PEFT can't put on the model."""
+    return UserError(f"the adapter does not fit the model: {_first_line(error)}", where=where, do=USE_ITS_BASE)
 
 
 def reload_own(adapted: PeftModel, folder: str | Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mtft.common.errors import UserError
-from mtft.models.adapters import load_adapter, read_peft_config
+from mtft.models.adapters import does_not_fit, load_adapter, read_peft_config
 from mtft.models.lora_targets import excluded_modules, no_such_targets, refused_by_peft, unmatched_targets
 from mtft.recipe.schema.lora import LoraSection
 
@@ -70,6 +70,20 @@ def continue_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     config.lora_dropout = section.dropout
     start, where = str(section.start), f"lora.start: {section.start}"
     adapted = load_adapter(model, start, config=config, trainable=True, where=where)
+    share_inputs(adapted)
+    return _freeze_a(adapted) if section.freeze_a else adapted
+
+
+def lora_like_start(model: PreTrainedModel, section: LoraSection) -> PeftModel:
+    """`continue_lora` for a model without weights: the same modules and ranks, and nothing is read into them."""
+    from peft import get_peft_model
+
+    config = read_start(section)
+    config.lora_dropout, config.init_lora_weights, config.inference_mode = section.dropout, True, False
+    try:
+        adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
+    except (ValueError, AttributeError) as error:
+        raise does_not_fit(error, f"lora.start: {section.start}") from error
     share_inputs(adapted)
     return _freeze_a(adapted) if section.freeze_a else adapted
 

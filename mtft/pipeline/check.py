@@ -123,7 +123,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     warnings += [line for line in more if line is not None]
     learnt = sum(task.tokens_per_step * task.supervised_tokens / task.tokens for task in data.tasks if task.tokens)
     meta = meta_model(recipe)
-    warnings += check_later_stages(recipe, meta.model)
+    warnings += check_without_weights(recipe, meta.model)
     memory = estimate_memory(
         recipe,
         meta=meta,
@@ -135,15 +135,21 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     return CheckReport(data, memory, tuple(warnings), online)
 
 
-def check_later_stages(recipe: Recipe, adapted: Any) -> list[str]:
-    """What the merge and fuse stages would refuse after the training, as far as models without weights tell.
+def check_without_weights(recipe: Recipe, adapted: Any) -> list[str]:
+    """What training would refuse once the model is loaded, and the merge and fuse stages after it, as far as models
+    without weights tell.
 
     adapted: the model with its adapter, on the meta device. Returns what is worth knowing.
     """
     from mtft.fuse.from_recipe import plan_recipe
+    from mtft.losses.balancers import balancer_class
+    from mtft.recipe.method_options import options_of
     from mtft.training.memory.estimate import check_adapter
+    from mtft.training.step.task_gradients import make_task_gradient_step
 
-    said = [] if recipe.lora is None else check_adapter(recipe, adapted)
+    said: list[str] = [] if recipe.lora is None else check_adapter(recipe, adapted)
+    gram_every = 1 if "gram_every" in options_of(balancer_class(recipe.loss.balancer)) else None
+    make_task_gradient_step(recipe, adapted, gram_every=gram_every, isolated=False, run_dir=None, say=said.append)
     coverage = None if recipe.fuse is None else plan_recipe(recipe, trained=False).coverage()
     return said if coverage is None else [*said, coverage]
 

@@ -27,7 +27,7 @@ from mtft.common.folder_lock import sole_writer
 from mtft.common.output_paths import check_output_folder
 from mtft.common.own_files import irregular
 from mtft.evaluation.score_cache import Scores, check_same_examples, load_or_score, table
-from mtft.pipeline.check import check_later_stages, check_names
+from mtft.pipeline.check import check_names, check_without_weights
 from mtft.pipeline.stages.mix_files import refuse_foreign_stage
 from mtft.pipeline.stages.stage_cache import model_state, read_json, run_cached_stage
 from mtft.recipe.load import dump_recipe, load_recipe
@@ -98,7 +98,7 @@ def _run_stages(recipe: Recipe, root: Path, *, fresh: bool, launch: str | None) 
     from mtft.training.preflight import refuse_settings
 
     refuse_settings(recipe)
-    notes = check_later_stages(recipe, meta_model(recipe).model)
+    notes = check_without_weights(recipe, meta_model(recipe).model)
     root.mkdir(parents=True, exist_ok=True)
     write_text(root / "recipe.yaml", dump_recipe(recipe))
     say = partial(_say, begin)

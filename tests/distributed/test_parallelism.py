@@ -1,6 +1,5 @@
 """accelerate's parallelism_config: what it can be, on four gloo ranks, and what is refused before a model is loaded."""
 
-
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser

@@ -28,6 +28,22 @@ def test_adapters_on_fused_experts_are_refused_and_attention_alone_is_not(family
     assert distance(taps.jacobian(coef_K), k_backwards(model, batches())) < 1e-5
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("family", sorted(FUSED_EXPERTS))
+def test_around_fused_experts_what_can_be_captured_is_right(family, full):
+    """Experts, their routers (and with full fine-tuning embeddings and norms) are left out, all else is not."""
+    model = tiny(family) if full else lora(tiny(family))
+    taps = TaskGradients(model, K, isolated=True, partial=True)
+    taps, coef_K, own = captured(model, batches(), taps=taps)
+    expected = k_backwards(model, batches())
+    left = [name for name in taps.left_out if "embed" not in name and "norm" not in name]
+    assert left
+    assert all(".experts." in name or ".gate." in name for name in left)
+    assert {*taps.covered, *taps.left_out} == own.keys()
+    J = taps.jacobian(coef_K)
+    assert distance(J, {name: expected[name] for name in J}) < 1e-5
+
+
 @pytest.mark.parametrize("quantise", ["nf4", "int8"])
 def test_quantised_base(quantise, tmp_path):
     """The adapter's layers are plain ones, and the base's own weights are never looked at."""

@@ -7,6 +7,7 @@ with alpha 1 whose strong model is the base gives the expert's own log-probabili
 """
 
 import json
+import re
 import shutil
 
 import pytest
@@ -27,6 +28,7 @@ from mtft.pipeline.check import check_recipe
 from mtft.recipe.schema.lora import LoraSection
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.build_model import load_for_training
 from mtft.training.run_training import train
 from tests.models.tiny_architectures import ARCHITECTURES, write_architecture
 from tests.slow import slow
@@ -173,6 +175,56 @@ def test_what_fused_experts_cannot_have_is_refused_by_check_and_by_training(reci
         assert "q_b_proj" in caught.value.do or "q_proj" in caught.value.do
     without = asked(recipe, folders(name), tmp_path / "run", lora={"r": 4, "targets": ["o_proj"], **lora})
     check_recipe(without)
+
+
+MEASURES = {
+    "balancer": {"balancer": {"name": "gradnorm"}},
+    "aggregator": {"gradients": {"aggregator": "upgrad"}},
+    "affinity": {"gradients": {"every": 1}},
+}
+
+
+@pytest.mark.parametrize("loss", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize("name", [FUSED_EXPERTS[0], *slow(*FUSED_EXPERTS[1:])])
+def test_task_gradients_of_fused_experts_are_refused_by_check_and_by_training(recipe, folders, tmp_path, name, loss):
+    whole = asked(recipe, folders(name), tmp_path / "run", loss=loss)
+    said = []
+    for command in (lambda: check_recipe(whole), lambda: train(whole, quiet=True)):
+        with pytest.raises(
+            UserError, match=r"(?s)gradients of single tasks can't be captured.*fused experts"
+        ) as caught:
+            command()
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert caught.value.where == "lora.targets"
+    # what it names to be done can be done
+    targets = re.search(r"targets: \[([a-z_, ]+)\]", caught.value.do)[1].split(", ")
+    check_recipe(asked(recipe, folders(name), tmp_path / "run", loss=loss, lora={"r": 4, "targets": targets}))
+    assert "loss.gradients.partial: true" in caught.value.do
+    loss = {**loss, "gradients": {**loss.get("gradients", {}), "partial": True}}
+    checked = check_recipe(asked(recipe, folders(name), tmp_path / "run", loss=loss))
+    assert any("task gradients leave out" in line and "fused experts" in line for line in checked.warnings)
+
+
+def test_check_knows_the_adapter_that_is_trained_on(recipe, folders, tmp_path):
+    """Its modules, whatever lora.targets says, which is all-linear here: the experts are not among them."""
+    start = tmp_path / "start"
+    targets = LoraSection(r=4, alpha=8, targets=("q_proj",))
+    add_lora(load_base(section(folders("qwen3_moe"))), targets, seed=1).save_pretrained(start)
+    lora, loss = {"r": 4, "alpha": 8, "start": str(start)}, {"gradients": {"aggregator": "upgrad"}}
+    whole = asked(recipe, folders("qwen3_moe"), tmp_path / "run", lora=lora, loss=loss)
+    trained = load_for_training(whole).get_nb_trainable_parameters()[0]
+    assert check_recipe(whole).memory.trainable == trained
+    elsewhere = asked(recipe, folders("gpt2"), tmp_path / "run", lora=lora)
+    with pytest.raises(UserError, match="does not fit the model"):
+        check_recipe(elsewhere)
+
+
+def test_task_gradients_of_experts_that_get_no_adapter_are_taken(recipe, folders, tmp_path):
+    """all-linear leaves the experts of gpt-oss as they are."""
+    loss = {"gradients": {"aggregator": "upgrad"}}
+    checked = check_recipe(asked(recipe, folders("gpt_oss"), tmp_path / "run", loss=loss))
+    assert not any("leave out" in line for line in checked.warnings)
 
 
 @pytest.mark.parametrize(

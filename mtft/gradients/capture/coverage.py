@@ -81,7 +81,8 @@ def _used_by_their_layer(model: nn.Module) -> dict[str, str]:
         inside: list[str] = [inner for inner, _ in nn.Module.named_modules(layer)]  # type: ignore[arg-type]
         reason = None
         if isinstance(layer, ParamWrapper | MultiheadAttention):
-            reason = f"LoRA of a {type(layer).__name__}, which multiplies A and B instead of tokens with them"
+            what = "ParamWrapper (fused experts, routers)" if isinstance(layer, ParamWrapper) else "MultiheadAttention"
+            reason = f"LoRA of a {what}, which multiplies A and B instead of tokens with them"
         variants = {adapter: type(variant).__name__ for adapter, variant in layer.lora_variant.items()}
         for inner in inside:
             parts = inner.split(".")

@@ -34,7 +34,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mtft.common.errors import UserError
 from mtft.gradients.capture.accumulators import GradientAccumulators
-from mtft.gradients.capture.coverage import gradient_coverage, in_words
+from mtft.gradients.capture.coverage import GradientCoverage, gradient_coverage, in_words
 from mtft.gradients.capture.self_check import SelfCheck
 from mtft.gradients.capture.token_order import TokenOrder, order_by_task
 from mtft.gradients.gramian import ranks_of
@@ -66,10 +66,8 @@ class TaskGradients:
         gram_only: bool = False,
     ) -> None:
         coverage = gradient_coverage(model, fused_head=fused_head)
-        if coverage.left_out and not partial:
-            raise _refuse(coverage.left_out, some=bool(coverage.linears))
-        if not coverage.linears:
-            raise _refuse(coverage.left_out, some=False)
+        if (coverage.left_out and not partial) or not coverage.linears:
+            raise _refuse(coverage)
         self.num_tasks, self.isolated, self.gram_only = num_tasks, isolated, gram_only
         self.left_out = coverage.left_out
         self.covered: tuple[str, ...] = tuple(coverage.linears)
@@ -263,9 +261,13 @@ def _one_task_a_row(task_ids_BT: Tensor) -> None:
         )
 
 
-def _refuse(left_out: dict[str, str], *, some: bool) -> UserError:
-    lines = "".join(f"\n  {line}" for line in in_words(left_out))
+def _refuse(coverage: GradientCoverage) -> UserError:
+    lines = "".join(f"\n  {line}" for line in in_words(coverage.left_out))
+    adapted = {name.partition(".lora_")[0].rpartition(".")[2] for name in coverage.linears if ".lora_" in name}
+    targets = f": lora: {{targets: [{', '.join(sorted(adapted))}]}}" if adapted else ""
     return UserError(
         f"the gradients of single tasks can't be captured for all trained parameters{lines}",
-        do="train LoRA on linear layers only" + (", or set loss.gradients.partial: true" if some else ""),
+        where="lora.targets" if any(".lora_" in name for name in coverage.left_out) else None,
+        do=f"train LoRA on linear layers only{targets}"
+        + (", or set loss.gradients.partial: true" if coverage.linears else ""),
     )

@@ -29,7 +29,7 @@ from mtft.common.errors import UserError
 from mtft.gradients.aggregators import make_aggregator
 from mtft.losses.balancers import balancer_class
 from mtft.models.loading import compute_dtype, load_without_weights
-from mtft.models.lora import add_lora
+from mtft.models.lora import add_lora, lora_like_start
 from mtft.models.lora_targets import check_init, describe_adapter, mergeable
 from mtft.recipe.method_options import options_of
 from mtft.recipe.schema.recipe import Recipe
@@ -165,9 +165,12 @@ def meta_model(recipe: Recipe) -> MetaModel:
         weights = _held_bytes(model, section.quantise, held.itemsize)
         linears = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear)]
         if recipe.lora is not None:
-            lora = recipe.lora.model_copy(update={"init": "default"})  # the others need data; the sizes are equal
-            model = add_lora(model, lora, seed=recipe.seed)
-            check_init(model, recipe.lora)
+            if recipe.lora.start is None:
+                lora = recipe.lora.model_copy(update={"init": "default"})  # the others need data; the sizes are equal
+                model = add_lora(model, lora, seed=recipe.seed)
+                check_init(model, recipe.lora)
+            else:
+                model = lora_like_start(model, recipe.lora)
             adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
             weights += 4 * adapter  # the adapter is held in fp32
             parameters += adapter

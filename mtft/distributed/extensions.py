@@ -24,7 +24,7 @@ def extension_notes() -> list[str]:
     """What DeepSpeed will compile in this run, for people; [] without DeepSpeed or where all is built.
 
     Raises:
-        UserError: for the lock of a build that was killed.
+        UserError: for the lock of a build that was killed, or DeepSpeed missing.
     """
     if engine() != "deepspeed":
         return []
@@ -64,9 +64,17 @@ def is_stale(lock: Path) -> bool:
 
 def _needed() -> dict[str, Path]:
     """{extension: folder that it is built in}, of those that this run loads and that were not installed with it."""
-    import deepspeed
     import torch
-    from deepspeed.git_version_info import installed_ops
+
+    try:
+        import deepspeed
+        from deepspeed.git_version_info import installed_ops
+    except ImportError as error:
+        raise UserError(
+            f"the launcher asks for DeepSpeed, which can't be imported: {error}",
+            where="the launcher's configuration (distributed_type: DEEPSPEED)",
+            do='pip install "mtft[deepspeed]", or launch with recipes/accelerate/ddp.yaml or fsdp2.yaml',
+        ) from error
     from torch.utils.cpp_extension import _get_build_directory
 
     loads = {

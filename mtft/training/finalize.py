@@ -21,7 +21,7 @@ from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.atomic_io import finite
 from mtft.common.errors import UserError
 from mtft.common.own_files import write_own
-from mtft.distributed.collectives import barrier
+from mtft.distributed.collectives import barrier, from_first_rank
 from mtft.distributed.launch import LaunchConfig, is_main_process
 from mtft.distributed.sharding import whole_weights
 from mtft.recipe.schema.recipe import Recipe
@@ -31,6 +31,8 @@ from mtft.training.export.proof import PROOF, NoRoom, ReloadResult, probe_logits
 from mtft.training.run_files.run_dir import NOT_PROVED, PROVED, RESULT, SCORES, TRAINED, write_plan
 from mtft.training.trainer import MultiTaskTrainer
 from mtft.training.trainer_parts import TrainingInputs, held_out_identity
+
+PATIENCE = 60.0  # seconds after which the other ranks are told that the proof goes on; NCCL gives up after 600
 
 
 def finalize_run(
@@ -65,6 +67,8 @@ def finalize_run(
             if is_main_process():
                 for task, task_scores in scores.items():
                     task_scores.save(run_dir / SCORES / f"{task}.jsonl")
+        while from_first_rank(proof.runs()):
+            pass  # a large base on the CPU takes longer than ranks wait at a barrier
         if is_main_process():
             equal = proof.result()
             with part_of_the_end("report", run_dir, steps):
@@ -120,6 +124,12 @@ class Proof:
 
     def go_on(self, export_dir: Path, cleanup: ExitStack) -> None:
         self._running = cleanup.enter_context(ReloadResult(export_dir, self._probe, self._device))
+
+    def runs(self) -> bool:
+        """Whether the fresh process still runs after a while."""
+        with self._harmless():
+            return self._running is not None and self._running.runs(PATIENCE)
+        return False
 
     def result(self) -> float | None:
         """Waits; None if there is no proof. What it compares with is kept if it failed."""

@@ -65,6 +65,19 @@ def test_gates_train_and_fold_as_on_the_cpu(adapters, kind, tmp_path):
         torch.testing.assert_close(torch.from_numpy(one), torch.from_numpy(other), rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_a_step_of_gates_waits_for_nothing_but_the_entropy_it_is_stopped_by(adapters, kind):
+    with Simulation() as seen:
+        network, ids = to_device(model()), IDS.to(simulated_device())
+        batches = [GateBatch({"input_ids": ids, "use_cache": False}, ids, task) for task in ("a", "b")]
+        waits = []
+        for steps in (2, 4):
+            seen.waits.clear()
+            train_gates(network, adapters, batches, kind, steps=steps)
+            waits.append(list(map(str, seen.waits)))
+    assert len(waits[1]) - len(waits[0]) <= 2 * GATE_KINDS[kind].entropy, waits[1][-20:]
+
+
 def router(kind, adapters):
     if kind == "arrow":
         return arrow_router(adapters)

@@ -78,3 +78,10 @@ def test_what_is_compiled_is_said_until_it_is_there(under_deepspeed, monkeypatch
     assert ["cpu_adam" in note for note in extension_notes()] == [True]
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     assert extension_notes() == []
+
+
+def test_a_launch_with_deepspeed_where_it_is_missing_is_refused(under_deepspeed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match="DeepSpeed, which can't be imported") as caught:
+        extension_notes()
+    assert caught.value.do.startswith('pip install "mtft[deepspeed]"')

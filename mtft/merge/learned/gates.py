@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mtft.adapters.lora_factors import LoraAdapter
+from mtft.common.device_copy import to_device
 from mtft.common.errors import MergeError
 from mtft.merge.engine.merge_plan import check_together
 from mtft.merge.linalg.module_factors import module_factors
@@ -150,8 +151,9 @@ class Gates(nn.Module):
     def _drawn(self, name: str, like: Tensor, make) -> Tensor:
         """One draw per training step and module, so that every use in a step sees the same."""
         if name not in self._dropped:
-            self._dropped[name] = make(torch.rand(like.shape, generator=self._generator, dtype=torch.float64))
-        return self._dropped[name].to(like.device)
+            drawn = make(torch.rand(like.shape, generator=self._generator, dtype=torch.float64))
+            self._dropped[name] = to_device(drawn, like.device)
+        return self._dropped[name]
 
     def next_step(self) -> None:
         """Draw anew."""

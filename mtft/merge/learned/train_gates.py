@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,11 @@ class GateBatch:
     labels_BT: Tensor
     task: str = ""
     role: str = "target"
+
+    @cached_property
+    def at_P(self) -> Tensor:
+        """Positions of the labels in the rows, one row after the other: found once, as a GPU is waited for."""
+        return (self.labels_BT != IGNORE).flatten().nonzero()[:, 0]
 
 
 @dataclass
@@ -81,7 +87,7 @@ def train_gates(
         floor = 0.5 * _expert_entropy(model, opened, batches, forward, gates) if gates.settings.entropy else None
         rule = torch.optim.SGD if kind == "self_positioning" else torch.optim.Adam
         optimizer = rule(gates.parameters(), lr=learning_rate or gates.settings.learning_rate)
-        history: list[float] = []
+        history: list[Tensor] = []  # read at the end: a GPU is waited for in a step only where it may be the last
         for step in range(steps if steps is not None else gates.settings.steps):
             batch = batches[step % len(batches)]
             gates.train()
@@ -95,7 +101,7 @@ def train_gates(
                 break
             loss.backward()
             optimizer.step()
-            history.append(loss.item())
+            history.append(loss.detach())
             if gates.settings.clamp:
                 with torch.no_grad():
                     for value in gates.values.values():
@@ -106,21 +112,20 @@ def train_gates(
         model.train(was_training)
         for parameter, needed in frozen:
             parameter.requires_grad_(needed)
-    return GateResult(gates, history, warnings)
+    return GateResult(gates, torch.stack(history).tolist() if history else [], warnings)
 
 
 def _logits_at_labels(model: nn.Module, batch: GateBatch) -> Tensor:
-    return supervised_logits(model, batch.inputs, (batch.labels_BT != IGNORE).flatten().nonzero()[:, 0])
+    return supervised_logits(model, batch.inputs, batch.at_P)
 
 
 def objective(logits: Tensor, batch: GateBatch, entropy: bool) -> Tensor:
     """Mean entropy, or mean loss, over the response positions; `negate` turns its sign. logits: of all, or of these."""
-    chosen = batch.labels_BT != IGNORE
-    picked_PV = logits if logits.dim() == 2 else logits[chosen]
+    picked_PV = logits if logits.dim() == 2 else logits.flatten(0, 1)[batch.at_P]
     if entropy:
         log_p = F.log_softmax(picked_PV.float() if picked_PV.dtype != torch.float64 else picked_PV, dim=-1)
         return -(log_p.exp() * log_p).sum(dim=-1).mean()
-    loss = F.cross_entropy(picked_PV, batch.labels_BT[chosen])
+    loss = F.cross_entropy(picked_PV, batch.labels_BT.flatten()[batch.at_P])
     return -loss if batch.role == "negate" else loss
 
 

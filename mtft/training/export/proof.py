@@ -102,6 +102,14 @@ class ReloadResult:
             text=True,
         )
 
+    def runs(self, seconds: float) -> bool:
+        """Whether it still runs after so long; returns at once where it doesn't."""
+        try:
+            self._process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
     def result(self) -> float:
         """Largest logit difference relative to the largest logit. NotProved if it can't be loaded, or differs."""
         out, errors = self._process.communicate()

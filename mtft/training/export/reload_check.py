@@ -16,10 +16,14 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# How CUDA, cuBLAS, cuDNN and torch's CPU allocator say it where they raise a plain RuntimeError.
+REFUSED = re.compile(r"out of memory|_ALLOC(ATION)?_FAILED|can.?t allocate memory|not enough memory", re.IGNORECASE)
 
 
 def main(folder: str, probe_file: str, device: str) -> None:
@@ -63,7 +67,9 @@ def main(folder: str, probe_file: str, device: str) -> None:
         for place in places(needed, device):
             try:
                 return logits_of(load(place, quantisation), place)
-            except torch.OutOfMemoryError:  # the trained model goes on working there
+            except (MemoryError, RuntimeError) as error:  # the trained model goes on working there
+                if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or REFUSED.search(str(error))):
+                    raise
                 gc.collect()
         return None
 

@@ -74,7 +74,10 @@ def _with_size(recipe: Recipe, size: int) -> Recipe:
 
 
 def find_micro_batch(recipe: Recipe, model: Any, inputs: TrainingInputs) -> int:
-    """The best size for this rank's device; 0: not even one row. Gradients and random state are left as they were."""
+    """The best size for this rank's device; 0: not even one row.
+
+    Gradients, random state and checkpointed activations are left as they were.
+    """
     train, device = recipe.train, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stores = [store for store in inputs.stores if store.num_examples]
     longest = max(int(store.lengths.max()) for store in stores)
@@ -84,7 +87,8 @@ def find_micro_batch(recipe: Recipe, model: Any, inputs: TrainingInputs) -> int:
     if not model.config.to_dict().get("quantization_config"):
         model.to(device)
     model.train()
-    if train.gradient_checkpointing:
+    switches = train.gradient_checkpointing and not model.is_activation_checkpointing
+    if switches:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     here, candidates = random_state(), sizes(width, most)
 
@@ -103,6 +107,8 @@ def find_micro_batch(recipe: Recipe, model: Any, inputs: TrainingInputs) -> int:
         return fastest(candidates, fits, lambda size: _seconds(try_size, size))
     finally:
         restore_random_state(here)
+        if switches:
+            model.activation_checkpointing_disable()
 
 
 def sizes(width: int, most: int) -> list[int]:

@@ -53,7 +53,8 @@ class Process:
 
 
 def plant_process(monkeypatch, process):
-    spied = type("subprocess", (), {"Popen": staticmethod(process), "PIPE": subprocess.PIPE})
+    others = {"PIPE": subprocess.PIPE, "TimeoutExpired": subprocess.TimeoutExpired}
+    spied = type("subprocess", (), {"Popen": staticmethod(process), **others})
     monkeypatch.setattr(proof, "subprocess", spied)
 
 
@@ -103,7 +104,7 @@ PARTS = {
     "finite": (fails,),
 }
 PROOF_PARTS = {"probe_logits": (fails, out_of_memory), "write_probe": (full_disk,), "ReloadResult": (fails,)}
-HARMLESS = {"held_out_identity", "is_main_process", "barrier", "part_of_the_end", "Proof", "Path"}
+HARMLESS = {"held_out_identity", "is_main_process", "barrier", "from_first_rank", "part_of_the_end", "Proof", "Path"}
 
 
 def test_all_parts_are_made_to_fail():
@@ -212,6 +213,18 @@ def test_no_room_for_a_second_copy_is_a_note_and_export_tries_again(ended, run, 
     assert "Trained, not proved: there was no memory" in (folder / "adapter" / "README.md").read_text()
     with pytest.raises(UserError, match="no memory for a second copy"):
         export_run(folder, quiet=True)
+
+
+def test_other_ranks_hear_of_a_proof_that_takes_long(run, monkeypatch):
+    """They would give up a barrier after minutes; so they are told again and again that it goes on."""
+    recipe, _ = run
+    told = []
+    monkeypatch.setattr(finalize, "PATIENCE", 0.2)
+    monkeypatch.setattr(finalize, "from_first_rank", lambda mine: told.append(mine) or mine)
+    plant_process(monkeypatch, Process("import time; time.sleep(8); " + NO_ROOM.code))
+    train(recipe, quiet=True)
+    assert told[:3] == [True] * 3
+    assert told[-1] is False
 
 
 def test_ranks_that_hold_whole_weights_wait_for_no_other(monkeypatch, tmp_path):

@@ -10,12 +10,20 @@ import psutil
 import pytest
 import torch
 
+from mtft.common.out_of_memory import is_out_of_memory
 from mtft.models.loading import load_causal_lm
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.export.proof import PROBE, probe_logits, probe_settings, write_probe
 from mtft.training.export.reload_check import main
 
 NOTHING, PLENTY = 0, 1 << 40
+REFUSALS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.50 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    MemoryError(),
+]
 
 
 @pytest.fixture
@@ -27,16 +35,16 @@ def probe(recipe, model_folder, tmp_path):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu(free bytes, full=...): torch believes in a GPU; what is moved there is out of memory, and noted."""
+    """gpu(free bytes, refusal): torch believes in a GPU; what is moved there is out of memory, and noted."""
     moved, to = [], torch.nn.Module.to
 
-    def move(module, device):
-        if torch.device(device).type == "cuda":
-            moved.append(module)
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return to(module, device)
+    def plant(free, refusal=REFUSALS[0]):
+        def move(module, device):
+            if torch.device(device).type == "cuda":
+                moved.append(module)
+                raise refusal
+            return to(module, device)
 
-    def plant(free):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, PLENTY))
         monkeypatch.setattr(torch.nn.Module, "to", move)
         return moved
@@ -55,6 +63,20 @@ def test_a_device_without_room_leaves_it_to_the_cpu(model_folder, probe, gpu, ca
     main(str(model_folder), str(probe), "cuda:0")
     assert len(moved) == (free == PLENTY)
     assert said(capsys)["difference"] == 0
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda error: type(error).__name__)
+def test_every_refusal_of_memory_leaves_it_to_the_cpu(model_folder, probe, gpu, capsys, refusal):
+    assert is_out_of_memory(refusal)
+    gpu(PLENTY, refusal)
+    main(str(model_folder), str(probe), "cuda:0")
+    assert said(capsys)["difference"] == 0
+
+
+def test_another_failure_of_the_device_is_no_lack_of_memory(model_folder, probe, gpu):
+    gpu(PLENTY, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        main(str(model_folder), str(probe), "cuda:0")
 
 
 def test_no_room_anywhere_is_said(model_folder, probe, gpu, capsys, monkeypatch):

@@ -120,14 +120,19 @@ def test_the_batch_that_is_tried_is_full():
     assert batch.position_ids_BT[0].tolist() == [*range(32), *range(32)]
 
 
-def test_finding_leaves_no_trace(recipe):
-    whole = Recipe.model_validate({**recipe, "train": {**recipe["train"], "micro_batch_tokens": "auto"}})
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed before"])
+def test_finding_leaves_no_trace(recipe, checkpointing):
+    train_section = {**recipe["train"], "micro_batch_tokens": "auto", "gradient_checkpointing": True}
+    whole = Recipe.model_validate({**recipe, "train": train_section})
     inputs, model = read_training_inputs(whole), load_for_training(whole)
+    if checkpointing:
+        model.activation_checkpointing_enable()
     torch.manual_seed(5)
     before = random_state()["torch"]
     size = find_micro_batch(whole, model, inputs)
     assert torch.equal(random_state()["torch"], before)
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.is_activation_checkpointing == checkpointing
     assert size % 64 == 0
     assert 64 <= size <= 320
     make_plan(whole, inputs.stores)

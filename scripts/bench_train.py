@@ -23,12 +23,10 @@ import argparse
 import contextlib
 import gc
 import json
-import logging
 import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +34,12 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from quiet_libraries import quiet
 from torch import Tensor
 
 BARS = {"hf": 3.5, "trl": 2.5}  # times as many tokens per CPU-second, ours over theirs (trl: its best)
@@ -486,18 +486,6 @@ def large(shape: Shape, device: str, steps: int, budget: int) -> dict[str, Any]:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def quiet() -> None:
-    """Only our own lines: what libraries say about a machine without a GPU is not a result."""
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging as transformers_logging
-
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bar()
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 Scores are those of rows: the examples that one conversation became are added up, so that it counts once.
 
 Any model that can tell the loss and the hit of each supervised token can be scored: a `score` function takes a Batch
-to (nll_BT, hit_BT). A plain or adapted transformers model does so by `mtft.losses.token_nll.token_scores`; a fused
+to (nll_BT, hit_BT). A plain or adapted transformers model does so by `mtft.losses.token_scores.token_scores`; a fused
 model by
 its own method (with packing=False: it decodes row by row).
 """
@@ -51,7 +51,8 @@ def evaluate_model(
 
     autocast: run the forward pass in this precision (as training did). The model comes back in the mode it was in.
     """
-    from mtft.losses.token_nll import is_isolated, token_scores
+    from mtft.losses.token_nll import is_isolated
+    from mtft.losses.token_scores import token_scores
 
     device, isolated = next(model.parameters()).device, is_isolated(model, attention)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mtft.fuse.alpha.spec import FusionError
 from mtft.fuse.decoding.prompts import left_pad
+from mtft.fuse.decoding.score_text import token_logprobs
 from mtft.models.loading import from_pretrained
 
 if TYPE_CHECKING:
@@ -145,10 +146,20 @@ class ExpertScorer:
         if count == 0:
             return 0.0  # an empty answer: expert and base have nothing to differ on
         ids_1L = torch.tensor([ids], device=self.fused.device)
-        experts, base = self.fused.cached_models().read_weak(ids_1L, keep=count + 1)
-        tuned, plain = (x[0, :-1].float().log_softmax(-1) for x in (experts[self.expert], base))
-        known = [(at, token) for at, token in enumerate(ids[-count:]) if token < base.shape[-1]]
-        return sum(float(tuned[at, token] - plain[at, token]) for at, token in known) / count
+        models, columns, first = self.fused.cached_models(), self.fused.positions_at_once(), max(0, len(prompt) - 1)
+        if first > 0:  # the prompt: its logits are never made
+            models.read_weak(ids_1L[:, :first])
+        gain = 0.0
+        for start in range(first, len(ids) - 1, columns):
+            stop = min(start + columns, len(ids) - 1)
+            experts, base_1CM = models.read_weak(ids_1L[:, start:stop], keep=0)
+            target_C = ids_1L[0, start + 1 : stop + 1]
+            known_C = target_C < base_1CM.shape[-1]
+            tuned_C, plain_C = (
+                token_logprobs(x[0][known_C], target_C[known_C]) for x in (experts[self.expert], base_1CM)
+            )
+            gain += float((tuned_C - plain_C).sum())
+        return gain / count
 
 
 def _mean(values: list[float]) -> float:

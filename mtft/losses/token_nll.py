@@ -111,7 +111,7 @@ def token_nll(
     z_loss           adds z * logsumexp(logits)^2, which keeps the normaliser near 1 (PaLM, arXiv 2204.02311: 1e-4)
     many_backwards   allow several backward passes through one forward (retain_graph), for a third buffer of logits
     """
-    inputs = _inputs(model, batch, attention, isolated) if inputs is None else inputs
+    inputs = forward_inputs(model, batch, attention, isolated) if inputs is None else inputs
     if path == "fused":
         if label_smoothing or z_loss:
             raise UserError("the fused loss path has no label smoothing or z-loss", do="set loss.path=gather")
@@ -122,43 +122,17 @@ def token_nll(
     if rows >= len(labels_N) and torch.is_grad_enabled() and not (many_backwards or label_smoothing or z_loss):
         nll_N = row_nll_in_place(logits_NV, labels_N)
     elif rows >= len(labels_N):
-        nll_N = _row_nll(logits_NV, labels_N, label_smoothing, z_loss)
+        nll_N = row_nll(logits_NV, labels_N, label_smoothing, z_loss)
     else:
         parts = zip(logits_NV.split(rows), labels_N.split(rows), strict=True)
         options = (label_smoothing, z_loss)
-        nll_N = torch.cat([checkpoint(_row_nll, *part, *options, use_reentrant=False) for part in parts])
+        nll_N = torch.cat([checkpoint(row_nll, *part, *options, use_reentrant=False) for part in parts])
     # Not a branch on "no label": zero rows still reach every parameter, with a zero gradient.
     nll_BT = nll_N.new_zeros(batch.labels_BT.numel()).index_put((batch.supervised_N,), nll_N)
     return nll_BT.view_as(batch.labels_BT)
 
 
-@torch.no_grad()
-def token_scores(
-    model: nn.Module,
-    batch: Batch,
-    *,
-    attention: str | None = None,
-    isolated: bool | None = None,
-    inputs: dict[str, Any] | None = None,
-    chunk_rows: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """For evaluation: (nll_BT fp32, hit_BT bool: the most likely token is the label); 0 and False elsewhere.
-
-    No gradient. One forward, whatever the batch holds, so that ranks stay together; `chunk_rows` = fp32 rows at a time.
-    """
-    inputs = _inputs(model, batch, attention, isolated) if inputs is None else inputs
-    logits_NV = supervised_logits(model, inputs, batch.supervised_N)
-    at_N, labels_N = batch.supervised_N, batch.labels_BT.flatten()[batch.supervised_N]
-    nll_BT = torch.zeros(batch.labels_BT.shape, dtype=torch.float32, device=labels_N.device)
-    hit_BT = torch.zeros_like(nll_BT, dtype=torch.bool)
-    if len(labels_N):
-        parts = list(zip(logits_NV.split(chunk_rows), labels_N.split(chunk_rows), strict=True))
-        nll_BT.view(-1)[at_N] = torch.cat([_row_nll(logits, labels, 0.0, 0.0) for logits, labels in parts])
-        hit_BT.view(-1)[at_N] = torch.cat([logits.argmax(dim=-1) == labels for logits, labels in parts])
-    return nll_BT, hit_BT
-
-
-def _row_nll(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+def row_nll(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
     logits_NV = logits_NV.float()
     nll_N = F.cross_entropy(logits_NV, labels_N, reduction="none", label_smoothing=label_smoothing)
     return nll_N + z_loss * logits_NV.logsumexp(dim=-1).square() if z_loss else nll_N
@@ -168,7 +142,7 @@ def supervised_logits(model: nn.Module, inputs: Mapping[str, Any], at_N: Tensor)
     """[n, V] in the model's precision. at_N: the positions in the rows, one row after the other."""
     from transformers import PreTrainedModel
 
-    bare = _bare(model)
+    bare = bare_model(model)
     head = bare.get_output_embeddings() if isinstance(bare, PreTrainedModel) else None
     if head is None:
         return model(**inputs).logits.flatten(0, 1)[at_N]
@@ -189,18 +163,18 @@ def supervised_logits(model: nn.Module, inputs: Mapping[str, Any], at_N: Tensor)
 
 def is_isolated(model: nn.Module, attention: str | None = None) -> bool:
     """Whether attention is proven not to cross the examples of a row (mtft.data.batching.packed_attention)."""
-    config: Any = _bare(model).config
+    config: Any = bare_model(model).config
     return packing_refusal(config, attention or config._attn_implementation) is None
 
 
-def _inputs(model: nn.Module, batch: Batch, attention: str | None, isolated: bool | None) -> dict[str, Any]:
+def forward_inputs(model: nn.Module, batch: Batch, attention: str | None, isolated: bool | None) -> dict[str, Any]:
     if attention is None:
-        attention = _bare(model).config._attn_implementation  # pyright: ignore
+        attention = bare_model(model).config._attn_implementation  # pyright: ignore
     packed_ok = is_isolated(model, attention) if isolated is None else isolated
     return model_inputs(batch, attention, packed_ok=packed_ok)  # pyright: ignore[reportArgumentType]
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def bare_model(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP, FSDP, DeepSpeed and PEFT."""
     from transformers import PreTrainedModel
 

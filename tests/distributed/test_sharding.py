@@ -1,6 +1,7 @@
 """What every engine shares, on one rank: parts of weights made whole and cut again, and a launch that did not shard."""
 
 import copy
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -146,6 +147,30 @@ class LetterLoss(Objective):
         return model(batch.input_ids_BT).square().mean(dim=-1)
 
 
+def letter_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5))
+
+
+def letters():
+    """Three micro-batches of a step."""
+    parts = []
+    for ids in ([[1, 2, 3]], [[4, 5, 6]], [[0, 0, 2]]):
+        ids_BT = torch.tensor(ids)
+        zeros_BT = torch.zeros_like(ids_BT)
+        parts.append(Batch(ids_BT, ids_BT, zeros_BT, zeros_BT, ids_BT))
+    return parts
+
+
+def counts_of(parts):
+    return step_counts(parts, 1, device=torch.device("cpu"))
+
+
+def context_of(network, accelerator, told=None):
+    objective, device = LetterLoss("task_token", "gather", "sdpa"), torch.device("cpu")
+    return StepContext(network, network, objective, accelerator, ("only",), device, None, 0, False, told)
+
+
 class OneRank:
     """What forward_backward uses of accelerate's Accelerator, without its state of the whole process."""
 
@@ -159,16 +184,30 @@ class OneRank:
         loss.backward()
 
 
+@pytest.mark.parametrize(("fsdp", "expected"), [(False, [True, True, False]), (True, [False, False, False])])
+def test_ranks_wait_for_one_another_once_a_step(fsdp, expected):
+    """DDP averages gradients in every backward pass that is not told to leave it."""
+    inside, seen = [], []
+
+    class Counted(OneRank):
+        @contextmanager
+        def no_sync(self, model):
+            inside.append(model)
+            yield
+            inside.pop()
+
+        def backward(self, loss):
+            seen.append(bool(inside))
+            loss.backward()
+
+    model, parts = letter_model(), letters()
+    forward_backward(context_of(model, Counted(fsdp=fsdp)), model, parts, counts_of(parts), torch.ones(1), 1)
+    assert seen == expected
+
+
 def test_accumulation_under_fsdp_keeps_a_part_of_the_gradients_a_rank(one_rank):
     """accelerate's no_sync would keep whole fp32 gradients on every rank until the last micro-batch of a step."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5))
-    parts = []
-    for ids in ([[1, 2, 3]], [[4, 5, 6]], [[0, 0, 2]]):
-        ids_BT = torch.tensor(ids)
-        zeros_BT = torch.zeros_like(ids_BT)
-        parts.append(Batch(ids_BT, ids_BT, zeros_BT, zeros_BT, ids_BT))
-    counts = step_counts(parts, 1, device=torch.device("cpu"))
+    model, parts = letter_model(), letters()
     whole = copy.deepcopy(model)
     for module in (*model, model):
         fully_shard(module)
@@ -178,9 +217,7 @@ def test_accumulation_under_fsdp_keeps_a_part_of_the_gradients_a_rank(one_rank):
         found.append([type(parameter.grad) for parameter in model.parameters()])
 
     for network, accelerator, told in ((model, OneRank(fsdp=True), hold), (whole, OneRank(fsdp=False), None)):
-        objective, device = LetterLoss("task_token", "gather", "sdpa"), torch.device("cpu")
-        context = StepContext(network, network, objective, accelerator, ("only",), device, None, 0, False, told)
-        forward_backward(context, network, parts, counts, torch.ones(1), 1)
+        forward_backward(context_of(network, accelerator, told), network, parts, counts_of(parts), torch.ones(1), 1)
     assert found == [[DTensor] * 3] * 3
     for sharded, parameter in zip(model.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(sharded.grad.full_tensor(), parameter.grad)

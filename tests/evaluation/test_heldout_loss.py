@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mtft.data.store.token_store import open_store
 from mtft.evaluation.heldout_loss import BatchLayout, evaluate_model, score_tasks
-from mtft.losses.token_nll import token_scores
+from mtft.losses.token_scores import token_scores
 from mtft.recipe.schema.task import TaskSection
 
 LAYOUT = BatchLayout(micro_batch_tokens=128, max_length=64, pad_id=0)

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtft.common.errors import UserError
 from mtft.data.batching.batch import IGNORE
-from mtft.losses.token_nll import add_fused_head, resolve_path, token_nll, token_scores
+from mtft.losses.token_nll import add_fused_head, resolve_path, token_nll
+from mtft.losses.token_scores import BUFFERS, token_scores
 from tests.losses.builders import gradient, isolated_inputs, lay_out, new_llama, random_samples, tiny_llama
 
 SHAPE = [(0, 9, 5), (0, 4, 2), (1, 7, 6), (1, 12, 3), (2, 5, 4), (0, 6, 0)]
@@ -83,8 +84,9 @@ def test_scores():
     batch, model = packed_batch(), tiny_llama()
     logits_BTV, reference_BT = full_logits_nll(model, batch)
     supervised_BT = batch.labels_BT != IGNORE
-    for chunk_rows in (4, 1000):
-        nll_BT, hit_BT = token_scores(model, batch, inputs=isolated_inputs(batch), chunk_rows=chunk_rows)
+    for rows in (4, 1000):
+        bound = rows * BUFFERS * 4 * 61
+        nll_BT, hit_BT = token_scores(model, batch, inputs=isolated_inputs(batch), max_logit_bytes=bound)
         torch.testing.assert_close(nll_BT, reference_BT, atol=1e-5, rtol=0)
         assert torch.equal(hit_BT, (logits_BTV.argmax(-1) == batch.labels_BT) & supervised_BT)
         assert not nll_BT.requires_grad

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtft.models import lora
@@ -81,6 +82,14 @@ def test_what_is_left_alone(monkeypatch, section):
     autocast = section.get("autocast", section.get("dtype") != torch.float32)
     changes = {key: value for key, value in section.items() if key != "autocast"}
     same(*(step(adapted(monkeypatch, shared=shared, **changes), autocast) for shared in (True, False)))
+
+
+@pytest.mark.parametrize(("dtype", "hooks"), [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_a_base_in_fp32_is_not_hooked(monkeypatch, dtype, hooks):
+    """It is computed without autocast: nothing would be gained, in every adapted layer of every step."""
+    layers = [module for module in adapted(monkeypatch, dtype=dtype).modules() if isinstance(module, LoraLayer)]
+    assert layers
+    assert {len(layer._forward_pre_hooks) for layer in layers} == {hooks}
 
 
 def test_a_pass_without_autocast_after_one_with_it(monkeypatch):

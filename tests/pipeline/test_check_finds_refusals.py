@@ -98,7 +98,10 @@ def short(tmp_path_factory, recipe):
 
 BROKEN = {
     "attention that the model has not": ({"model.path": "GPT_OSS", "model.attention": "sdpa"}, "sdpa"),
-    "attention whose package or device is missing": ({"model.attention": "flash_attention_2"}, "flash_attention_2"),
+    "attention whose package or device is missing": (
+        {"model.attention": "flash_attention_2", "model.dtype": "bf16"},
+        "needs a GPU",
+    ),
     "a router loss that the model's config asks for": ({"model.path": "ROUTED"}, "router loss"),
     "examples beyond the positions": ({"model.path": "SHORT"}, "positions"),
     "a tracker misspelt": ({"output.trackers": ["tensorbord"]}, "did you mean tensorboard?"),

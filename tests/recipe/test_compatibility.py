@@ -41,6 +41,10 @@ CASES = {
     "parallelism_config_tp_size": ("check", [], LaunchConfig(fsdp=2, ranks=4, tensor_ranks=2)),
     "fsdp_version: 1": ("train", [], LaunchConfig(fsdp=1, ranks=2)),
     "model.dtype: fp16 + FSDP": ("train", ["model.dtype=fp16"], FSDP),
+    "model.attention: flash_attention_2 + model.dtype: fp32": (
+        "train",
+        ["model.attention=flash_attention_2", "model.dtype=fp32"],
+    ),
     "train.optimizer + FSDP": ("train", ["train.optimizer=adafactor"], FSDP),
     "lora.init + sharded weights": ("train", ["lora.init=pissa"], ZERO_3),
     "loss.orthogonal + sharded weights": ("train", ["loss.orthogonal=0.1"], FSDP),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-import check_gpu
+from check_gpu_worker import work
 from gpu_checks import Check, at_most, holds, info
 
 KNOWN = {"device": "cpu", "card": "a planted card", "card_gib": 80.0, "python": "3", "torch": "none", "cpus": 1}
@@ -63,4 +63,4 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(check_gpu.work(sys.argv[1].split(","), Path(sys.argv[2]), CHECKS, KNOWN))
+    sys.exit(work(sys.argv[1].split(","), Path(sys.argv[2]), CHECKS, KNOWN))

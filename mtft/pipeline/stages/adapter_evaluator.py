@@ -185,7 +185,7 @@ class AdapterEvaluator:
             routed.remove()
 
     def score_with(self, network: Any) -> Callable[[Batch], Any]:
-        from mtft.losses.token_nll import token_scores
+        from mtft.losses.token_scores import token_scores
         from mtft.models.loading import compute_dtype
 
         dtype = compute_dtype(self.recipe.model)

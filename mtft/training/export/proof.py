@@ -11,11 +11,14 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mtft.adapters.base_identity import recorded_base
 from mtft.common.atomic_io import write_text
@@ -48,8 +51,27 @@ def _probe(model: nn.Module) -> Tensor:
 
 def probe_logits(model: nn.Module, device: torch.device) -> Tensor:
     """fp32 [1, 24, V] on the CPU: what the trained model says. Ranks of a sharded model all call it."""
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad(), _without_flash(model, device):
         return model(input_ids=_probe(model).to(device), use_cache=False).logits.float().cpu()
+
+
+@contextmanager
+def _without_flash(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Flash attention has no kernel for the CPU, nor for fp32: what full fine-tuning keeps, and autocast only hides."""
+    configs: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [config._attn_implementation for config in configs]
+    if before[0].startswith("flash") and (device.type == "cpu" or _base_dtype(model) == torch.float32):
+        for config in configs:
+            config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, attention in zip(configs, before, strict=True):
+            config._attn_implementation = attention
+
+
+def _base_dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.uint8)
 
 
 def write_probe(model: Any, logits: Tensor, recipe: Recipe, folder: Path) -> None:
@@ -67,7 +89,7 @@ def write_probe(model: Any, logits: Tensor, recipe: Recipe, folder: Path) -> Non
 def probe_settings(model: Any, recipe: Recipe) -> dict[str, Any]:
     """How the fresh process loads the base, and how far its logits may be from the trained model's."""
     config: Any = model.config
-    base_dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.uint8)
+    base_dtype = _base_dtype(model)
     if engine() == "fsdp":  # which gathers the weights in the precision of the forward pass, whatever it keeps
         base_dtype = compute_dtype(recipe.model)
     quantisation = getattr(config, "quantization_config", None)

@@ -40,9 +40,10 @@ def main(folder: str, probe_file: str, device: str) -> None:
         of_base = {"revision": settings["revision"]}
 
     def load(device: str, quantisation: dict[str, Any] | None) -> Any:
-        flash = settings["attention"].startswith("flash") and device == "cpu"  # which has no such kernel
+        # Which has no kernel for the CPU, nor for fp32.
+        flash = settings["attention"].startswith("flash") and (device == "cpu" or dtype == torch.float32)
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **of_base}
-        options["attn_implementation"] = "sdpa" if flash else settings["attention"]
+        options["attn_implementation"] = "eager" if flash else settings["attention"]
         if quantisation:
             options |= {"quantization_config": BitsAndBytesConfig(**quantisation), "device_map": {"": device}}
         model = AutoModelForCausalLM.from_pretrained(base, **options)

@@ -3,9 +3,12 @@
 Counted: a dispatch mode sees every storage come and go (mtft.training.memory.activation_peak), on one thread.
 """
 
+import copy
+
 import pytest
 import torch
 
+from mtft.experimental.rerank import ExpertScorer
 from mtft.fuse.alpha.spec import FusionSpec
 from mtft.fuse.decoding.prompts import Prompt
 from mtft.fuse.decoding.small_scores import score_small_models
@@ -48,6 +51,21 @@ def small_scores(fused, length):
     return score_small_models(fused, [Prompt(ids[:2])], [ids[2:]])
 
 
+class Letters:
+    """As many tokens as letters."""
+
+    unk_token_id = eos_token_id = 0
+
+    def encode(self, text, **_):
+        return [ord(letter) % 61 + 3 for letter in text]
+
+
+def expert_scorer(fused, length):
+    fused = copy.copy(fused)
+    fused.tokenizer = Letters()
+    return ExpertScorer(fused).score([("ab", "c" * (length - 2))])
+
+
 # name -> (what is done with a text, [L, V] fp32 buffers that are its answer)
 PATHS = {
     "score": (lambda fused, length: fused.score(ids_of(length)), 0),
@@ -58,6 +76,7 @@ PATHS = {
     "server, strong": (engine_score("strong"), 0),
     "server, expert": (engine_score(1), 0),
     "small models": (small_scores, 0),
+    "scorer of answers": (expert_scorer, 0),
     "router": (lambda fused, length: last_token_states(fused.strong, ids_of(length)), 0),
 }
 

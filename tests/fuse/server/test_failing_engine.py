@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from mtft.fuse.fused_model import FusedCausalLM
 from mtft.fuse.server import app as app_module
-from mtft.fuse.server import batch_engine
+from mtft.fuse.server import batch_engine, graceful_shutdown
 from mtft.fuse.server.app import make_app
 from mtft.fuse.server.batch_engine import BatchEngine
 from mtft.fuse.server.jobs import EngineFailed, GenerationJob
@@ -78,7 +78,12 @@ LOST = [
 def test_a_server_whose_device_failed_ends_with_a_failure(fused, monkeypatch, fault):
     """Every later call fails too: another process has to be started, which a supervisor does for an exit code."""
     monkeypatch.setattr(app_module, "load_fusion", lambda _: fused)
-    address, ended = [], []
+    address, ended, servers = [], [], []
+
+    class Known(graceful_shutdown.DrainingServer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            servers.append(self)
 
     def run():
         try:
@@ -86,15 +91,20 @@ def test_a_server_whose_device_failed_ends_with_a_failure(fused, monkeypatch, fa
         except RuntimeError as error:
             ended.append(str(error))
 
-    thread = threading.Thread(target=run)
+    monkeypatch.setattr(graceful_shutdown, "DrainingServer", Known)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    until(lambda: address)
-    url = address[0].partition(" on ")[2].partition(";")[0]
-    until(lambda: httpx.get(f"{url}/health").status_code == 200)
-    monkeypatch.setattr(fused, "cached_models", lambda: (_ for _ in ()).throw(fault))
-    assert httpx.post(f"{url}/v1/completions", json=WISH, timeout=20).status_code in (500, 503)
-    thread.join(20)
-    assert not thread.is_alive()
+    try:
+        until(lambda: address)
+        url = address[0].partition(" on ")[2].partition(";")[0]
+        until(lambda: httpx.get(f"{url}/health").status_code == 200)
+        monkeypatch.setattr(fused, "cached_models", lambda: (_ for _ in ()).throw(fault))
+        assert httpx.post(f"{url}/v1/completions", json=WISH, timeout=20).status_code in (500, 503)
+        until(lambda: not thread.is_alive())
+    finally:  # or a server that does not end would keep the tests from ending
+        for server in servers:
+            server.should_exit = server.force_exit = True
+        thread.join(20)
     assert "can't work again in this process" in ended[0]
 
 

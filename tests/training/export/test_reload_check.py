@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtft.common.out_of_memory import is_out_of_memory
 from mtft.models.loading import load_causal_lm
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.export.proof import PROBE, probe_logits, probe_settings, write_probe
+from mtft.training.export.proof import PROBE, _without_flash, probe_logits, probe_settings, write_probe
 from mtft.training.export.reload_check import main
 
 NOTHING, PLENTY = 0, 1 << 40
@@ -94,6 +96,49 @@ def test_flash_attention_has_no_kernel_on_the_cpu(model_folder, probe, gpu, caps
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "attention": "flash_attention_2"}))
     gpu(NOTHING)
     main(str(model_folder), str(probe), "cuda:0")
+    assert said(capsys)["difference"] < 1e-6
+
+
+def no_kernel(module, query, *_, **__):
+    """Stands where transformers has flash attention, and refuses what its kernels refuse."""
+    if query.dtype == torch.float32:
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    raise NotImplementedError(f"no kernel for {query.device.type} tensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_asks_no_flash_kernel_for_what_it_has_not(model_folder, monkeypatch, dtype):
+    """Full fine-tuning in bf16 keeps fp32 weights: bf16 in the autocast of training, fp32 in the probe."""
+    model = load_causal_lm(model_folder, dtype=dtype, attention="eager")
+    expected = probe_logits(model, torch.device("cpu"))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", no_kernel)
+    model.config._attn_implementation = "flash_attention_2"
+    assert torch.equal(probe_logits(model, torch.device("cpu")), expected)
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
+@pytest.mark.parametrize(("dtype", "asked"), [(torch.bfloat16, "flash_attention_2"), (torch.float32, "eager")])
+def test_on_a_gpu_the_kernel_is_asked_for_16_bit(model_folder, dtype, asked):
+    model = load_causal_lm(model_folder, dtype=dtype)
+    model.config._attn_implementation = "flash_attention_2"
+    with _without_flash(model, torch.device("cuda")):
+        assert model.config._attn_implementation == asked
+
+
+def test_fp32_weights_are_checked_without_the_flash_kernel(model_folder, probe, gpu, capsys, monkeypatch):
+    """On a GPU too."""
+    settings, asked, load = probe.with_suffix(".json"), [], AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args, **options):
+        asked.append(options["attn_implementation"])
+        return load(*args, **options | {"attn_implementation": "eager"})
+
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "attention": "flash_attention_2"}))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    moved = gpu(PLENTY)
+    main(str(model_folder), str(probe), "cuda:0")
+    assert len(moved) == 1
+    assert asked == ["eager", "eager"]  # of the GPU, and of the CPU after it
     assert said(capsys)["difference"] < 1e-6
 
 

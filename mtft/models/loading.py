@@ -27,6 +27,7 @@ from mtft.common.atomic_folder import restore_replaced
 from mtft.common.errors import UserError
 from mtft.common.out_of_memory import is_out_of_memory
 from mtft.common.own_files import irregular
+from mtft.distributed.launch import LaunchConfig
 from mtft.models.cpu_precision import cpu_dtype
 from mtft.models.model_files import ReportFilter, blame, check_finite, check_model_files
 from mtft.models.quantization import bitsandbytes_config
@@ -169,6 +170,7 @@ def load_causal_lm(
     quantise: str = "none",
     attention: str = "auto",
     device: str | torch.device | None = None,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """A causal language model from safetensors: the one loader of training and of fusion.
 
@@ -179,6 +181,7 @@ def load_causal_lm(
         quantise: none, nf4 or int8.
         attention: implementation of transformers; auto: its own choice.
         device: where the model goes. None: the CPU; the GPU, if there is one, for quantized weights.
+        sharded: FSDP2 will cut the weights, quantized ones too.
 
     Raises:
         UserError: no such model, pickled weights, weights that are missing or that the model has no place for, or a
@@ -192,7 +195,8 @@ def load_causal_lm(
     if quantise != "none":  # placed while it is read: it can't be moved afterwards
         if device is None:
             device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-        options |= {"quantization_config": bitsandbytes_config(quantise, dtype), "device_map": {"": device}}
+        options |= {"quantization_config": bitsandbytes_config(quantise, dtype, sharded=sharded)}
+        options["device_map"] = {"": device}
     model = from_pretrained(AutoModelForCausalLM, path, revision, what="model", **options)
     return model if quantise != "none" or device is None else model.to(device)
 
@@ -242,6 +246,7 @@ def load_base(section: ModelSection, *, full: bool = False) -> PreTrainedModel:
         dtype=torch.float32 if full else compute_dtype(section),
         quantise=section.quantise,
         attention=section.attention,
+        sharded=LaunchConfig.from_environment().fsdp > 0,
     )
     model.config.use_cache = False
     return model

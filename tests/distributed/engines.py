@@ -103,11 +103,12 @@ def main(folder):
         train(recipes[name], prove=name == "adamw", quiet=True)
     for name in sorted({"full", "bf16", "bf16-full", "nf4"} & recipes.keys()):
         train(recipes[name], quiet=True)
-    for name in sorted({"bf16-sgd", "bf16-empty"} & recipes.keys()):
+    for name in sorted({"bf16-sgd", "bf16-empty", "bf16-nf4"} & recipes.keys()):
         train(recipes[name], prove=False, quiet=True)
 
-    stopped(recipes["broken"], 4)
-    train(recipes["broken"], prove=False, quiet=True)
+    for name in sorted({"broken", "nf4-broken"} & recipes.keys()):
+        stopped(recipes[name], 4)
+        train(recipes[name], prove=False, quiet=True)
     stopped(recipes["torn"], 5)
     tear(Path(recipes["torn"].output.dir) / "checkpoint-5")
     train(recipes["torn"], prove=False, quiet=True)

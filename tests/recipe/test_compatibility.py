@@ -31,8 +31,8 @@ CASES = {
     "sweep.lora: full + quantise": ("mix", ["sweep.lora=full", "model.quantise=int8"]),
     "lora.start + lora.init": ("train", ["lora.start=runs/a/adapter", "lora.init=pissa"]),
     "lora.init + model.quantise": ("train", ["lora.init=pissa", "model.quantise=nf4"]),
-    "model.quantise + DeepSpeed": ("train", ["model.quantise=nf4"], ZERO_3),
-    "model.quantise + FSDP": ("train", ["model.quantise=nf4"], FSDP),
+    "model.quantise + DeepSpeed": ("check", ["model.quantise=nf4"], ZERO_3),
+    "model.quantise: int8 + FSDP": ("check", ["model.quantise=int8"], FSDP),
     "parallelism_config_cp_size, parallelism_config_sp_size": (
         "train",
         [],
@@ -191,6 +191,10 @@ def test_every_row_has_its_case():
 @pytest.mark.parametrize("stage", ["check", "train", "eval", "mix", "merge", "fuse", "run"])
 def test_the_good_recipe_is_fine(folder, stage):
     assert check_compatibility(folder.load(), stage=stage, engine=PLAIN, needs=READS_VALIDATION) == []
+
+
+def test_nf4_goes_with_fsdp(folder):
+    assert check_compatibility(folder.load("model.quantise=nf4"), stage="check", engine=FSDP) == []
 
 
 def test_several_at_once(folder):

@@ -63,9 +63,9 @@ TRAINING_RULES: tuple[Rule, ...] = (
     Rule("model.quantise + DeepSpeed", TRAINING, lambda r, e, n: quantised(r.model) and e.zero > 0,
         "DeepSpeed handles float parameters only; the packed weights of a quantised base are none",
         "launch with recipes/accelerate/ddp.yaml: each rank holds the small base; or set model.quantise: none"),
-    Rule("model.quantise + FSDP", TRAINING, lambda r, e, n: quantised(r.model) and e.fsdp > 0,
-        "FSDP2 cuts float weights only; a quantised base is packed in bytes and would stay whole on every GPU",
-        "launch with recipes/accelerate/ddp.yaml: each rank holds the small base; or set model.quantise: none"),
+    Rule("model.quantise: int8 + FSDP", TRAINING, lambda r, e, n: r.model.quantise == "int8" and e.fsdp > 0,
+        "FSDP2 cuts float weights only; int8 weights have no float storage and would stay whole on every GPU",
+        "set model.quantise: nf4 or none, or launch with recipes/accelerate/ddp.yaml (each rank holds the base)"),
     Rule("parallelism_config_cp_size, parallelism_config_sp_size", TRAINING, lambda r, e, n: e.sequence_ranks > 1,
         "context and sequence parallelism cut each row over ranks and compute attention without the mask that keeps "
         "packed examples apart; here each rank reads whole rows of its own",

@@ -167,8 +167,27 @@ def test_a_module_that_no_token_reaches_is_named():
 def test_files_hold_a_matrix_for_each_module(model, tmp_path):
     found = collect_grams(linears(model), passes(model))
     for _ in range(2):  # another run writes over it
-        save_grams(found, tmp_path / "grams", "a")
+        save_grams(linears(model), lambda: passes(model), tmp_path / "grams", "a")
     file = TensorFile(tmp_path / "grams" / "a.safetensors")
     assert list(file.entries) == list(found)
     for name, G in found.items():
         assert (file.read(name) == G.float().double().numpy()).all()
+
+
+LAYER = 8 * (6 * WIDTH * WIDTH + INNER * INNER)  # bytes of a block's matrices, each module counted
+
+
+@pytest.mark.parametrize(("held", "turns"), [(0, 7 * LAYERS), (2 * LAYER, LAYERS // 2), (10**9, 1)])
+def test_sums_of_some_modules_are_held_at_a_time(model, tmp_path, held, turns):
+    counted = []
+
+    def again():
+        counted.append(0)
+        return passes(model)
+
+    save_grams(linears(model), lambda: passes(model), tmp_path, "whole", held_bytes=10**9)
+    with LiveBytes(model.parameters()) as live:  # 189 kB where all are held
+        save_grams(linears(model), again, tmp_path, "parts", held_bytes=held)
+    assert len(counted) == turns
+    assert live.peak < held + 5 * 8 * INNER * INNER  # one that is alone, its product, what is written, the pass itself
+    assert (tmp_path / "parts.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()

@@ -4,23 +4,28 @@
 
 The caller runs the model, with the adapter whose inputs are meant already on it; no labels are needed. Modules that are
 given the same tensor (q, k, v; gate, up) share one G: it is multiplied once and held once. The sums are kept in main
-memory, as fp64: at 7B they outgrow a GPU, which holds one product at a time.
+memory, as fp64: at 7B they outgrow a GPU, which holds one product at a time. Where they outgrow main memory too, some
+modules are summed at a time, in several passes over the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from mtft.adapters.safetensors_io import TensorWriter
 from mtft.common.errors import MergeError
 
+Passes = Iterable[tuple[Callable[[], object], Tensor]]
+
 
 @torch.no_grad()
-def collect_grams(modules: Mapping[str, nn.Module], passes: Iterable[tuple[Callable[[], object], Tensor]]) -> dict:
+def collect_grams(modules: Mapping[str, nn.Module], passes: Passes) -> dict:
     """{module: G [n, n] fp64} of `modules` (name in the base -> the module, as it stands in the model), on the CPU.
 
     passes: (forward, real_BT) for each batch: `forward()` runs the model, real_BT [B, T] tells tokens from padding.
@@ -69,11 +74,38 @@ def collect_grams(modules: Mapping[str, nn.Module], passes: Iterable[tuple[Calla
     return {name: sums[shared[name]] for name in modules}
 
 
-def save_grams(grams: Mapping[str, Tensor], folder: Path, adapter: str) -> None:
-    """Write them where `regmean` looks for them: `folder`/ADAPTER.safetensors, one at a time, as fp32."""
+def save_grams(
+    modules: Mapping[str, Any],
+    passes: Callable[[], Passes],
+    folder: Path,
+    adapter: str,
+    *,
+    held_bytes: int | None = None,
+) -> None:
+    """Collect them, and write them where `regmean` looks for them: `folder`/ADAPTER.safetensors, as fp32.
+
+    held_bytes: of sums that are held at a time; the passes are made anew for each part of the modules (`passes()`).
+    None: half of the main memory that is free.
+    """
+    held = psutil.virtual_memory().available // 2 if held_bytes is None else held_bytes
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{adapter}.safetensors"
     path.unlink(missing_ok=True)
-    with TensorWriter(path, [(name, "F32", tuple(G.shape)) for name, G in grams.items()]) as file:
-        for name, G in grams.items():
-            file.write(name, G.cpu().numpy())
+    entries = [(name, "F32", (module.in_features, module.in_features)) for name, module in modules.items()]
+    with TensorWriter(path, entries) as file:
+        for part in _parts(modules, held):
+            for name, G in collect_grams(part, passes()).items():
+                file.write(name, G.cpu().numpy())
+
+
+def _parts(modules: Mapping[str, Any], held_bytes: int) -> Iterator[dict[str, Any]]:
+    """Neighbours whose sums have room together, or one alone. As if none shared its sum: that shows in the passes."""
+    part: dict[str, Any] = {}
+    size = 0
+    for name, module in modules.items():
+        more = 8 * module.in_features**2
+        if part and size + more > held_bytes:
+            yield part
+            part, size = {}, 0
+        part[name], size = module, size + more
+    yield part

@@ -142,7 +142,7 @@ def fit_router(kind: str, adapters: Sequence[LoraAdapter], adapted: AdapterEvalu
 
 def measure_grams(adapters: Sequence[LoraAdapter], adapted: AdapterEvaluator, folder: Path) -> None:
     """RegMean's Gram matrices of each adapter on its own task's rows, with the adapter on."""
-    from mtft.merge.engine.input_grams import collect_grams, save_grams
+    from mtft.merge.engine.input_grams import save_grams
 
     tasks = tasks_of(adapters, adapted, "regmean")
     for adapter in adapters:
@@ -151,8 +151,9 @@ def measure_grams(adapters: Sequence[LoraAdapter], adapted: AdapterEvaluator, fo
             modules = {name: inner.get_submodule(name) for name in adapter.modules}
             adapts_head = inner.get_output_embeddings() in modules.values()
             part = inner if adapts_head else inner.base_model  # logits are made only for the sake of their input
-            passes = (
-                (lambda part=part, batch=batch: part(**adapted.inputs(batch)), batch.segment_ids_BT != PADDING)
-                for batch in adapted.batches(tasks[adapter.name], "choose")
-            )
-            save_grams(collect_grams(modules, passes), folder, adapter.name)
+
+            def passes(task=tasks[adapter.name], part=part):
+                for batch in adapted.batches(task, "choose"):
+                    yield lambda batch=batch: part(**adapted.inputs(batch)), batch.segment_ids_BT != PADDING
+
+            save_grams(modules, passes, folder, adapter.name)

@@ -61,46 +61,78 @@ def measure(name: str) -> dict[str, Any]:
 
 def train(shape: dict[str, Any], sections: dict[str, Any], **settings: Any) -> Any:
     """Three steps of an ordinary run on random ids; returns the estimate, which is made after it."""
-    import bench_train as bench
     import torch
 
-    from mtft.data.planning import make_plan
-    from mtft.recipe.schema.recipe import Recipe
-    from mtft.training.build_model import load_for_training
     from mtft.training.memory.estimate import estimate_memory
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(shape, folder)
+        recipe, stores = asked(shape, sections, folder, **settings), make_stores(shape)
+        trainer = make_trainer(recipe, shape, stores)
+        trainer.train()
+        with torch.no_grad():
+            del trainer
+        return estimate_memory(recipe, **of_data(stores))
+
+
+def write_model(shape: dict[str, Any], folder: str | Path) -> None:
+    """Random weights, as a model folder."""
+    import bench_train as bench
+
+    bench.make_model(bench.Shape(**shape, heads=4, median=96)).save_pretrained(folder)
+
+
+def make_stores(shape: dict[str, Any]) -> list[Any]:
+    """Random ids, a store a task."""
+    import bench_train as bench
+
+    return bench.make_stores(bench.Shape(**shape, heads=4, median=96), 300)
+
+
+def of_data(stores: list[Any]) -> dict[str, Any]:
+    """What the estimate wants to know of the data."""
+    learnt = sum(int(store.supervised.sum()) for store in stores) / sum(int(s.lengths.sum()) for s in stores)
+    return {"learnt_share": learnt, "longest": max(int(store.lengths.max()) for store in stores)}
+
+
+def asked(shape: dict[str, Any], sections: dict[str, Any], folder: str | Path, **settings: Any) -> Any:
+    """The recipe on the model in `folder`."""
+    import bench_train as bench
+
+    from mtft.recipe.schema.recipe import Recipe
+
+    given = {
+        "name": "memory",
+        "model": {"path": str(folder), "dtype": "fp32"},
+        "tasks": [{"name": task, "data": "none"} for task in bench.TASKS],
+        "mixture": {"shares": "uniform", "unit": "tokens"},
+        "lora": {"r": 8},
+        "train": {"steps": 3, "batch_tokens": 2048, "micro_batch_tokens": 2048, "max_length": shape["max_length"]},
+        "output": {"dir": str(folder)},
+    }
+    given["train"] |= settings
+    for key, section in sections.items():
+        given[key] = None if section is None else {**given[key], **section}
+    return Recipe.model_validate(given)
+
+
+def make_trainer(recipe: Any, shape: dict[str, Any], stores: list[Any]) -> Any:
+    """An ordinary run, ready for `train()`."""
+    import bench_train as bench
+
+    from mtft.data.planning import make_plan
+    from mtft.training.build_model import load_for_training
     from mtft.training.run_files.metrics_log import MetricsLog
     from mtft.training.trainer import build_trainer
     from mtft.training.trainer_parts import TrainingInputs
     from mtft.training.training_arguments import training_arguments
 
-    whole = bench.Shape(**shape, heads=4, median=96)
-    stores = bench.make_stores(whole, 300)
-    with tempfile.TemporaryDirectory() as folder:
-        bench.make_model(whole).save_pretrained(folder)
-        given = {
-            "name": "memory",
-            "model": {"path": folder, "dtype": "fp32"},
-            "tasks": [{"name": task, "data": "none"} for task in bench.TASKS],
-            "mixture": {"shares": "uniform", "unit": "tokens"},
-            "lora": {"r": 8},
-            "train": {"steps": 3, "batch_tokens": 2048, "micro_batch_tokens": 2048, "max_length": whole.max_length},
-            "output": {"dir": folder},
-        }
-        given["train"] |= settings
-        for key, section in sections.items():
-            given[key] = None if section is None else {**given[key], **section}
-        recipe = Recipe.model_validate(given)
-        plan = make_plan(recipe, stores)
-        args = training_arguments(recipe, Path(folder), steps=plan.steps, evaluates=False, saves=False)
-        inputs = TrainingInputs(bench.make_tokenizer(whole), stores, [None] * len(stores))
-        log = MetricsLog(None, steps=plan.steps, quiet=True)
-        trainer = build_trainer(recipe, inputs, plan, load_for_training(recipe), args, log=log)
-        trainer.train()
-        learnt = sum(int(store.supervised.sum()) for store in stores) / sum(int(s.lengths.sum()) for s in stores)
-        longest = max(int(store.lengths.max()) for store in stores)
-        with torch.no_grad():
-            del trainer
-        return estimate_memory(recipe, learnt_share=learnt, longest=longest)
+    plan = make_plan(recipe, stores)
+    args = training_arguments(recipe, Path(recipe.output.dir), steps=plan.steps, evaluates=False, saves=False)
+    tokenizer = bench.make_tokenizer(bench.Shape(**shape, heads=4, median=96))
+    inputs = TrainingInputs(tokenizer, stores, [None] * len(stores))
+    log = MetricsLog(None, steps=plan.steps, quiet=True)
+    return build_trainer(recipe, inputs, plan, load_for_training(recipe), args, log=log)
 
 
 def resident(field: str) -> int:

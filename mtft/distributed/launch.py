@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtft.common.errors import UserError
 from mtft.common.own_files import irregular, read_own
@@ -29,7 +29,8 @@ class LaunchConfig:
 
     zero: DeepSpeed's stage, 0 = no DeepSpeed; fsdp: version, 0 = no FSDP; ranks: processes; cpu_optimizer: DeepSpeed
     takes an optimizer of its own, on the CPU; sequence_ranks: ranks that share a row (context and sequence
-    parallelism); tensor_ranks: ranks that share a layer (tensor parallelism).
+    parallelism); tensor_ranks: ranks that share a layer (tensor parallelism); reduce_bucket: numbers in the buffers in
+    which DeepSpeed sums gradients.
     """
 
     zero: int = 0
@@ -38,6 +39,7 @@ class LaunchConfig:
     cpu_optimizer: bool = False
     sequence_ranks: int = 1
     tensor_ranks: int = 1
+    reduce_bucket: int = 500_000_000
 
     @property
     def shards_weights(self) -> bool:
@@ -51,6 +53,8 @@ class LaunchConfig:
         sequence, tensor = _parallelism(environment, ranks if fsdp else None)
         if not _flag(environment, "ACCELERATE_USE_DEEPSPEED"):
             return cls(0, fsdp, ranks, sequence_ranks=sequence, tensor_ranks=tensor)
+        bucket: Any = None
+        overlaps = False
         config = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         if config and Path(config).is_file():
             settings = read_own(Path(config), do="give DeepSpeed's configuration as a JSON file")
@@ -60,6 +64,7 @@ class LaunchConfig:
                 raise UserError("zero_optimization.stage is no whole number", where=config, do="give 0, 1, 2 or 3")
             offload = section.get("offload_optimizer") or {}
             device = offload.get("device") if isinstance(offload, dict) else None
+            bucket, overlaps = section.get("reduce_bucket_size"), section.get("overlap_comm") is True
             forced = settings.get("zero_force_ds_cpu_optimizer", True)
             sequence = max(sequence, _size(settings, "sequence_parallel_size"))
             tensor = max(tensor, _size(settings.get("tensor_parallel"), "autotp_size"))
@@ -67,7 +72,9 @@ class LaunchConfig:
             zero = _integer(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)  # accelerate's own default
             device, forced = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"), True
         own_optimizer = bool(forced) and device not in (None, "", "none")
-        return cls(int(zero), fsdp, ranks, own_optimizer, sequence, tensor)
+        numbers = int(bucket) if isinstance(bucket, int | float) else cls.reduce_bucket
+        numbers *= 2 if overlaps and zero < 3 else 1  # one is filled while the other is summed
+        return cls(int(zero), fsdp, ranks, own_optimizer, sequence, tensor, numbers)
 
 
 def check_launch(command: str) -> None:

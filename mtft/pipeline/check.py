@@ -129,7 +129,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
         meta=meta,
         learnt_share=min(1.0, learnt / data.tokens_per_step),
         longest=max((task.longest for task in data.tasks), default=None),
-        ranks=LaunchConfig.from_environment().ranks,
+        launch=LaunchConfig.from_environment(),
     )
     online = describe_online_mixture(recipe, make_controller(recipe, plan)) if isinstance(plan, ReplannedPlan) else None
     return CheckReport(data, memory, tuple(warnings), online)

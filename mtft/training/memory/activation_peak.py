@@ -8,9 +8,9 @@ have to hold at the highest point: saved activations, masks, logits, gradients a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,16 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+class EnginePlay(Protocol):
+    """Hooks on a model that allocate and free what an engine would; the gradients of the step are its own."""
+
+    def begin(self) -> None:
+        """Before the forward pass."""
+
+    def finish(self) -> None:
+        """After the backward pass."""
+
+
 def activation_peak(
     model: nn.Module,
     *,
@@ -77,6 +87,7 @@ def activation_peak(
     accumulates: bool = False,
     plain_loss: bool = False,
     forward_only: bool = False,
+    engine: Callable[[Any], EnginePlay] | None = None,
 ) -> ActivationPeak | None:
     """Plays forward and backward of a micro-batch of [rows, width] tokens, of which `supervised` have a label.
 
@@ -86,6 +97,7 @@ def activation_peak(
     accumulates  gradients of an earlier micro-batch are there already (they count)
     plain_loss   label smoothing or z-loss, whose softmax is not computed in place
     forward_only  no backward pass (MeZO)
+    engine       of the model: what else is held, gathered weights and the like, which is in the peak then
     None for models whose code looks at values on the way (some rotary positions, some routers): there are none.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -100,8 +112,11 @@ def activation_peak(
         labels_N = place_N = torch.zeros(supervised, dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
         try:
+            played = None if engine is None else engine(body)
             with torch.set_grad_enabled(not forward_only), LiveBytes([*model.parameters(), *model.buffers()]) as live:
-                for parameter in model.parameters() if accumulates else ():
+                if played is not None:
+                    played.begin()
+                for parameter in model.parameters() if accumulates and played is None else ():
                     if parameter.requires_grad:
                         parameter.grad = torch.zeros_like(parameter)
                 if packed:  # ready-made: transformers would look at the positions' values to make it
@@ -119,6 +134,8 @@ def activation_peak(
                 logits = live.now - activations
                 if not forward_only:
                     nll_N.sum().backward()
+                    if played is not None:
+                        played.finish()
         except (RuntimeError, NotImplementedError, TypeError, AttributeError):  # data-dependent code, or without shapes
             return None
         return ActivationPeak(activations, max(0, logits), live.peak)

@@ -10,22 +10,26 @@ The model is made on torch's meta device, where tensors have shapes and no data:
 
 The last two come from playing the step on tensors without data (mtft.training.memory.activation_peak), with rows as
 the batches have them.
-Held against measured peaks by scripts/check_memory.py.
+Held against measured peaks by scripts/check_memory.py, for each engine by tests/distributed/test_memory.py.
 
-It is an estimate for one process that holds everything (DDP, which keeps the gradients twice where there are several
-ranks). The context of a GPU (about 0.5 GiB), fragmentation and work space of kernels come on top; FSDP and ZeRO hold
-less; quantised linears are counted with the largest one's dequantised copy.
+With several processes it is what each of them holds (mtft.training.memory.engine_share); weights that the engine
+gathers for a while are among the activations. The context of a GPU (about 0.5 GiB), fragmentation and work space of
+kernels come on top; offloading is not counted. Quantised linears are counted with the largest one's dequantised copy.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from mtft.common.errors import UserError
+from mtft.data.batching.batches import deal_micro_batches
+from mtft.distributed.launch import LaunchConfig
 from mtft.gradients.aggregators import make_aggregator
 from mtft.losses.balancers import balancer_class
 from mtft.models.loading import compute_dtype, load_without_weights
@@ -34,9 +38,12 @@ from mtft.models.lora_targets import check_init, describe_adapter, mergeable
 from mtft.recipe.method_options import options_of
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.memory.activation_peak import activation_peak
+from mtft.training.memory.engine_share import BucketPlay, engine_share
+from mtft.training.memory.fsdp_play import NF4_BYTES, FsdpPlay
 from mtft.training.optim.optimizers import state_bytes
 
 QUANTISED_BYTES = {"nf4": 0.516, "int8": 1.0}  # a linear's weight; nf4 with its doubly quantised scales is 4.127 bits
+ONE_PROCESS = LaunchConfig()
 FUSED_ROWS = 256  # supervised tokens whose logits the fused loss holds at a time
 
 
@@ -80,14 +87,14 @@ def estimate_memory(
     *,
     learnt_share: float = 1.0,
     longest: int | None = None,
-    ranks: int = 1,
+    launch: LaunchConfig = ONE_PROCESS,
     meta: MetaModel | None = None,
 ) -> MemoryEstimate:
     """Estimate for `mtft train` of a recipe.
 
     learnt_share  supervised tokens / tokens, as the plan plays them
     longest       tokens of the longest example, where it is known and below max_length
-    ranks         processes that share a step's tokens
+    launch        processes that share a step's tokens, and the engine that they share the weights by
     meta          of `meta_model(recipe)`, where it is there already; used up
 
     Raises UserError when the model's config can't be read, or `lora.targets` fits no module.
@@ -102,7 +109,8 @@ def estimate_memory(
     states = sum(
         state_bytes(train.optimizer, [tuple(parameter.shape)], embedding=id(parameter) in ends) for parameter in trained
     )
-    rows, width = _layout(recipe, longest, ranks)
+    rows, width, again = _layout(recipe, longest, launch.ranks)
+    accumulates = train.mezo is None and again
     supervised = max(1, round(rows * width * learnt_share))
     peak = activation_peak(
         model,
@@ -112,26 +120,46 @@ def estimate_memory(
         packed=train.packing and section.attention in ("auto", "sdpa", "eager"),
         autocast=None if dtype == torch.float32 else dtype,
         checkpointing=train.gradient_checkpointing,
-        accumulates=train.mezo is None and train.batch_tokens > rows * width * ranks,
+        accumulates=accumulates,
         plain_loss=bool(recipe.loss.label_smoothing or recipe.loss.z_loss),
         forward_only=train.mezo is not None,
+        engine=_play(recipe, launch, dtype, accumulates),
+    )
+    share = engine_share(
+        launch,
+        weights=meta.weights,
+        uncut=meta.scales,
+        gradients=gradients,
+        states=states,
+        parameters=meta.parameters,
+        width=dtype.itemsize if recipe.lora is not None else 4,
+        accumulates=accumulates,
     )
     if peak is None:
         activations, logits = None, supervised * model.config.get_text_config().vocab_size * 4
     else:
         dequantised = 0 if section.quantise == "none" else meta.largest * dtype.itemsize
-        backward = gradients if train.mezo is None else 0  # MeZO's come after its passes
-        above = max(0, peak.peak + dequantised - backward)  # what is there at the highest point beside the gradients
+        backward = share.gradients if train.mezo is None else 0  # MeZO's come after its passes
+        # what is there at the highest point beside the gradients
+        above = max(0, peak.peak + dequantised - backward) + share.gathered
         logits = min(peak.logits, above)
         activations = above - logits
     return MemoryEstimate(
         parameters=meta.parameters,
         trainable=trainable,
-        weights=meta.weights,
-        training=gradients + states + _captured(recipe, trainable),
+        weights=share.weights,
+        training=share.training + _captured(recipe, trainable),
         activations=activations,
         logits=logits,
     )
+
+
+def _play(recipe: Recipe, launch: LaunchConfig, dtype: torch.dtype, accumulates: bool) -> Any:
+    """What the engine does beside the step, for `activation_peak`."""
+    if launch.fsdp:
+        nf4 = recipe.model.quantise == "nf4"
+        return partial(FsdpPlay, ranks=launch.ranks, dtype=dtype, nf4=nf4, accumulates=accumulates)
+    return BucketPlay if launch.zero else None
 
 
 def _captured(recipe: Recipe, trainable: int) -> int:
@@ -147,12 +175,14 @@ def _captured(recipe: Recipe, trainable: int) -> int:
 
 @dataclass(frozen=True)
 class MetaModel:
-    """The model of a recipe with its adapter, on the meta device. largest: parameters of the largest linear."""
+    """The model of a recipe with its adapter, on the meta device. largest: parameters of the largest linear; scales:
+    bytes of its weights that no engine cuts."""
 
     model: Any
     parameters: int
     weights: int
     largest: int
+    scales: int = 0
 
 
 def meta_model(recipe: Recipe) -> MetaModel:
@@ -163,6 +193,7 @@ def meta_model(recipe: Recipe) -> MetaModel:
         model: Any = load_without_weights(section, dtype=held)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         weights = _held_bytes(model, section.quantise, held.itemsize)
+        packed = sum(part.weight.numel() for part in _quantised(model)) if section.quantise == "nf4" else 0
         linears = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear)]
         if recipe.lora is not None:
             if recipe.lora.start is None:
@@ -174,7 +205,9 @@ def meta_model(recipe: Recipe) -> MetaModel:
             adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
             weights += 4 * adapter  # the adapter is held in fp32
             parameters += adapter
-    return MetaModel(model, parameters, round(weights), max(linears, default=0))
+    return MetaModel(
+        model, parameters, round(weights), max(linears, default=0), round((QUANTISED_BYTES["nf4"] - NF4_BYTES) * packed)
+    )
 
 
 def check_adapter(recipe: Recipe, adapted: Any) -> list[str]:
@@ -188,20 +221,31 @@ def check_adapter(recipe: Recipe, adapted: Any) -> list[str]:
     return describe_adapter(adapted)
 
 
-def _layout(recipe: Recipe, longest: int | None, ranks: int) -> tuple[int, int]:
-    """(rows, width) of the largest micro-batch."""
+def _layout(recipe: Recipe, longest: int | None, ranks: int) -> tuple[int, int, bool]:
+    """(rows, width) of the largest micro-batch, and whether a rank has a second one of that size."""
     train = recipe.train
-    tokens = min(train.rows_at_once, -(-train.batch_tokens // ranks))
+    tokens = min(train.rows_at_once, train.batch_tokens)
     width = min(train.max_length, tokens)
     if longest is not None and not train.packing:
         width = min(width, longest)
-    return max(1, tokens // width), width
+    count = max(1, train.batch_tokens // width)
+    if ranks == 1:
+        rows = max(1, tokens // width)
+        return rows, width, train.batch_tokens > rows * width
+    count += train.packing  # rows are never quite full
+    dealt = deal_micro_batches(np.full(count, width), [[row] for row in range(count)], tokens, ranks)
+    rows = max(len(rows) for batches in dealt for rows in batches)
+    return rows, width, any(len(rows_) == rows for batches in dealt for rows_ in batches[1:])  # the largest is first
+
+
+def _quantised(model: nn.Module) -> list[nn.Linear]:
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    return [part for part in model.modules() if isinstance(part, nn.Linear) and part is not head]
 
 
 def _held_bytes(model: nn.Module, quantise: str, width: int) -> float:
     """Bytes of all parameters: quantisation takes the weights of all linears but the head."""
-    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    small = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear) and part is not head}
+    small = {id(part.weight) for part in _quantised(model)}
     return sum(
         parameter.numel() * (QUANTISED_BYTES.get(quantise, width) if id(parameter) in small else width)
         for parameter in model.parameters()

@@ -215,13 +215,21 @@ def test_no_room_for_a_second_copy_is_a_note_and_export_tries_again(ended, run, 
         export_run(folder, quiet=True)
 
 
-def test_other_ranks_hear_of_a_proof_that_takes_long(run, monkeypatch):
+def test_other_ranks_hear_of_a_proof_that_takes_long(run, monkeypatch, tmp_path):
     """They would give up a barrier after minutes; so they are told again and again that it goes on."""
     recipe, _ = run
-    told = []
-    monkeypatch.setattr(finalize, "PATIENCE", 0.2)
-    monkeypatch.setattr(finalize, "from_first_rank", lambda mine: told.append(mine) or mine)
-    plant_process(monkeypatch, Process("import time; time.sleep(8); " + NO_ROOM.code))
+    told, heard = [], tmp_path / "heard"
+
+    def tell(mine):
+        told.append(mine)
+        if len(told) == 3:
+            heard.touch()
+        return mine
+
+    monkeypatch.setattr(finalize, "PATIENCE", 0.05)
+    monkeypatch.setattr(finalize, "from_first_rank", tell)
+    waits = f"import os, time\nwhile not os.path.exists({str(heard)!r}): time.sleep(0.05)\n"
+    plant_process(monkeypatch, Process(waits + NO_ROOM.code))
     train(recipe, quiet=True)
     assert told[:3] == [True] * 3
     assert told[-1] is False

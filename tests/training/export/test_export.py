@@ -20,6 +20,7 @@ from mtft.training.export.export import check_tensors
 from mtft.training.export.export_run import export_run
 from mtft.training.export.proof import ReloadResult, probe_logits, write_probe
 from mtft.training.run_training import train
+from tests.training.export.test_end_faults import NO_ROOM, plant_process
 
 
 def finished(recipe, folder, *, prove=False, **changes):
@@ -59,7 +60,8 @@ def test_adapter_is_proved_in_a_fresh_process(proved):
     assert "User: What is the capital of Italy?\n\nAssistant:" in card  # the base has no template: the default one
 
 
-def test_a_replaced_export_with_files_of_the_user_is_kept(recipe, tmp_path):
+def test_a_replaced_export_with_files_of_the_user_is_kept(recipe, tmp_path, monkeypatch):
+    plant_process(monkeypatch, NO_ROOM)
     _, result = finished(recipe, tmp_path / "run")
     assert result.adapter_dir is not None
     own = result.adapter_dir / "notes" / "mine.txt"
@@ -177,6 +179,7 @@ def test_proof_fails_when_the_export_is_not_what_was_trained(recipe, proved, tmp
 
 def test_a_kill_while_the_old_export_is_removed_leaves_it_no_stranger(recipe, tmp_path, monkeypatch):
     """Half of an export, without its list, would pass for somebody's own folder."""
+    plant_process(monkeypatch, NO_ROOM)
     _, result = finished(recipe, tmp_path / "run")
     assert result.adapter_dir is not None
     (tmp_path / "run" / "result.json").unlink()
@@ -192,7 +195,7 @@ def test_a_kill_while_the_old_export_is_removed_leaves_it_no_stranger(recipe, tm
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         export_run(tmp_path / "run", quiet=True)
-    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "rmtree", really)
     assert removed
     export_run(tmp_path / "run", quiet=True)
     assert [path.name for path in sorted((tmp_path / "run").glob("adapter*"))] == ["adapter"]

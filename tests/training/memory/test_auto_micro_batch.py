@@ -1,5 +1,6 @@
 """micro_batch_tokens: auto finds a size, keeps it, and leaves the gradient alone."""
 
+import gc
 import json
 import signal
 import weakref
@@ -53,6 +54,15 @@ REFUSALS = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_old_to_collect():
+    """Every trial collects garbage, which takes a second in a process that has run many tests."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Device:

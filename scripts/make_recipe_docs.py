@@ -25,6 +25,7 @@ from mtft.recipe.schema.loss import (
     SampleWeightsSection,
 )
 from mtft.recipe.schema.merge import Experts, GateTraining, MergeSection, ModuleRule, WeightSearch
+from mtft.recipe.schema.metric import NamedMetricSection, PythonMetricSection
 from mtft.recipe.schema.mixture import GroupSection, MixtureSection, OnlineSection, ScheduleStop
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.output import OutputSection
@@ -41,6 +42,8 @@ SECTIONS: dict[str, tuple[type[RecipeSection], str]] = {
     "top level": (Recipe, "A recipe is one YAML file. `name`, `model`, `tasks`, `train` and `output` must be there."),
     "model": (ModelSection, "The base model. Also the form of `sweep.model`, `fuse.strong` and `fuse.base`."),
     "tasks": (TaskSection, "A list; one item per task."),
+    "tasks.metrics": (NamedMetricSection, "A name, or one of the two forms below ([tasks.md](tasks.md#metrics))."),
+    "tasks.metrics.python": (PythonMetricSection, ""),
     "mixture": (MixtureSection, "Which share of which task."),
     "mixture.shares.schedule": (ScheduleStop, "A list of stops, in their order."),
     "mixture.groups.NAME": (GroupSection, ""),

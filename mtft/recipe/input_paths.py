@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mtft.common.output_paths import check_output_file
+from mtft.recipe.metric_files import command_of
 from mtft.recipe.schema.loss import BalancerSection
+from mtft.recipe.schema.metric import NamedMetricSection
 from mtft.recipe.schema.section import BALANCER_OPTIONS, INPUT, PathKind, RecipeSection
 
 
@@ -31,7 +33,8 @@ def input_paths(node: Any, kind: PathKind | None = None) -> Iterator[Path]:
             yield from input_paths(item, kind)
     elif isinstance(node, str) and kind is not None:
         if not kind.output and not node.startswith(kind.schemes or ("\0",)):
-            yield from map(Path, [node, *glob.glob(node, recursive=True)])
+            file = node.rpartition(":")[0] if kind.member else node
+            yield from map(Path, [file, *glob.glob(file, recursive=True)])
     elif isinstance(node, dict) and kind is not None:
         yield from input_paths(tuple(node[key] for key in kind.options if key in node), INPUT)
     elif isinstance(node, RecipeSection):
@@ -40,3 +43,5 @@ def input_paths(node: Any, kind: PathKind | None = None) -> Iterator[Path]:
             yield from input_paths(getattr(node, name), own)
         if isinstance(node, BalancerSection):
             yield from input_paths(node.model_extra, BALANCER_OPTIONS)
+        if isinstance(node, NamedMetricSection):
+            yield from map(Path, filter(os.path.isabs, command_of(node)))

@@ -22,7 +22,9 @@ from mtft.common.fingerprint import json_hash
 from mtft.common.listing import clipped, first_lines
 from mtft.recipe.cross_checks import check_files, check_source
 from mtft.recipe.error_messages import explain
+from mtft.recipe.metric_files import check_functions, placed
 from mtft.recipe.schema.loss import BalancerSection
+from mtft.recipe.schema.metric import NamedMetricSection, PythonMetricSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.section import BALANCER_OPTIONS, DATA, INPUT, PathKind, RecipeSection
 from mtft.recipe.yaml_source import YamlProblem, YamlSource, apply_override, read_yaml
@@ -49,6 +51,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
         problems += explain(error, source)
     base = file.absolute().parent
     problems += check_source(source)
+    problems += check_functions(source, base, exist=files)
     if files:
         problems += check_files(source, lambda text: _place(text, base, DATA))
     if problems or recipe is None:
@@ -139,6 +142,8 @@ def _absolute(value: Any, base: Path, kind: PathKind | None = None) -> Any:
         update[name] = _absolute(getattr(value, name), base, own)
     if isinstance(value, BalancerSection):
         update |= _absolute(value.model_extra, base, BALANCER_OPTIONS)
+    if isinstance(value, NamedMetricSection | PythonMetricSection):
+        update |= placed(value, base)
     return value.model_copy(update=update)
 
 

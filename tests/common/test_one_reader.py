@@ -22,6 +22,7 @@ ALLOWED = {
     "mtft/data/readers/arrow_rows.py": (1, "a cell of a user's row"),
     "mtft/data/readers/row_files.py": (1, "a user's row"),
     "mtft/data/store/token_store.py": (1, "a tokenizer as its library writes it"),
+    "mtft/evaluation/metrics/json_answers.py": (1, "what a model answered"),
     "mtft/fuse/batch/request_rows.py": (1, "a user's row"),
     "mtft/fuse/server/app.py": (1, "the body of a request"),
     "mtft/fuse/tokenizers/token_map.py": (1, "a tokenizer as its library writes it"),

@@ -82,7 +82,8 @@ def test_schema_describes_every_key():
     schema = Recipe.model_json_schema()
     sections = [schema, *schema["$defs"].values()]
     for section in sections:
-        assert section["additionalProperties"] is False or section["title"] == "BalancerSection", section["title"]
+        open_ones = ("BalancerSection", "NamedMetricSection")
+        assert section["additionalProperties"] is False or section["title"] in open_ones, section["title"]
     lost = [f"{s['title']}.{key}" for s in schema["$defs"].values() for key, field in s["properties"].items()
             if "description" not in field and "$ref" not in field]  # fmt: skip
     assert lost == []

@@ -28,6 +28,10 @@ NO_PATHS = {
     ".tasks.split",
     ".tasks.format",  # a format's name, or columns
     ".tasks.template",  # what is filled in
+    ".tasks.metrics",
+    ".tasks.metrics.name",
+    ".tasks.metrics.key",
+    ".tasks.metrics.folder",  # absolute where it is written: no command may be kept from writing there
     ".output.trackers",
     ".train.optimizer",
     ".train.watch",
@@ -47,7 +51,7 @@ RECIPE = """
 name: all
 model: {path: ./in/model, chat_template: in/chat.jinja}
 tasks:
-  - {name: a, data: in/a.jsonl, eval_data: [in/b.jsonl, "hub:org/name"]}
+  - {name: a, data: in/a.jsonl, eval_data: [in/b.jsonl, "hub:org/name"], metrics: [{python: "in/m.py:f"}]}
   - {name: b, data: ["quickstart:add"], eval_data: in/c.jsonl}
 mixture: {shares: SHARES, online: {name: group_dro, reference: in/run}}
 lora: {r: 4, start: in/adapter}
@@ -158,7 +162,8 @@ def test_every_input_is_known_as_one(places):
     file, _ = places
     recipe = load_recipe(file, files=False)
     asked = [text for _, text in held_list(yaml.safe_load(file.read_text())) if "in/" in text or "../" in text]
-    assert {str((file.parent / text).resolve()) for text in asked} <= {str(path) for path in input_paths(recipe)}
+    files = [text.removesuffix(":f") for text in asked]
+    assert {str((file.parent / text).resolve()) for text in files} <= {str(path) for path in input_paths(recipe)}
 
 
 def held_list(node: Any) -> list[tuple[tuple[str, int], str]]:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mtft.common.aggregates import AGGREGATES, Aggregate
+from mtft.common.errors import UserError
 from mtft.recipe.method_options import check_options
 
 Needs = Literal["forward", "generation", "labels"]
@@ -70,6 +72,22 @@ class Metric:
         """Answers to each prompt."""
         return 1
 
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 (hex) of code of the user's own that the metric runs."""
+        return None
+
+    def describe(self) -> str | None:
+        """What `mtft check` says of code of the user's own that the metric runs."""
+        return None
+
     def statistics(self, answers: Sequence[Answer]) -> NDArray[np.float64]:
         """float64 [N, S], S = aggregate.width. Raises UserError for references that it can't be measured on."""
         raise NotImplementedError
+
+
+def need_package(module: str, metric: str) -> None:
+    """UserError if a package of the extra `eval` that a metric computes with is not installed."""
+    if find_spec(module) is None:
+        what = f"the metric {metric} needs the package {module.replace('_', '-')}"
+        raise UserError(what, where=f"metrics.{metric}", do='pip install "mtft[eval]"')

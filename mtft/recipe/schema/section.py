@@ -33,12 +33,14 @@ class PathKind:
     schemes  a text that starts so names something that is no file
     hub      only what looks like a path, or is a folder, is one; anything else is a name on the hub
     options  of a mapping of a method's options, those that hold a path
+    member   the path stands before the last colon, the name of something in the file after it
     """
 
     output: bool = False
     schemes: tuple[str, ...] = ()
     hub: bool = False
     options: tuple[str, ...] = ()
+    member: bool = False
 
 
 INPUT, OUTPUT = PathKind(), PathKind(output=True)
@@ -46,6 +48,7 @@ DATA = PathKind(schemes=("hub:", "quickstart:"))
 MODEL = PathKind(schemes=("quickstart:",), hub=True)
 MERGE_OPTIONS = PathKind(options=("grams",))
 BALANCER_OPTIONS = PathKind(options=("groups",))
+PYTHON_FUNCTION = PathKind(member=True)
 
 
 class RecipeSection(BaseModel):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
+from mtft.recipe.schema.metric import Metrics
 from mtft.recipe.schema.section import DATA, NotNegative, Positive, RecipeSection, SomeTexts, TaskName
 
 
@@ -30,9 +31,6 @@ class TaskSection(RecipeSection):
     """How often a row may be seen at the most. The plan refuses, or redistributes, what goes beyond."""
     limit: Annotated[int, Field(gt=0, le=10**12)] | None = None
     """Use only the first rows."""
-    metrics: Annotated[tuple[Literal["loss", "token_accuracy", "exact_match"], ...], Field(strict=False)] = (
-        "loss",
-        "token_accuracy",
-        "exact_match",
-    )
-    """What `mtft eval` reports for this task."""
+    metrics: Metrics = ("loss", "token_accuracy", "exact_match")
+    """What `mtft eval` reports for this task: names, {name: NAME, option: value}, {python: FILE.py:FUNCTION}
+    (docs/tasks.md)."""

@@ -126,16 +126,20 @@ def evaluate(
         Path | None, typer.Option(help="Folder of an older adapter: what got better and what broke since.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file instead of stdout.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Folder for what the model answered, a file a task (metrics that generate).")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Score a model per task on held-out rows (JSON).
 
-    Loss, token accuracy and exact match, each with its confidence interval. RECIPE may be the folder of a run (or the
+    The tasks' `metrics`, each with its confidence interval (docs/tasks.md). RECIPE may be the folder of a run (or the
     recipe.yaml in it): its adapter is scored. With any other recipe it is the base model, unless --adapter is given.
     """
     from mtft.common.atomic_io import write_text
     from mtft.common.errors import UserError
     from mtft.common.run_folders import RESULT, export_of_run
+    from mtft.evaluation.answers_file import save_answers
     from mtft.evaluation.evaluate_recipe import as_json, exported
     from mtft.evaluation.evaluate_recipe import evaluate as run_evaluation
     from mtft.recipe.input_paths import check_output
@@ -147,6 +151,10 @@ def evaluate(
     if out is not None:
         out = expand(out)
         check_output(out, loaded, source, adapter, against, overwrite=overwrite)
+    if answers is not None:
+        answers = expand(answers)
+        for task in loaded.task_names:
+            check_output(answers / f"{task}.jsonl", loaded, source, adapter, against, overwrite=overwrite)
     if base and adapter is not None:
         raise UserError("--base and --adapter", where="command line", do="give one of the two")
     is_run = recipe.is_dir() or own.resolve() == folder.resolve() or (folder / RESULT).is_file()
@@ -156,7 +164,11 @@ def evaluate(
     if adapter is None and model is None and not base and (export := export_of_run(own)) is not None:
         say(f"that is the base model; what the recipe's run made of it: --adapter {export}, or mtft eval {own}")
     old_scores = None if against is None else run_evaluation(loaded, against)
-    text = json.dumps(as_json(run_evaluation(loaded, adapter, model), loaded, against=old_scores), indent=2)
+    scores = run_evaluation(loaded, adapter, model)
+    for task, of_task in () if answers is None else scores.items():
+        if of_task.answers:
+            save_answers(of_task, answers / f"{task}.jsonl")
+    text = json.dumps(as_json(scores, loaded, against=old_scores), indent=2)
     if out is None:
         typer.echo(text)
     else:

@@ -10,7 +10,8 @@ from typing import Any
 from mtft.common.errors import UserError
 from mtft.common.run_folders import ADAPTER, export_of_run
 from mtft.evaluation.regressions import compare_scores
-from mtft.evaluation.task_scores import METRICS, TaskScores
+from mtft.evaluation.task_scores import TaskScores
+from mtft.recipe.schema.metric import metric_key
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 
@@ -33,7 +34,9 @@ def evaluate(
 
     from mtft.data.batching.packed_attention import packing_refusal
     from mtft.data.store.token_store import open_stores
-    from mtft.evaluation.heldout_loss import BatchLayout, evaluate_model
+    from mtft.evaluation.answered_rows import AskedMetrics
+    from mtft.evaluation.evaluate_model import evaluate_model
+    from mtft.evaluation.heldout_loss import BatchLayout
     from mtft.models.adapters import load_adapter
     from mtft.models.loading import compute_dtype, load_base, load_tokenizer, pad_id
 
@@ -46,6 +49,7 @@ def evaluate(
         raise UserError(
             "no task has held-out rows to evaluate on", where="tasks: eval_data", do="give a task an eval_data file"
         )
+    asked = AskedMetrics.of(recipe, tokenizer)  # before the model is loaded: what can't be measured is refused
     network: Any = load_base(section)
     if adapter is not None:
         network = load_adapter(network, adapter)
@@ -54,7 +58,8 @@ def evaluate(
     packing = recipe.train.packing and packing_refusal(network.config, network.config._attn_implementation) is None
     layout = BatchLayout(recipe.train.rows_at_once, recipe.train.max_length, pad_id(tokenizer), packing)
     dtype = compute_dtype(section)
-    return evaluate_model(network, chosen, layout, autocast=None if dtype == torch.float32 else dtype)
+    precision = None if dtype == torch.float32 else dtype
+    return evaluate_model(network, chosen, layout, autocast=precision, asked=asked)
 
 
 def exported(recipe: Recipe, folder: Path) -> tuple[Path | None, ModelSection | None]:
@@ -80,11 +85,11 @@ def as_json(
     Only the metrics that the task asks for. The intervals are bootstrap over examples at `level`. With the scores of an
     older model in `against` each task has a key "against" (mtft.evaluation.regressions.compare_scores).
     """
-    task_metrics = {task.name: task.metrics for task in recipe.tasks}
+    task_metrics = {task.name: [*map(metric_key, task.metrics)] for task in recipe.tasks}
     out: dict[str, Any] = {}
     for task, task_scores in scores.items():
-        summary, intervals = task_scores.summary(), task_scores.intervals(level=level)
-        metrics = [metric for metric in METRICS if metric in task_metrics.get(task, METRICS)]
+        metrics = [metric for metric in task_scores.metrics if metric in task_metrics.get(task, task_scores.metrics)]
+        summary, intervals = task_scores.summary(), task_scores.intervals(metrics, level=level)
         out[task] = {
             **{metric: summary[metric] if math.isfinite(summary[metric]) else None for metric in metrics},
             "interval": {metric: list(intervals[metric]) for metric in metrics},

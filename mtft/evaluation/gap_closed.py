@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtft.common.bootstrap import percentile_interval, resampled_rows, same_order
-from mtft.evaluation.task_scores import METRICS, TaskScores
+from mtft.evaluation.task_scores import TaskScores
 
 TINY = 1e-9  # |tuned - strong| below this: there is no gap to close
 UNSURE = 0.025  # share of draws in which tuning does not help: beyond it the interval of the gap has no end
@@ -60,19 +60,15 @@ def gap_closed(
 
     Raises ValueError when the models have not scored the same examples.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
-    start, end = strong.summary()[metric], fused.summary()[metric]
+    start, end = strong.score(metric), fused.score(metric)
     if tuned is None:
         reason = "no tuned strong model was scored"
         return Gap(strong.task, metric, start, end, None, None, None, None, None, reason)
-    goal = tuned.summary()[metric]
+    goal = tuned.score(metric)
     gap, ratio = gap_and_ratio(start, end, goal)
-    sums = [_sums(scores, metric, strong.ids) for scores in (strong, fused, tuned)]
+    same = [_in_order(scores, strong.ids) for scores in (strong, fused, tuned)]
     rows_DN = next(resampled_rows(len(strong.ids), draws, seed, at_once=draws))
-    start_D, end_D, goal_D = (
-        over_N[rows_DN].sum(1) / np.maximum(under_N[rows_DN].sum(1), 1) for over_N, under_N in sums
-    )
+    start_D, end_D, goal_D = (of.aggregate(metric).resampled(of.statistics(metric), rows_DN) for of in same)
     ratio_interval = (
         None if ratio is None or np.any(np.abs(goal_D) < TINY) else percentile_interval(end_D / goal_D, level)
     )
@@ -90,10 +86,9 @@ def gap_closed(
     return Gap(strong.task, metric, start, end, goal, gap, gap_interval, ratio, ratio_interval, reason)
 
 
-def _sums(scores: TaskScores, metric: str, ids: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(numerator, denominator) of each example, in the order of `ids`."""
+def _in_order(scores: TaskScores, ids: tuple[str, ...]) -> TaskScores:
+    """The scores in the order of `ids`."""
     order = same_order(ids, scores.ids)
     if order is None:
         raise ValueError(f"{scores.task!r}: the models were not scored on the same examples (ids differ or repeat)")
-    over_N, under_N = scores.parts(metric)
-    return over_N[order].astype(np.float64), under_N[order]
+    return scores.taken(order)

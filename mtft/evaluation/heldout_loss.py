@@ -4,8 +4,7 @@ Scores are those of rows: the examples that one conversation became are added up
 
 Any model that can tell the loss and the hit of each supervised token can be scored: a `score` function takes a Batch
 to (nll_BT, hit_BT). A plain or adapted transformers model does so by `mtft.losses.token_scores.token_scores`; a fused
-model by
-its own method (with packing=False: it decodes row by row).
+model by its own method (with packing=False: it decodes row by row).
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtft.data.batching.batch import Batch
 from mtft.data.batching.batches import EvalBatch, eval_batches
-from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.evaluation.task_scores import TaskScores
 
 Score = Callable[[Batch], tuple[Tensor, Tensor]]
@@ -36,32 +34,6 @@ class BatchLayout:
     max_length: int
     pad_id: int
     packing: bool = True
-
-
-def evaluate_model(
-    model: nn.Module,
-    stores: Sequence[Any | None],
-    layout: BatchLayout,
-    *,
-    attention: str | None = None,
-    autocast: torch.dtype | None = None,
-    told: Told | None = None,
-) -> dict[str, TaskScores]:
-    """Scores of a transformers model (plain, or with an adapter) on each task's store; None = the task has none.
-
-    autocast: run the forward pass in this precision (as training did). The model comes back in the mode it was in.
-    """
-    from mtft.losses.token_nll import is_isolated
-    from mtft.losses.token_scores import token_scores
-
-    device, isolated = next(model.parameters()).device, is_isolated(model, attention)
-
-    def score(batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            return token_scores(model, batch, attention=attention, isolated=isolated)
-
-    with evaluation_mode(model):
-        return score_tasks(score, stores, layout, device=device, told=told)
 
 
 def score_tasks(

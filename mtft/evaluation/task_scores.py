@@ -17,19 +17,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtft.common.aggregates import AGGREGATES, Aggregate
 from mtft.common.atomic_io import write_text
 from mtft.common.bootstrap import percentile_interval, resampled_rows, same_order
 from mtft.common.errors import UserError
 from mtft.common.own_files import read_own_lines
+from mtft.evaluation.metrics.base import Answer
 
-METRICS = ("loss", "token_accuracy", "exact_match")
+FORWARD = {"loss": "token_loss", "token_accuracy": "token_share", "exact_match": "share"}
+"""Metrics that the forward pass over the held-out rows gives every task, and their aggregates."""
 _LINE = {"task": str, "id": str, "nll": float, "tokens": int, "correct": int}
+
+
+class MetricRows(NamedTuple):
+    """What the rows scored by one metric: float64 [N, S], and the name of the aggregate that makes a score of them."""
+
+    aggregate: str
+    stats_NS: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class TaskScores:
     nll_N      float64, sum of -log p over the supervised tokens of the example (nats)
     tokens_N   int64, supervised tokens
     correct_N  int64, supervised tokens that are the argmax of the model
+    answered   {metric: rows} of the metrics that ask for answers or labels (mtft.evaluation.metrics); may be empty
+    answers    what the model wrote, where it was asked; not kept by `save`
     """
 
     task: str
@@ -47,45 +60,95 @@ class TaskScores:
     nll_N: np.ndarray
     tokens_N: np.ndarray
     correct_N: np.ndarray
+    answered: Mapping[str, MetricRows] = field(default_factory=dict)
+    answers: Sequence[Answer] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        lengths = {len(self.ids), len(self.nll_N), len(self.tokens_N), len(self.correct_N)}
+        rows = {len(rows.stats_NS) for rows in self.answered.values()}
+        lengths = {len(self.ids), len(self.nll_N), len(self.tokens_N), len(self.correct_N), *rows}
         if len(lengths) != 1:
             raise ValueError(f"scores of {self.task!r}: fields of unequal length {sorted(lengths)}")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of everything that was measured."""
+        return *FORWARD, *self.answered
 
     @property
     def exact_N(self) -> np.ndarray:
         """bool [N]: greedy decoding would reproduce the response. An example without supervised tokens is not exact."""
         return (self.correct_N == self.tokens_N) & (self.tokens_N > 0)
 
-    def parts(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """(numerator, denominator) [N] of a metric."""
-        over_N = {"loss": self.nll_N, "token_accuracy": self.correct_N, "exact_match": self.exact_N}[metric]
-        return over_N, np.ones(len(self.ids)) if metric == "exact_match" else self.tokens_N
+    def aggregate(self, metric: str) -> Aggregate:
+        """How the rows become the score. Raises ValueError for a metric that was not measured."""
+        return self._rows(metric)[0]
+
+    def statistics(self, metric: str) -> np.ndarray:
+        """float64 [N, S]: the numbers of each example."""
+        return self._rows(metric)[1]
+
+    def _rows(self, metric: str) -> tuple[Aggregate, np.ndarray]:
+        if metric in self.answered:
+            name, stats_NS = self.answered[metric]
+            return AGGREGATES[name], stats_NS
+        columns = {
+            "loss": (self.nll_N, self.tokens_N),
+            "token_accuracy": (self.correct_N, self.tokens_N),
+            "exact_match": (self.exact_N,),
+        }
+        if metric not in columns:
+            raise ValueError(f"metric {metric!r}: must be one of {', '.join(self.metrics)}")
+        return AGGREGATES[FORWARD[metric]], np.stack(columns[metric], axis=1).astype(np.float64)
+
+    def score(self, metric: str) -> float:
+        """The task's score; NaN without examples, or without a supervised token."""
+        aggregate, stats_NS = self._rows(metric)
+        return aggregate.value(stats_NS) if len(stats_NS) else float("nan")
+
+    def right_N(self, metric: str) -> np.ndarray | None:
+        """bool [N]: which examples are right, for a metric that says right or wrong; None for the others."""
+        aggregate, stats_NS = self._rows(metric)
+        yes_no = aggregate.name == "share" and bool(np.isin(stats_NS, (0.0, 1.0)).all())
+        return stats_NS[:, 0] == 1 if yes_no else None
+
+    def taken(self, order: np.ndarray) -> TaskScores:
+        """The examples at these places, in this order."""
+        answered = {name: MetricRows(rows.aggregate, rows.stats_NS[order]) for name, rows in self.answered.items()}
+        ids = tuple(self.ids[int(i)] for i in order)
+        columns = (self.nll_N[order], self.tokens_N[order], self.correct_N[order])
+        answers = [self.answers[int(i)] for i in order] if self.answers else ()
+        return TaskScores(self.task, ids, *columns, answered, answers)
+
+    def answering(self, answered: Mapping[str, MetricRows], answers: Sequence[Answer]) -> TaskScores:
+        """The same with more of what was found by asking."""
+        return replace(self, answered={**self.answered, **answered}, answers=answers or self.answers)
 
     def summary(self) -> dict[str, float]:
-        """The task's point estimates: loss, token_accuracy, exact_match (NaN when nothing is supervised), and sizes."""
-        tokens = int(self.tokens_N.sum())
-        examples = len(self.ids)
-        return {
-            "loss": float(self.nll_N.sum() / tokens) if tokens else float("nan"),
-            "token_accuracy": float(self.correct_N.sum() / tokens) if tokens else float("nan"),
-            "exact_match": float(self.exact_N.mean()) if examples else float("nan"),
-            "examples": examples,
-            "tokens": tokens,
-        }
+        """The task's point estimates by metric (NaN when nothing is supervised), and sizes."""
+        scores = {metric: self.score(metric) for metric in self.metrics}
+        return {**scores, "examples": len(self.ids), "tokens": int(self.tokens_N.sum())}
 
-    def intervals(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
-        """Bootstrap percentile interval (lower, upper) of each metric over the examples."""
-        samples = {name: np.concatenate(list(_resample(self, name, draws, seed))) for name in METRICS}
+    def intervals(
+        self, metrics: Sequence[str] | None = None, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+    ) -> dict[str, tuple[float, float]]:
+        """Bootstrap percentile interval (lower, upper) of each metric over the examples. metrics: None: all."""
+        samples = {
+            name: np.concatenate(list(_resample(self, name, draws, seed)))
+            for name in (self.metrics if metrics is None else metrics)
+        }
         return {name: percentile_interval(values, level) for name, values in samples.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """One JSON line an example: task, id, nll, tokens, correct. Written whole or not at all."""
+        """One JSON line an example: task, id, nll, tokens, correct, and what was `answered`. Whole or not at all."""
         lines = []
-        for row in zip(self.ids, self.nll_N.tolist(), self.tokens_N.tolist(), self.correct_N.tolist(), strict=True):
-            record = dict(zip(("id", "nll", "tokens", "correct"), row, strict=True))
-            lines.append(json.dumps({"task": self.task, **record}, ensure_ascii=False) + "\n")
+        columns = zip(self.ids, self.nll_N.tolist(), self.tokens_N.tolist(), self.correct_N.tolist(), strict=True)
+        for row, values in enumerate(columns):
+            record: dict[str, Any] = {"task": self.task, **dict(zip(("id", "nll", "tokens", "correct"), values))}
+            if self.answered:
+                record["metrics"] = {
+                    metric: {of.aggregate: of.stats_NS[row].tolist()} for metric, of in self.answered.items()
+                }
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         write_text(Path(path), "".join(lines))
 
     @classmethod
@@ -104,7 +167,25 @@ class TaskScores:
         ids = tuple(row["id"] for row in read.rows)
         nll = np.array([row["nll"] for row in read.rows], dtype=np.float64)
         tokens, correct = (np.array([row[key] for row in read.rows], dtype=np.int64) for key in ("tokens", "correct"))
-        return cls(read.rows[0]["task"], ids, nll, tokens, correct)
+        try:
+            answered = _answered([row.get("metrics", {}) for row in read.rows])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError("damaged scores: 'metrics' differ from line to line", where=str(path), do=do) from None
+        return cls(read.rows[0]["task"], ids, nll, tokens, correct, answered)
+
+
+def _answered(lines: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> dict[str, MetricRows]:
+    """{metric: rows} of [{metric: {aggregate: numbers}}]. Raises where lines are not alike."""
+    answered = {}
+    for metric, first in lines[0].items():
+        (name,) = first
+        stats_NS = np.array([line[metric][name] for line in lines], dtype=np.float64)
+        if stats_NS.shape != (len(lines), AGGREGATES[name].width) or not np.isfinite(stats_NS).all():
+            raise ValueError(metric)
+        answered[metric] = MetricRows(name, stats_NS)
+    if any(line.keys() != lines[0].keys() for line in lines):
+        raise ValueError("metrics")
+    return answered
 
 
 @dataclass(frozen=True)
@@ -127,15 +208,13 @@ def paired_bootstrap(
 
     Raises ValueError when the two don't hold the same examples: a difference over other examples would mean nothing.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
     order = same_order(a.ids, b.ids)
     if order is None:
         raise ValueError(f"{a.task!r} and {b.task!r} were not scored on the same examples (ids differ or repeat)")
-    b = TaskScores(b.task, a.ids, b.nll_N[order], b.tokens_N[order], b.correct_N[order])
+    b = b.taken(order)
     both = zip(_resample(a, metric, draws, seed), _resample(b, metric, draws, seed), strict=True)
     lower, upper = percentile_interval(np.concatenate([left - right for left, right in both]), level)
-    left, right = a.summary()[metric], b.summary()[metric]
+    left, right = a.score(metric), b.score(metric)
     return MetricDifference(a.task, metric, left, right, left - right, lower, upper)
 
 
@@ -144,6 +223,6 @@ def _resample(scores: TaskScores, metric: str, draws: int, seed: int) -> Iterato
     count = len(scores.ids)
     if count == 0 or scores.tokens_N.sum() == 0:
         raise ValueError(f"scores of {scores.task!r} hold no supervised token: no interval")
-    over, under = scores.parts(metric)
+    aggregate, stats_NS = scores.aggregate(metric), scores.statistics(metric)
     for rows in resampled_rows(count, draws, seed):
-        yield over[rows].sum(axis=1) / np.maximum(under[rows].sum(axis=1), 1)
+        yield aggregate.resampled(stats_NS, rows)

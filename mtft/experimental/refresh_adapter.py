@@ -32,8 +32,9 @@ from mtft.data.batching.batches import eval_batches
 from mtft.data.batching.packed_attention import packing_refusal
 from mtft.data.planning import make_plan
 from mtft.distributed.launch import world_size
+from mtft.evaluation.evaluate_model import evaluate_model
 from mtft.evaluation.evaluation_mode import evaluation_mode
-from mtft.evaluation.heldout_loss import BatchLayout, evaluate_model
+from mtft.evaluation.heldout_loss import BatchLayout
 from mtft.gradients.capture.task_gradients import TaskGradients
 from mtft.gradients.forgetting import forgetting, module_of, select_forgetful_modules, totals
 from mtft.losses.task_reduction import coefficients, step_counts, task_coefficients

@@ -11,6 +11,7 @@ SHOWN = (
     ("token_accuracy", "token accuracy"),
     ("exact_match", "exact match"),
 )
+SIZES = {"examples", "tokens"}
 WIDTH = 108  # where the output is no terminal, or a narrow one: wrapped lines read better than cut headings
 
 
@@ -23,20 +24,27 @@ def print_results(results: dict[str, dict[str, dict[str, float]]], console: Cons
     """
     console = console or Console(width=max(WIDTH, Console().width))
     tasks = list(dict.fromkeys(task for stage in results.values() for task in stage))
-    for metric, title in SHOWN:
+    told = {metric for stage in results.values() for scores in stage.values() for metric in scores} - SIZES
+    more = sorted(told - {metric for metric, _ in SHOWN})
+    for metric, title in (*SHOWN, *((metric, metric) for metric in more)):
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("task", no_wrap=True)
         for stage in results:
             table.add_column(stage, justify="right", min_width=max(map(len, stage.split())))
-        shown = tasks if len(tasks) <= MOST_TASKS else _most_changed(results, tasks, metric)
-        if len(shown) < len(tasks):
-            table.add_row(f"mean of {len(tasks):,}", *(_mean(scores, metric) for scores in results.values()))
+        having = [task for task in tasks if metric not in more or _has(results, task, metric)]
+        shown = having if len(having) <= MOST_TASKS else _most_changed(results, having, metric)
+        if len(shown) < len(having):
+            table.add_row(f"mean of {len(having):,}", *(_mean(scores, metric) for scores in results.values()))
         for task in shown:
             values = [results[stage].get(task, {}).get(metric) for stage in results]
             table.add_row(task, *("–" if value is None else f"{value:.3f}" for value in values))
         console.print(table)
-        if len(shown) < len(tasks):
-            console.print(f"and {len(tasks) - len(shown):,} more tasks (results.json)")
+        if len(shown) < len(having):
+            console.print(f"and {len(having) - len(shown):,} more tasks (results.json)")
+
+
+def _has(results: dict[str, dict[str, dict[str, float]]], task: str, metric: str) -> bool:
+    return any(stage.get(task, {}).get(metric) is not None for stage in results.values())
 
 
 def _most_changed(results: dict[str, dict[str, dict[str, float]]], tasks: list[str], metric: str) -> list[str]:

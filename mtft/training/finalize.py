@@ -24,11 +24,12 @@ from mtft.common.own_files import write_own
 from mtft.distributed.collectives import barrier, from_first_rank
 from mtft.distributed.launch import LaunchConfig, is_main_process
 from mtft.distributed.sharding import whole_weights
+from mtft.evaluation.answers_file import save_answers
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.callbacks.best_weights import load_best_weights
 from mtft.training.export.export import export_model, write_card
 from mtft.training.export.proof import PROOF, NoRoom, ReloadResult, probe_logits, write_probe
-from mtft.training.run_files.run_dir import NOT_PROVED, PROVED, RESULT, SCORES, TRAINED, write_plan
+from mtft.training.run_files.run_dir import ANSWERS, NOT_PROVED, PROVED, RESULT, SCORES, TRAINED, write_plan
 from mtft.training.trainer import MultiTaskTrainer
 from mtft.training.trainer_parts import TrainingInputs, held_out_identity
 
@@ -61,12 +62,12 @@ def finalize_run(
                 export_dir = export_model(model, run_dir, tokenizer=inputs.tokenizer, state=state)
                 proof.start(model, export_dir, recipe, cleanup)
         with part_of_the_end("held-out scores", run_dir, steps):
-            if inputs.evaluates and steps not in trainer.evaluations:
-                trainer.evaluate()
-            scores = trainer.evaluations.get(steps, {})
+            scores = trainer.final_scores() if inputs.evaluates else {}
             if is_main_process():
                 for task, task_scores in scores.items():
                     task_scores.save(run_dir / SCORES / f"{task}.jsonl")
+                    if task_scores.answers:
+                        save_answers(task_scores, run_dir / ANSWERS / f"{task}.jsonl")
         while from_first_rank(proof.runs()):
             pass  # a large base on the CPU takes longer than ranks wait at a barrier
         if is_main_process():

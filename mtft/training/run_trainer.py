@@ -21,6 +21,7 @@ from mtft.distributed.collectives import from_first_rank
 from mtft.distributed.extensions import extension_notes
 from mtft.distributed.launch import is_main_process
 from mtft.evaluation.heldout_loss import Told
+from mtft.evaluation.heldout_scorer import HeldOutScorer
 from mtft.evaluation.task_scores import TaskScores
 from mtft.models.loading import read_config
 from mtft.recipe.schema.recipe import Recipe
@@ -220,6 +221,22 @@ class RunTrainer(Trainer):
             self.callback_handler.on_log(self.args, self.state, self.control, metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def try_metrics(self) -> None:
+        """Before the first step: whatever the end measures, on one row of each task. Raises UserError."""
+        if isinstance(self._score, HeldOutScorer):
+            self._score.try_out(self.model)
+
+    def final_scores(self) -> dict[str, TaskScores]:
+        """The scores of the weights as they are, with what is measured at the end only."""
+        step = self.state.global_step
+        if self._score is not None and step not in self.evaluations:
+            self.evaluate()
+        scores = self.evaluations.get(step, {})
+        if isinstance(self._score, HeldOutScorer):
+            with evaluation_weights(self.optimizer):
+                scores = self._score.completed(self.model, scores, self.run_log.answering(step))
+        return scores
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's own summary goes to the trackers; it keeps no history in memory."""

@@ -39,13 +39,15 @@ def run_trial(
     threads: int | None = None,
     checks: Sequence[float] = (),
     stop: StopRule | None = None,
+    targets: Sequence[str] = (),
 ) -> list[tuple[float, dict[str, float]]]:
     """Trains `recipe` with the trial's mixture and seed; returns [(1.0, scores)], with the scores at `checks` (shares
     of the run) before it. The run ends at a check where `stop` calls it hopeless: its last share is then below 1.
 
-    scores: {"task/loss": nats per supervised token, "task/token_accuracy": ...} on the held-out rows of every task
-    that has some (the first `eval_limit` of them). A trial that diverges gives NaN losses, which a sweep records as
-    such. Picklable together with the recipe: for worker processes. threads: of torch on the CPU (None: its default).
+    scores: {"task/loss": nats per supervised token, "task/token_accuracy": ..., "task/exact_match": ...} on the
+    held-out rows of every task that has some (the first `eval_limit` of them), and the metrics in `targets`
+    ("task/metric") that need answers. A trial that diverges gives NaN, which a sweep records as such. Picklable
+    together with the recipe: for worker processes. threads: of torch on the CPU (None: its default).
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -56,7 +58,7 @@ def run_trial(
         args = training_arguments(recipe, Path(scratch), steps=plan.steps, evaluates=False, saves=False)
         model = load_for_training(recipe, base=copy.deepcopy(base))
         log = MetricsLog(None, steps=plan.steps, quiet=True)
-        trainer = build_trainer(recipe, inputs, plan, model, args, log=log)
+        trainer = build_trainer(recipe, inputs, plan, model, args, log=log, targets=targets)
         course = _EvaluateAtChecks(trainer, plan.steps, checks, stop)
         trainer.add_callback(course)
         try:
@@ -64,8 +66,8 @@ def run_trial(
         except UserError:
             if trainer.bad_steps["non-finite"] < recipe.train.max_bad_steps:
                 raise
-            names = [store.task for store in inputs.held_out if store is not None]
-            return [(1.0, {f"{task}/loss": float("nan") for task in names})]
+            names = [f"{store.task}/loss" for store in inputs.held_out if store is not None]
+            return [(1.0, dict.fromkeys((*names, *targets), float("nan")))]
         if not course.hopeless:
             trainer.evaluate()
             course.points.append((1.0, _scores(trainer)))
@@ -73,10 +75,11 @@ def run_trial(
 
 
 def _scores(trainer: MultiTaskTrainer) -> dict[str, float]:
-    """{"task/loss": ..., "task/token_accuracy": ...} of the evaluation at the present step."""
+    """{"task/metric": score} of the evaluation at the present step."""
     evaluation = trainer.evaluations[trainer.state.global_step]
     summaries = {task: scores.summary() for task, scores in evaluation.items()}
-    return {f"{task}/{key}": summary[key] for task, summary in summaries.items() for key in ("loss", "token_accuracy")}
+    sizes = ("examples", "tokens")
+    return {f"{task}/{key}": x for task, summary in summaries.items() for key, x in summary.items() if key not in sizes}
 
 
 class _EvaluateAtChecks(TrainerCallback):

@@ -14,7 +14,7 @@ which resumes bit for bit. Nothing here branches on what a single rank holds aro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -320,9 +320,10 @@ def build_trainer(
     *,
     log: MetricsLog,
     stop: StopSignal | None = None,
+    targets: Collection[str] | None = None,
 ) -> MultiTaskTrainer:
     """The trainer of a recipe on `model`."""
-    parts = trainer_parts(recipe, inputs, plan, model, args, log=log, stop=stop)
+    parts = trainer_parts(recipe, inputs, plan, model, args, log=log, stop=stop, targets=targets)
     return MultiTaskTrainer.from_parts(model, args, parts)
 
 
@@ -335,6 +336,7 @@ class _StepCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         check_sharded(self.trainer.model)
         self.trainer.run_log.start(state.global_step)
+        self.trainer.try_metrics()
         self.trainer.observe_start()
         begin_training(self.trainer.optimizer)
 

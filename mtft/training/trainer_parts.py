@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,9 @@ from mtft.distributed.collectives import from_first_rank
 from mtft.distributed.launch import is_main_process
 from mtft.distributed.sharding import elements, trainable
 from mtft.distributed.stop_signal import StopSignal
-from mtft.evaluation.heldout_loss import BatchLayout, Told, evaluate_model
-from mtft.evaluation.task_scores import TaskScores
+from mtft.evaluation.answered_rows import AskedMetrics
+from mtft.evaluation.heldout_loss import BatchLayout
+from mtft.evaluation.heldout_scorer import HeldOutScorer
 from mtft.losses.balancers import make_balancer
 from mtft.losses.moe_router_loss import check_router_loss, router_warning
 from mtft.losses.sample_weights import SampleWeights
@@ -32,6 +33,7 @@ from mtft.losses.validation_stream import ValidationStream
 from mtft.models.loading import compute_dtype, load_tokenizer, pad_id
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.callbacks.early_stopping import EarlyStopping
+from mtft.training.callbacks.watched_score import watched_metrics
 from mtft.training.checkpoint.checkpoint import check_identity
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
 from mtft.training.export.rehearsal import clear_rehearsals
@@ -138,8 +140,12 @@ def trainer_parts(
     *,
     log: MetricsLog,
     stop: StopSignal | None = None,
+    targets: Collection[str] | None = None,
 ) -> TrainerParts:
-    """The parts of a recipe's trainer on `model`; this rank's part of every step is decided here."""
+    """The parts of a recipe's trainer on `model`; this rank's part of every step is decided here.
+
+    targets: "task/metric" of what each evaluation measures, and nothing is measured besides (None: as the recipe says).
+    """
     section, dtype = recipe.train, compute_dtype(recipe.model)
     check_vocabulary([*inputs.stores, *inputs.held_out], inputs.tokenizer, model.config)
     check_router_loss(model.config)
@@ -198,10 +204,16 @@ def trainer_parts(
     )
     loss = recipe.loss
 
-    def score(network: nn.Module, told: Told | None = None) -> dict[str, TaskScores]:
-        autocast = None if dtype == torch.float32 else dtype
-        return evaluate_model(network, inputs.held_out, layout, attention=attention, autocast=autocast, told=told)
-
+    asked = AskedMetrics.of(recipe, inputs.tokenizer)
+    asked = asked if targets is None else asked.only(targets)
+    score = HeldOutScorer(
+        inputs.held_out,
+        layout,
+        asked,
+        asked if targets is not None else asked.only(watched_metrics(recipe)),
+        attention,
+        None if dtype == torch.float32 else dtype,
+    )
     objective = Objective(
         loss.normalise,
         resolve_path(loss.path),

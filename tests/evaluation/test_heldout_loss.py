@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mtft.data.store.token_store import open_store
-from mtft.evaluation.heldout_loss import BatchLayout, evaluate_model, score_tasks
+from mtft.evaluation.evaluate_model import evaluate_model
+from mtft.evaluation.heldout_loss import BatchLayout, score_tasks
 from mtft.losses.token_scores import token_scores
 from mtft.recipe.schema.task import TaskSection
 

@@ -116,6 +116,7 @@ CASES = {
     "lora.freeze_a, lora.init: mica + sharded weights": ("train", ["lora.freeze_a=true"], ZERO_3),
     "lora.freeze_a + lora.init: mica": ("train", ["lora.freeze_a=true", "lora.init=mica"]),
     "train.watch": ("train", ["train.watch=summ"]),
+    "sweep.objective": ("mix", ["sweep.objective=mean/rouge_l"]),
     "train.patience, train.task_patience, output.export: best + tasks.*.eval_data": (
         "train",
         ["output.export=best", "tasks.sum.eval_data="],

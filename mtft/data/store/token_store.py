@@ -128,6 +128,10 @@ class TokenStore:
         """Which row each example came from, int64 [N], ascending from 0: a conversation may give several examples."""
         return np.cumsum(row_starts(self._lines, self.meta["files"]), dtype=np.int64) - 1
 
+    def place(self, example: int) -> str:
+        """file:line of the row that an example came from."""
+        return place(example, self._lines, self.meta["files"])
+
     @cached_property
     def _names(self) -> tuple[np.ndarray, np.ndarray] | None:
         if not (self.path / "names.bin").exists():

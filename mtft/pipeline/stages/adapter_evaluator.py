@@ -23,7 +23,6 @@ from mtft.data.tokenize.encode import Example
 from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.evaluation.heldout_loss import BatchLayout, score_tasks
 from mtft.evaluation.score_cache import Scores
-from mtft.evaluation.task_scores import TaskScores
 from mtft.recipe.schema.recipe import Recipe
 
 PARTS = ("choose", "check", "rest")
@@ -68,6 +67,10 @@ class RowSubset:
     def example(self, i: int) -> Example:
         return self._store.example(int(self._examples[i]))
 
+    def place(self, example: int) -> str:
+        """file:line of the row that an example came from."""
+        return self._store.place(int(self._examples[example]))
+
 
 def select_examples(scores: Scores, ids: Mapping[str, Sequence[str]]) -> Scores:
     """The scores of the examples in `ids` (task -> ids); other tasks as they are."""
@@ -75,8 +78,7 @@ def select_examples(scores: Scores, ids: Mapping[str, Sequence[str]]) -> Scores:
     for task, of in scores.items():
         wanted = set(ids.get(task, of.ids))
         at = np.array([i for i, name in enumerate(of.ids) if name in wanted], dtype=np.int64)
-        names = tuple(of.ids[int(i)] for i in at)
-        selected[task] = TaskScores(task, names, of.nll_N[at], of.tokens_N[at], of.correct_N[at])
+        selected[task] = of.taken(at)
     return selected
 
 

@@ -18,6 +18,7 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.run import RunSection
 from mtft.recipe.schema.sweep import SweepSection
 from mtft.recipe.schema.train import TrainSection
+from mtft.recipe.targets import targets_of
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
@@ -41,9 +42,9 @@ def single_task_recipe(recipe: Recipe, task: str, share: float, folder: Path) ->
     if steps is None and recipe.train.steps is not None:
         steps = max(MIN_SINGLE_STEPS, math.ceil(recipe.train.steps * share))
     train = override_section(recipe.train, steps=steps, epochs=None) if steps else recipe.train
-    if train.watch not in ("mean", "worst", task):
-        train = override_section(train, watch="mean")
     tasks = tuple(section for section in recipe.tasks if section.name == task)
+    if not targets_of(recipe.model_copy(update={"tasks": tasks}), train.watch):
+        train = override_section(train, watch="mean")
     mixture = MixtureSection(unit=recipe.mixture.unit, max_epochs=recipe.mixture.max_epochs, on_cap="redistribute")
     return _training_recipe(recipe, folder, tasks=tasks, mixture=mixture, train=train)
 

@@ -17,7 +17,6 @@ from mtft.common.fingerprint import file_hash
 from mtft.common.own_files import write_own
 from mtft.evaluation.gap_closed import gap_closed
 from mtft.evaluation.score_cache import Scores, load_or_score
-from mtft.evaluation.task_scores import METRICS
 from mtft.pipeline.stages.stage_cache import adapter_state, model_state, run_cached_stage
 from mtft.recipe.schema.fuse import FuseSection
 from mtft.recipe.schema.recipe import Recipe
@@ -85,7 +84,8 @@ def _gaps(alone: Scores, fused: Scores, tuned: Scores, seed: int) -> dict[str, d
     return {
         task: {
             metric: asdict(gap_closed(alone[task], fused[task], tuned.get(task), metric=metric, seed=seed))
-            for metric in METRICS
+            for metric in fused[task].metrics
+            if metric in alone[task].metrics
         }
         for task in fused
     }

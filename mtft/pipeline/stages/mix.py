@@ -28,6 +28,7 @@ from data_mixers.sweep.early_termination import EarlyTermination
 from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.runner import SweepResult, make_trials, run_sweep
 from data_mixers.sweep.trial import Trial
+from mtft.common.aggregates import AGGREGATES
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import content_hash
@@ -35,11 +36,14 @@ from mtft.common.folder_lock import sole_writer
 from mtft.common.output_paths import check_output_folder
 from mtft.common.own_files import read_own_text, write_own
 from mtft.data.planning import epoch_caps, groups, make_plan, requested_mixture, task_sizes
+from mtft.evaluation.metrics import make_metrics
+from mtft.evaluation.task_scores import FORWARD
 from mtft.pipeline.stages import derived_recipes
 from mtft.pipeline.stages.mix_files import DESIGN, FIT, LEDGER, MIXTURE, PROPOSAL, mix_dir, refuse_foreign_files
 from mtft.recipe.load import fingerprint
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.sweep import SweepSection
+from mtft.recipe.targets import objective_targets, split_target, targets_of
 
 if TYPE_CHECKING:
     from data_mixers.propose.proposal import Proposal
@@ -177,6 +181,7 @@ def _sweep_trials(recipe: Recipe, sweep: SweepSection, on_done: Any) -> SweepRes
             eval_limit=sweep.eval_limit,
             threads=threads,
             checks=sweep.checks,
+            targets=objective_targets(recipe),
         ),
         TrialLedger(mix_dir(recipe) / LEDGER),
         stopping=EarlyTermination(sweep.full_trials) if sweep.checks else None,
@@ -199,7 +204,7 @@ def mix_propose(recipe: Recipe) -> Proposal:
         raise UserError("no trials have been run", where=str(folder / LEDGER), do="mtft mix sweep RECIPE")
     refuse_foreign_files(recipe, LEDGER, FIT, PROPOSAL, MIXTURE)
     where = space(recipe, _stores(recipe))
-    targets, ledger = list(_goals(recipe)), TrialLedger(folder / LEDGER)
+    targets, ledger = list(_fitted(recipe)), TrialLedger(folder / LEDGER)
     if (why := too_few(recipe)) is not None:  # nothing is fitted: a surrogate of three trials is none
         proposal = Proposal.undecided(why, current=where.current, prior=where.prior, bounds=where.bounds)
         counts = {name: {"target": name, "n": trials_with(ledger.records, name), "unsaid": why} for name in targets}
@@ -209,9 +214,11 @@ def mix_propose(recipe: Recipe) -> Proposal:
     fits = fit_surrogates(ledger, targets, surrogate=sweep.surrogate, seed=recipe.seed)
     if sweep.model is not None and sweep.model != recipe.model:  # the trials are of another model than the run
         fits = for_other_scale(fits)
-    objective = sweep.objective
+    objective: Any = sweep.objective
     if isinstance(objective, dict):
-        objective = {f"{task}/loss": weight for task, weight in objective.items()}
+        objective = {target: weight for name, weight in objective.items() for target in targets_of(recipe, name)}
+    else:
+        objective = split_target(objective)[0]
     proposal = propose_mixture(fits, objective, where.bounds, prior=where.prior, current=where.current, kl=sweep.kl)
     return _written(folder, fits.report(), proposal)
 
@@ -227,7 +234,7 @@ def _written(folder: Path, fit: dict[str, Any], proposal: Proposal) -> Proposal:
 def too_few(recipe: Recipe) -> str | None:
     """Why nothing can be said from the trials that the ledger holds by now; None: there are enough."""
     records = TrialLedger(mix_dir(recipe) / LEDGER).records
-    return too_few_trials(min(trials_with(records, target) for target in _goals(recipe)), len(recipe.tasks))
+    return too_few_trials(min(trials_with(records, target) for target in _fitted(recipe)), len(recipe.tasks))
 
 
 def mix_synergy(recipe: Recipe) -> str:
@@ -250,7 +257,21 @@ def _held_out(recipe: Recipe) -> list[Any]:
 
 
 def _goals(recipe: Recipe) -> dict[str, str]:
-    return {f"{task}/loss": "min" for task in recipe.task_names}
+    """{target: min | max} of what the objective looks at; it is also what gives a trial up."""
+    better = {key: AGGREGATES[name].higher_is_better for key, name in FORWARD.items()}
+    own = {task.name: {key: metric.aggregate.higher_is_better for key, metric in make_metrics(task).items()}
+           for task in recipe.tasks}  # fmt: skip
+    goals = {}
+    for target in objective_targets(recipe):
+        task, key = split_target(target)
+        goals[target] = "max" if (own[task] | better)[key] else "min"
+    return goals
+
+
+def _fitted(recipe: Recipe) -> dict[str, str]:
+    """The same for everything that is predicted: where single scores are weighed, each task's loss stands beside."""
+    losses = dict.fromkeys((f"{task}/loss" for task in recipe.task_names), "min")
+    return _goals(recipe) if isinstance(_sweep(recipe).objective, str) else _goals(recipe) | losses
 
 
 def _sweep(recipe: Recipe) -> SweepSection:

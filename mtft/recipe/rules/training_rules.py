@@ -13,6 +13,7 @@ from mtft.recipe.rules.rule import (
     schedule_free,
     without_eval,
 )
+from mtft.recipe.targets import objective_targets, targets_of
 
 # Optimizers whose state has the shape of the weight, so that a part of a weight is moved as the whole would be.
 CUT_OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
@@ -142,9 +143,13 @@ TRAINING_RULES: tuple[Rule, ...] = (
     Rule("lora.freeze_a + lora.init: mica", TRAINING,
         lambda r, e, n: r.lora is not None and r.lora.freeze_a and r.lora.init == "mica",
         "mica trains A alone and freeze_a trains B alone: nothing would be left", "set one of the two"),
-    # --- held-out losses that decide something
-    Rule("train.watch", TRAINING, lambda r, e, n: r.train.watch not in ("mean", "worst", *r.task_names),
-        "train.watch names no task of the recipe", "set mean, worst, or the name of a task"),
+    Rule("sweep.objective", TRAINING, lambda r, e, n: r.sweep is not None and not objective_targets(r),
+        "sweep.objective names a metric that no task has",
+        "add it to the tasks' metrics, or set mean, worst, or weights: {sql/exact_match: 1}"),
+    # --- held-out scores that decide something
+    Rule("train.watch", TRAINING, lambda r, e, n: not targets_of(r, r.train.watch),
+        "train.watch names no task, or a metric that the task does not have",
+        "set mean, worst or a task's name, or one of them with a metric: mean/rouge_l, sql/exact_match"),
     Rule("train.patience, train.task_patience, output.export: best + tasks.*.eval_data", TRAINING,
         lambda r, e, n: decides_by_evaluation(r) and bool(without_eval(r)),
         "held-out losses decide when to stop or what to export, and not every task has eval_data",

@@ -42,8 +42,9 @@ class SweepSection(RecipeSection):
     """Use only the first held-out rows of each task in trials."""
     surrogate: str = "auto"
     """Model of score by mixture: auto, linear, ridge, lightgbm, exp, power, gp, ..."""
-    objective: Literal["mean", "worst"] | dict[str, Share] = "mean"
-    """What the proposal minimises over the tasks' held-out losses, each standardised over the trials."""
+    objective: Annotated[str, Field(pattern=r"^(mean|worst)(/[A-Za-z0-9_.-]+)?$")] | dict[str, Share] = "mean"
+    """What the proposal improves: mean or worst of the tasks' held-out losses (mean/KEY: of a metric), or weights of
+    tasks' losses and metrics, {sql: 1, chat/rouge_l: 2}. Each score is standardised over the trials."""
     kl: NotNegative = 0.05
     """Pull towards the prior (the natural shares)."""
     checks: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = ()

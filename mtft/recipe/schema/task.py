@@ -7,7 +7,18 @@ from typing import Annotated
 from pydantic import Field
 
 from mtft.recipe.schema.metric import Metrics
-from mtft.recipe.schema.section import DATA, NotNegative, Positive, RecipeSection, SomeTexts, TaskName
+from mtft.recipe.schema.section import DATA, NotNegative, Positive, RecipeSection, SomeTexts, TaskName, Texts
+
+
+class GenerateSection(RecipeSection):
+    """How answers are made for metrics that look at answers (docs/tasks.md)."""
+
+    max_new_tokens: Annotated[int, Field(gt=0, le=2**20)] = 256
+    """Longest answer, in tokens."""
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """0: the most likely token; else drawn from softmax(logits / temperature), from the recipe's seed."""
+    stop: Texts = ()
+    """Texts that end an answer, besides the tokens that end the task's own answers; they are cut off."""
 
 
 class TaskSection(RecipeSection):
@@ -34,3 +45,5 @@ class TaskSection(RecipeSection):
     metrics: Metrics = ("loss", "token_accuracy", "exact_match")
     """What `mtft eval` reports for this task: names, {name: NAME, option: value}, {python: FILE.py:FUNCTION}
     (docs/tasks.md)."""
+    generate: GenerateSection = GenerateSection()
+    """How answers are made for metrics that look at answers."""

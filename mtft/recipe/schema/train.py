@@ -63,14 +63,15 @@ class TrainSection(RecipeSection):
     eval_on_start: bool = True
     """Evaluate before the first step too."""
     watch: str = "mean"
-    """Held-out loss that `patience` and output.export: best look at: mean or worst over the tasks, or a task's name."""
+    """Held-out score that `patience` and output.export: best look at: mean or worst over the tasks' losses, or a task's
+    name; of another metric with its key: mean/rouge_l, sql/exact_match (then answers are made at each evaluation)."""
     patience: Count | None = None
     """End the run after so many evaluations in a row without a better `watch`; null: never."""
     task_patience: Count | None = None
     """Drop a task from the loss after so many evaluations in a row without a better held-out loss of its own; its
     share of the loss goes to the others. null: never."""
     min_delta: NotNegative = 0.0
-    """By how much a held-out loss must fall to count as better."""
+    """By how much a held-out score must improve to count as better."""
     deterministic: bool = False
     """Only kernels that give the same bits every time: two runs on the same GPUs and versions are equal to the bit
     (docs/training.md). Slower, flash attention's backward most of all; an operation without such a kernel is an error.

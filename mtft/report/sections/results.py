@@ -47,8 +47,12 @@ def results(run: RunData) -> PageSection | None:
             "the models that serve every task; grey columns are yardsticks."
         )
     ]
-    for metric, (title, direction) in METRICS.items():
+    told = {metric for stage in run.results.values() for scores in stage.values() for metric in scores}
+    more = {metric: (metric, 0) for metric in sorted(told - {*METRICS, "examples", "tokens"})}
+    for metric, (title, direction) in (METRICS | more).items():
         rows = {task: [run.results[stage].get(task, {}).get(metric) for stage in stages] for task in run.tasks}
+        if metric in more:  # the others are every task's
+            rows = {task: row for task, row in rows.items() if any(value is not None for value in row)}
         if all(value is None for row in rows.values() for value in row):
             continue
         body = [_result_row(task, values, stages, direction) for task, values in rows.items()]

@@ -22,6 +22,7 @@ from mtft.distributed.collectives import barrier
 from mtft.distributed.sharding import trainable
 from mtft.evaluation.task_scores import TaskScores
 from mtft.training.callbacks.early_stopping import EarlyStopping
+from mtft.training.callbacks.watched_score import watched_score
 from mtft.training.checkpoint.checkpoint_files import atomic_checkpoint_dir, checkpoint_defects
 from mtft.training.optim.schedule_free import evaluation_weights, settle
 from mtft.training.run_files.metrics_log import MetricsLog
@@ -57,7 +58,9 @@ class BestWeights(TrainerCallback):
         stopping, evaluation = trainer.stopping, trainer.evaluations[step]
         if step <= stopping.last:
             return
-        for line in stopping.observe(step, {task: scores.summary()["loss"] for task, scores in evaluation.items()}):
+        losses = {task: scores.score("loss") for task, scores in evaluation.items()}
+        watched = watched_score(stopping.watch, evaluation, list(evaluation)) if "/" in stopping.watch else None
+        for line in stopping.observe(step, losses, watched):
             trainer.run_log.say(line)
         if self.keep_best and stopping.better(step):
             save_best(trainer, step, evaluation)

@@ -1,6 +1,7 @@
-"""What held-out losses decide while a run goes on: which weights were best, when to stop, which task has had enough.
+"""What held-out scores decide while a run goes on: which weights were best, when to stop, which task has had enough.
 
-watch          mean or worst of the tasks' held-out losses, or one task's: lower is better, by `min_delta` at least
+watch          mean or worst of the tasks' held-out losses, one task's, or the same of a metric (watched_score.py):
+               better by `min_delta` at least
 patience       evaluations in a row without a better watch, after which the run ends
 task_patience  the same for each task's own loss, after which the task is dropped: its weight in the loss is 0 from the
                next step on (early drop: mSFT, arXiv 2603.21606, without its return to the task's best weights)
@@ -54,13 +55,16 @@ class EarlyStopping:
     ended: str | None = None
     last: int = -1
 
-    def observe(self, step: int, losses: Mapping[str, float]) -> list[str]:
-        """One evaluation: held-out loss of each task that has one. Returns what happened, in words."""
+    def observe(self, step: int, losses: Mapping[str, float], watched: float | None = None) -> list[str]:
+        """One evaluation: held-out loss of each task that has one. Returns what happened, in words.
+
+        watched: the number that `watch` names, lower is better (None: of the losses).
+        """
         if step <= self.last or not losses:  # the same evaluation once more
             return []
         self.last = step
         said = []
-        self.run.see(step, self.watched(losses), self.min_delta)
+        self.run.see(step, self.watched(losses) if watched is None else watched, self.min_delta)
         for task, loss in losses.items():
             record = self.of_task.setdefault(task, EvalRecord())
             record.see(step, loss, self.min_delta)
@@ -69,7 +73,8 @@ class EarlyStopping:
                 best = f"its best held-out loss was {record.best:.4g} at step {record.step}"
                 said.append(f"step {step}: {task} is dropped, {best}")
         if self.patience is not None and self.run.since >= self.patience:
-            self.ended = f"no better {self.watch} held-out loss since step {self.run.step}"
+            what = self.watch if "/" in self.watch else f"{self.watch} held-out loss"
+            self.ended = f"no better {what} since step {self.run.step}"
         elif len(self.dropped) == len(self.tasks):
             self.ended = "every task is dropped"
         if self.ended:

@@ -20,7 +20,7 @@ from mtft.common.atomic_folder import list_contents, unlisted
 from mtft.common.atomic_io import let_read, write_text
 from mtft.common.errors import UserError
 from mtft.common.listing import listed
-from mtft.evaluation.task_scores import METRICS, TaskScores
+from mtft.evaluation.task_scores import TaskScores
 from mtft.models.adapters import base_of
 from mtft.models.loading import expand_quickstart
 from mtft.recipe.load import dump_recipe
@@ -154,10 +154,12 @@ def write_card(
     of_step = "" if step in (None, plan.steps) else f" The weights are those of step {step}."
     lines += ["", f"{plan.steps} steps of {plan.batch} {plan.unit} were planned.{of_step}", ""]
     if scores:
-        lines += ["## Held-out results", "", f"| task | {' | '.join(METRICS)} | examples |", "|---|---|---|---|---|"]
+        metrics = list(dict.fromkeys(metric for of_task in scores.values() for metric in of_task.metrics))
+        lines += ["## Held-out results", "", f"| task | {' | '.join(metrics)} | examples |"]
+        lines.append("|---" * (len(metrics) + 2) + "|")
         for task, task_scores in scores.items():
             summary = task_scores.summary()
-            cells = " | ".join(f"{summary[metric]:.4f}" for metric in METRICS)
+            cells = " | ".join(f"{summary[metric]:.4f}" if metric in summary else "" for metric in metrics)
             lines.append(f"| {task} | {cells} | {summary['examples']} |")
         lines.append("")
     if told := told_in_card(proof, not_proved):

@@ -135,6 +135,10 @@ class MetricsLog:
             self.say(f"{what} of {tasks} task{'s' if tasks != 1 else ''} are scored")
         return LongWork(self.say, f"{what}:", first=first)
 
+    def answering(self, step: int) -> LongWork | None:
+        """Answers to held-out prompts are generated; what to tell of its progress."""
+        return None if self.quiet else LongWork(self.say, f"step {step}: answers to held-out prompts:", first=False)
+
     def evaluation(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
         """Held-out scores of each task; a run that died after its last step takes them again, and replaces the line."""
         if self.run_dir is not None:

@@ -33,7 +33,7 @@ from mtft.distributed.launch import is_main_process, world_size
 from mtft.recipe.load import dump_recipe, load_recipe
 from mtft.recipe.schema.recipe import Recipe
 
-RECIPE, RESULT, SCORES = "recipe.yaml", "result.json", "scores"
+RECIPE, RESULT, SCORES, ANSWERS = "recipe.yaml", "result.json", "scores", "answers"
 ENV, PLAN = "env.json", "plan.json"
 RESULT_KEYS = {"steps": int, "seconds": float, "export": str, "tasks": dict}  # that every version has written
 # `state` in result.json: the export was loaded in a fresh process and is what was trained; that was asked for and could
@@ -75,7 +75,7 @@ def refuse_foreign_folder(run_dir: Path) -> None:
     """
     if _is_env(run_dir / ENV) or any(run_dir.glob("checkpoint-*/manifest.json")):
         return
-    names = (RECIPE, ENV, RESULT, PLAN, "metrics.jsonl", "eval.jsonl", "adapter", "model", "proof", SCORES)
+    names = (RECIPE, ENV, RESULT, PLAN, "metrics.jsonl", "eval.jsonl", "adapter", "model", "proof", SCORES, ANSWERS)
     theirs = [name for name in names if os.path.lexists(run_dir / name)]
     if ENV in theirs:  # somebody else's may be any object; everything else is damage
         read_own(run_dir / ENV, do="put it back whole if the folder is a run's, or give another output.dir")

@@ -157,6 +157,8 @@ def test_modules_beside_it_are_not_found(tmp_path, monkeypatch):
     error = refused(PythonMetric(f"{tmp_path}/mine.py:score"))
     assert error.what == "loading mine.py: ModuleNotFoundError: No module named 'helper_of_mine'"
     assert error.where == f"{tmp_path}/mine.py:1"
+    (tmp_path / "mine.py").write_text("import token_f1\ndef score(*given): return 1\n")  # beside our own file
+    assert "No module named 'token_f1'" in refused(PythonMetric(f"{tmp_path}/mine.py:score")).what
 
 
 def test_the_file_is_read_before_anything_runs(tmp_path):

@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mtft.evaluation.metrics.json_answers import NO_JSON, json_in, parse_json
+from mtft.evaluation.metrics.json_answers import NO_JSON, json_in, json_row, parse_json
 
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _SPECIAL = re.compile(r"\A(?:\s*<\|[^|<>]*\|>)+|(?:<\|[^|<>]*\|>\s*)+\Z")
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-_XML = re.compile(r"<function=([^>\n]*)>(.*?)(?:</function>|\Z)", re.DOTALL)
-_XML_ARGUMENT = re.compile(r"<parameter=([^>\n]*)>\n?(.*?)\n?(?:</parameter>|\Z|(?=<parameter=))", re.DOTALL)
+_XML = re.compile(r"<function=([^<>\n]*)>(.*?)(?:</function>|\Z)", re.DOTALL)
+_XML_ARGUMENT = re.compile(r"<parameter=([^<>\n]*)>\n?(.*?)\n?(?:</parameter>|\Z|(?=<parameter=))", re.DOTALL)
 _MISTRAL = "[TOOL_CALLS]"
 _MISTRAL_ARGS = re.compile(r"\s*([^\[\]{}\s]+)\s*(?:\[CALL_ID\][^\[\]]*)?(?:\[ARGS\])?\s*(\{.*)\Z", re.DOTALL)
 _LONGEST = 100_000  # signs of a text that is read as Python
@@ -51,9 +51,9 @@ def tool_calls(text: str) -> list[ToolCall]:
     whole = json_in(text)
     if whole is not NO_JSON:
         return _plain(whole)
-    between = [parse_json(part) for part in text.split(";")]
-    if len(between) > 1 and all(_is_call(part) for part in between):
-        return [call for part in between for call in _plain(part)]
+    values = json_row(text)
+    if values and all(map(_is_call, values)):
+        return [_call(value) for value in values]
     return _pythonic(text)
 
 

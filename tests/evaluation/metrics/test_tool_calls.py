@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -97,6 +98,28 @@ def test_a_call_that_cannot_be_read_is_one_of_no_tool(text):
 def score(reference, text, row=None, **options):
     metric = METRICS["tool_call_match"](**options)
     return metric.statistics([Answer("0", "", reference, (text,), row or {}, "rows.jsonl:4")]).item()
+
+
+def test_a_semicolon_in_an_argument_parts_no_calls():
+    text = '{"name": "f", "parameters": {"q": "a; b"}}; {"name": "f", "parameters": {"q": ";"}}\n'
+    assert [call.arguments for call in tool_calls(text)] == [{"q": "a; b"}, {"q": ";"}]
+    assert tool_calls(text + "and more") == []
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["<function=a", "<parameter=a", "<tool_call>", "<think>", "<|a|>", "[TOOL_CALLS]", "```json\n", "{", ";", "[f("],
+)
+def test_what_a_model_repeats_without_end_is_read_in_its_length(part):
+    """Eight times the text takes less than 24 times as long (64 would be quadratic); the best of some tries."""
+
+    def seconds(text):
+        start = time.process_time()
+        tool_calls(text)
+        return time.process_time() - start
+
+    short, long = part * (20_000 // len(part)), part * (160_000 // len(part))
+    assert min(seconds(long) for _ in range(5)) < 0.02 + 24 * min(seconds(short) for _ in range(5))
 
 
 def test_the_format_does_not_matter():

@@ -13,12 +13,14 @@ def section(title):
 
 def test_every_method_is_named_in_its_room():
     from data_mixers.surrogates.registry import SURROGATES
+    from mtft.evaluation.metrics import METRICS
     from mtft.fuse.alpha.spec import RULES
     from mtft.gradients.aggregators import AGGREGATORS
     from mtft.losses.balancers import BALANCERS
     from mtft.merge.methods import METHODS
 
     rooms = {"Mix": SURROGATES, "Balance": BALANCERS, "Gradients": AGGREGATORS, "Merge": METHODS, "Fuse": RULES}
+    rooms |= {"Evaluate": METRICS}
     for title, names in rooms.items():
         missing = [name for name in names if f"`{name}`" not in section(title)]
         assert not missing, f"docs/papers.md, section {title}, lacks {missing}"

@@ -13,9 +13,12 @@ from mtft.evaluation.metrics.forward import ExactMatch, HeldoutLoss, TokenAccura
 from mtft.evaluation.metrics.json_answers import JsonMatch, JsonValid
 from mtft.evaluation.metrics.labels import LabelAccuracy, LabelMacroF1, LabelMetric
 from mtft.evaluation.metrics.numeric import MeanAbsoluteError, NumericMatch, SpearmanCorrelation
+from mtft.evaluation.metrics.pass_at_k import PassAtK
+from mtft.evaluation.metrics.python_metric import PythonMetric
 from mtft.evaluation.metrics.rouge import Rouge1, Rouge2, RougeL
 from mtft.evaluation.metrics.text_matches import Contains, RegexMatch, TextMatch
 from mtft.evaluation.metrics.token_f1 import TokenF1
+from mtft.evaluation.metrics.tool_call_match import ToolCallMatch
 from mtft.recipe.method_options import check_option_names, find_method, options_of
 from mtft.recipe.schema.metric import NamedMetricSection, PythonMetricSection, metric_key
 from mtft.recipe.schema.task import TaskSection
@@ -38,10 +41,12 @@ METRICS: dict[str, type[Metric]] = {
         Bleu,
         JsonValid,
         JsonMatch,
+        ToolCallMatch,
         LabelAccuracy,
         LabelMacroF1,
         MeanAbsoluteError,
         SpearmanCorrelation,
+        PassAtK,
     )
 }
 
@@ -56,14 +61,17 @@ def make_metrics(task: TaskSection) -> dict[str, Metric]:
         try:
             metrics[str(metric_key(item))] = _make(item)
         except UserError as error:
-            where = f"tasks.{task.name}.{error.where}" if error.where else f"tasks.{task.name}.metrics"
+            where = error.where or "metrics"
+            where = (
+                f"tasks.{task.name}.{where}" if where.startswith("metrics") else f"{where} (tasks.{task.name}.metrics)"
+            )
             raise UserError(error.what, where=where, do=error.do) from None
     return metrics
 
 
 def _make(item: str | NamedMetricSection | PythonMetricSection) -> Metric:
     if isinstance(item, PythonMetricSection):
-        raise NotImplementedError
+        return PythonMetric(item.python, item.higher_is_better, item.timeout, item.folder)
     name = item if isinstance(item, str) else item.name
     options: dict[str, Any] = {} if isinstance(item, str) else dict(item.model_extra or {})
     kind = find_method(METRICS, name, "metric", "metrics")

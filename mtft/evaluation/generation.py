@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from mtft.common.errors import UserError
 from mtft.distributed.collectives import from_all_ranks, in_group
 from mtft.losses.token_nll import bare_model
+from mtft.models.preallocated_cache import preallocated_cache
 
 Told = Callable[[int, int], None]  # (done, of how many)
 
@@ -59,7 +60,8 @@ def generate_answers(
     import torch.distributed as dist
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1)
-    window = getattr(bare_model(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
+    bare: Any = bare_model(model)
+    window = getattr(bare.config.get_text_config(), "max_position_embeddings", None) or math.inf
     wanted = [(row, sample) for row in range(len(prompts)) for sample in range(samples)]
     batches = _batches(prompts, wanted, options, window)
     mine = batches[rank::world]
@@ -124,8 +126,16 @@ def _answer_batch(
             generation_config=config,
             logits_processor=processors,
             tokenizer=tokenizer if options.stop else None,
+            **_cache_of(model),
         )
     return [_until_end(answer, options) for answer in made[:, width:].tolist()]
+
+
+def _cache_of(model: nn.Module) -> dict[str, Any]:
+    """A cache that is not copied for every token, where the family has caches of transformers' usual kind."""
+    bare: Any = bare_model(model)
+    takes = getattr(bare, "_supports_default_dynamic_cache", None)
+    return {"cache": preallocated_cache(bare)} if takes is not None and takes() else {}
 
 
 def _until_end(answer: list[int], options: GenerateOptions) -> list[int]:
@@ -170,11 +180,13 @@ def _plain_generation(model: Any, *, synced: bool) -> Iterator[Callable[..., Ten
     """
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+    bare: Any = bare_model(model)
+    network = model  # keeps its type
     with ExitStack() as cleanup:
-        for holder in {id(holder): holder for holder in (model, bare_model(model))}.values():
+        for holder in {id(holder): holder for holder in (model, bare)}.values():
             if "generation_config" in vars(holder):
                 cleanup.callback(setattr, holder, "generation_config", holder.generation_config)
                 holder.generation_config = GenerationConfig()
         if isinstance(model, FSDPModule):
-            register_fsdp_forward_method(model, "generate")
-        yield lambda **inputs: model.generate(synced_gpus=synced, **inputs)
+            register_fsdp_forward_method(cast(nn.Module, model), "generate")
+        yield lambda **inputs: network.generate(synced_gpus=synced, **inputs)

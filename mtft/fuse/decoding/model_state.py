@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtft.fuse.decoding.multi_lora import MultiLoraLayout
-from mtft.fuse.decoding.preallocated_cache import preallocated_cache
+from mtft.models.preallocated_cache import preallocated_cache
 
 PaddedIds = tuple[Tensor, Tensor | None]  # ids [B, L] and their mask
 DENSE = 0.75  # share of a cache's columns in use below which its gaps are dropped

@@ -140,7 +140,7 @@ CHANGES = {
 @pytest.mark.parametrize("short", [0, 128], ids=["with room", "copied"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_one_layer_at_a_time_is_held_twice(deep, monkeypatch, change, short):
-    monkeypatch.setattr("mtft.fuse.decoding.preallocated_cache.SHORT", short)
+    monkeypatch.setattr("mtft.models.preallocated_cache.SHORT", short)
     known = [*deep.strong.parameters(), *deep.weak.model.parameters()]
     with torch.no_grad(), LiveBytes(known) as live:
         models, other = deep.cached_models(), deep.cached_models()

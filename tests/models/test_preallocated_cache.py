@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
-from mtft.fuse.decoding import preallocated_cache as caches
-from mtft.fuse.decoding.preallocated_cache import COLUMNS, SHARE, PreallocatedLayer, preallocated_cache
+from mtft.models import preallocated_cache as caches
+from mtft.models.preallocated_cache import COLUMNS, SHARE, PreallocatedLayer, preallocated_cache
 from tests.fuse import tiny
 
 MODEL = tiny.model(3)

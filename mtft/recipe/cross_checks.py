@@ -17,6 +17,7 @@ from data_mixers.common.suggest import closest_match
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture
 from mtft.common.listing import listed
 from mtft.common.own_files import irregular
+from mtft.recipe.metric_keys import check_metric_keys
 from mtft.recipe.schema.metric import metric_key
 from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
 from mtft.recipe.targets import FORWARD
@@ -39,7 +40,7 @@ def check_source(source: YamlSource) -> list[YamlProblem]:
         *_length(source),
         *_merge_weights(source),
         *_task_weights(source),
-        *_metric_keys(source),
+        *check_metric_keys(source),
     ]
 
 
@@ -312,17 +313,3 @@ def _task_weights(source: YamlSource) -> list[YamlProblem]:
         do = "give at least one a weight above 0"
         return [YamlProblem(("tasks",), "all have weight 0: nothing would be learnt", do)]
     return []
-
-
-def _metric_keys(source: YamlSource) -> list[YamlProblem]:
-    """Metrics of one task that would stand under one name in results."""
-    problems = []
-    for task, _ in _items(source, "tasks"):
-        seen: dict[str, KeyPath] = {}
-        for path, metric in _items(source, *task, "metrics"):
-            key = metric_key(metric)
-            if key is not None and key in seen:
-                what = f"has the key {key!r}, as another metric of this task has ({source.origin(seen[key])})"
-                problems.append(YamlProblem(path, what, f"give one of them a key: {{key: {key}-2, ...}}"))
-            seen.setdefault(key or "", path)
-    return problems

@@ -71,6 +71,13 @@ def test_a_program_is_looked_up_as_a_shell_does(folder):
         ("[{name: regexp}]", "tasks.sum.metrics.regexp.name is the text 'regexp'", "did you mean regex?"),
         ("[loss, loss]", "tasks.sum.metrics.1 has the key 'loss'", "{key: loss-2, ...}"),
         ("[f1, {python: score.py:f1}]", "tasks.sum.metrics.1 has the key 'f1'", "{key: f1-2, ...}"),
+        ("[{name: loss, key: nll}]", "key is 'nll', and loss is always called loss", "leave it out"),
+        (
+            "[{name: f1, key: exact_match}]",
+            "has the key 'exact_match', the name of another metric",
+            "give it another key",
+        ),
+        ("[{python: score.py:tokens}]", "has the key 'tokens', which results use for something else", "{key: tokens-2"),
         ("[{python: score.py}]", "is 'score.py', not a file and a function", "write my_metrics.py:function"),
         ("[{python: gone.py:f}]", "names a file that is not there: DIR/gone.py", "check the path"),
         ("[{python: ../out.py:f}]", "lies outside of DIR:", "copy the file beside the recipe"),

@@ -65,6 +65,8 @@ class PassAtK(Metric):
         if not any("{answer}" in word for word in self.command):
             do = 'give the check the path of the answer: command: [python, check.py, "{answer}"]'
             raise UserError("no word of the command is {answer}", where=f"{where}.command", do=do)
+        if any("\0" in word for word in self.command):
+            raise UserError("a word of the command holds a zero byte", where=f"{where}.command", do="remove it")
         program = self.command[0]
         if (os.sep in program and not os.path.isabs(program)) or shutil.which(program) is None:
             what = f"there is no program {clipped(program, 80)!r}"
@@ -95,25 +97,27 @@ class PassAtK(Metric):
         return 1 - comb(n - c, self.k) / comb(n, self.k)
 
     def _passes(self, run: tuple[Answer, str]) -> bool:
-        answer, text = run
-        with TemporaryDirectory(prefix="mtft-pass-at-k-", ignore_cleanup_errors=True) as folder:
-            files = {"{answer}": Path(folder, "answer.txt"), "{row}": Path(folder, "row.json")}
-            files["{answer}"].write_text(text, encoding="utf-8", errors="replace", newline="")
-            given = {"prompt": answer.prompt, "reference": answer.reference, "row": dict(answer.row)}
-            files["{row}"].write_text(json.dumps(given, default=str), encoding="utf-8")
-            words = self.command
-            for mark, file in files.items():
-                words = [word.replace(mark, str(file)) for word in words]
-            empty = Path(folder, "empty")
-            empty.mkdir()
-            try:
-                process = start_group(words, empty)
-            except (OSError, ValueError) as error:
-                what = f"the command can't be started: {error}"
-                raise UserError(what, where=f"metrics.{self.NAME}.command", do="try it in a shell") from None
-            try:
-                return process.wait(self.timeout) == 0
-            except subprocess.TimeoutExpired:
-                return False
-            finally:
-                end_group(process)
+        try:
+            with TemporaryDirectory(prefix="mtft-pass-at-k-", ignore_cleanup_errors=True) as folder:
+                return self._passes_in(Path(folder), *run)
+        except OSError as error:
+            what, do = f"the command can't be run: {error}", "try it in a shell; the folder of $TMPDIR must have room"
+            raise UserError(what, where=f"metrics.{self.NAME}.command", do=do) from None
+
+    def _passes_in(self, folder: Path, answer: Answer, text: str) -> bool:
+        files = {"{answer}": folder / "answer.txt", "{row}": folder / "row.json"}
+        files["{answer}"].write_text(text, encoding="utf-8", errors="replace", newline="")
+        given = {"prompt": answer.prompt, "reference": answer.reference, "row": dict(answer.row)}
+        files["{row}"].write_text(json.dumps(given, default=str, skipkeys=True), encoding="utf-8")
+        words = self.command
+        for mark, file in files.items():
+            words = [word.replace(mark, str(file)) for word in words]
+        empty = folder / "empty"
+        empty.mkdir()
+        process = start_group(words, empty)
+        try:
+            return process.wait(self.timeout) == 0
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            end_group(process)

@@ -115,6 +115,16 @@ def _names(tree: ast.AST) -> set[str]:
     return names
 
 
+def _reply_in(line: bytes) -> dict[str, Any] | None:
+    """What the worker says in a line; None if it is none of its."""
+    try:
+        reply = json.loads(line)
+    except ValueError:
+        return None
+    known = isinstance(reply, dict) and (reply.keys() == {"error", "line"} or reply.keys() == {"score"})
+    return reply if known else None
+
+
 class _UserProcess:
     """One process that scores the rows of one call: a thread sends them, another receives, and we watch the time."""
 
@@ -122,7 +132,13 @@ class _UserProcess:
         self.metric, self.answers = metric, answers
         # -P: neither the worker's folder nor the user's is searched for modules
         command = [sys.executable, "-P", str(_WORKER)]
-        self.process = start_group(command, metric.file.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            self.process = start_group(command, metric.file.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except OSError as error:
+            what = f"no process can be started for {metric.function}: {error}"
+            raise UserError(
+                what, where=str(metric.file), do="check the folder, and what the machine has left"
+            ) from None
         self.replies: SimpleQueue[bytes] = SimpleQueue()
 
     def scores(self) -> list[float]:
@@ -181,7 +197,10 @@ class _UserProcess:
         if not line:
             what = f"{doing} ended its process (exit code {self._exit_code()})"
             raise UserError(what, where=str(metric.file), do="mend it: it must return a number")
-        reply = json.loads(line)
+        reply = _reply_in(line)
+        if reply is None:
+            what = f"{doing} wrote into the pipe of its results"
+            raise UserError(what, where=str(metric.file), do="leave file descriptors alone that it did not open")
         if "error" in reply:
             place = f"{metric.file}:{reply['line']}" if reply["line"] else str(metric.file)
             raise UserError(f"{doing}: {clipped(reply['error'], 500)}", where=place, do="mend it, then score again")

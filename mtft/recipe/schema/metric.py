@@ -35,6 +35,9 @@ MetricName = Literal[
 ]
 """Keys of mtft.evaluation.metrics.METRICS, which the recipe may not import: here so that errors name the line."""
 
+RESULT_KEYS = ("examples", "tokens", "interval", "level", "against")
+"""What stands beside the metrics of a task in results, so that no metric may be called so."""
+
 
 class NamedMetricSection(RecipeSection):
     """A metric with options (docs/tasks.md), which its own class checks."""

@@ -139,6 +139,16 @@ def test_a_process_that_ends_itself_is_told(metric):
     assert "ended its process (exit code 0)" in refused(own).what
 
 
+def test_what_it_writes_into_pipes_of_others_is_no_result(metric):
+    body = (
+        "    for pipe in range(3, 20):\n"
+        "        try: os.write(pipe, b'[7]\\n')\n"
+        "        except OSError: pass\n"
+        "    return 1\n"
+    )
+    assert "wrote into the pipe of its results" in refused(metric(body)).what
+
+
 def test_a_wrong_number_of_arguments_is_told(tmp_path):
     (tmp_path / "mine.py").write_text("def score(answer): return 1\n")
     assert "takes 1 positional argument but 4 were given" in refused(PythonMetric(f"{tmp_path}/mine.py:score")).what
@@ -236,6 +246,8 @@ def test_from_a_recipe(tmp_path):
          "tasks.t.metrics.pass_at_k.command", "give the check the path"),
         ({"name": "pass_at_k", "command": ["true", "{answer}"], "k": 3, "samples": 2}, "pass@3 can't be told from 2",
          "tasks.t.metrics.pass_at_k.samples", "set samples: 3 or more"),
+        ({"name": "pass_at_k", "command": ["true", "a\0", "{answer}"]}, "holds a zero byte",
+         "tasks.t.metrics.pass_at_k.command", "remove"),
         ({"python": "/gone.py:f"}, "the file can't be read", "/gone.py (tasks.t.metrics)", "check the path"),
     ],
 )  # fmt: skip
@@ -321,5 +333,5 @@ def test_a_command_that_is_no_program_is_told(tmp_path):
     program.write_text("no program\n")
     program.chmod(0o755)
     metric = PassAtK([str(program), "{answer}"])
-    with pytest.raises(UserError, match="the command can't be started: "):
+    with pytest.raises(UserError, match="the command can't be run: "):
         metric.statistics(rows(*"abcdef"))

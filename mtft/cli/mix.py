@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 mix_app = typer.Typer(help="Predict the best mixture from a few cheap trials.", no_args_is_help=True)
 
 Goal = Literal["min", "max"]
+Bounds = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[TARGET=]LOW,HIGH",
+        help="Lowest and highest score there can be, as 0,1: for every target, or one. Predictions stay inside.",
+    ),
+]
+Link = Annotated[
+    Literal["auto", "none", "logit"],
+    typer.Option(help="Fit bounded scores by their logit, as they are, or as predicts better (auto)."),
+]
 INDEX_HELP = "Column that joins the files. Default: index, id or trial, else the first."
 SURROGATE_HELP = "auto (a stack), or one: linear, ridge, lightgbm, mlp, exp, power, bimix, transfer, gp, warped."
 
@@ -87,6 +98,8 @@ def mix_propose(
     index: Annotated[str | None, typer.Option(help=INDEX_HELP)] = None,
     surrogate: Annotated[str, typer.Option(help=SURROGATE_HELP)] = "auto",
     goal: Annotated[Goal, typer.Option(help="min (losses) or max (accuracies).")] = "min",
+    bounds: Bounds = None,
+    link: Link = "auto",
     prior: Annotated[Path | None, typer.Option(help="Shares to stay near (CSV, YAML). Default: uniform.")] = None,
     current: Annotated[Path | None, typer.Option(help="Shares to beat (CSV, YAML). Default: the prior.")] = None,
     cap: Annotated[list[str] | None, typer.Option(metavar="NAME=SHARE", help="Largest share of a task.")] = None,
@@ -148,7 +161,7 @@ def mix_propose(
         targets = "all" if not target or target == ["all"] else target
         fits = fit_csv(
             mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv,
-            other_scale=other_scale,
+            bounds=bounds or (), link=link, other_scale=other_scale,
         )  # fmt: skip
         warn_few_trials(fits)
         limits = ShareLimits(
@@ -179,6 +192,8 @@ def mix_fit(
     index: Annotated[str | None, typer.Option(help=INDEX_HELP)] = None,
     surrogate: Annotated[str, typer.Option(help=SURROGATE_HELP)] = "auto",
     goal: Annotated[Goal, typer.Option(help="min (losses) or max (accuracies).")] = "min",
+    bounds: Bounds = None,
+    link: Link = "auto",
     predict: Annotated[Path | None, typer.Option(help="CSV of mixtures to predict.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the predictions go (CSV).")] = None,
     overwrite: Overwrite = False,
@@ -221,7 +236,7 @@ def mix_fit(
         targets = "all" if target == ["all"] else target
         fits = fit_csv(
             mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv,
-            other_scale=bool(other_scale) and large_mixtures is None,
+            bounds=bounds or (), link=link, other_scale=bool(other_scale) and large_mixtures is None,
         )  # fmt: skip
         warn_few_trials(fits)
         if large_mixtures is not None and large_scores is not None:

@@ -1,6 +1,6 @@
 """Is a score with bounds better predicted through its logit? Trials left out say, with and without the link.
 
-    python scripts/compare_links.py                     # about 20 CPU minutes; --part damo, admire, regmix, simulated
+    python scripts/compare_links.py          # about 20 CPU minutes; --part damo, admire, regmix, simulated, loss
 
 Every figure is of mixtures that the fit had not seen: grouped 5-fold (damo, admire) or other mixtures (regmix,
 simulated). rho = Spearman x 100 and R2 of the score itself; cover = share inside the 90 % interval, width = its mean
@@ -11,6 +11,8 @@ admire     10 benchmark scores and two averages in [0, 1]: 0.5B (256 trials) and
 regmix     a score made of each of 13 losses: right or wrong on 200 rows with probability 1 / (1 + e^((loss - c) / sd)),
            c so that the mean score is 0.5, 0.9 or 0.98; and e^-loss, the likelihood of a token. Fitted on 64 trials
 simulated  the same of a bowl in the roots of 5 shares, 48 trials, 50 rows
+loss       which tells more of a score, its trials' scores or their losses? rho of what is predicted for new mixtures
+           with the score without noise: scores of 50, 200 and 1,000 rows ("auto"), and the loss; regmix's losses
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def fit(X: np.ndarray, y: np.ndarray, tau: np.ndarray, high: float, link: str, s
         for row, score, at, group in zip(X, y, tau, groups if np.ptp(tau) else range(len(y)), strict=True)
     ]  # fmt: skip
     progress = "all" if np.ptp(tau) else "last"
-    fits = fit_surrogates(records, seed=seed, progress=progress, bounds={"score": (0.0, high)}, link=link)
+    bounds = {"score": (0.0, high)} if np.isfinite(high) else None
+    fits = fit_surrogates(records, seed=seed, progress=progress, bounds=bounds, link=link)
     return fits["score"]
 
 
@@ -176,18 +179,46 @@ def simulated(seeds: int) -> Iterator[tuple[str, float, list[list[tuple[np.ndarr
         yield f"simulated, mean {centre}", 1.0, cases
 
 
+def loss_or_score(seeds: int) -> None:
+    """Prints the part `loss`."""
+    X, X_test = (np.array(read(f"regmix/{name}_mixture_1m.csv")[1], dtype=float)[:, 1:] for name in ("train", "test"))
+    (head, rows), (head_test, rows_test) = read("regmix/train_loss_1m.csv"), read("regmix/test_loss_1m_first128.csv")
+    train, test = np.array(rows, dtype=float), np.array(rows_test, dtype=float)
+    print(f"{'mean score':<12}{'50 rows':>10}{'200':>10}{'1,000':>10}{'the loss':>10}")
+    for centre in (0.5, 0.9, 0.98):
+        each = []
+        for name in (name for name in head_test if name not in ("index", "")):
+            for seed in range(seeds):
+                some, one = np.random.RandomState(100 + seed).permutation(len(X))[:64], np.ones(64)
+                loss, true = (
+                    train[some, head.index(name)],
+                    -test[:, head_test.index(name)],
+                )  # -loss: as the score
+                rng, found = np.random.default_rng(seed), []
+                for count in (50, 200, 1000):
+                    fitted = fit(X[some], right_or_wrong(loss, centre, count, rng), one, 1.0, "auto", seed)
+                    found.append(spearman(fitted.model.mean(X_test[:128]), true))
+                of_loss = fit(X[some], -loss, one, np.inf, "none", seed)
+                each.append([*found, spearman(of_loss.model.mean(X_test[:128]), true)])
+        print(f"{centre:<12}" + "".join(f"{value:10.1f}" for value in np.mean(each, axis=0)), flush=True)
+
+
 PARTS = {"damo": damo, "admire": admire, "regmix": regmix, "simulated": simulated}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", nargs="+", choices=[*PARTS, "loss"], default=[*PARTS, "loss"])
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     started = time.process_time()
+    if "loss" in options.part:
+        loss_or_score(options.seeds)
+    if options.part == ["loss"]:
+        return
     print(f"{'':<38}" + "".join(f"{link:>32}" for link in (*LINKS, "auto")))
-    for part in options.part:
+    for part in (part for part in options.part if part in PARTS):
         for what, high, cases in PARTS[part](options.seeds):
             each = [measured(folds, high) for folds in cases]
             cells = []

@@ -2,6 +2,7 @@
 
 regmix_dirichlet     the sampler of RegMix (Liu et al., ICLR 2025, arXiv 2407.01492), bit for bit
 batch_compositions   DaMo's P_fix (arXiv 2510.19336): every way to fill a batch of b examples with K tasks
+damo                 n of these, drawn evenly from those inside the bounds
 space_filling        Sobol points mapped to the bounds, maximin, with the current mixture repeated (measures the noise)
 cocktail_grid        single tasks, pairs, all, all minus one (in cocktail.py)
 """
@@ -20,6 +21,7 @@ from data_mixers.mixture.bounds import Bounds
 from data_mixers.mixture.mixture import Floats, Mixture
 
 STRENGTHS = (0.3, 10.0)  # total of the Dirichlet's parameters: corners ... middles
+MANY_COMPOSITIONS = 50_000  # more are not listed but drawn
 ALL_COMPOSITIONS = 20_000_000  # more rows than this are refused: draw n of them instead
 
 
@@ -105,6 +107,35 @@ def batch_compositions(K: int, batch: int, n: int | None = None, seed: int = 0) 
     while len(seen) < n:  # stars and bars: a sorted choice of K - 1 out of batch + K - 1 places is uniform
         seen[tuple(sorted(rng.sample(range(batch + K - 1), K - 1)))] = None
     return _compositions(np.array(list(seen), dtype=np.int64).reshape(n, K - 1), batch, K)
+
+
+def damo(bounds: Bounds, batch: int, n: int, *, seed: int = 0) -> Floats:
+    """[n, K] mixtures: n different compositions of a batch of `batch` examples, drawn evenly from all that are inside
+    the bounds (which know their tasks). Nothing is projected: every share is a whole number of examples in a batch.
+    """
+    K, total = len(bounds.lower()), math.comb(batch + len(bounds.lower()) - 1, len(bounds.lower()) - 1)
+    if total <= MANY_COMPOSITIONS:
+        drawn = np.random.default_rng(seed).permutation(batch_compositions(K, batch))
+    else:
+        drawn = batch_compositions(K, batch, n=min(MANY_COMPOSITIONS, total // 2), seed=seed)
+    rows = drawn / batch
+    kept = rows[_inside(bounds, rows)][:n]
+    if len(kept) < n:
+        seen = f"the {total} compositions" if len(drawn) == total else f"{len(drawn)} drawn compositions"
+        raise MixError(
+            f"{n} mixtures asked, but {len(kept)} of {seen} of {batch} examples over {K} tasks are inside the bounds",
+            do="fewer trials, a larger batch, wider bounds, or the design space_filling",
+        )
+    return kept
+
+
+def _inside(bounds: Bounds, rows: Floats) -> NDArray[np.bool_]:
+    """Which rows [m, K] keep the bounds."""
+    fits = np.all((rows >= bounds.lower() - 1e-9) & (rows <= bounds.upper() + 1e-9), axis=1)
+    for mask, low, high in bounds._intervals():
+        total = rows[:, mask].sum(axis=1)
+        fits &= (total >= low - 1e-9) & (total <= high + 1e-9)
+    return fits
 
 
 def _compositions(bars: NDArray[np.int64], batch: int, K: int) -> NDArray[np.int64]:

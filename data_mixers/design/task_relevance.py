@@ -35,12 +35,19 @@ class Relevance:
 
 
 def relevance(
-    W: ArrayLike, target: ArrayLike, method: Literal["l1", "l2"] = "l1", *, noise: bool = False, seed: int = 0
+    W: ArrayLike,
+    target: ArrayLike,
+    method: Literal["l1", "l2"] = "l1",
+    *,
+    noise: bool = False,
+    positive: bool = False,
+    seed: int = 0,
 ) -> Relevance:
     """Relevance of M source tasks (columns of W [D, M]) for a target w [D].
 
     method "l1": shares ~ |nu|; "l2": shares ~ nu^2. noise: Lasso, lambda by 5-fold CV over rows, instead of W nu = w
-    (which must then have a solution: else MixError). A zero column has relevance 0.
+    (which must then have a solution: else MixError); positive: with weights >= 0, for sketches of gradients, whose rows
+    can't be drawn negatively. A zero column has relevance 0.
     """
     W, w = np.asarray(W, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if W.ndim != 2 or w.shape != (W.shape[0],) or not np.all(np.isfinite(W)) or not np.all(np.isfinite(w)):
@@ -48,7 +55,7 @@ def relevance(
     if not np.any(w) or np.linalg.matrix_rank(W) == 0:
         raise MixError("the target or all sources are zero: there is nothing to compare")
     if noise:
-        nu = _lasso(W, w, seed)
+        nu = _lasso(W, w, seed, positive)
     elif method == "l2":
         nu = np.linalg.pinv(W) @ w
     else:
@@ -73,10 +80,10 @@ def _basis_pursuit(W: Floats, w: Floats) -> Floats:
     return solved.x[:M] - solved.x[M:]
 
 
-def _lasso(W: Floats, w: Floats, seed: int) -> Floats:
+def _lasso(W: Floats, w: Floats, seed: int, positive: bool) -> Floats:
     linear_model, selection = (
         optional_package(f"sklearn.{part}", "scikit-learn", where="relevance(noise=True)", install="scikit-learn")
         for part in ("linear_model", "model_selection")
     )
     folds = selection.KFold(min(5, len(w)), shuffle=True, random_state=seed)
-    return linear_model.LassoCV(cv=folds, fit_intercept=False, max_iter=50_000).fit(W, w).coef_
+    return linear_model.LassoCV(cv=folds, fit_intercept=False, max_iter=50_000, positive=positive).fit(W, w).coef_

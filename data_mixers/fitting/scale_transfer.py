@@ -20,7 +20,8 @@ from scipy.stats import t as student
 
 from data_mixers.common.errors import MixError
 from data_mixers.fitting.distribution_shift import same_distribution
-from data_mixers.fitting.surrogate_fits import SurrogateFits, TargetFit
+from data_mixers.fitting.surrogate_fits import SurrogateFits
+from data_mixers.fitting.target_fit import TargetFit
 from data_mixers.mixture.mixture import Floats
 from data_mixers.surrogates.base import Prediction
 from data_mixers.surrogates.registry import candidates_of
@@ -181,8 +182,8 @@ class ScaledFits:
         for number, (name, prediction) in enumerate(small.items()):
             own = abs(self.scale_map.slope_J[number]) * 0.5 * (prediction.upper - prediction.lower)
             half = np.maximum(factor * self.rmse_J[number], own)
-            raw, mean = self.targets[name].raw, mean_J[number]
-            out[name] = Prediction(raw(mean), raw(mean - half), raw(mean + half))
+            mean = mean_J[number]
+            out[name] = self.targets[name].raw_prediction(Prediction(mean, mean - half, mean + half))
         return out
 
     def text(self) -> str:
@@ -190,15 +191,14 @@ class ScaledFits:
         if self.unsaid is not None:
             return self.small.text()
         lines = [f"mapped to {self.runs} large runs (score = slope x small + offset + residual):"]
-        raws = [fitted.raw for fitted in self.targets.values()]
-        offset_J, rmse_J = (
-            [raw(x) for raw, x in zip(raws, x_J, strict=True)] for x_J in (self.scale_map.offset_J, self.rmse_J)
-        )
-        columns = (self.targets, self.scale_map.slope_J, offset_J, rmse_J)
-        lines += [
-            f"  {name:<18}slope {slope:7.3f}  offset {offset:9.4g}  rmse of runs left out {rmse:.4g}"
-            for name, slope, offset, rmse in zip(*columns, strict=True)
-        ]
+        columns = (self.targets.items(), self.scale_map.slope_J, self.scale_map.offset_J, self.rmse_J)
+        for (name, fitted), slope, offset, rmse in zip(*columns, strict=True):
+            if fitted.link is None:
+                offset, rmse = fitted.raw_size(offset), fitted.raw_size(rmse)
+            lines.append(
+                f"  {name:<18}slope {slope:7.3f}  offset {offset:9.4g}  rmse of runs left out {rmse:.4g}"
+                + ("" if fitted.link is None else "  (of logits)")
+            )
         return "\n".join([self.small.text(), "", *lines])
 
 
@@ -207,7 +207,7 @@ def calibrate(fits: SurrogateFits, large_X: ArrayLike, large_scores: ArrayLike) 
     in the order of fits.targets."""
     rows, scores = np.atleast_2d(np.asarray(large_X, dtype=np.float64)), np.atleast_2d(np.asarray(large_scores))
     names, m = tuple(fits.targets), len(rows)
-    scores = np.ldexp(scores, -np.array([[fitted.exponent] for fitted in fits.targets.values()]))
+    scores = np.stack([fitted.fitted_units(row) for fitted, row in zip(fits.targets.values(), scores, strict=True)])
     rows = rows / rows.sum(axis=1, keepdims=True)
     small = small_scale_mean(fits, rows)
     trials = [fitted.arrays.X / fitted.arrays.X.sum(axis=1, keepdims=True) for fitted in fits.targets.values()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 
 from data_mixers.common.csv_tables import CsvTable, check_rows, read_shares_csv, read_shares_yaml, read_table
 from data_mixers.common.errors import MixError
+from data_mixers.fitting.logit_link import ScoreBounds
 from data_mixers.fitting.scale_transfer import ScaledFits, calibrate, for_mixtures, for_other_scale
 from data_mixers.fitting.surrogate_fits import SurrogateFits, fit_surrogates
 from data_mixers.mixture.bounds import Bounds
@@ -56,6 +58,31 @@ def parse_limits(entries: Sequence[str], option: str) -> dict[str, float]:
     return limits
 
 
+def parse_bounds(entries: Sequence[str], targets: Sequence[str]) -> dict[str, ScoreBounds]:
+    """{target: (low, high)} of ["0,1"] (every target) or ["bleu=0,100"], which goes before; MixError names the entry.
+    An end left out ("0,") is no bound."""
+    every: dict[str, ScoreBounds] = {}
+    own: dict[str, ScoreBounds] = {}
+    for entry in entries:
+        name, equals, text = entry.rpartition("=")
+        ends = text.split(",")
+        try:
+            low, high = (float(end) if end.strip() else None for end in ends)
+        except ValueError:  # no number, or not two of them
+            low = high = float("nan")
+        if any(end is not None and not math.isfinite(end) for end in (low, high)) or (
+            low is not None and high is not None and low >= high
+        ):
+            do = "--bounds LOW,HIGH or --bounds TARGET=LOW,HIGH, as 0,1 or bleu=0,100"
+            raise MixError(f"--bounds {entry}", where="command line", do=do)
+        if equals:
+            check_known([name], targets, where="command line, --bounds", kind="target")
+            own[name] = (low, high)
+        else:
+            every = dict.fromkeys(targets, (low, high))
+    return every | own
+
+
 def fit_csv(
     mixtures_csv: str | Path,
     scores_csv: str | Path,
@@ -64,15 +91,17 @@ def fit_csv(
     index: str | None = None,
     goal: Mapping[str, Goal] | Goal | None = "min",
     other_scale: bool = False,
+    bounds: Sequence[str] = (),
     **options: Any,
 ) -> SurrogateFits:
     """fit_surrogates (`options`: its) on trials from two CSV files joined on `index` (see TrialLedger.from_csv).
     other_scale: the fits are to rank runs of another scale than the trials' (for_other_scale: a law instead of the
-    stack, where it may be taken)."""
+    stack, where it may be taken). bounds: of the scores, as `parse_bounds` reads them."""
     ledger = TrialLedger.from_csv(mixtures_csv, scores_csv, index, goal)
     if targets != "all":
         check_known(targets, ledger.targets, where=str(scores_csv), kind="target")
-    fits = fit_surrogates(ledger, targets, goal=goal, **options)
+    limits = parse_bounds(bounds, ledger.targets if targets == "all" else targets)
+    fits = fit_surrogates(ledger, targets, goal=goal, bounds=limits, **options)
     return for_other_scale(fits) if other_scale else fits
 
 

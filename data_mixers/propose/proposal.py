@@ -260,7 +260,7 @@ def _law_objective(fits: SurrogateFits, weight_J: Floats):
         models = list(fitted.model.models.values())
         if weight == 0 or fitted.model.constant is not None:
             continue
-        if len(models) != 1 or not isinstance(models[0], ExpLaw) or fitted.goal == "max":
+        if len(models) != 1 or not isinstance(models[0], ExpLaw) or fitted.goal == "max" or fitted.link is not None:
             return None
         terms.append((weight / fitted.unit, models[0], float(fitted.arrays.y.mean())))
 
@@ -313,5 +313,5 @@ def _spread(
     total = np.tile(kl * kl_to(prior_K, rows), (50, 1))
     for number, (weight, fitted) in enumerate(zip(weight_J, fits.targets.values(), strict=True)):
         if weight > 0 and fitted.signal:
-            total = total + weight * fitted.sign / fitted.unit * fitted.model.sample(rows, 50, seed + number)
+            total = total + weight * fitted.standardized(fitted.model.sample(rows, 50, seed + number))
     return float(np.mean(np.abs(rows[np.argmin(total, axis=1)] - best.shares).sum(axis=1)))

@@ -17,7 +17,8 @@ import numpy as np
 from scipy.stats import norm
 
 from data_mixers.fitting.enough_trials import TOO_FEW
-from data_mixers.fitting.surrogate_fits import SurrogateFits, TargetFit
+from data_mixers.fitting.surrogate_fits import SurrogateFits
+from data_mixers.fitting.target_fit import TargetFit
 from data_mixers.mixture.mixture import Floats
 from data_mixers.propose.optimizer import kl_to
 from data_mixers.surrogates.gaussian_process import GaussianProcess
@@ -179,4 +180,6 @@ def _difference_variance(process: GaussianProcess | None, fitted: TargetFit, a: 
     if process is None:
         return 0.0
     scale = max(1.0, fitted.model.quantile(0.9) / GAUSSIAN_90)
-    return (scale / fitted.sd) ** 2 * process.difference_variance(a, b)
+    # With a link: of the logits, times the slope between the two means, so the sign is as sure as that of the logits.
+    slope = fitted.score_slope(*process.mean(np.stack([a, b]))) if fitted.link is not None else 1.0
+    return float(scale * slope / fitted.sd) ** 2 * process.difference_variance(a, b)

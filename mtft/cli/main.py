@@ -123,7 +123,7 @@ def evaluate(
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="The base model, also of a run.")] = False,
     against: Annotated[
-        Path | None, typer.Option(help="Folder of an older adapter: what got better and what broke since.")
+        Path | None, typer.Option(help="Folder of an older adapter or run: what got better and what broke since.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file instead of stdout.")] = None,
     answers: Annotated[
@@ -138,7 +138,7 @@ def evaluate(
     """
     from mtft.common.atomic_io import write_text
     from mtft.common.errors import UserError
-    from mtft.common.run_folders import RESULT, export_of_run
+    from mtft.common.run_folders import ADAPTER, RESULT, RUN_FILES, export_of_run
     from mtft.evaluation.answers_file import save_answers
     from mtft.evaluation.evaluate_recipe import as_json, exported
     from mtft.evaluation.evaluate_recipe import evaluate as run_evaluation
@@ -163,7 +163,13 @@ def evaluate(
     say(f"scored: {loaded.model.path if model is None else model.path}{f' with {adapter}' if adapter else ''}")
     if adapter is None and model is None and not base and (export := export_of_run(own)) is not None:
         say(f"that is the base model; what the recipe's run made of it: --adapter {export}, or mtft eval {own}")
-    old_scores = None if against is None else run_evaluation(loaded, against)
+    old_scores = None
+    if against is not None:
+        against = expand(against)
+        is_old_run = not (against / ADAPTER).is_file() and any((against / name).is_file() for name in RUN_FILES)
+        old_adapter, old_model = exported(loaded, against) if is_old_run else (against, None)
+        say(f"against: {old_adapter if old_model is None else old_model.path}")
+        old_scores = run_evaluation(loaded, old_adapter, old_model)
     scores = run_evaluation(loaded, adapter, model)
     for task, of_task in () if answers is None else scores.items():
         if of_task.answers:

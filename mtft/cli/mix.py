@@ -1,26 +1,30 @@
-"""mtft mix design, sweep, propose, fit."""
+"""mtft mix design, sweep, propose, fit; blame and relevance stand in mix_advice.py."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mtft.cli.common import Overrides, Overwrite, RecipeArgument, expand, load, refuse_flags, say
-from mtft.cli.numbers import LARGEST, NumberRange, number, seed_option, whole
+from mtft.cli.common import Overrides, Overwrite, RecipeArgument, load, refuse_flags, say
+from mtft.cli.mix_advice import mix_blame, mix_relevance
+from mtft.cli.mix_options import (
+    INDEX_HELP,
+    SURROGATE_HELP,
+    Bounds,
+    Goal,
+    Link,
+    checked_output,
+    parse_weights,
+    warnings_said,
+)
+from mtft.cli.numbers import LARGEST, number, seed_option, whole
 
 if TYPE_CHECKING:
     from data_mixers.sweep.trial import Trial, TrialOutcome
 
 mix_app = typer.Typer(help="Predict the best mixture from a few cheap trials.", no_args_is_help=True)
-
-Goal = Literal["min", "max"]
-INDEX_HELP = "Column that joins the files. Default: index, id or trial, else the first."
-SURROGATE_HELP = "auto (a stack), or one: linear, ridge, lightgbm, mlp, exp, power, bimix, transfer, gp, warped."
 
 
 @mix_app.command("design")
@@ -28,14 +32,15 @@ def mix_design(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     design: Annotated[
-        Literal["dirichlet", "space_filling", "cocktail"] | None,
+        Literal["dirichlet", "space_filling", "damo", "cocktail"] | None,
         typer.Option(help="Design of the trials. Default: the recipe's sweep.design.", show_default=False),
     ] = None,
 ) -> None:
     """Print the trial mixtures (CSV).
 
     Also written to <output.dir>/mix/design.csv, unless that describes trials that were run.
-    --design cocktail: single tasks, pairs, all, all but one.
+    --design cocktail: single tasks, pairs, all, all but one. --design damo: compositions of a trial's batch, drawn
+    evenly.
     """
     from mtft.pipeline.stages.mix import DESIGN, mix_design, mix_dir
 
@@ -87,6 +92,8 @@ def mix_propose(
     index: Annotated[str | None, typer.Option(help=INDEX_HELP)] = None,
     surrogate: Annotated[str, typer.Option(help=SURROGATE_HELP)] = "auto",
     goal: Annotated[Goal, typer.Option(help="min (losses) or max (accuracies).")] = "min",
+    bounds: Bounds = None,
+    link: Link = "auto",
     prior: Annotated[Path | None, typer.Option(help="Shares to stay near (CSV, YAML). Default: uniform.")] = None,
     current: Annotated[Path | None, typer.Option(help="Shares to beat (CSV, YAML). Default: the prior.")] = None,
     cap: Annotated[list[str] | None, typer.Option(metavar="NAME=SHARE", help="Largest share of a task.")] = None,
@@ -134,7 +141,7 @@ def mix_propose(
             where="command line",
             do="mtft mix propose RECIPE, or: mtft mix propose --mixtures x.csv --scores y.csv --out mixture.yaml",
         )
-    out = _checked_output(out, [mixtures, scores, prior, current, sizes], overwrite)
+    out = checked_output(out, [mixtures, scores, prior, current, sizes], overwrite)
     from data_mixers.propose.from_csv import (
         ShareLimits,
         fit_csv,
@@ -144,11 +151,11 @@ def mix_propose(
         warn_few_trials,
     )
 
-    with _warnings_said():
+    with warnings_said():
         targets = "all" if not target or target == ["all"] else target
         fits = fit_csv(
             mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv,
-            other_scale=other_scale,
+            bounds=bounds or (), link=link, other_scale=other_scale,
         )  # fmt: skip
         warn_few_trials(fits)
         limits = ShareLimits(
@@ -158,7 +165,7 @@ def mix_propose(
             None if sizes is None else read_sizes(sizes, fits.names),
             total,
         )
-        weights = _weights(weight)
+        weights = parse_weights(weight)
         proposal = propose_from(
             fits, objective=weights or objective, limits=limits, prior=prior, current=current, kl=kl,
             min_gain=min_gain, seed=seed,
@@ -179,6 +186,8 @@ def mix_fit(
     index: Annotated[str | None, typer.Option(help=INDEX_HELP)] = None,
     surrogate: Annotated[str, typer.Option(help=SURROGATE_HELP)] = "auto",
     goal: Annotated[Goal, typer.Option(help="min (losses) or max (accuracies).")] = "min",
+    bounds: Bounds = None,
+    link: Link = "auto",
     predict: Annotated[Path | None, typer.Option(help="CSV of mixtures to predict.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the predictions go (CSV).")] = None,
     overwrite: Overwrite = False,
@@ -214,14 +223,14 @@ def mix_fit(
         raise UserError(
             "--large-mixtures and --large-scores belong together", where="command line", do="give both, or neither"
         )
-    out = _checked_output(out, [mixtures, scores, predict, large_mixtures, large_scores], overwrite)
+    out = checked_output(out, [mixtures, scores, predict, large_mixtures, large_scores], overwrite)
     if predict is not None:  # before the fit, which takes a while
         mixtures_to_predict(predict, read_table(mixtures, index).columns, index=index)
-    with _warnings_said():
+    with warnings_said():
         targets = "all" if target == ["all"] else target
         fits = fit_csv(
             mixtures, scores, targets, index=index, surrogate=surrogate, goal=goal, limit=limit, seed=seed, cv=cv,
-            other_scale=bool(other_scale) and large_mixtures is None,
+            bounds=bounds or (), link=link, other_scale=bool(other_scale) and large_mixtures is None,
         )  # fmt: skip
         warn_few_trials(fits)
         if large_mixtures is not None and large_scores is not None:
@@ -233,80 +242,5 @@ def mix_fit(
             say(f"{rows} predictions in {out}")
 
 
-@mix_app.command("relevance")
-def mix_relevance(
-    sketches: Annotated[Path, typer.Option(help="CSV: one column a task (its head, or a sketch of its gradient).")],
-    target: Annotated[str, typer.Option(help="Column of the task that the others are to help.")],
-    index: Annotated[
-        str | None,
-        typer.Option(
-            help="Column that numbers the rows. Default: index, id or trial, or the first if it counts or names rows."
-        ),
-    ] = None,
-    method: Annotated[Literal["l1", "l2"], typer.Option(help="l1: few tasks (A-MTRL); l2: the earlier rule.")] = "l1",
-    noise: Annotated[bool, typer.Option("--noise", help="Lasso by cross-validation, for sketches with noise.")] = False,
-    rows: Annotated[
-        int | None, whole("--rows", 1, 10**12, help="Rows to draw in all: says how many from each task.")
-    ] = None,
-    seed: Annotated[int, seed_option("Of the folds of --noise.")] = 0,
-) -> None:
-    """Which tasks matter for a target: the Lasso of its sketch on the others' (advice beside the trials' answer)."""
-    import numpy as np
-
-    from data_mixers.common.csv_tables import LINE, read_table
-    from data_mixers.design.task_relevance import relevance
-    from data_mixers.mixture.mixture import check_names
-
-    table = read_table(sketches, index, unnumbered=True)
-    if table.index_name != LINE:
-        say(f"column {table.index_name!r} numbers the rows; it is no task")
-    if target not in table.columns:
-        check_names([*table.columns, target], table.columns, where=f"{sketches}, --target")
-    sources = [name for name in table.columns if name != target]
-    columns = dict(zip(table.columns, table.values.T, strict=True))
-    W = table.values[:, [table.columns.index(name) for name in sources]]
-    solved = relevance(W, columns[target], method, noise=noise, seed=seed)
-    counts = None if rows is None else solved.rows(rows)
-    typer.echo(f"{'task':<24}{'weight':>10}{'share':>8}" + ("" if counts is None else f"{'rows':>10}"))
-    weights = np.round(solved.nu, 4) + 0.0  # no -0.0000
-    for place, name in enumerate(sources):
-        tail = "" if counts is None else f"{int(counts[place]):10d}"
-        typer.echo(f"{name:<24}{weights[place]:10.4f}{solved.shares[place]:8.4f}{tail}")
-    typer.echo(f"residual {solved.residual:.3g} of the target's size")
-
-
-def _checked_output(out: Path | None, inputs: list[Path | None], overwrite: bool) -> Path | None:
-    """The output's path; UserError if it can't be written, is an input, or is there (without --overwrite)."""
-    from mtft.common.output_paths import check_output_file
-
-    if out is None:
-        return None
-    check_output_file(expand(out), inputs=inputs, overwrite=overwrite)
-    return expand(out)
-
-
-def _weights(entries: list[str] | None) -> dict[str, float]:
-    """{target: weight} of TARGET=W entries."""
-    from mtft.common.errors import UserError
-    from mtft.common.listing import clipped
-
-    weights: dict[str, float] = {}
-    for entry in entries or []:
-        name, _, text = entry.rpartition("=")
-        if name in weights:
-            raise UserError(f"--weight {name} twice", where="command line", do="give each target one weight")
-        weights[name] = NumberRange(f"--weight {clipped(name, 60)}", 0, LARGEST, whole=False)(text)
-    return weights
-
-
-@contextmanager
-def _warnings_said() -> Iterator[None]:
-    """What the mixing room warns of, each once, as lines for people."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", UserWarning)
-        try:
-            yield
-        finally:
-            for text in dict.fromkeys(str(item.message) for item in caught):
-                say(f"warning: {text}")
+mix_app.command("blame")(mix_blame)
+mix_app.command("relevance")(mix_relevance)

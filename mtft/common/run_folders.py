@@ -11,6 +11,7 @@ from mtft.common.own_files import read_own
 ADAPTER, RESULT = "adapter_config.json", "result.json"
 PLACES = ("*", "train/*/*", "*/*", "*/*/*")  # of adapters below a run: adapter, train/joint/adapter, merge/adapter
 JOINT = "train/joint"  # the run that `mtft run` hands over
+RUN_FILES = (RESULT, f"{JOINT}/{RESULT}", "recipe.yaml")  # one of them lies in the folder of a run
 
 
 def adapters_in(folder: Path) -> list[Path]:

@@ -1,10 +1,12 @@
 """What an update broke: an old and a new model on the same held-out examples (`mtft eval --against OLD`).
 
     negative flip   old right, new wrong        positive flip   old wrong, new right
+    churn           either: the share of examples whose right or wrong changed
     loss regression   mean over the examples of max(0, new loss - old loss), in nats per token
 
-"Right" is an exact match. A better average can hide many negative flips, and users notice those (MUSCLE, Echterhoff et
-al., 2407.09435, EMNLP Findings 2024; Yan et al., 2011.09161).
+For every metric that says right or wrong of an example, with bootstrap intervals over the examples. A better average
+can hide many negative flips, and users notice those (MUSCLE, Echterhoff et al., 2407.09435, EMNLP Findings 2024; Yan et
+al., 2011.09161).
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from mtft.common.bootstrap import percentile_interval, resampled_rows, same_order
+from mtft.common.errors import UserError
 from mtft.evaluation.task_scores import TaskScores, paired_bootstrap
 
 
@@ -31,6 +35,10 @@ class PredictionFlips:
     @property
     def examples(self) -> int:
         return self.both_right + self.negative + self.positive + self.both_wrong
+
+    @property
+    def churn(self) -> float:
+        return (self.negative + self.positive) / self.examples if self.examples else math.nan
 
     @property
     def negative_rate(self) -> float:
@@ -71,13 +79,18 @@ def graded_regression(old_N: Sequence[float] | np.ndarray, new_N: Sequence[float
 
 
 def compare_scores(old: TaskScores, new: TaskScores, metrics: Sequence[str], *, level: float = 0.95) -> dict[str, Any]:
-    """JSON of one task's comparison; both models have scored the same examples in the same order.
+    """JSON of one task's comparison, on the same examples. UserError where the two have scored others.
 
     Returns:
-        `flips` (counts), `negative_rate`, `positive_rate`, `broken_share`, `loss_regression`, and `difference`:
-        {metric: {"value": new - old, "interval": [lower, upper]}}, the interval by paired bootstrap at `level`.
-        None stands for what is undefined.
+        `flips` (counts), `negative_rate`, `positive_rate`, `broken_share` (all of exact match) and `loss_regression`;
+        `difference`: {metric: {"value": new - old, "interval": [lower, upper]}}, by paired bootstrap at `level`;
+        `right_or_wrong`: {metric: {"flips": counts, "negative_rate", "positive_rate", "churn": value and interval}} of
+        exact match and of each of `metrics` that says right or wrong. None stands for what is undefined.
     """
+    order = same_order(new.ids, old.ids)
+    if order is None:
+        raise _other_examples(old, new)
+    old = old.taken(order)
     flips = prediction_flips(old.exact_N, new.exact_N)
     tokens_N = np.maximum(new.tokens_N, 1)
     figures = {
@@ -94,4 +107,36 @@ def compare_scores(old: TaskScores, new: TaskScores, metrics: Sequence[str], *, 
             name: {"value": difference.difference, "interval": [difference.lower, difference.upper]}
             for name, difference in differences.items()
         },
+        "right_or_wrong": {
+            metric: _flip_rates(old_N, new_N, level)
+            for metric in dict.fromkeys(["exact_match", *metrics])
+            if (old_N := old.right_N(metric)) is not None and (new_N := new.right_N(metric)) is not None
+        },
     }
+
+
+def _flip_rates(old_N: np.ndarray, new_N: np.ndarray, level: float, draws: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Counts of the 2 x 2 table, and each rate with its percentile interval over the examples."""
+    flips = prediction_flips(old_N, new_N)
+    changes = {"negative_rate": old_N & ~new_N, "positive_rate": ~old_N & new_N, "churn": old_N ^ new_N}
+    changed_3N = np.stack(list(changes.values())).astype(np.float64)
+    drawn_3D = np.concatenate(
+        [changed_3N[:, rows_DN].mean(axis=2) for rows_DN in resampled_rows(len(old_N), draws, seed)], axis=1
+    )
+    return {"flips": dict(vars(flips))} | {
+        name: {"value": getattr(flips, name), "interval": list(percentile_interval(drawn_D, level))}
+        for name, drawn_D in zip(changes, drawn_3D, strict=True)
+    }
+
+
+def _other_examples(old: TaskScores, new: TaskScores) -> UserError:
+    """What differs between the examples that two models have scored."""
+    lost, added = (sorted(set(a.ids) - set(b.ids)) for a, b in ((old, new), (new, old)))
+    parts = [
+        f"{len(ids)} only with the {which} model (as {ids[0]})" for which, ids in (("old", lost), ("new", added)) if ids
+    ]
+    return UserError(
+        f"{new.task}: the two models were not scored on the same rows: {', '.join(parts) or 'some stand twice'}",
+        where="--against",
+        do="compare models whose tokenizers leave out the same rows, or raise train.max_length",
+    )

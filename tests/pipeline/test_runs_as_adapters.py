@@ -40,7 +40,6 @@ def said(capsys, *arguments):
         ("merge", "--experts", "arrow", "RUN", "RUN/adapter", "--out", "HOME/merged"),
         ("merge", "HOME/recipe.yaml"),
         ("eval", "HOME/recipe.yaml", "--adapter", "RUN"),
-        ("eval", "HOME/recipe.yaml", "--against", "RUN"),
     ],
 )
 def test_the_adapter_of_a_run_is_proposed(home, capsys, command):
@@ -81,6 +80,27 @@ def test_eval_scores_the_model_that_full_fine_tuning_left(home, capsys):
     assert code == 0, err
     assert f"scored: {home / 'whole'}" in err
     assert loss(out) != loss(said(capsys, "eval", home / "whole", "--base")[1])
+
+
+def test_eval_against_a_run_is_against_what_it_handed_over(home, capsys, tmp_path):
+    code, out, err = said(capsys, "eval", home / "recipe.yaml", "--against", home / "run")
+    assert code == 0, err
+    assert f"against: {home / 'run' / 'adapter'}" in err
+    by_adapter = said(capsys, "eval", home / "recipe.yaml", "--against", home / "run" / "adapter")[1]
+    assert json.loads(out) == json.loads(by_adapter)
+    for task in json.loads(out).values():
+        rates = task["against"]["right_or_wrong"]["exact_match"]
+        assert set(rates) == {"flips", "negative_rate", "positive_rate", "churn"}
+        assert sum(rates["flips"].values()) == task["examples"]
+        lower, upper = rates["churn"]["interval"]
+        assert 0 <= lower <= rates["churn"]["value"] <= upper <= 1
+    code, out, err = said(capsys, "eval", home / "run", "--against", home / "whole")  # a model against an adapter
+    assert code == 0, err
+    assert f"against: {home / 'whole'}" in err
+    (tmp_path / "recipe.yaml").write_text((home / "run" / "recipe.yaml").read_text())
+    code, _, err = said(capsys, "eval", home / "recipe.yaml", "--against", tmp_path)
+    assert code == 2
+    assert "the run is not finished" in err
 
 
 def test_a_run_that_is_not_finished_is_not_scored_as_its_base(home, capsys, tmp_path):

@@ -68,6 +68,8 @@ WAYS = {
     "mix design": RECIPE,
     "mix sweep": RECIPE,
     "mix propose": RECIPE,
+    "mix blame": RECIPE,
+    "mix blame --mixtures": ("mix", "blame", *FILES, "--out", "blame.json"),
     "mix fit": (*FILES, "--target", "loss"),
     "mix fit --predict": ("mix", "fit", *FILES, "--target", "loss", "--predict", "x.csv", "--out", "predicted.csv"),
     "mix propose --mixtures": ("mix", "propose", *FILES, "--out", "own.yaml"),

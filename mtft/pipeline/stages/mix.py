@@ -5,6 +5,7 @@ ledger.jsonl     one line per finished trial (append-only: a killed sweep goes o
 fit.json         what the surrogates make of them
 proposal.json    the proposed mixture, its predicted gain with an interval, the verdict
 mixture.yaml     what `train` should play: the proposal if it is better, else the current mixture
+blame.json       what each dataset is worth (blame.py)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_mixers.design.cocktail import cocktail_grid, synergy
-from data_mixers.design.designs import regmix_dirichlet, space_filling
+from data_mixers.design.designs import damo, regmix_dirichlet, space_filling
 from data_mixers.fitting.enough_trials import too_few_trials, trials_with
 from data_mixers.mixture.bounds import Bounds
 from data_mixers.mixture.mixture import Mixture, natural
@@ -45,7 +46,10 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.sweep import SweepSection
 from mtft.recipe.targets import objective_targets, split_target, targets_of
 
+DAMO_BATCH = 16  # arXiv 2510.19336
+
 if TYPE_CHECKING:
+    from data_mixers.fitting.surrogate_fits import SurrogateFits
     from data_mixers.propose.proposal import Proposal
 
 
@@ -84,6 +88,11 @@ def space(recipe: Recipe, stores: list[Any]) -> MixtureSpace:
     return MixtureSpace(current, natural(sizes), bounds)
 
 
+def current_mixture(recipe: Recipe) -> Mixture:
+    """What the recipe asks for, over its training rows."""
+    return requested_mixture(recipe, task_sizes(recipe, _stores(recipe)))
+
+
 def trial_config(recipe: Recipe, stores: list[Any]) -> str:
     """What the trials of one fit must agree on: everything but the mixture, and the data."""
     sweep = _sweep(recipe)
@@ -110,6 +119,10 @@ def design(recipe: Recipe, stores: list[Any]) -> list[Trial]:
         rows = space_filling(
             where.bounds, sweep.trials, prior=where.prior, current=where.current, repeats=repeats, seed=recipe.seed
         )
+    elif sweep.design == "damo":
+        batch = _trial_batch(recipe, stores, where.current)
+        drawn = damo(where.bounds, batch, sweep.trials - repeats, seed=recipe.seed)
+        rows = [where.bounds.project(where.current)] * repeats + list(drawn)
     else:
         drawn = regmix_dirichlet(where.prior, sweep.trials - repeats, seed=recipe.seed)
         current = where.bounds.project(where.current)
@@ -117,6 +130,16 @@ def design(recipe: Recipe, stores: list[Any]) -> list[Trial]:
     return make_trials(
         recipe.task_names, rows, seed=recipe.seed, config=trial_config(recipe, stores), goal=_goals(recipe)
     )
+
+
+def _trial_batch(recipe: Recipe, stores: list[Any], current: Mixture) -> int:
+    """Examples in a step of a trial: what design damo composes. With unit tokens, whose steps have no fixed number of
+    examples, the paper's batch."""
+    if recipe.mixture.unit == "tokens":
+        return DAMO_BATCH
+    proxy = derived_recipes.proxy_recipe(recipe, _sweep(recipe))
+    lenient = derived_recipes.override_section(proxy.mixture, on_cap="redistribute")
+    return make_plan(derived_recipes.override_section(proxy, mixture=lenient), stores, current).batch
 
 
 def mix_design(recipe: Recipe) -> str:
@@ -195,8 +218,6 @@ def _sweep_trials(recipe: Recipe, sweep: SweepSection, on_done: Any) -> SweepRes
 
 def mix_propose(recipe: Recipe) -> Proposal:
     """Fits the ledger and writes fit.json, proposal.json and mixture.yaml."""
-    from data_mixers.fitting.scale_transfer import for_other_scale
-    from data_mixers.fitting.surrogate_fits import fit_surrogates
     from data_mixers.propose.proposal import Proposal, propose_mixture
 
     sweep, folder = _sweep(recipe), mix_dir(recipe)
@@ -211,16 +232,29 @@ def mix_propose(recipe: Recipe) -> Proposal:
         empty = {"signal": False, "candidates": [], "trials": []}
         fit = {"names": recipe.task_names, "targets": {name: {**about, **empty} for name, about in counts.items()}}
         return _written(folder, fit, proposal)
-    fits = fit_surrogates(ledger, targets, surrogate=sweep.surrogate, seed=recipe.seed)
-    if sweep.model is not None and sweep.model != recipe.model:  # the trials are of another model than the run
-        fits = for_other_scale(fits)
-    objective: Any = sweep.objective
-    if isinstance(objective, dict):
-        objective = {target: weight for name, weight in objective.items() for target in targets_of(recipe, name)}
-    else:
-        objective = split_target(objective)[0]
-    proposal = propose_mixture(fits, objective, where.bounds, prior=where.prior, current=where.current, kl=sweep.kl)
+    fits = fit_trials(recipe, ledger)
+    proposal = propose_mixture(
+        fits, sweep_objective(recipe), where.bounds, prior=where.prior, current=where.current, kl=sweep.kl
+    )
     return _written(folder, fits.report(), proposal)
+
+
+def fit_trials(recipe: Recipe, ledger: TrialLedger) -> SurrogateFits:
+    """Surrogates of everything that is predicted; for the run's scale where the trials are of another model."""
+    from data_mixers.fitting.scale_transfer import for_other_scale
+    from data_mixers.fitting.surrogate_fits import fit_surrogates
+
+    sweep = _sweep(recipe)
+    fits = fit_surrogates(ledger, list(_fitted(recipe)), surrogate=sweep.surrogate, seed=recipe.seed)
+    return for_other_scale(fits) if sweep.model is not None and sweep.model != recipe.model else fits
+
+
+def sweep_objective(recipe: Recipe) -> Any:
+    """sweep.objective as data_mixers has it: mean, worst, or weights of "task/metric"."""
+    objective = _sweep(recipe).objective
+    if isinstance(objective, dict):
+        return {target: weight for name, weight in objective.items() for target in targets_of(recipe, name)}
+    return split_target(objective)[0]
 
 
 def _written(folder: Path, fit: dict[str, Any], proposal: Proposal) -> Proposal:

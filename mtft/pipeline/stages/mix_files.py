@@ -20,6 +20,7 @@ from mtft.recipe.input_paths import input_paths
 from mtft.recipe.schema.recipe import Recipe
 
 DESIGN, LEDGER, FIT, PROPOSAL, MIXTURE = "design.csv", "ledger.jsonl", "fit.json", "proposal.json", "mixture.yaml"
+BLAME = "blame.json"
 REMEDY = "move it away, or give another output.dir"
 LOCKS = (f"{LEDGER}.lock", f"{LEDGER}.append.lock")  # emptied when they are taken
 _ROW = re.compile(r"[0-9a-f]{12}(,[01]\.[0-9]{6})+")
@@ -35,7 +36,7 @@ def mix_dir(recipe: Recipe) -> Path:
 def refuse_foreign_stage(recipe: Recipe) -> None:
     """refuse_foreign_files for all that `mtft run` writes; a stage that is done writes nothing."""
     if not os.path.lexists(mix_dir(recipe) / DONE):
-        refuse_foreign_files(recipe, *OURS)
+        refuse_foreign_files(recipe, *(name for name in OURS if name != BLAME))
 
 
 def refuse_foreign_files(recipe: Recipe, *names: str) -> None:
@@ -84,6 +85,11 @@ def _is_proposal(path: Path) -> bool:
     return True
 
 
+def _is_blame(path: Path) -> bool:
+    read_own(path, {"mixture": dict, "level": float, "datasets": dict}, do=REMEDY)
+    return True
+
+
 def _is_mixture(path: Path) -> bool:
     text = read_own_text(path, do=REMEDY)
     return text.startswith(tuple(f"# {comment}" for comment in _COMMENTS)) and "\nshares:\n" in text
@@ -95,5 +101,6 @@ OURS: dict[str, Callable[[Path], bool]] = {
     FIT: _is_fit,
     PROPOSAL: _is_proposal,
     MIXTURE: _is_mixture,
+    BLAME: _is_blame,
 }
 """Each file, and whether the one at a path is ours; UserError or MixError where it can't be read at all."""

@@ -25,9 +25,10 @@ class SweepSection(RecipeSection):
 
     trials: Annotated[int, Field(gt=0, le=10**4)] = 32
     """Mixtures to try, the current one and its repeats included."""
-    design: Literal["dirichlet", "space_filling", "cocktail"] = "dirichlet"
-    """RegMix's Dirichlet around the natural shares, space-filling under the mixture's floors and caps, or the grid of
-    single tasks, pairs, all, and all but one in equal shares (which neither `trials` nor the bounds change)."""
+    design: Literal["dirichlet", "space_filling", "damo", "cocktail"] = "dirichlet"
+    """RegMix's Dirichlet around the natural shares, space-filling under the mixture's floors and caps, DaMo's
+    compositions of a trial's batch (each share a whole number of its examples, all within the bounds alike likely), or
+    the grid of single tasks, pairs, all, and all but one in equal shares (which neither `trials` nor bounds change)."""
     repeats: Annotated[int, Field(ge=0, le=10**4)] = 0
     """Extra runs of the current mixture with other seeds: the estimate of the noise."""
     model: ModelSection | None = None

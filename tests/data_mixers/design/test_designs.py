@@ -10,6 +10,7 @@ from data_mixers.design.designs import (
     _maximin,
     batch_compositions,
     candidate_mixtures,
+    damo,
     regmix_dirichlet,
     sobol_mixtures,
     space_filling,
@@ -68,6 +69,50 @@ def test_compositions():
         batch_compositions(12, 20)
     with pytest.raises(MixError, match="there are 6"):
         batch_compositions(3, 2, n=7)
+
+
+def test_compositions_are_the_published_list():
+    """DaMo's get_P_fix (OPPO-Mente-Lab/DaMo), told anew: for each number in the first box all ways for the rest."""
+
+    def boxes(m, k):
+        if m == 1:
+            return [[k]]
+        return [[first, *rest] for first in range(k + 1) for rest in boxes(m - 1, k - first)]
+
+    assert batch_compositions(4, 5).tolist() == boxes(4, 5)
+    assert batch_compositions(2, 3).tolist() == [[0, 3], [1, 2], [2, 1], [3, 0]]
+    with pytest.raises(MixError, match="21474180 compositions of 17 over 12 tasks"):
+        batch_compositions(12, 17)
+
+
+def test_damo_draws_compositions_inside_the_bounds():
+    names = ("a", "b", "c", "d")
+    free = Bounds(names=names)
+    rows = damo(free, 8, 40, seed=1)
+    assert rows.shape == (40, 4)
+    assert np.array_equal(rows * 8, np.round(rows * 8))
+    np.testing.assert_allclose(rows.sum(axis=1), 1)
+    assert len(np.unique(rows, axis=0)) == 40
+    assert np.array_equal(rows, damo(free, 8, 40, seed=1))
+    assert not np.array_equal(rows, damo(free, 8, 40, seed=2))
+    every = damo(free, 8, 165)  # all of them: C(11, 3)
+    assert {tuple(row) for row in every * 8} == {tuple(row) for row in batch_compositions(4, 8).tolist()}
+    bounds = Bounds(floors={"a": 0.125}, caps={"b": 0.25}, groups=(Group("g", ("c", "d"), 0.25, 0.75),), names=names)
+    some = damo(bounds, 16, 60, seed=3)
+    assert all(bounds.violations(row) == [] for row in some)
+    assert np.array_equal(some * 16, np.round(some * 16))
+    # 12 tasks in batches of 16: 13 million compositions, each as likely as another (mean share 1/12, 7.1 tasks in use)
+    many = damo(Bounds(names=tuple("abcdefghijkl")), 16, 2000, seed=4)
+    np.testing.assert_allclose(many.mean(axis=0), 1 / 12, atol=0.01)
+    assert (many > 0).sum(axis=1).mean() == pytest.approx(12 * 16 / 27, abs=0.1)
+
+
+def test_damo_says_when_there_are_too_few():
+    names = ("a", "b", "c")
+    with pytest.raises(MixError, match=r"7 mixtures asked, but 6 of the 6 compositions of 2 examples over 3 tasks"):
+        damo(Bounds(names=names), 2, 7)
+    with pytest.raises(MixError, match="space_filling"):
+        damo(Bounds(floors={"a": 0.9}, names=names), 8, 5)
 
 
 def test_space_filling_keeps_bounds_and_spreads():

@@ -18,18 +18,21 @@ MINE = {
     "design.csv": "sample,copy,twice\n1,0.5,0.5\n",
     "fit.json": '{"slope": 1.5}\n',
     "proposal.json": '{"names": [], "targets": {}}\n',
+    "blame.json": '{"mixture": "mine"}\n',
     "mixture.yaml": "shares: {copy: 0.2, shout: 0.3, twice: 0.5}  # by hand\n",
 }
 WRITTEN = {
     "design": ("design.csv",),
     "sweep": ("design.csv", "ledger.jsonl"),
     "propose": ("fit.json", "proposal.json", "mixture.yaml"),
+    "blame": ("blame.json",),
 }
 # One that looks nearly like ours, one that holds nothing, one that is cut: none may be taken for ours.
 NEARLY = {
     "design.csv": ["trial,copy\n1,0.500000\n", "", "trial,copy\n0123456789ab,0.5\n", "trial,copy\n0123456789ab,0.50"],
     "fit.json": ['{"names": ["a"], "targets": {}, "notes": "mine"}', "", "[]", '{"names": ["a"], "targets": [1]}'],
     "proposal.json": ['{"mixture": {}, "verdict": "mine"}', "", '{"mixture": '],
+    "blame.json": ['{"mixture": {}, "datasets": {}}', "", '{"mixture": {}, "level": 0.9, "datasets": []}'],
     "mixture.yaml": ["", "# my mixture\nshares: {a: 1}\n", "\ufeff# mixture\n", "# mixture proposed from trials\n"],
     "ledger.jsonl": ["notes without an end", '{"trial": 5}\n', "a\n", '{"tri": 1'],
     "ledger.jsonl.lock": ["mine"],
@@ -63,6 +66,7 @@ def swept(whole_recipe, tmp_path_factory):
     for number in range(16):
         ledger.append([trial(number, recipe.task_names)])
     assert main(["mix", "propose", str(home / "recipe.yaml")]) == 0
+    assert main(["mix", "blame", str(home / "recipe.yaml")]) == 0
     return home
 
 
@@ -79,7 +83,7 @@ def place(swept, tmp_path):
 def cases():
     return [
         pytest.param(command, name, text, id=f"{command}-{name}-{number}")
-        for command, names in {**WRITTEN, "run": tuple(NEARLY)}.items()
+        for command, names in {**WRITTEN, "run": tuple(name for name in NEARLY if name != "blame.json")}.items()
         for name in names + (("ledger.jsonl.lock", "ledger.jsonl.append.lock") if command == "sweep" else ())
         for number, text in enumerate([*([MINE[name]] if name in MINE else []), *NEARLY[name]])
     ]
@@ -123,6 +127,7 @@ def test_what_the_commands_have_written_is_ours(place, capsys):
     before = {name: (folder / name).read_bytes() for name in mix_files.OURS}
     assert main(["mix", "design", str(recipe)]) == 0
     assert main(["mix", "propose", str(recipe)]) == 0, capsys.readouterr().err
+    assert main(["mix", "blame", str(recipe)]) == 0, capsys.readouterr().err
     assert {name: (folder / name).read_bytes() for name in mix_files.OURS} == before
 
 

@@ -10,7 +10,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 _TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
 
+_NUMBERS = {  # fields of LaunchConfig -> keys of DeepSpeed's zero_optimization
+    "reduce_bucket": "reduce_bucket_size",
+    "prefetch_bucket": "stage3_prefetch_bucket_size",
+    "live_parameters": "stage3_max_live_parameters",
+    "reuse_distance": "stage3_max_reuse_distance",
+}
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -30,7 +37,8 @@ class LaunchConfig:
     zero: DeepSpeed's stage, 0 = no DeepSpeed; fsdp: version, 0 = no FSDP; ranks: processes; cpu_optimizer: DeepSpeed
     takes an optimizer of its own, on the CPU; sequence_ranks: ranks that share a row (context and sequence
     parallelism); tensor_ranks: ranks that share a layer (tensor parallelism); reduce_bucket: numbers in the buffers in
-    which DeepSpeed sums gradients.
+    which DeepSpeed sums gradients; prefetch_bucket, live_parameters, reuse_distance: DeepSpeed's stage3_... of weights
+    that are gathered ahead, that are gathered at once, and between two uses for which they stay gathered.
     """
 
     zero: int = 0
@@ -40,6 +48,9 @@ class LaunchConfig:
     sequence_ranks: int = 1
     tensor_ranks: int = 1
     reduce_bucket: int = 500_000_000
+    prefetch_bucket: int = 50_000_000
+    live_parameters: int = 1_000_000_000
+    reuse_distance: int = 1_000_000_000
 
     @property
     def shards_weights(self) -> bool:
@@ -53,8 +64,7 @@ class LaunchConfig:
         sequence, tensor = _parallelism(environment, ranks if fsdp else None)
         if not _flag(environment, "ACCELERATE_USE_DEEPSPEED"):
             return cls(0, fsdp, ranks, sequence_ranks=sequence, tensor_ranks=tensor)
-        bucket: Any = None
-        overlaps = False
+        section: Any = {}
         config = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         if config and Path(config).is_file():
             settings = read_own(Path(config), do="give DeepSpeed's configuration as a JSON file")
@@ -64,7 +74,6 @@ class LaunchConfig:
                 raise UserError("zero_optimization.stage is no whole number", where=config, do="give 0, 1, 2 or 3")
             offload = section.get("offload_optimizer") or {}
             device = offload.get("device") if isinstance(offload, dict) else None
-            bucket, overlaps = section.get("reduce_bucket_size"), section.get("overlap_comm") is True
             forced = settings.get("zero_force_ds_cpu_optimizer", True)
             sequence = max(sequence, _size(settings, "sequence_parallel_size"))
             tensor = max(tensor, _size(settings.get("tensor_parallel"), "autotp_size"))
@@ -72,9 +81,11 @@ class LaunchConfig:
             zero = _integer(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)  # accelerate's own default
             device, forced = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"), True
         own_optimizer = bool(forced) and device not in (None, "", "none")
-        numbers = int(bucket) if isinstance(bucket, int | float) else cls.reduce_bucket
-        numbers *= 2 if overlaps and zero < 3 else 1  # one is filled while the other is summed
-        return cls(int(zero), fsdp, ranks, own_optimizer, sequence, tensor, numbers)
+        sizes = {field: section.get(key) for field, key in _NUMBERS.items()}
+        numbers = {field: int(size) for field, size in sizes.items() if isinstance(size, int | float)}
+        launch = cls(int(zero), fsdp, ranks, own_optimizer, sequence, tensor, **numbers)
+        twice = section.get("overlap_comm") is True and zero < 3  # one is filled while the other is summed
+        return replace(launch, reduce_bucket=2 * launch.reduce_bucket) if twice else launch
 
 
 def check_launch(command: str) -> None:

@@ -38,8 +38,9 @@ from mtft.models.lora_targets import check_init, describe_adapter, mergeable
 from mtft.recipe.method_options import options_of
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.memory.activation_peak import activation_peak
-from mtft.training.memory.engine_share import BucketPlay, engine_share
+from mtft.training.memory.engine_share import engine_share
 from mtft.training.memory.fsdp_play import NF4_BYTES, FsdpPlay
+from mtft.training.memory.zero_play import BucketPlay, GatherPlay
 from mtft.training.optim.optimizers import state_bytes
 
 QUANTISED_BYTES = {"nf4": 0.516, "int8": 1.0}  # a linear's weight; nf4 with its doubly quantised scales is 4.127 bits
@@ -131,8 +132,6 @@ def estimate_memory(
         uncut=meta.scales,
         gradients=gradients,
         states=states,
-        parameters=meta.parameters,
-        width=dtype.itemsize if recipe.lora is not None else 4,
         accumulates=accumulates,
     )
     if peak is None:
@@ -141,7 +140,7 @@ def estimate_memory(
         dequantised = 0 if section.quantise == "none" else meta.largest * dtype.itemsize
         backward = share.gradients if train.mezo is None else 0  # MeZO's come after its passes
         # what is there at the highest point beside the gradients
-        above = max(0, peak.peak + dequantised - backward) + share.gathered
+        above = max(0, peak.peak + dequantised - backward)
         logits = min(peak.logits, above)
         activations = above - logits
     return MemoryEstimate(
@@ -159,6 +158,8 @@ def _play(recipe: Recipe, launch: LaunchConfig, dtype: torch.dtype, accumulates:
     if launch.fsdp:
         nf4 = recipe.model.quantise == "nf4"
         return partial(FsdpPlay, ranks=launch.ranks, dtype=dtype, nf4=nf4, accumulates=accumulates)
+    if launch.zero == 3:
+        return partial(GatherPlay, launch=launch)
     return BucketPlay if launch.zero else None
 
 

@@ -69,6 +69,6 @@ def test_block_loads(part, tmp_path):
 def test_blocks_are_found_and_a_wrong_one_is_refused(tmp_path):
     assert len(BLOCKS) >= 10
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(laid_over("sweep: {objective: {sql/loss: 2}}\n"), encoding="utf-8")
-    with pytest.raises(UserError, match="sql/loss"):
+    recipe.write_text(laid_over("sweep: {objective: {sql/rouge_l: 2}}\n"), encoding="utf-8")
+    with pytest.raises(UserError, match="rouge_l"):
         load_recipe(recipe, files=False)

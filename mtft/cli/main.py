@@ -171,9 +171,10 @@ def evaluate(
         say(f"against: {old_adapter if old_model is None else old_model.path}")
         old_scores = run_evaluation(loaded, old_adapter, old_model)
     scores = run_evaluation(loaded, adapter, model)
-    for task, of_task in () if answers is None else scores.items():
-        if of_task.answers:
-            save_answers(of_task, answers / f"{task}.jsonl")
+    if answers is not None:
+        for task, of_task in scores.items():
+            if of_task.answers:
+                save_answers(of_task, answers / f"{task}.jsonl")
     text = json.dumps(as_json(scores, loaded, against=old_scores), indent=2)
     if out is None:
         typer.echo(text)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+
+from mtft.common.errors import UserError
 
 
 def in_group() -> bool:
@@ -32,3 +35,17 @@ def from_all_ranks(mine: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, mine)
     return values
+
+
+def on_first_rank(work: Callable[[], Any]) -> Any:
+    """What `work` gives on rank 0, on every rank; its UserError too: the others would wait for ever."""
+    outcome: Any = None
+    if not in_group() or dist.get_rank() == 0:
+        try:
+            outcome = work()
+        except UserError as error:
+            outcome = error
+    outcome = from_first_rank(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mtft.data.batching.batch import Batch
-from mtft.evaluation.answered_rows import Answered, AskedMetrics, ask
+from mtft.evaluation.answered_rows import Answered, ask
 from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.evaluation.heldout_loss import BatchLayout, Score, Told, score_tasks
+from mtft.evaluation.questions import AskedMetrics
 from mtft.evaluation.task_scores import TaskScores
 
 

@@ -34,9 +34,9 @@ def evaluate(
 
     from mtft.data.batching.packed_attention import packing_refusal
     from mtft.data.store.token_store import open_stores
-    from mtft.evaluation.answered_rows import AskedMetrics
     from mtft.evaluation.evaluate_model import evaluate_model
     from mtft.evaluation.heldout_loss import BatchLayout
+    from mtft.evaluation.questions import AskedMetrics, check_questions
     from mtft.models.adapters import load_adapter
     from mtft.models.loading import compute_dtype, load_base, load_tokenizer, pad_id
 
@@ -49,7 +49,8 @@ def evaluate(
         raise UserError(
             "no task has held-out rows to evaluate on", where="tasks: eval_data", do="give a task an eval_data file"
         )
-    asked = AskedMetrics.of(recipe, tokenizer)  # before the model is loaded: what can't be measured is refused
+    asked = AskedMetrics.of(recipe, tokenizer)
+    check_questions(chosen, asked)  # before the model is loaded: what can't be measured is refused
     network: Any = load_base(section)
     if adapter is not None:
         network = load_adapter(network, adapter)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtft.evaluation.answered_rows import AskedMetrics
 from mtft.evaluation.evaluate_model import answer_model, evaluate_model
 from mtft.evaluation.heldout_loss import BatchLayout, Told
+from mtft.evaluation.questions import AskedMetrics
 from mtft.evaluation.task_scores import TaskScores
 
 

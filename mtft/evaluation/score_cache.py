@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mtft.common.errors import UserError
+from mtft.evaluation.metrics import make_metrics
 from mtft.evaluation.task_scores import TaskScores
+from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.targets import FORWARD, metrics_of
 
 Scores = dict[str, TaskScores]
 
@@ -20,6 +24,22 @@ def load_or_score(folder: Path, tasks: tuple[str, ...], score: Callable[[], Scor
     for task, task_scores in scores.items():
         task_scores.save(paths[task])
     return scores
+
+
+def measured_state(recipe: Recipe) -> dict[str, Any]:
+    """What decides which scores there are, for the key of a cache; empty where the forward pass gives them all."""
+    asked = {
+        task.name: {"metrics": task.model_dump(mode="json")["metrics"], "generate": task.generate.model_dump()}
+        for task in recipe.tasks
+        if not {*metrics_of(task)} <= {*FORWARD}
+    }
+    code = {
+        f"{task.name}/{key}": metric.digest
+        for task in recipe.tasks
+        for key, metric in make_metrics(task).items()
+        if metric.digest is not None
+    }
+    return {"asked": asked, "code": code} if asked else {}
 
 
 def check_same_examples(stages: dict[str, Scores], root: Path) -> None:

@@ -29,12 +29,14 @@ class CheckReport:
     warnings: tuple[str, ...]
     online: str | None = None
     """With mixture.online: when the shares will change, by what, and between which limits."""
+    user_code: tuple[str, ...] = ()
+    """Metrics that run code of the user's own."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: the description's keys, with `memory` (bytes) and all warnings."""
         content = self.data.as_dict()
         content |= {"memory": self.memory.as_dict(), "warnings": [*content["warnings"], *self.warnings]}
-        return {**content, "online": self.online}
+        return {**content, "online": self.online, "user_code": list(self.user_code)}
 
     def render(self, *, everything: bool = False) -> Group:
         """For a rich console. everything: each task and each warning, however many there are."""
@@ -59,7 +61,7 @@ class CheckReport:
         return warning_lines(self.warnings, [task.name for task in self.data.tasks], everything=everything)
 
     def _more(self) -> list[str]:
-        return [*([self.online] if self.online else []), self.memory.text()]
+        return [*([self.online] if self.online else []), *self.user_code, self.memory.text()]
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
@@ -76,6 +78,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     from mtft.data.store.token_store import open_stores
     from mtft.data.summary.summarize import summarize_data
     from mtft.data.tokenize.vocabulary_check import check_vocabulary
+    from mtft.evaluation.questions import AskedMetrics, check_questions
     from mtft.losses.balancers import make_balancer
     from mtft.models.cpu_precision import precision_warnings
     from mtft.models.loading import load_tokenizer, read_config
@@ -132,7 +135,9 @@ def check_recipe(recipe: Recipe) -> CheckReport:
         launch=LaunchConfig.from_environment(),
     )
     online = describe_online_mixture(recipe, make_controller(recipe, plan)) if isinstance(plan, ReplannedPlan) else None
-    return CheckReport(data, memory, tuple(warnings), online)
+    asked = AskedMetrics.of(recipe, tokenizer)
+    check_questions(held_out, asked)
+    return CheckReport(data, memory, tuple(warnings), online, tuple(asked.describe()))
 
 
 def check_without_weights(recipe: Recipe, adapted: Any) -> list[str]:
@@ -159,6 +164,7 @@ def check_names(recipe: Recipe) -> None:
 
     Raises UserError (or MergeError) for the first that is unknown.
     """
+    from mtft.evaluation.metrics import make_metrics
     from mtft.gradients.aggregators import make_aggregator
     from mtft.losses.balancers import balancer_class
     from mtft.merge.methods import make_method
@@ -174,3 +180,5 @@ def check_names(recipe: Recipe) -> None:
             if rule.method is not None or rule.options is not None:
                 make_method(rule.method or merge.method, rule.options, key="merge.per_module.")
     optimizer_name(recipe.train.optimizer)
+    for task in recipe.tasks:
+        make_metrics(task)

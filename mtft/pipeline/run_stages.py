@@ -26,7 +26,7 @@ from mtft.common.fingerprint import json_hash
 from mtft.common.folder_lock import sole_writer
 from mtft.common.output_paths import check_output_folder
 from mtft.common.own_files import irregular
-from mtft.evaluation.score_cache import Scores, check_same_examples, load_or_score, table
+from mtft.evaluation.score_cache import Scores, check_same_examples, load_or_score, measured_state, table
 from mtft.pipeline.check import check_names, check_without_weights
 from mtft.pipeline.stages.mix_files import refuse_foreign_stage
 from mtft.pipeline.stages.stage_cache import model_state, read_json, run_cached_stage
@@ -117,7 +117,7 @@ def _run_stages(recipe: Recipe, root: Path, *, fresh: bool, launch: str | None) 
     stages: dict[str, Scores] = {}
     # Named by what the base's scores depend on: the held-out rows and the model.
     data = "-".join(store.fingerprint[:8] for store in eval_stores if store is not None)
-    state = {"held_out": data, "model": model_state(recipe.model)}
+    state = {"held_out": data, "model": model_state(recipe.model), **measured_state(recipe)}
     stages["base"] = load_or_score(root / "train" / f"base-{json_hash(state)[:16]}", held_out, lambda: score(None))
     singles = _single_task_scores(results)
     if singles:

@@ -87,6 +87,8 @@ def finalize_run(
                         trainer.run_log.say(f"warning: {line}")
                 scored = held_out_identity(inputs.held_out)
                 content |= {"basis": trainer.basis, "fingerprints": {**(trainer.identity or {}), **scored}}
+                if code := trainer.scoring_code():
+                    content["scoring_code"] = code
                 if recipe.model.quantise != "none":
                     content["unquantised_base"] = proof.unquantised
                 write_plan(run_dir, recipe, plan)  # a mixture that changed online: what came of it

@@ -227,6 +227,10 @@ class RunTrainer(Trainer):
         if isinstance(self._score, HeldOutScorer):
             self._score.try_out(self.model)
 
+    def scoring_code(self) -> dict[str, str]:
+        """{"task/metric": SHA-256} of the user's own code among the metrics."""
+        return self._score.asked.user_code() if isinstance(self._score, HeldOutScorer) else {}
+
     def final_scores(self) -> dict[str, TaskScores]:
         """The scores of the weights as they are, with what is measured at the end only."""
         step = self.state.global_step

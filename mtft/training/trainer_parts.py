@@ -22,9 +22,9 @@ from mtft.distributed.collectives import from_first_rank
 from mtft.distributed.launch import is_main_process
 from mtft.distributed.sharding import elements, trainable
 from mtft.distributed.stop_signal import StopSignal
-from mtft.evaluation.answered_rows import AskedMetrics
 from mtft.evaluation.heldout_loss import BatchLayout
 from mtft.evaluation.heldout_scorer import HeldOutScorer
+from mtft.evaluation.questions import AskedMetrics
 from mtft.losses.balancers import make_balancer
 from mtft.losses.moe_router_loss import check_router_loss, router_warning
 from mtft.losses.sample_weights import SampleWeights

@@ -31,6 +31,8 @@ NO_PATHS = {
     ".tasks.metrics",
     ".tasks.metrics.name",
     ".tasks.metrics.key",
+    ".tasks.generate.stop",
+    ".sweep.objective",
     ".tasks.metrics.folder",  # absolute where it is written: no command may be kept from writing there
     ".output.trackers",
     ".train.optimizer",

@@ -9,8 +9,9 @@ from data_mixers.sweep.ledger import TrialLedger
 from mtft.common.errors import UserError
 from mtft.common.folder_lock import sole_writer
 from mtft.common.own_files import write_own
-from mtft.pipeline.stages.mix import current_mixture, fit_trials, sweep_objective, too_few
+from mtft.pipeline.stages.mix import current_mixture, fit_trials, sweep_section, too_few
 from mtft.pipeline.stages.mix_files import BLAME, LEDGER, mix_dir, refuse_foreign_files
+from mtft.pipeline.stages.sweep_targets import sweep_objective
 from mtft.recipe.schema.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def mix_blame(recipe: Recipe) -> tuple[Path, Blame]:
     """(blame.json, what stands in it). UserError where no trials have been run."""
     from data_mixers.propose.blame import Blame, blame
 
-    sweep_objective(recipe)  # a recipe without a sweep is told so first
+    sweep_section(recipe)  # a recipe without one is told so first
     folder = mix_dir(recipe)
     if not (folder / LEDGER).is_file():
         raise UserError("no trials have been run", where=str(folder / LEDGER), do="mtft mix sweep RECIPE")

@@ -29,7 +29,6 @@ from data_mixers.sweep.early_termination import EarlyTermination
 from data_mixers.sweep.ledger import TrialLedger
 from data_mixers.sweep.runner import SweepResult, make_trials, run_sweep
 from data_mixers.sweep.trial import Trial
-from mtft.common.aggregates import AGGREGATES
 from mtft.common.atomic_io import write_text
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import content_hash
@@ -37,14 +36,13 @@ from mtft.common.folder_lock import sole_writer
 from mtft.common.output_paths import check_output_folder
 from mtft.common.own_files import read_own_text, write_own
 from mtft.data.planning import epoch_caps, groups, make_plan, requested_mixture, task_sizes
-from mtft.evaluation.metrics import make_metrics
-from mtft.evaluation.task_scores import FORWARD
 from mtft.pipeline.stages import derived_recipes
 from mtft.pipeline.stages.mix_files import DESIGN, FIT, LEDGER, MIXTURE, PROPOSAL, mix_dir, refuse_foreign_files
+from mtft.pipeline.stages.sweep_targets import fitted_targets, objective_code, sweep_goals, sweep_objective
 from mtft.recipe.load import fingerprint
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.sweep import SweepSection
-from mtft.recipe.targets import objective_targets, split_target, targets_of
+from mtft.recipe.targets import objective_targets
 
 DAMO_BATCH = 16  # arXiv 2510.19336
 
@@ -95,17 +93,23 @@ def current_mixture(recipe: Recipe) -> Mixture:
 
 def trial_config(recipe: Recipe, stores: list[Any]) -> str:
     """What the trials of one fit must agree on: everything but the mixture, and the data."""
-    sweep = _sweep(recipe)
+    sweep = sweep_section(recipe)
     rules = fingerprint(derived_recipes.proxy_recipe(recipe, sweep), without=("name", "output", "mixture"))
     held_out = [store.fingerprint for store in _held_out(recipe)]
-    parts = [rules, f"{sweep.eval_limit}", *(store.fingerprint for store in stores), *held_out]
+    parts = [
+        rules,
+        f"{sweep.eval_limit}",
+        *filter(None, [objective_code(recipe)]),
+        *(store.fingerprint for store in stores),
+        *held_out,
+    ]
     return content_hash(" ".join(parts))
 
 
 def design(recipe: Recipe, stores: list[Any]) -> list[Trial]:
     """The trials: the current mixture (1 + repeats times), then mixtures of the chosen design inside the bounds; or the
     cocktail grid, each of its mixtures 1 + repeats times."""
-    sweep, where = _sweep(recipe), space(recipe, stores)
+    sweep, where = sweep_section(recipe), space(recipe, stores)
     repeats = 1 + sweep.repeats
     if sweep.design != "cocktail" and sweep.trials <= repeats:
         raise UserError(
@@ -128,7 +132,7 @@ def design(recipe: Recipe, stores: list[Any]) -> list[Trial]:
         current = where.bounds.project(where.current)
         rows = [current] * repeats + [where.bounds.project(row / row.sum(), metric="l2") for row in drawn]
     return make_trials(
-        recipe.task_names, rows, seed=recipe.seed, config=trial_config(recipe, stores), goal=_goals(recipe)
+        recipe.task_names, rows, seed=recipe.seed, config=trial_config(recipe, stores), goal=sweep_goals(recipe)
     )
 
 
@@ -137,7 +141,7 @@ def _trial_batch(recipe: Recipe, stores: list[Any], current: Mixture) -> int:
     examples, the paper's batch."""
     if recipe.mixture.unit == "tokens":
         return DAMO_BATCH
-    proxy = derived_recipes.proxy_recipe(recipe, _sweep(recipe))
+    proxy = derived_recipes.proxy_recipe(recipe, sweep_section(recipe))
     lenient = derived_recipes.override_section(proxy.mixture, on_cap="redistribute")
     return make_plan(derived_recipes.override_section(proxy, mixture=lenient), stores, current).batch
 
@@ -175,7 +179,7 @@ def _write_design(recipe: Recipe, text: str) -> None:
 
 def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
     """Runs the trials that the ledger does not hold yet."""
-    sweep = _sweep(recipe)
+    sweep = sweep_section(recipe)
     missing = [task.name for task in recipe.tasks if task.eval_data is None]
     if missing:
         raise UserError(
@@ -220,12 +224,12 @@ def mix_propose(recipe: Recipe) -> Proposal:
     """Fits the ledger and writes fit.json, proposal.json and mixture.yaml."""
     from data_mixers.propose.proposal import Proposal, propose_mixture
 
-    sweep, folder = _sweep(recipe), mix_dir(recipe)
+    sweep, folder = sweep_section(recipe), mix_dir(recipe)
     if not (folder / LEDGER).is_file():
         raise UserError("no trials have been run", where=str(folder / LEDGER), do="mtft mix sweep RECIPE")
     refuse_foreign_files(recipe, LEDGER, FIT, PROPOSAL, MIXTURE)
     where = space(recipe, _stores(recipe))
-    targets, ledger = list(_fitted(recipe)), TrialLedger(folder / LEDGER)
+    targets, ledger = list(fitted_targets(recipe)), TrialLedger(folder / LEDGER)
     if (why := too_few(recipe)) is not None:  # nothing is fitted: a surrogate of three trials is none
         proposal = Proposal.undecided(why, current=where.current, prior=where.prior, bounds=where.bounds)
         counts = {name: {"target": name, "n": trials_with(ledger.records, name), "unsaid": why} for name in targets}
@@ -244,17 +248,11 @@ def fit_trials(recipe: Recipe, ledger: TrialLedger) -> SurrogateFits:
     from data_mixers.fitting.scale_transfer import for_other_scale
     from data_mixers.fitting.surrogate_fits import fit_surrogates
 
-    sweep = _sweep(recipe)
-    fits = fit_surrogates(ledger, list(_fitted(recipe)), surrogate=sweep.surrogate, seed=recipe.seed)
+    sweep = sweep_section(recipe)
+    targets = fitted_targets(recipe)
+    bounds = {target: aggregate.bounds for target, aggregate in targets.items()}
+    fits = fit_surrogates(ledger, list(targets), surrogate=sweep.surrogate, bounds=bounds, seed=recipe.seed)
     return for_other_scale(fits) if sweep.model is not None and sweep.model != recipe.model else fits
-
-
-def sweep_objective(recipe: Recipe) -> Any:
-    """sweep.objective as data_mixers has it: mean, worst, or weights of "task/metric"."""
-    objective = _sweep(recipe).objective
-    if isinstance(objective, dict):
-        return {target: weight for name, weight in objective.items() for target in targets_of(recipe, name)}
-    return split_target(objective)[0]
 
 
 def _written(folder: Path, fit: dict[str, Any], proposal: Proposal) -> Proposal:
@@ -268,7 +266,7 @@ def _written(folder: Path, fit: dict[str, Any], proposal: Proposal) -> Proposal:
 def too_few(recipe: Recipe) -> str | None:
     """Why nothing can be said from the trials that the ledger holds by now; None: there are enough."""
     records = TrialLedger(mix_dir(recipe) / LEDGER).records
-    return too_few_trials(min(trials_with(records, target) for target in _fitted(recipe)), len(recipe.tasks))
+    return too_few_trials(min(trials_with(records, target) for target in fitted_targets(recipe)), len(recipe.tasks))
 
 
 def mix_synergy(recipe: Recipe) -> str:
@@ -290,25 +288,8 @@ def _held_out(recipe: Recipe) -> list[Any]:
     return [store for store in open_stores(recipe, load_tokenizer(recipe.model), "eval") if store is not None]
 
 
-def _goals(recipe: Recipe) -> dict[str, str]:
-    """{target: min | max} of what the objective looks at; it is also what gives a trial up."""
-    better = {key: AGGREGATES[name].higher_is_better for key, name in FORWARD.items()}
-    own = {task.name: {key: metric.aggregate.higher_is_better for key, metric in make_metrics(task).items()}
-           for task in recipe.tasks}  # fmt: skip
-    goals = {}
-    for target in objective_targets(recipe):
-        task, key = split_target(target)
-        goals[target] = "max" if (own[task] | better)[key] else "min"
-    return goals
-
-
-def _fitted(recipe: Recipe) -> dict[str, str]:
-    """The same for everything that is predicted: where single scores are weighed, each task's loss stands beside."""
-    losses = dict.fromkeys((f"{task}/loss" for task in recipe.task_names), "min")
-    return _goals(recipe) if isinstance(_sweep(recipe).objective, str) else _goals(recipe) | losses
-
-
-def _sweep(recipe: Recipe) -> SweepSection:
+def sweep_section(recipe: Recipe) -> SweepSection:
+    """UserError for a recipe without one."""
     if recipe.sweep is None:
         raise UserError(
             "the recipe has no section `sweep`", where="sweep", do="add one: sweep: {trials: 32, steps: 50}"

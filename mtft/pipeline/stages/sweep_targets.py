@@ -1,0 +1,55 @@
+"""What a sweep optimises (sweep.objective), what is predicted beside it, and what is known of each score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mtft.common.aggregates import AGGREGATES, Aggregate
+from mtft.common.fingerprint import content_hash
+from mtft.evaluation.metrics import make_metrics
+from mtft.evaluation.task_scores import FORWARD
+from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.targets import objective_targets, split_target, targets_of
+
+
+def sweep_goals(recipe: Recipe) -> dict[str, str]:
+    """{target: min | max} of what the objective looks at; it is also what gives a trial up."""
+    found = _aggregates(recipe, objective_targets(recipe))
+    return {target: "max" if aggregate.higher_is_better else "min" for target, aggregate in found.items()}
+
+
+def fitted_targets(recipe: Recipe) -> dict[str, Aggregate]:
+    """Everything that is predicted. Where single scores are weighed, each task's loss stands beside them."""
+    losses = [] if _is_word(recipe) else [f"{task}/loss" for task in recipe.task_names]
+    return _aggregates(recipe, dict.fromkeys([*objective_targets(recipe), *losses]))
+
+
+def sweep_objective(recipe: Recipe) -> Any:
+    """sweep.objective as data_mixers has it: mean, worst, or weights of "task/metric"."""
+    objective = None if recipe.sweep is None else recipe.sweep.objective
+    if isinstance(objective, dict):
+        return {target: weight for name, weight in objective.items() for target in targets_of(recipe, name)}
+    return split_target(objective or "mean")[0]
+
+
+def objective_code(recipe: Recipe) -> str:
+    """Fingerprint of the user's own code that scores what the objective looks at; empty where there is none."""
+    digests = []
+    for task in recipe.tasks:
+        for key, metric in make_metrics(task).items():
+            if f"{task.name}/{key}" in objective_targets(recipe):
+                digests.append(str(getattr(metric, "digest", "")))
+    return content_hash(" ".join(digests)) if any(digests) else ""
+
+
+def _is_word(recipe: Recipe) -> bool:
+    return recipe.sweep is None or isinstance(recipe.sweep.objective, str)
+
+
+def _aggregates(recipe: Recipe, targets: Any) -> dict[str, Aggregate]:
+    forward = {key: AGGREGATES[name] for key, name in FORWARD.items()}
+    own = {
+        task.name: {key: metric.aggregate for key, metric in make_metrics(task).items()} | forward
+        for task in recipe.tasks
+    }
+    return {target: own[split_target(target)[0]][split_target(target)[1]] for target in targets}

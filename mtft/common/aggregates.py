@@ -60,6 +60,13 @@ class Aggregate:
             return _CORPUS[self.value](stats_NS, rows_DN)
         return np.array([self.value(stats_NS[rows_N]) for rows_N in rows_DN])
 
+    def weighted(self, stats_NS: Array, count_DN: Array) -> Array:
+        """float64 [D]: the score of each resample, given how often it has each row (whole numbers that add up to N)."""
+        if self.value in _RATIOS:
+            return _RATIOS[self.value](count_DN @ stats_NS, count_DN.sum(axis=1))
+        rows_N = np.arange(len(stats_NS))
+        return self.resampled(stats_NS, np.stack([np.repeat(rows_N, of_draw) for of_draw in count_DN.astype(np.int64)]))
+
 
 def _mean(stats_NS: Array) -> float:
     return float(stats_NS[:, 0].mean())

@@ -2,6 +2,7 @@
 
     retained loss      = (L_base - L_merged) / (L_base - L_single)         1 = as good as the expert, 0 = as the base
     retained accuracy  = (A_merged - A_base) / (A_single - A_base);  ratio = A_merged / A_single
+    and so for every metric that all three were scored by
 
 Not clipped: below 0 the merge is worse than the base. Where the expert is not better than the base by more than two
 standard errors the share is undefined, and it is not averaged. Intervals: paired bootstrap over examples (all models
@@ -11,15 +12,17 @@ gap in loss and almost none in accuracy, so both are always reported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from mtft.common.aggregates import Aggregate
 from mtft.common.bootstrap import resampled_counts, same_order
 
-METRICS = ("loss", "accuracy", "exact_match")
+METRICS = ("loss", "accuracy", "exact_match")  # of every task
+_NAMES = {"accuracy": "token_accuracy"}  # where scores call it otherwise
 NOT_LEARNT = "undefined: the expert did not learn"
 
 
@@ -29,13 +32,9 @@ class RetentionScores(Protocol):
     @property
     def ids(self) -> tuple[str, ...]: ...
     @property
-    def nll_N(self) -> np.ndarray: ...
-    @property
-    def tokens_N(self) -> np.ndarray: ...
-    @property
-    def correct_N(self) -> np.ndarray: ...
-    @property
-    def exact_N(self) -> np.ndarray: ...
+    def answered(self) -> Mapping[str, Any]: ...
+    def aggregate(self, metric: str) -> Aggregate: ...
+    def statistics(self, metric: str) -> np.ndarray: ...
 
 
 @dataclass
@@ -83,7 +82,8 @@ def retention(
     if missing or not single:
         raise ValueError(f"tasks without scores of base and merged: {missing}" if missing else "no single-task scores")
     tasks, drawn = _table(base, single, merged, draws, seed)
-    summary = {metric: _summary(tasks, drawn, metric) for metric in METRICS}
+    measured = dict.fromkeys([*METRICS, *(metric for row in tasks.values() for metric in row)])
+    summary = {metric: _summary(tasks, drawn, metric) for metric in measured}
     control = {
         task: _control(base[task], merged[task], draws, seed) for task in merged if task not in single and task in base
     }
@@ -101,9 +101,10 @@ def _table(base, single, merged, draws: int, seed: int) -> tuple[dict, dict]:
         models = [(scores, _order(base[task], scores, task)) for scores in (base[task], expert, merged[task])]
         weights = _resamples(len(base[task].ids), draws, seed)
         compared = {}
-        for metric in METRICS:
+        for metric in (*METRICS, *_answered_by_all([scores for scores, _ in models])):
             of_base, of_expert, of_merged = (_metric(*model, metric, weights) for model in models)
-            compared[metric] = _compare(of_base, of_expert, of_merged, metric)
+            lower_is_better = not base[task].aggregate(_NAMES.get(metric, metric)).higher_is_better
+            compared[metric] = _compare(of_base, of_expert, of_merged, metric, 1 if lower_is_better else -1)
         tasks[task] = {metric: row for metric, (row, _) in compared.items()}
         drawn[task] = {metric: shares for metric, (_, shares) in compared.items()}
     return tasks, drawn
@@ -123,23 +124,28 @@ def _resamples(examples: int, draws: int, seed: int) -> np.ndarray:
 
 
 def _metric(scores: RetentionScores, order: np.ndarray, metric: str, weights: np.ndarray) -> np.ndarray:
-    over = {"loss": scores.nll_N, "accuracy": scores.correct_N, "exact_match": scores.exact_N}[metric]
-    under = np.ones(len(order)) if metric == "exact_match" else np.asarray(scores.tokens_N, np.float64)[order]
-    return (weights @ np.asarray(over, np.float64)[order]) / np.maximum(weights @ under, 1e-300)
+    """[draws + 1]: the score of each resample. weights [draws + 1, N]: how often it has each example."""
+    name = _NAMES.get(metric, metric)
+    stats_NS = np.asarray(scores.statistics(name), np.float64)[order]
+    return scores.aggregate(name).weighted(stats_NS, weights)
+
+
+def _answered_by_all(scores: Sequence[RetentionScores]) -> list[str]:
+    """Metrics of answers that each of the models was scored by."""
+    return [metric for metric in scores[0].answered if all(metric in of.answered for of in scores)]
 
 
 def _compare(
-    at_base: np.ndarray, at_single: np.ndarray, at_merged: np.ndarray, metric: str
+    at_base: np.ndarray, at_single: np.ndarray, at_merged: np.ndarray, metric: str, sign: int
 ) -> tuple[dict[str, Any], np.ndarray]:
     gap, closed = at_base - at_single, at_base - at_merged  # both change sign for accuracies: the ratio does not
-    sign = 1 if metric == "loss" else -1
     row: dict[str, Any] = {"base": float(at_base[0]), "single": float(at_single[0]), "merged": float(at_merged[0])}
     if not sign * gap[0] > 2 * gap[1:].std():
         return row | {"retained": _share(np.empty(0))}, np.empty(0)
     # A resample in which the expert gained nothing has no share; with the gap beyond two standard errors that is rare.
     shares = closed / np.where(sign * gap > 0, gap, np.nan)
     row["retained"] = _share(shares)
-    if metric != "loss":
+    if metric != "loss" and at_single[0]:
         row["ratio"] = float(at_merged[0] / at_single[0])
     return row, shares
 
@@ -158,14 +164,14 @@ def _interval(values: np.ndarray) -> dict[str, float]:
 
 def _summary(tasks: dict, drawn: dict, metric: str) -> dict:
     """Mean over the tasks whose expert learnt, with its interval, and the worst of them."""
-    value_of = {task: row[metric]["retained"]["value"] for task, row in tasks.items()}
-    learnt = [task for task in tasks if value_of[task] is not None]
+    value_of = {task: row[metric]["retained"]["value"] for task, row in tasks.items() if metric in row}
+    learnt = [task for task in value_of if value_of[task] is not None]
     worst = min(learnt, key=value_of.__getitem__, default=None)
     return {
         "mean": _share(np.mean([drawn[task][metric] for task in learnt], axis=0) if learnt else np.empty(0)),
         "min": None if worst is None else value_of[worst],
         "worst": worst,
-        "undefined": [task for task in tasks if task not in learnt],
+        "undefined": [task for task in value_of if task not in learnt],
     }
 
 

@@ -75,3 +75,10 @@ def metric_key(metric: Any) -> str | None:
         return metric if isinstance(metric, str) else None
     name = metric.get("key") or metric.get("name") or str(metric.get("python") or "").rpartition(":")[2]
     return name if isinstance(name, str) and name else None
+
+
+def lower_is_better(metric: Any) -> bool:
+    """Whether a smaller score of a metric (an item of a loaded recipe) is the better one."""
+    if isinstance(metric, PythonMetricSection):
+        return not metric.higher_is_better
+    return (metric.name if isinstance(metric, NamedMetricSection) else metric) in ("loss", "mae")

@@ -16,6 +16,8 @@ from typing import Any
 from mtft.common.errors import UserError
 from mtft.common.own_files import Types, defect, read_own, read_own_text
 from mtft.common.run_history import EVALS, METRICS, evaluated_steps, read_history
+from mtft.recipe.load import load_recipe
+from mtft.recipe.schema.metric import lower_is_better, metric_key
 
 MOST_STEPS = 10**7  # steps of a result.json that are looked for: a damaged number must not take all memory
 
@@ -85,6 +87,7 @@ class RunData:
     front: dict = field(default_factory=dict)  # merge/front.json
     fusion: dict = field(default_factory=dict)  # fuse/fusion.json
     recipe: str = ""
+    directions: dict[str, int] = field(default_factory=dict)  # metric -> 1 (higher is better) or -1, as the recipe says
     problems: list[str] = field(default_factory=list)  # what is damaged or missing, in words
 
     @property
@@ -120,6 +123,7 @@ def load_run(folder: Path) -> RunData:
         front=read.json(folder / "merge" / "front.json", {"trials": list, "tasks": list}),
         fusion=read.json(folder / "fuse" / "fusion.json", {"gap": dict, "rule": str}),
         recipe=recipe,
+        directions=_directions(folder / "recipe.yaml"),
         problems=read.problems,
     )
     if not (trains or data.results or data.fit or data.problems):
@@ -245,6 +249,15 @@ def _curve(lines: list[dict], task: str, key: str) -> tuple[list[int], list[floa
     points = [(line["step"], line.get("tasks", {}).get(task, {}).get(key)) for line in lines]
     finite = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
     return [step for step, _ in finite], [value for _, value in finite]
+
+
+def _directions(path: Path) -> dict[str, int]:
+    """{metric: 1 or -1} of the metrics that the recipe of a run names; {} where it can't be read any more."""
+    try:
+        tasks = load_recipe(path, files=False).tasks if path.is_file() else ()
+    except UserError:  # of another version; what is wrong with the file is told elsewhere
+        return {}
+    return {str(metric_key(metric)): -1 if lower_is_better(metric) else 1 for task in tasks for metric in task.metrics}
 
 
 def _name(folder: Path, recipe: str) -> str:

@@ -21,8 +21,10 @@ def merging(run: RunData) -> PageSection | None:
             "With 95 % paired-bootstrap intervals over the examples."
         )
     ]
-    for metric, title in (("loss", "Held-out loss"), ("accuracy", "Token accuracy")):
-        rows = [[task, *_retained(row[metric])] for task, row in tasks.items()]
+    titles = {"loss": "Held-out loss", "accuracy": "Token accuracy"}
+    answered = dict.fromkeys(key for row in tasks.values() for key in row if key not in (*titles, "exact_match"))
+    for metric, title in (titles | {key: key for key in answered}).items():
+        rows = [[task, *_retained(row[metric])] for task, row in tasks.items() if metric in row]
         parts += [Paragraph(title, "heading"), table(["task", "base", "single", "merged", "retained share"], rows)]
     retained = {task: row["loss"]["retained"]["value"] for task, row in tasks.items()}
     drawn = [Plot("Share of the single-task adapter's gain in loss that the merged adapter keeps", _bars(retained))]

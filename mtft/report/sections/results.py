@@ -32,6 +32,7 @@ METRICS = {
     "token_accuracy": ("Token accuracy (greedy token = reference, higher is better)", 1),
     "exact_match": ("Exact match (greedy decoding gives the whole reference, higher is better)", 1),
 }
+_WORDS = {1: " (higher is better)", -1: " (lower is better)", 0: ""}
 # Yardsticks that are not candidates for "best": another model, or one adapter per task.
 REFERENCES = ("base", "single", "strong base", "strong tuned")
 
@@ -48,7 +49,8 @@ def results(run: RunData) -> PageSection | None:
         )
     ]
     told = {metric for stage in run.results.values() for scores in stage.values() for metric in scores}
-    more = {metric: (metric, 0) for metric in sorted(told - {*METRICS, "examples", "tokens"})}
+    names = sorted(told - {*METRICS, "examples", "tokens"})
+    more = {name: (f"{name}{_WORDS[run.directions.get(name, 0)]}", run.directions.get(name, 0)) for name in names}
     for metric, (title, direction) in (METRICS | more).items():
         rows = {task: [run.results[stage].get(task, {}).get(metric) for stage in stages] for task in run.tasks}
         if metric in more:  # the others are every task's
@@ -70,7 +72,8 @@ def _result_row(name: str, values: list, stages: list[str], direction: int, tota
     candidates = [
         value for value, stage in zip(values, stages, strict=True) if value is not None and stage not in REFERENCES
     ]
-    best = max(candidates, key=lambda value: direction * value) if len(set(candidates)) > 1 else None
+    told = direction and len(set(candidates)) > 1
+    best = max(candidates, key=lambda value: direction * value) if told else None
     cells = [TableCell(name)]
     for value, stage in zip(values, stages, strict=True):
         mark = "ref" if stage in REFERENCES else "best" if value is not None and value == best else ""

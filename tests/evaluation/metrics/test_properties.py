@@ -12,6 +12,7 @@ import pytest
 from mtft.common.aggregates import AGGREGATES
 from mtft.evaluation.metrics import METRICS, Answer, LabelMetric
 from mtft.evaluation.metrics.python_metric import PythonMetric
+from mtft.recipe.schema.metric import lower_is_better
 
 # A metric's options, and references that it can be measured on, all different.
 WORDS = ("the quick brown fox jumps over it", "a lazy dog sleeps in the sun all day", "7 words are here, and one: x.")
@@ -162,3 +163,9 @@ def test_resamples_are_scored_as_samples(name):
     np.testing.assert_allclose(aggregate.resampled(stats, rows), loop, rtol=1e-12, atol=1e-12)
     assert np.isfinite(loop).all()
     assert aggregate.value(stats) not in loop[-1:]  # the last resample is one row again and again
+
+
+def test_which_way_is_better_is_said_once():
+    """The report knows it from the recipe, where metrics can't be imported."""
+    for name, kind in METRICS.items():
+        assert lower_is_better(name) == (not AGGREGATES[kind.AGGREGATE].higher_is_better), name

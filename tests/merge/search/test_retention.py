@@ -1,12 +1,14 @@
 """Retention: shares by hand, undefined gaps, controls, intervals that hold; diagnostics' golden values and gauge."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mtft.adapters.lora_factors import LoraFactors
-from mtft.evaluation.task_scores import TaskScores
+from mtft.common.aggregates import AGGREGATES
+from mtft.evaluation.task_scores import MetricRows, TaskScores
 from mtft.merge.engine.interference import cosines, diagnose, interference
 from mtft.merge.engine.merge import merge_adapters
 from mtft.merge.methods import METHODS
@@ -129,3 +131,33 @@ def test_merge_delta_is_what_merge_writes(tmp_path):
     X = 0.5 * g.full(METHODS["tsv"]().merge(g.parts()))
     np.testing.assert_allclose(B @ A, X, atol=1e-6)
     assert energy == pytest.approx(1)
+
+
+def test_metrics_of_answers_are_kept_too():
+    """A metric where lower is better turns its sign; one that only some tasks have counts for these."""
+
+    def answered(value, error):
+        rows = {
+            "f1": MetricRows("share", np.full((200, 1), value)),
+            "off": MetricRows("error", np.full((200, 1), error)),
+        }
+        return replace(scores("a", 3 - value, 0.5), answered=rows)
+
+    base, single, merged = answered(0.2, 8), answered(0.8, 2), answered(0.5, 3.5)
+    others = [{"a": of, "b": scores("b", loss, 0.5)} for of, loss in ((base, 3), (single, 1), (merged, 2))]
+    found = retention(*others)
+    assert found.tasks["a"]["f1"]["retained"]["value"] == pytest.approx(0.5)
+    assert found.tasks["a"]["off"]["retained"]["value"] == pytest.approx(0.75)
+    assert "f1" not in found.tasks["b"]
+    assert found.summary["f1"]["mean"]["value"] == pytest.approx(0.5)
+    assert found.summary["loss"]["worst"] is not None
+
+
+def test_weighted_rows_score_as_drawn_rows_do():
+    rng = np.random.default_rng(0)
+    rows_DN = rng.integers(0, 12, size=(5, 12))
+    count_DN = np.stack([np.bincount(rows_N, minlength=12) for rows_N in rows_DN]).astype(float)
+    for aggregate in AGGREGATES.values():
+        stats_NS = rng.integers(1, 5, size=(12, aggregate.width)).astype(float)
+        drawn_D = aggregate.resampled(stats_NS, np.sort(rows_DN, axis=1))
+        np.testing.assert_allclose(aggregate.weighted(stats_NS, count_DN), drawn_D, rtol=1e-12)

@@ -97,8 +97,9 @@ class Store:
         return self.task
 
     @property
-    def stats(self) -> dict[str, int]:
-        return {"largest_id": max(int(ids.max()) for ids, _ in self.examples)}
+    def stats(self) -> dict[str, Any]:
+        learnt = sum(int(learnt.sum()) for _, learnt in self.examples)
+        return {"largest_id": max(int(ids.max()) for ids, _ in self.examples), "weights": [learnt, len(self.examples)]}
 
     def example(self, i: int):
         from mtft.data.tokenize.encode import Example

@@ -21,6 +21,8 @@ NOTES = {
 MOST_NAMED = 20  # columns of a row that nobody reads and that are named
 MORE_COLUMNS = "more_columns"
 NOTES[MORE_COLUMNS] = f"rows have more than {MOST_NAMED} columns that are not read; only these are named"
+WEIGHT_ZERO = "weight_zero"
+NOTES[WEIGHT_ZERO] = "rows have weight 0 and are not learnt (tasks.*.row_weight)"
 COLUMN, KEY = "column:", "key:"  # prefixes of notes that name what nobody reads
 
 

@@ -9,7 +9,9 @@
 
 Sow et al., "Dynamic Loss-Based Sample Reweighting for Improved LLM Pretraining" (ICLR 2025). Focal:
 MFTCoder (arXiv 2311.02303) after Lin et al. (arXiv 1708.02002), p averaged before the power, no gradient through it.
-A sample's coefficients are multiplied by u (detached); the denominators stay what they are. A group is the samples of a
+A sample's coefficients are multiplied by u (detached); the denominators stay what they are. Where tokens or rows have
+weights of their own (task_reduction.py), means over a sample's tokens and over samples are weighted by them, so that a
+row of weight 2 is the same row twice. A group is the samples of a
 task (or all) in one micro-batch of all ranks, so the first three rules depend on how a step is cut into micro-batches;
 focal does not.
 """
@@ -25,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtft.data.batching.batch import IGNORE, Batch
-from mtft.losses.task_reduction import group_sums, sample_tokens
+from mtft.losses.task_reduction import group_sums, sample_sums, sample_tokens, token_parts
 
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "linupper": lambda h: torch.clamp(h + 1, max=1),
@@ -74,25 +76,28 @@ class SampleWeights:
             real_BT & (spread_BT > 0), h_BT, 0.0
         )  # padding lies far outside of [-1, 1]: exp would overflow
         e_BT = torch.exp(RULES[self.rule](h_BT) / self.sharpness)
-        # One share per supervised token: over a sample they add up to 1.
+        # One share per supervised token: over a sample they add up to 1, or to the weight of its row.
         share_BT = torch.where(real_BT, 1.0 / sample_tokens(batch).clamp(min=1), 0.0).double()
+        if batch.token_weights_BT is not None:
+            share_BT = token_parts(batch)
+        if batch.row_weights_BT is not None:
+            share_BT = share_BT * batch.row_weights_BT
         parts = (share_BT * e_BT, share_BT)
-        totals_2G = torch.stack([group_sums(group_BT.flatten(), x_BT.flatten(), groups) for x_BT in parts])
-        _all_reduce(totals_2G, process_group, dist.ReduceOp.SUM)
-        mean_G = totals_2G[0] / totals_2G[1].clamp(min=1)
+        sums = [group_sums(group_BT.flatten(), x_BT.flatten(), groups) for x_BT in parts]
+        weighted = batch.token_weights_BT is not None or batch.row_weights_BT is not None
+        totals_3G = torch.stack([*sums, torch.full_like(sums[0], float(weighted))])
+        _all_reduce(totals_3G, process_group, dist.ReduceOp.SUM)
+        least_G = torch.where(totals_3G[2] > 0, torch.finfo(torch.float64).tiny, 1.0)  # of samples, or of their weights
+        mean_G = totals_3G[0] / totals_3G[1].clamp(min=least_G)
         return torch.where(real_BT, e_BT / mean_G[group_BT], 1.0).float()
 
 
 def _sample_mean(x_BT: Tensor, batch: Batch) -> Tensor:
     """float64 [B, T]: mean of x over the supervised tokens of the position's sample; 0 where it has none."""
-    slot_BT = batch.segment_ids_BT.long().clamp(min=0)
     x_BT = torch.where(batch.labels_BT != IGNORE, x_BT, 0.0).double()
-    if x_BT.device.type == "cpu":
-        sum_BS = torch.zeros_like(x_BT).scatter_add_(1, slot_BT, x_BT)
-    else:  # in the same order at each call: see group_sums
-        samples_S = torch.arange(max(1, int(batch.host.segment_ids_BT.max()) + 1), device=x_BT.device)
-        sum_BS = torch.where(slot_BT[:, None] == samples_S[:, None], x_BT[:, None], 0.0).sum(dim=2)
-    return sum_BS.gather(1, slot_BT) / sample_tokens(batch).clamp(min=1)
+    if batch.token_weights_BT is not None:
+        return sample_sums(x_BT * token_parts(batch), batch)
+    return sample_sums(x_BT, batch) / sample_tokens(batch).clamp(min=1)
 
 
 def _range(loss_BT: Tensor, real_BT: Tensor, group_BT: Tensor, groups: int, process_group) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ def recipe_of_datasets(
     tokenizer: Any = None,
     args: Any = None,
     eval_datasets: Mapping[str, Rows] | None = None,
+    task_options: Mapping[str, Mapping[str, Any]] | None = None,
     sections: Mapping[str, Any] | None = None,
 ) -> tuple[Recipe, int | None]:
     """The recipe of `MultiTaskTrainer.from_datasets`, with the rows written where it says; examples in a step, or None.
@@ -54,6 +55,7 @@ def recipe_of_datasets(
     held_out = dict(eval_datasets or {})
     if unknown := [name for name in held_out if name not in datasets]:
         raise UserError(f"no task {unknown[0]!r}", where="eval_datasets", do=f"tasks: {', '.join(datasets)}")
+    further = _task_options(task_options, datasets)
     sections = dict(sections or {})
     for name, argument in (("tasks", "datasets"), ("mixture", "shares")):
         values = sections.get(name)
@@ -78,7 +80,7 @@ def recipe_of_datasets(
     texts = {}
     content["tasks"] = []
     for name, rows in datasets.items():
-        task = {"name": name, "data": str(_path(run_dir, name, "train"))}
+        task: dict[str, Any] = {"name": name, "data": str(_path(run_dir, name, "train")), **further.get(name, {})}
         texts[Path(task["data"])] = _as_jsonl(rows, name, "datasets")
         if name in held_out:
             task["eval_data"] = str(_path(run_dir, name, "eval"))
@@ -87,7 +89,8 @@ def recipe_of_datasets(
     for section, values in sections.items():
         both = isinstance(values, Mapping) and content.get(section)
         content[section] = {**content[section], **values} if both else values
-    said = {"train": "args", "seed": "args", "output": "args", "tasks": "datasets", "mixture": "shares"}
+    tasks = "task_options" if further else "datasets"
+    said = {"train": "args", "seed": "args", "output": "args", "tasks": tasks, "mixture": "shares"}
     origins = {section: said.get(section, section) for section in content}
     recipe = recipe_of_values(content, origins, "from_datasets")
     for path, text in texts.items():  # every rank puts the same bytes in place, so none waits
@@ -98,6 +101,20 @@ def recipe_of_datasets(
             raise UserError(what, where=str(run_dir), do="give another output_dir, or move the folder away")
         write_text(path, text)
     return recipe, examples
+
+
+def _task_options(options: Any, datasets: Mapping[str, Rows]) -> dict[str, dict[str, Any]]:
+    """{task: further keys of its section}."""
+    where = "task_options"
+    if not isinstance(options, Mapping | None) or not all(isinstance(of, Mapping) for of in (options or {}).values()):
+        raise UserError(f"{where} must be {{task: {{key: value}}}}", where=where, do='such as {"sql": {"weight": 2.0}}')
+    for name, of in (options or {}).items():
+        if name not in datasets:
+            raise UserError(f"no task {name!r}", where=where, do=f"tasks: {', '.join(datasets)}")
+        if twice := of.keys() & {"name", "data", "eval_data"}:
+            what = f"{sorted(twice)[0]} of task {name} is said twice"
+            raise UserError(what, where=where, do="rows are given with datasets and eval_datasets only")
+    return {name: dict(of) for name, of in (options or {}).items()}
 
 
 def _settings(args: Any) -> tuple[dict[str, Any], int | None]:

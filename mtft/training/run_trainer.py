@@ -109,6 +109,7 @@ class RunTrainer(Trainer):
         tokenizer: Any = None,
         args: Any = None,
         eval_datasets: Mapping[str, Rows] | None = None,
+        task_options: Mapping[str, Mapping[str, Any]] | None = None,
         **sections: Mapping[str, Any],
     ) -> Self:
         """A trainer of several data sets at once, from Python objects.
@@ -122,6 +123,7 @@ class RunTrainer(Trainer):
             args: a dict (output_dir, seed, max_steps, learning_rate, batch_tokens, max_length, ...: the keys of the
                 recipe's `train`), or a TrainingArguments or SFTConfig: its settings are taken, or refused by name.
             eval_datasets: held-out rows of the tasks.
+            task_options: further keys of tasks: {"sql": {"loss_on": "last", "row_weight": "score"}}.
             sections: further sections of the recipe: lora={"r": 8}, loss={"balancer": {"name": "famo"}}.
 
         Raises:
@@ -134,6 +136,7 @@ class RunTrainer(Trainer):
             tokenizer=tokenizer,
             args=args,
             eval_datasets=eval_datasets,
+            task_options=task_options,
             sections=sections,
         )
         loaded = None if isinstance(model, str | Path | Mapping) else model

@@ -215,7 +215,7 @@ class MultiTaskTrainer(RunTrainer):
             return mezo_step(context, model, batches, counts, w_K, step, **self.mezo)
         if gradient_step is None:
             return forward_backward(context, model, batches, counts, w_K, step)
-        used_K = gradient_step.weights(step, w_K, counts.tokens_K > 0)
+        used_K = gradient_step.weights(step, w_K, counts.token_weights_K > 0)
         flat = gradient_step.flat
         before = {} if flat is None else random_state()
         with gradient_step.watch(step, floored=used_K is not w_K) as taps:

@@ -175,8 +175,8 @@ def trainer_parts(
         [task.weight for task in recipe.tasks],
         recipe.seed,
         normalise=recipe.loss.normalise,
-        examples=[store.num_examples for store in inputs.stores],
-        tokens=[int(store.supervised.sum()) for store in inputs.stores],
+        examples=[store.stats["weights"][1] for store in inputs.stores],
+        tokens=[store.stats["weights"][0] for store in inputs.stores],
     )
 
     def held_out_stream(tokens: int | None = None) -> ValidationStream:

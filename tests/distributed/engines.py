@@ -99,7 +99,7 @@ def tear(checkpoint):
 def main(folder):
     recipes = {path.stem: load_recipe(path) for path in sorted(Path(folder).glob("*.yaml"))}
     deepspeed_files = engine() == "deepspeed"
-    for name in ("adamw", "fast", "sgd", "dropout"):
+    for name in ("adamw", "fast", "sgd", "weighted", "dropout"):
         train(recipes[name], prove=name == "adamw", quiet=True)
     for name in sorted({"full", "bf16", "bf16-full", "nf4"} & recipes.keys()):
         train(recipes[name], quiet=True)

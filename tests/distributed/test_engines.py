@@ -25,7 +25,7 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_training import train
 from mtft.training.trainer_parts import read_training_inputs
 from tests.distributed.engines import changed, poisoned, stopped
-from tests.training.conftest import write_model
+from tests.training.conftest import write_model, write_weighted_tasks
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +49,7 @@ RUNS = {
     "adamw": {},
     "fast": {"train": FAST},
     "sgd": {"train": SGD},
+    "weighted": {"train": {**SGD, "batch_tokens": 900}},  # tokens and rows of other weights than 1
     "dropout": {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}},
     "broken": {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}},
     "torn": {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}},
@@ -82,6 +83,8 @@ def write_recipes(recipe, folder, names=tuple(RUNS), **settings):
     for name in names:
         changes = {"lora": {"r": 4, "alpha": 8}, "train": ADAMW, **RUNS[name]}
         changes["model"] = {**recipe["model"], "dtype": "bf16" if name.startswith("bf16") else "fp32"}
+        if name == "weighted":
+            changes["tasks"] = write_weighted_tasks(folder / "rows")
         if "nf4" in name:  # blocks of 64 need wider layers
             changes["model"] |= {"quantise": "nf4", "path": str(write_model(folder / "wide", hidden=128))}
         if name == "bf16-full":
@@ -143,7 +146,7 @@ def alone(recipe, tmp_path_factory):
     """The runs of one process; `taken` is left after a stop in step 4."""
     folder = tmp_path_factory.mktemp("alone")
     whole = write_recipes(recipe, folder)
-    for name in ("adamw", "fast", "sgd", *ONLY.keys() - {"nf4-broken"}):
+    for name in ("adamw", "fast", "sgd", "weighted", *ONLY.keys() - {"nf4-broken"}):
         train(whole[name], quiet=True, prove=False)
     with disturbing():
         train(write_recipes(recipe, folder / "disturbed", ["fast"])["fast"], quiet=True, prove=False)
@@ -191,7 +194,7 @@ def test_steps_are_as_uneven_as_they_get(recipe, tmp_path):
     assert all(not tasks(sources[1][step]) for step in range(steps))
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "weighted"])
 def test_equals_one_process(alone, launched, name):
     _, folder = launched
     expected, found = lines(alone / name), lines(folder / name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +21,11 @@ def one_rank(rank: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     batch, nll_BT = golden_batch(PARTS[rank])
     nothing, _ = golden_batch([(3, [])])
+    weights_BT = (batch.labels_BT >= 0) * (0.1 + rank + torch.arange(6))
+    own = replace(batch, token_weights_BT=weights_BT, row_weights_BT=None if rank else 0.7 * (batch.task_ids_BT >= 0))
     result = {
+        "weighted": torch.stack(step_counts([own, nothing], 4)),
+        "own": torch.stack(count(own, 4)),
         "counts": torch.stack(step_counts([batch, nothing], 4)),
         "sums": torch.stack(reduce_sums([task_sums(nll_BT, batch, 4)], 4)),
         "none": torch.stack(step_counts([], 4)),
@@ -35,6 +41,7 @@ def test_two_ranks_are_one(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     batch, nll_BT = golden_batch(WHOLE)
     for rank in ranks:
+        torch.testing.assert_close(rank["weighted"], ranks[0]["own"] + ranks[1]["own"], rtol=1e-14, atol=0)
         assert torch.equal(rank["counts"], torch.stack(count(batch, 4)))
         torch.testing.assert_close(rank["sums"], torch.stack(task_sums(nll_BT, batch, 4)))
         assert not rank["none"].any()

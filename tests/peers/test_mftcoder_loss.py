@@ -7,6 +7,8 @@ one micro-batch, one process. When the batch is split its numbers move, ours don
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,7 +54,7 @@ def test_same_task_losses():
 def test_split_into_single_rows(mode, w, theirs):
     """One row a micro-batch, where MFTCoder's task weights cancel out: each batch holds one task."""
     batch, nll_BT = mftcoder_batch()
-    rows = [Batch(**{name: value[i : i + 1] for name, value in vars(batch).items()}) for i in range(6)]
+    rows = [batch.map(lambda x, i=i: x[i : i + 1]) for i in range(6)]
     counts, w_K = step_counts(rows, 3), torch.tensor(w, dtype=torch.float64)
     loss = sum(float((coefficients(row, counts, w_K, mode) * nll_BT[i]).sum()) for i, row in enumerate(rows))
     assert loss == pytest.approx(theirs, abs=1e-6)
@@ -64,7 +66,7 @@ def test_two_tasks_of_equal_size_stay_two_tasks():
     keep = torch.tensor([0, 3])  # a task with 8 supervised tokens and one with 3, then both with 3
     labels_BT = batch.labels_BT[keep].clone()
     labels_BT[0, :5] = IGNORE
-    pair = Batch(*(value[keep] for value in list(vars(batch).values())[:4]), labels_BT)
+    pair = replace(batch.map(lambda x: x[keep]), labels_BT=labels_BT)
     w_K = torch.tensor([1.0, 3.0])
     c_BT = coefficients(pair, count(pair, 2), w_K, "task_token")
     first, second = nll_BT[0, 5:].mean(), nll_BT[3, 5:].mean()

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,33 @@ def write_tasks(folder, *, rows=60, held_out=12, seed=0):
             path.write_text("\n".join(lines) + "\n")
             files[task].append(str(path))
     return files
+
+
+def write_weighted_tasks(folder, *, rows=60, seed=0):
+    """Sections of the same three tasks, whose rows weigh turns, thoughts and themselves; `shout` has no weights."""
+    draw = random.Random(seed)
+    folder.mkdir(exist_ok=True)
+    sections = []
+    for task, (train, held_out) in write_tasks(folder, rows=rows, seed=seed).items():
+        sections.append({"name": task, "data": train, "eval_data": held_out})
+        if task == "shout":
+            continue
+        lines = []
+        for row in map(json.loads, Path(train).read_text().splitlines()):
+            first = {"role": "assistant", "content": "no", "weight": draw.choice([0, 1, 0.3])}
+            thought = f"<think>{draw.choice(WORDS)}</think>" if draw.random() < 0.5 else ""
+            last = {"role": "assistant", "content": thought + row["response"], "weight": draw.choice([1, 0.6, 2.5])}
+            ask = {"role": "user", "content": row["prompt"]}
+            turns = [{"role": "user", "content": "?"}, first, ask, last] if draw.random() < 0.3 else [ask, last]
+            lines.append(json.dumps({"messages": turns, "worth": draw.choice([1, 0.4, 3])}))
+        Path(train).write_text("\n".join(lines) + "\n")
+        held = []
+        for row in map(json.loads, Path(held_out).read_text().splitlines()):
+            turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+            held.append(json.dumps({"messages": turns, "worth": 2}))
+        Path(held_out).write_text("\n".join(held) + "\n")
+        sections[-1] |= {"row_weight": "worth", "thinking_weight": 0.25}
+    return sections
 
 
 def lines(folder, name="metrics.jsonl"):

@@ -27,6 +27,8 @@ class Batch:
     segment_ids_BT   int32  which example in the row, -1 = padding
     task_ids_BT      int32  task of the token, -1 = padding
     labels_BT        int64  the token to predict *from this position* (already shifted), -100 = not supervised
+    token_weights_BT float32  weight of the label's token, > 0 where supervised, else 0; None = 1 each
+    row_weights_BT   float32  weight of the row that the token's example is of, > 0; 0 on padding; None = 1 each
 
     What depends on values is asked of `host` and `supervised_N`: on a GPU each look at a value would wait for it.
     """
@@ -36,6 +38,8 @@ class Batch:
     segment_ids_BT: Tensor
     task_ids_BT: Tensor
     labels_BT: Tensor
+    token_weights_BT: Tensor | None = None
+    row_weights_BT: Tensor | None = None
 
     @property
     def packed(self) -> bool:
@@ -58,7 +62,8 @@ class Batch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """A batch of the changed tensors."""
-        return replace(self, **{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        tensors = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return replace(self, **{name: None if x is None else change(x) for name, x in tensors})
 
     def to(self, device: torch.device | str) -> Batch:
         """On `device`, without waiting for it."""

@@ -250,7 +250,8 @@ def collate(rows: Sequence[Sequence[tuple[Example, int]]], pad_id: int) -> Batch
     labels = np.full((height, width), IGNORE, dtype=np.int64)
     for b, row in enumerate(rows):
         start = 0
-        for segment, ((ids, supervised), task) in enumerate(row):
+        for segment, (example, task) in enumerate(row):
+            ids, supervised = example
             end = start + len(ids)
             input_ids[b, start:end] = ids
             positions[b, start:] = np.arange(width - start)
@@ -258,7 +259,26 @@ def collate(rows: Sequence[Sequence[tuple[Example, int]]], pad_id: int) -> Batch
             tasks[b, start:end] = task
             labels[b, start : end - 1] = np.where(supervised[1:], ids[1:], IGNORE)
             start = end
-    return Batch(*(torch.from_numpy(array) for array in (input_ids, positions, segments, tasks, labels)))
+    arrays = (input_ids, positions, segments, tasks, labels, *_weights(rows, labels.shape))
+    return Batch(*(None if array is None else torch.from_numpy(array) for array in arrays))
+
+
+def _weights(rows: Sequence[Sequence[tuple[Example, int]]], shape: tuple[int, int]) -> list[np.ndarray | None]:
+    """float32 [B, T]: weights of the labels' tokens, and of the rows that the examples are of; None: all are 1."""
+    examples = [example for row in rows for example, _ in row]
+    of_tokens = np.zeros(shape, np.float32) if any(one.weights is not None for one in examples) else None
+    of_rows = np.zeros(shape, np.float32) if any(one.row_weight != 1 for one in examples) else None
+    for b, row in enumerate(rows if of_tokens is not None or of_rows is not None else ()):
+        start = 0
+        for example, _ in row:
+            end = start + len(example.input_ids)
+            if of_tokens is not None:
+                own = example.supervised if example.weights is None else example.weights
+                of_tokens[b, start : end - 1] = own[1:]
+            if of_rows is not None:
+                of_rows[b, start:end] = example.row_weight
+            start = end
+    return [of_tokens, of_rows]
 
 
 def _rows(lengths: np.ndarray, capacity: int, packing: bool) -> list[list[int]]:

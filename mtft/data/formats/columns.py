@@ -8,6 +8,7 @@ The idea that the mapping is data and not code is tasksource's (Sileo 2023, arXi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -16,7 +17,7 @@ from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
 from mtft.common.listing import listed
 from mtft.data.formats.formats import FORMATS
-from mtft.data.formats.messages import Conversation, RowError, is_blank, refused_column
+from mtft.data.formats.messages import Conversation, RowError, as_weight, is_blank, refused_column
 from mtft.data.formats.render_limit import RenderLimit, check_length
 from mtft.data.readers.arrow_rows import UnreadableCell
 from mtft.recipe.schema.task import TaskSection
@@ -52,6 +53,8 @@ class RowReader:
     template_columns: frozenset[str] = frozenset()
     declared: bool = False  # the recipe writes the columns out: what it leaves out is left out on purpose
     unseen: tuple[str, ...] = ()  # optional columns that the recipe names and the first rows don't have
+    row_weight: str | None = None  # the column of the rows' weights
+    last_turn: bool = False  # only the last assistant turn of a row is learnt
 
     def __call__(self, row: Mapping[str, Any]) -> Conversation:
         """The conversation of a row; raises RowError."""
@@ -60,6 +63,9 @@ class RowReader:
         for column in self._read:
             if isinstance(cell := row.get(column), UnreadableCell):
                 raise RowError(f"can't be read: {cell.why}", column)
+        weight = 1.0 if self.row_weight is None else self._weight(row, self.row_weight)
+        if weight == 0:
+            return Conversation((), weight=0.0)
         if self.template is not None:
             get["text" if self.name == "text" else "prompt"] = self.template(row)
         for role, column in self.columns.items():
@@ -68,9 +74,7 @@ class RowReader:
             elif role == "label_names" and self.declared:
                 get[role] = column  # written in the recipe itself: "negative, positive"
             elif role not in form.may:
-                near = nearest(column, row)
-                hint = f"; nearest: {near!r}" if near else f"; the row has {listed(map(repr, row), 8)}"
-                raise RowError("is null" if column in row else f"missing{hint}", column)
+                raise _missing(column, row)
         if self.label_names and "label_names" not in get:
             get["label_names"] = self.label_names
         for column in () if self.declared else self.unread(row):
@@ -78,14 +82,26 @@ class RowReader:
                 do = "leave it out, or name the columns to read in tasks.*.format"
                 raise RowError(f"is not read, and would change what is learnt: {why} ({do})", column, row[column])
         try:
-            return form.read(get)
+            conversation = replace(form.read(get), weight=weight)
+            return _last_turn_only(conversation) if self.last_turn else conversation
         except RowError as error:  # say the user's column, not our role
             head, bracket, tail = (error.column or "").partition("[")
             raise RowError(error.what, self.columns.get(head, head) + bracket + tail, error.value) from None
 
     @cached_property
     def _read(self) -> frozenset[str]:
-        return self.template_columns | set(self.columns.values()) | READ_ELSEWHERE
+        named = {self.row_weight} if self.row_weight is not None else set()
+        return self.template_columns | set(self.columns.values()) | READ_ELSEWHERE | named
+
+    def _weight(self, row: Mapping[str, Any], column: str) -> float:
+        """The row's own weight. In CSV it is a text."""
+        value = row.get(column)
+        if is_blank(value):
+            raise _missing(column, row)
+        if isinstance(value, str) and "_" not in value:
+            with suppress(ValueError):
+                return as_weight(float(value), column)
+        return as_weight(value, column)
 
     def unread(self, row: Mapping[str, Any]) -> list[str]:
         """Columns of the row that hold something and that nobody reads."""
@@ -104,7 +120,32 @@ def make_reader(
         reader = _named(task, task.format, rows, columns, template)
     label = reader.columns.get("label")
     render, used = template or (None, frozenset())
-    return replace(reader, label_names=names_of(label) if label else None, template=render, template_columns=used)
+    if reader.name == "text":
+        _refuse_turns(task)
+    learnt = {"row_weight": task.row_weight, "last_turn": task.loss_on == "last"}
+    names = names_of(label) if label else None
+    return replace(reader, label_names=names, template=render, template_columns=used, **learnt)
+
+
+def _missing(column: str, row: Mapping[str, Any]) -> RowError:
+    near = nearest(column, row)
+    hint = f"; nearest: {near!r}" if near else f"; the row has {listed(map(repr, row), 8)}"
+    return RowError("is null" if column in row else f"missing{hint}", column)
+
+
+def _last_turn_only(conversation: Conversation) -> Conversation:
+    """Of the turns that are learnt the last one alone, which ends the conversation; the others are context."""
+    *before, last = conversation.messages
+    context = (turn | {"train": False} if turn["role"] == "assistant" else turn for turn in before)
+    return replace(conversation, messages=(*context, last))
+
+
+def _refuse_turns(task: TaskSection) -> None:
+    """UserError for what is said about assistant turns where there are none."""
+    for key in ("loss_on", "thinking_weight"):
+        if getattr(task, key) != TaskSection.model_fields[key].default:
+            what = f"task {task.name}: rows of the format text have no turns, and all of them is learnt"
+            raise UserError(what, where=f"tasks.{task.name}.{key}", do="leave it out, or name another format")
 
 
 def _declared(task: TaskSection, declared: dict[str, str], columns: list[str], template: Any) -> RowReader:

@@ -2,7 +2,7 @@
 
 Messages come out in the spelling of OpenAI's and transformers' chat templates: roles `system`, `developer`, `user`,
 `assistant`, `tool`; `content` a text; `tool_calls` [{"type": "function", "function": {"name", "arguments": object}}].
-One key is ours: `train: False` marks an assistant turn that is context only.
+One key is ours, `train` of an assistant turn: False for context only, a number for how much its tokens count.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ _OTHER_NAMES = {
 _CALLERS = ("function_call", "tool_call")  # roles of turns whose text is a call, as JSON
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which data carry an answer's thoughts
 _ARGUMENTS = ("arguments", "parameters", "input")  # of a call: OpenAI, Llama 3.1, Anthropic
-# Keys of a turn that say whether it is learnt, and what each of their values means.
-_LEARNT = {"weight": {0: False, 1: True}, "train": {False: False, True: True}, "loss": {False: False, True: True}}
+# Keys of a turn that say whether it is learnt. `weight` (OpenAI, mistral-finetune, axolotl) also says how much.
+_LEARNT = ("weight", "train", "loss")
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6  # beside 0; a larger one is some other number, a time or an id
 # Keys that would change what is learnt in a way that is not offered: never passed over in silence.
-_SAY_WEIGHT = "say which turns are learnt with `weight` (0 or 1) of a turn"
+_SAY_WEIGHT = "say which turns are learnt with `weight` (0: not; 1: as ever; another: so much) of a turn"
 _PICTURES = ("image", "images", "image_url", "video", "videos", "audio", "audios")
 _REFUSED = {
     "loss_mask": _SAY_WEIGHT,
@@ -64,11 +65,15 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row says: messages that end with an assistant turn, or plain `text` of which every token is learnt."""
+    """What a row says: messages that end with an assistant turn, or plain `text` of which every token is learnt.
+
+    weight: how much the row counts; 0: it is not learnt.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
     text: str | None = None
+    weight: float = 1.0
 
 
 def as_text(value: object, column: str, *, empty: bool = True) -> str:
@@ -184,7 +189,7 @@ def refused_column(column: str, value: object) -> str | None:
         return "earlier turns are read beside prompt and response only: put them into the messages"
     if column == "weight":
         neutral = isinstance(value, int | float) and value == 1
-        return None if neutral else "rows have no weights of their own: weigh their task (tasks.*.weight)"
+        return None if neutral else "weights of rows are read where tasks.*.row_weight names their column"
     if column == "label" and value is False:
         return "it says that this answer is a bad one (KTO), and it would be learnt: leave such rows out"
     return _REFUSED_COLUMNS.get(column)
@@ -232,22 +237,34 @@ def _message(item: Mapping[str, Any], column: str) -> Message:
 
 
 def _take_train(message: Message, column: str) -> None:
-    """Replaces `weight`, `train` and `loss` by our `train: False` where the turn is context only."""
-    meant = set()
-    for key, values in _LEARNT.items():
+    """Replaces `weight`, `train` and `loss` by our `train` where the turn counts otherwise than 1."""
+    meant: dict[str, float] = {}
+    for key in _LEARNT:
         if key not in message:
             continue
         value = message.pop(key)
-        if not isinstance(value, bool | int | float) or value not in values:
-            kinds = " or ".join(map(str, values))
-            raise RowError(f"a turn is learnt or not: expected {kinds}", f"{column}.{key}", value)
-        if values[value] and message["role"] != "assistant":  # pyright: ignore[reportArgumentType]
+        if key == "weight":
+            meant[key] = float(value) if isinstance(value, bool) else as_weight(value, f"{column}.{key}")
+        elif isinstance(value, bool | int | float) and value in (0, 1):
+            meant[key] = float(value)
+        else:
+            raise RowError("a turn is learnt or not: expected False or True", f"{column}.{key}", value)
+        if meant[key] and message["role"] != "assistant":
             raise RowError("only turns of the assistant can be learnt", f"{column}.{key}", value)
-        meant.add(values[value])  # pyright: ignore[reportArgumentType]
-    if len(meant) > 1:
+    if len({weight > 0 for weight in meant.values()}) > 1:
         raise RowError("the turn is said to be learnt and not to be", column)
-    if meant == {False} and message["role"] == "assistant":
-        message["train"] = False
+    weight = meant.get("weight", min(meant.values(), default=1.0))
+    if weight != 1 and message["role"] == "assistant":
+        message["train"] = weight or False
+
+
+def as_weight(value: object, column: str) -> float:
+    """A weight of tokens or rows: a number from LEAST_WEIGHT to MOST_WEIGHT, or 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
+        return float(value)
+    what = f"expected a weight: 0, or a number from {LEAST_WEIGHT:f} to {MOST_WEIGHT:,.0f}"
+    raise RowError(what, column, value)
 
 
 def _take_calls(message: Message, column: str) -> bool:

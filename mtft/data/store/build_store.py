@@ -21,7 +21,7 @@ from mtft.data.readers.row_files import FileRow
 from mtft.data.readers.sources import SourcePart
 from mtft.data.store.progress import progress
 from mtft.data.store.row_names import drop_repeated_names
-from mtft.data.store.store_files import SummedFile, write_meta
+from mtft.data.store.store_files import BLOCK, SummedFile, write_meta
 from mtft.data.tokenize.encode import Example, clear_first_token, draw
 from mtft.data.tokenize.parallel_encode import FOUND, RowEncoder, batch_rows, num_processes, parallel_encode
 from mtft.recipe.schema.task import TaskSection
@@ -73,6 +73,8 @@ def build_store(
                 for index, example in () if bad.fatal else encoded.examples:
                     row = block[index]
                     first = first or example
+                    if which == "eval":  # where every learnt token counts once
+                        example = Example(*example)
                     trimmed = fit_length(example, f"{row.file}:{row.line}")
                     if trimmed is not None and isinstance(row, FileRow):
                         writer.add(trimmed, row)
@@ -92,6 +94,8 @@ def build_store(
             "examples": writer.examples,
             "tokens": writer.tokens,
             "supervised": writer.learnt,
+            "weighted": writer.weighted,
+            "weights": writer.weights,
             "longest": writer.longest,
             "largest_id": writer.largest_id,
             "truncated": fit_length.truncated,
@@ -116,7 +120,7 @@ class LengthPolicy:
         self._longest: list[str] = []
 
     def __call__(self, example: Example, where: str) -> Example | None:
-        ids, supervised = example
+        (ids, supervised), weights = example, example.weights
         if len(ids) > self.max_length:
             if self.policy == "drop":
                 self.dropped += 1
@@ -135,10 +139,11 @@ class LengthPolicy:
             else:
                 keep = keep[-self.max_length :]
             ids, supervised = ids[keep], clear_first_token(supervised[keep])
+            weights = None if weights is None else np.where(supervised, weights[keep], np.float32(0))
         if not supervised.any():
             self.unsupervised += 1
             return None
-        return Example(ids, supervised)
+        return Example(ids, supervised, weights, example.row_weight)
 
     def finish(self, where: str) -> None:
         if self.refused:
@@ -154,7 +159,8 @@ class StoreWriter:
     def __init__(self, folder: Path, vocabulary: int) -> None:
         self.folder = folder
         self.dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.int32)
-        self.examples = self.tokens = self.learnt = self.longest = self.largest_id = 0
+        self.examples = self.tokens = self.learnt = self.weighted = self.longest = self.largest_id = 0
+        self.weights = [0.0, 0.0]  # sums over the learnt tokens, and over the examples
         self._files: dict[str, SummedFile] = {}
         self._starts: list[tuple[str, int]] = []
         self._carry = np.zeros(0, dtype=bool)  # bits that do not fill a byte yet
@@ -173,7 +179,13 @@ class StoreWriter:
         self._starts.append((name, self.examples))
 
     def add(self, example: Example, row: FileRow) -> None:
-        ids, supervised = example
+        (ids, supervised), weights, row_weight = example, example.weights, example.row_weight
+        of_tokens = supervised if weights is None else weights
+        self.weighted += int(np.count_nonzero(supervised & ((of_tokens != 1) | (row_weight != 1))))
+        self.weights[0] += row_weight * float(of_tokens.sum(dtype=np.float64))
+        self.weights[1] += row_weight
+        self._append("weights", weights, len(ids), self.tokens)
+        self._append("row_weights", None if row_weight == 1 else row_weight, 1, self.examples)
         self.largest_id = max(self.largest_id, int(ids.max(initial=0)))
         if self.largest_id > np.iinfo(self.dtype).max:
             raise ValueError(f"token id {self.largest_id} is beyond the tokenizer's size")
@@ -193,6 +205,17 @@ class StoreWriter:
         name = _name(row)
         write["names"](name)
         write["name_lengths"](np.uint16(len(name)).tobytes())
+
+    def _append(self, name: str, weights: Any, count: int, before: int) -> None:
+        """`count` weights (None: all are 1) behind `before` others: the file begins where the first is not 1."""
+        if name not in self._files:
+            if weights is None:
+                return
+            self._files[name] = file = SummedFile(self.folder / f"{name}.bin")
+            for start in range(0, before, BLOCK):
+                file.write(np.ones(min(BLOCK, before - start), np.float32).tobytes())
+        own = np.ones(count, np.float32) if weights is None else np.asarray(weights, np.float32)
+        self._files[name].write(own.tobytes())
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Write the rest; meta.json comes last."""
@@ -238,6 +261,9 @@ def _nothing_learnt(
     task: TaskSection, where: str, fit_length: LengthPolicy, first: Example | None, tokenizer: Any, taken: int
 ) -> NoReturn:
     """Refuse a task that would train on nothing (elsewhere: loss 0.0 and "success")."""
+    if first is None and taken:
+        what = f"task {task.name} has nothing to learn: all {taken} rows have weight 0"
+        raise UserError(what, where=f"tasks.{task.name}.row_weight", do="leave the task out, or name another column")
     if first is None:
         raise UserError(f"task {task.name} has no rows", where=where, do="check the files, or leave the task out")
     what = (

@@ -2,6 +2,8 @@
 
     ids.bin         uint16 or int32 [tokens]     one example after the other
     supervised.bin  bits [tokens]                1 = learnt
+    weights.bin     float32 [tokens]             of the learnt ones; only where one of them is not 1
+    row_weights.bin float32 [N]                  of the row of each example; the same
     offsets.bin     int64 [N + 1]                where each example starts
     learnt.bin      int32 [N]                    supervised tokens of each example
     lines.bin       uint32 [N]                   line of the row it came from
@@ -45,7 +47,7 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.task import TaskSection
 
 VERSION = 7  # of everything that decides what is in the files: runs compare the fingerprint that it is a part of
-LAYOUT = 8  # of the files; a part of the folder's name alone, so that runs on the same rows stay the same
+LAYOUT = 9  # of the files; a part of the folder's name alone, so that runs on the same rows stay the same
 
 
 class RowIds(Sequence[str]):
@@ -91,6 +93,10 @@ class TokenStore:
         self._bits = self._map("supervised.bin", np.uint8)
         self._offsets = self._map("offsets.bin", np.int64)
         self._lines = self._map("lines.bin", np.uint32)
+        self._weights, self._row_weights = (
+            self._map(name, np.float32) if name in self.meta["content"] else None
+            for name in ("weights.bin", "row_weights.bin")
+        )
 
     def __reduce__(self):
         return TokenStore, (self.path, self.task)
@@ -141,8 +147,9 @@ class TokenStore:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """rows, examples, tokens, supervised, longest, largest_id, truncated, dropped, unsupervised, skipped, notes,
-        repeated_ids ({} or {"rows": n, "such_as": one of them with both places}).
+        """rows, examples, tokens, supervised, weighted (those at other weights than 1), weights ([sum over supervised
+        tokens, sum over examples]), longest, largest_id, truncated, dropped, unsupervised, skipped, notes, repeated_ids
+        ({} or {"rows": n, "such_as": one of them with both places}).
         """
         return self.meta["stats"]
 
@@ -165,12 +172,14 @@ class TokenStore:
         return self.meta["fingerprint"]
 
     def example(self, i: int) -> Example:
-        """(input_ids int32 [L], supervised bool [L]) of example i."""
+        """Example i."""
         if not 0 <= i < self.num_examples:
             raise IndexError(f"example {i} of {self.num_examples}")
         start, end = int(self._offsets[i]), int(self._offsets[i + 1])
         bits = np.unpackbits(self._bits[start // 8 : (end + 7) // 8])
-        return Example(self._ids[start:end].astype(np.int32), bits[start % 8 : start % 8 + end - start].astype(bool))
+        ids, supervised = self._ids[start:end].astype(np.int32), bits[start % 8 : start % 8 + end - start].astype(bool)
+        weights = None if self._weights is None else np.where(supervised, self._weights[start:end], np.float32(0))
+        return Example(ids, supervised, weights, 1.0 if self._row_weights is None else float(self._row_weights[i]))
 
     def nbytes(self) -> int:
         """Bytes on disk."""
@@ -211,6 +220,7 @@ def open_store(
         too_long=too_long,
         bad_rows=bad_rows,
         limit=limit,
+        **_learnt(task),
     )
     root = cache / "stores"
     name = f"{task.name}-{which}-{fingerprint[:16]}-{LAYOUT}"
@@ -251,6 +261,12 @@ def open_store(
             f"the token store of task {task.name} can't be written: {error}", where=str(root), do=do
         ) from error
     return TokenStore(final, task.name)
+
+
+def _learnt(task: TaskSection) -> dict[str, Any]:
+    """What a task says about which tokens count; nothing where it says nothing, so that older runs stay the same."""
+    said = {key: getattr(task, key) for key in ("loss_on", "row_weight", "thinking_weight")}
+    return {key: value for key, value in said.items() if value != TaskSection.model_fields[key].default}
 
 
 def _is_to_be_built(final: Path, task: str) -> bool:

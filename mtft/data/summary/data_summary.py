@@ -17,6 +17,7 @@ class TaskSummary:
     tokens: int
     prompt_tokens: int
     supervised_tokens: int
+    weighted_tokens: int
     mean_length: float
     longest: int
     truncated: int

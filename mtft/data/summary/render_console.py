@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from mtft.common.listing import listed
 from mtft.data.summary.brief import (
     DATA_EXTREMES,
     EVERYTHING,
@@ -90,7 +91,7 @@ def render_summary(summary: DataSummary, *, everything: bool = False) -> Group:
         _table(f"mixture, by {summary.unit}", summary, PLAN, of_plan),
     ]
     parts += [_spans(summary, of_plan)] if summary.spans else []
-    parts += [Text(_summary(summary)), Text("")]
+    parts += [Text(_summary(summary)), *_weighted(summary), Text("")]
     if brief:
         parts.append(Text(f"shown: the extremes of {len(summary.tasks):,} tasks (all of them: {EVERYTHING})"))
         parts.append(Text("the first example, learnt parts between ⟦ and ⟧"))
@@ -140,6 +141,13 @@ def _summary(summary: DataSummary) -> str:
         f"on one process, {about}{summary.padding_share:.1%} padding "
         f"({'packed' if summary.packing else 'one example a row'}{STYLES[summary.batch_style]})"
     )
+
+
+def _weighted(summary: DataSummary) -> list[Text]:
+    """How many tokens the rows themselves weigh; nothing where none is."""
+    of = [f"{task.name} {task.weighted_tokens:,}" for task in summary.tasks if task.weighted_tokens]
+    total = sum(task.weighted_tokens for task in summary.tasks)
+    return [Text(f"weighted: {total:,} learnt tokens at other weights than 1 ({listed(of, 8)})")] if of else []
 
 
 def _sample(task: TaskSummary, most: int) -> Panel:

@@ -70,6 +70,7 @@ def summarize_data(
             eval_examples=None if held is None else held.num_examples,
             prompt_tokens=store.stats["tokens"] - store.stats["supervised"],
             supervised_tokens=store.stats["supervised"],
+            weighted_tokens=store.stats["weighted"],
             mean_length=store.stats["tokens"] / store.num_examples,
             asked_share=entry["asked"],
             realised_share=entry["realised"],

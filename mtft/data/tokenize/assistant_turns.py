@@ -44,11 +44,15 @@ class RenderedChat:
     """Text as the model reads it. `spans` are [start, end) characters to learn, in order and disjoint.
 
     `turns`: the index of the message that each span is learnt for (none for plain text).
+    `weights`: [start, end) and weight of the pieces of all spans (turn_weights.py); none: 1 each. `row_weight`: of the
+    row.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     turns: tuple[int, ...] = ()
+    weights: tuple[tuple[int, int, float], ...] = ()
+    row_weight: float = 1.0
 
 
 def find_turn(template: ChatTemplate, messages: Sequence[Message], i: int, tools: Any, notes: set[str]) -> Turn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,16 +18,21 @@ from mtft.data.notes import KEY
 from mtft.data.tokenize.assistant_turns import RenderedChat, common_length, end_turns, find_turn, group_turns
 from mtft.data.tokenize.shown_whole import ShownWhole, find_loss, find_loss_of_context, loss_error
 from mtft.data.tokenize.template import PROBE, ChatTemplate
+from mtft.data.tokenize.turn_weights import TurnWeights
 
 
 class ChatRenderer:
-    """Renders conversations with a tokenizer's chat template. `notes` counts what had to be changed."""
+    """Renders conversations with a tokenizer's chat template. `notes` counts what had to be changed.
 
-    def __init__(self, tokenizer: Any) -> None:
+    thinking_weight: of the tokens of thoughts.
+    """
+
+    def __init__(self, tokenizer: Any, *, thinking_weight: float = 1.0) -> None:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer)
         self.special = self.template.special
         self.notes: Counter[str] = Counter()  # conversations, by what was done to them
+        self._turn_weights = TurnWeights(self.template, thinking_weight)
         self._special = re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
         self._shown_whole = ShownWhole(lambda messages, tools: self._examples(messages, tools, set()))
 
@@ -37,7 +43,7 @@ class ChatRenderer:
             RowError: If the template refuses the conversation, or does not show all of it.
         """
         if conversation.text is not None:
-            return [self._plain(conversation.text)]
+            return [replace(self._plain(conversation.text), row_weight=conversation.weight)]
         messages, tools = list(conversation.messages), conversation.tools
         notes = {"default_template"} if self.template.default else set()
         try:
@@ -56,7 +62,9 @@ class ChatRenderer:
             notes.add("split")
         notes |= {f"{KEY}{key}" for key in self.template.unread_keys(messages, tools)}
         self.notes.update(notes)
-        return examples
+        return [
+            replace(one, weights=self._turn_weights(messages, one), row_weight=conversation.weight) for one in examples
+        ]
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """What the model reads when it has to answer these messages: as in training, up to the learnt part.

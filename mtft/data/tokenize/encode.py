@@ -2,14 +2,16 @@
 
 The whole text is tokenised once, so the ids are those of the whole rendering by construction; the spans are carried
 over by character offsets. A token that holds any learnt character is learnt: no character of an answer is lost where
-a token reaches over the border. Special tokens stand in the text already, so none is added.
+a token reaches over the border. Of characters with several weights it has the largest. Special tokens stand in the text
+already, so none is added.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -17,11 +19,22 @@ from mtft.common.errors import UserError
 from mtft.data.tokenize.assistant_turns import RenderedChat
 
 
-class Example(NamedTuple):
-    """One training example. input_ids int32 [L], supervised bool [L]: token t is learnt (predicted from t - 1)."""
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One training example; it unpacks as (input_ids, supervised).
+
+    input_ids   int32 [L];  supervised  bool [L]: token t is learnt (predicted from t - 1)
+    weights     float32 [L]: how much token t counts, > 0 where it is learnt, else 0; None: 1 each
+    row_weight  how much the row that it is of counts, > 0
+    """
 
     input_ids: np.ndarray
     supervised: np.ndarray
+    weights: np.ndarray | None = None
+    row_weight: float = 1.0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter((self.input_ids, self.supervised))
 
 
 def encode(tokenizer: Any, rendered: Sequence[RenderedChat]) -> list[Example]:
@@ -29,7 +42,7 @@ def encode(tokenizer: Any, rendered: Sequence[RenderedChat]) -> list[Example]:
     if not rendered:
         return []
     if not tokenizer.is_fast:
-        return [_in_pieces(tokenizer, one) for one in rendered]
+        return [replace(_in_pieces(tokenizer, one), row_weight=one.row_weight) for one in rendered]
     # verbose=False: being longer than the model's window is judged later, by max_length
     batch = tokenizer(
         [one.text for one in rendered], add_special_tokens=False, return_attention_mask=False, verbose=False
@@ -40,8 +53,24 @@ def encode(tokenizer: Any, rendered: Sequence[RenderedChat]) -> list[Example]:
         supervised = np.zeros(len(ids), dtype=bool)
         for start, end in one.spans:
             supervised[slice(*_tokens(batch, index, start, end, len(one.text), len(ids)))] = True
-        examples.append(Example(ids, clear_first_token(supervised)))
+        clear_first_token(supervised)
+        weights = None
+        if one.weights:
+            weights = np.zeros(len(ids), dtype=np.float32)
+            for start, end, weight in one.weights:
+                own = weights[slice(*_tokens(batch, index, start, end, len(one.text), len(ids)))]
+                np.maximum(own, weight, out=own)
+        examples.append(_weighed(ids, supervised, weights, one.row_weight))
     return examples
+
+
+def _weighed(ids: np.ndarray, supervised: np.ndarray, weights: np.ndarray | None, of_row: float = 1.0) -> Example:
+    """The example; a token of weight 0 is not learnt, and weights that are all 1 are none."""
+    if weights is None:
+        return Example(ids, supervised, row_weight=of_row)
+    weights = np.where(supervised, weights, np.float32(0))
+    supervised = weights > 0
+    return Example(ids, supervised, None if (weights[supervised] == 1).all() else weights, of_row)
 
 
 def clear_first_token(supervised: np.ndarray) -> np.ndarray:
@@ -79,15 +108,16 @@ def _tokens(batch: Any, index: int, start: int, end: int, characters: int, token
 
 def _in_pieces(tokenizer: Any, one: RenderedChat) -> Example:
     """Tokenizers without offsets: tokenise between the borders, and prove that the pieces make the whole."""
-    borders = sorted({0, len(one.text), *(border for span in one.spans for border in span)})
+    pieces = one.weights or [(start, end, 1.0) for start, end in one.spans]
+    borders = sorted({0, len(one.text), *(border for start, end, _ in pieces for border in (start, end))})
     ids: list[int] = []
-    supervised: list[bool] = []
+    weights: list[float] = []
     for start, end in itertools.pairwise(borders):
         piece = tokenizer(one.text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
-        learnt = any(a <= start and end <= b for a, b in one.spans)
         ids += piece
-        supervised += [learnt] * len(piece)
+        weights += [max((weight for a, b, weight in pieces if a <= start and end <= b), default=0.0)] * len(piece)
     if ids != tokenizer(one.text, add_special_tokens=False, verbose=False)["input_ids"]:
         what = f"{type(tokenizer).__name__} has no character offsets, and its tokens reach over the borders of answers"
         raise UserError(what, where="model.path", do="use the fast tokenizer of this model (a tokenizer.json)")
-    return Example(np.asarray(ids, dtype=np.int32), clear_first_token(np.asarray(supervised, dtype=bool)))
+    weight_L = np.asarray(weights, dtype=np.float32)
+    return _weighed(np.asarray(ids, dtype=np.int32), clear_first_token(weight_L > 0), weight_L)

@@ -21,7 +21,7 @@ from mtft.common.errors import UserError
 from mtft.data.formats.columns import RowReader, make_reader
 from mtft.data.formats.messages import RowError, is_blank
 from mtft.data.formats.render_limit import EndlessTemplate
-from mtft.data.notes import COLUMN, MORE_COLUMNS, MOST_NAMED
+from mtft.data.notes import COLUMN, MORE_COLUMNS, MOST_NAMED, WEIGHT_ZERO
 from mtft.data.readers.row_files import FileRow, RowProblem
 from mtft.data.tokenize.assistant_turns import RenderedChat
 from mtft.data.tokenize.chat_template import ChatRenderer
@@ -51,7 +51,7 @@ class RowEncoder:
         self, tokenizer: Any, task: TaskSection, rows: Sequence[Mapping[str, Any]], label_names: dict[str, list[str]]
     ) -> None:
         self.arguments = (tokenizer, task, rows, label_names)
-        self.tokenizer, self.renderer = tokenizer, ChatRenderer(tokenizer)
+        self.tokenizer, self.renderer = tokenizer, ChatRenderer(tokenizer, thinking_weight=task.thinking_weight)
         # without a row that can be read the reader is never called: the problems speak for themselves
         self.reader = make_reader(task, rows, label_names.get) if rows else RowReader("text", {})
 
@@ -75,7 +75,11 @@ class RowEncoder:
             for column in self.reader.unseen:
                 notes[f"{FOUND}{column}"] += not is_blank(row.data.get(column))
             try:
-                rendered = self.renderer.render(self.reader(row.data))
+                conversation = self.reader(row.data)
+                if conversation.weight == 0:
+                    notes[WEIGHT_ZERO] += 1
+                    continue
+                rendered = self.renderer.render(conversation)
                 texts += [(index, text) for text in rendered] if tokenise else []
                 waiting += sum(len(text.text) for text in rendered)
             except EndlessTemplate as error:

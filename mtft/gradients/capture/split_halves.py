@@ -37,7 +37,7 @@ class SplitHalves:
         """Before the first micro-batch of a step."""
         rank = dist.get_rank() if ranks_of() > 1 else 0
         self._turn = [rank % 2] * self.num_tasks  # the half that the next example of each task goes to
-        self._size_H = torch.zeros(2 * self.num_tasks, dtype=torch.int64)
+        self._size_H = torch.zeros(2 * self.num_tasks, dtype=torch.float64)
 
     def deal(self, batch: Batch) -> Tensor:
         """int [B, T] on the CPU: the half of every token, -1 = padding. An example lies in one half."""
@@ -48,21 +48,32 @@ class SplitHalves:
         example_N = first_BT.flatten().cumsum(0) - 1
         learnt_N = example_N[(batch.labels_BT != IGNORE).flatten()]
         learnt = torch.bincount(learnt_N, minlength=int(first_BT.sum())).tolist()
+        sizes = self._sizes(batch, example_N, first_BT, learnt)
         half_of = []
-        for task, tokens in zip(task_BT[first_BT].tolist(), learnt, strict=True):
+        for task, tokens, size in zip(task_BT[first_BT].tolist(), learnt, sizes, strict=True):
             half_of.append(PADDING if task == PADDING else 2 * task + self._turn[task])
             if task != PADDING and tokens:
-                self._size_H[half_of[-1]] += 1 if self.by_samples else tokens
+                self._size_H[half_of[-1]] += size
                 self._turn[task] = 1 - self._turn[task]
         return torch.tensor(half_of)[example_N].view(task_BT.shape).to(batch.task_ids_BT)
+
+    def _sizes(self, batch: Batch, example_N: Tensor, first_BT: Tensor, learnt: list[int]) -> list[float]:
+        """How much each example counts in its task's mean: 1 or its tokens, by the weights of tokens and rows."""
+        size_E = torch.ones(len(learnt), dtype=torch.float64)
+        if not self.by_samples:
+            u_BT = batch.token_weights_BT
+            size_E = torch.tensor(learnt, dtype=torch.float64)
+            size_E = size_E if u_BT is None else torch.bincount(example_N, u_BT.flatten().double(), len(learnt))
+        return (size_E if batch.row_weights_BT is None else size_E * batch.row_weights_BT[first_BT]).tolist()
 
     def parts(self, device: torch.device | str = "cpu", group: dist.ProcessGroup | None = None) -> Tensor:
         """float64 [2 K]: each half's part of its task's loss, over all ranks; 0 where nothing is. A collective call."""
         size_H = self._size_H.to(device)
         if ranks_of(group) > 1:
             sum_over_ranks([size_H], group)
-        size_K2 = size_H.cpu().double().view(-1, 2)
-        return (size_K2 / size_K2.sum(dim=1, keepdim=True).clamp(min=1)).flatten()
+        size_K2 = size_H.cpu().view(-1, 2)
+        size_K1 = size_K2.sum(dim=1, keepdim=True)
+        return (size_K2 / torch.where(size_K1 > 0, size_K1, 1.0)).flatten()
 
 
 def joined(gram_HH: Tensor, part_H: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,13 +52,14 @@ def make_balancer(
     seed: int = 0,
     *,
     normalise: str = "task_token",
-    examples: Sequence[int] | None = None,
-    tokens: Sequence[int] | None = None,
+    examples: Sequence[float] | None = None,
+    tokens: Sequence[float] | None = None,
 ) -> Balancer:
     """The balancer that a recipe's `loss.balancer` describes; with `groups: {name: [task, ...]}` one over groups.
 
     `user_weights`: the weight of each task in the recipe, multiplied into every weight that comes out.
-    `examples`, `tokens`: size of each task's training data in examples and supervised tokens (temperature needs them).
+    `examples`, `tokens`: size of each task's training data in examples and supervised tokens, by their weights
+    (temperature needs them).
     Raises UserError for an unknown name or option, or an option out of its range.
     """
     context = BalancerContext(
@@ -66,8 +67,8 @@ def make_balancer(
         user_K=torch.tensor(list(user_weights), dtype=torch.float64),
         seed=seed,
         normalise=normalise,
-        examples_K=None if examples is None else torch.tensor(list(examples)),
-        tokens_K=None if tokens is None else torch.tensor(list(tokens)),
+        examples_K=None if examples is None else torch.tensor(list(examples), dtype=torch.float64),
+        tokens_K=None if tokens is None else torch.tensor(list(tokens), dtype=torch.float64),
     )
     options = dict(section.model_extra or {})
     groups = options.pop("groups", None)

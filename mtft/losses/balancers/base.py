@@ -70,7 +70,7 @@ class BalancerContext(NamedTuple):
 
     user_K       the user's weight of each task (None = 1)
     normalise    the objective's normalisation
-    examples_K   training examples of each task;  tokens_K  supervised tokens of each task
+    examples_K   training examples of each task;  tokens_K  supervised tokens of each task; both by their weights
     """
 
     tasks: tuple[str, ...]

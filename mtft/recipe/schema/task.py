@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,12 @@ class TaskSection(RecipeSection):
     """Held-out rows of this task, same format."""
     weight: NotNegative = 1.0
     """The user's weight of this task in the loss; multiplies the balancer's."""
+    loss_on: Literal["all", "last"] = "all"
+    """Which assistant turns of a row are learnt: all, or the last one of those that the row itself doesn't exclude."""
+    row_weight: str | None = None
+    """Column with how much a row counts: 0 (the row is not learnt), or a number from 0.000001 to 1,000,000."""
+    thinking_weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    """How much the tokens of an answer's thinking count, its opening tag included; the closing tag counts 1."""
     max_epochs: Positive | None = None
     """How often a row may be seen at the most. The plan refuses, or redistributes, what goes beyond."""
     limit: Annotated[int, Field(gt=0, le=10**12)] | None = None

@@ -66,7 +66,7 @@ class Objective:
 
     def loss(self, nll_BT: Tensor, batch: Batch, counts: TaskCounts, w_K: Tensor, step: int) -> Tensor:
         """This micro-batch's part of the loss of step `step`; the parts of all micro-batches and ranks add up to it."""
-        c_BT = coefficients(batch, counts, w_K, self.normalise)
+        c_BT = coefficients(batch, counts, w_K, self.normalise, nll_BT.dtype)
         if self.sample_weights is not None:
             c_BT = c_BT * self.sample_weights.factors(step, nll_BT, batch, len(w_K))
         return (c_BT * nll_BT).sum()

@@ -50,7 +50,8 @@ def test_the_same_batches_from_any_step_on(first):
     assert len(steps) == len(source) == 6
     for s in range(first, 6):
         for found, expected in zip(steps[s], source[s], strict=True):
-            assert all(torch.equal(getattr(found, name), value) for name, value in vars(expected).items())
+            pairs = [(getattr(found, name), value) for name, value in vars(expected).items()]
+            assert all(one is other if other is None else torch.equal(one, other) for one, other in pairs)
     steps.close()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,11 +20,16 @@ from mtft.data.tokenize.template import PROBE, ChatTemplate
 
 
 class ChatRenderer:
-    """Renders conversations with a tokenizer's chat template. `notes` counts what had to be changed."""
+    """Renders conversations with a tokenizer's chat template. `notes` counts what had to be changed.
 
-    def __init__(self, tokenizer: Any) -> None:
+    options: what the template is given beside the messages (`tasks.*.chat_template_kwargs`); where: their key.
+    """
+
+    def __init__(
+        self, tokenizer: Any, options: Mapping[str, Any] | None = None, where: str = "chat_template_kwargs"
+    ) -> None:
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer)
+        self.template = ChatTemplate(tokenizer, options, where)
         self.special = self.template.special
         self.notes: Counter[str] = Counter()  # conversations, by what was done to them
         self._special = re.compile("|".join(map(re.escape, self.special)) or r"(?!)")

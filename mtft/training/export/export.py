@@ -145,7 +145,7 @@ def write_card(
         lines += [f'ends = GenerationConfig.from_pretrained("{folder}").eos_token_id']
         lines += ["answer = model.generate(**inputs, max_new_tokens=100, eos_token_id=ends)"]
         lines += ['print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]))', "```", ""]
-    lines += how_to_prompt(tokenizer)
+    lines += how_to_prompt(tokenizer, recipe.tasks)
     lines += ["## Mixture", "", "| task | asked | realised | rows seen | epochs |", "|---|---|---|---|---|"]
     for row in plan.table():
         lines.append(

@@ -38,6 +38,11 @@ class TaskSummary:
     templates: tuple[list[tuple[str, bool]], ...] = ()
     """With several templates the first example of each, as `sample`; empty for one that no row looked at has."""
 
+    @property
+    def label(self) -> str:
+        """How it is called in tables."""
+        return f"{self.name} (auxiliary)" if self.auxiliary else self.name
+
 
 @dataclass(frozen=True)
 class DataSummary:

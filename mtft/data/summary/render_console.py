@@ -115,7 +115,7 @@ def summary_text(summary: DataSummary, width: int = 120, *, everything: bool = F
 
 
 def _table(title: str, summary: DataSummary, columns: Columns, shown: Sequence[TaskSummary]) -> WideTable:
-    rows = [(task.name, *(cell(task) for cell, _ in columns.values())) for task in shown]
+    rows = [(task.label, *(cell(task) for cell, _ in columns.values())) for task in shown]
     if len(shown) < len(summary.tasks):
         every = f"all {len(summary.tasks):,} tasks"
         rows.append((every, *(total(summary.tasks) for _, total in columns.values())))

@@ -153,7 +153,8 @@ def _write_design(recipe: Recipe, text: str) -> None:
 def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
     """Runs the trials that the ledger does not hold yet."""
     sweep = _sweep(recipe)
-    missing = [task.name for task in recipe.tasks if task.eval_data is None]
+    judged = {split_target(target)[0] for target in _goals(recipe)}
+    missing = [task.name for task in recipe.tasks if task.eval_data is None and task.name in judged]
     if missing:
         raise UserError(
             f"trials are scored on held-out rows, and {', '.join(missing)} has none",
@@ -270,7 +271,7 @@ def _goals(recipe: Recipe) -> dict[str, str]:
 
 def _fitted(recipe: Recipe) -> dict[str, str]:
     """The same for everything that is predicted: where single scores are weighed, each task's loss stands beside."""
-    losses = dict.fromkeys((f"{task}/loss" for task in recipe.task_names), "min")
+    losses = {f"{task.name}/loss": "min" for task in recipe.tasks if task.eval_data is not None}
     return _goals(recipe) if isinstance(_sweep(recipe).objective, str) else _goals(recipe) | losses
 
 

@@ -22,7 +22,7 @@ def merging(run: RunData) -> PageSection | None:
         )
     ]
     for metric, title in (("loss", "Held-out loss"), ("accuracy", "Token accuracy")):
-        rows = [[task, *_retained(row[metric])] for task, row in tasks.items()]
+        rows = [[run.label(task), *_retained(row[metric])] for task, row in tasks.items()]
         parts += [Paragraph(title, "heading"), table(["task", "base", "single", "merged", "retained share"], rows)]
     retained = {task: row["loss"]["retained"]["value"] for task, row in tasks.items()}
     drawn = [Plot("Share of the single-task adapter's gain in loss that the merged adapter keeps", _bars(retained))]
@@ -70,7 +70,7 @@ def fusion(run: RunData) -> PageSection | None:
             gap = _range({"value": row["gap"], "lower": low, "upper": high, "why": row["reason"]})
             if row["gap"] is None and row["strong"] == row["fused"] == row["tuned"]:
                 continue  # nothing moved: nothing to say
-            rows.append([task, metric, row["strong"], row["fused"], row["tuned"], gap, row["ratio"]])
+            rows.append([run.label(task), metric, row["strong"], row["fused"], row["tuned"], gap, row["ratio"]])
     parts.append(table(["task", "metric", "strong alone", "fused", "strong tuned", "gap closed", "ratio"], rows))
     alpha = fused.get("alpha", {})
     if alpha:

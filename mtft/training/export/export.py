@@ -160,7 +160,8 @@ def write_card(
         for task, task_scores in scores.items():
             summary = task_scores.summary()
             cells = " | ".join(f"{summary[metric]:.4f}" if metric in summary else "" for metric in metrics)
-            lines.append(f"| {task} | {cells} | {summary['examples']} |")
+            name = f"{task} (auxiliary)" if task in recipe.auxiliary_tasks else task
+            lines.append(f"| {name} | {cells} | {summary['examples']} |")
         lines.append("")
     if told := told_in_card(proof, not_proved):
         lines += [told, ""]

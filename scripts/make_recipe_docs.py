@@ -32,6 +32,7 @@ from mtft.recipe.schema.output import OutputSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.run import RunSection
 from mtft.recipe.schema.section import RecipeSection
+from mtft.recipe.schema.shots import DemonstrationRows, ShotsSection
 from mtft.recipe.schema.sweep import SweepSection
 from mtft.recipe.schema.task import TaskSection
 from mtft.recipe.schema.train import TrainSection
@@ -42,6 +43,8 @@ SECTIONS: dict[str, tuple[type[RecipeSection], str]] = {
     "top level": (Recipe, "A recipe is one YAML file. `name`, `model`, `tasks`, `train` and `output` must be there."),
     "model": (ModelSection, "The base model. Also the form of `sweep.model`, `fuse.strong` and `fuse.base`."),
     "tasks": (TaskSection, "A list; one item per task."),
+    "tasks.shots": (ShotsSection, ""),
+    "tasks.shots.from": (DemonstrationRows, ""),
     "tasks.metrics": (NamedMetricSection, "A name, or one of the two forms below ([tasks.md](tasks.md#metrics))."),
     "tasks.metrics.python": (PythonMetricSection, ""),
     "mixture": (MixtureSection, "Which share of which task."),

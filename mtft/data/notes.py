@@ -18,6 +18,12 @@ NOTES = {
     "opened": "answers lack what the template's generation prompt opens: at inference it will stand there",
     "thought_closed": "answers begin by closing the thought that the template's generation prompt opens",
 }
+SHOTS_LEFT_OUT, SHOTS_FEW, SHOTS_NO_PLACE = "shots_left_out", "shots_few", "shots_no_place"
+NOTES |= {
+    SHOTS_LEFT_OUT: "rows have fewer demonstrations than tasks.*.shots.n: all would not fit into train.max_length",
+    SHOTS_FEW: "rows have fewer demonstrations than tasks.*.shots.n: too few rows have another prompt",
+    SHOTS_NO_PLACE: "rows have no demonstrations: they do not begin with the user",
+}
 MOST_NAMED = 20  # columns of a row that nobody reads and that are named
 MORE_COLUMNS = "more_columns"
 NOTES[MORE_COLUMNS] = f"rows have more than {MOST_NAMED} columns that are not read; only these are named"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -18,12 +20,15 @@ WIDTH = 108  # where the output is no terminal, or a narrow one: wrapped lines r
 MOST_TASKS, SHOWN_OF_MANY = 20, 8
 
 
-def print_results(results: dict[str, dict[str, dict[str, float]]], console: Console | None = None) -> None:
-    """results: {stage: {task: {metric: value}}}. Of more than MOST_TASKS tasks their mean, and those that differ most
-    between the first stage and the last; results.json has all of them.
+def print_results(
+    results: dict[str, dict[str, dict[str, float]]], console: Console | None = None, *, auxiliary: Sequence[str] = ()
+) -> None:
+    """results: {stage: {task: {metric: value}}}. Of more than MOST_TASKS tasks their mean, without the auxiliary ones,
+    and those that differ most between the first stage and the last; results.json has all of them.
     """
     console = console or Console(width=max(WIDTH, Console().width))
     tasks = list(dict.fromkeys(task for stage in results.values() for task in stage))
+    counted = [task for task in tasks if task not in auxiliary]
     told = {metric for stage in results.values() for scores in stage.values() for metric in scores} - SIZES
     more = sorted(told - {metric for metric, _ in SHOWN})
     for metric, title in (*SHOWN, *((metric, metric) for metric in more)):
@@ -34,10 +39,13 @@ def print_results(results: dict[str, dict[str, dict[str, float]]], console: Cons
         having = [task for task in tasks if metric not in more or _has(results, task, metric)]
         shown = having if len(having) <= MOST_TASKS else _most_changed(results, having, metric)
         if len(shown) < len(having):
-            table.add_row(f"mean of {len(having):,}", *(_mean(scores, metric) for scores in results.values()))
+            judged = [task for task in having if task in counted]
+            means = (_mean(scores, metric, judged) for scores in results.values())
+            table.add_row(f"mean of {len(judged):,}", *means)
         for task in shown:
             values = [results[stage].get(task, {}).get(metric) for stage in results]
-            table.add_row(task, *("–" if value is None else f"{value:.3f}" for value in values))
+            name = task if task in counted else f"{task} (auxiliary)"
+            table.add_row(name, *("–" if value is None else f"{value:.3f}" for value in values))
         console.print(table)
         if len(shown) < len(having):
             console.print(f"and {len(having) - len(shown):,} more tasks (results.json)")
@@ -58,6 +66,6 @@ def _most_changed(results: dict[str, dict[str, dict[str, float]]], tasks: list[s
     return [task for task in tasks if task in chosen]
 
 
-def _mean(scores: dict[str, dict[str, float]], metric: str) -> str:
-    known = [values[metric] for values in scores.values() if values.get(metric) is not None]
+def _mean(scores: dict[str, dict[str, float]], metric: str, tasks: Sequence[str]) -> str:
+    known = [value for task in tasks if (value := scores.get(task, {}).get(metric)) is not None]
     return f"{sum(known) / len(known):.3f}" if known else "–"

@@ -151,7 +151,7 @@ def _run_stages(recipe: Recipe, root: Path, *, fresh: bool, launch: str | None) 
     strong = {name: scores for name, scores in stages.items() if name in ("strong base", "fused", "strong tuned")}
     for group in (strong, {name: scores for name, scores in stages.items() if name not in strong}):
         check_same_examples(group, root)  # another tokenizer may leave out other rows
-    return _report(root, stages, say)
+    return _report(recipe, root, stages, say)
 
 
 def _choose_mixture(recipe: Recipe, stores: list[Any], *, fresh: bool, say) -> RunChoice:
@@ -223,14 +223,14 @@ def _name_adapters(folders: Sequence[str]) -> dict[str, Path]:
     return named
 
 
-def _report(root: Path, stages: dict[str, Scores], say) -> Path:
+def _report(recipe: Recipe, root: Path, stages: dict[str, Scores], say) -> Path:
     from mtft.pipeline.results_table import print_results
     from mtft.report.page import write_report
 
     results = table(stages)
     write_json(root / "results.json", results)
     page = write_report([root])
-    print_results(results)
+    print_results(results, auxiliary=recipe.auxiliary_tasks)
     say("done")
     print(f"report: {page}")
     return page

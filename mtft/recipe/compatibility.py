@@ -7,11 +7,12 @@ from mtft.distributed.launch import LaunchConfig
 from mtft.recipe.rules.adapter_rules import ADAPTER_RULES
 from mtft.recipe.rules.mixture_rules import MIXTURE_RULES
 from mtft.recipe.rules.rule import BalancerFacts, Rule, Stage
+from mtft.recipe.rules.task_rules import TASK_RULES
 from mtft.recipe.rules.training_rules import TRAINING_RULES
 from mtft.recipe.rules.warning_rules import WARNING_RULES
 from mtft.recipe.schema.recipe import Recipe
 
-TABLE: tuple[Rule, ...] = (*TRAINING_RULES, *MIXTURE_RULES, *ADAPTER_RULES, *WARNING_RULES)
+TABLE: tuple[Rule, ...] = (*TASK_RULES, *TRAINING_RULES, *MIXTURE_RULES, *ADAPTER_RULES, *WARNING_RULES)
 
 
 def check_compatibility(

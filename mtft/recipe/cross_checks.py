@@ -18,6 +18,7 @@ from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture
 from mtft.common.listing import listed
 from mtft.common.own_files import irregular
 from mtft.recipe.metric_keys import check_metric_keys
+from mtft.recipe.rules.task_rules import GIVEN
 from mtft.recipe.schema.metric import metric_key
 from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
 from mtft.recipe.targets import FORWARD
@@ -32,6 +33,7 @@ def check_source(source: YamlSource) -> list[YamlProblem]:
     names = _task_names(source)
     return [
         *_names(source),
+        *_prompts(source, names),
         *(problem for path in _share_paths(source) for problem in _shares(source, path, names)),
         *_stops(source),
         *_bounds(source, names),
@@ -94,8 +96,8 @@ def _items(source: YamlSource, *path: str | int) -> list[tuple[KeyPath, Any]]:
 
 def _data(source: YamlSource) -> Iterator[tuple[KeyPath, str]]:
     for task, _ in _items(source, "tasks"):
-        for key in ("data", "eval_data"):
-            path: KeyPath = (*task, key)
+        for keys in (("data",), ("eval_data",), ("shots", "from", "data")):
+            path: KeyPath = (*task, *keys)
             for place, written in _items(source, *path) or [(path, source.value(path))]:
                 if isinstance(written, str):
                     yield place, written
@@ -129,6 +131,25 @@ def _names(source: YamlSource) -> list[YamlProblem]:
             what = f"is {name!r}, which is a rule of mixture.shares"
             problems.append(YamlProblem(path, what, f"call the task something else, for example {name}-task"))
         seen.setdefault(name, path)
+    return problems
+
+
+def _prompts(source: YamlSource, names: tuple[str, ...]) -> list[YamlProblem]:
+    """What stands in front of prompts: a system prompt that says something, options of the template, demonstrations."""
+    problems = []
+    for task, _ in _items(source, "tasks"):
+        path: KeyPath = (*task, "system")
+        if isinstance(system := source.value(path), str) and not system.strip():
+            problems.append(YamlProblem(path, "says nothing", "write a system prompt, or leave the key out"))
+        path = (*task, "chat_template_kwargs")
+        if isinstance(given := source.value(path), dict):
+            do = "leave it out: it comes from the rows, the tokenizer, or this program"
+            problems += [
+                YamlProblem((*path, name), "is not for the recipe to set", do) for name in given if name in GIVEN
+            ]
+        path = (*task, "shots", "from")
+        if isinstance(pool := source.value(path), str):
+            problems += [YamlProblem(path, found.what, found.do) for found in _unknown_tasks(path, [pool], names)]
     return problems
 
 

@@ -27,6 +27,7 @@ from mtft.recipe.schema.loss import BalancerSection
 from mtft.recipe.schema.metric import NamedMetricSection, PythonMetricSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.section import BALANCER_OPTIONS, DATA, INPUT, PathKind, RecipeSection
+from mtft.recipe.schema.task import LATER_KEYS, TaskSection
 from mtft.recipe.yaml_source import YamlProblem, YamlSource, apply_override, read_yaml
 
 
@@ -162,6 +163,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def fingerprint(recipe: Recipe, *, without: Sequence[str] = ()) -> str:
     """SHA-256 (hex) of the recipe's canonical JSON, leaving out the dotted keys in `without` ("output", "train.steps").
 
+    Keys of later versions stand in it only where they are set: what was there before them keeps its fingerprint.
     Raises KeyError if such a key is not in the recipe: a misspelt one would silently count.
     """
     values = recipe.model_dump(mode="json")
@@ -171,4 +173,9 @@ def fingerprint(recipe: Recipe, *, without: Sequence[str] = ()) -> str:
         for name in sections:
             section = section[name]
         del section[key]
+    plain = TaskSection(name="a", data="a").model_dump(mode="json", include=set(LATER_KEYS))
+    values["tasks"] = [
+        {key: value for key, value in task.items() if key not in plain or value != plain[key]}
+        for task in values["tasks"]
+    ]
     return json_hash(values, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -26,9 +26,12 @@ def split_target(name: str) -> tuple[str, str]:
 
 
 def targets_of(recipe: Recipe, name: str) -> tuple[str, ...]:
-    """ "task/metric" of everything that "mean/f1", "worst", "sql/f1" or "sql" stands for; empty if nothing."""
+    """ "task/metric" of everything that "mean/f1", "worst", "sql/f1" or "sql" stands for; empty if nothing.
+
+    Auxiliary tasks only by their names.
+    """
     of, metric = split_target(name)
-    tasks = [task for task in recipe.tasks if of in OVER_TASKS or task.name == of]
+    tasks = [task for task in recipe.tasks if (of in OVER_TASKS and not task.auxiliary) or task.name == of]
     return tuple(f"{task.name}/{metric}" for task in tasks if metric in metrics_of(task))
 
 

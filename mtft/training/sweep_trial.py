@@ -51,8 +51,8 @@ def run_trial(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    inputs, base = _keep(recipe, eval_limit)  # with the recipe's seed: what is drawn by row is the same in all trials
     recipe = recipe.model_copy(update={"seed": trial.seed, "output": recipe.output.model_copy(update={"trackers": ()})})
-    inputs, base = _keep(recipe, eval_limit)
     plan = make_plan(recipe, inputs.stores, trial.mixture)
     with tempfile.TemporaryDirectory(prefix="mtft-trial-") as scratch:
         args = training_arguments(recipe, Path(scratch), steps=plan.steps, evaluates=False, saves=False)
@@ -106,7 +106,7 @@ class _EvaluateAtChecks(TrainerCallback):
 def _keep(recipe: Recipe, eval_limit: int | None) -> tuple[TrainingInputs, Any]:
     """What the trials of this recipe share, inputs and base; kept until a trial of another recipe comes."""
     global _kept
-    key = f"{fingerprint(recipe, without=('seed', 'mixture', 'output', 'name'))} {eval_limit}"
+    key = f"{fingerprint(recipe, without=('mixture', 'output', 'name'))} {eval_limit}"
     if _kept is None or _kept[0] != key:
         inputs = read_training_inputs(recipe, eval_limit=eval_limit)
         _kept = key, inputs, load_base(recipe.model, full=recipe.lora is None)

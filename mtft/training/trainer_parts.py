@@ -234,7 +234,12 @@ def trainer_parts(
         "log": log,
         "gradient_step": gradient_step,
         "stopping": EarlyStopping(
-            recipe.task_names, section.watch, section.patience, section.task_patience, section.min_delta
+            recipe.task_names,
+            section.watch,
+            section.patience,
+            section.task_patience,
+            section.min_delta,
+            recipe.auxiliary_tasks,
         ),
         "online": online,
         "score": score,

@@ -17,6 +17,15 @@ PLAIN = LaunchConfig()
 
 # row -> (stage, overrides, engine, needs of the balancer)
 CASES = {
+    "tasks.*.shots + tasks.*.format: text": (
+        "check",
+        ["tasks.sum.shots={n: 2, from: sql.v1}", "tasks.sql.v1.format=text"],
+    ),
+    "tasks.*.system, chat_template_kwargs + tasks.*.format: text": (
+        "train",
+        ["tasks.sum.system=be brief", "tasks.sum.format={text: article}"],
+    ),
+    "tasks.*.auxiliary": ("merge", ["tasks.sum.auxiliary=true", "tasks.sql.v1.auxiliary=true"]),
     "sweep": ("mix", ["sweep=null"]),
     "merge": ("merge", ["merge=null"]),
     "fuse": ("fuse", ["fuse=null"]),

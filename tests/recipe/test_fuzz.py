@@ -203,6 +203,7 @@ def test_every_key_of_the_schema_refuses_an_unknown_neighbour(folder):
         ("mixture", "groups"),
         ("sweep", "objective"),
         ("tasks", 1, "format"),
+        *(("tasks", task, "chat_template_kwargs") for task in (0, 1)),
     }
     checked = 0
     for place in sections:

@@ -28,11 +28,15 @@ NO_PATHS = {
     ".tasks.split",
     ".tasks.format",  # a format's name, or columns
     ".tasks.template",  # what is filled in
+    ".tasks.system",
+    ".tasks.chat_template_kwargs",
+    ".tasks.shots.from",  # a task
+    *(f".tasks.shots.from.{key}" for key in ("split", "format", "template")),
+    ".tasks.generate.stop",
+    ".sweep.objective",
     ".tasks.metrics",
     ".tasks.metrics.name",
     ".tasks.metrics.key",
-    ".tasks.generate.stop",
-    ".sweep.objective",
     ".tasks.metrics.folder",  # absolute where it is written: no command may be kept from writing there
     ".output.trackers",
     ".train.optimizer",
@@ -54,7 +58,7 @@ name: all
 model: {path: ./in/model, chat_template: in/chat.jinja}
 tasks:
   - {name: a, data: in/a.jsonl, eval_data: [in/b.jsonl, "hub:org/name"], metrics: [{python: "in/m.py:f"}]}
-  - {name: b, data: ["quickstart:add"], eval_data: in/c.jsonl}
+  - {name: b, data: ["quickstart:add"], eval_data: in/c.jsonl, shots: {n: 1, from: {data: in/d.jsonl}}}
 mixture: {shares: SHARES, online: {name: group_dro, reference: in/run}}
 lora: {r: 4, start: in/adapter}
 train: {steps: 4}

@@ -9,6 +9,7 @@ from data_mixers.mixture.mixture import Mixture
 from data_mixers.sweep.early_termination import learn_stop_rule
 from data_mixers.sweep.trial import Trial
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training import sweep_trial
 from mtft.training.run_training import train
 from mtft.training.sweep_trial import run_trial
 
@@ -75,3 +76,13 @@ def test_checks_on_the_way_change_nothing_and_a_hopeless_trial_ends_there(short)
     stopped = run_trial(trial(0.4), longer, eval_limit=4, checks=(0.25, 0.5), stop=rule)
     assert [progress for progress, _ in stopped] == [0.25, 0.5]
     assert stopped == points[:2]
+
+
+def test_what_is_drawn_by_row_is_the_same_in_every_trial(short, monkeypatch):
+    """Trials have seeds of their own; which template or demonstrations a row has hangs on the recipe's."""
+    seeds, read = [], sweep_trial.read_training_inputs
+    monkeypatch.setattr(sweep_trial, "read_training_inputs", lambda r, **k: (seeds.append(r.seed), read(r, **k))[1])
+    monkeypatch.setattr(sweep_trial, "_kept", None)
+    for seed in (3, 4):
+        run_trial(trial(0.4, seed=seed), short, eval_limit=2)
+    assert seeds == [short.seed]

@@ -108,12 +108,28 @@ class RowReader:
         return [column for column, value in row.items() if column not in self._read and not is_blank(value)]
 
 
+def make_readers(
+    task: TaskSection, rows: Sequence[Mapping[str, Any]], names_of: Callable[[str], list[str] | None]
+) -> tuple[RowReader, ...]:
+    """A reader for each template of the task; one without any. A column that one of them reads counts as read."""
+    readers = []
+    for number, template in enumerate(task.templates):
+        try:
+            readers.append(make_reader(task.model_copy(update={"template": template}), rows, names_of))
+        except UserError as error:
+            if len(task.templates) > 1 and (error.where or "").endswith(".template"):
+                raise UserError(error.what, where=f"{error.where}[{number}]", do=error.do) from error
+            raise
+    used = frozenset[str]().union(*(reader.template_columns for reader in readers))
+    return tuple(replace(reader, template_columns=used) for reader in readers)
+
+
 def make_reader(
     task: TaskSection, rows: Sequence[Mapping[str, Any]], names_of: Callable[[str], list[str] | None]
 ) -> RowReader:
     """The reader of a task, decided from the recipe and from its first rows. Raises UserError if nothing fits."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    template = _compile(task, columns) if task.template is not None else None
+    template = _compile(task, task.template, columns) if isinstance(task.template, str) else None
     if isinstance(task.format, dict):
         reader = _declared(task, task.format, columns, template)
     else:
@@ -243,7 +259,9 @@ def _role_content(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
-def _compile(task: TaskSection, columns: list[str]) -> tuple[Callable[[Mapping[str, Any]], str], frozenset[str]]:
+def _compile(
+    task: TaskSection, template: str, columns: list[str]
+) -> tuple[Callable[[Mapping[str, Any]], str], frozenset[str]]:
     """The template as a function of a row, and the columns that it reads."""
     from jinja2 import StrictUndefined, TemplateError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -252,7 +270,7 @@ def _compile(task: TaskSection, columns: list[str]) -> tuple[Callable[[Mapping[s
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_written)
     try:
         with RenderLimit():  # what is constant, {{ 9 ** 9 ** 9 }}, is computed here
-            tree = environment.parse(task.template or "")
+            tree = environment.parse(template)
             compiled = environment.from_string(tree)
             used = frozenset(meta.find_undeclared_variables(tree) - set(environment.globals))
     except (TemplateError, *_FAILURES) as error:

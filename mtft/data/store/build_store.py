@@ -5,7 +5,6 @@ Memory does not grow with the data: what is in flight are a few blocks of rows.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mtft.common.errors import UserError
+from mtft.data.demonstrations.pool import PoolSource, read_pool
 from mtft.data.formats.columns import nearest
+from mtft.data.formats.task_reader import first_rows
 from mtft.data.notes import COLUMN
 from mtft.data.readers.bad_rows import BadRowCollector
 from mtft.data.readers.row_files import FileRow
@@ -26,7 +27,6 @@ from mtft.data.tokenize.encode import Example, clear_first_token, draw
 from mtft.data.tokenize.parallel_encode import FOUND, RowEncoder, batch_rows, num_processes, parallel_encode
 from mtft.recipe.schema.task import TaskSection
 
-PEEK = 50  # rows that decide how columns are read
 LONGEST_NAME = 200  # characters of a row id that are kept
 
 
@@ -44,13 +44,17 @@ def build_store(
     limit: int | None,
     total: int | None,
     processes: int | None = None,
+    seed: int = 0,
+    pool: PoolSource | None = None,
 ) -> None:
     """Write the store's files into `folder`.
 
-    total: rows that are expected, if known; processes: how many encode (None: as many as pay for `total`).
+    total: rows that are expected, if known; processes: how many encode (None: as many as pay for `total`); seed: of the
+    recipe; pool: where the task's demonstrations come from, if it has any.
     """
     expected = limit if total is None else min(total, limit or total)
-    encoder = _encoder(task, parts, tokenizer)
+    demonstrations = read_pool(task, pool, seed) if pool is not None else None
+    encoder = RowEncoder(tokenizer, task, *first_rows(parts), seed, demonstrations, max_length)
     bad = BadRowCollector(f"tasks.{task.name}.{'data' if which == 'train' else 'eval_data'}", bad_rows)
     fit_length = LengthPolicy(max_length, too_long, tokenizer.bos_token_id)
     notes: Counter[str] = Counter()
@@ -237,14 +241,6 @@ def _name(row: FileRow) -> bytes:
     if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
         return b""
     return str(name)[:LONGEST_NAME].encode("utf-8", "replace")
-
-
-def _encoder(task: TaskSection, parts: Sequence[SourcePart], tokenizer: Any) -> RowEncoder:
-    rows = (row.data for part in parts for row in part.rows() if isinstance(row, FileRow))
-    peeked = list(itertools.islice(rows, PEEK))
-    columns = {column for row in peeked for column in row}
-    names = {column: label_names for column in columns for part in parts if (label_names := part.label_names(column))}
-    return RowEncoder(tokenizer, task, peeked, names)
 
 
 def _check_found(task: TaskSection, optional: Sequence[str], notes: Counter[str]) -> None:

@@ -38,8 +38,10 @@ from mtft.common.cache_folder import writable_cache
 from mtft.common.errors import UserError
 from mtft.common.fingerprint import json_hash
 from mtft.common.folder_lock import sole_writer
+from mtft.data.demonstrations.pool import PoolSource, pool_task
 from mtft.data.notes import describe_note
 from mtft.data.readers.sources import find_source_parts
+from mtft.data.store.prompt_state import prompt_state
 from mtft.data.store.row_names import place, row_starts
 from mtft.data.store.store_files import DamagedStoreError, read_meta, verify_files, write_verified
 from mtft.data.tokenize.encode import Example
@@ -197,12 +199,15 @@ def open_store(
     limit: int | None = None,
     cache_dir: Path | None = None,
     digest: str | None = None,
+    seed: int = 0,
+    pool: TaskSection | None = None,
 ) -> TokenStore:
     """The store of a task's `data` (which="train") or `eval_data` ("eval"): found, or built once while others wait.
 
     `limit` cuts the rows; for training rows the task's own `limit` applies as well. digest: of the tokenizer, where it
-    is known. Raises UserError for rows that can't be used, for a task in which nothing is learnt, and when the disk is
-    full.
+    is known. seed: of the recipe, for what is drawn by row; pool: the task whose training rows are the demonstrations
+    (`pool_task`; None: the task itself, if it has any).
+    Raises UserError for rows that can't be used, for a task in which nothing is learnt, and when the disk is full.
     """
     from mtft.data.store.build_store import build_store  # needs the tokenizer's libraries; opening does not
 
@@ -211,10 +216,11 @@ def open_store(
     cache = cache_dir or writable_cache()
     parts = find_source_parts(task, which, cache)
     contents = [part.content() for part in parts]
+    source = PoolSource(pool or task, find_source_parts(pool or task, "train", cache)) if task.shots else None
     fingerprint = _fingerprint(
         parts=[[part.name, content.digest] for part, content in zip(parts, contents)],
         format=task.format,
-        template=task.template,
+        **prompt_state(task, source, seed),
         tokenizer=digest or tokenizer_digest(tokenizer),
         max_length=max_length,
         too_long=too_long,
@@ -247,6 +253,7 @@ def open_store(
                     build_store(
                         folder, task, which, parts, tokenizer, fingerprint,
                         max_length=max_length, too_long=too_long, bad_rows=bad_rows, limit=limit, total=total,
+                        seed=seed, pool=source,
                     )  # fmt: skip
                     write_verified(folder)
                     for path in [*folder.iterdir(), folder]:
@@ -314,7 +321,8 @@ def open_stores(
             stores.append(None)
             continue
         try:
-            stores.append(open_store(task, which, tokenizer, **options))
+            pool = pool_task(recipe, task)
+            stores.append(open_store(task, which, tokenizer, **options, seed=recipe.seed, pool=pool))
         except UserError as error:
             if not (error.where or "").startswith("tasks."):
                 raise

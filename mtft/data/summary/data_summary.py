@@ -34,6 +34,15 @@ class TaskSummary:
     effective_weight: float
     notes: dict[str, int]
     sample: list[tuple[str, bool]]
+    auxiliary: bool = False
+    """Whether it counts in no mean over the tasks."""
+    templates: tuple[list[tuple[str, bool]], ...] = ()
+    """With several templates the first example of each, as `sample`; empty for one that no row looked at has."""
+
+    @property
+    def label(self) -> str:
+        """How it is called in tables."""
+        return f"{self.name} (auxiliary)" if self.auxiliary else self.name
 
 
 @dataclass(frozen=True)

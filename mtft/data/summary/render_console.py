@@ -97,7 +97,8 @@ def render_summary(summary: DataSummary, *, everything: bool = False) -> Group:
         parts.append(Text("the first example, learnt parts between ⟦ and ⟧"))
     else:
         parts.append(Text("the first example of each task, learnt parts between ⟦ and ⟧"))
-    parts += [_sample(task, SHOWN_OF_MANY if brief else SHOWN) for task in summary.tasks[: 1 if brief else None]]
+    most = SHOWN_OF_MANY if brief else SHOWN
+    parts += [panel for task in summary.tasks[: 1 if brief else None] for panel in _samples(task, most)]
     said = warning_lines(summary.warnings, [task.name for task in summary.tasks], everything=everything)
     return Group(*parts, *map(warning_text, said))
 
@@ -115,7 +116,7 @@ def summary_text(summary: DataSummary, width: int = 120, *, everything: bool = F
 
 
 def _table(title: str, summary: DataSummary, columns: Columns, shown: Sequence[TaskSummary]) -> WideTable:
-    rows = [(task.name, *(cell(task) for cell, _ in columns.values())) for task in shown]
+    rows = [(task.label, *(cell(task) for cell, _ in columns.values())) for task in shown]
     if len(shown) < len(summary.tasks):
         every = f"all {len(summary.tasks):,} tasks"
         rows.append((every, *(total(summary.tasks) for _, total in columns.values())))
@@ -150,9 +151,18 @@ def _weighted(summary: DataSummary) -> list[Text]:
     return [Text(f"weighted: {total:,} learnt tokens at other weights than 1 ({listed(of, 8)})")] if of else []
 
 
-def _sample(task: TaskSummary, most: int) -> Panel:
+def _samples(task: TaskSummary, most: int) -> list[Panel]:
+    """The first example, or of several templates the first of each."""
+    if not any(task.templates):
+        return [_sample(task.name, task.sample, most)]
+    number = len(task.templates)
+    shown = ((f"{task.name}, template {k} of {number}", parts) for k, parts in enumerate(task.templates, 1))
+    return [_sample(title, parts, most) for title, parts in shown if parts]
+
+
+def _sample(title: str, parts: Sequence[tuple[str, bool]], most: int) -> Panel:
     text = Text()
-    for part, learnt in task.sample:
+    for part, learnt in parts:
         shown = part if len(part) <= most else f"{part[: most // 2]} [...] {part[-most // 2 :]}"
         text.append(f"⟦{shown}⟧" if learnt else shown, style="bold green" if learnt else "dim")
-    return Panel(text, title=Text(task.name), title_align="left")
+    return Panel(text, title=Text(title), title_align="left")

@@ -17,6 +17,7 @@ from data_mixers.plan.mixture_plan import MixturePlan
 from data_mixers.plan.realized import realized_spans
 from data_mixers.plan.replanned import ReplannedPlan
 from mtft.data.batching.batches import BatchSource
+from mtft.data.formats.task_reader import template_of
 from mtft.data.planning import epoch_caps, make_plan, share_bounds
 from mtft.data.store.token_store import TokenStore, open_stores
 from mtft.data.summary.data_summary import DataSummary, TaskSummary
@@ -24,6 +25,7 @@ from mtft.data.summary.lay_out import lay_out
 from mtft.data.tokenize.chat_template import ChatRenderer
 from mtft.data.tokenize.encode import runs
 from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.schema.task import TaskSection
 
 FROM_STORE = ("rows", "tokens", "longest", "truncated", "dropped", "skipped", "notes")  # as its stats have them
 LOOKED_AT = 100_000  # examples of a task that are searched for held-out ones
@@ -82,6 +84,8 @@ def summarize_data(
             weight=task.weight,
             effective_weight=entry["realised"] * task.weight,
             sample=runs(tokenizer, store.example(0)),
+            auxiliary=task.auxiliary,
+            templates=_of_templates(recipe, task, store, tokenizer),
         )
         for task, store, held, entry, played, learnt in zip(recipe.tasks, stores, held_out, table, played_K, learnt_K)
     )
@@ -108,6 +112,21 @@ def summarize_data(
     looked = [*_warnings(stores, summary, epoch_caps(recipe)), *_ends(tokenizer)]
     warnings = [*looked, *outside, *_leaks(stores, held_out)]
     return replace(summary, warnings=tuple(warnings))
+
+
+def _of_templates(
+    recipe: Recipe, task: TaskSection, store: TokenStore, tokenizer: Any
+) -> tuple[list[tuple[str, bool]], ...]:
+    """The first example of each of several templates. Looks at LOOKED_AT examples."""
+    number = len(task.templates)
+    found: dict[int, list[tuple[str, bool]]] = {}
+    for i in range(min(len(store), LOOKED_AT) if number > 1 else 0):
+        which = template_of(store.place(i), number, recipe.seed)
+        if which not in found:
+            found[which] = runs(tokenizer, store.example(i))
+        if len(found) == number:
+            break
+    return tuple(found.get(which, []) for which in range(number)) if number > 1 else ()
 
 
 def _warnings(stores: Sequence[TokenStore], summary: DataSummary, caps: dict[str, float]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -24,12 +24,20 @@ from mtft.data.tokenize.turn_weights import TurnWeights
 class ChatRenderer:
     """Renders conversations with a tokenizer's chat template. `notes` counts what had to be changed.
 
+    options: what the template is given beside the messages (`tasks.*.chat_template_kwargs`); where: their key.
     thinking_weight: of the tokens of thoughts.
     """
 
-    def __init__(self, tokenizer: Any, *, thinking_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        options: Mapping[str, Any] | None = None,
+        where: str = "chat_template_kwargs",
+        *,
+        thinking_weight: float = 1.0,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer)
+        self.template = ChatTemplate(tokenizer, options, where)
         self.special = self.template.special
         self.notes: Counter[str] = Counter()  # conversations, by what was done to them
         self._turn_weights = TurnWeights(self.template, thinking_weight)

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 from data_mixers.common.spawn_context import spawn_context
 from mtft.common.errors import UserError
-from mtft.data.formats.columns import RowReader, make_reader
-from mtft.data.formats.messages import RowError, is_blank
+from mtft.data.demonstrations.pool import DemonstrationPool
+from mtft.data.demonstrations.render import DemonstrationRenderer
+from mtft.data.formats.messages import Conversation, RowError, is_blank
 from mtft.data.formats.render_limit import EndlessTemplate
+from mtft.data.formats.task_reader import TaskReader
 from mtft.data.notes import COLUMN, MORE_COLUMNS, MOST_NAMED, WEIGHT_ZERO
 from mtft.data.readers.row_files import FileRow, RowProblem
 from mtft.data.tokenize.assistant_turns import RenderedChat
@@ -45,15 +47,30 @@ class EncodedBlock(NamedTuple):
 
 
 class RowEncoder:
-    """Rows of one task to examples. `rows`: the first ones, which decide how columns are read."""
+    """Rows of one task to examples. `rows`: the first ones, which decide how columns are read.
+
+    seed: of the recipe; pool: the demonstrations, where the task has some, which fill an example up to max_length.
+    """
 
     def __init__(
-        self, tokenizer: Any, task: TaskSection, rows: Sequence[Mapping[str, Any]], label_names: dict[str, list[str]]
+        self,
+        tokenizer: Any,
+        task: TaskSection,
+        rows: Sequence[Mapping[str, Any]],
+        label_names: dict[str, list[str]],
+        seed: int = 0,
+        pool: DemonstrationPool | None = None,
+        max_length: int | None = None,
     ) -> None:
-        self.arguments = (tokenizer, task, rows, label_names)
-        self.tokenizer, self.renderer = tokenizer, ChatRenderer(tokenizer, thinking_weight=task.thinking_weight)
-        # without a row that can be read the reader is never called: the problems speak for themselves
-        self.reader = make_reader(task, rows, label_names.get) if rows else RowReader("text", {})
+        self.arguments = (tokenizer, task, rows, label_names, seed, pool, max_length)
+        where = f"tasks.{task.name}.chat_template_kwargs"
+        self.tokenizer, self.renderer = (
+            tokenizer,
+            ChatRenderer(tokenizer, task.chat_template_kwargs, where, thinking_weight=task.thinking_weight),
+        )
+        self.task_reader = TaskReader(task, rows, label_names.get, seed)
+        self.reader = self.task_reader.first
+        self._demonstrations = pool and DemonstrationRenderer(pool, self.task_reader, self.renderer, max_length)
 
     def __call__(self, block: Block, tokenise: bool = True) -> EncodedBlock:
         """tokenise=False only looks for problems."""
@@ -75,11 +92,11 @@ class RowEncoder:
             for column in self.reader.unseen:
                 notes[f"{FOUND}{column}"] += not is_blank(row.data.get(column))
             try:
-                conversation = self.reader(row.data)
+                conversation = self.task_reader(row)
                 if conversation.weight == 0:
                     notes[WEIGHT_ZERO] += 1
                     continue
-                rendered = self.renderer.render(conversation)
+                rendered = self._rendered(index, row, conversation)
                 texts += [(index, text) for text in rendered] if tokenise else []
                 waiting += sum(len(text.text) for text in rendered)
             except EndlessTemplate as error:
@@ -91,9 +108,15 @@ class RowEncoder:
                 texts, waiting = [], 0
         return EncodedBlock([*examples, *self._encoded(texts)], problems, Counter(notes))
 
+    def _rendered(self, index: int, row: FileRow, conversation: Conversation) -> list[RenderedChat]:
+        if self._demonstrations is not None:
+            return self._demonstrations.render(index, row, conversation)
+        return self.renderer.render(conversation)
+
     def _encoded(self, texts: list[tuple[int, RenderedChat]]) -> list[tuple[int, Example]]:
         found = encode(self.tokenizer, [text for _, text in texts])
-        return [(index, example) for (index, _), example in zip(texts, found, strict=True)]
+        encoded = [(index, example) for (index, _), example in zip(texts, found, strict=True)]
+        return encoded if self._demonstrations is None else self._demonstrations.fit(encoded)
 
     def preview_empty_row(self, row: FileRow) -> str | None:
         """How the example of a row without an answer would look; None if that is not all that is wrong with it."""
@@ -106,7 +129,7 @@ class RowEncoder:
             return {key: fill(item) for key, item in value.items()} if isinstance(value, dict) else value
 
         try:
-            rendered = self.renderer.render(self.reader(fill(row.data)))
+            rendered = self.renderer.render(self.task_reader(row._replace(data=fill(row.data))))
         except (RowError, RecursionError):
             return None
         return draw(self.tokenizer, encode(self.tokenizer, rendered)[0])

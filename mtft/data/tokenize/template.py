@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mtft.common.errors import UserError
 from mtft.data.formats.messages import REASONING, Message, RowError
 from mtft.data.formats.render_limit import RenderLimit, check_length
+from mtft.data.tokenize.template_options import check_options
 
 # For models without a chat template. The generation prompt ends without a space, because most tokenizers put the space
 # in front of a word into the word's token.
@@ -70,15 +71,25 @@ def without_empty_thought(content: str) -> str:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, or the default one (`default`). Raises UserError if it drops what users say."""
+    """The chat template of a tokenizer, or the default one (`default`). Raises UserError if it drops what users say.
 
-    def __init__(self, tokenizer: Any) -> None:
+    options: names that the template reads beside the messages, with their values; UserError, with the recipe's key
+    `where`, for one that it does not read.
+    """
+
+    def __init__(
+        self, tokenizer: Any, options: Mapping[str, Any] | None = None, where: str = "chat_template_kwargs"
+    ) -> None:
         self.tokenizer = tokenizer
         self.default = tokenizer.chat_template is None
         # A template writes its own BOS; where there is none, the tokenizer's habit decides. Never both.
         self.bos: str = tokenizer.bos_token if adds_bos(tokenizer) else ""
         default = ("{{- bos_token }}" if self.bos else "") + DEFAULT_TEMPLATE
         self.source: str = default if self.default else str(tokenizer.chat_template)
+        self.options = {
+            name: [*value] if isinstance(value, tuple) else value for name, value in (options or {}).items()
+        }
+        check_options(self.source, self.options, where)
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self.special = tuple({*tokenizer.all_special_tokens, *added})
         self._read_keys: dict[tuple[Any, ...], bool] = {}
@@ -123,6 +134,7 @@ class ChatTemplate:
                     chat_template=self.source if self.default else None,
                     add_generation_prompt=generate,
                     tokenize=False,
+                    **self.options,
                 )
             check_length(text).encode("utf-8")
         except UnicodeEncodeError as error:

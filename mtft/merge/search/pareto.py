@@ -8,9 +8,10 @@ from mtft.merge.search.search_trials import SearchTrial
 from mtft.merge.search.weight_search import SearchResult
 
 
-def pareto_facts(names: Sequence[str], result: SearchResult) -> dict[str, object]:
-    """What front.json holds (mtft.report.sections.pareto draws it)."""
-    best = pareto_front(result.trials)
+def pareto_facts(names: Sequence[str], result: SearchResult, auxiliary: Sequence[str] = ()) -> dict[str, object]:
+    """What front.json holds (mtft.report.sections.pareto draws it): trade-offs between tasks that are not auxiliary."""
+    tasks = [task for task in result.uniform.losses if task not in auxiliary]
+    best = pareto_front(result.trials, tasks)
 
     def row(trial: SearchTrial) -> dict[str, object]:
         return {"weights": list(trial.weights), "losses": trial.losses, "front": trial in best}
@@ -18,7 +19,7 @@ def pareto_facts(names: Sequence[str], result: SearchResult) -> dict[str, object
     chosen = next(trial for trial in result.trials if trial.weights == result.weights)
     return {
         "adapters": list(names),
-        "tasks": list(result.uniform.losses),
+        "tasks": tasks,
         "trials": [row(trial) for trial in result.trials],
         "uniform": row(result.uniform),
         "chosen": row(chosen),
@@ -26,11 +27,11 @@ def pareto_facts(names: Sequence[str], result: SearchResult) -> dict[str, object
     }
 
 
-def pareto_front(trials: Sequence[SearchTrial]) -> list[SearchTrial]:
-    """The trials that no other beats in every task: one weight vector, hence one adapter, per trade-off."""
+def pareto_front(trials: Sequence[SearchTrial], tasks: Sequence[str] | None = None) -> list[SearchTrial]:
+    """The trials that no other beats in every task (of `tasks`, None: all): one adapter per trade-off."""
 
     def beaten(a: SearchTrial, b: SearchTrial) -> bool:
-        gaps = [b.losses[task] - a.losses[task] for task in a.losses]
+        gaps = [b.losses[task] - a.losses[task] for task in (a.losses if tasks is None else tasks)]
         return max(gaps) <= 0 and min(gaps) < 0
 
     return [trial for trial in trials if not any(beaten(trial, other) for other in trials)]

@@ -42,13 +42,15 @@ class Retention:
     """tasks: task -> metric -> {base, single, merged, retained, ...}; summary: metric -> {mean, min, ...}.
 
     control: task -> difference of the loss, for tasks that no expert learnt. others: name -> the same `tasks` table for
-    another adapter (uniform merge, joint training) in the place of the merged one.
+    another adapter (uniform merge, joint training) in the place of the merged one. auxiliary: tasks that are not in the
+    summary.
     """
 
     tasks: dict[str, dict[str, dict]]
     summary: dict[str, dict]
     control: dict[str, dict] = field(default_factory=dict)
     others: dict[str, dict[str, dict[str, dict]]] = field(default_factory=dict)
+    auxiliary: list[str] = field(default_factory=list)
 
     def as_dict(
         self, *, method: str, rank: int, energy: float | None = None, diagnostics: Mapping | None = None
@@ -72,25 +74,28 @@ def retention(
     others: Mapping[str, Mapping[str, RetentionScores]] | None = None,
     draws: int = 1000,
     seed: int = 0,
+    auxiliary: Sequence[str] = (),
 ) -> Retention:
     """Compare base, single-task experts and the merged adapter, task by task.
 
     Tasks of `single` must be in `base` and `merged`, scored on the same examples (ValueError if not). Tasks of `merged`
-    without an expert are controls. `others`: further adapters to put beside the merged one.
+    without an expert are controls. `others`: further adapters to put beside the merged one. `auxiliary`: tasks that
+    stand in the table, and not in the summary.
     """
     missing = [task for task in single if task not in base or task not in merged]
     if missing or not single:
         raise ValueError(f"tasks without scores of base and merged: {missing}" if missing else "no single-task scores")
     tasks, drawn = _table(base, single, merged, draws, seed)
-    measured = dict.fromkeys([*METRICS, *(metric for row in tasks.values() for metric in row)])
-    summary = {metric: _summary(tasks, drawn, metric) for metric in measured}
+    counted = {task: row for task, row in tasks.items() if task not in auxiliary}
+    measured = dict.fromkeys([*METRICS, *(metric for row in counted.values() for metric in row)])
+    summary = {metric: _summary(counted, drawn, metric) for metric in measured}
     control = {
         task: _control(base[task], merged[task], draws, seed) for task in merged if task not in single and task in base
     }
     beside = {}
     for name, scores in (others or {}).items():
         beside[name], _ = _table(base, {task: single[task] for task in single if task in scores}, scores, draws, seed)
-    return Retention(tasks, summary, control, beside)
+    return Retention(tasks, summary, control, beside, [task for task in tasks if task in auxiliary])
 
 
 def _table(base, single, merged, draws: int, seed: int) -> tuple[dict, dict]:

@@ -31,7 +31,7 @@ class SearchLedger:
     """All trials: evaluated once, written down at once.
 
     path: a JSONL file, one line a trial; what it holds already is not evaluated again. worst, prefer: of the
-    objective. penalty: added to it, times mean |w|.
+    objective. penalty: added to it, times mean |w|. auxiliary: tasks that are not in it, unless `prefer` names them.
     """
 
     names: list[str]
@@ -42,6 +42,7 @@ class SearchLedger:
     penalty: float
     prefer: Mapping[str, float] | None
     path: Path | None
+    auxiliary: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self._known: dict[tuple[float, ...], dict[str, float]] = {}
@@ -74,6 +75,11 @@ class SearchLedger:
             if not shares:
                 known = ", ".join(losses)
                 raise MergeError("no preferred task can be compared", where="prefer", do=f"name tasks of {known}")
+        elif self.auxiliary:
+            shares = {task: share for task, share in shares.items() if task not in self.auxiliary}
+            if not shares:
+                do = "give a task that is not auxiliary eval_data and an expert that learns, or name tasks in prefer"
+                raise MergeError("no task that counts can be compared", where="search", do=do)
         values = list(shares.values())
         weights = [self.prefer[task] for task in shares] if self.prefer else None
         return float(np.average(values, weights=weights) + self.worst * np.max(values))

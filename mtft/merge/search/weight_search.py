@@ -57,12 +57,14 @@ def run_weight_search(
     budget: int = 40,
     ledger: str | Path | None = None,
     seed: int = 0,
+    auxiliary: Sequence[str] = (),
 ) -> SearchResult:
     """Find weights for the adapters `names`.
 
     base, single: losses of the base model and of each task's expert; tasks on which the expert is no better are left
     out. prefer: how much a task counts (those not named: 0; None: all the same). check: scores other data for the
-    verdict. ledger: JSONL file, one line a trial; trials in it are not repeated.
+    verdict. ledger: JSONL file, one line a trial; trials in it are not repeated. auxiliary: tasks that count only where
+    `prefer` names them.
     Raises MergeError for an unknown way, a ledger of another search, or losses that are not finite.
     """
     if by not in WAYS:
@@ -70,7 +72,7 @@ def run_weight_search(
     K = len(names)
     _check_preference(prefer)
     path, penalty = Path(ledger) if ledger else None, 0.05 if by == "lorahub" else 0.0
-    search = SearchLedger(list(names), evaluate, base, single, worst, penalty, prefer, path)
+    search = SearchLedger(list(names), evaluate, base, single, worst, penalty, prefer, path, auxiliary)
     uniform = search.trial([1.0] * K)
     for scale in SCALES:
         search.trial([scale] * K)

@@ -12,11 +12,14 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from data_mixers.mixture.mixture import Mixture
+from mtft.data.demonstrations.pool import pool_task
 from mtft.recipe.schema.mixture import MixtureSection
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.run import RunSection
+from mtft.recipe.schema.shots import DemonstrationRows
 from mtft.recipe.schema.sweep import SweepSection
+from mtft.recipe.schema.task import TaskSection
 from mtft.recipe.schema.train import TrainSection
 from mtft.recipe.targets import targets_of
 
@@ -42,11 +45,22 @@ def single_task_recipe(recipe: Recipe, task: str, share: float, folder: Path) ->
     if steps is None and recipe.train.steps is not None:
         steps = max(MIN_SINGLE_STEPS, math.ceil(recipe.train.steps * share))
     train = override_section(recipe.train, steps=steps, epochs=None) if steps else recipe.train
-    tasks = tuple(section for section in recipe.tasks if section.name == task)
+    tasks = tuple(_alone(recipe, section) for section in recipe.tasks if section.name == task)
     if not targets_of(recipe.model_copy(update={"tasks": tasks}), train.watch):
         train = override_section(train, watch="mean")
     mixture = MixtureSection(unit=recipe.mixture.unit, max_epochs=recipe.mixture.max_epochs, on_cap="redistribute")
     return _training_recipe(recipe, folder, tasks=tasks, mixture=mixture, train=train)
+
+
+def _alone(recipe: Recipe, task: TaskSection) -> TaskSection:
+    """The task as the only one of a recipe: it counts, and rows of another that it is shown are written out."""
+    task = task.model_copy(update={"auxiliary": False})
+    if task.shots is None or task.shots.source in (None, task.name):
+        return task
+    source = pool_task(recipe, task)
+    assert source is not None
+    rows = DemonstrationRows(**{key: getattr(source, key) for key in DemonstrationRows.model_fields})
+    return task.model_copy(update={"shots": override_section(task.shots, **{"from": rows})})
 
 
 def strong_recipe(recipe: Recipe, model: ModelSection, mixture: Mixture | None, folder: Path) -> Recipe:

@@ -115,10 +115,10 @@ class RecipeMerge:
         names = [adapter.name for adapter in self.adapters]
         weights = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, search.weights, strict=True))
         self.said.append(f"search: {len(search.trials)} merges tried; {search.verdict}; weights {weights}")
-        if len(search.uniform.losses) > 1:
+        facts = pareto_facts(names, search, self.recipe.auxiliary_tasks)
+        if len(facts["tasks"]) > 1:  # pyright: ignore[reportArgumentType]
             from mtft.report.sections.pareto import save_front
 
-            facts = pareto_facts(names, search)
             write_own(self.out.parent / "front.json", facts)
             self.said.append(f"trade-offs: {save_front(facts, self.out.parent / 'front.png')}")
 
@@ -288,7 +288,7 @@ def merge_stage(
         unseen = adapted().ids("rest") if rows else {}
         some = [select_examples(scores, unseen) for scores in (base, singles, merged)]
         others = {name: select_examples(scores, unseen) for name, scores in beside.items()}
-        share = retention(*some, others=others, seed=recipe.seed)
+        share = retention(*some, others=others, seed=recipe.seed, auxiliary=recipe.auxiliary_tasks)
         facts: dict[str, Any] = {key: report[key] for key in ("method", "rank", "energy", "diagnostics")}
         rows_of = {
             task: {"seen": len(merged[task].ids) - len(ids), "reported": len(ids)} for task, ids in unseen.items()

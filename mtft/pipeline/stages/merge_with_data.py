@@ -84,6 +84,7 @@ def search_weights(
         budget=how.budget,
         ledger=folder / f"{_key(recipe, how, adapters)}.jsonl",
         seed=recipe.seed,
+        auxiliary=recipe.auxiliary_tasks,
     )
 
 

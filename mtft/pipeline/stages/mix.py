@@ -42,7 +42,7 @@ from mtft.pipeline.stages.sweep_targets import fitted_targets, objective_code, s
 from mtft.recipe.load import fingerprint
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.sweep import SweepSection
-from mtft.recipe.targets import objective_targets
+from mtft.recipe.targets import objective_targets, split_target
 
 DAMO_BATCH = 16  # arXiv 2510.19336
 
@@ -180,7 +180,8 @@ def _write_design(recipe: Recipe, text: str) -> None:
 def mix_sweep(recipe: Recipe, *, on_done: Any = None) -> SweepResult:
     """Runs the trials that the ledger does not hold yet."""
     sweep = sweep_section(recipe)
-    missing = [task.name for task in recipe.tasks if task.eval_data is None]
+    judged = {split_target(target)[0] for target in sweep_goals(recipe)}
+    missing = [task.name for task in recipe.tasks if task.eval_data is None and task.name in judged]
     if missing:
         raise UserError(
             f"trials are scored on held-out rows, and {', '.join(missing)} has none",

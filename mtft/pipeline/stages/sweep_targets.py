@@ -20,7 +20,7 @@ def sweep_goals(recipe: Recipe) -> dict[str, str]:
 
 def fitted_targets(recipe: Recipe) -> dict[str, Aggregate]:
     """Everything that is predicted. Where single scores are weighed, each task's loss stands beside them."""
-    losses = [] if _is_word(recipe) else [f"{task}/loss" for task in recipe.task_names]
+    losses = [] if _is_word(recipe) else [f"{task.name}/loss" for task in recipe.tasks if task.eval_data is not None]
     return _aggregates(recipe, dict.fromkeys([*objective_targets(recipe), *losses]))
 
 

@@ -10,6 +10,7 @@ from mtft.distributed.launch import LaunchConfig
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.sweep import SweepSection
+from mtft.recipe.targets import split_target
 
 Stage = Literal["check", "train", "eval", "mix", "merge", "fuse", "run"]
 TRAINING: tuple[Stage, ...] = ("check", "train", "mix", "run")
@@ -37,6 +38,16 @@ class Rule:
 
 def without_eval(recipe: Recipe) -> list[str]:
     return [task.name for task in recipe.tasks if task.eval_data is None]
+
+
+def judged_without_eval(recipe: Recipe) -> list[str]:
+    """The tasks without eval_data by whose held-out losses something is decided: auxiliary ones only where named."""
+    objective = recipe.sweep and recipe.sweep.objective
+    named = {
+        split_target(name)[0] for name in (recipe.train.watch, *(objective if isinstance(objective, dict) else ()))
+    }
+    every = recipe.train.task_patience is not None
+    return [name for name in without_eval(recipe) if every or name in recipe.counted_tasks or name in named]
 
 
 def planned_trials(recipe: Recipe) -> int:

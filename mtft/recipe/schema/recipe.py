@@ -47,3 +47,12 @@ class Recipe(RecipeSection):
     @property
     def task_names(self) -> tuple[str, ...]:
         return tuple(task.name for task in self.tasks)
+
+    @property
+    def counted_tasks(self) -> tuple[str, ...]:
+        """The tasks that means, the worst and verdicts are about: all but the auxiliary ones."""
+        return tuple(task.name for task in self.tasks if not task.auxiliary)
+
+    @property
+    def auxiliary_tasks(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks if task.auxiliary)

@@ -22,6 +22,8 @@ Texts = Annotated[tuple[str, ...], Field(strict=False)]  # lists in YAML
 SomeTexts = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 Numbers = Annotated[tuple[Number, ...], Field(strict=False)]
 Options = dict[str, StrictInt | StrictFloat | StrictStr | bool]  # of a method, whose own class checks them
+WholeNumber = Annotated[int, Field(ge=-(10**9), le=10**9)]
+TemplateOptions = dict[str, bool | WholeNumber | Number | str | Texts]  # of a chat template, which reads them
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]  # files are named after tasks
 
 

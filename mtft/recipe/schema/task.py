@@ -7,7 +7,20 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mtft.recipe.schema.metric import Metrics
-from mtft.recipe.schema.section import DATA, NotNegative, Positive, RecipeSection, SomeTexts, TaskName, Texts
+from mtft.recipe.schema.section import (
+    DATA,
+    NotNegative,
+    Positive,
+    RecipeSection,
+    SomeTexts,
+    TaskName,
+    TemplateOptions,
+    Texts,
+)
+from mtft.recipe.schema.shots import ShotsSection
+
+# Keys of later versions: at their default they don't stand in a recipe's fingerprint, so that older ones stay the same.
+LATER_KEYS = ("system", "chat_template_kwargs", "shots", "auxiliary", "generate")
 
 
 class GenerateSection(RecipeSection):
@@ -32,8 +45,16 @@ class TaskSection(RecipeSection):
     format: str | dict[str, str] = "auto"
     """How a row becomes prompt and response: a format's name, or {prompt: COLUMN, response: COLUMN}.
     `auto` looks at the columns."""
-    template: str | None = None
-    """Jinja template over the columns (sandboxed) that gives the prompt; the response comes from `format`."""
+    template: str | SomeTexts | None = None
+    """Jinja template over the columns (sandboxed) that gives the prompt; the response comes from `format`. Of a list of
+    templates each row has one, drawn from `seed`."""
+    system: str | None = None
+    """System prompt of the rows that have no system (or developer) message of their own."""
+    chat_template_kwargs: TemplateOptions = {}
+    """What the chat template is given beside the messages, in training and evaluation: {enable_thinking: false}. A name
+    that it does not read is an error."""
+    shots: ShotsSection | None = None
+    """Demonstrations (other rows with their answers) in front of each prompt, never learnt: {n: 3, retrieve: bm25}."""
     eval_data: Annotated[str | SomeTexts | None, DATA] = None
     """Held-out rows of this task, same format."""
     weight: NotNegative = 1.0
@@ -53,3 +74,10 @@ class TaskSection(RecipeSection):
     (docs/tasks.md)."""
     generate: GenerateSection = GenerateSection()
     """How answers are made for metrics that look at answers."""
+    auxiliary: bool = False
+    """Trained, and its own figures are shown, but it counts in no mean, worst or verdict over the tasks."""
+
+    @property
+    def templates(self) -> tuple[str | None, ...]:
+        """The templates that a row's one is drawn from; (None,) without any."""
+        return self.template if isinstance(self.template, tuple) else (self.template,)

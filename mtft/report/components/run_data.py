@@ -10,8 +10,12 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from mtft.common.errors import UserError
 from mtft.common.own_files import Types, defect, read_own, read_own_text
@@ -98,6 +102,15 @@ class RunData:
         for train in self.trains:
             names.update(dict.fromkeys(train.tasks))
         return list(names)
+
+    @cached_property
+    def auxiliary(self) -> tuple[str, ...]:
+        """The tasks that count in no mean, as the recipe says; none where it can't be read."""
+        return _auxiliary(self.recipe)
+
+    def label(self, task: str) -> str:
+        """How a task is called in tables."""
+        return f"{task} (auxiliary)" if task in self.auxiliary else task
 
 
 def load_run(folder: Path) -> RunData:
@@ -258,6 +271,16 @@ def _directions(path: Path) -> dict[str, int]:
     except UserError:  # of another version; what is wrong with the file is told elsewhere
         return {}
     return {str(metric_key(metric)): -1 if lower_is_better(metric) else 1 for task in tasks for metric in task.metrics}
+
+
+def _auxiliary(recipe: str) -> tuple[str, ...]:
+    try:
+        values = YAML(typ="safe", pure=True).load(recipe)
+    except (YAMLError, ValueError, RecursionError):  # somebody's own file, or a damaged one
+        return ()
+    tasks = values.get("tasks") if isinstance(values, dict) else None
+    named = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
+    return tuple(str(task.get("name")) for task in named if task.get("auxiliary") is True)
 
 
 def _name(folder: Path, recipe: str) -> str:

@@ -24,7 +24,7 @@ def merging(run: RunData) -> PageSection | None:
     titles = {"loss": "Held-out loss", "accuracy": "Token accuracy"}
     answered = dict.fromkeys(key for row in tasks.values() for key in row if key not in (*titles, "exact_match"))
     for metric, title in (titles | {key: key for key in answered}).items():
-        rows = [[task, *_retained(row[metric])] for task, row in tasks.items() if metric in row]
+        rows = [[run.label(task), *_retained(row[metric])] for task, row in tasks.items() if metric in row]
         parts += [Paragraph(title, "heading"), table(["task", "base", "single", "merged", "retained share"], rows)]
     retained = {task: row["loss"]["retained"]["value"] for task, row in tasks.items()}
     drawn = [Plot("Share of the single-task adapter's gain in loss that the merged adapter keeps", _bars(retained))]
@@ -72,7 +72,7 @@ def fusion(run: RunData) -> PageSection | None:
             gap = _range({"value": row["gap"], "lower": low, "upper": high, "why": row["reason"]})
             if row["gap"] is None and row["strong"] == row["fused"] == row["tuned"]:
                 continue  # nothing moved: nothing to say
-            rows.append([task, metric, row["strong"], row["fused"], row["tuned"], gap, row["ratio"]])
+            rows.append([run.label(task), metric, row["strong"], row["fused"], row["tuned"], gap, row["ratio"]])
     parts.append(table(["task", "metric", "strong alone", "fused", "strong tuned", "gap closed", "ratio"], rows))
     alpha = fused.get("alpha", {})
     if alpha:

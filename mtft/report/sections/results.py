@@ -38,7 +38,7 @@ REFERENCES = ("base", "single", "strong base", "strong tuned")
 
 
 def results(run: RunData) -> PageSection | None:
-    """One table a metric: tasks down, stages across, the mean last."""
+    """One table a metric: tasks down, stages across, the mean last (without auxiliary tasks)."""
     if not run.results:
         return None
     stages = list(run.results)
@@ -57,8 +57,9 @@ def results(run: RunData) -> PageSection | None:
             rows = {task: row for task, row in rows.items() if any(value is not None for value in row)}
         if all(value is None for row in rows.values() for value in row):
             continue
-        body = [_result_row(task, values, stages, direction) for task, values in rows.items()]
-        columns = list(zip(*rows.values(), strict=True))
+        body = [_result_row(run.label(task), values, stages, direction) for task, values in rows.items()]
+        counted = [values for task, values in rows.items() if task not in run.auxiliary]
+        columns = list(zip(*counted, strict=True))
         means = [fmean(column) if all(value is not None for value in column) else None for column in columns]
         body.append(_result_row("mean over tasks", means, stages, direction, total=True))
         parts += [

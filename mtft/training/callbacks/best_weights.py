@@ -59,7 +59,8 @@ class BestWeights(TrainerCallback):
         if step <= stopping.last:
             return
         losses = {task: scores.score("loss") for task, scores in evaluation.items()}
-        watched = watched_score(stopping.watch, evaluation, list(evaluation)) if "/" in stopping.watch else None
+        counted = [task for task in evaluation if task not in stopping.auxiliary]
+        watched = watched_score(stopping.watch, evaluation, counted) if "/" in stopping.watch else None
         for line in stopping.observe(step, losses, watched):
             trainer.run_log.say(line)
         if self.keep_best and stopping.better(step):

@@ -1,14 +1,14 @@
 """What held-out scores decide while a run goes on: which weights were best, when to stop, which task has had enough.
 
-watch          mean or worst of the tasks' held-out losses, one task's, or the same of a metric (watched_score.py):
-               better by `min_delta` at least
+watch          mean or worst of the tasks' held-out losses (auxiliary tasks don't count), one task's, or the same of a
+               metric (watched_score.py): better by `min_delta` at least
 patience       evaluations in a row without a better watch, after which the run ends
 task_patience  the same for each task's own loss, after which the task is dropped: its weight in the loss is 0 from the
                next step on (early drop: mSFT, arXiv 2603.21606, without its return to the task's best weights)
 
 Coefficients add up to 1 in every normalisation, so the share of a dropped task goes to the others, in proportion to
 theirs. Its rows stay in the plan: no other row's place moves, and a run that was broken goes on exactly. Dropping the
-last task ends the run.
+last task that counts ends the run.
 
 The state is three numbers a task; it stands in the checkpoint.
 """
@@ -42,13 +42,14 @@ class EvalRecord:
 
 @dataclass
 class EarlyStopping:
-    """Follows the evaluations of a run. tasks: in the order of the weights."""
+    """Follows the evaluations of a run. tasks: in the order of the weights; auxiliary: those that don't count."""
 
     tasks: Sequence[str]
     watch: str = "mean"
     patience: int | None = None
     task_patience: int | None = None
     min_delta: float = 0.0
+    auxiliary: Sequence[str] = ()
     run: EvalRecord = field(default_factory=EvalRecord)
     of_task: dict[str, EvalRecord] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)  # task -> step after which it does not count
@@ -75,17 +76,20 @@ class EarlyStopping:
         if self.patience is not None and self.run.since >= self.patience:
             what = self.watch if "/" in self.watch else f"{self.watch} held-out loss"
             self.ended = f"no better {what} since step {self.run.step}"
-        elif len(self.dropped) == len(self.tasks):
+        elif all(task in self.dropped for task in self.tasks if task not in self.auxiliary):
             self.ended = "every task is dropped"
         if self.ended:
             said.append(f"step {step}: the run ends, {self.ended}")
         return said
 
     def watched(self, losses: Mapping[str, float]) -> float:
-        """The number that `watch` names."""
-        if self.watch == "mean":
-            return sum(losses.values()) / len(losses)
-        return max(losses.values()) if self.watch == "worst" else losses[self.watch]
+        """The number that `watch` names; NaN if no task that counts has a loss."""
+        if self.watch not in ("mean", "worst"):
+            return losses[self.watch]
+        counted = [loss for task, loss in losses.items() if task not in self.auxiliary]
+        if not counted:
+            return math.nan
+        return sum(counted) / len(counted) if self.watch == "mean" else max(counted)
 
     def better(self, step: int) -> bool:
         """True if the evaluation of this step is the best so far."""

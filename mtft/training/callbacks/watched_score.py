@@ -8,6 +8,7 @@ Lower is better in what comes out: a metric where higher is better changes its s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from mtft.evaluation.task_scores import TaskScores
@@ -19,15 +20,20 @@ def watched_metrics(recipe: Recipe) -> tuple[str, ...]:
     of, _, metric = recipe.train.watch.rpartition("/")
     if not of:
         return ()
-    return tuple(f"{task.name}/{metric}" for task in recipe.tasks if of in ("mean", "worst", task.name))
+    judged = recipe.counted_tasks if of in ("mean", "worst") else (of,)
+    return tuple(f"{task}/{metric}" for task in recipe.task_names if task in judged)
 
 
 def watched_score(watch: str, scores: Mapping[str, TaskScores], counted: Sequence[str]) -> float:
-    """counted: tasks that mean and worst are over. A task without the metric has no part in them."""
+    """counted: tasks that mean and worst are over. A task without the metric has no part in them; NaN if none is left
+    that has held-out rows.
+    """
     of, _, metric = watch.rpartition("/")
     if not of:
         of, metric = watch, "loss"
     tasks = [task for task in counted if task in scores] if of in ("mean", "worst") else [of]
+    if not tasks:
+        return math.nan
     values = []
     for task in tasks:
         if metric in scores[task].metrics:

@@ -145,7 +145,7 @@ def write_card(
         lines += [f'ends = GenerationConfig.from_pretrained("{folder}").eos_token_id']
         lines += ["answer = model.generate(**inputs, max_new_tokens=100, eos_token_id=ends)"]
         lines += ['print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]))', "```", ""]
-    lines += how_to_prompt(tokenizer)
+    lines += how_to_prompt(tokenizer, recipe.tasks)
     lines += ["## Mixture", "", "| task | asked | realised | rows seen | epochs |", "|---|---|---|---|---|"]
     for row in plan.table():
         lines.append(
@@ -160,7 +160,8 @@ def write_card(
         for task, task_scores in scores.items():
             summary = task_scores.summary()
             cells = " | ".join(f"{summary[metric]:.4f}" if metric in summary else "" for metric in metrics)
-            lines.append(f"| {task} | {cells} | {summary['examples']} |")
+            name = f"{task} (auxiliary)" if task in recipe.auxiliary_tasks else task
+            lines.append(f"| {name} | {cells} | {summary['examples']} |")
         lines.append("")
     if told := told_in_card(proof, not_proved):
         lines += [told, ""]

@@ -107,3 +107,20 @@ def test_held_out_rows_that_are_trained_on(tmp_path, made):
     tasks = [{"name": "a", "data": str(tmp_path / "a.jsonl"), "eval_data": str(tmp_path / "c.jsonl")}]
     found = summarize_data(recipe(tmp_path, tasks=tasks, shares={"a": 1.0}), made, cache_dir=tmp_path)
     assert not any("held-out" in line for line in found.warnings)
+
+
+def test_one_row_of_each_template_is_shown(tmp_path, made):
+    names = ("{{ prompt }}", "Q: {{ prompt }}", "{{ prompt }} A:")
+    tasks = [
+        {"name": "a", "data": str(tmp_path / "a.jsonl"), "template": names, "auxiliary": True},
+        {"name": "b", "data": str(tmp_path / "b.jsonl")},
+    ]
+    found = summarize_data(recipe(tmp_path, tasks=tasks), made, cache_dir=tmp_path)
+    a, b = found.tasks
+    texts = ["".join(part for part, _ in parts) for parts in a.templates]
+    for text, asked in zip(texts, ("the quick fox<", "Q: the quick fox<", "the quick fox A:<"), strict=True):
+        assert f"user\n{asked}" in text
+    assert b.templates == ()
+    shown = summary_text(found)
+    assert all(f"a, template {k} of 3" in shown for k in (1, 2, 3))
+    assert json.loads(json.dumps(found.as_dict()))["tasks"][0]["templates"]

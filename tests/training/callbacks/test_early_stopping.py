@@ -116,6 +116,28 @@ def test_a_run_ends_early_and_hands_over_the_best(few_rows, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_auxiliary_task_does_not_choose_the_weights(few_rows, tmp_path):
+    """Its held-out answers are none that are trained, so it gets worse while the others get better."""
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text(json.dumps({"prompt": "twice: a", "response": "% % % % % % % % % % %"}) + "\n")
+    tasks = [dict(task) for task in few_rows["tasks"]]
+    tasks[1] |= {"auxiliary": True, "eval_data": str(wrong)}
+    settings = {"steps": 6, "eval_every": 2, "learning_rate": 0.05}
+    recipe = overfitting({**few_rows, "tasks": tasks}, tmp_path / "run", train=settings)
+    recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"export": "best"})})
+    train(recipe, quiet=True, prove=False)
+    best = {}
+    for names in (("copy", "shout"), ("copy", "twice", "shout")):
+        evals = lines(tmp_path / "run", "eval.jsonl")
+        sums = {line["step"]: sum(line["tasks"][name]["loss"] for name in names) for line in evals}
+        best[len(names)] = min(sums, key=sums.get)
+    assert best[2] != best[3], "else the test could not tell"
+    content = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert content["exported_step"] == best[2]
+    assert "| twice (auxiliary) |" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.slow
 def test_a_dropped_task_stays_dropped_when_a_run_goes_on(few_rows, tmp_path):
     def recipe(folder):
         return overfitting(few_rows, folder, train={"task_patience": 1, "steps": 12, "learning_rate": 0.01})

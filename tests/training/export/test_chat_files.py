@@ -1,9 +1,12 @@
 """What stands beside an export's weights, so that others can talk to it as it was trained."""
 
+import json
+
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from mtft.data.tokenize.chat_template import ChatRenderer
+from mtft.recipe.schema.task import TaskSection
 from mtft.training.export.chat_files import EXAMPLE, end_ids, how_to_prompt, save_chat_files
 from tests.data.tokenize.stock import STOCK, stock
 from tests.data.toy_examples import tokenizer
@@ -34,3 +37,21 @@ def test_ends_of_the_base_are_kept():
     assert end_ids(renderer, GenerationConfig(eos_token_id=None)) == [stop]
     assert end_ids(renderer, GenerationConfig(eos_token_id=end)) == [end, stop]
     assert end_ids(renderer, GenerationConfig(eos_token_id=[stop, end])) == [stop, end]
+
+
+def test_the_card_says_what_stood_in_front_of_a_tasks_questions():
+    plain = TaskSection(name="plain", data="x", template="{{ q }}")
+    keys = {
+        "system": "be\nbrief",
+        "chat_template_kwargs": {"enable_thinking": False},
+        "shots": {"n": 3, "from": "plain"},
+    }
+    own = TaskSection(name="own", data="x", template=("{{ q }}", "Q: {{ q }}"), **keys)
+    made = stock("qwen3")
+    assert how_to_prompt(made, [plain]) == how_to_prompt(made)
+    (line,) = [line for line in how_to_prompt(made, [plain, own]) if line.startswith('{"own"')]
+    said = json.loads(line)["own"]
+    assert said == keys | {
+        "template": ["{{ q }}", "Q: {{ q }}"],
+        "shots": {"n": 3, "from": "plain", "retrieve": "random"},
+    }

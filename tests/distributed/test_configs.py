@@ -7,9 +7,9 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
 
 from mtft.distributed.launch import LaunchConfig
+from tests.distributed.conftest import launched_environment
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -42,14 +42,7 @@ def test_accelerate_reads_it(path, monkeypatch):
     arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "mtft", "train", "r.yaml"])
     arguments, *_ = _validate_launch_command(arguments)
     assert arguments.mixed_precision == "no"  # the recipe decides
-    environment = {}
-    if kind == DistributedType.DEEPSPEED:
-        from accelerate.utils.launch import prepare_deepspeed_cmd_env
-
-        arguments.deepspeed_fields_from_accelerate_config = ""  # what launch_command sets on its way
-        _, environment = prepare_deepspeed_cmd_env(arguments)
-    elif kind != DistributedType.NO:
-        environment = prepare_multi_gpu_env(arguments)
+    environment = {} if kind == DistributedType.NO else launched_environment(path)
     ranks = {"WORLD_SIZE": str(arguments.num_processes)}  # torchrun's own part
     assert LaunchConfig.from_environment({**environment, **ranks}) == engine
 

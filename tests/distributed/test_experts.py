@@ -9,6 +9,7 @@ from tests.distributed.test_engines import SGD, distance, lines, weights
 from tests.models.tiny_architectures import write_architecture
 
 pytestmark = pytest.mark.slow
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 
 LORA = {"experts": {"r": 4, "alpha": 8}, "full": None}  # all-linear adapts experts and routers; full trains them
 
@@ -35,14 +36,22 @@ def alone(recipe, base, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_equals_one_process(recipe, base, alone, launch, tmp_path, engine):
-    assert len(list(write_recipes(recipe, base, tmp_path))) == 2
-    launch(f"{engine}.yaml", "tests/distributed/options.py", tmp_path)
-    adapter = weights(tmp_path / "experts")
+@pytest.fixture(scope="module")
+def launched(recipe, base, launch_in_turn, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launched")
+    for engine in ENGINES:
+        (folder / engine).mkdir()
+        assert len(list(write_recipes(recipe, base, folder / engine))) == 2
+    launch_in_turn(ENGINES, folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_equals_one_process(alone, launched, engine):
+    adapter = weights(launched / engine / "experts")
     assert any(".experts." in name for name in adapter)
     assert any(".gate." in name for name in adapter)
     for name in LORA:
-        losses = [[line["loss"] for line in lines(folder / name)] for folder in (alone, tmp_path)]
+        losses = [[line["loss"] for line in lines(folder / name)] for folder in (alone, launched / engine)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-        assert distance(weights(alone / name), weights(tmp_path / name)) <= 1e-6
+        assert distance(weights(alone / name), weights(launched / engine / name)) <= 1e-6

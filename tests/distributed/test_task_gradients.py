@@ -19,6 +19,7 @@ PLAIN = {}
 SGD = {"optimizer": "sgd", "learning_rate": 0.5, "warmup": 0, "steps": 6, "batch_tokens": 150}
 FLAT = {"gradients": {"flat": {"name": "f_mtl", "rho": 0.3}, "every": 1}}
 RUNS = {"lagged": LAGGED, "direct": DIRECT, "flat": FLAT, "plain": PLAIN}
+ENGINES = {"ddp": tuple(RUNS), "fsdp2": ("lagged",), "zero2": ("lagged",), "zero3": ("lagged",)}
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +53,21 @@ def lines(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_equals_one_process(recipes, alone, launch, tmp_path, engine):
-    names = RUNS if engine == "ddp" else ("lagged",)
-    recipes(tmp_path, names)
-    launch(f"{engine}.yaml", "tests/distributed/measured.py", *(tmp_path / f"{name}.yaml" for name in names))
-    for name in names:
-        expected, found = lines(alone / name, "metrics.jsonl"), lines(tmp_path / name, "metrics.jsonl")
+@pytest.fixture(scope="module")
+def launched(recipes, launch_in_turn, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launched")
+    for engine, names in ENGINES.items():
+        (folder / engine).mkdir()
+        recipes(folder / engine, names)
+    launch_in_turn(ENGINES, folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_equals_one_process(alone, launched, engine):
+    folder = launched / engine
+    for name in ENGINES[engine]:
+        expected, found = lines(alone / name, "metrics.jsonl"), lines(folder / name, "metrics.jsonl")
         assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
         for left, right in zip(expected, found, strict=True):
             assert (
@@ -75,11 +84,11 @@ def test_equals_one_process(recipes, alone, launch, tmp_path, engine):
                 for value, found_ in zip(row, other, strict=True):
                     assert found_ == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-6))
         adapter = load_file(alone / name / "adapter" / "adapter_model.safetensors")
-        saved = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        saved = load_file(folder / name / "adapter" / "adapter_model.safetensors")
         scale = max(float(value.abs().max()) for value in adapter.values())
         assert max(float((saved[key] - value).abs().max()) for key, value in adapter.items()) <= 1e-4 * scale
         if name != "plain":
-            left, right = (json.loads((folder / name / "affinity.json").read_text()) for folder in (alone, tmp_path))
+            left, right = (json.loads((where / name / "affinity.json").read_text()) for where in (alone, folder))
             assert left["measured_together"] == right["measured_together"]
             both = [torch.tensor(content["cosine"], dtype=torch.float64) for content in (left, right)]
             torch.testing.assert_close(*both, rtol=1e-3, atol=1e-4, equal_nan=True)

@@ -96,6 +96,20 @@ def test_a_prompt_that_another_task_has_too_is_not_shown(tmp_path):
             assert turns[1]["content"].startswith("because")
 
 
+def test_the_same_row_in_another_task_is_not_shown(tmp_path):
+    """Known by its content, where another task asks with other words."""
+    data = [{"q": f"question {i}", "label": f"label {i}", "why": f"because {i}."} for i in range(8)]
+    part = part_of(write_jsonl(tmp_path / "a.jsonl", data))
+    label = task("x", "label", format={"prompt": "q", "response": "label"}, shots={"n": 7, "from": "why"})
+    why = task("x", "why", template="Why {{ q }}?", format={"response": "why"})
+    reader = TaskReader(label, data, lambda column: None)
+    pool = read_pool(label, PoolSource(why, [part]), 0)
+    for i, row in enumerate(part.rows()):
+        conversation = reader(row)
+        chosen = pool.choose(f"{row.file}:{row.line}", conversation, row_keys(reader, row, conversation))
+        assert {turns[1]["content"] for turns in chosen} == {f"because {j}." for j in range(8) if j != i}
+
+
 def texts(store, made=MADE):
     return [made.decode(store.example(i).input_ids.tolist()) for i in range(len(store))]
 

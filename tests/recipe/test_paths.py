@@ -33,6 +33,7 @@ NO_PATHS = {
     ".tasks.shots.from",  # a task
     *(f".tasks.shots.from.{key}" for key in ("split", "format", "template")),
     ".tasks.generate.stop",
+    ".tasks.row_weight",  # a column
     ".sweep.objective",
     ".tasks.metrics",
     ".tasks.metrics.name",

@@ -140,8 +140,8 @@ def test_the_answers_stay_what_is_learnt(name, tmp_path):
     store = open_store(task(path, shots={"n": 2}, system="be brief"), "train", made, **options)
     assert len(bare) == len(store) == 20
     for i in range(20):
-        ids, learnt = store.example(i)[:2]
-        before, its = bare.example(i)[:2]
+        ids, learnt = store.example(i)
+        before, its = bare.example(i)
         np.testing.assert_array_equal(ids[learnt], before[its])
         text = made.decode(ids.tolist())
         assert text.count("answer") == 3
@@ -214,7 +214,7 @@ def test_the_farthest_are_left_out_before_a_row_is_cut(tmp_path):
     cut = open_store(section, "train", MADE, max_length=limit, cache_dir=tmp_path / "cache")
     fewer = 0
     for i in range(30):
-        ids, all_ids, alone = (store.example(i)[0].tolist() for store in (cut, whole, bare))
+        ids, all_ids, alone = (store.example(i).input_ids.tolist() for store in (cut, whole, bare))
         assert len(ids) <= limit
         assert ids == all_ids[-len(ids) :], "a row with fewer is the end of the row with all: the nearest stay"
         assert ids[-len(alone) :] == alone, "the row itself stays whole"
@@ -227,7 +227,9 @@ def test_the_farthest_are_left_out_before_a_row_is_cut(tmp_path):
     assert cut.stats["notes"]["shots_left_out"] == fewer + 1
     assert any(f"({fewer + 1} of 31 rows)" in line for line in cut.warnings())
     assert cut.stats["truncated"] == 1
-    assert cut.example(30)[0].tolist() == bare.example(30)[0].tolist()[-limit:], "too long by itself: cut as ever"
+    assert cut.example(30).input_ids.tolist() == bare.example(30).input_ids.tolist()[-limit:], (
+        "too long by itself: cut as ever"
+    )
 
 
 def test_too_few_other_rows_are_said(tmp_path):

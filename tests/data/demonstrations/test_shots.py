@@ -140,8 +140,8 @@ def test_the_answers_stay_what_is_learnt(name, tmp_path):
     store = open_store(task(path, shots={"n": 2}, system="be brief"), "train", made, **options)
     assert len(bare) == len(store) == 20
     for i in range(20):
-        ids, learnt = store.example(i)[:2]
-        before, its = bare.example(i)[:2]
+        ids, learnt = store.example(i).input_ids, store.example(i).supervised
+        before, its = bare.example(i).input_ids, bare.example(i).supervised
         np.testing.assert_array_equal(ids[learnt], before[its])
         text = made.decode(ids.tolist())
         assert text.count("answer") == 3
@@ -194,6 +194,29 @@ def test_only_turns_of_user_and_assistant_are_shown(tmp_path):
     assert caught.value.where == "tasks.sums.shots"
 
 
+def test_rows_that_count_nothing_are_not_shown(tmp_path):
+    """And what else a task says about weights holds for the row, not for what stands in front of it."""
+    data = [{"prompt": f"p{i}", "response": f"r{i}", "w": i % 2} for i in range(10)]
+    path = write_jsonl(tmp_path / "a.jsonl", data)
+    options = {"max_length": 512, "cache_dir": tmp_path / "cache"}
+    store = open_store(task(path, shots={"n": 2}, row_weight="w"), "train", MADE, **options)
+    assert len(store) == 5
+    for text in texts(store):
+        assert not any(f"p{i}<" in text for i in range(0, 10, 2))
+        assert text.count("<|im_start|>user") == 3
+    weighted = open_store(task(path, shots={"n": 2}), "train", MADE, **options, pool=task(path, row_weight="w"))
+    bare = open_store(task(path, shots={"n": 2}), "train", MADE, **options)
+    assert weighted.fingerprint != bare.fingerprint
+    talks = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a", "weight": 0.5}]}
+             for i in range(4)]  # fmt: skip
+    path = write_jsonl(tmp_path / "b.jsonl", talks)
+    half = open_store(task(path, shots={"n": 1}), "train", MADE, **options)
+    for i in range(4):
+        example = half.example(i)
+        assert set(example.weights[example.supervised].tolist()) == {0.5}
+        assert example.supervised.sum() == 2, "the answer and its end, once"
+
+
 def test_a_greeting_has_no_place_for_them():
     greeting = ({"role": "assistant", "content": "hello"}, {"role": "user", "content": "a"})
     shown = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False})
@@ -214,7 +237,7 @@ def test_the_farthest_are_left_out_before_a_row_is_cut(tmp_path):
     cut = open_store(section, "train", MADE, max_length=limit, cache_dir=tmp_path / "cache")
     fewer = 0
     for i in range(30):
-        ids, all_ids, alone = (store.example(i)[0].tolist() for store in (cut, whole, bare))
+        ids, all_ids, alone = (store.example(i).input_ids.tolist() for store in (cut, whole, bare))
         assert len(ids) <= limit
         assert ids == all_ids[-len(ids) :], "a row with fewer is the end of the row with all: the nearest stay"
         assert ids[-len(alone) :] == alone, "the row itself stays whole"
@@ -227,7 +250,9 @@ def test_the_farthest_are_left_out_before_a_row_is_cut(tmp_path):
     assert cut.stats["notes"]["shots_left_out"] == fewer + 1
     assert any(f"({fewer + 1} of 31 rows)" in line for line in cut.warnings())
     assert cut.stats["truncated"] == 1
-    assert cut.example(30)[0].tolist() == bare.example(30)[0].tolist()[-limit:], "too long by itself: cut as ever"
+    assert cut.example(30).input_ids.tolist() == bare.example(30).input_ids.tolist()[-limit:], (
+        "too long by itself: cut as ever"
+    )
 
 
 def test_too_few_other_rows_are_said(tmp_path):

@@ -69,7 +69,7 @@ def test_a_system_prompt_stands_where_there_is_none(tmp_path):
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     store = open_store(task(path, system="be brief"), "train", MADE, max_length=64, cache_dir=tmp_path / "c")
-    texts = [MADE.decode(store.example(i)[0].tolist()) for i in range(4)]
+    texts = [MADE.decode(store.example(i).input_ids.tolist()) for i in range(4)]
     assert texts[0].startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user")
     assert [text.count("be brief") for text in texts] == [1, 0, 0, 0]
     assert with_system_prompt(Conversation((), text="plain"), "be brief").messages == ()
@@ -101,7 +101,7 @@ def test_qwen3_without_thinking(tmp_path):
     section = task(path, eval_data=str(path), chat_template_kwargs={"enable_thinking": False})
     for which in ("train", "eval"):
         store = open_store(section, which, made, max_length=64, cache_dir=tmp_path / "c")
-        ids, learnt = store.example(0)[:2]
+        ids, learnt = store.example(0).input_ids, store.example(0).supervised
         assert made.decode(ids[learnt].tolist()) == "answer<|im_end|>"
         assert made.decode(ids.tolist()) == example.text.rstrip("\n") or made.decode(ids.tolist()) == example.text
 
@@ -186,7 +186,7 @@ def test_each_row_has_one_of_the_templates(tmp_path):
         open_store(section, which, MADE, **options, seed=seed)
         for which, seed in (("train", 4), ("eval", 4), ("eval", 5))
     )
-    texts = [[MADE.decode(store.example(i)[0].tolist()) for i in range(200)] for store in (train, held, other)]
+    texts = [[MADE.decode(store.example(i).input_ids.tolist()) for i in range(200)] for store in (train, held, other)]
     assert texts[0] == texts[1]
     assert texts[1] != texts[2]
 
@@ -240,7 +240,8 @@ def fuzz(name, count, seed):
         if whats:
             continue
         used += 1
-        (ids, learnt), (its, own) = (found.examples[-1][1][:2] for found in (before, after))
+        examples = [found.examples[-1][1] for found in (before, after)]
+        (ids, learnt), (its, own) = ((one.input_ids, one.supervised) for one in examples)
         text = made.decode(its.tolist())
         shots = 0 if notes["shots_no_place"] else keys["shots"]["n"]
         assert sum(f"d{i}z" in text for i in range(5)) == shots, (row, text)

@@ -17,7 +17,9 @@ def prompt_state(task: TaskSection, pool: PoolSource | None, seed: int) -> dict[
         state["chat_template_kwargs"] = task.chat_template_kwargs
     if task.shots is not None and pool is not None:
         rows = [[part.name, part.content().digest] for part in pool.parts]
-        read = {"format": pool.task.format, "template": _template(pool.task), "limit": pool.task.limit}
+        read: dict[str, Any] = {"format": pool.task.format, "template": _template(pool.task), "limit": pool.task.limit}
+        if pool.task.row_weight is not None:  # rows of weight 0 are no demonstrations
+            read["row_weight"] = pool.task.row_weight
         state["shots"] = {"n": task.shots.n, "retrieve": task.shots.retrieve, "rows": rows, **read}
     if task.shots is not None or len(task.templates) > 1:
         state["seed"] = seed

@@ -20,16 +20,8 @@ from mtft.recipe.schema.section import (
 from mtft.recipe.schema.shots import ShotsSection
 
 # Keys of later versions: at their default they don't stand in a recipe's fingerprint, so that older ones stay the same.
-LATER_KEYS = (
-    "system",
-    "chat_template_kwargs",
-    "shots",
-    "auxiliary",
-    "generate",
-    "loss_on",
-    "row_weight",
-    "thinking_weight",
-)
+LATER_KEYS = ("system", "chat_template_kwargs", "shots", "auxiliary", "generate")
+LATER_KEYS += ("loss_on", "row_weight", "thinking_weight")
 
 
 class GenerateSection(RecipeSection):

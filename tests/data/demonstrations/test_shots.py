@@ -140,8 +140,8 @@ def test_the_answers_stay_what_is_learnt(name, tmp_path):
     store = open_store(task(path, shots={"n": 2}, system="be brief"), "train", made, **options)
     assert len(bare) == len(store) == 20
     for i in range(20):
-        ids, learnt = store.example(i)
-        before, its = bare.example(i)
+        ids, learnt = store.example(i).input_ids, store.example(i).supervised
+        before, its = bare.example(i).input_ids, bare.example(i).supervised
         np.testing.assert_array_equal(ids[learnt], before[its])
         text = made.decode(ids.tolist())
         assert text.count("answer") == 3
@@ -192,6 +192,29 @@ def test_only_turns_of_user_and_assistant_are_shown(tmp_path):
     with pytest.raises(UserError, match=r"can be a demonstration") as caught:
         pool_and_reader(part, task("x", shots={"n": 2}))
     assert caught.value.where == "tasks.sums.shots"
+
+
+def test_rows_that_count_nothing_are_not_shown(tmp_path):
+    """And what else a task says about weights holds for the row, not for what stands in front of it."""
+    data = [{"prompt": f"p{i}", "response": f"r{i}", "w": i % 2} for i in range(10)]
+    path = write_jsonl(tmp_path / "a.jsonl", data)
+    options = {"max_length": 512, "cache_dir": tmp_path / "cache"}
+    store = open_store(task(path, shots={"n": 2}, row_weight="w"), "train", MADE, **options)
+    assert len(store) == 5
+    for text in texts(store):
+        assert not any(f"p{i}<" in text for i in range(0, 10, 2))
+        assert text.count("<|im_start|>user") == 3
+    weighted = open_store(task(path, shots={"n": 2}), "train", MADE, **options, pool=task(path, row_weight="w"))
+    bare = open_store(task(path, shots={"n": 2}), "train", MADE, **options)
+    assert weighted.fingerprint != bare.fingerprint
+    talks = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a", "weight": 0.5}]}
+             for i in range(4)]  # fmt: skip
+    path = write_jsonl(tmp_path / "b.jsonl", talks)
+    half = open_store(task(path, shots={"n": 1}), "train", MADE, **options)
+    for i in range(4):
+        example = half.example(i)
+        assert set(example.weights[example.supervised].tolist()) == {0.5}
+        assert example.supervised.sum() == 2, "the answer and its end, once"
 
 
 def test_a_greeting_has_no_place_for_them():

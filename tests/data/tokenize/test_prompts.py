@@ -101,7 +101,7 @@ def test_qwen3_without_thinking(tmp_path):
     section = task(path, eval_data=str(path), chat_template_kwargs={"enable_thinking": False})
     for which in ("train", "eval"):
         store = open_store(section, which, made, max_length=64, cache_dir=tmp_path / "c")
-        ids, learnt = store.example(0)
+        ids, learnt = store.example(0).input_ids, store.example(0).supervised
         assert made.decode(ids[learnt].tolist()) == "answer<|im_end|>"
         assert made.decode(ids.tolist()) == example.text.rstrip("\n") or made.decode(ids.tolist()) == example.text
 
@@ -240,7 +240,8 @@ def fuzz(name, count, seed):
         if whats:
             continue
         used += 1
-        (ids, learnt), (its, own) = (found.examples[-1][1] for found in (before, after))
+        examples = [found.examples[-1][1] for found in (before, after)]
+        (ids, learnt), (its, own) = ((one.input_ids, one.supervised) for one in examples)
         text = made.decode(its.tolist())
         shots = 0 if notes["shots_no_place"] else keys["shots"]["n"]
         assert sum(f"d{i}z" in text for i in range(5)) == shots, (row, text)

@@ -136,7 +136,7 @@ def mix_relevance(
 
         own = ("arguments", "target", "rows", "adapter", "examples", "size")
         refuse_flags(context, but=own, because="with a recipe the sketches are measured, noise and all")
-        loaded, adapter = load(Path(arguments[0]), arguments[1:], "mix"), None if adapter is None else expand(adapter)
+        loaded, adapter = load(Path(arguments[0]), arguments[1:], "eval"), None if adapter is None else expand(adapter)
         found = task_relevance(loaded, target, adapter=adapter, examples=examples, size=size, say=say)
         typer.echo("\n\n".join(each.text(rows) for each in found))
         return

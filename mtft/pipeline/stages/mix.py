@@ -38,7 +38,7 @@ from mtft.common.own_files import read_own_text, write_own
 from mtft.data.planning import epoch_caps, groups, make_plan, requested_mixture, task_sizes
 from mtft.pipeline.stages import derived_recipes
 from mtft.pipeline.stages.mix_files import DESIGN, FIT, LEDGER, MIXTURE, PROPOSAL, mix_dir, refuse_foreign_files
-from mtft.pipeline.stages.sweep_targets import fitted_targets, objective_code, sweep_goals, sweep_objective
+from mtft.pipeline.stages.sweep_targets import asked_in_trials, fitted_targets, sweep_goals, sweep_objective
 from mtft.recipe.load import fingerprint
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.sweep import SweepSection
@@ -99,7 +99,7 @@ def trial_config(recipe: Recipe, stores: list[Any]) -> str:
     parts = [
         rules,
         f"{sweep.eval_limit}",
-        *filter(None, [objective_code(recipe)]),
+        *filter(None, [asked_in_trials(recipe)]),
         *(store.fingerprint for store in stores),
         *held_out,
     ]
@@ -231,6 +231,10 @@ def mix_propose(recipe: Recipe) -> Proposal:
     refuse_foreign_files(recipe, LEDGER, FIT, PROPOSAL, MIXTURE)
     where = space(recipe, _stores(recipe))
     targets, ledger = list(fitted_targets(recipe)), TrialLedger(folder / LEDGER)
+    unscored = [target for target in sweep_goals(recipe) if not trials_with(ledger.records, target)]
+    if unscored and any(record.scores for record in ledger.records):
+        what = f"no trial was scored by {unscored[0]}: they were run for another objective"
+        raise UserError(what, where=str(folder / LEDGER), do="mtft mix sweep RECIPE runs trials that are")
     if (why := too_few(recipe)) is not None:  # nothing is fitted: a surrogate of three trials is none
         proposal = Proposal.undecided(why, current=where.current, prior=where.prior, bounds=where.bounds)
         counts = {name: {"target": name, "n": trials_with(ledger.records, name), "unsaid": why} for name in targets}

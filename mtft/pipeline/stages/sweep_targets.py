@@ -32,14 +32,16 @@ def sweep_objective(recipe: Recipe) -> Any:
     return split_target(objective or "mean")[0]
 
 
-def objective_code(recipe: Recipe) -> str:
-    """Fingerprint of the user's own code that scores what the objective looks at; empty where there is none."""
-    digests = []
+def asked_in_trials(recipe: Recipe) -> str:
+    """Fingerprint of what trials are asked for beside the forward pass, with the user's own code that scores it; empty
+    where the objective needs none.
+    """
+    asked = []
     for task in recipe.tasks:
         for key, metric in make_metrics(task).items():
-            if f"{task.name}/{key}" in objective_targets(recipe):
-                digests.append(str(getattr(metric, "digest", "")))
-    return content_hash(" ".join(digests)) if any(digests) else ""
+            if metric.NEEDS != "forward" and f"{task.name}/{key}" in objective_targets(recipe):
+                asked.append(f"{task.name}/{key} {metric.digest or ''}")
+    return content_hash("\n".join(asked)) if asked else ""
 
 
 def _is_word(recipe: Recipe) -> bool:

@@ -17,6 +17,7 @@ from mtft.merge.search.retention import retention
 from mtft.merge.search.weight_search import run_weight_search
 from mtft.pipeline.results_table import print_results
 from mtft.pipeline.stages import mix
+from mtft.pipeline.stages.sweep_targets import sweep_goals
 from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.load import load_recipe
 from mtft.report.components.run_data import load_run
@@ -190,7 +191,7 @@ def proposed(recipe, aux):
     rng = np.random.default_rng(1)
     ledger = TrialLedger(mix.mix_dir(recipe) / mix.LEDGER)
     for i, row in enumerate(rng.dirichlet(np.ones(3), 20)):
-        of = {"copy": 2 - row[0], "twice": 2 - row[1], "shout": aux * row[2]}
+        of = {"copy": 2 - row[0], "twice": 2 - row[1], "shout": 10 + aux * row[2]}
         shares = dict(zip(NAMES, row.tolist(), strict=True))
         losses = {f"{task}/loss": float(loss) for task, loss in of.items()}
         ledger.append([TrialRecord(trial=str(i), status="done", mixture=shares, scores=losses)])
@@ -214,8 +215,8 @@ def test_proposals(whole_recipe, tmp_path, objective):
 
 def test_an_objective_may_name_it(whole_recipe, tmp_path):
     recipe = recipe_of(tmp_path, whole_recipe, objective={"shout": 1.0, "copy": 1.0})
-    assert set(mix._goals(recipe)) == {"copy/loss", "shout/loss"}
-    assert list(mix._goals(recipe_of(tmp_path, whole_recipe))) == ["copy/loss", "twice/loss"]
+    assert set(sweep_goals(recipe)) == {"copy/loss", "shout/loss"}
+    assert list(sweep_goals(recipe_of(tmp_path, whole_recipe))) == ["copy/loss", "twice/loss"]
 
 
 @pytest.mark.parametrize("changes, refused", [

@@ -140,7 +140,7 @@ def evaluate(
     from mtft.common.errors import UserError
     from mtft.common.run_folders import ADAPTER, RESULT, RUN_FILES, export_of_run
     from mtft.evaluation.answers_file import save_answers
-    from mtft.evaluation.evaluate_recipe import as_json, exported
+    from mtft.evaluation.evaluate_recipe import as_json, evaluate_all, exported
     from mtft.evaluation.evaluate_recipe import evaluate as run_evaluation
     from mtft.recipe.input_paths import check_output
 
@@ -170,12 +170,13 @@ def evaluate(
         old_adapter, old_model = exported(loaded, against) if is_old_run else (against, None)
         say(f"against: {old_adapter if old_model is None else old_model.path}")
         old_scores = run_evaluation(loaded, old_adapter, old_model)
-    scores = run_evaluation(loaded, adapter, model)
+    scores, harness = evaluate_all(loaded, adapter, model)
     if answers is not None:
         for task, of_task in scores.items():
             if of_task.answers:
                 save_answers(of_task, answers / f"{task}.jsonl")
-    text = json.dumps(as_json(scores, loaded, against=old_scores), indent=2)
+    content = as_json(scores, loaded, against=old_scores) | ({"lm_eval": harness} if harness else {})
+    text = json.dumps(content, indent=2)
     if out is None:
         typer.echo(text)
     else:

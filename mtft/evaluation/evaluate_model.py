@@ -12,6 +12,7 @@ from mtft.data.batching.batch import Batch
 from mtft.evaluation.answered_rows import Answered, ask
 from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.evaluation.heldout_loss import BatchLayout, Score, Told, score_tasks
+from mtft.evaluation.lm_eval_tasks import LmEvalTasks
 from mtft.evaluation.questions import AskedMetrics
 from mtft.evaluation.task_scores import TaskScores
 
@@ -56,6 +57,22 @@ def answer_model(
     score, precision = _passes(model, attention, autocast)
     with evaluation_mode(model), precision():
         return ask(model, stores, asked, score, layout, rows=rows, told=told)
+
+
+def harness_scores(
+    model: nn.Module,
+    tasks: LmEvalTasks,
+    tokenizer: Any,
+    layout: BatchLayout,
+    *,
+    autocast: torch.dtype | None = None,
+    limit: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Scores by lm-eval's tasks, as many rows at once as fit a micro-batch. The model comes back in its mode."""
+    _, precision = _passes(model, None, autocast)
+    rows = max(1, layout.micro_batch_tokens // layout.max_length)
+    with evaluation_mode(model), precision():
+        return tasks.scores(model, tokenizer, batch_size=rows, limit=limit)
 
 
 def _passes(

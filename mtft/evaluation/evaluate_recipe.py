@@ -30,12 +30,26 @@ def evaluate(
     stores  held-out stores that are open already (None: opened with the tokenizer of the model)
     Raises UserError when no task has held-out rows, or the adapter does not fit the model.
     """
+    return evaluate_all(recipe, adapter, model, tasks=tasks, stores=stores, harness=False)[0]
+
+
+def evaluate_all(
+    recipe: Recipe,
+    adapter: Path | None = None,
+    model: ModelSection | None = None,
+    *,
+    tasks: Sequence[str] | None = None,
+    stores: Sequence[Any | None] | None = None,
+    harness: bool = True,
+) -> tuple[dict[str, TaskScores], dict[str, dict[str, float]]]:
+    """(what `evaluate` gives, scores by lm-eval's tasks where the recipe has some and `harness` is not False)."""
     import torch
 
     from mtft.data.batching.packed_attention import packing_refusal
     from mtft.data.store.token_store import open_stores
-    from mtft.evaluation.evaluate_model import evaluate_model
+    from mtft.evaluation.evaluate_model import evaluate_model, harness_scores
     from mtft.evaluation.heldout_loss import BatchLayout
+    from mtft.evaluation.lm_eval_tasks import LmEvalTasks
     from mtft.evaluation.questions import AskedMetrics, check_questions
     from mtft.models.adapters import load_adapter
     from mtft.models.loading import compute_dtype, load_base, load_tokenizer, pad_id
@@ -45,10 +59,12 @@ def evaluate(
     if stores is None:
         stores = open_stores(recipe, tokenizer, "eval")
     chosen = [store if store is not None and (tasks is None or store.task in tasks) else None for store in stores]
-    if all(store is None for store in chosen):
+    tasks_of_harness = recipe.eval.lm_eval if harness else None
+    if all(store is None for store in chosen) and tasks_of_harness is None:
         raise UserError(
             "no task has held-out rows to evaluate on", where="tasks: eval_data", do="give a task an eval_data file"
         )
+    lm_eval = None if tasks_of_harness is None else LmEvalTasks.load(tasks_of_harness)
     asked = AskedMetrics.of(recipe, tokenizer)
     check_questions(chosen, asked)  # before the model is loaded: what can't be measured is refused
     network: Any = load_base(section)
@@ -60,7 +76,10 @@ def evaluate(
     layout = BatchLayout(recipe.train.rows_at_once, recipe.train.max_length, pad_id(tokenizer), packing)
     dtype = compute_dtype(section)
     precision = None if dtype == torch.float32 else dtype
-    return evaluate_model(network, chosen, layout, autocast=precision, asked=asked)
+    scores = evaluate_model(network, chosen, layout, autocast=precision, asked=asked)
+    if lm_eval is None:
+        return scores, {}
+    return scores, harness_scores(network, lm_eval, tokenizer, layout, autocast=precision)
 
 
 def exported(recipe: Recipe, folder: Path) -> tuple[Path | None, ModelSection | None]:

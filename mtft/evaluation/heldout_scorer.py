@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtft.evaluation.evaluate_model import answer_model, evaluate_model
+from mtft.evaluation.evaluate_model import answer_model, evaluate_model, harness_scores
 from mtft.evaluation.heldout_loss import BatchLayout, Told
+from mtft.evaluation.lm_eval_tasks import LmEvalTasks
 from mtft.evaluation.questions import AskedMetrics
 from mtft.evaluation.task_scores import TaskScores
 
@@ -23,7 +24,8 @@ from mtft.evaluation.task_scores import TaskScores
 @dataclass(frozen=True)
 class HeldOutScorer:
     """stores: held-out rows of each task (None: it has none). asked: all that is measured at the end; watched: of
-    these, what every evaluation needs. autocast: precision of the forward pass (None: that of the weights).
+    these, what every evaluation needs. autocast: precision of the forward pass (None: that of the weights). lm_eval:
+    tasks of the harness, at the end.
     """
 
     stores: Sequence[Any | None]
@@ -32,6 +34,7 @@ class HeldOutScorer:
     watched: AskedMetrics
     attention: str | None = None
     autocast: torch.dtype | None = None
+    lm_eval: LmEvalTasks | None = None
 
     def __call__(self, model: nn.Module, told: Told | None = None) -> dict[str, TaskScores]:
         """What an evaluation measures. A collective call, as the others."""
@@ -43,6 +46,14 @@ class HeldOutScorer:
     def try_out(self, model: nn.Module) -> None:
         """Asks one row of each task for everything. Raises UserError for a metric that can't be measured."""
         self._ask(model, self.asked, rows=1)
+        self.lm_eval_scores(model, limit=1)
+
+    def lm_eval_scores(self, model: nn.Module, *, limit: int | None = None) -> dict[str, dict[str, float]]:
+        """Scores by lm-eval's tasks (LmEvalTasks.scores); empty without any."""
+        if self.lm_eval is None:
+            return {}
+        tokenizer, autocast = self.asked.tokenizer, self.autocast
+        return harness_scores(model, self.lm_eval, tokenizer, self.layout, autocast=autocast, limit=limit)
 
     def completed(
         self, model: nn.Module, scores: dict[str, TaskScores], told: Told | None = None

@@ -78,6 +78,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     from mtft.data.store.token_store import open_stores
     from mtft.data.summary.summarize import summarize_data
     from mtft.data.tokenize.vocabulary_check import check_vocabulary
+    from mtft.evaluation.lm_eval_tasks import LmEvalTasks
     from mtft.evaluation.questions import AskedMetrics, check_questions
     from mtft.losses.balancers import make_balancer
     from mtft.models.cpu_precision import precision_warnings
@@ -135,6 +136,8 @@ def check_recipe(recipe: Recipe) -> CheckReport:
         launch=LaunchConfig.from_environment(),
     )
     online = describe_online_mixture(recipe, make_controller(recipe, plan)) if isinstance(plan, ReplannedPlan) else None
+    if recipe.eval.lm_eval is not None:
+        LmEvalTasks.load(recipe.eval.lm_eval)
     asked = AskedMetrics.of(recipe, tokenizer)
     check_questions(held_out, asked)
     return CheckReport(data, memory, tuple(warnings), online, tuple(asked.describe()))

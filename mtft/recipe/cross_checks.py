@@ -17,11 +17,10 @@ from data_mixers.common.suggest import closest_match
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture
 from mtft.common.listing import listed
 from mtft.common.own_files import irregular
-from mtft.recipe.metric_keys import check_metric_keys
+from mtft.recipe.metric_keys import check_metric_keys, unknown_harness_tasks, unknown_metrics
 from mtft.recipe.rules.task_rules import GIVEN
-from mtft.recipe.schema.metric import metric_key
 from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
-from mtft.recipe.targets import FORWARD
+from mtft.recipe.targets import LM_EVAL
 from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child, kind_of
 
 # keys of `shares` that are no task's name
@@ -283,27 +282,14 @@ def _objective(source: YamlSource, names: tuple[str, ...]) -> list[YamlProblem]:
     given = source.value(path)
     if not isinstance(given, dict):
         return []
-    problems = _unknown_tasks(path, {str(name).partition("/")[0]: name for name in given}, names)
+    harness = source.value(("eval", "lm_eval", "tasks"))
+    problems = unknown_harness_tasks(path, given, harness if isinstance(harness, list) else [])
+    own = [name for name in given if not str(name).startswith(f"{LM_EVAL}/")]
+    problems += _unknown_tasks(path, {str(name).partition("/")[0]: name for name in own}, names)
     if not problems:
-        problems = _unknown_metrics(path, given, source)
+        problems = unknown_metrics(path, own, source)
     if len(_numbers(given)) == len(given) and sum(_numbers(given).values()) == 0:
         problems.append(YamlProblem(path, "adds up to 0", "weigh at least one task above 0"))
-    return problems
-
-
-def _unknown_metrics(path: KeyPath, given: Iterable[str], source: YamlSource) -> list[YamlProblem]:
-    """Names of "task/metric" whose task has no such metric."""
-    keys: dict[str, list[str]] = {}
-    for task, section in _items(source, "tasks"):
-        metrics = (metric_key(metric) for _, metric in _items(source, *task, "metrics"))
-        keys[str(child(section, "name"))] = [*FORWARD, *filter(None, metrics)]
-    problems = []
-    for name in given:
-        task, slash, metric = str(name).partition("/")
-        if slash and metric not in keys.get(task, [metric]):
-            near = closest_match(metric, keys[task])
-            do = f"did you mean {task}/{near}?" if near else f"{task} has {listed(keys[task])}; add it to its metrics"
-            problems.append(YamlProblem((*path, name), f"names a metric that {task} does not have: {metric!r}", do))
     return problems
 
 

@@ -23,6 +23,7 @@ from mtft.common.listing import clipped, first_lines
 from mtft.recipe.cross_checks import check_files, check_source
 from mtft.recipe.error_messages import explain
 from mtft.recipe.metric_files import check_functions, placed
+from mtft.recipe.schema.evaluation import EvalSection
 from mtft.recipe.schema.loss import BalancerSection
 from mtft.recipe.schema.metric import NamedMetricSection, PythonMetricSection
 from mtft.recipe.schema.recipe import Recipe
@@ -178,4 +179,6 @@ def fingerprint(recipe: Recipe, *, without: Sequence[str] = ()) -> str:
         {key: value for key, value in task.items() if key not in plain or value != plain[key]}
         for task in values["tasks"]
     ]
+    if values.get("eval") == EvalSection().model_dump(mode="json"):
+        del values["eval"]
     return json_hash(values, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

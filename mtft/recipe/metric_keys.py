@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from data_mixers.common.suggest import closest_match
+from mtft.common.listing import listed
 from mtft.recipe.schema.metric import RESULT_KEYS, metric_key
-from mtft.recipe.targets import FORWARD
+from mtft.recipe.targets import FORWARD, LM_EVAL
 from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child
 
 
@@ -32,4 +37,36 @@ def check_metric_keys(source: YamlSource) -> list[YamlProblem]:
                 what = f"has the key {key!r}, as another metric of this task has ({source.origin(seen[key])})"
                 problems.append(YamlProblem(path, what, do))
             seen.setdefault(key, path)
+    return problems
+
+
+def unknown_harness_tasks(path: KeyPath, given: Iterable[str], tasks: Sequence[Any]) -> list[YamlProblem]:
+    """Names of "lm_eval/TASK/METRIC" that eval.lm_eval does not measure."""
+    problems = []
+    for name in given:
+        if str(name).startswith(f"{LM_EVAL}/"):
+            parts = str(name).split("/", 2)
+            if len(parts) < 3:
+                problems.append(YamlProblem((*path, name), "names no metric", f"write {LM_EVAL}/TASK/METRIC"))
+            elif parts[1] not in tasks:
+                what = f"names a task that eval.lm_eval.tasks does not have: {parts[1]!r}"
+                problems.append(YamlProblem((*path, name), what, f"add {parts[1]} to eval.lm_eval.tasks"))
+    return problems
+
+
+def unknown_metrics(path: KeyPath, given: Iterable[str], source: YamlSource) -> list[YamlProblem]:
+    """Names of "task/metric" whose task has no such metric."""
+    keys: dict[str, list[str]] = {}
+    tasks = source.value(("tasks",))
+    for section in tasks if isinstance(tasks, list) else []:
+        metrics = child(section, "metrics")
+        found = map(metric_key, metrics if isinstance(metrics, list) else [])
+        keys[str(child(section, "name"))] = [*FORWARD, *filter(None, found)]
+    problems = []
+    for name in given:
+        task, slash, metric = str(name).partition("/")
+        if slash and metric not in keys.get(task, [metric]):
+            near = closest_match(metric, keys[task])
+            do = f"did you mean {task}/{near}?" if near else f"{task} has {listed(keys[task])}; add it to its metrics"
+            problems.append(YamlProblem((*path, name), f"names a metric that {task} does not have: {metric!r}", do))
     return problems

@@ -1,6 +1,6 @@
 """Names of what a recipe measures on held-out rows: "task/metric", as sweep.objective and train.watch use them.
 
-A task's name alone is its held-out loss.
+A task's name alone is its held-out loss. Those of lm-evaluation-harness are "lm_eval/TASK/METRIC".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from mtft.recipe.schema.task import TaskSection
 FORWARD = ("loss", "token_accuracy", "exact_match")
 """What the forward pass over the held-out rows gives, whatever a task's `metrics` are."""
 OVER_TASKS = ("mean", "worst")
+LM_EVAL = "lm_eval"
 
 
 def metrics_of(task: TaskSection) -> tuple[str, ...]:
@@ -30,9 +31,16 @@ def targets_of(recipe: Recipe, name: str) -> tuple[str, ...]:
 
     Auxiliary tasks only by their names.
     """
+    if name.startswith(f"{LM_EVAL}/"):
+        return (name,) if name.split("/")[1] in lm_eval_tasks(recipe) else ()
     of, metric = split_target(name)
     tasks = [task for task in recipe.tasks if (of in OVER_TASKS and not task.auxiliary) or task.name == of]
     return tuple(f"{task.name}/{metric}" for task in tasks if metric in metrics_of(task))
+
+
+def lm_eval_tasks(recipe: Recipe) -> tuple[str, ...]:
+    """Names of lm-eval's tasks that the recipe measures."""
+    return () if recipe.eval.lm_eval is None else recipe.eval.lm_eval.tasks
 
 
 def objective_targets(recipe: Recipe) -> tuple[str, ...]:

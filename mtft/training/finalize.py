@@ -63,6 +63,7 @@ def finalize_run(
                 proof.start(model, export_dir, recipe, cleanup)
         with part_of_the_end("held-out scores", run_dir, steps):
             scores = trainer.final_scores() if inputs.evaluates else {}
+            harness = trainer.lm_eval_scores()
             if is_main_process():
                 for task, task_scores in scores.items():
                     task_scores.save(run_dir / SCORES / f"{task}.jsonl")
@@ -74,7 +75,8 @@ def finalize_run(
             equal = proof.result()
             with part_of_the_end("report", run_dir, steps):
                 told: dict[str, Any] = {"proof": equal, "unquantised": proof.unquantised, "not_proved": proof.trouble}
-                write_card(export_dir, recipe, plan, scores, tokenizer=inputs.tokenizer, **told, step=chosen)
+                told |= {"step": chosen, "harness": harness}
+                write_card(export_dir, recipe, plan, scores, tokenizer=inputs.tokenizer, **told)
                 seconds = time.perf_counter() - begin
                 summaries = {task: task_scores.summary() for task, task_scores in scores.items()}
                 content = {"steps": steps, "seconds": seconds, "export": export_dir.name, "state": proof.state}
@@ -87,6 +89,8 @@ def finalize_run(
                         trainer.run_log.say(f"warning: {line}")
                 scored = held_out_identity(inputs.held_out)
                 content |= {"basis": trainer.basis, "fingerprints": {**(trainer.identity or {}), **scored}}
+                if harness:
+                    content["lm_eval"] = harness
                 if code := trainer.scoring_code():
                     content["scoring_code"] = code
                 if recipe.model.quantise != "none":

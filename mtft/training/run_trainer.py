@@ -230,6 +230,13 @@ class RunTrainer(Trainer):
         if isinstance(self._score, HeldOutScorer):
             self._score.try_out(self.model)
 
+    def lm_eval_scores(self) -> dict[str, dict[str, float]]:
+        """The weights as they are by lm-eval's tasks; empty without any. A collective call."""
+        if not isinstance(self._score, HeldOutScorer):
+            return {}
+        with evaluation_weights(self.optimizer):
+            return self._score.lm_eval_scores(self.model)
+
     def scoring_code(self) -> dict[str, str]:
         """{"task/metric": SHA-256} of the user's own code among the metrics."""
         return self._score.asked.user_code() if isinstance(self._score, HeldOutScorer) else {}

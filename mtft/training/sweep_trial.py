@@ -20,6 +20,7 @@ from data_mixers.sweep.early_termination import StopRule
 from data_mixers.sweep.trial import Trial
 from mtft.common.errors import UserError
 from mtft.data.planning import make_plan
+from mtft.evaluation.lm_eval_tasks import flat_scores
 from mtft.models.loading import load_base
 from mtft.recipe.load import fingerprint
 from mtft.recipe.schema.recipe import Recipe
@@ -78,8 +79,10 @@ def _scores(trainer: MultiTaskTrainer) -> dict[str, float]:
     """{"task/metric": score} of the evaluation at the present step."""
     evaluation = trainer.evaluations[trainer.state.global_step]
     summaries = {task: scores.summary() for task, scores in evaluation.items()}
+    harness = flat_scores(trainer.lm_eval_scores())
     sizes = ("examples", "tokens")
-    return {f"{task}/{key}": x for task, summary in summaries.items() for key, x in summary.items() if key not in sizes}
+    own = {f"{task}/{key}": x for task, summary in summaries.items() for key, x in summary.items() if key not in sizes}
+    return own | harness
 
 
 class _EvaluateAtChecks(TrainerCallback):

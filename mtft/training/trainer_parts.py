@@ -24,6 +24,7 @@ from mtft.distributed.sharding import elements, trainable
 from mtft.distributed.stop_signal import StopSignal
 from mtft.evaluation.heldout_loss import BatchLayout
 from mtft.evaluation.heldout_scorer import HeldOutScorer
+from mtft.evaluation.lm_eval_tasks import LmEvalTasks
 from mtft.evaluation.questions import AskedMetrics
 from mtft.losses.balancers import make_balancer
 from mtft.losses.moe_router_loss import check_router_loss, router_warning
@@ -32,6 +33,7 @@ from mtft.losses.token_nll import resolve_path
 from mtft.losses.validation_stream import ValidationStream
 from mtft.models.loading import compute_dtype, load_tokenizer, pad_id
 from mtft.recipe.schema.recipe import Recipe
+from mtft.recipe.targets import LM_EVAL
 from mtft.training.callbacks.early_stopping import EarlyStopping
 from mtft.training.callbacks.watched_score import watched_metrics
 from mtft.training.checkpoint.checkpoint import check_identity
@@ -213,6 +215,7 @@ def trainer_parts(
         asked if targets is not None else asked.only(watched_metrics(recipe)),
         attention,
         None if dtype == torch.float32 else dtype,
+        _lm_eval(recipe, targets),
     )
     objective = Objective(
         loss.normalise,
@@ -250,6 +253,13 @@ def trainer_parts(
         "keep": recipe.output.keep,
     }
     return TrainerParts(options, own_optimizer(recipe, args), section.deterministic)
+
+
+def _lm_eval(recipe: Recipe, targets: Collection[str] | None) -> LmEvalTasks | None:
+    """lm-eval's tasks at the end of a run; in trials (targets not None) only where the objective names one."""
+    section = recipe.eval.lm_eval
+    wanted = targets is None or any(target.startswith(f"{LM_EVAL}/") for target in targets)
+    return LmEvalTasks.load(section) if section is not None and wanted else None
 
 
 SHOWN_TASKS = 20  # whose shares are said before the first step

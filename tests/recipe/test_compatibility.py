@@ -125,6 +125,15 @@ CASES = {
     "lora.freeze_a, lora.init: mica + sharded weights": ("train", ["lora.freeze_a=true"], ZERO_3),
     "lora.freeze_a + lora.init: mica": ("train", ["lora.freeze_a=true", "lora.init=mica"]),
     "train.watch": ("train", ["train.watch=summ"]),
+    "eval.lm_eval + tasks": (
+        "eval",
+        [
+            "tasks=[{name: lm_eval, data: data/sum.jsonl, eval_data: data/sum.jsonl}]",
+            "mixture={}",
+            "sweep=null",
+            "eval.lm_eval={tasks: [arc_easy]}",
+        ],
+    ),
     "sweep.objective": ("mix", ["sweep.objective=mean/rouge_l"]),
     "train.patience, train.task_patience, output.export: best + tasks.*.eval_data": (
         "train",

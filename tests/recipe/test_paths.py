@@ -33,6 +33,7 @@ NO_PATHS = {
     ".tasks.shots.from",  # a task
     *(f".tasks.shots.from.{key}" for key in ("split", "format", "template")),
     ".tasks.generate.stop",
+    ".eval.lm_eval.tasks",
     ".tasks.row_weight",  # a column
     ".sweep.objective",
     ".tasks.metrics",
@@ -74,6 +75,7 @@ fuse:
   base: {path: ./in/weak, chat_template: in/weak.jinja}
   adapters: [in/expert]
   router: in/router.safetensors
+eval: {lm_eval: {tasks: [mine], include_path: in/harness}}
 output: {dir: out/run}
 """
 SHARES = ["{file: in/mixture.yaml}", "{schedule: [{at: 0, shares: natural}, {at: 1, shares: {file: in/late.yaml}}]}"]

@@ -6,10 +6,11 @@ from typing import Any
 
 from mtft.common.aggregates import AGGREGATES, Aggregate
 from mtft.common.fingerprint import content_hash
+from mtft.evaluation.lm_eval_tasks import LmEvalTasks
 from mtft.evaluation.metrics import make_metrics
 from mtft.evaluation.task_scores import FORWARD
 from mtft.recipe.schema.recipe import Recipe
-from mtft.recipe.targets import objective_targets, split_target, targets_of
+from mtft.recipe.targets import LM_EVAL, objective_targets, split_target, targets_of
 
 
 def sweep_goals(recipe: Recipe) -> dict[str, str]:
@@ -41,6 +42,9 @@ def asked_in_trials(recipe: Recipe) -> str:
         for key, metric in make_metrics(task).items():
             if metric.NEEDS != "forward" and f"{task.name}/{key}" in objective_targets(recipe):
                 asked.append(f"{task.name}/{key} {metric.digest or ''}")
+    harness = [target for target in objective_targets(recipe) if target.startswith(f"{LM_EVAL}/")]
+    if harness and recipe.eval.lm_eval is not None:
+        asked += [*harness, recipe.eval.lm_eval.model_dump_json()]
     return content_hash("\n".join(asked)) if asked else ""
 
 
@@ -50,8 +54,14 @@ def _is_word(recipe: Recipe) -> bool:
 
 def _aggregates(recipe: Recipe, targets: Any) -> dict[str, Aggregate]:
     forward = {key: AGGREGATES[name] for key, name in FORWARD.items()}
+    harness = [target for target in targets if target.startswith(f"{LM_EVAL}/")]
+    if harness and recipe.eval.lm_eval is not None:
+        tasks = LmEvalTasks.load(recipe.eval.lm_eval)
+        known = {target: tasks.aggregate(target) for target in harness}
+    else:
+        known = {}
     own = {
         task.name: {key: metric.aggregate for key, metric in make_metrics(task).items()} | forward
         for task in recipe.tasks
     }
-    return {target: own[split_target(target)[0]][split_target(target)[1]] for target in targets}
+    return {target: known.get(target) or own[split_target(target)[0]][split_target(target)[1]] for target in targets}

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from mtft.recipe.schema.evaluation import EvalSection
 from mtft.recipe.schema.fuse import FuseSection
 from mtft.recipe.schema.lora import LoraSection
 from mtft.recipe.schema.loss import LossSection
@@ -38,6 +39,7 @@ class Recipe(RecipeSection):
     """null = full fine-tuning."""
     loss: LossSection = LossSection()
     train: TrainSection
+    eval: EvalSection = EvalSection()
     output: OutputSection
     sweep: SweepSection | None = None
     merge: MergeSection | None = None

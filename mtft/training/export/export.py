@@ -118,10 +118,12 @@ def write_card(
     unquantised: Mapping[str, float] | None = None,
     step: int | None = None,
     not_proved: str | None = None,
+    harness: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
     """README.md of an export: how to load and prompt it, what it was trained on, what it scored, with which versions.
 
     `step`: the optimizer step that the weights are of; None = the plan's last. `not_proved`: why there is no proof.
+    `harness`: scores by lm-eval's tasks.
     """
     lora = (folder / "adapter_config.json").is_file()
     base = recipe.model.path
@@ -162,6 +164,10 @@ def write_card(
             cells = " | ".join(f"{summary[metric]:.4f}" if metric in summary else "" for metric in metrics)
             name = f"{task} (auxiliary)" if task in recipe.auxiliary_tasks else task
             lines.append(f"| {name} | {cells} | {summary['examples']} |")
+        lines.append("")
+    if harness:
+        lines += ["## lm-evaluation-harness", "", "| task | metric | score |", "|---|---|---|"]
+        lines += [f"| {task} | {name} | {x:.4f} |" for task, row in harness.items() for name, x in row.items()]
         lines.append("")
     if told := told_in_card(proof, not_proved):
         lines += [told, ""]

@@ -92,11 +92,12 @@ class LmEvalTasks:
             restore_random_state(before)
 
     def _scores(self, model: nn.Module, tokenizer: Any, batch_size: int, limit: int | None) -> dict[str, Any]:
-        from lm_eval import simple_evaluate
+        import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        harness: Any = HFLM  # the decorator that registers it hides its type
-        found: Any = simple_evaluate(
+        evaluate: Any = lm_eval.simple_evaluate  # decorators hide the types of both
+        harness: Any = HFLM
+        found: Any = evaluate(
             model=harness(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size),
             tasks=list(self.section.tasks),
             task_manager=self.manager,

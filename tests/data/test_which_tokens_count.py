@@ -14,10 +14,11 @@ from mtft.common.errors import UserError
 from mtft.data.batching.batches import collate
 from mtft.data.formats.formats import FORMATS
 from mtft.data.formats.messages import RowError
-from mtft.data.store.token_store import TokenStore, open_store
+from mtft.data.store.token_store import TokenStore, open_store, open_stores
 from mtft.data.tokenize.chat_template import ChatRenderer
 from mtft.data.tokenize.encode import encode
 from mtft.data.tokenize.turn_weights import thought_of
+from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.task import TaskSection
 from tests.data.test_cases import CASES
 from tests.data.tokenize.stock import STOCK, random_row, stock
@@ -338,3 +339,41 @@ def test_turns_of_no_weight_stay_context(tmp_path, name, keys):
     for i in range(len(store)):
         assert learnt(CHATML, store.example(i)) == [("RIGHT<|im_end|>", 1)]
     assert store.stats["weighted"] == 0
+
+
+def test_with_demonstrations_and_a_system_prompt(tmp_path):
+    """What stands in front is never learnt and moves no weight; a row of weight 0 is no demonstration."""
+    rows = [{"messages": [say("user", f"Q{i}"), *TWO[1:]], "worth": i % 3} for i in range(9)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    stores = []
+    for worth in ("worth", None):
+        task = {"name": "t", "data": str(path), "row_weight": "worth", "system": "be brief", "shots": {"n": 2}}
+        if worth is None:  # the same task, whose demonstrations are rows of another one
+            task["shots"]["from"] = "u"
+        whole = {"name": "r", "model": {"path": "x"}, "output": {"dir": "y"}, "train": {"steps": 1, "max_length": 400}}
+        others = [{"name": "u", "data": str(path), "row_weight": worth or "even"}]
+        if worth is None:
+            write_jsonl(path, [{**row, "even": 0 if "Q1" in str(row) else 1} for row in rows])
+        recipe = Recipe.model_validate({**whole, "tasks": [task, *others]})
+        stores.append(open_stores(recipe, CHATML, "train", cache_dir=tmp_path / "cache")[0])
+    for store in stores:
+        assert len(store) == 6
+        for i in range(len(store)):
+            example, text = store.example(i), CHATML.decode(store.example(i).input_ids)
+            assert learnt(CHATML, example) == [("the fox<|im_end|>", 0.25), ("dog<|im_end|>", 1)]
+            assert example.row_weight == [1, 2][i % 2]
+            assert text.count("the fox") == 3
+            zeros = ("Q0", "Q3", "Q6") if store is stores[0] else ("Q1<",)
+            own = text.rsplit("<|im_start|>user\nQ", 1)[0]
+            assert not any(asked in own for asked in zeros)
+    all_of_u = recipe.model_copy(update={"tasks": (recipe.tasks[0], TaskSection(name="u", data=str(path)))})
+    other = open_stores(all_of_u, CHATML, "train", cache_dir=tmp_path / "cache")[0]
+    assert other.fingerprint != stores[1].fingerprint  # there all rows are demonstrations
+
+
+def test_a_prompt_that_is_told_not_to_think(tmp_path):
+    made = stock("qwen3")
+    answer = say("assistant", "dog", weight=0.5)
+    options = {"chat_template_kwargs": {"enable_thinking": False}, "thinking_weight": 0.0}
+    store = build(tmp_path, [{"messages": [say("user", "Q"), answer]}], made, **options)
+    assert learnt(made, store.example(0)) == [("dog<|im_end|>", 0.5)]

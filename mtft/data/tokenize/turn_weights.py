@@ -56,7 +56,8 @@ class TurnWeights:
                 _, text, start = find_turn(self.template, [turns[0], turns[1] | {key: PROBE}], 1, None, set())
             except RowError:
                 continue
-            shown.append(text[start : text.index(PROBE, start)].strip())
+            before, probe, _ = text[start:].partition(PROBE)
+            shown += [before.strip()] if probe else []
         return (*filter(None, shown), "<think>")
 
 

@@ -12,7 +12,7 @@ regmix     a score made of each of 13 losses: right or wrong on 200 rows with pr
            c so that the mean score is 0.5, 0.9 or 0.98; and e^-loss, the likelihood of a token. Fitted on 64 trials
 simulated  the same of a bowl in the roots of 5 shares, 48 trials, 50 rows
 loss       which tells more of a score, its trials' scores or their losses? rho of what is predicted for new mixtures
-           with the score without noise: scores of 50, 200 and 1,000 rows ("auto"), and the loss; regmix's losses
+           with the score without noise: scores of 50, 200 and 1,000 rows, and the loss; regmix's losses, ridge
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ Case = tuple[str, list[tuple[np.ndarray, ...]]]  # what, its folds
 LINKS = ("none", "logit")
 
 
-def fit(X: np.ndarray, y: np.ndarray, tau: np.ndarray, high: float, link: str, seed: int) -> TargetFit:
+def fit(
+    X: np.ndarray, y: np.ndarray, tau: np.ndarray, high: float, link: str, seed: int, by: str = "auto"
+) -> TargetFit:
     groups = group_rows(X)
     records = [
         TrialRecord(
@@ -59,7 +61,7 @@ def fit(X: np.ndarray, y: np.ndarray, tau: np.ndarray, high: float, link: str, s
     ]  # fmt: skip
     progress = "all" if np.ptp(tau) else "last"
     bounds = {"score": (0.0, high)} if np.isfinite(high) else None
-    fits = fit_surrogates(records, seed=seed, progress=progress, bounds=bounds, link=link)
+    fits = fit_surrogates(records, surrogate=by, seed=seed, progress=progress, bounds=bounds, link=link)
     return fits["score"]
 
 
@@ -196,9 +198,9 @@ def loss_or_score(seeds: int) -> None:
                 )  # -loss: as the score
                 rng, found = np.random.default_rng(seed), []
                 for count in (50, 200, 1000):
-                    fitted = fit(X[some], right_or_wrong(loss, centre, count, rng), one, 1.0, "auto", seed)
+                    fitted = fit(X[some], right_or_wrong(loss, centre, count, rng), one, 1.0, "auto", seed, "ridge")
                     found.append(spearman(fitted.model.mean(X_test[:128]), true))
-                of_loss = fit(X[some], -loss, one, np.inf, "none", seed)
+                of_loss = fit(X[some], -loss, one, np.inf, "none", seed, "ridge")
                 each.append([*found, spearman(of_loss.model.mean(X_test[:128]), true)])
         print(f"{centre:<12}" + "".join(f"{value:10.1f}" for value in np.mean(each, axis=0)), flush=True)
 

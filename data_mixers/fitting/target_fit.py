@@ -197,6 +197,7 @@ class TargetFit:
         lines = [
             f"{self.target} ({'lower' if self.goal == 'min' else 'higher'} is better), {len(self.arrays.y)} trials"
             + (f" ({self.nulls} without a finite score left out)" if self.nulls else "")
+            + ("" if self.link is None else ", fitted by its logit")
         ]
         if self.too_few is not None:
             return "\n".join([*lines, f"  {self.too_few}"])

@@ -97,6 +97,8 @@ def test_what_is_reported_is_in_units_of_the_score():
     assert linked.sd == plain.sd == pytest.approx(y.std())
     report = json.loads(json.dumps(linked.report(), allow_nan=False))
     assert report["link"] == "logit"
+    assert "fitted by its logit" in linked.text()
+    assert "logit" not in plain.text()
     predicted = np.array([row["predicted"] for row in report["trials"]])
     assert [row["measured"] for row in report["trials"]] == pytest.approx(y.tolist())
     assert report["r2"] == pytest.approx(1 - np.mean((y - predicted) ** 2) / y.var())

@@ -6,7 +6,7 @@ pydantic judges; its messages are for programmers, so only the place and the kin
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -135,7 +135,7 @@ def _unknown(path: KeyPath, source: YamlSource, *, hint: bool) -> YamlProblem:
     if not hint:
         return YamlProblem(path, f"{key!r} is not a key of {section}")
     near = _nearest(path, source)
-    elsewhere = [name for name, field in Recipe.model_fields.items() for model in _sections(field.annotation)
+    elsewhere = [name for name, annotation in _top_sections() for model in _sections(annotation)
                  if key in model.model_fields]  # fmt: skip
     if near:
         do = f"did you mean {near}?"
@@ -144,6 +144,13 @@ def _unknown(path: KeyPath, source: YamlSource, *, hint: bool) -> YamlProblem:
     else:
         do = f"the keys of {section} are {', '.join(_keys(path[:-1], source))}"
     return YamlProblem(path, f"{key!r} is not a key of {section}", do)
+
+
+def _top_sections() -> Iterator[tuple[str, Any]]:
+    """(name, type) of what stands at the top level; of a list, its items: tasks.*."""
+    for name, field in Recipe.model_fields.items():
+        listed_type = get_origin(field.annotation) is tuple
+        yield (f"{name}.*", get_args(field.annotation)[0]) if listed_type else (name, field.annotation)
 
 
 def _nearest(path: KeyPath, source: YamlSource) -> str | None:

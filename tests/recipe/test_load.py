@@ -105,6 +105,20 @@ error: 'learning_rate' is not a key of the recipe
   where: command line, override 'learning_rate=3', key learning_rate
   do:    it belongs under train""",
     ),
+    "key of a task": (
+        ["generate={max_new_tokens: 9}"],
+        """\
+error: 'generate' is not a key of the recipe
+  where: command line, override 'generate={max_new_tokens: 9}', key generate
+  do:    it belongs under tasks.*""",
+    ),
+    "metric of a task, with a dot": (
+        ["sweep.objective={sum.f1: 1}"],
+        """\
+error: sweep.objective.sum.f1 names a task that is not there: 'sum.f1'
+  where: command line, override 'sweep.objective={sum.f1: 1}', key sweep.objective.sum.f1
+  do:    did you mean sum/f1? A task and its metric are joined by a slash""",
+    ),
     "quoted number": (
         ["train.learning_rate='2e-4'"],
         """\

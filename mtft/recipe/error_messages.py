@@ -20,6 +20,16 @@ from mtft.recipe.schema.section import RecipeSection
 from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child, kind_of
 
 _HINTS = 2 * MOST_LINES  # unknown keys that are compared with the known ones, which takes time
+# What transformers, PEFT and TRL call a key, where the spelling is too far from ours to be found.
+_FAMILIAR = {
+    "lr": "learning_rate", "max_steps": "steps", "num_train_epochs": "epochs", "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_tokens", "gradient_accumulation_steps": "batch_tokens",
+    "train_batch_size": "batch_tokens", "batch_size": "batch_tokens", "max_seq_length": "max_length",
+    "lr_scheduler_type": "schedule", "warmup_steps": "warmup", "warmup_ratio": "warmup", "optim": "optimizer",
+    "eval_steps": "eval_every", "metric_for_best_model": "watch", "early_stopping_patience": "patience",
+    "neftune_noise_alpha": "neftune", "save_steps": "save_every", "output_dir": "dir", "target_modules": "targets",
+    "model_name_or_path": "path", "torch_dtype": "dtype", "attn_implementation": "attention",
+}  # fmt: skip
 _LIMITS = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
 
 
@@ -154,7 +164,9 @@ def _top_sections() -> Iterator[tuple[str, Any]]:
 
 
 def _nearest(path: KeyPath, source: YamlSource) -> str | None:
-    return closest_match(path[-1], _keys(path[:-1], source))
+    keys = _keys(path[:-1], source)
+    familiar = _FAMILIAR.get(str(path[-1]))
+    return familiar if familiar in keys else closest_match(path[-1], keys)
 
 
 def _missing(path: KeyPath, source: YamlSource) -> YamlProblem:

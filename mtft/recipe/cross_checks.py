@@ -17,7 +17,7 @@ from data_mixers.common.suggest import closest_match
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture
 from mtft.common.listing import listed
 from mtft.common.own_files import irregular
-from mtft.recipe.metric_keys import check_metric_keys, unknown_harness_tasks, unknown_metrics
+from mtft.recipe.metric_keys import check_metric_keys, dotted_targets, unknown_harness_tasks, unknown_metrics
 from mtft.recipe.rules.task_rules import GIVEN
 from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
 from mtft.recipe.targets import LM_EVAL
@@ -285,7 +285,9 @@ def _objective(source: YamlSource, names: tuple[str, ...]) -> list[YamlProblem]:
     harness = source.value(("eval", "lm_eval", "tasks"))
     problems = unknown_harness_tasks(path, given, harness if isinstance(harness, list) else [])
     own = [name for name in given if not str(name).startswith(f"{LM_EVAL}/")]
-    problems += _unknown_tasks(path, {str(name).partition("/")[0]: name for name in own}, names)
+    problems += dotted_targets(path, (name for name in own if "/" not in str(name)), names) or _unknown_tasks(
+        path, {str(name).partition("/")[0]: name for name in own}, names
+    )
     if not problems:
         problems = unknown_metrics(path, own, source)
     if len(_numbers(given)) == len(given) and sum(_numbers(given).values()) == 0:

@@ -6,7 +6,7 @@ pydantic judges; its messages are for programmers, so only the place and the kin
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -20,6 +20,16 @@ from mtft.recipe.schema.section import RecipeSection
 from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child, kind_of
 
 _HINTS = 2 * MOST_LINES  # unknown keys that are compared with the known ones, which takes time
+# What transformers, PEFT and TRL call a key, where the spelling is too far from ours to be found.
+_FAMILIAR = {
+    "lr": "learning_rate", "max_steps": "steps", "num_train_epochs": "epochs", "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_tokens", "gradient_accumulation_steps": "batch_tokens",
+    "train_batch_size": "batch_tokens", "batch_size": "batch_tokens", "max_seq_length": "max_length",
+    "lr_scheduler_type": "schedule", "warmup_steps": "warmup", "warmup_ratio": "warmup", "optim": "optimizer",
+    "eval_steps": "eval_every", "metric_for_best_model": "watch", "early_stopping_patience": "patience",
+    "neftune_noise_alpha": "neftune", "save_steps": "save_every", "output_dir": "dir", "target_modules": "targets",
+    "model_name_or_path": "path", "torch_dtype": "dtype", "attn_implementation": "attention",
+}  # fmt: skip
 _LIMITS = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
 
 
@@ -135,7 +145,7 @@ def _unknown(path: KeyPath, source: YamlSource, *, hint: bool) -> YamlProblem:
     if not hint:
         return YamlProblem(path, f"{key!r} is not a key of {section}")
     near = _nearest(path, source)
-    elsewhere = [name for name, field in Recipe.model_fields.items() for model in _sections(field.annotation)
+    elsewhere = [name for name, annotation in _top_sections() for model in _sections(annotation)
                  if key in model.model_fields]  # fmt: skip
     if near:
         do = f"did you mean {near}?"
@@ -146,8 +156,17 @@ def _unknown(path: KeyPath, source: YamlSource, *, hint: bool) -> YamlProblem:
     return YamlProblem(path, f"{key!r} is not a key of {section}", do)
 
 
+def _top_sections() -> Iterator[tuple[str, Any]]:
+    """(name, type) of what stands at the top level; of a list, its items: tasks.*."""
+    for name, field in Recipe.model_fields.items():
+        listed_type = get_origin(field.annotation) is tuple
+        yield (f"{name}.*", get_args(field.annotation)[0]) if listed_type else (name, field.annotation)
+
+
 def _nearest(path: KeyPath, source: YamlSource) -> str | None:
-    return closest_match(path[-1], _keys(path[:-1], source))
+    keys = _keys(path[:-1], source)
+    familiar = _FAMILIAR.get(str(path[-1]))
+    return familiar if familiar in keys else closest_match(path[-1], keys)
 
 
 def _missing(path: KeyPath, source: YamlSource) -> YamlProblem:

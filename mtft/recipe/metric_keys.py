@@ -54,6 +54,17 @@ def unknown_harness_tasks(path: KeyPath, given: Iterable[str], tasks: Sequence[A
     return problems
 
 
+def dotted_targets(path: KeyPath, given: Iterable[str], names: tuple[str, ...]) -> list[YamlProblem]:
+    """Metrics that are written as keys of the recipe are, task.metric; a name of a task may hold dots itself."""
+    problems = []
+    for name in map(str, given):
+        task = next((task for task in names if name not in names and name.startswith(f"{task}.")), None)
+        if task is not None:
+            do = f"did you mean {task}/{name.removeprefix(f'{task}.')}? A task and its metric are joined by a slash"
+            problems.append(YamlProblem((*path, name), f"names a task that is not there: {name!r}", do))
+    return problems
+
+
 def unknown_metrics(path: KeyPath, given: Iterable[str], source: YamlSource) -> list[YamlProblem]:
     """Names of "task/metric" whose task has no such metric."""
     keys: dict[str, list[str]] = {}
@@ -61,7 +72,7 @@ def unknown_metrics(path: KeyPath, given: Iterable[str], source: YamlSource) -> 
     for section in tasks if isinstance(tasks, list) else []:
         metrics = child(section, "metrics")
         found = map(metric_key, metrics if isinstance(metrics, list) else [])
-        keys[str(child(section, "name"))] = [*FORWARD, *filter(None, found)]
+        keys[str(child(section, "name"))] = list(dict.fromkeys([*FORWARD, *filter(None, found)]))
     problems = []
     for name in given:
         task, slash, metric = str(name).partition("/")

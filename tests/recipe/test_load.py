@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from mtft.recipe.error_messages import _FAMILIAR, _sections
 from mtft.recipe.load import dump_recipe, fingerprint, load_recipe
 from mtft.recipe.schema.recipe import Recipe
 
@@ -104,6 +105,27 @@ error: 'learning_rat' is not a key of train
 error: 'learning_rate' is not a key of the recipe
   where: command line, override 'learning_rate=3', key learning_rate
   do:    it belongs under train""",
+    ),
+    "key of a task": (
+        ["generate={max_new_tokens: 9}"],
+        """\
+error: 'generate' is not a key of the recipe
+  where: command line, override 'generate={max_new_tokens: 9}', key generate
+  do:    it belongs under tasks.*""",
+    ),
+    "name that transformers has for it": (
+        ["train.per_device_train_batch_size=4"],
+        """\
+error: 'per_device_train_batch_size' is not a key of train
+  where: command line, override 'train.per_device_train_batch_size=4', key train.per_device_train_batch_size
+  do:    did you mean batch_tokens?""",
+    ),
+    "metric of a task, with a dot": (
+        ["sweep.objective={sum.f1: 1}"],
+        """\
+error: sweep.objective.sum.f1 names a task that is not there: 'sum.f1'
+  where: command line, override 'sweep.objective={sum.f1: 1}', key sweep.objective.sum.f1
+  do:    did you mean sum/f1? A task and its metric are joined by a slash""",
     ),
     "quoted number": (
         ["train.learning_rate='2e-4'"],
@@ -399,3 +421,14 @@ def test_not_a_number_is_never_a_number(folder, value):
 @pytest.mark.parametrize("model", ["model", "fuse.strong"])
 def test_code_that_ships_with_a_model_is_never_run(folder, model):
     assert f"{model}.trust_remote_code is true, and must be false" in folder.message(f"{model}.trust_remote_code=true")
+
+
+def test_familiar_names_lead_to_keys():
+    known = {key for field in Recipe.model_fields.values() for section in _sections(field.annotation)
+             for key in section.model_fields}  # fmt: skip
+    assert set(_FAMILIAR.values()) <= known
+
+
+def test_a_metric_that_a_task_lacks_is_told_with_those_it_has_once_each(folder):
+    error = folder.error("tasks.sum.metrics=[loss, chrf]", "sweep.objective={sum/spearman: 1}")
+    assert error.do == "sum has loss, token_accuracy, exact_match, chrf; add it to its metrics"

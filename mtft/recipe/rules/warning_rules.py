@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_mixers.fitting.enough_trials import needed_trials
-from mtft.recipe.rules.rule import MERGING, TRAINING, Rule, planned_trials, without_eval
+from mtft.recipe.rules.rule import MERGING, TRAINING, Rule, judged_without_eval, planned_trials
 
 WARNING_RULES: tuple[Rule, ...] = (
     # --- allowed, but likely not what was meant
@@ -32,7 +32,7 @@ WARNING_RULES: tuple[Rule, ...] = (
         "too few trials to say anything of other mixtures (a fit needs about 3 x (tasks + 1)): none will be predicted, "
         "and the current mixture will be kept",
         "raise sweep.trials (a cocktail: sweep.repeats)", fatal=False),
-    Rule("tasks.*.eval_data", ("check", "train", "run"), lambda r, e, n: bool(without_eval(r)),
+    Rule("tasks.*.eval_data", ("check", "train", "run"), lambda r, e, n: bool(judged_without_eval(r)),
         "some tasks have no eval_data: nothing held-out is measured for them", "give them eval_data", fatal=False),
     Rule("train.micro_batch_tokens + train.batch_tokens", TRAINING,
         lambda r, e, n: r.train.micro_batch_tokens != "auto"

@@ -193,6 +193,15 @@ def test_warned(folder, keys):
     ]
 
 
+@pytest.mark.parametrize("name", ["sum/exact_match", "mean/f1", "worst/f1"])
+def test_a_metric_is_watched_on_held_out_rows(folder, name):
+    """A task without them measures nothing, so `train.watch` would find nothing at the first evaluation."""
+    overrides = [f"train.watch={name}", "tasks.sum.metrics=[loss, f1]"]
+    check_compatibility(folder.load(*overrides), stage="train")
+    with pytest.raises(UserError, match="measures on eval_data"):
+        check_compatibility(folder.load(*overrides, "tasks.sum.eval_data="), stage="train")
+
+
 def test_every_row_has_its_case():
     assert {row.keys for row in TABLE if row.fatal} == CASES.keys()
     assert {row.keys for row in TABLE if not row.fatal} == WARNINGS.keys()

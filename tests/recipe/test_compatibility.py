@@ -126,6 +126,10 @@ CASES = {
     "lora.freeze_a + lora.init: mica": ("train", ["lora.freeze_a=true", "lora.init=mica"]),
     "train.watch": ("train", ["train.watch=summ"]),
     "sweep.objective": ("mix", ["sweep.objective=mean/rouge_l"]),
+    "sweep.eval_limit + tasks.*.metrics": (
+        "mix",
+        ["tasks.sum.metrics=[label_accuracy]", "sweep.objective={sum/label_accuracy: 1}", "sweep.eval_limit=4"],
+    ),
     "train.patience, train.task_patience, output.export: best + tasks.*.eval_data": (
         "train",
         ["output.export=best", "tasks.sum.eval_data="],
@@ -200,6 +204,12 @@ def test_a_metric_is_watched_on_held_out_rows(folder, name):
     check_compatibility(folder.load(*overrides), stage="train")
     with pytest.raises(UserError, match="measures on eval_data"):
         check_compatibility(folder.load(*overrides, "tasks.sum.eval_data="), stage="train")
+
+
+def test_named_labels_go_with_a_limit(folder):
+    overrides = ["sweep.objective={sum/label_accuracy: 1}", "sweep.eval_limit=4"]
+    named = "tasks.sum.metrics=[{name: label_accuracy, labels: [yes, no]}]"
+    check_compatibility(folder.load(named, *overrides), stage="mix")
 
 
 def test_every_row_has_its_case():

@@ -11,6 +11,7 @@ from mtft.recipe.rules.rule import (
     merges_own_adapters,
     part_of_several_gpus,
     quantised,
+    reads_labels_in_trials,
     schedule_free,
     without_eval,
 )
@@ -147,6 +148,9 @@ TRAINING_RULES: tuple[Rule, ...] = (
     Rule("sweep.objective", TRAINING, lambda r, e, n: r.sweep is not None and not objective_targets(r),
         "sweep.objective names a metric that no task with eval_data has",
         "add it to the tasks' metrics, or set mean, worst, or weights: {sql/exact_match: 1}"),
+    Rule("sweep.eval_limit + tasks.*.metrics", TRAINING, lambda r, e, n: reads_labels_in_trials(r),
+        "trials would choose among the labels of the first rows alone, which are fewer or one",
+        "name the labels: {name: label_accuracy, labels: [yes, no]}, or take out sweep.eval_limit"),
     # --- held-out scores that decide something
     Rule("train.watch", TRAINING, lambda r, e, n: not targets_of(r, r.train.watch),
         "train.watch names no task, or a metric that no such task has and measures on eval_data",

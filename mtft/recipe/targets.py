@@ -29,13 +29,14 @@ def split_target(name: str) -> tuple[str, str]:
 def targets_of(recipe: Recipe, name: str) -> tuple[str, ...]:
     """ "task/metric" of everything that "mean/f1", "worst", "sql/f1" or "sql" stands for; empty if nothing.
 
-    Auxiliary tasks only by their names.
+    Auxiliary tasks only by their names; where a metric is named, only tasks that have held-out rows to measure it on.
     """
     if name.startswith(f"{LM_EVAL}/"):
         return (name,) if name.split("/")[1] in lm_eval_tasks(recipe) else ()
     of, metric = split_target(name)
     tasks = [task for task in recipe.tasks if (of in OVER_TASKS and not task.auxiliary) or task.name == of]
-    return tuple(f"{task.name}/{metric}" for task in tasks if metric in metrics_of(task))
+    measured = [task for task in tasks if "/" not in name or task.eval_data is not None]
+    return tuple(f"{task.name}/{metric}" for task in measured if metric in metrics_of(task))
 
 
 def lm_eval_tasks(recipe: Recipe) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ TEXTS = {
     "--api-key-env": None,
     "--experts": None,
     "--set": None,  # checked by the method's class
+    "--bounds": "0,{}",
     "--cap": "code={}",
     "--floor": "code={}",
     "--weight": "loss={}",

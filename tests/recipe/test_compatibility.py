@@ -135,6 +135,10 @@ CASES = {
         ],
     ),
     "sweep.objective": ("mix", ["sweep.objective=mean/rouge_l"]),
+    "sweep.eval_limit + tasks.*.metrics": (
+        "mix",
+        ["tasks.sum.metrics=[label_accuracy]", "sweep.objective={sum/label_accuracy: 1}", "sweep.eval_limit=4"],
+    ),
     "train.patience, train.task_patience, output.export: best + tasks.*.eval_data": (
         "train",
         ["output.export=best", "tasks.sum.eval_data="],
@@ -200,6 +204,21 @@ def test_warned(folder, keys):
     assert check_compatibility(folder.load(*overrides), stage=stage, engine=more[0] if more else PLAIN) == [
         f"{row.why} ({keys}): {row.do}"
     ]
+
+
+@pytest.mark.parametrize("name", ["sum/exact_match", "mean/f1", "worst/f1"])
+def test_a_metric_is_watched_on_held_out_rows(folder, name):
+    """A task without them measures nothing, so `train.watch` would find nothing at the first evaluation."""
+    overrides = [f"train.watch={name}", "tasks.sum.metrics=[loss, f1]"]
+    check_compatibility(folder.load(*overrides), stage="train")
+    with pytest.raises(UserError, match="measures on eval_data"):
+        check_compatibility(folder.load(*overrides, "tasks.sum.eval_data="), stage="train")
+
+
+def test_named_labels_go_with_a_limit(folder):
+    overrides = ["sweep.objective={sum/label_accuracy: 1}", "sweep.eval_limit=4"]
+    named = "tasks.sum.metrics=[{name: label_accuracy, labels: [yes, no]}]"
+    check_compatibility(folder.load(named, *overrides), stage="mix")
 
 
 def test_every_row_has_its_case():

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from mtft.distributed.launch import LaunchConfig
+from mtft.recipe.schema.metric import metric_key
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.sweep import SweepSection
-from mtft.recipe.targets import split_target
+from mtft.recipe.targets import objective_targets, split_target
 
 Stage = Literal["check", "train", "eval", "mix", "merge", "fuse", "run"]
 TRAINING: tuple[Stage, ...] = ("check", "train", "mix", "run")
@@ -48,6 +49,20 @@ def judged_without_eval(recipe: Recipe) -> list[str]:
     }
     every = recipe.train.task_patience is not None
     return [name for name in without_eval(recipe) if every or name in recipe.counted_tasks or name in named]
+
+
+def reads_labels_in_trials(recipe: Recipe) -> bool:
+    """Whether the objective looks at labels that are read from held-out rows of which trials see the first alone."""
+    if recipe.sweep is None or recipe.sweep.eval_limit is None:
+        return False
+    targets = objective_targets(recipe)
+    return any(
+        f"{task.name}/{metric_key(item)}" in targets
+        and (item if isinstance(item, str) else getattr(item, "name", None)) in ("label_accuracy", "label_macro_f1")
+        and (isinstance(item, str) or not (item.model_extra or {}).get("labels"))
+        for task in recipe.tasks
+        for item in task.metrics
+    )
 
 
 def planned_trials(recipe: Recipe) -> int:

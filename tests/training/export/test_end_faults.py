@@ -69,6 +69,8 @@ def ended(recipe, tmp_path_factory):
     """(recipe as a dict, folder of a finished run, copy of it as it was just before its end)."""
     folder = tmp_path_factory.mktemp("ended")
     asked = {**recipe, "train": {**recipe["train"], "steps": STEPS}, "output": {"dir": str(folder / "run")}}
+    asking = {"metrics": ["loss", "f1"], "generate": {"max_new_tokens": 2}}
+    asked["tasks"] = [{**task, **asking} for task in recipe["tasks"]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finalize, "load_best_weights", fails)
         with pytest.raises(UserError):
@@ -98,6 +100,7 @@ PARTS = {
     "load_best_weights": (fails, out_of_memory),
     "whole_weights": (fails,),
     "export_model": (fails, out_of_memory, full_disk),
+    "save_answers": (full_disk,),
     "write_card": (fails, full_disk),
     "write_plan": (full_disk,),
     "write_own": (full_disk,),
@@ -135,7 +138,7 @@ def faults(parts, fast):
     ]
 
 
-@pytest.mark.parametrize(("part", "fault"), faults(PARTS, ("export_model", "write_card")))
+@pytest.mark.parametrize(("part", "fault"), faults(PARTS, ("export_model", "save_answers", "write_card")))
 def test_a_part_that_fails_loses_nothing(ended, run, monkeypatch, part, fault):
     recipe, folder = run
     logged = lines(folder)

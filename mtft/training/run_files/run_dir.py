@@ -42,6 +42,7 @@ PROVED, NOT_PROVED, TRAINED = "trained and proved", "trained, not proved", "trai
 # What may differ when a run goes on: it changes what is written and shown, never the weights.
 _FREE = ("name", "output", "sweep", "merge", "fuse", "run", "eval")
 _FREE += ("train.eval_every", "train.eval_on_start", "train.max_bad_steps")
+_MEASURED = ("metrics", "generate")  # of a task: what is measured; free too, unless the run decides by a metric
 _PACKAGES = ("mtft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 _PACKAGES += ("bitsandbytes", "deepspeed", "trl")
 
@@ -265,6 +266,7 @@ def training_keys(recipe: Recipe) -> dict[str, Any]:
     """{dotted key: value} of everything that training depends on; tasks by name."""
     out: dict[str, Any] = {}
     decides = recipe.train.patience is not None or recipe.train.task_patience is not None
+    by_metric = "/" in recipe.train.watch and (decides or recipe.output.export == "best")
 
     def visit(node: Any, key: str) -> None:
         if key in _FREE and not (decides and key == "train.eval_every"):  # patience counts evaluations
@@ -275,7 +277,8 @@ def training_keys(recipe: Recipe) -> dict[str, Any]:
         elif key == "tasks":
             out["tasks"] = [task["name"] for task in node]
             for task in node:
-                visit(task, f"tasks.{task['name']}")
+                kept = {name: value for name, value in task.items() if by_metric or name not in _MEASURED}
+                visit(kept, f"tasks.{task['name']}")
         else:
             out[key] = node
 

@@ -58,23 +58,25 @@ def parse_limits(entries: Sequence[str], option: str) -> dict[str, float]:
     return limits
 
 
+LARGEST_BOUND = 1e12
+
+
 def parse_bounds(entries: Sequence[str], targets: Sequence[str]) -> dict[str, ScoreBounds]:
     """{target: (low, high)} of ["0,1"] (every target) or ["bleu=0,100"], which goes before; MixError names the entry.
-    An end left out ("0,") is no bound."""
+    """
     every: dict[str, ScoreBounds] = {}
     own: dict[str, ScoreBounds] = {}
     for entry in entries:
         name, equals, text = entry.rpartition("=")
         ends = text.split(",")
         try:
-            low, high = (float(end) if end.strip() else None for end in ends)
+            low, high = map(float, ends)
         except ValueError:  # no number, or not two of them
-            low = high = float("nan")
-        if any(end is not None and not math.isfinite(end) for end in (low, high)) or (
-            low is not None and high is not None and low >= high
-        ):
+            low = high = math.nan
+        if not -LARGEST_BOUND <= low < high <= LARGEST_BOUND:
+            what = f"--bounds {entry[:80]}: two numbers from {-LARGEST_BOUND:g} to {LARGEST_BOUND:g}, LOW below HIGH"
             do = "--bounds LOW,HIGH or --bounds TARGET=LOW,HIGH, as 0,1 or bleu=0,100"
-            raise MixError(f"--bounds {entry}", where="command line", do=do)
+            raise MixError(what, where="command line", do=do)
         if equals:
             check_known([name], targets, where="command line, --bounds", kind="target")
             own[name] = (low, high)

@@ -48,7 +48,8 @@ def held_out_prompts(store: Any) -> list[HeldOutPrompt]:
             raise UserError(
                 f"{where}: everything in the row is learnt, so there is no prompt to answer",
                 where=f"tasks.{store.task}.metrics",
-                do="for plain text take loss, token_accuracy and exact_match",
+                do="for plain text take loss, token_accuracy and exact_match; if train.max_length cuts the prompt off, "
+                "raise it",
             )
         found.append(HeldOutPrompt(row, ids[:start], ids[start:end], where))
     return found

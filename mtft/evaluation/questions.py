@@ -153,6 +153,16 @@ def check_questions(stores: Sequence[Any | None], asked: AskedMetrics) -> None:
             Questions.of(store, asked).check()
 
 
+def cut_questions(stores: Sequence[Any | None], asked: AskedMetrics) -> list[str]:
+    """What to say of held-out rows longer than train.max_length: prompts, or references, are asked as they are cut."""
+    return [
+        f"{store.task}: {store.stats['truncated']:,} held-out examples are cut at {store.meta['max_length']} tokens "
+        "(train.max_length): the metrics ask for what is left of their prompts and references"
+        for store in stores
+        if store is not None and store.task in asked.metrics and store.stats["truncated"]
+    ]
+
+
 def _check_samples(task: TaskSection, metrics: Mapping[str, Metric]) -> None:
     several = next((key for key, metric in metrics.items() if metric.samples > 1), None)
     if several is not None and task.generate.temperature == 0:

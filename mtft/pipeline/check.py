@@ -79,7 +79,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     from mtft.data.summary.summarize import summarize_data
     from mtft.data.tokenize.vocabulary_check import check_vocabulary
     from mtft.evaluation.lm_eval_tasks import LmEvalTasks
-    from mtft.evaluation.questions import AskedMetrics, check_questions
+    from mtft.evaluation.questions import AskedMetrics, check_questions, cut_questions
     from mtft.losses.balancers import make_balancer
     from mtft.models.cpu_precision import precision_warnings
     from mtft.models.loading import load_tokenizer, read_config
@@ -140,6 +140,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
         LmEvalTasks.load(recipe.eval.lm_eval)
     asked = AskedMetrics.of(recipe, tokenizer)
     check_questions(held_out, asked)
+    warnings += cut_questions(held_out, asked)
     return CheckReport(data, memory, tuple(warnings), online, tuple(asked.describe()))
 
 

@@ -25,7 +25,7 @@ from mtft.distributed.stop_signal import StopSignal
 from mtft.evaluation.heldout_loss import BatchLayout
 from mtft.evaluation.heldout_scorer import HeldOutScorer
 from mtft.evaluation.lm_eval_tasks import LmEvalTasks
-from mtft.evaluation.questions import AskedMetrics
+from mtft.evaluation.questions import AskedMetrics, cut_questions
 from mtft.losses.balancers import make_balancer
 from mtft.losses.moe_router_loss import check_router_loss, router_warning
 from mtft.losses.sample_weights import SampleWeights
@@ -208,6 +208,8 @@ def trainer_parts(
 
     asked = AskedMetrics.of(recipe, inputs.tokenizer)
     asked = asked if targets is None else asked.only(targets)
+    for line in cut_questions(inputs.held_out, asked):
+        log.say(f"warning: {line}")
     score = HeldOutScorer(
         inputs.held_out,
         layout,

@@ -62,7 +62,9 @@ LARGEST_BOUND = 1e12
 
 
 def parse_bounds(entries: Sequence[str], targets: Sequence[str]) -> dict[str, ScoreBounds]:
-    """{target: (low, high)} of ["0,1"] (every target) or ["bleu=0,100"], which goes before; MixError names the entry.
+    """{target: (low, high)} of ["0,1"] (every target) or ["bleu=0,100"], which goes before. MixError names the entry.
+
+    Both ends, since a score with one end has no link.
     """
     every: dict[str, ScoreBounds] = {}
     own: dict[str, ScoreBounds] = {}

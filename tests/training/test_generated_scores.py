@@ -12,7 +12,10 @@ from mtft.common.errors import UserError
 from mtft.evaluation import generation
 from mtft.evaluation.evaluate_recipe import as_json, evaluate
 from mtft.evaluation.task_scores import TaskScores
+from mtft.pipeline.check import check_recipe
+from mtft.pipeline.stages.mix import trial_config
 from mtft.recipe.schema.recipe import Recipe
+from mtft.training.run_files.run_dir import training_keys
 from mtft.training.run_training import read_result, train
 from mtft.training.sweep_trial import run_trial
 from tests.training.conftest import lines
@@ -76,6 +79,29 @@ def test_text_match_is_what_teacher_forcing_finds(asking):
     assert (scores.right_N("text_match") == (scores.exact_N & ~long)).all()
 
 
+def test_metrics_of_a_trained_run_may_change(asking):
+    """They don't decide about the weights: an unfinished run goes on, a finished one says what to do."""
+    recipe = asking(train={"steps": 2})
+    first = train(recipe, quiet=True, prove=False)
+    tasks = (recipe.tasks[0].model_copy(update={"metrics": (*recipe.tasks[0].metrics, "contains")}), *recipe.tasks[1:])
+    changed = recipe.model_copy(update={"tasks": tasks})
+    with pytest.raises(UserError, match=r"scored otherwise: tasks\.copy\.metrics") as caught:
+        train(changed, quiet=True, prove=False)
+    assert "result.json" in str(caught.value.do)
+    (first.out_dir / "result.json").unlink()
+    trained = (first.out_dir / "metrics.jsonl").read_text()
+    again = train(changed, quiet=True, prove=False)
+    assert (first.out_dir / "metrics.jsonl").read_text() == trained
+    assert "contains" in again.scores["copy"].answered
+    assert again.scores["copy"].score("loss") == first.scores["copy"].score("loss")
+
+
+def test_metrics_that_decide_may_not_change(asking):
+    watching = asking(train={"eval_every": 2, "watch": "copy/f1", "patience": 1})
+    assert "tasks.copy.generate.max_new_tokens" in training_keys(watching)
+    assert not [key for key in training_keys(asking()) if ".generate" in key or ".metrics" in key]
+
+
 def test_what_is_watched_is_asked_at_each_evaluation(asking, batches):
     recipe = asking(
         train={"steps": 4, "eval_every": 2, "watch": "copy/f1", "patience": 1},
@@ -100,6 +126,17 @@ def test_a_metric_that_fails_ends_the_run_before_its_first_step(asking):
     assert not Path(recipe.output.dir, "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("how", ["truncate_right", "truncate_left"])
+def test_cut_questions_are_said(asking, how):
+    """A reference without its end can't be matched, and a prompt without its beginning is another question."""
+    short = asking(train={"max_length": 36, "too_long": how})
+    (line,) = check_recipe(short).warnings[-1:]
+    assert line.startswith("copy: ")
+    assert "cut at 36 tokens" in line
+    whole = asking(train={"max_length": 200, "micro_batch_tokens": 400})
+    assert not [line for line in check_recipe(whole).warnings if "are cut" in line]
+
+
 def test_trials_ask_for_their_objective_alone(asking, batches):
     recipe = asking(train={"steps": 2})
     trial = Trial(Mixture.of({"copy": 0.4, "twice": 0.3, "shout": 0.3}), seed=17)
@@ -110,6 +147,13 @@ def test_trials_ask_for_their_objective_alone(asking, batches):
     assert sum(batches) == 13
     assert 0 <= scores["copy/overlap"] <= 1
     assert "copy/f1" not in scores
+
+
+def test_trials_that_did_not_measure_the_objective_are_others(asking):
+    """The ledger skips those that it has: they would never get the score that is fitted."""
+    losses = [trial_config(asking(sweep={"trials": 9, "objective": goal}), []) for goal in ("mean", {"copy": 1})]
+    answers = [trial_config(asking(sweep={"trials": 9, "objective": {name: 1}}), []) for name in ("copy/f1", "mean/f1")]
+    assert losses[0] == losses[1] != answers[0] == answers[1]
 
 
 def test_eval_reports_what_the_task_asks_for_with_intervals(asking):

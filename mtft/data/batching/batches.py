@@ -259,8 +259,12 @@ def collate(rows: Sequence[Sequence[tuple[Example, int]]], pad_id: int) -> Batch
             tasks[b, start:end] = task
             labels[b, start : end - 1] = np.where(supervised[1:], ids[1:], IGNORE)
             start = end
-    arrays = (input_ids, positions, segments, tasks, labels, *_weights(rows, labels.shape))
-    return Batch(*(None if array is None else torch.from_numpy(array) for array in arrays))
+    token_weights, row_weights = _weights(rows, labels.shape)
+    return Batch(
+        *(torch.from_numpy(array) for array in (input_ids, positions, segments, tasks, labels)),
+        token_weights_BT=None if token_weights is None else torch.from_numpy(token_weights),
+        row_weights_BT=None if row_weights is None else torch.from_numpy(row_weights),
+    )
 
 
 def _weights(rows: Sequence[Sequence[tuple[Example, int]]], shape: tuple[int, int]) -> list[np.ndarray | None]:

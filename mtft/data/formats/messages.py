@@ -7,6 +7,7 @@ One key is ours, `train` of an assistant turn: False for context only, a number 
 
 from __future__ import annotations
 
+import math
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -260,9 +261,9 @@ def _take_train(message: Message, column: str) -> None:
 
 def as_weight(value: object, column: str) -> float:
     """A weight of tokens or rows: a number from LEAST_WEIGHT to MOST_WEIGHT, or 0."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
-        return float(value)
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if number == 0 or LEAST_WEIGHT <= number <= MOST_WEIGHT:
+        return float(number)
     what = f"expected a weight: 0, or a number from {LEAST_WEIGHT:f} to {MOST_WEIGHT:,.0f}"
     raise RowError(what, column, value)
 

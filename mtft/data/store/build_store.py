@@ -78,7 +78,7 @@ def build_store(
                     row = block[index]
                     first = first or example
                     if which == "eval":  # where every learnt token counts once
-                        example = Example(*example)
+                        example = Example(example.input_ids, example.supervised)
                     trimmed = fit_length(example, f"{row.file}:{row.line}")
                     if trimmed is not None and isinstance(row, FileRow):
                         writer.add(trimmed, row)

@@ -27,4 +27,5 @@ def prompt_state(task: TaskSection, pool: PoolSource | None, seed: int) -> dict[
 
 
 def _template(task: TaskSection) -> str | list[str | None] | None:
-    return list(task.templates) if len(task.templates) > 1 else task.templates[0]
+    first, *others = task.templates
+    return [first, *others] if others else first

@@ -70,6 +70,7 @@ class _SomeRows:
         count = store.num_examples
         self._rows = np.sort(np.random.default_rng(seed).choice(count, min(examples, count), replace=False))
         self._store, self.task, self.lengths = store, store.task, np.asarray(store.lengths)[self._rows]
+        self.ids = [str(store.ids[int(row)]) for row in self._rows]
 
     def example(self, i: int) -> Any:
         return self._store.example(int(self._rows[i]))

@@ -7,8 +7,8 @@ One key is ours, `train` of an assistant turn: False for context only, a number 
 
 from __future__ import annotations
 
-import math
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -78,3 +78,21 @@ def test_other_scores_are_other_trials(sweeping):
         mix.mix_propose(answers)
     ran = mix.mix_sweep(answers)
     assert len(ran.done) == 4
+
+
+def test_metrics_beside_the_objective_make_no_other_trials(sweeping):
+    """A metric that is only reported costs no sweep; how the objective's answers are made does."""
+    from mtft.data.store.token_store import open_stores
+    from mtft.models.loading import load_tokenizer
+
+    recipe = sweeping("run")
+    stores = open_stores(recipe, load_tokenizer(recipe.model), "train")
+
+    def config(**changed):
+        tasks = (recipe.tasks[0].model_copy(update=changed), *recipe.tasks[1:])
+        return mix.trial_config(recipe.model_copy(update={"tasks": tasks}), stores)
+
+    before = config()
+    assert config(metrics=("loss", "f1", "rouge_l")) == before
+    shorter = recipe.tasks[0].generate.model_copy(update={"max_new_tokens": 3})
+    assert config(generate=shorter) != before

@@ -81,6 +81,12 @@ def proxy_recipe(recipe: Recipe, sweep: SweepSection) -> Recipe:
     return override_section(recipe, **values, output=output, sweep=None, merge=None, fuse=None, run=RunSection())
 
 
+def unmeasured(recipe: Recipe) -> Recipe:
+    """The recipe with every task's metrics and answers as they are by default."""
+    plain = {name: TaskSection.model_fields[name].get_default() for name in ("metrics", "generate")}
+    return recipe.model_copy(update={"tasks": tuple(task.model_copy(update=plain) for task in recipe.tasks)})
+
+
 def _training_recipe(recipe: Recipe, folder: Path, *, train: TrainSection | None = None, **values: object) -> Recipe:
     """The recipe of one training run: no sections of other stages. The base is scored once, by the pipeline."""
     return override_section(

@@ -94,7 +94,9 @@ def current_mixture(recipe: Recipe) -> Mixture:
 def trial_config(recipe: Recipe, stores: list[Any]) -> str:
     """What the trials of one fit must agree on: everything but the mixture, and the data."""
     sweep = sweep_section(recipe)
-    rules = fingerprint(derived_recipes.proxy_recipe(recipe, sweep), without=("name", "output", "mixture"))
+    # What the tasks measure besides is another matter; what the objective asks for comes below.
+    proxy = derived_recipes.unmeasured(derived_recipes.proxy_recipe(recipe, sweep))
+    rules = fingerprint(proxy, without=("name", "output", "mixture"))
     held_out = [store.fingerprint for store in _held_out(recipe)]
     parts = [
         rules,

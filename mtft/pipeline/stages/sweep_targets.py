@@ -41,7 +41,9 @@ def asked_in_trials(recipe: Recipe) -> str:
     for task in recipe.tasks:
         for key, metric in make_metrics(task).items():
             if metric.NEEDS != "forward" and f"{task.name}/{key}" in objective_targets(recipe):
-                asked.append(f"{task.name}/{key} {metric.digest or ''}")
+                # code is known by its content, wherever it lies
+                what = f"{metric.NAME} {metric.digest}" if metric.digest is not None else repr(metric)
+                asked.append(f"{task.name}/{key} {what} {task.generate!r}")
     harness = [target for target in objective_targets(recipe) if target.startswith(f"{LM_EVAL}/")]
     if harness and recipe.eval.lm_eval is not None:
         asked += [*harness, recipe.eval.lm_eval.model_dump_json()]

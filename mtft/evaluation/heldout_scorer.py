@@ -45,7 +45,8 @@ class HeldOutScorer:
 
     def try_out(self, model: nn.Module) -> None:
         """Asks one row of each task for everything. Raises UserError for a metric that can't be measured."""
-        self._ask(model, self.asked, rows=1)
+        if self.asked:
+            self._ask(model, self.asked, rows=1)
         self.lm_eval_scores(model, limit=1)
 
     def lm_eval_scores(self, model: nn.Module, *, limit: int | None = None) -> dict[str, dict[str, float]]:

@@ -27,6 +27,7 @@ class Broken(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_broken_off_and_continued(sweeping):
     whole, broken = sweeping("whole"), sweeping("broken")
     mix.mix_sweep(whole)
@@ -72,12 +73,12 @@ def test_what_is_fitted_and_which_way_is_better(sweeping):
 
 def test_other_scores_are_other_trials(sweeping):
     """Trials that were not asked for a score say nothing of it."""
-    losses, answers = sweeping("run", objective="mean"), sweeping("run")
+    losses, answers = sweeping("run", objective="mean", trials=2), sweeping("run", trials=2)
     mix.mix_sweep(losses)
     with pytest.raises(UserError, match="copy/f1"):
         mix.mix_propose(answers)
     ran = mix.mix_sweep(answers)
-    assert len(ran.done) == 4
+    assert len(ran.done) == 2
 
 
 def test_metrics_beside_the_objective_make_no_other_trials(sweeping):

@@ -79,6 +79,9 @@ def test_other_scores_are_other_trials(sweeping):
         mix.mix_propose(answers)
     ran = mix.mix_sweep(answers)
     assert len(ran.done) == 2
+    # the ledger holds both; each recipe goes by its own
+    assert [len(mix.own_trials(recipe).records) for recipe in (losses, answers)] == [2, 2]
+    assert mix.mix_propose(answers).verdict == "too few trials to say"
 
 
 def test_metrics_beside_the_objective_make_no_other_trials(sweeping):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_mixers.sweep.ledger import TrialLedger
 from mtft.common.errors import UserError
 from mtft.common.folder_lock import sole_writer
 from mtft.common.own_files import write_own
-from mtft.pipeline.stages.mix import current_mixture, fit_trials, sweep_section, too_few
+from mtft.pipeline.stages.mix import current_mixture, fit_trials, own_trials, sweep_section, too_few
 from mtft.pipeline.stages.mix_files import BLAME, LEDGER, mix_dir, refuse_foreign_files
 from mtft.pipeline.stages.sweep_targets import sweep_objective
 from mtft.recipe.schema.recipe import Recipe
@@ -31,7 +30,7 @@ def mix_blame(recipe: Recipe) -> tuple[Path, Blame]:
     if (why := too_few(recipe)) is not None:
         found = Blame.undecided(current, why)
     else:
-        fits = fit_trials(recipe, TrialLedger(folder / LEDGER))
+        fits = fit_trials(recipe, own_trials(recipe))
         found = blame(fits, sweep_objective(recipe), current=current, seed=recipe.seed)
     with sole_writer(folder):
         write_own(folder / BLAME, found.as_dict())

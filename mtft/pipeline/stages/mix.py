@@ -232,7 +232,7 @@ def mix_propose(recipe: Recipe) -> Proposal:
         raise UserError("no trials have been run", where=str(folder / LEDGER), do="mtft mix sweep RECIPE")
     refuse_foreign_files(recipe, LEDGER, FIT, PROPOSAL, MIXTURE)
     where = space(recipe, _stores(recipe))
-    targets, ledger = list(fitted_targets(recipe)), TrialLedger(folder / LEDGER)
+    targets, ledger = list(fitted_targets(recipe)), own_trials(recipe)
     unscored = [target for target in sweep_goals(recipe) if not trials_with(ledger.records, target)]
     if unscored and any(record.scores for record in ledger.records):
         what = f"no trial was scored by {unscored[0]}: they were run for another objective"
@@ -248,6 +248,14 @@ def mix_propose(recipe: Recipe) -> Proposal:
         fits, sweep_objective(recipe), where.bounds, prior=where.prior, current=where.current, kl=sweep.kl
     )
     return _written(folder, fits.report(), proposal)
+
+
+def own_trials(recipe: Recipe) -> TrialLedger:
+    """The trials of the recipe as it is, where the ledger holds those of an earlier state too; else all of them."""
+    ledger = TrialLedger(mix_dir(recipe) / LEDGER)
+    config = trial_config(recipe, _stores(recipe))
+    own = [record for record in ledger.records if record.config == config]
+    return TrialLedger(None, own) if 0 < len(own) < len(ledger.records) else ledger
 
 
 def fit_trials(recipe: Recipe, ledger: TrialLedger) -> SurrogateFits:
@@ -272,7 +280,7 @@ def _written(folder: Path, fit: dict[str, Any], proposal: Proposal) -> Proposal:
 
 def too_few(recipe: Recipe) -> str | None:
     """Why nothing can be said from the trials that the ledger holds by now; None: there are enough."""
-    records = TrialLedger(mix_dir(recipe) / LEDGER).records
+    records = own_trials(recipe).records
     return too_few_trials(min(trials_with(records, target) for target in fitted_targets(recipe)), len(recipe.tasks))
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from torch import nn
 
 from mtft.distributed.collectives import on_first_rank
-from mtft.evaluation.generation import GenerateOptions, Told, generate_answers
-from mtft.evaluation.heldout_loss import BatchLayout, Score
+from mtft.evaluation.generation import GenerateOptions, generate_answers
+from mtft.evaluation.heldout_loss import BatchLayout, Score, Told
 from mtft.evaluation.label_likelihood import label_log_probs, label_tokens
 from mtft.evaluation.metrics.base import Answer
 from mtft.evaluation.metrics.labels import LabelMetric

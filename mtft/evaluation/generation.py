@@ -20,10 +20,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from mtft.common.errors import UserError
 from mtft.distributed.collectives import from_all_ranks, in_group
+from mtft.distributed.launch import LaunchConfig
+from mtft.evaluation.heldout_loss import Told
 from mtft.losses.token_nll import bare_model
 from mtft.models.preallocated_cache import preallocated_cache
-
-Told = Callable[[int, int], None]  # (done, of how many)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def generate_answers(
     mine = batches[rank::world]
     mine += batches[:1] * (-(-len(batches) // world) - len(mine))  # sharded weights: all ranks make as many passes
     found: dict[tuple[int, int], list[int]] = {}
-    with _plain_generation(model, synced=world > 1 and _is_sharded(model)) as generate:
+    synced = world > 1 and LaunchConfig.from_environment().shards_weights
+    with _plain_generation(model, synced=synced) as generate:
         for batch in mine:
             found |= dict(zip(batch, _answer_batch(generate, model, prompts, batch, options, tokenizer, window)))
             if told is not None:
@@ -163,12 +164,6 @@ class _GumbelNoise(LogitsProcessor):
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
         return scores.float() / self.temperature - noise.log()
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 @contextmanager

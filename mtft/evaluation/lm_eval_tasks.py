@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,31 +38,11 @@ class LmEvalTasks:
 
     @classmethod
     def load(cls, section: LmEvalSection) -> LmEvalTasks:
-        """Raises UserError for a task that is not there, or whose dataset can't be read."""
-        if find_spec("lm_eval") is None:
-            raise UserError("lm-eval is not installed", where="eval.lm_eval", do='pip install "mtft[eval]"')
-        with _quiet():
-            from lm_eval.tasks import TaskManager
+        """Raises UserError for a task that is not there, or whose dataset can't be read.
 
-            manager = _manager(TaskManager, section)
-            directions: dict[str, Mapping[str, bool]] = {}
-            for name in section.tasks:
-                if name not in manager.all_tasks:
-                    # of its thousands of tasks those that begin alike, or the hint would not get to them
-                    near = [known for known in manager.all_tasks if known[:2] == name[:2]]
-                    what = f"lm-eval has no task {name!r}{did_you_mean(name, near)}"
-                    do = "`lm-eval ls tasks` lists its own; those of yours need eval.lm_eval.include_path"
-                    raise UserError(what, where=WHERE, do=do)
-                try:
-                    loaded = manager.load([name])
-                except Exception as error:
-                    raise UserError(
-                        f"lm-eval can't load {name}: {str(error).partition(chr(10))[0] or type(error).__name__}",
-                        where=WHERE,
-                        do="check the task's files and that its dataset is at hand (offline: in the local cache)",
-                    ) from error
-                directions |= {key: task.higher_is_better() for key, task in loaded["tasks"].items()}
-        return cls(section, manager, directions)
+        Kept for the process: a sweep asks for them with every trial, and lm-eval lists its tasks for seconds.
+        """
+        return _loaded(section.model_dump_json())
 
     def aggregate(self, target: str) -> Aggregate:
         """What is known of a score, "lm_eval/TASK/METRIC". UserError for a metric that the task does not have.
@@ -108,6 +89,35 @@ class LmEvalTasks:
             log_samples=False,
         )
         return {task: _numbers(row) for task, row in found["results"].items()}
+
+
+@cache
+def _loaded(section_json: str) -> LmEvalTasks:
+    section = LmEvalSection.model_validate_json(section_json)
+    if find_spec("lm_eval") is None:
+        raise UserError("lm-eval is not installed", where="eval.lm_eval", do='pip install "mtft[eval]"')
+    with _quiet():
+        from lm_eval.tasks import TaskManager
+
+        manager = _manager(TaskManager, section)
+        directions: dict[str, Mapping[str, bool]] = {}
+        for name in section.tasks:
+            if name not in manager.all_tasks:
+                # of its thousands of tasks those that begin alike, or the hint would not get to them
+                near = [known for known in manager.all_tasks if known[:2] == name[:2]]
+                what = f"lm-eval has no task {name!r}{did_you_mean(name, near)}"
+                do = "`lm-eval ls tasks` lists its own; those of yours need eval.lm_eval.include_path"
+                raise UserError(what, where=WHERE, do=do)
+            try:
+                loaded = manager.load([name])
+            except Exception as error:
+                raise UserError(
+                    f"lm-eval can't load {name}: {str(error).partition(chr(10))[0] or type(error).__name__}",
+                    where=WHERE,
+                    do="check the task's files and that its dataset is at hand (offline: in the local cache)",
+                ) from error
+            directions |= {key: task.higher_is_better() for key, task in loaded["tasks"].items()}
+    return LmEvalTasks(section, manager, directions)
 
 
 def flat_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -62,11 +62,8 @@ def finalize_run(
                 export_dir = export_model(model, run_dir, tokenizer=inputs.tokenizer, state=state)
                 proof.start(model, export_dir, recipe, cleanup)
         with part_of_the_end("held-out scores", run_dir, steps):
-            trainer.run_log.say(
-                f"exported to {run_dir}; now "
-                + ("proved in a fresh process, which loads the base once more, and " if prove else "")
-                + "scored on held-out rows"
-            )
+            if prove:
+                trainer.run_log.say("the export is being proved in a fresh process, which loads the base once more")
             scores = trainer.final_scores() if inputs.evaluates else {}
             harness = trainer.lm_eval_scores()
             if is_main_process():

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from mtft.common.errors import UserError
 from mtft.evaluation.questions import AskedMetrics
 from mtft.recipe.schema.recipe import Recipe
@@ -40,11 +38,9 @@ def _scored_by_others(run_dir: Path, recipe: Recipe, code: Mapping[str, str]) ->
     """
     content = read_result_file(run_dir) or {}
     basis = content.get("basis")
-    try:
-        before = Recipe.model_validate(basis.get("recipe") if isinstance(basis, Mapping) else None)
-    except ValidationError:  # of another version: nothing can be said
+    if not isinstance(basis, Mapping):  # of an older version
         return
-    was, now = _asked(before), _asked(recipe)
+    was, now = _asked(Recipe.model_validate(basis.get("recipe"))), _asked(recipe)
     other = [f"tasks.{task}.metrics (or generate)" for task in now if was.get(task) != now[task]]
     known = content.get("scoring_code") or {}
     other += [f"the code of {name}" for name, digest in code.items() if known.get(name, digest) != digest]

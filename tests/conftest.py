@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ LOGGED = Deprecations()
 
 
 def pytest_configure() -> None:
+    # Ignored where a shell starts the tests in the background, and programs that tests signal would inherit that.
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, default)
     for name in LIBRARIES:  # they don't propagate
         logging.getLogger(name).addHandler(LOGGED)
 

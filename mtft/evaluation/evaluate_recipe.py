@@ -103,7 +103,8 @@ def as_json(
     """What `mtft eval` prints: {task: {metric: value, "interval": {metric: [lower, upper]}, "examples", "tokens"}}.
 
     Only the metrics that the task asks for. The intervals are bootstrap over examples at `level`. With the scores of an
-    older model in `against` each task has a key "against" (mtft.evaluation.regressions.compare_scores).
+    older model in `against` each task has a key "against" (mtft.evaluation.regressions.compare_scores); one that is
+    auxiliary has "auxiliary": True.
     """
     task_metrics = {task.name: [*map(metric_key, task.metrics)] for task in recipe.tasks}
     out: dict[str, Any] = {}
@@ -117,6 +118,8 @@ def as_json(
             "examples": summary["examples"],
             "tokens": summary["tokens"],
         }
+        if task in recipe.auxiliary_tasks:
+            out[task]["auxiliary"] = True
         if against is not None:
             out[task]["against"] = compare_scores(against[task], task_scores, metrics, level=level)
     return out

@@ -31,9 +31,9 @@ def check_compatibility(
     hits = [row for row in TABLE if stage in row.stages and row.when(recipe, engine, needs)]
     fatal = [row for row in hits if row.fatal]
     if len(fatal) == 1:
-        raise UserError(fatal[0].why, where=fatal[0].keys, do=fatal[0].do)
+        raise UserError(fatal[0].reason(recipe), where=fatal[0].keys, do=fatal[0].do)
     if fatal:
         lines = [f"{len(fatal)} things in the recipe can't go together"]
-        lines += [f"  {row.keys}: {row.why}; {row.do}" for row in fatal]
+        lines += [f"  {row.keys}: {row.reason(recipe)}; {row.do}" for row in fatal]
         raise UserError("\n".join(lines), do="mend these, then run `mtft check`")
-    return [f"{row.why} ({row.keys}): {row.do}" for row in hits]
+    return [f"{row.reason(recipe)} ({row.keys}): {row.do}" for row in hits]

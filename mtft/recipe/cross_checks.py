@@ -17,7 +17,13 @@ from data_mixers.common.suggest import closest_match
 from data_mixers.mixture.mixture import SUM_TOLERANCE, Mixture
 from mtft.common.listing import listed
 from mtft.common.own_files import irregular
-from mtft.recipe.metric_keys import check_metric_keys, dotted_targets, unknown_harness_tasks, unknown_metrics
+from mtft.recipe.metric_keys import (
+    check_metric_keys,
+    dotted_targets,
+    unknown_harness_tasks,
+    unknown_metrics,
+    unknown_watch,
+)
 from mtft.recipe.rules.task_rules import GIVEN
 from mtft.recipe.schema.mixture import FileShares, ScheduleShares, TemperatureShares
 from mtft.recipe.targets import LM_EVAL
@@ -38,6 +44,7 @@ def check_source(source: YamlSource) -> list[YamlProblem]:
         *_bounds(source, names),
         *_reference(source, names),
         *_objective(source, names),
+        *_watch(source),
         *_length(source),
         *_merge_weights(source),
         *_task_weights(source),
@@ -293,6 +300,14 @@ def _objective(source: YamlSource, names: tuple[str, ...]) -> list[YamlProblem]:
     if len(_numbers(given)) == len(given) and sum(_numbers(given).values()) == 0:
         problems.append(YamlProblem(path, "adds up to 0", "weigh at least one task above 0"))
     return problems
+
+
+def _watch(source: YamlSource) -> list[YamlProblem]:
+    path: KeyPath = ("train", "watch")
+    watch = source.value(path)
+    if not isinstance(watch, str) or watch.startswith(f"{LM_EVAL}/"):  # the table of rules says that those can't be
+        return []
+    return unknown_watch(path, watch, source)
 
 
 def _length(source: YamlSource) -> list[YamlProblem]:

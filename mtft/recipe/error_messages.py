@@ -188,7 +188,28 @@ def _wrong(path: KeyPath, source: YamlSource) -> YamlProblem:
             do = "remove the quotes"
     elif (needed.startswith("text") or ", or text" in needed) and isinstance(value, int | float):
         do = "put it in quotes"
+    elif isinstance(value, int | float) and (key := _only_key_for(value, annotation)):
+        do = f"did you mean {path[-1]}: {{{key}: {value}}}?"
+    elif isinstance(value, dict) and path[:-1] == ("sweep", "objective") and len(value) == 1:
+        do = f"a task and its metric are joined by a slash: {path[-1]}/{next(iter(value))}"
     return YamlProblem(path, f"is {kind_of(value)}, and must be {needed}", do)
+
+
+def _only_key_for(value: float, annotation: Any) -> str | None:
+    """The key of the one section that is allowed here, if a single one of its keys may have this value."""
+    sections = _sections(annotation)
+    if isinstance(value, bool) or len(sections) != 1:
+        return None
+    fits = []
+    for name, field in sections[0].model_fields.items():
+        key = field.alias or name
+        try:
+            sections[0].model_validate({key: value})
+        except ValidationError as error:
+            if any(entry["loc"][0] == key for entry in error.errors()):
+                continue
+        fits.append(key)
+    return fits[0] if len(fits) == 1 else None
 
 
 def _is_number(text: str) -> bool:

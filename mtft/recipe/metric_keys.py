@@ -8,7 +8,7 @@ from typing import Any
 from data_mixers.common.suggest import closest_match
 from mtft.common.listing import listed
 from mtft.recipe.schema.metric import RESULT_KEYS, metric_key
-from mtft.recipe.targets import FORWARD, LM_EVAL
+from mtft.recipe.targets import FORWARD, LM_EVAL, OVER_TASKS, split_target
 from mtft.recipe.yaml_source import KeyPath, YamlProblem, YamlSource, child
 
 
@@ -65,14 +65,27 @@ def dotted_targets(path: KeyPath, given: Iterable[str], names: tuple[str, ...]) 
     return problems
 
 
+def unknown_watch(path: KeyPath, watch: str, source: YamlSource) -> list[YamlProblem]:
+    """What is wrong with "mean", "worst", a task, or one of them with "/metric"."""
+    keys = _metrics_of_tasks(source)
+    of, metric = split_target(watch)
+    if keys and of not in (*keys, *OVER_TASKS):
+        near = closest_match(of, [*keys, *OVER_TASKS])
+        written = watch.replace(of, near, 1) if near else None
+        do = f"did you mean {written}?" if near else f"one of {listed([*OVER_TASKS, *keys])}, or of them with /METRIC"
+        return [YamlProblem(path, f"names a task that is not there: {of!r}", do)]
+    known = list(dict.fromkeys(key for task, own in keys.items() if of in (task, *OVER_TASKS) for key in own))
+    if not known or metric in known:
+        return []
+    near = closest_match(metric, known)
+    whose = "no task has" if of in OVER_TASKS else f"{of} does not have"
+    do = f"did you mean {of}/{near}?" if near else f"measured are {listed(known)}; add it to tasks.*.metrics"
+    return [YamlProblem(path, f"names a metric that {whose}: {metric!r}", do)]
+
+
 def unknown_metrics(path: KeyPath, given: Iterable[str], source: YamlSource) -> list[YamlProblem]:
     """Names of "task/metric" whose task has no such metric."""
-    keys: dict[str, list[str]] = {}
-    tasks = source.value(("tasks",))
-    for section in tasks if isinstance(tasks, list) else []:
-        metrics = child(section, "metrics")
-        found = map(metric_key, metrics if isinstance(metrics, list) else [])
-        keys[str(child(section, "name"))] = list(dict.fromkeys([*FORWARD, *filter(None, found)]))
+    keys = _metrics_of_tasks(source)
     problems = []
     for name in given:
         task, slash, metric = str(name).partition("/")
@@ -81,3 +94,13 @@ def unknown_metrics(path: KeyPath, given: Iterable[str], source: YamlSource) -> 
             do = f"did you mean {task}/{near}?" if near else f"{task} has {listed(keys[task])}; add it to its metrics"
             problems.append(YamlProblem((*path, name), f"names a metric that {task} does not have: {metric!r}", do))
     return problems
+
+
+def _metrics_of_tasks(source: YamlSource) -> dict[str, list[str]]:
+    keys: dict[str, list[str]] = {}
+    tasks = source.value(("tasks",))
+    for section in tasks if isinstance(tasks, list) else []:
+        metrics = child(section, "metrics")
+        found = map(metric_key, metrics if isinstance(metrics, list) else [])
+        keys[str(child(section, "name"))] = list(dict.fromkeys([*FORWARD, *filter(None, found)]))
+    return keys

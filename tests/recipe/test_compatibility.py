@@ -124,7 +124,7 @@ CASES = {
     "lora.plus + one trained factor": ("train", ["lora.plus=16", "lora.freeze_a=true"]),
     "lora.freeze_a, lora.init: mica + sharded weights": ("train", ["lora.freeze_a=true"], ZERO_3),
     "lora.freeze_a + lora.init: mica": ("train", ["lora.freeze_a=true", "lora.init=mica"]),
-    "train.watch": ("train", ["train.watch=summ"]),
+    "train.watch": ("train", ["train.watch=sum/loss", "tasks.sum.eval_data="]),
     "eval.lm_eval + tasks": (
         "eval",
         [
@@ -176,6 +176,7 @@ WARNINGS = {
         ["mixture.online={name: group_dro, reference: {sum: 1.2, sql.v1: 0.8}}", "loss.label_smoothing=0.1"],
     ),
     "tasks.*.eval_data": ("train", ["tasks.sum.eval_data="]),
+    "tasks.*.metrics + tasks.*.eval_data": ("eval", ["tasks.sum.eval_data=", "tasks.sum.metrics=[loss, f1]"]),
     "train.micro_batch_tokens + train.batch_tokens": ("train", [], LaunchConfig(ranks=64)),
     "train.min_lr + train.schedule": ("train", ["train.min_lr=0.1", "train.schedule=constant"]),
     "train.mezo + train.max_grad_norm": ("train", ["train.mezo=1e-3"]),
@@ -201,8 +202,9 @@ def test_refused(folder, keys):
 def test_warned(folder, keys):
     stage, overrides, *more = WARNINGS[keys]
     row = next(row for row in TABLE if row.keys == keys and not row.fatal)
-    assert check_compatibility(folder.load(*overrides), stage=stage, engine=more[0] if more else PLAIN) == [
-        f"{row.why} ({keys}): {row.do}"
+    recipe = folder.load(*overrides)
+    assert check_compatibility(recipe, stage=stage, engine=more[0] if more else PLAIN) == [
+        f"{row.reason(recipe)} ({keys}): {row.do}"
     ]
 
 
@@ -211,8 +213,19 @@ def test_a_metric_is_watched_on_held_out_rows(folder, name):
     """A task without them measures nothing, so `train.watch` would find nothing at the first evaluation."""
     overrides = [f"train.watch={name}", "tasks.sum.metrics=[loss, f1]"]
     check_compatibility(folder.load(*overrides), stage="train")
-    with pytest.raises(UserError, match="measures on eval_data"):
+    with pytest.raises(UserError, match="a task without eval_data"):
         check_compatibility(folder.load(*overrides, "tasks.sum.eval_data="), stage="train")
+
+
+def test_warnings_name_their_tasks(folder):
+    overrides = ["tasks.sum.eval_data=", "tasks.sum.metrics=[loss, f1]", "sweep=null"]
+    lines = check_compatibility(folder.load(*overrides), stage="check")
+    why = "nothing held-out is measured for tasks that have no eval_data: sum"
+    assert f"{why} (tasks.*.eval_data): give them eval_data" in lines
+    asked = "metrics are asked for, and there is no eval_data to measure them on: sum"
+    assert sum(line.startswith(asked) for line in lines) == 1
+    lines = check_compatibility(folder.load(*overrides, "tasks.sum.metrics=[loss, exact_match]"), stage="check")
+    assert not any(line.startswith("metrics are asked") for line in lines)  # the forward pass gives these
 
 
 def test_named_labels_go_with_a_limit(folder):

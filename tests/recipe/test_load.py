@@ -432,3 +432,34 @@ def test_familiar_names_lead_to_keys():
 def test_a_metric_that_a_task_lacks_is_told_with_those_it_has_once_each(folder):
     error = folder.error("tasks.sum.metrics=[loss, chrf]", "sweep.objective={sum/spearman: 1}")
     assert error.do == "sum has loss, token_accuracy, exact_match, chrf; add it to its metrics"
+
+
+@pytest.mark.parametrize(
+    ("watch", "what", "do"),
+    [
+        ("summ", "names a task that is not there: 'summ'", "did you mean sum?"),
+        ("wurst", "names a task that is not there: 'wurst'", "did you mean worst?"),
+        ("summ/chrf", "names a task that is not there: 'summ'", "did you mean sum/chrf?"),
+        ("sum/chrff", "names a metric that sum does not have: 'chrff'", "did you mean sum/chrf?"),
+        ("mean/chrff", "names a metric that no task has: 'chrff'", "did you mean mean/chrf?"),
+        ("mean/spearman", "names a metric that no task has: 'spearman'",
+         "measured are loss, token_accuracy, exact_match, chrf; add it to tasks.*.metrics"),
+        ("sql.v1/chrf", "names a metric that sql.v1 does not have: 'chrf'",
+         "measured are loss, token_accuracy, exact_match; add it to tasks.*.metrics"),
+    ],
+)  # fmt: skip
+def test_what_is_watched_and_not_there(folder, watch, what, do):
+    error = folder.error("tasks.sum.metrics=[loss, chrf]", f"train.watch={watch}")
+    assert (error.what, error.do) == (f"train.watch {what}", do)
+
+
+@pytest.mark.parametrize("watch", ["mean", "worst/chrf", "sum", "sum/loss", "mean/exact_match"])
+def test_what_is_watched(folder, watch):
+    assert folder.load("tasks.sum.metrics=[loss, chrf]", f"train.watch={watch}").train.watch == watch
+
+
+def test_a_number_or_a_mapping_in_the_wrong_place_is_shown_how_to_write_it(folder):
+    assert folder.error("tasks.sum.shots=2").do == "did you mean shots: {n: 2}?"
+    assert not folder.error("lora=8").do  # r or alpha
+    error = folder.error("sweep.objective={sum: {chrf: 1}}")
+    assert error.do == "a task and its metric are joined by a slash: sum/chrf"

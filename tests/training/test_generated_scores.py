@@ -168,6 +168,9 @@ def test_eval_reports_what_the_task_asks_for_with_intervals(asking):
     lower, upper = table["copy"]["interval"]["overlap"]
     assert lower <= table["copy"]["overlap"] <= upper
     assert "overlap" not in table["twice"]
+    helper = recipe.tasks[0].model_copy(update={"auxiliary": True})
+    marked = as_json(evaluate(recipe), recipe.model_copy(update={"tasks": (helper, *recipe.tasks[1:])}))
+    assert [task for task, values in marked.items() if values.get("auxiliary")] == ["copy"]
 
 
 def test_scores_of_answers_come_back_from_disk_whole_or_not(asking, tmp_path):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from mtft.common.listing import listed
 from mtft.distributed.launch import LaunchConfig
 from mtft.recipe.schema.metric import metric_key
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.sweep import SweepSection
-from mtft.recipe.targets import objective_targets, split_target
+from mtft.recipe.targets import FORWARD, objective_targets, split_target
 
 Stage = Literal["check", "train", "eval", "mix", "merge", "fuse", "run"]
 TRAINING: tuple[Stage, ...] = ("check", "train", "mix", "run")
@@ -27,7 +28,10 @@ class BalancerFacts(Protocol):
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table. `when` sees the recipe, the engine, and what the balancer needs (None: not asked)."""
+    """One row of the table. `when` sees the recipe, the engine, and what the balancer needs (None: not asked).
+
+    tasks: the tasks that it is about, which `why` then ends with.
+    """
 
     keys: str
     stages: tuple[Stage, ...]
@@ -35,6 +39,10 @@ class Rule:
     why: str
     do: str
     fatal: bool = True
+    tasks: Callable[[Recipe], Sequence[str]] | None = None
+
+    def reason(self, recipe: Recipe) -> str:
+        return self.why if self.tasks is None else f"{self.why}: {listed(self.tasks(recipe))}"
 
 
 def without_eval(recipe: Recipe) -> list[str]:
@@ -49,6 +57,15 @@ def judged_without_eval(recipe: Recipe) -> list[str]:
     }
     every = recipe.train.task_patience is not None
     return [name for name in without_eval(recipe) if every or name in recipe.counted_tasks or name in named]
+
+
+def asked_without_eval(recipe: Recipe) -> list[str]:
+    """The tasks that name metrics beyond those of the forward pass, and have no rows to measure them on."""
+    return [
+        task.name
+        for task in recipe.tasks
+        if task.eval_data is None and any(metric_key(metric) not in FORWARD for metric in task.metrics)
+    ]
 
 
 def reads_labels_in_trials(recipe: Recipe) -> bool:

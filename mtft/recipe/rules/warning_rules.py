@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_mixers.fitting.enough_trials import needed_trials
-from mtft.recipe.rules.rule import MERGING, TRAINING, Rule, judged_without_eval, planned_trials
+from mtft.recipe.rules.rule import MERGING, TRAINING, Rule, asked_without_eval, judged_without_eval, planned_trials
 
 WARNING_RULES: tuple[Rule, ...] = (
     # --- allowed, but likely not what was meant
@@ -33,7 +33,12 @@ WARNING_RULES: tuple[Rule, ...] = (
         "and the current mixture will be kept",
         "raise sweep.trials (a cocktail: sweep.repeats)", fatal=False),
     Rule("tasks.*.eval_data", ("check", "train", "run"), lambda r, e, n: bool(judged_without_eval(r)),
-        "some tasks have no eval_data: nothing held-out is measured for them", "give them eval_data", fatal=False),
+        "nothing held-out is measured for tasks that have no eval_data", "give them eval_data", fatal=False,
+        tasks=judged_without_eval),
+    Rule("tasks.*.metrics + tasks.*.eval_data", ("check", "train", "eval", "mix", "run"),
+        lambda r, e, n: bool(asked_without_eval(r)),
+        "metrics are asked for, and there is no eval_data to measure them on", "give eval_data, or remove the metrics",
+        fatal=False, tasks=asked_without_eval),
     Rule("train.micro_batch_tokens + train.batch_tokens", TRAINING,
         lambda r, e, n: r.train.micro_batch_tokens != "auto"
         and r.train.rows_at_once * e.ranks > r.train.batch_tokens,

@@ -35,7 +35,7 @@ MetricName = Literal[
 ]
 """Keys of mtft.evaluation.metrics.METRICS, which the recipe may not import: here so that errors name the line."""
 
-RESULT_KEYS = ("examples", "tokens", "interval", "level", "against")
+RESULT_KEYS = ("examples", "tokens", "interval", "level", "against", "auxiliary")
 """What stands beside the metrics of a task in results, so that no metric may be called so."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts.make_constraints import differences
+from tests.warm_python.fixture import cold_proofs, warm_proofs, warm_python  # noqa: F401  (fixtures)
 
 # As scripts/test.sh has it, for a plain `pytest` too: tests fork, and a child of a process with OpenMP threads hangs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def launch():
-    """launch(config, *program) -> output of `accelerate launch` with a file of recipes/accelerate, on CPUs."""
+def launch(warm_python):
+    """launch(config, *program) -> output of `accelerate launch` with a file of recipes/accelerate, on CPUs.
+
+    The launcher, the ranks and the processes that prove their exports have their imports done.
+    """
 
     def start(config, *program):
-        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command = [warm_python, "-m", "accelerate.commands.launch"]
         command += ["--config_file", str(ROOT / "recipes" / "accelerate" / config), "--main_process_port", "0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(

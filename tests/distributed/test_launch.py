@@ -108,11 +108,17 @@ def test_killed_on_two_machines_stopped_under_torchrun_and_finished(runs, enviro
     assert distance(weights(alone / "sgd"), weights(run_dir)) <= 1e-6
 
 
-def test_ranks_of_a_second_launch_are_all_told(recipe, environment, tmp_path):
+def test_ranks_of_a_second_launch_are_all_told(recipe, warm_python, environment, tmp_path):
     """The first rank may not write: the others hear of it and end, instead of waiting for it."""
     write_recipes(recipe, tmp_path, ["sgd"], steps=4, eval_every=4, batch_tokens=150)
-    command = [sys.executable, "-m", "mtft", "train", str(tmp_path / "sgd.yaml")]
-    shared = {**environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [warm_python, "-m", "mtft", "train", str(tmp_path / "sgd.yaml")]
+    shared = {
+        **os.environ,
+        **environment,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     shared |= {"ACCELERATE_USE_CPU": "true"}
     with sole_writer(tmp_path / "sgd"):
         ranks = [

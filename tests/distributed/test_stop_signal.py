@@ -92,12 +92,12 @@ def test_handlers_come_back():
 STEPS = 40
 
 
-def ranks(recipe_file):
+def ranks(recipe_file, python=sys.executable):
     """Two ranks of `mtft train`, in a process group of their own."""
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     shared |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"ACCELERATE_USE_CPU": "true"}
-    command, started = [sys.executable, "-m", "mtft", "train", str(recipe_file)], []
+    command, started = [python, "-m", "mtft", "train", str(recipe_file)], []
     for rank in ("0", "1"):
         own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
         group = started[0].pid if started else 0
@@ -114,13 +114,13 @@ def ended(started):
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_process_group_of_two_ranks(recipe, tmp_path):
+def test_a_signal_to_the_process_group_of_two_ranks(recipe, warm_python, tmp_path):
     """With dropout: the end is that of an unbroken run on two ranks, to the bit."""
     folders = [tmp_path / name for name in ("whole", "broken")]
     for folder in folders:
         write_recipes(recipe, folder, ["dropout"], steps=STEPS, eval_every=STEPS, batch_tokens=150)
     whole, broken = (folder / "dropout" for folder in folders)
-    ended(ranks(f"{whole}.yaml"))
+    ended(ranks(f"{whole}.yaml", warm_python))
     started = ranks(f"{broken}.yaml")
     try:
         wait_for(broken / "checkpoint-3", started)
@@ -133,7 +133,7 @@ def test_a_signal_to_the_process_group_of_two_ranks(recipe, tmp_path):
     assert f"stopped by SIGTERM after step {step}, which is saved" in said
     assert not (broken / "result.json").exists(), "too late to be stopped: the test needs more steps"
     assert len(lines(broken)) == step < STEPS
-    ended(ranks(f"{broken}.yaml"))
+    ended(ranks(f"{broken}.yaml", warm_python))
     clock = ("seconds", "tokens_per_second")
     logged = [[{**line, **dict.fromkeys(clock)} for line in lines(run)] for run in (whole, broken)]
     assert logged[0] == logged[1]

@@ -11,7 +11,7 @@ from mtft.data.tokenize.chat_template import ChatRenderer
 from mtft.data.tokenize.template import inline_thought
 from tests.data.tokenize.stock import STOCK, random_row, stock
 
-FAST, MANY = 13, 500  # conversations a template: 533 in the fast tests, 20,500 in the slow ones
+FAST, MANY = 13, 250  # conversations a template: 533 in the fast tests, 10,250 in the slow ones
 NAMED = re.compile(r"\bmessage \d+|no assistant turn is learnt")
 
 

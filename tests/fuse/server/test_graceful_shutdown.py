@@ -4,7 +4,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import httpx
@@ -26,8 +25,8 @@ def recipe(folder, port=None):
 
 
 @pytest.mark.slow
-def test_sigterm_drains(tmp_path):
-    command = [sys.executable, "-m", "mtft", "fuse", "serve", str(recipe(tmp_path)), "--port", "0"]
+def test_sigterm_drains(tmp_path, warm_python):
+    command = [warm_python, "-m", "mtft", "fuse", "serve", str(recipe(tmp_path)), "--port", "0"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         lines = iter(server.stderr.readline, "")
@@ -72,9 +71,9 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once(tmp_path, first):
+def test_a_second_signal_ends_it_at_once(tmp_path, warm_python, first):
     """Its answer would take a minute."""
-    command = [sys.executable, "-c", SLOW_SERVER, "fuse", "serve", str(recipe(tmp_path)), "--port", "0"]
+    command = [warm_python, "-c", SLOW_SERVER, "fuse", "serve", str(recipe(tmp_path)), "--port", "0"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         lines = iter(server.stderr.readline, "")

@@ -35,7 +35,7 @@ def logits(model):
 
 
 @pytest.fixture(scope="module")
-def proved(recipe, tmp_path_factory):
+def proved(recipe, cold_proofs, tmp_path_factory):
     """(recipe, result) of one run for the tests that only read what it left."""
     return finished(recipe, tmp_path_factory.mktemp("proved") / "run", prove=True)
 

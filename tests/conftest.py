@@ -1,5 +1,6 @@
 """For all tests: a deprecation that a library logs is a failure, and a failing run says which versions moved."""
 
+import functools
 import logging
 import os
 import re
@@ -7,9 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import typer.main
 
 from scripts.make_constraints import differences
-from tests.warm_python.fixture import cold_proofs, warm_proofs, warm_python  # noqa: F401  (fixtures)
+from tests.warm_python.fixture import warm_python  # noqa: F401  (a fixture)
 
 # As scripts/test.sh has it, for a plain `pytest` too: tests fork, and a child of a process with OpenMP threads hangs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,6 +43,14 @@ def pytest_configure() -> None:
             signal.signal(number, default)
     for name in LIBRARIES:  # they don't propagate
         logging.getLogger(name).addHandler(LOGGED)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_are_built_once():
+    """Typer builds every command anew in each call of a program: 80 ms, where a test makes dozens of calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

@@ -21,6 +21,7 @@ from mtft.__main__ import main
 from mtft.models.loading import load_base
 from mtft.recipe.load import load_recipe
 from tests.merge.golden import write_golden
+from tests.warm_python.fixture import warm_proofs  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,6 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from tests.training.conftest import model_folder, recipe, task_files  # noqa: F401  (fixtures)
+from tests.warm_python.fixture import cold_proofs, warm_proofs  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).parents[2]
 

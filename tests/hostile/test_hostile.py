@@ -9,6 +9,7 @@ import tests.fuse.tiny  # noqa: F401  the forked processes have the libraries th
 from tests.hostile.attacks import READS
 from tests.hostile.judge import Outcome, faults
 from tests.hostile.siege import Siege, draw
+from tests.warm_python.fixture import warm_proofs  # noqa: F401  (a fixture)
 
 COUNT = 200
 

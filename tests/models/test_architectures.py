@@ -32,6 +32,7 @@ from mtft.training.build_model import load_for_training
 from mtft.training.run_training import train
 from tests.models.tiny_architectures import ARCHITECTURES, write_architecture
 from tests.slow import slow
+from tests.warm_python.fixture import warm_proofs  # noqa: F401  (a fixture)
 
 STEPS = 4
 REFUSED = {"llama4": "for which Llama4ForCausalLM has no place"}  # its vision part would be lost

@@ -12,6 +12,7 @@ from mtft.models.lora import add_lora
 from mtft.recipe.schema.lora import LoraSection
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
+from tests.warm_python.fixture import warm_proofs  # noqa: F401  (a fixture)
 
 
 def section(path, **values):

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.training.conftest import write_model, write_tasks
+from tests.warm_python.fixture import cold_proofs, warm_proofs  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(scope="session")

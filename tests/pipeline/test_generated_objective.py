@@ -71,6 +71,7 @@ def test_what_is_fitted_and_which_way_is_better(sweeping):
     assert list(fitted_targets(worst)) == ["copy/f1", "twice/f1", "shout/f1"]
 
 
+@pytest.mark.slow
 def test_other_scores_are_other_trials(sweeping):
     """Trials that were not asked for a score say nothing of it."""
     losses, answers = sweeping("run", objective="mean", trials=2), sweeping("run", trials=2)

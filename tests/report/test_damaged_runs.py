@@ -62,8 +62,15 @@ def test_a_whole_run_has_no_such_list(run_dir):
     assert all(word in html for word in FILES.values() if word)
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("kind", [*DAMAGE, "newer", *NOT_FILES])
+KINDS = [*DAMAGE, "newer", *NOT_FILES]
+PAIRS = [  # each file and each kind in the fast tests, all pairs in the slow ones
+    pytest.param(name, kind, marks=() if (i + j) % 4 == 0 else pytest.mark.slow)
+    for i, name in enumerate(FILES)
+    for j, kind in enumerate(KINDS)
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_what_is_whole_is_drawn(run_dir, name, kind):
     damage(run_dir / name, kind)
     html, said = page_of(run_dir)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.warm_python.fixture import cold_proofs, warm_proofs  # noqa: F401  (fixtures)
+
 WORDS = ("red", "green", "blue", "cat", "dog", "bird", "sun", "moon", "star", "one", "two", "six")
 
 

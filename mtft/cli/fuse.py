@@ -79,11 +79,11 @@ def fuse_serve(
 
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise UserError("the server needs fastapi and uvicorn", where="command line", do='pip install "mtft[serve]"')
+    loaded = load(recipe, overrides, "fuse", files=False)
     from mtft.fuse.server.app import serve
     from mtft.fuse.server.openai_protocol import ServerLimits
 
     limits = ServerLimits(rows=rows, queue=queue, wait_seconds=wait, body_bytes=body_bytes)
-    loaded = load(recipe, overrides, "fuse", files=False)
     with _warnings_at_once():
         serve(loaded, host=host, port=port, api_key_env=api_key_env, limits=limits, announce=say)
 

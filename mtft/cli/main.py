@@ -56,12 +56,14 @@ def check(
     Everything that can be found before any weight is loaded: asked and realised shares, epochs, tokens, steps, memory.
     """
     from mtft.distributed.launch import is_main_process
-    from mtft.pipeline.check import check_recipe
     from mtft.recipe.load import load_recipe
 
     if not is_main_process():  # under a launcher, whose engine is a part of what is checked
         return
-    checked = check_recipe(load_recipe(recipe, overrides or []))
+    loaded = load_recipe(recipe, overrides or [])
+    from mtft.pipeline.check import check_recipe
+
+    checked = check_recipe(loaded)
     if as_json:
         typer.echo(json.dumps(checked.as_dict(), indent=2))
     elif sys.stdout.isatty():
@@ -202,9 +204,9 @@ def refresh(
     Finds the modules of the adapter that forgot most and trains only those, for a few short rounds on a few rows of
     every task of the recipe.
     """
+    loaded = load(recipe, overrides, "train")
     from mtft.experimental.refresh_adapter import refresh as run_refresh
 
-    loaded = load(recipe, overrides, "train")
     before, after, out = expand(before), expand(after), expand(out)
     refreshed = run_refresh(
         loaded, before, after, out, new=new, rounds=rounds, steps=steps, rows=rows, share=share, overwrite=overwrite,
@@ -242,11 +244,13 @@ def run(
     Finished stages are skipped, interrupted ones continue.
     """
     from mtft.distributed.launch import check_launch
-    from mtft.pipeline.run_stages import run_recipe as run_pipeline
 
     if launch is not None:
         check_launch(launch)
-    run_pipeline(load(recipe, overrides, "run"), fresh=fresh, launch=launch)
+    loaded = load(recipe, overrides, "run")
+    from mtft.pipeline.run_stages import run_recipe as run_pipeline
+
+    run_pipeline(loaded, fresh=fresh, launch=launch)
 
 
 @app.command()

@@ -54,10 +54,11 @@ def merge_command(
         )
         text = _merge_folders([str(expand(name)) for name in arguments], base, out, settings)
     else:
+        more = ["merge.overwrite=true"] if overwrite else []
+        loaded = load(Path(arguments[0]), [*arguments[1:], *more], "merge", files=False)
         from mtft.pipeline.stages.merge import merge_recipe
 
-        more = ["merge.overwrite=true"] if overwrite else []
-        text = merge_recipe(load(Path(arguments[0]), [*arguments[1:], *more], "merge", files=False)).text()
+        text = merge_recipe(loaded).text()
     typer.echo(text)
 
 

@@ -42,10 +42,10 @@ def mix_design(
     --design cocktail: single tasks, pairs, all, all but one. --design damo: compositions of a trial's batch, drawn
     evenly.
     """
-    from mtft.pipeline.stages.mix import DESIGN, mix_design, mix_dir
-
     changes = [*(overrides or []), *([] if design is None else [f"sweep.design={design}"])]
     loaded = load(recipe, changes, "mix")
+    from mtft.pipeline.stages.mix import DESIGN, mix_design, mix_dir
+
     text = mix_design(loaded)
     typer.echo(text, nl=False)
     written = mix_dir(loaded) / DESIGN
@@ -56,10 +56,10 @@ def mix_design(
 @mix_app.command("sweep")
 def mix_sweep(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Run the trials that the ledger does not hold yet."""
+    loaded = load(recipe, overrides, "mix")
     from data_mixers.sweep.runner import first_line
     from mtft.pipeline.stages.mix import mix_dir, mix_sweep, too_few
 
-    loaded = load(recipe, overrides, "mix")
     seen: dict[str | None, str] = {}
 
     def tell(trial: Trial, outcome: TrialOutcome) -> None:
@@ -124,12 +124,11 @@ def mix_propose(
     from mtft.common.errors import UserError
 
     if arguments and mixtures is None and scores is None:
-        from mtft.pipeline.stages.mix import mix_dir, mix_propose, mix_synergy
-
         what = "with a recipe its own keys say how (mixture.caps, sweep.kl, ...), and the result goes to its output.dir"
         refuse_flags(context, but=("arguments",), because=what)
-
         loaded = load(Path(arguments[0]), arguments[1:], "mix")
+        from mtft.pipeline.stages.mix import mix_dir, mix_propose, mix_synergy
+
         typer.echo(mix_propose(loaded).table())
         if loaded.sweep is not None and loaded.sweep.design == "cocktail":
             typer.echo(mix_synergy(loaded))

@@ -52,11 +52,12 @@ def mix_blame(
     from mtft.common.errors import UserError
 
     if arguments and mixtures is None and scores is None:
-        from mtft.pipeline.stages.blame import mix_blame
-
         what = "a recipe says everything itself (sweep.surrogate, sweep.objective, ...), its output.dir included"
         refuse_flags(context, but=("arguments",), because=what)
-        written, found = mix_blame(load(Path(arguments[0]), arguments[1:], "mix"))
+        loaded = load(Path(arguments[0]), arguments[1:], "mix")
+        from mtft.pipeline.stages.blame import mix_blame
+
+        written, found = mix_blame(loaded)
         typer.echo(found.text())
         typer.echo(written)
         return
@@ -132,11 +133,11 @@ def mix_relevance(
             do="mtft mix relevance RECIPE, or: mtft mix relevance --sketches w.csv --target TASK",
         )
     if arguments:
-        from mtft.pipeline.stages.relevance import task_relevance
-
         own = ("arguments", "target", "rows", "adapter", "examples", "size")
         refuse_flags(context, but=own, because="with a recipe the sketches are measured, noise and all")
         loaded, adapter = load(Path(arguments[0]), arguments[1:], "eval"), None if adapter is None else expand(adapter)
+        from mtft.pipeline.stages.relevance import task_relevance
+
         found = task_relevance(loaded, target, adapter=adapter, examples=examples, size=size, say=say)
         typer.echo("\n\n".join(each.text(rows) for each in found))
         return

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -343,10 +342,10 @@ def test_eval_against_an_older_adapter(folder, call):
 
 
 @pytest.mark.slow
-def test_train_eval_report_and_an_interrupt(folder, call):
+def test_train_eval_report_and_an_interrupt(folder, call, warm_python):
     """One small run through the commands: Ctrl-C, the same command again, scores as JSON, the page."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "mtft", "train", "recipe.yaml", "train.steps=120", "output.save_every=120"]
+    command = [warm_python, "-m", "mtft", "train", "recipe.yaml", "train.steps=120", "output.save_every=120"]
     with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 240
         while not (folder / "out" / "metrics.jsonl").is_file() and time.monotonic() < deadline:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,7 +70,7 @@ def test_whatever_writes_it_is_one_clear_error(small_disk, write):
 
 
 @pytest.mark.slow
-def test_run_ends_in_one_block_and_goes_on_when_there_is_space(recipe, small_disk, tmp_path):
+def test_run_ends_in_one_block_and_goes_on_when_there_is_space(recipe, small_disk, warm_python, tmp_path):
     disk, enlarge = small_disk
 
     def asked(run_dir):
@@ -80,7 +79,7 @@ def test_run_ends_in_one_block_and_goes_on_when_there_is_space(recipe, small_dis
 
     (tmp_path / "r.yaml").write_text(dump_recipe(asked(disk / "run")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "mtft", "train", str(tmp_path / "r.yaml")]
+    command = [warm_python, "-m", "mtft", "train", str(tmp_path / "r.yaml")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr

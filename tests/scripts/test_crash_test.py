@@ -16,7 +16,7 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_no_trace():
+def test_kills_leave_no_trace():
     """Training, tokenising, sweeps, merges, reports, fused answers. `run`, `export` and two processes: by hand."""
     cases = ("train", "tokenise", "sweep", "merge", "merge-overwrite", "report", "fuse")
     assert "0 faults" in run("--kills", "20", "--cases", *cases).splitlines()[-1]

@@ -17,7 +17,7 @@ name: made-tasks
 seed: 17
 
 model:
-  path: quickstart:weak # a base of 1 M parameters that ships with MTFT; change it to your own
+  path: quickstart:weak # a base of 1.8 M parameters that ships with MTFT; change it to your own
   dtype: fp32
 {template}
 tasks:

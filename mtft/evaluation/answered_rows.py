@@ -18,7 +18,6 @@ from mtft.evaluation.heldout_loss import BatchLayout, Score, Told
 from mtft.evaluation.label_likelihood import label_log_probs, label_tokens
 from mtft.evaluation.metrics.base import Answer
 from mtft.evaluation.metrics.labels import LabelMetric
-from mtft.evaluation.prompts import answer_text
 from mtft.evaluation.questions import AskedMetrics, Questions
 from mtft.evaluation.task_scores import MetricRows
 from mtft.losses.token_nll import bare_model
@@ -71,9 +70,7 @@ def _ask_task(
         made = generate_answers(
             model, [prompt.prompt for prompt in prompts], options, tokenizer, samples=samples, told=told
         )
-        answers = questions.answers(
-            [[answer_text(tokenizer, ids, questions.ends, options.stop) for ids in of_row] for of_row in made]
-        )
+        answers = questions.answers([[questions.text(ids) for ids in of_row] for of_row in made])
     labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # asked for and chosen, by metric
     for key, metric in metrics.items():
         if isinstance(metric, LabelMetric):

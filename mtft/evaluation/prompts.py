@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from mtft.common.errors import UserError
-from mtft.data.tokenize.template import inline_thought, without_empty_thought
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,8 @@ def end_tokens(prompts: Iterable[HeldOutPrompt], tokenizer: Any, model_ends: Any
 
 
 def answer_text(tokenizer: Any, ids: Sequence[int], ends: Sequence[int], stop: Sequence[str] = ()) -> str:
-    """Tokens as a metric compares them: up to the first end token or stop text, without a thought in front, stripped.
-
-    Other special tokens stay: Mistral's `[TOOL_CALLS]` is one.
-    """
+    """Tokens as text up to the first end token or stop text. Other special tokens stay: Mistral's `[TOOL_CALLS]`."""
     stopped = next((t for t, token in enumerate(ids) if token in ends), len(ids))
     text = tokenizer.decode([int(token) for token in ids[:stopped]], skip_special_tokens=False)
     cuts = [text.index(mark) for mark in stop if mark in text]
-    text = text[: min(cuts)] if cuts else text
-    text = without_empty_thought(text)
-    thought = inline_thought(text)
-    return (text if thought is None else thought.answer).strip()
+    return text[: min(cuts)] if cuts else text

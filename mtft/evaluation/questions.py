@@ -14,6 +14,7 @@ import numpy as np
 
 from mtft.common.errors import UserError
 from mtft.data.readers.rows_at import rows_at
+from mtft.evaluation.answer_frame import AnswerFrame
 from mtft.evaluation.metrics import make_metrics
 from mtft.evaluation.metrics.base import Answer, Metric
 from mtft.evaluation.metrics.labels import LabelMetric
@@ -84,16 +85,20 @@ class AskedMetrics:
 
 @dataclass(frozen=True)
 class Questions:
-    """The held-out rows of one task, N of them. references: text; ends: tokens that end an answer."""
+    """The held-out rows of one task, N of them. references: text; thinks: file:line of the first one with a thought;
+    ends: tokens that end an answer.
+    """
 
     task: TaskSection
     metrics: Mapping[str, Metric]
     prompts: Sequence[HeldOutPrompt]
     references: Sequence[str]
+    thinks: str | None
     ends: tuple[int, ...]
     ids: Sequence[str]
     rows: Sequence[Mapping[str, Any]]
     tokenizer: Any
+    frame: AnswerFrame
 
     @classmethod
     def of(cls, store: Any, asked: AskedMetrics, model_ends: Any = None) -> Questions:
@@ -101,18 +106,26 @@ class Questions:
         prompts, tokenizer = held_out_prompts(store), asked.tokenizer
         metrics, task = asked.metrics[store.task], asked.tasks[store.task]
         ends = end_tokens(prompts, tokenizer, model_ends)
-        references = [answer_text(tokenizer, prompt.reference.tolist(), ends) for prompt in prompts]
+        frame = AnswerFrame.of(tokenizer, ends, task.chat_template_kwargs)
+        if task.thinking_weight == 0:
+            prompts = [frame.asks_for_thought(prompt, tokenizer) for prompt in prompts]
+        told = [frame.read(answer_text(tokenizer, prompt.reference.tolist(), ends)) for prompt in prompts]
         places = [prompt.where for prompt in prompts]
         columns = rows_at(task, "eval", places) if any(metric.NEEDS_ROW for metric in metrics.values()) else {}
         _, firsts = np.unique(store.row_numbers, return_index=True)
         ids = [str(store.ids[int(first)]) for first in firsts]
         rows = [columns.get(place, {}) for place in places]
-        return cls(task, metrics, prompts, references, ends, ids, rows, tokenizer)
+        thinks = next((place for place, one in zip(places, told, strict=True) if one.thinking), None)
+        return cls(task, metrics, prompts, [one.answer for one in told], thinks, ends, ids, rows, tokenizer, frame)
 
     @property
     def generated(self) -> dict[str, Metric]:
         """The metrics that look at answers."""
         return {key: metric for key, metric in self.metrics.items() if metric.NEEDS == "generation"}
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What a metric compares of generated tokens."""
+        return self.frame.read(answer_text(self.tokenizer, ids, self.ends, self.task.generate.stop)).answer
 
     def answers(self, texts: Sequence[Sequence[str]], first: int = 0) -> list[Answer]:
         """What a model wrote to the rows from number `first` on."""
@@ -135,6 +148,10 @@ class Questions:
 
     def labels(self, metric: LabelMetric) -> tuple[str, ...]:
         """The labels of a metric. Raises UserError for references that are none."""
+        if self.thinks is not None:  # log p of the label would be that of a thought, of whichever row has it first
+            what = f"{metric.NAME} asks for a label alone, and this row's answer begins with a thought"
+            do = "take text_match, for which the model thinks and answers, or leave the thoughts out of eval_data"
+            raise UserError(what, where=self.thinks, do=do)
         return metric.names(self.references, [prompt.where for prompt in self.prompts])
 
     def check(self) -> None:

@@ -31,7 +31,8 @@ class Answer:
 
     id         of the row
     prompt     text that the model continued, special tokens included
-    reference  text that should stand there: the last learnt turn of the row, without its end token and outer spaces
+    reference  words that should stand there: the last learnt turn of the row, without a thought, its end token and what
+               else the chat template writes around them
     texts      what the model wrote, in the same way; several where a metric asks for `samples`
     row        the columns of the row as it stands in its file; empty unless a metric says NEEDS_ROW
     where      file:line of the row

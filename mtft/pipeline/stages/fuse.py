@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mtft.common.fingerprint import file_hash
 from mtft.common.own_files import write_own
 from mtft.evaluation.gap_closed import gap_closed
-from mtft.evaluation.score_cache import Scores, load_or_score
+from mtft.evaluation.score_cache import Scores, load_or_score, measured_state
 from mtft.pipeline.stages.stage_cache import adapter_state, model_state, run_cached_stage
 from mtft.recipe.schema.fuse import FuseSection
 from mtft.recipe.schema.recipe import Recipe
@@ -46,6 +46,7 @@ def fuse_stage(
         "models": {"strong": model_state(fuse.strong), "base": model_state(fuse.base or recipe.model)},
         "held_out": held_out,
         "rows": data,
+        **measured_state(recipe),
     }
     named = {"strong": fuse.strong.chat_template, "base": (fuse.base or recipe.model).chat_template}
     if any(named.values()):  # what is in the files counts; without any, runs of earlier versions stand

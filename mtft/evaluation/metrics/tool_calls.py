@@ -5,6 +5,8 @@
     Mistral          [TOOL_CALLS] [{"name": ..., "arguments": ...}], or [TOOL_CALLS]NAME[ARGS]{...}, several in a row
     Llama 3          {"name": ..., "parameters": {...}}, several between `;`, with or without <|python_tag|>
     Llama 3.2, 4     [f(a=1), g(b="x")]: Python's calls with literals
+    GLM 4.5          <tool_call>NAME<arg_key>KEY</arg_key><arg_value>value</arg_value></tool_call>
+    others           gpt-oss, DeepSeek V3 and V3.1, Gemma 4: marked_calls.py
     any              a list of such objects, as OpenAI's too: {"type": "function", "function": {...}}
 
 Text around calls is allowed where marks enclose them; the others are the whole text, but for what a model thought.
@@ -19,15 +21,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mtft.evaluation.metrics import marked_calls as marked
 from mtft.evaluation.metrics.json_answers import NO_JSON, json_in, json_row, parse_json
 
-_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_THOUGHT = re.compile(r"\A\s*(?:<think>.*?</think>|<\|channel>thought\n.*?<channel\|>)", re.DOTALL)
 _SPECIAL = re.compile(r"\A(?:\s*<\|[^|<>]*\|>)+|(?:<\|[^|<>]*\|>\s*)+\Z")
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _XML = re.compile(r"<function=([^<>\n]*)>(.*?)(?:</function>|\Z)", re.DOTALL)
 _XML_ARGUMENT = re.compile(r"<parameter=([^<>\n]*)>\n?(.*?)\n?(?:</parameter>|\Z|(?=<parameter=))", re.DOTALL)
 _MISTRAL = "[TOOL_CALLS]"
 _MISTRAL_ARGS = re.compile(r"\s*([^\[\]{}\s]+)\s*(?:\[CALL_ID\][^\[\]]*)?(?:\[ARGS\])?\s*(\{.*)\Z", re.DOTALL)
+_MARKED = {
+    marked.GPT_OSS: marked.gpt_oss_calls,
+    marked.DEEPSEEK: marked.deepseek_calls,
+    marked.GEMMA: marked.gemma_calls,
+}
 _LONGEST = 100_000  # signs of a text that is read as Python
 
 
@@ -44,6 +52,9 @@ def tool_calls(text: str) -> list[ToolCall]:
     text = _SPECIAL.sub("", _THOUGHT.sub("", text)).strip()
     if _MISTRAL in text:
         return [call for part in text.split(_MISTRAL)[1:] for call in _mistral(part.strip())]
+    for mark, calls in _MARKED.items():
+        if mark in text:
+            return [ToolCall(name, arguments) for name, arguments in calls(text)]
     if "<tool_call>" in text:
         return [call for found in _TAGGED.finditer(text) for call in _tagged(found[1].strip())]
     if "<function=" in text:
@@ -91,6 +102,9 @@ def _tagged(text: str) -> Iterator[ToolCall]:
         yield from _xml(text)
         return
     value = parse_json(text)
+    if value is NO_JSON and (call := marked.glm_call(text)) is not None:
+        yield ToolCall(*call)
+        return
     for item in value if isinstance(value, list) else [value]:
         yield _call(item, text)
 

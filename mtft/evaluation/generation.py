@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +24,9 @@ from mtft.distributed.launch import LaunchConfig
 from mtft.evaluation.heldout_loss import Told
 from mtft.losses.token_nll import bare_model
 from mtft.models.preallocated_cache import preallocated_cache
+
+# In transformers both take no notice of the attention mask, so padding is text to them, and RWKV's state mixes rows.
+_ONE_BY_ONE = ("rwkv", "xlstm")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def generate_answers(
     bare: Any = bare_model(model)
     window = getattr(bare.config.get_text_config(), "max_position_embeddings", None) or math.inf
     wanted = [(row, sample) for row in range(len(prompts)) for sample in range(samples)]
-    batches = _batches(prompts, wanted, options, window)
+    alone = bare.config.model_type in _ONE_BY_ONE
+    batches = _batches(prompts, wanted, replace(options, tokens_at_once=0) if alone else options, window)
     mine = batches[rank::world]
     mine += batches[:1] * (-(-len(batches) // world) - len(mine))  # sharded weights: all ranks make as many passes
     found: dict[tuple[int, int], list[int]] = {}

@@ -142,8 +142,6 @@ def _run_stages(recipe: Recipe, root: Path, *, fresh: bool, launch: str | None) 
             )
     if recipe.fuse is not None:
         say("fuse")
-        if measured_state(recipe):
-            say("fuse: the fused model is scored by its forward pass alone, without metrics of answers and labels")
         experts = _name_adapters(recipe.fuse.adapters or ())
         tuned = results["strong"].scores if "strong" in results else None
         alone, fused = fuse_stage(

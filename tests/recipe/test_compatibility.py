@@ -177,6 +177,7 @@ WARNINGS = {
     ),
     "tasks.*.eval_data": ("train", ["tasks.sum.eval_data="]),
     "tasks.*.metrics + tasks.*.eval_data": ("eval", ["tasks.sum.eval_data=", "tasks.sum.metrics=[loss, f1]"]),
+    "tasks.*.metrics + fuse, merge.experts": ("run", ["tasks.sum.metrics=[loss, f1]"]),
     "train.micro_batch_tokens + train.batch_tokens": ("train", [], LaunchConfig(ranks=64)),
     "train.min_lr + train.schedule": ("train", ["train.min_lr=0.1", "train.schedule=constant"]),
     "train.mezo + train.max_grad_norm": ("train", ["train.mezo=1e-3"]),
@@ -206,6 +207,19 @@ def test_warned(folder, keys):
     assert check_compatibility(recipe, stage=stage, engine=more[0] if more else PLAIN) == [
         f"{row.reason(recipe)} ({keys}): {row.do}"
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["tasks.sum.metrics=[loss, exact_match]"], False),
+        (["tasks.sum.metrics=[loss, f1]", "fuse=null"], False),
+        (["tasks.sum.metrics=[loss, f1]", "fuse=null", "merge.experts={kind: twin}"], True),
+    ],
+)
+def test_what_is_scored_by_its_forward_pass_alone_is_told(folder, overrides, told):
+    lines = check_compatibility(folder.load(*overrides), stage="run")
+    assert any("their forward pass alone" in line for line in lines) == told
 
 
 @pytest.mark.parametrize("name", ["sum/exact_match", "mean/f1", "worst/f1"])

@@ -59,13 +59,18 @@ def judged_without_eval(recipe: Recipe) -> list[str]:
     return [name for name in without_eval(recipe) if every or name in recipe.counted_tasks or name in named]
 
 
+def asked(recipe: Recipe) -> list[str]:
+    """The tasks that name metrics beyond those of the forward pass."""
+    return [task.name for task in recipe.tasks if any(metric_key(metric) not in FORWARD for metric in task.metrics)]
+
+
 def asked_without_eval(recipe: Recipe) -> list[str]:
-    """The tasks that name metrics beyond those of the forward pass, and have no rows to measure them on."""
-    return [
-        task.name
-        for task in recipe.tasks
-        if task.eval_data is None and any(metric_key(metric) not in FORWARD for metric in task.metrics)
-    ]
+    """Those that have no rows to measure them on."""
+    return [name for name in asked(recipe) if name in without_eval(recipe)]
+
+
+def asked_with_eval(recipe: Recipe) -> list[str]:
+    return [name for name in asked(recipe) if name not in without_eval(recipe)]
 
 
 def reads_labels_in_trials(recipe: Recipe) -> bool:

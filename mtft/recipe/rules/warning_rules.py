@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from data_mixers.fitting.enough_trials import needed_trials
-from mtft.recipe.rules.rule import MERGING, TRAINING, Rule, asked_without_eval, judged_without_eval, planned_trials
+from mtft.recipe.rules.rule import (
+    MERGING,
+    TRAINING,
+    Rule,
+    asked_with_eval,
+    asked_without_eval,
+    judged_without_eval,
+    planned_trials,
+)
 
 WARNING_RULES: tuple[Rule, ...] = (
     # --- allowed, but likely not what was meant
@@ -39,6 +47,12 @@ WARNING_RULES: tuple[Rule, ...] = (
         lambda r, e, n: bool(asked_without_eval(r)),
         "metrics are asked for, and there is no eval_data to measure them on", "give eval_data, or remove the metrics",
         fatal=False, tasks=asked_without_eval),
+    Rule("tasks.*.metrics + fuse, merge.experts", ("check", "run"),
+        lambda r, e, n: (r.fuse is not None or (r.merge is not None and r.merge.experts is not None))
+        and bool(asked_with_eval(r)),
+        "fused models, and experts behind a router, are scored by their forward pass alone: metrics of answers and "
+        "labels are left out there", "compare them by loss, token_accuracy and exact_match", fatal=False,
+        tasks=asked_with_eval),
     Rule("train.micro_batch_tokens + train.batch_tokens", TRAINING,
         lambda r, e, n: r.train.micro_batch_tokens != "auto"
         and r.train.rows_at_once * e.ranks > r.train.batch_tokens,

@@ -46,7 +46,7 @@ class AnswerFrame:
             return cls()
         start, end = plain.spans[-1]
         before, _, after = plain.text[start:end].partition(PROBE)
-        for token in tokenizer.convert_ids_to_tokens(list(ends)):
+        for token in filter(None, tokenizer.convert_ids_to_tokens(list(ends))):
             after = after.split(token)[0]
         frame = cls(
             plain.text[:start].rpartition(PROBE)[2], before.strip(), after=after.strip(), special=renderer.special

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mtft.common.errors import UserError
+from mtft.common.listing import clipped
 from mtft.data.readers.rows_at import rows_at
 from mtft.evaluation.answer_frame import AnswerFrame
 from mtft.evaluation.metrics import make_metrics
@@ -109,8 +110,10 @@ class Questions:
         frame = AnswerFrame.of(tokenizer, ends, task.chat_template_kwargs)
         if task.thinking_weight == 0:
             prompts = [frame.asks_for_thought(prompt, tokenizer) for prompt in prompts]
-        told = [frame.read(answer_text(tokenizer, prompt.reference.tolist(), ends)) for prompt in prompts]
-        places = [prompt.where for prompt in prompts]
+        texts = [answer_text(tokenizer, prompt.reference.tolist(), ends) for prompt in prompts]
+        told, places = [frame.read(text) for text in texts], [prompt.where for prompt in prompts]
+        for text, one, place in zip(texts, told, places, strict=True):
+            _check_stop(task, text[: text.rfind(one.answer)], place)
         columns = rows_at(task, "eval", places) if any(metric.NEEDS_ROW for metric in metrics.values()) else {}
         _, firsts = np.unique(store.row_numbers, return_index=True)
         ids = [str(store.ids[int(first)]) for first in firsts]
@@ -161,6 +164,16 @@ class Questions:
                 self.labels(metric)
             elif metric.describe() is None:
                 metric.statistics(self.ideal())
+
+
+def _check_stop(task: TaskSection, before: str, where: str) -> None:
+    """before: what stands in front of the words of a reference."""
+    for stop in task.generate.stop:
+        if stop in before:
+            shown = clipped(before, 80)
+            what = f"with the stop text {stop!r} this row would end before the answer begins: {shown!r}"
+            do = f"leave it out of tasks.{task.name}.generate.stop: answers end with their turn all the same"
+            raise UserError(what, where=where, do=do)
 
 
 def check_questions(stores: Sequence[Any | None], asked: AskedMetrics) -> None:

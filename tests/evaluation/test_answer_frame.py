@@ -10,6 +10,7 @@ from mtft.data.formats.formats import FORMATS
 from mtft.data.formats.messages import RowError
 from mtft.data.tokenize.chat_template import ChatRenderer
 from mtft.data.tokenize.encode import encode
+from mtft.evaluation.answer_frame import AnswerFrame
 from mtft.evaluation.metrics import METRICS
 from mtft.evaluation.questions import AskedMetrics, Questions
 from mtft.recipe.schema.task import TaskSection
@@ -107,3 +108,31 @@ def test_labels_behind_thoughts_are_refused(name, thinking_weight):
         questions(stock(name), talks, metrics, thinking_weight=thinking_weight).check()
     assert caught.value.where == "rows.jsonl:2"
     questions(stock(name), talks[::2], metrics, thinking_weight=thinking_weight).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "talk", "stop"),
+    [
+        ("qwen3", PLAIN, "\n\n"),  # between the tags of an empty thought
+        ("qwen3_5_think", PLAIN, "\n\n"),
+        ("llama3", INLINE, "well"),
+        ("gptoss", THOUGHT, ","),
+        ("gptoss", PLAIN, "final"),
+    ],
+)
+def test_a_stop_text_in_front_of_the_answer_is_refused(name, talk, stop):
+    with pytest.raises(UserError, match="would end before the answer begins") as caught:
+        questions(stock(name), [talk], generate={"stop": ["nowhere", stop]})
+    assert caught.value.where == "rows.jsonl:1"
+
+
+@pytest.mark.parametrize(("name", "stop"), [("llama3", "\n\n"), ("qwen3", "sir"), ("gptoss", "sir")])
+def test_a_stop_text_elsewhere_is_not(name, stop):
+    assert questions(stock(name), [PLAIN], generate={"stop": [stop]}).references == ["yes sir"]
+
+
+def test_an_end_token_that_the_tokenizer_does_not_have():
+    """A model's generation_config.json may name one: vocabularies are padded, and configurations copied."""
+    tokenizer = stock("qwen3")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert AnswerFrame.of(tokenizer, (end, 10**6)) == AnswerFrame.of(tokenizer, (end,))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from mtft.data.tokenize.template import adds_bos
 from mtft.fuse.decoding.prompts import end_of_turn, special_ids
 
 if TYPE_CHECKING:
@@ -118,13 +119,22 @@ class TokenMap:
         usual, bare = self.small.encode(text), self.small.encode(text, add_special_tokens=False)
         return usual[: len(usual) - len(bare)] if bare and usual[-len(bare) :] == bare else []
 
+    @cached_property
+    def _added_bos(self) -> int | None:
+        """The bos that the strong tokenizer puts before every text. The small one's own may mean something else
+        (SmolLM2's opens a turn), so it stands there only if the small tokenizer puts it there too, as in training."""
+        return self.strong.bos_token_id if adds_bos(self.strong) else None
+
     def encode(self, ids: Sequence[int], *, opening: bool = True, before: str = "") -> tuple[list[int], bool]:
         """(ids for the small models, complete?) of a text in strong ids; not complete: it ends inside of a character.
 
-        Then the small ids stop before that character. opening: begin as the small tokenizer begins every text.
+        Then the small ids stop before that character. opening: begin as the small tokenizer begins every text, not as
+        the strong one does.
         before: text in front of it, which is encoded together with it.
         """
         small_ids: list[int] = []
+        if opening and ids and ids[0] == self._added_bos and (len(ids) > 1 or ids[0] not in self._special):
+            ids = ids[1:]  # where nothing follows, the small models' own bos is all that they could read
         if opening and self._opening and (not ids or self._special.get(ids[0]) != self._opening[0]):
             small_ids += self._opening
         begin, complete = 0, True

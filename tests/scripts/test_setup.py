@@ -143,6 +143,39 @@ def test_the_tests_can_be_run_with_the_newest(clone, calls, arguments):
     assert "--newest" not in tests
 
 
+@pytest.fixture
+def model_calls(clone, calls):
+    """`calls` with an interpreter that reads pyproject.toml; what pip was asked for without dependencies."""
+    fake = clone / ".venv" / "bin" / "python"
+    lines = fake.read_text().splitlines()
+    lines.insert(1, f'if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi')
+    lines.insert(2, f'case "$*" in *--no-deps*) test ! -f {clone}/no-models || exit 1 ;; esac')
+    fake.write_text("\n".join(lines) + "\n")
+    return lambda: [call for call in calls() if "--no-deps" in call]
+
+
+def test_the_models_of_the_tests_are_installed_as_files_alone(clone, model_calls):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert setup(clone, "core").returncode == 0
+    assert model_calls() == []
+    assert setup(clone, "dev").returncode == 0
+    (call,) = model_calls()
+    assert call.endswith(f"--constraint scripts/constraints.txt {' '.join(project['optional-dependencies']['real'])}")
+    assert setup(clone, "dev").returncode == 0
+    assert model_calls() == []
+
+
+def test_an_index_without_the_models_is_no_failure(clone, model_calls):
+    (clone / "no-models").touch()
+    for _ in range(2):  # the second has nothing to do but to try them again
+        done = setup(clone, "dev")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("could not be installed (pip says why above): those tests are skipped\n")
+    (clone / "no-models").unlink()
+    assert setup(clone, "dev").returncode == 0
+    assert len(model_calls()) == 1
+
+
 class Installed:
     def __init__(self, name: str, version: str, direct: str | None = None) -> None:
         self.metadata, self.version, self.direct = {"Name": name}, version, direct

@@ -27,13 +27,15 @@ scripts/setup.sh dev ${versions[@]+"${versions[@]}"}
 # One thread a worker: two workers with two threads each on two cores are slower than this. No hub: tests are offline.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 python=.venv/bin/python
+# loadfile: tests of one file share their fixtures (one launch of two ranks serves many assertions). Files stay in the
+# order of tests/conftest.py, the longest first; xdist would begin with those of most tests.
+workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 
 if [ "$which" != slow ]; then
   "$python" -m ruff check .
   "$python" -m ruff format --check .
-  # loadfile: tests of one file share their fixtures (one launch of two ranks serves many assertions)
-  "$python" -m pytest -n 2 --dist loadfile -m "not slow" --durations=10 "$@"
+  "$python" -m pytest "${workers[@]}" -m "not slow" --durations=10 "$@"
 fi
 if [ "$which" != fast ]; then
-  "$python" -m pytest -n 2 --dist loadfile -m slow --durations=20 "$@"
+  "$python" -m pytest "${workers[@]}" -m slow --durations=20 "$@"
 fi

@@ -36,6 +36,14 @@ class Deprecations(logging.Handler):
 LOGGED = Deprecations()
 
 
+LONG = ("test_devices.py", "distributed/test_engines.py", "tests/real/test_models.py", "hostile/test_hostile.py")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Files with tests of minutes come first: at the end one worker would wait for the other."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
+
 def pytest_configure() -> None:
     # Ignored where a shell starts the tests in the background, and programs that tests signal would inherit that.
     for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

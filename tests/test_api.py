@@ -49,6 +49,7 @@ def test_no_module_has_a_public_name(package):
     assert set(package.__all__) <= set(dir(package))
 
 
+@pytest.mark.slow
 def test_names_of_acceptance_import():
     assert in_process(IMPORTS + "print(MultiTaskTrainer.__name__, propose_mixture.__name__)").split() == [
         "MultiTaskTrainer",
@@ -66,7 +67,7 @@ def test_unknown_name_is_an_attribute_error():
         _ = mtft.nonsense
 
 
-def test_the_page_is_what_the_code_says():
-    command = [sys.executable, str(ROOT / "scripts" / "make_api_docs.py"), "--check"]
+def test_the_page_is_what_the_code_says(warm_python):
+    command = [warm_python, str(ROOT / "scripts" / "make_api_docs.py"), "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

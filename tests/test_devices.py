@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_on_the_simulated_device(which):
     command = [sys.executable, "-m", "pytest", "tests/devices", "-q", "-m", which, "-p", "no:xdist"]
     environment = {**os.environ, "MTFT_SIMULATED_DEVICE": "1"}

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = """
 from concurrent.futures import ProcessPoolExecutor
@@ -66,6 +68,7 @@ def test_what_the_script_defines_is_found(tmp_path):
     assert run(tmp_path, OWN) == ["__main__", "__mp_main__", "[1, 2, 3]", "None script.py"]
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_tokenises_in_many_processes(tmp_path):
     """Its workers ran it again, and waited for the lock of the store; their parent waited for them."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 50)

@@ -79,6 +79,7 @@ def test_a_run_ends_with_the_harness_scores_of_what_it_exports(harnessed, tmp_pa
     assert json.loads(run.stdout)["lm_eval"]["toy_choice"]["acc"] == told["acc"]
 
 
+@pytest.mark.slow
 def test_training_is_what_it_is_without_the_harness(harnessed, recipe, tmp_path):
     """It seeds the random states of Python, NumPy and torch, here at the start and at the end."""
     from safetensors.torch import load_file
@@ -91,6 +92,7 @@ def test_training_is_what_it_is_without_the_harness(harnessed, recipe, tmp_path)
     assert all((exports[0][name] == value).all() for name, value in exports[1].items())
 
 
+@pytest.mark.slow
 def test_an_objective_of_the_harness(harnessed):
     recipe = harnessed(sweep={"trials": 4, "steps": 2, "objective": {"lm_eval/toy_choice/acc": 1}})
     assert sweep_goals(recipe) == {"lm_eval/toy_choice/acc": "max"}

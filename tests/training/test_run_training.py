@@ -110,6 +110,7 @@ def unbroken(few_rows, tmp_path_factory):
     return picture(folder)
 
 
+@pytest.mark.slow
 def test_kills_leave_no_trace(few_rows, unbroken, tmp_path):
     """Killed in a step, inside each part of a checkpoint's writing, then in the first step after going on."""
     recipe = recipe_in(few_rows, tmp_path / "broken")
@@ -179,6 +180,7 @@ def test_signal_to_the_whole_group_saves(few_rows, unbroken, tmp_path):
     assert picture(tmp_path / "stopped") == unbroken
 
 
+@pytest.mark.slow
 def test_long_steps_hold_no_files_open(few_rows, tmp_path):
     """100 micro-batches a step, 60 more open files than at the start: as a limit of 1024 and a larger step."""
 

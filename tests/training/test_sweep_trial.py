@@ -23,6 +23,7 @@ def trial(copy, seed=17):
     return Trial(Mixture.of({"copy": copy, "twice": 0.3, "shout": 0.7 - copy}), seed=seed)
 
 
+@pytest.mark.slow
 def test_scores_of_an_ordinary_run_with_that_mixture(short, recipe, tmp_path):
     ((progress, scores),) = run_trial(trial(0.4), short)
     shares = {"shares": {"copy": 0.4, "twice": 0.3, "shout": 0.3}}

@@ -58,7 +58,8 @@ def test_processes_give_what_inline_gives_and_skip_what_stands(tmp_path, inline)
     [
         (toys.breaks_on_two, None, "RuntimeError: no memory left"),
         (toys.dies_on_two, None, "killed by signal 9"),
-        (toys.hangs_on_two, 5.0, "TimeoutError"),  # a worker's start counts too, and machines are busy
+        # a worker's start counts too, and machines are busy
+        pytest.param(toys.hangs_on_two, 5.0, "TimeoutError", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_trial_is_recorded_and_the_sweep_goes_on(tmp_path, run, timeout, says):

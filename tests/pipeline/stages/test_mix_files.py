@@ -131,6 +131,7 @@ def test_what_the_commands_have_written_is_ours(place, capsys):
     assert {name: (folder / name).read_bytes() for name in mix_files.OURS} == before
 
 
+@pytest.mark.slow
 def test_files_of_earlier_versions_are_ours(place, capsys):
     """Without a format, and with the comment that mixture.yaml once began with."""
     recipe, folder = place

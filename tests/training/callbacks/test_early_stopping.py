@@ -80,6 +80,7 @@ def few_rows(recipe):
     return {**recipe, "tasks": [{**task, "limit": 6} for task in recipe["tasks"]]}
 
 
+@pytest.mark.slow
 def test_a_run_ends_early_and_hands_over_the_best(few_rows, tmp_path):
     def with_best(folder):
         recipe = overfitting(few_rows, folder, train={"steps": 60, "patience": 2, "learning_rate": 0.5})

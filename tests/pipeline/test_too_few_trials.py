@@ -82,9 +82,7 @@ def test_every_command_of_mix_is_here():
     assert {f"mix {command.name}" for command in mix_app.registered_commands} <= {*WAYS, *SILENT}
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=pytest.mark.slow if way == "mix sweep" else ()) for way in WAYS]
-)
+@pytest.mark.parametrize("way", WAYS)
 def test_four_trials_are_too_few_to_say(home, way, monkeypatch, capsys):
     monkeypatch.chdir(home)
     arguments = WAYS[way] if WAYS[way][0] == "mix" else (*way.split(), *WAYS[way])

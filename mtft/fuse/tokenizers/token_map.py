@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ class TokenMap:
     def _added_bos(self) -> int | None:
         """The bos that the strong tokenizer puts before every text. The small one's own may mean something else
         (SmolLM2's opens a turn), so it stands there only if the small tokenizer puts it there too, as in training."""
-        return self.strong.bos_token_id if adds_bos(self.strong) else None
+        return cast(int, self.strong.bos_token_id) if adds_bos(self.strong) else None
 
     def encode(self, ids: Sequence[int], *, opening: bool = True, before: str = "") -> tuple[list[int], bool]:
         """(ids for the small models, complete?) of a text in strong ids; not complete: it ends inside of a character.

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from data_mixers.common.suggest import did_you_mean
 from mtft.adapters.base_identity import BASE, BaseIdentity, fingerprint, recorded_base
 from mtft.adapters.lora_config import CONFIG, MAX_BYTES, LoraSettings, lora_settings
 from mtft.adapters.lora_factors import PREFIX, WEIGHTS, LoraAdapter
@@ -45,6 +46,11 @@ def read_peft_config(folder: str | Path, *, where: str | None = None) -> PeftCon
     refuse_run_as_adapter(folder, where=where)
     if not (folder / CONFIG).is_file():
         do = "give the `adapter` folder of a run, or any PEFT adapter"
+        if not folder.exists():
+            others = (other.name for other in folder.parent.iterdir()) if folder.parent.is_dir() else ()
+            raise UserError(
+                f"there is no adapter folder {folder}{did_you_mean(folder.name, others)}", where=where, do=do
+            )
         raise UserError(f"the folder holds no {CONFIG}", where=where, do=do)
     if not (folder / WEIGHTS).is_file():
         what = f"the folder holds no {WEIGHTS}: the adapter's weights are missing, or are a pickle"

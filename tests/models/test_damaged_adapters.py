@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from mtft.adapters.lora_factors import read_adapter
 from mtft.common.errors import UserError
-from mtft.models.adapters import load_adapter
+from mtft.models.adapters import load_adapter, read_peft_config
 from mtft.models.loading import load_base
 from mtft.models.lora import add_lora
 from mtft.recipe.schema.lora import LoraSection
@@ -108,3 +108,11 @@ def test_weights_that_are_no_safetensors(folder, use, content):
     with pytest.raises(UserError, match="not a whole safetensors file") as caught:
         use(folder)
     assert caught.value.where == str(folder / WEIGHTS)
+
+
+def test_a_folder_that_is_not_there_is_told_with_its_nearest(tmp_path):
+    (tmp_path / "joint").mkdir()
+    with pytest.raises(UserError, match=r"there is no adapter folder .*/jiont: did you mean 'joint'\?"):
+        read_peft_config(tmp_path / "jiont")
+    with pytest.raises(UserError, match="there is no adapter folder"):
+        read_peft_config(tmp_path / "no" / "such")

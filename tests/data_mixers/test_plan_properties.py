@@ -159,7 +159,7 @@ def token_cases(draw):
     return Case(mixture, {name: len(length) for name, length in lengths.items()}, options)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(token_cases())
 def test_by_tokens(case):
     plan = case.plan()

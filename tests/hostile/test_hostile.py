@@ -1,4 +1,4 @@
-"""130 attacks of the table (`python -m tests.hostile.siege` makes all of them): each ends as the rule says."""
+"""200 attacks of the table (`python -m tests.hostile.siege` makes all of them): each ends as the rule says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.hostile.judge import Outcome, faults
 from tests.hostile.siege import Siege, draw
 from tests.warm_python.fixture import warm_proofs  # noqa: F401  (a fixture)
 
-COUNT = 130
+COUNT = 200
 
 
 @pytest.fixture(scope="module")

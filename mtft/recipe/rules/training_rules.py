@@ -158,7 +158,8 @@ TRAINING_RULES: tuple[Rule, ...] = (
     # --- held-out scores that decide something
     Rule("train.watch", TRAINING,
         lambda r, e, n: not targets_of(r, r.train.watch) or r.train.watch.startswith("lm_eval/"),
-        "train.watch names what no evaluation measures: a task without eval_data, or one of lm-eval's",
+        "train.watch names what no evaluation measures: a task without eval_data, a metric that only auxiliary tasks "
+        "have, or one of lm-eval's",
         "set mean, worst or a task's name, or one of them with a metric of tasks with eval_data: mean/rouge_l"),
     Rule("train.patience, train.task_patience, output.export: best + tasks.*.eval_data", TRAINING,
         lambda r, e, n: decides_by_evaluation(r) and bool(judged_without_eval(r)),

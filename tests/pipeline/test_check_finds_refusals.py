@@ -110,7 +110,7 @@ BROKEN = {
     "fp16 without a GPU": ({"model.dtype": "fp16"}, "fp16 needs a GPU"),
     "no such optimizer": ({"train.optimizer": "adamv"}, "did you mean adamw"),
     "an optimizer that is not installed": ({"train.optimizer": "grokadamw"}, "grokadamw"),
-    "an adapter to go on from that is not there": ({"lora.start": "nowhere"}, "adapter_config.json"),
+    "an adapter to go on from that is not there": ({"lora.start": "nowhere"}, "there is no adapter folder"),
     "targets that match nothing": ({"lora.targets": ["nothing_proj"]}, "nothing_proj"),
     "a run folder that is a file": ({"output.dir": "FILE"}, "no folder"),
     "a share beyond the epochs": ({"train.steps": 5000, "mixture.max_epochs": 1}, "epochs"),

@@ -148,8 +148,7 @@ class BatchEngine:
         finally:
             self._busy = False
             if not self._closing:
-                self._fail(reason)
-                self.lost = True
+                self._fail(reason, lost=True)
 
     def _wait(self) -> bool:
         """Until there is something to do. False: there never will be."""
@@ -207,15 +206,14 @@ class BatchEngine:
             self.fused.fuse(*self.fused.cached_models().read(ids_BL, mask_BL).last(), specs)
             self.fault = None
         except Exception as error:  # noqa: BLE001  every failure is one
-            self._fail(_reason(error))
-            self.lost = self.lost or is_device_error(error)
+            self._fail(_reason(error), lost=is_device_error(error))
 
-    def _fail(self, reason: str) -> None:
-        """Nothing can be served: whoever is here hears of it, and nobody is let in."""
+    def _fail(self, reason: str, *, lost: bool) -> None:
+        """Nothing can be served: nobody is let in, and then whoever is here hears of it."""
         with self._changed:
             if self.fault is None:
                 logging.getLogger(__name__).error("the engine can't serve: %s", reason)
-            self.fault = reason
+            self.fault, self.lost = reason, self.lost or lost
             jobs = [*self.waiting, *self.scoring, *self._taken]
             self.waiting.clear()
             self.scoring.clear()

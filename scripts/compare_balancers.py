@@ -1,6 +1,6 @@
 """Do balancers help on these tasks? Trains a recipe once per method and seed, and compares held-out losses in pairs.
 
-    python scripts/compare_balancers.py recipes/quickstart.yaml --out runs/compare
+    python scripts/compare_balancers.py recipes/code-tasks.yaml --out runs/compare
     python scripts/compare_balancers.py RECIPE --methods uniform random dwa famo --seeds 17 18 19 --set train.steps=200
     python scripts/compare_balancers.py recipes/conflict.yaml --methods uniform random coba upgrad "upgrad lagged" f_mtl
 

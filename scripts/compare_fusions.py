@@ -1,7 +1,7 @@
 """Does fusion help, and with which alpha rule? Strong model, expert, fusion by every rule, and the strong model tuned.
 
-    python scripts/compare_fusions.py recipes/quickstart.yaml --out runs/compare-fusions
-    python scripts/compare_fusions.py RECIPE --seeds 17 --run runs/quickstart   # the adapters of a finished `mtft run`
+    python scripts/compare_fusions.py recipes/code-tasks.yaml --out runs/compare-fusions
+    python scripts/compare_fusions.py RECIPE --seeds 17 --run runs/code-tasks   # the adapters of a finished `mtft run`
     python scripts/compare_fusions.py RECIPE --table --docs docs/fusion.md      # only write the table of what is there
 
 Per seed the joint adapter of the small model and the strong model's own LoRA are trained on the same rows, as

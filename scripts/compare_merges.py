@@ -1,6 +1,6 @@
 """What does each merge method keep? Single-task experts merged by every method, against joint training, over seeds.
 
-    python scripts/compare_merges.py recipes/quickstart.yaml --out runs/compare-merges
+    python scripts/compare_merges.py recipes/code-tasks.yaml --out runs/compare-merges
     python scripts/compare_merges.py RECIPE --seeds 17 --only linear ties tsv   # some of them
     python scripts/compare_merges.py RECIPE --table --docs docs/merging.md      # only write the table of what is there
 

@@ -1,7 +1,7 @@
 """Is the predicted mixture better than simple ones? A tiny sweep per seed, then every mixture trained on that seed.
 
-    python scripts/compare_mixtures.py recipes/quickstart.yaml                      # about 8 CPU minutes
-    python scripts/compare_mixtures.py recipes/quickstart.yaml --trials 20 --run-steps 50 --seeds 5
+    python scripts/compare_mixtures.py recipes/code-tasks.yaml                      # about 8 CPU minutes
+    python scripts/compare_mixtures.py recipes/code-tasks.yaml --trials 20 --run-steps 50 --seeds 5
 
 For each seed: the trials of the recipe's sweep (its own order, adapters and rows by that seed), `auto` and RegMix's
 procedure (LightGBM on the trials, mean of the 128 best of 100,000 draws) fitted on them, and one run of each mixture:

@@ -1,7 +1,7 @@
 """Do shares that change while training beat shares that stay? Runs of a recipe, static and with each online method.
 
-    python scripts/compare_online.py recipes/quickstart.yaml                  # about 15 CPU minutes
-    python scripts/compare_online.py recipes/quickstart.yaml --steps 60 --seeds 2 --only uniform bandit
+    python scripts/compare_online.py recipes/code-tasks.yaml                  # about 15 CPU minutes
+    python scripts/compare_online.py recipes/code-tasks.yaml --steps 60 --seeds 2 --only uniform bandit
 
 Every run starts from uniform shares (but `natural`), with the recipe's floors and epoch caps. group_dro's reference is
 a static uniform run of another seed, as DoReMi's is. Scored on all held-out rows by the mean and the worst of the

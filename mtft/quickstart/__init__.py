@@ -1,6 +1,6 @@
 """The embedded default: tiny base models and real code tasks from the installed Python. No network, no hub.
 
-In a recipe, `quickstart:weak` and `quickstart:strong` name the models, and `quickstart:naming` etc. the tasks.
+In a recipe, `quickstart:weak` and `quickstart:strong` name the models, and `quickstart:call` etc. the tasks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mtft.quickstart.tasks import TaskFiles
 
 MODELS = ("weak", "strong")
-TASKS = ("naming", "docstring", "next_line", "code")
+TASKS = ("call", "defaults", "pytest", "type", "naming", "docstring", "next_line", "code")
 
 
 def model_path(size: str) -> Path:

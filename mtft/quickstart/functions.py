@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mtft.quickstart.stdlib_corpus import SourceFile
+from mtft.quickstart.parsed_module import ParsedModule
 
 
 @dataclass(frozen=True)
@@ -29,20 +28,14 @@ class Function:
         return "\n".join((*self.header, *self.body))
 
 
-def functions_of(file: SourceFile) -> Iterator[Function]:
-    """All functions of a file that have a body on lines of their own, in the order of the source.
+def functions_of(module: ParsedModule) -> Iterator[Function]:
+    """All functions of a module that have a body on lines of their own, in the order of the source.
 
     Where a name is defined more than once (overloads, property setters), the id of a later one ends in "@line".
     """
-    text = file.text()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escapes in other people's strings
-        tree = ast.parse(text)
-    # Not splitlines: it also breaks at form feeds, which the parser does not count as lines.
-    lines = text.split("\n")
     seen: set[str] = set()
-    for qualified, node in _walk(tree, ()):
-        function = _function(f"{file.name}:{'.'.join(qualified)}", node, lines)
+    for qualified, node in _walk(module.tree, ()):
+        function = _function(f"{module.name}:{'.'.join(qualified)}", node, module.lines)
         if function is None:
             continue
         if function.id in seen:

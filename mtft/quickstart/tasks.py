@@ -1,16 +1,17 @@
-"""The tasks of the quickstart, made from the functions of the standard library.
+"""The tasks of the quickstart, made from the standard library.
 
 | task | prompt | response |
 |---|---|---|
+| call, defaults, pytest, type | a signature, an assertion, an expression | one right answer each (rewrites.py) |
 | naming | a function whose name is masked | its name |
 | docstring | a function without its docstring | the first line of the docstring |
 | next_line | a function up to some line | the next line |
 | code | signature and docstring | the body |
 
 Training rows come from the training modules, evaluation rows from the held-out modules
-(`mtft.quickstart.stdlib_corpus`), and
-a held-out function whose code occurs in a training module as well is left out. Which rows there are depends on nothing
-but the library: the same Python gives the same rows.
+(`mtft.quickstart.stdlib_corpus`). A held-out function whose code occurs in a training module as well is left out, and
+so is a held-out row that a training row equals. Which rows there are depends on nothing but the library: the same
+Python gives the same rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,10 +30,11 @@ from mtft.common.fingerprint import content_hash, hash_number
 from mtft.common.own_files import defect, read_own, write_own
 from mtft.quickstart import stdlib_corpus
 from mtft.quickstart.functions import Function, functions_of
+from mtft.quickstart.parsed_module import ParsedModule, TaskRow
+from mtft.quickstart.rewrites import REWRITES
 
 PROMPT_TOKENS = 320  # room for the chat template within 384
 RESPONSE_TOKENS = 96
-EVAL_ROWS = 160  # at most, per task
 TOKENIZER = Path(__file__).parent / "models" / "weak" / "tokenizer.json"
 MADE = "tasks.json"
 
@@ -44,13 +47,6 @@ class TaskFiles:
     eval: Path
     train_rows: int
     eval_rows: int
-
-
-@dataclass(frozen=True)
-class TaskRow:
-    prompt: str
-    response: str
-    id: str
 
 
 def naming(function: Function) -> TaskRow | None:
@@ -92,12 +88,36 @@ def code(function: Function) -> TaskRow | None:
     return TaskRow(f"Write the body.\n\n{signature}", "\n".join(line[indent:] for line in lines), function.id)
 
 
-# The largest number of training rows. Unequal on purpose: what to do about sizes is the question that mixtures answer.
-TASKS: dict[str, tuple[Callable[[Function], TaskRow | None], int]] = {
-    "naming": (naming, 2400),
-    "docstring": (docstring, 1600),
-    "next_line": (next_line, 4800),
-    "code": (code, 800),
+@dataclass(frozen=True)
+class TaskKind:
+    """rows: of which rows the task is made, given a module and those of its functions that count; train_rows,
+    eval_rows: the largest numbers; most_alike: the largest share of one answer among them.
+    """
+
+    rows: Callable[[ParsedModule, list[Function]], Iterable[TaskRow]]
+    train_rows: int
+    eval_rows: int = 200
+    most_alike: float = 1.0
+
+
+def _of_functions(make: Callable[[Function], TaskRow | None], train_rows: int) -> TaskKind:
+    return TaskKind(lambda _, functions: filter(None, map(make, functions)), train_rows, eval_rows=160)
+
+
+def _of_module(name: str, train_rows: int, most_alike: float = 1.0) -> TaskKind:
+    return TaskKind(lambda module, _: REWRITES[name](module), train_rows, most_alike=most_alike)
+
+
+# Unequal numbers of training rows on purpose: what to do about sizes is the question that mixtures answer.
+TASKS: dict[str, TaskKind] = {
+    "call": _of_module("call", 2000),
+    "defaults": _of_module("defaults", 1200),
+    "pytest": _of_module("pytest", 3200),
+    "type": _of_module("type", 2800, most_alike=0.3),
+    "naming": _of_functions(naming, 2400),
+    "docstring": _of_functions(docstring, 1600),
+    "next_line": _of_functions(next_line, 4800),
+    "code": _of_functions(code, 800),
 }
 
 
@@ -128,42 +148,56 @@ def build(out_dir: str | Path, library: Path | None = None) -> dict[str, TaskFil
 
 def build_rows(files: Iterable[stdlib_corpus.SourceFile]) -> dict[str, tuple[list[TaskRow], list[TaskRow]]]:
     """(training rows, evaluation rows) of every task; the order is a fixed shuffle."""
-    training: list[Function] = []
-    held_out: list[Function] = []
-    for file in files:
-        (held_out if file.is_eval else training).extend(functions_of(file))
-    known = {function.key for function in training}
-    held_out = [function for function in held_out if function.key not in known]
+    files = list(files)
+    training, known = _rows_of((file for file in files if not file.is_eval), without=set())
+    held_out, _ = _rows_of((file for file in files if file.is_eval), without=known)
     result = {}
-    for name, (make, most) in TASKS.items():
-        train = _shuffled(name, filter(None, map(make, training)))
+    for name, kind in TASKS.items():
+        train, evaluation = (_shuffled(name, side[name]) for side in (training, held_out))
         seen = {_body(row) for row in train}
-        evaluation = [r for r in _shuffled(name, filter(None, map(make, held_out))) if _body(r) not in seen]
-        result[name] = (_short(train, most), _short(evaluation, EVAL_ROWS))
+        unseen = [row for row in evaluation if _body(row) not in seen]
+        result[name] = (_short(train, kind.train_rows, kind), _short(unseen, kind.eval_rows, kind))
     return result
 
 
+def _rows_of(files: Iterable[stdlib_corpus.SourceFile], without: set[str]) -> tuple[dict[str, list[TaskRow]], set[str]]:
+    """(all rows of every task, keys of the functions), without functions of those keys.
+
+    One module at a time: the trees of all of them would keep the garbage collector busy.
+    """
+    rows: dict[str, list[TaskRow]] = {name: [] for name in TASKS}
+    keys: set[str] = set()
+    for module in map(ParsedModule.of, files):
+        functions = [function for function in functions_of(module) if function.key not in without]
+        keys.update(function.key for function in functions)
+        for name, kind in TASKS.items():
+            rows[name].extend(kind.rows(module, functions))
+    return rows, keys
+
+
 def _shuffled(task: str, rows: Iterable[TaskRow]) -> list[TaskRow]:
-    """Without repetitions of prompt and response, ordered by the hash of the id."""
+    """Without repetitions of prompt and response, or of the id, ordered by the hash of the id."""
     unique = {_body(row): row for row in sorted(rows, key=lambda row: row.id, reverse=True)}
+    unique = {row.id: row for row in unique.values()}  # parts of an f-string stand in one place, says Python 3.11
     return sorted(unique.values(), key=lambda row: hash_number(f"{task} {row.id}", "big"))
 
 
-def _short(rows: list[TaskRow], most: int) -> list[TaskRow]:
-    """The first `most` rows within the limits of length."""
+def _short(rows: list[TaskRow], most: int, kind: TaskKind) -> list[TaskRow]:
+    """The first `most` rows within the limits of length, and of what one answer may have of them."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     short: list[TaskRow] = []
+    alike: Counter[str] = Counter()
     for start in range(0, len(rows), 1000):
         chunk = rows[start : start + 1000]
         prompts = tokenizer.encode_batch_fast([row.prompt for row in chunk])
         responses = tokenizer.encode_batch_fast([row.response for row in chunk])
-        short += [
-            row
-            for row, prompt, response in zip(chunk, prompts, responses, strict=True)
-            if len(prompt) <= PROMPT_TOKENS and len(response) <= RESPONSE_TOKENS
-        ]
+        for row, prompt, response in zip(chunk, prompts, responses, strict=True):
+            fits = len(prompt) <= PROMPT_TOKENS and len(response) <= RESPONSE_TOKENS
+            if fits and alike[row.response] < kind.most_alike * most:
+                alike[row.response] += 1
+                short.append(row)
         if len(short) >= most:
             break
     return short[:most]

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 from mtft.quickstart.functions import Function, functions_of
+from mtft.quickstart.parsed_module import ParsedModule, TaskRow
 from mtft.quickstart.stdlib_corpus import SourceFile, library_files
-from mtft.quickstart.tasks import TaskRow, docstring, naming
+from mtft.quickstart.tasks import docstring, naming
 from scripts.task_makers.base import MadeRow, TaskMaker, Wordings, pair
 
 LONGEST = 800  # signs of a prompt
@@ -45,7 +46,7 @@ def training_lines() -> str:
 
 @cache
 def functions_in(file: SourceFile) -> list[Function]:
-    return list(functions_of(file))
+    return list(functions_of(ParsedModule.of(file)))
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from mtft.merge.search.weight_search import run_weight_search
 from mtft.pipeline.results_table import print_results
 from mtft.pipeline.stages import mix
 from mtft.pipeline.stages.sweep_targets import sweep_goals
+from mtft.pipeline.stages.train import RunChoice, planned_runs
 from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.load import load_recipe
+from mtft.recipe.schema.merge import MergeSection
 from mtft.report.components.run_data import load_run
 from mtft.report.page import write_report
 from mtft.report.sections.results import results
@@ -222,7 +225,7 @@ def test_an_objective_may_name_it(whole_recipe, tmp_path):
 @pytest.mark.parametrize("changes, refused", [
     ({}, False), ({"train": {"watch": "shout"}}, True), ({"train": {"task_patience": 2}}, True),
     ({"train": {"patience": 2, "eval_every": 1}}, False), ({"sweep": {"objective": {"shout": 1}}}, True),
-    ({"sweep": {}}, False),
+    ({"sweep": {}}, False), ({"merge": {"gates": {"kind": "scalearn"}}}, False),
 ])  # fmt: skip
 def test_it_needs_no_held_out_rows_unless_something_names_it(whole_recipe, tmp_path, changes, refused):
     tasks = [dict(task) for task in whole_recipe["tasks"]]
@@ -231,6 +234,7 @@ def test_it_needs_no_held_out_rows_unless_something_names_it(whole_recipe, tmp_p
     train = {**content["train"], "eval_every": 1, **changes.get("train", {})}
     content |= {"tasks": tasks, "train": train, "output": {"dir": str(tmp_path / "run"), "export": "best"}}
     content |= {"sweep": {"trials": 20, "steps": 1, **changes["sweep"]}} if "sweep" in changes else {}
+    content |= {"merge": changes["merge"]} if "merge" in changes else {}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     recipe = load_recipe(tmp_path / "recipe.yaml")
     if refused:
@@ -238,3 +242,12 @@ def test_it_needs_no_held_out_rows_unless_something_names_it(whole_recipe, tmp_p
             check_compatibility(recipe, stage="check")
     else:
         check_compatibility(recipe, stage="check")
+
+
+def test_it_is_trained_beside_the_others_and_not_alone(whole_recipe, tmp_path):
+    """What is merged is one adapter that keeps every task; this one is there for the sake of the others."""
+    recipe = recipe_of(tmp_path, whole_recipe).model_copy(update={"merge": MergeSection()})
+    stores = [SimpleNamespace(task=name, lengths=np.full(9, 10)) for name in NAMES]
+    runs = planned_runs(recipe, RunChoice(mix.space(recipe, stores).current), stores)
+    assert [name for name in runs if name.startswith("single-")] == ["single-copy", "single-twice"]
+    assert [task.name for task in runs["joint"].tasks] == list(NAMES)

@@ -1,4 +1,4 @@
-"""Rows of the four tasks: what they ask, that they are the same every time, and that no answer is in the training."""
+"""Rows of the tasks: what they ask, that they are the same every time, and that no answer is in the training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from mtft.quickstart import TASKS, build_tasks, stdlib_corpus, tasks
 from mtft.quickstart.functions import Function, functions_of
+from mtft.quickstart.parsed_module import ParsedModule
 
 SOURCE = '''\
 class Stack:
@@ -35,11 +36,15 @@ left of the code"""
 '''
 
 
+def _parsed(name: str, path: Path) -> ParsedModule:
+    return ParsedModule.of(stdlib_corpus.SourceFile(name, path))
+
+
 @pytest.fixture
 def functions(tmp_path: Path) -> dict[str, Function]:
     path = tmp_path / "json.py"
     path.write_text(SOURCE)
-    return {function.name: function for function in functions_of(stdlib_corpus.SourceFile("json.py", path))}
+    return {function.name: function for function in functions_of(_parsed("json.py", path))}
 
 
 def test_function_is_taken_apart(functions: dict[str, Function]) -> None:
@@ -65,7 +70,8 @@ def test_function_is_taken_apart(functions: dict[str, Function]) -> None:
 
 def test_rows_of_one_function(functions: dict[str, Function]) -> None:
     peek = functions["peek_top"]
-    named, described, continued, written = (make(peek) for make, _ in tasks.TASKS.values())
+    made = (tasks.naming, tasks.docstring, tasks.next_line, tasks.code)
+    named, described, continued, written = (make(peek) for make in made)
     assert named is not None
     assert named.response == "peek_top"
     assert "peek_top" not in named.prompt
@@ -87,7 +93,7 @@ def test_copies_have_one_key(tmp_path: Path) -> None:
     path.write_text(
         'def f(x):\n    """Doc."""\n    return (x)\n\ndef g(x):\n    # note\n    return x\n\ndef h(x):\n    return -x\n'
     )
-    f, g, h = functions_of(stdlib_corpus.SourceFile("a.py", path))
+    f, g, h = functions_of(_parsed("a.py", path))
     assert f.key == g.key != h.key
 
 

@@ -9,7 +9,7 @@ from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.load import load_recipe
 from scripts import compare_online
 
-QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "code-tasks.yaml"
 
 
 @pytest.mark.parametrize("every", [4, 8])
@@ -17,7 +17,7 @@ def test_variants_are_recipes(tmp_path, every):
     (tmp_path / "scores").mkdir()
     found = compare_online.variants(every, tmp_path)
     for name, changes in found.items():
-        recipe = load_recipe(QUICKSTART, ["sweep=null", "merge=null", "fuse=null", "train.steps=80", *changes])
+        recipe = load_recipe(RECIPE, ["sweep=null", "merge=null", "fuse=null", "train.steps=80", *changes])
         assert check_compatibility(recipe, stage="train", engine=LaunchConfig()) == []
         online = recipe.mixture.online
         assert name.split(",")[0] == (online.name if online else recipe.mixture.shares)

@@ -43,6 +43,7 @@ class GateKind(NamedTuple):
     learning_rate: float
     steps: int
     clamp: bool = False
+    decay: bool = False  # of the learning rate, linearly to zero: without it the last few batches decide
 
 
 GATE_KINDS = {
@@ -51,7 +52,7 @@ GATE_KINDS = {
     "atlas": GateKind("module", 0.0, False, 1e-2, 300),
     "self_positioning": GateKind("task", 0.0, False, 1e-2, 300),
     "cat_gates": GateKind("layer", None, False, 1e-2, 100),
-    "scalearn": GateKind("vector", None, False, 1e-3, 300),
+    "scalearn": GateKind("vector", None, False, 1e-3, 300, decay=True),
     "concrete": GateKind("rank", 0.0, True, 1e-3, 2000),
 }
 """Learning rates and steps are the papers' where they state them (adamerging, concrete), else ours."""

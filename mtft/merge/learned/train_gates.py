@@ -87,8 +87,11 @@ def train_gates(
         floor = 0.5 * _expert_entropy(model, opened, batches, forward, gates) if gates.settings.entropy else None
         rule = torch.optim.SGD if kind == "self_positioning" else torch.optim.Adam
         optimizer = rule(gates.parameters(), lr=learning_rate or gates.settings.learning_rate)
+        count = steps if steps is not None else gates.settings.steps
+        left = (lambda step: 1 - step / count) if gates.settings.decay else (lambda _: 1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, left)
         history: list[Tensor] = []  # read at the end: a GPU is waited for in a step only where it may be the last
-        for step in range(steps if steps is not None else gates.settings.steps):
+        for step in range(count):
             batch = batches[step % len(batches)]
             gates.train()
             gates.next_step()
@@ -101,6 +104,7 @@ def train_gates(
                 break
             loss.backward()
             optimizer.step()
+            schedule.step()
             history.append(loss.detach())
             if gates.settings.clamp:
                 with torch.no_grad():

@@ -1,7 +1,8 @@
 """A base model, loaded once, with adapters put on and taken off: what a merge needs when it looks at data.
 
-The held-out rows of each task are dealt into three parts by a fixed shuffle: `choose` (search, gates, routers and Gram
-matrices see these), `check` (the verdict of a search) and `rest`, on which what the merge kept is reported.
+Rows of each task are dealt into three parts by a fixed shuffle: `choose` (search, gates, routers and Gram matrices see
+these), `check` (the verdict of a search) and `rest`, on which what the merge kept is reported. All three are held-out
+rows, or (`merge.rows_from: data`) the first two are training rows, and `rest` is all that is held out.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ def split_rows(total: int, rows: int) -> dict[str, np.ndarray]:
     count = min(rows, total // 3)
     cuts = (order[:count], order[count : 2 * count], order[2 * count :])
     return {name: np.sort(part) for name, part in zip(PARTS, cuts, strict=True)}
+
+
+def _row_count(store: Any) -> int:
+    return len(np.unique(store.row_numbers))
 
 
 class RowSubset:
@@ -86,7 +91,7 @@ class AdapterEvaluator:
     """The recipe's base and its tasks' held-out rows. Nothing is loaded before it is needed.
 
     rows: of each task, for choosing. stores: held-out stores that are open already.
-    UserError when no task has held-out rows, or one has fewer than six.
+    UserError when no task has held-out rows, or one has fewer than six rows to be dealt.
     """
 
     def __init__(self, recipe: Recipe, rows: int, stores: Sequence[Any | None] | None = None) -> None:
@@ -99,10 +104,18 @@ class AdapterEvaluator:
         if not self._stores:
             what = "the merge looks at held-out rows, and no task has any"
             raise UserError(what, where="tasks: eval_data", do="give eval_data, or merge without looking at data")
-        count = {task: len(np.unique(store.row_numbers)) for task, store in self._stores.items()}
-        self._rows = {task: split_rows(count[task], rows) for task in self._stores}
+        key = "eval_data" if recipe.merge is None else recipe.merge.rows_from
+        self._seen = self._stores if key == "eval_data" else self._training_stores()
+        self._rows = {task: split_rows(_row_count(store), rows) for task, store in self._seen.items()}
         if short := [task for task, parts in self._rows.items() if len(parts["choose"]) < 2]:
-            raise UserError(f"{short[0]} has fewer than six held-out rows", where="tasks: eval_data", do="give more")
+            what = f"{short[0]} has fewer than six rows"
+            raise UserError(f"{what} that a merge could look at", where=f"tasks.{short[0]}.{key}", do="give more")
+
+    def _training_stores(self) -> dict[str, Any]:
+        from mtft.data.store.token_store import open_stores
+
+        stores = open_stores(self.recipe, self._tokenizer, "train")
+        return {store.task: store for store in stores if store is not None and store.task in self._stores}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -144,7 +157,10 @@ class AdapterEvaluator:
         return {task: self._part(task, part).row_ids for task in self.tasks}
 
     def _part(self, task: str, part: str) -> RowSubset:
-        return RowSubset(self._stores[task], self._rows[task][part])
+        if part == "rest" and self._seen is not self._stores:
+            store = self._stores[task]
+            return RowSubset(store, np.unique(store.row_numbers))
+        return RowSubset(self._seen[task], self._rows[task][part])
 
     @contextmanager
     def adapter(self, folder: Path | None) -> Iterator[Any]:

@@ -7,7 +7,7 @@
 <output.dir>/merge-trials/           merge.search: its trials, by what they depend on
 
 `mtft merge RECIPE` runs merge_recipe alone. A merge that looks at data (search, gates, experts, regmean) does so on a
-third of the held-out rows at most; what it keeps is then reported on rows that it has not seen.
+third of the held-out rows at most, or on training rows; what it keeps is then reported on rows that it has not seen.
 """
 
 from __future__ import annotations
@@ -249,6 +249,7 @@ def merge_stage(
     """
     folder = Path(recipe.output.dir) / "merge"
     unused = {name for name in ("base", "search", "gates", "experts") if getattr(section, name) is None}
+    unused |= {"rows_from"} if section.rows_from == "eval_data" else set()  # folders of before there was a choice
     inputs = {
         "merge": section.model_dump(mode="json", exclude={"out", "overwrite", "adapters", *unused}),
         "adapters": {name: adapter_state(path) for name, path in adapters.items()},

@@ -7,7 +7,6 @@ mtft.merge loads no model: here it gets closures over one that is loaded (adapte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -103,7 +102,10 @@ def _key(recipe: Recipe, how: WeightSearch, adapters: Sequence[LoraAdapter]) -> 
 
 
 def train_gates(recipe: Recipe, how: GateTraining, adapters: Sequence[LoraAdapter], adapted: AdapterEvaluator):
-    """Trained gates (mtft.merge.learned.train_gates.GateResult). The tasks take turns, batch by batch."""
+    """Trained gates (mtft.merge.learned.train_gates.GateResult).
+
+    The tasks take turns, batch by batch; one with fewer batches than another begins again, so that all count the same.
+    """
     from mtft.merge.learned.train_gates import GateBatch
     from mtft.merge.learned.train_gates import train_gates as train
 
@@ -115,7 +117,7 @@ def train_gates(recipe: Recipe, how: GateTraining, adapters: Sequence[LoraAdapte
         role = "negate" if task in how.negate else "control" if how.negate else "target"
         label = names.get(task, task)
         made.append([GateBatch(adapted.inputs(b), b.labels_BT, label, role) for b in adapted.batches(task, "choose")])
-    in_turns = [batch for turn in zip_longest(*made) for batch in turn if batch is not None]
+    in_turns = [batches[turn % len(batches)] for turn in range(max(map(len, made))) for batches in made]
     return train(
         adapted.model,
         adapters,

@@ -3,7 +3,7 @@
 joint           all tasks in the chosen mixture: what the user came for
 predicted       all tasks in the mixture that the trials propose, where that is not the chosen one
 baseline        all tasks in the mixture of run.baseline
-single-TASK     one task alone: what the merge stage merges, and the yardstick of retention
+single-TASK     one task alone, if it counts: what the merge stage merges, and the yardstick of retention
 strong          the joint run on the strong model: the yardstick of fusion
 """
 
@@ -80,7 +80,7 @@ def planned_runs(recipe: Recipe, choice: RunChoice, stores: Sequence[Any]) -> di
         for name, played in joints.items()
     }
     if recipe.merge is not None and recipe.merge.adapters is None and recipe.run.singles:
-        for task in recipe.task_names:
+        for task in recipe.counted_tasks:
             runs[f"single-{task}"] = derived_recipes.single_task_recipe(
                 recipe, task, mixture[task], root / f"single-{task}"
             )

@@ -8,9 +8,9 @@ from mtft.recipe.rules.rule import (
     Rule,
     asks,
     compares_gradients,
+    counted_without_eval,
     merge_sees_rows,
     merges_own_adapters,
-    without_eval,
 )
 
 ADAPTER_RULES: tuple[Rule, ...] = (
@@ -86,8 +86,8 @@ ADAPTER_RULES: tuple[Rule, ...] = (
         "arrow keeps the adapters as they are, so nothing is merged",
         "leave method and search out, or set merge.experts.kind: twin"),
     Rule("merge.search, gates, experts + tasks.*.eval_data", MERGING,
-        lambda r, e, n: merge_sees_rows(r) and bool(without_eval(r)),
-        "weights, gates and routers are chosen on held-out rows, and not every task has eval_data",
+        lambda r, e, n: merge_sees_rows(r) and bool(counted_without_eval(r)),
+        "weights, gates and routers are judged on held-out rows, and not every task has eval_data",
         "give every task eval_data, or merge without looking at data"),
     Rule("merge.base", MERGING,
         lambda r, e, n: r.merge is not None and r.merge.base is not None

@@ -49,6 +49,10 @@ def without_eval(recipe: Recipe) -> list[str]:
     return [task.name for task in recipe.tasks if task.eval_data is None]
 
 
+def counted_without_eval(recipe: Recipe) -> list[str]:
+    return [name for name in without_eval(recipe) if name in recipe.counted_tasks]
+
+
 def judged_without_eval(recipe: Recipe) -> list[str]:
     """The tasks without eval_data by whose held-out losses something is decided: auxiliary ones only where named."""
     objective = recipe.sweep and recipe.sweep.objective
@@ -122,7 +126,7 @@ def merges_own_adapters(recipe: Recipe) -> bool:
 
 
 def merge_sees_rows(recipe: Recipe) -> bool:
-    """The merge chooses something on held-out rows."""
+    """The merge chooses something by rows."""
     merge = recipe.merge
     if merge is None or merge.base is not None:
         return False

@@ -39,14 +39,14 @@ class ModuleRule(RecipeSection):
 
 
 class WeightSearch(RecipeSection):
-    """Search the adapters' weights on held-out rows. The winner has to beat the uniform merge on other rows."""
+    """Search the adapters' weights on rows (`rows_from`). The winner has to beat the uniform merge on other rows."""
 
     by: Literal["grid", "cobyqa", "cma", "lorahub", "front"] = "grid"
     """grid: one common scale; cobyqa, cma, lorahub: a weight each; front: spread over all trade-offs, for `prefer`."""
     budget: Count = 40
     """Merges to try."""
     rows: Annotated[int, Field(gt=1, le=10**9)] = 64
-    """Held-out rows of each task to choose on (and as many for the verdict); at most a third of what there is."""
+    """Rows of each task to choose on (and as many for the verdict); at most a third of what there is."""
     worst: NotNegative = 0.0
     """How much the worst task counts beyond the mean."""
     prefer: dict[str, NotNegative] = {}
@@ -61,7 +61,7 @@ class GateTraining(RecipeSection):
     ] = "adamerging_layer"
     """adamerging_*, concrete: by the entropy of the output, no labels; the others by labels (docs/merging.md)."""
     rows: Annotated[int, Field(gt=1, le=10**9)] = 64
-    """Held-out rows of each task to learn on; at most a third of what there is."""
+    """Rows of each task to learn on; at most a third of what there is."""
     steps: Count | None = None
     """null = the method's own."""
     learning_rate: Positive | None = None
@@ -82,7 +82,7 @@ class Experts(RecipeSection):
     router: Literal["centroid", "mlp"] = "centroid"
     """By the prompt's last state: nearest centroid, or a trained network (twin)."""
     rows: Annotated[int, Field(gt=1, le=10**9)] = 64
-    """Held-out prompts of each task to fit the router on; at most a third of what there is (twin)."""
+    """Prompts of each task to fit the router on; at most a third of what there is (twin)."""
     top: Count | None = None
     """Experts that serve one token; null = all (arrow)."""
     general: Annotated[Texts, INPUT] = ()
@@ -99,7 +99,7 @@ class MergeSection(RecipeSection):
     weights: Numbers | None = None
     """Weight of each adapter, multiplying its delta; null = 1 each."""
     search: WeightSearch | None = None
-    """Choose the weights on held-out rows."""
+    """Choose the weights on rows (`rows_from`)."""
     gates: GateTraining | None = None
     """Learn the weights by gradients, per layer or module."""
     experts: Experts | None = None
@@ -108,6 +108,9 @@ class MergeSection(RecipeSection):
     """Multiplies the result."""
     average: bool = False
     """Divide by the sum of the weights."""
+    rows_from: Literal["eval_data", "data"] = "eval_data"
+    """Where searches, gates, routers and `regmean` take the rows that they look at. eval_data: at most a third of the
+    held-out rows; data: the training rows, which leaves all held-out rows unseen."""
     rank: Literal["auto", "lossless"] | Rank = "auto"
     """Rank of the merged adapter. auto: the smallest usual rank that keeps `energy`."""
     energy: Annotated[float, Field(gt=0, le=1)] = 0.99

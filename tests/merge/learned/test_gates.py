@@ -119,6 +119,17 @@ def test_training_lowers_the_objective_and_leaves_the_model(paths, kind):
     assert not any(layer["q"]._forward_hooks for layer in model.layers)
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("scalearn", [0.1, 0.075, 0.05, 0.025]), ("cat_gates", [0.1] * 4)])
+def test_the_rate_falls_to_zero_where_a_kind_says_so(paths, kind, expected, monkeypatch):
+    rates = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    train_gates(Tiny(), paths, [batch()], kind, steps=4, learning_rate=0.1)
+    assert rates == pytest.approx(expected)
+
+
 def test_one_expert_on_its_own_data_gets_its_weight_back(paths):
     """Labels drawn from expert a's own argmax: labelled gates move towards a."""
     model, one = Tiny(), batch(rows=64)

@@ -9,6 +9,8 @@ import torch
 
 from mtft.adapters.lora_factors import read_adapter
 from mtft.common.errors import UserError
+from mtft.data.store.token_store import open_stores
+from mtft.models.loading import load_tokenizer
 from mtft.pipeline.stages import derived_recipes
 from mtft.pipeline.stages.adapter_evaluator import AdapterEvaluator, select_examples, split_rows
 from mtft.pipeline.stages.merge import merge_recipe, merge_stage
@@ -180,6 +182,23 @@ def test_what_a_merge_keeps_is_reported_on_rows_it_has_not_seen(trained, tmp_pat
     assert np.shape(kept["overlap"]["right"]) == (3, 3)
     rest = select_examples(found, adapted.ids("rest"))["copy"].summary()["loss"]
     assert kept["tasks"]["copy"]["loss"]["merged"] == pytest.approx(rest, rel=1e-6)
+
+
+def test_a_merge_may_look_at_training_rows_and_leave_all_others_unseen(trained, tmp_path):
+    recipe, adapters = trained
+    whole = with_merge(trained, tmp_path / "run", search={"by": "grid", "rows": 3}, rows_from="data")
+    adapted = AdapterEvaluator(whole, 3)
+    for task, store in zip(recipe.task_names, open_stores(recipe, load_tokenizer(recipe.model), "train"), strict=True):
+        seen = {row for part in ("choose", "check") for row in adapted.ids(part)[task]}
+        assert len(seen) == 6
+        assert seen <= set(store.ids)
+        assert not seen & set(adapted.scores(None)[task].ids)
+        assert adapted.ids("rest")[task] == list(adapted.scores(None)[task].ids)
+    singles = {task: adapted.scores(path, None, [task])[task] for task, path in adapters.items()}
+    arguments = {"fresh": False, "state": {}, "score": adapted.scores, "beside": {}}
+    merge_stage(whole, whole.merge, adapters, adapted.scores(None), singles, **arguments)
+    kept = json.loads((tmp_path / "run" / "merge" / "retention.json").read_text())
+    assert kept["rows"]["copy"] == {"seen": 0, "reported": 12}
 
 
 def test_the_stage_scores_experts_behind_their_router(trained, tmp_path):

@@ -251,3 +251,17 @@ def test_it_is_trained_beside_the_others_and_not_alone(whole_recipe, tmp_path):
     runs = planned_runs(recipe, RunChoice(mix.space(recipe, stores).current), stores)
     assert [name for name in runs if name.startswith("single-")] == ["single-copy", "single-twice"]
     assert [task.name for task in runs["joint"].tasks] == list(NAMES)
+
+
+def test_the_page_leaves_out_a_task_that_nothing_scored(tmp_path):
+    run_dir = write_run(tmp_path)
+    table = json.loads((run_dir / "results.json").read_text())
+    (gone, *_), stages = table["base"], table.values()
+    for stage in stages:
+        stage.pop(gone, None)
+    write(run_dir / "results.json", table)
+    run = load_run(run_dir)
+    assert gone in run.tasks
+    tables = [part for part in results(run).parts if hasattr(part, "rows")]
+    assert tables
+    assert not [row for found in tables for row in found.rows if row.cells[0].text == gone]

@@ -48,11 +48,12 @@ def results(run: RunData) -> PageSection | None:
             "the models that serve every task; grey columns are yardsticks."
         )
     ]
+    scored = [task for task in run.tasks if any(task in stage for stage in run.results.values())]
     told = {metric for stage in run.results.values() for scores in stage.values() for metric in scores}
     names = sorted(told - {*METRICS, "examples", "tokens"})
     more = {name: (f"{name}{_WORDS[run.directions.get(name, 0)]}", run.directions.get(name, 0)) for name in names}
     for metric, (title, direction) in (METRICS | more).items():
-        rows = {task: [run.results[stage].get(task, {}).get(metric) for stage in stages] for task in run.tasks}
+        rows = {task: [run.results[stage].get(task, {}).get(metric) for stage in stages] for task in scored}
         if metric in more:  # the others are every task's
             rows = {task: row for task, row in rows.items() if any(value is not None for value in row)}
         if all(value is None for row in rows.values() for value in row):

@@ -89,7 +89,9 @@ def pytest(module: ParsedModule) -> Iterator[TaskRow]:
 
 def type_(module: ParsedModule) -> Iterator[TaskRow]:
     for node in module.nodes:
-        name = _type_name(node) if isinstance(node, ast.expr) and _is_short(node) and _is_drawn(node) else None
+        if not isinstance(node, ast.expr) or not _is_short(node) or not _is_drawn(node):
+            continue
+        name = _type_name(node)
         if name is not None:
             yield TaskRow(f"Type: {ast.unparse(node)}", name, _place(module, node))
 

@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from mtft.common.errors import UserError
+from mtft.pipeline.stages.stage_cache import move_aside
 from mtft.report.components import plots
+from mtft.report.components.run_data import load_run
 from mtft.report.page import write_report
 from mtft.report.sections import pareto
 from tests.common.damage import DAMAGE, NOT_FILES, OBJECTS, damage
@@ -53,6 +56,15 @@ def page_of(run_dir):
     said = []
     html = write_report([run_dir], say=said.append).read_text(encoding="utf-8")
     return html, said
+
+
+def test_what_moved_aside_is_not_drawn(run_dir):
+    before = [run.name for run in load_run(run_dir).trains]
+    shutil.copytree(run_dir / "train" / "joint", run_dir / "train" / "spare")
+    move_aside(run_dir / "train" / "joint")  # as --fresh does
+    (run_dir / "train" / "spare").rename(run_dir / "train" / "joint")
+    assert len(list((run_dir / "train").iterdir())) == len(before) + 1
+    assert [run.name for run in load_run(run_dir).trains] == before
 
 
 def test_a_whole_run_has_no_such_list(run_dir):

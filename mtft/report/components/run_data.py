@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -120,7 +121,7 @@ def load_run(folder: Path) -> RunData:
     read = _Reader(folder)
     trains = [read.train(folder, folder.name)] if os.path.lexists(folder / METRICS) else []
     for metrics in sorted((folder / "train").glob(f"*/{METRICS}")):
-        if not metrics.parent.name.endswith(".old"):
+        if not re.search(r"\.old-\d+$", metrics.parent.name):  # what --fresh moved aside
             trains.append(read.train(metrics.parent, metrics.parent.name))
     trains.sort(key=lambda run: (run.name.startswith("single-"), run.name != "joint", run.name))
     recipe = read.text(folder / "recipe.yaml")

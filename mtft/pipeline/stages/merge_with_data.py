@@ -104,7 +104,7 @@ def _key(recipe: Recipe, how: WeightSearch, adapters: Sequence[LoraAdapter]) -> 
 def train_gates(recipe: Recipe, how: GateTraining, adapters: Sequence[LoraAdapter], adapted: AdapterEvaluator):
     """Trained gates (mtft.merge.learned.train_gates.GateResult).
 
-    The tasks take turns, batch by batch; one with fewer batches than another begins again, so that all count the same.
+    Each task's batches are spread evenly over a pass through all of them: none is seen only at its start.
     """
     from mtft.merge.learned.train_gates import GateBatch
     from mtft.merge.learned.train_gates import train_gates as train
@@ -117,7 +117,8 @@ def train_gates(recipe: Recipe, how: GateTraining, adapters: Sequence[LoraAdapte
         role = "negate" if task in how.negate else "control" if how.negate else "target"
         label = names.get(task, task)
         made.append([GateBatch(adapted.inputs(b), b.labels_BT, label, role) for b in adapted.batches(task, "choose")])
-    in_turns = [batches[turn % len(batches)] for turn in range(max(map(len, made))) for batches in made]
+    placed = [((i + 0.5) / len(batches), batch) for batches in made for i, batch in enumerate(batches)]
+    in_turns = [batch for _, batch in sorted(placed, key=lambda pair: pair[0])]
     return train(
         adapted.model,
         adapters,

@@ -88,7 +88,7 @@ def train_gates(
         rule = torch.optim.SGD if kind == "self_positioning" else torch.optim.Adam
         optimizer = rule(gates.parameters(), lr=learning_rate or gates.settings.learning_rate)
         count = steps if steps is not None else gates.settings.steps
-        left = (lambda step: 1 - step / count) if gates.settings.decay else (lambda _: 1.0)
+        left = (lambda step: 1 - step / max(count, 1)) if gates.settings.decay else (lambda _: 1.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, left)
         history: list[Tensor] = []  # read at the end: a GPU is waited for in a step only where it may be the last
         for step in range(count):

@@ -126,6 +126,7 @@ def test_the_rate_falls_to_zero_where_a_kind_says_so(paths, kind, expected, monk
     monkeypatch.setattr(
         torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
     )
+    assert train_gates(Tiny(), paths, [batch()], kind, steps=0, learning_rate=0.1).history == []
     train_gates(Tiny(), paths, [batch()], kind, steps=4, learning_rate=0.1)
     assert rates == pytest.approx(expected)
 

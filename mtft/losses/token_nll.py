@@ -2,10 +2,12 @@
 
 Paths, equal to rounding, each the other's oracle in tests/losses/test_token_nll.py:
 
-gather  (reference, default) lets the model's own output head see the supervised positions only ([n, D] -> [n, V], by
+gather  (reference) lets the model's own output head see the supervised positions only ([n, D] -> [n, V], by
         a hook on it), so that wrappers, sharded engines and logit scaling or capping stay as they are. [B, T, V] is
         never built, but for modules that aren't transformers'. Not by transformers' `logits_to_keep`: for a boolean
         mask there the host waits for the GPU, in the forward and in the backward.
+chunked head and cross-entropy some rows at a time (mtft.losses.chunked_nll), so not even [n, V] is built: for a large
+        vocabulary over a plain output head, whose weights the loss multiplies with itself.
 fused   (for GPUs, needs trl) trl's fused head: projection and softmax in tiles, so not even [n, V] is built. The
         bare model must be prepared with `add_fused_head` before PEFT wraps it. Without Triton it is slower than gather.
 
@@ -35,11 +37,14 @@ from torch.utils.checkpoint import checkpoint
 from mtft.common.errors import UserError
 from mtft.data.batching.batch import Batch
 from mtft.data.batching.packed_attention import model_inputs, packing_refusal
+from mtft.losses.chunked_nll import Head, chunked_nll
+from mtft.losses.output_head import bare_model, body_and_head, is_plain_linear, logit_factor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Path = Literal["auto", "gather", "fused"]
+Path = Literal["auto", "gather", "chunked", "fused"]
+AUTO_VOCABULARY = 32_768  # from here on `auto` takes chunks, over a frozen head
 # What made the logits, if nothing needs their values any more: these operations keep their inputs, not their result.
 _RESULT_IS_FREE = frozenset(
     {
@@ -54,19 +59,17 @@ _RESULT_IS_FREE = frozenset(
 )
 
 
-def resolve_path(path: str) -> Literal["gather", "fused"]:
-    """The path that a run takes: what was asked for; `auto` is gather, the only one that is measured on its device."""
-    if path == "auto":
-        return "gather"
-    if path not in ("gather", "fused"):
-        raise UserError(f"unknown loss path {path!r}", where="loss.path", do="use auto, gather or fused")
+def resolve_path(path: str) -> Path:
+    """The path as it was asked for. UserError for one that there is not, or not here."""
+    if path not in ("auto", "gather", "chunked", "fused"):
+        raise UserError(f"unknown loss path {path!r}", where="loss.path", do="use auto, gather, chunked or fused")
     if path == "fused" and not _has_fused_head():
         raise UserError(
             "the fused loss path needs trl 1.15 or newer",
             where="loss.path",
             do="pip install 'trl>=1.15', or set gather",
         )
-    return path
+    return path  # pyright: ignore[reportReturnType]
 
 
 def _has_fused_head() -> bool:
@@ -100,7 +103,8 @@ def token_nll(
 ) -> Tensor:
     """fp32 [B, T]: loss (nats) of every supervised token, 0 elsewhere; connected to the graph even if there is none.
 
-    path             `gather` or `fused` (see the module); `auto` is gather
+    path             `gather`, `chunked` or `fused` (see the module); `auto`: chunked for a large vocabulary over a frozen
+                     plain head where gradients are wanted, else gather
     attention        the model's attention implementation; None reads it from the model's config
     isolated         `is_isolated(model, attention)`, for callers who ask it once and not at each forward
     inputs           keyword arguments of the model's forward; None =
@@ -116,8 +120,11 @@ def token_nll(
         if label_smoothing or z_loss:
             raise UserError("the fused loss path has no label smoothing or z-loss", do="set loss.path=gather")
         return -model(**inputs, shift_labels=batch.labels_BT, fused_lm_head=True).log_probs.float()
-    logits_NV = supervised_logits(model, inputs, batch.supervised_N)
     labels_N = batch.labels_BT.flatten()[batch.supervised_N]
+    if takes_chunks(model, path):
+        nll_N = _chunked(model, inputs, batch, labels_N, label_smoothing, z_loss, strict=path == "chunked")
+        return _spread(nll_N, batch)
+    logits_NV = supervised_logits(model, inputs, batch.supervised_N)
     rows = max(1, len(labels_N)) if chunk_rows is None else chunk_rows
     if rows >= len(labels_N) and torch.is_grad_enabled() and not (many_backwards or label_smoothing or z_loss):
         nll_N = row_nll_in_place(logits_NV, labels_N)
@@ -127,9 +134,74 @@ def token_nll(
         parts = zip(logits_NV.split(rows), labels_N.split(rows), strict=True)
         options = (label_smoothing, z_loss)
         nll_N = torch.cat([checkpoint(row_nll, *part, *options, use_reentrant=False) for part in parts])
-    # Not a branch on "no label": zero rows still reach every parameter, with a zero gradient.
+    return _spread(nll_N, batch)
+
+
+def _spread(nll_N: Tensor, batch: Batch) -> Tensor:
+    """[B, T] of the supervised positions' losses. No branch on "no label": zero rows still reach every parameter."""
     nll_BT = nll_N.new_zeros(batch.labels_BT.numel()).index_put((batch.supervised_N,), nll_N)
     return nll_BT.view_as(batch.labels_BT)
+
+
+def takes_chunks(model: nn.Module, path: str) -> bool:
+    """Whether the loss of a model goes through `chunked_nll`. UserError where that was asked for and can't be."""
+    if path not in ("auto", "chunked"):
+        return False
+    bare: Any = bare_model(model)
+    _, head = body_and_head(bare)
+    if path == "auto":
+        large = head is not None and bare.config.get_text_config().vocab_size >= AUTO_VOCABULARY
+        return large and torch.is_grad_enabled() and is_plain_linear(head) and not head.weight.requires_grad
+    if not is_plain_linear(head):
+        raise _not_chunked("its output head is not a plain linear layer (an adapter, or quantised)")
+    return True
+
+
+def _not_chunked(why: str) -> UserError:
+    do = "set loss.path: gather, or auto, which takes what the model has"
+    return UserError(f"the model can't have the chunked loss: {why}", where="loss.path", do=do)
+
+
+def _chunked(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    batch: Batch,
+    labels_N: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    *,
+    strict: bool,
+) -> Tensor:
+    """fp32 [n]. In the head's own call, where its weights are gathered (FSDP, ZeRO-3), and out through the model's
+    output, on which engines hang their hooks: the head answers with losses, divided by what the family multiplies by.
+    """
+    bare = bare_model(model)
+    body, head = body_and_head(bare)
+    said, whole = [], []
+
+    def losses(hidden_BTD: Tensor) -> Tensor:
+        hidden_ND = hidden_BTD.flatten(0, 1)[batch.supervised_N]
+        factor = logit_factor(bare, body, head, said[0], inputs)  # pyright: ignore[reportArgumentType]
+        if factor is None:
+            if strict:
+                raise _not_chunked("its family does more to logits than to multiply them (it caps them)")
+            whole.append(True)
+            return type(head).forward(head, hidden_ND)  # pyright: ignore
+        of_head = Head(head.weight, head.bias, factor)  # pyright: ignore
+        return (
+            chunked_nll(hidden_ND, of_head, labels_N, label_smoothing=label_smoothing, z_loss=z_loss)[:, None] / factor
+        )
+
+    hook = body.register_forward_hook(lambda module, args, output: said.append(output))  # pyright: ignore
+    head.forward = losses  # pyright: ignore
+    try:
+        out_NX = model(**inputs).logits
+    finally:
+        hook.remove()
+        del head.forward  # pyright: ignore
+    if whole:
+        return row_nll(out_NX, labels_N, label_smoothing, z_loss)
+    return out_NX[:, 0].float()
 
 
 def row_nll(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
@@ -140,10 +212,7 @@ def row_nll(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float = 0.0, z
 
 def supervised_logits(model: nn.Module, inputs: Mapping[str, Any], at_N: Tensor) -> Tensor:
     """[n, V] in the model's precision. at_N: the positions in the rows, one row after the other."""
-    from transformers import PreTrainedModel
-
-    bare = bare_model(model)
-    head = bare.get_output_embeddings() if isinstance(bare, PreTrainedModel) else None
+    _, head = body_and_head(bare_model(model))
     if head is None:
         return model(**inputs).logits.flatten(0, 1)[at_N]
 
@@ -172,13 +241,6 @@ def forward_inputs(model: nn.Module, batch: Batch, attention: str | None, isolat
         attention = bare_model(model).config._attn_implementation  # pyright: ignore
     packed_ok = is_isolated(model, attention) if isolated is None else isolated
     return model_inputs(batch, attention, packed_ok=packed_ok)  # pyright: ignore[reportArgumentType]
-
-
-def bare_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, FSDP, DeepSpeed and PEFT."""
-    from transformers import PreTrainedModel
-
-    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
 def row_nll_in_place(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

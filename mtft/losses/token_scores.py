@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from mtft.data.batching.batch import Batch
-from mtft.losses.token_nll import bare_model, forward_inputs, row_nll, supervised_logits
+from mtft.losses.output_head import HeadAlone, bare_model, body_and_head
+from mtft.losses.token_nll import forward_inputs, row_nll, supervised_logits
 
 MAX_LOGIT_BYTES = 256 << 20
 BUFFERS = 4  # [n, V] in fp32 that are there at once: as the head made them, as the family changed them, softmax
@@ -59,8 +59,7 @@ def _visit_logits(
         return [slice(first, min(first + rows, len(at_N))) for first in range(0, len(at_N), rows)]
 
     bare: Any = bare_model(model)
-    head = bare.get_output_embeddings() if isinstance(bare, PreTrainedModel) else None
-    body: Any = _body(bare)
+    body, head = body_and_head(bare)
     if head is None or body is None:
         logits_NV = supervised_logits(model, inputs, at_N)
         for part in parts(logits_NV.shape[-1]):
@@ -73,8 +72,7 @@ def _visit_logits(
         states_ND = said[0]["last_hidden_state"].flatten(0, 1)[at_N]
         for part in parts(bare.config.get_text_config().vocab_size):
             given = type(said[0])(**said[0] | {"last_hidden_state": states_ND[None, part]})
-            alone: Any = _HeadAlone(bare, body, module, given)
-            visit(type(bare).forward(alone, **inputs).logits[0], part)
+            visit(HeadAlone(bare, body, module, given).logits(inputs)[0], part)
         hidden_BTD, *more = args
         return hidden_BTD.flatten(0, 1)[:0], *more
 
@@ -87,28 +85,3 @@ def _visit_logits(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _body(bare: nn.Module) -> nn.Module | None:
-    """What makes the states; Llama4ForCausalLM's `base_model` is itself."""
-    if not isinstance(bare, PreTrainedModel):
-        return None
-    if bare.base_model is not bare:
-        return bare.base_model
-    return next((child for child in bare.children() if isinstance(child, PreTrainedModel)), None)
-
-
-class _HeadAlone:
-    """What a model's forward takes for the model: a body that has run already, a head without its hooks.
-
-    The hooks gather the head's weights, all ranks together, but ranks differ in their numbers of parts.
-    """
-
-    def __init__(self, model: nn.Module, body: nn.Module, head: nn.Module, said: ModelOutput) -> None:
-        self._model, self._body, self._head, self._said = model, body, head, said
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._model, name)
-        if value is self._body:
-            return lambda *_, **__: self._said
-        return self._head.forward if value is self._head else value

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
 from logging import WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +28,10 @@ from mtft.common.out_of_memory import is_out_of_memory
 from mtft.common.own_files import irregular
 from mtft.distributed.launch import LaunchConfig
 from mtft.models.cpu_precision import cpu_dtype
-from mtft.models.model_files import ReportFilter, blame, check_finite, check_model_files
+from mtft.models.model_files import ReportFilter, blame, check_finite, check_loading_report, check_model_files
 from mtft.models.quantization import bitsandbytes_config
+from mtft.models.segment_attention import NAME as SEGMENTS
+from mtft.models.segment_attention import register, use_segments
 from mtft.recipe.schema.model import ModelSection
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def load_causal_lm(
         dtype: of the weights; of the forward pass where they are quantized.
         revision: branch, tag or commit of a hub model.
         quantise: none, nf4 or int8.
-        attention: implementation of transformers; auto: its own choice.
+        attention: implementation of transformers, or ours, `segments`; auto: transformers' own choice.
         device: where the model goes. None: the CPU; the GPU, if there is one, for quantized weights.
         sharded: FSDP2 will cut the weights, quantized ones too.
 
@@ -190,6 +191,8 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype}
+    if attention == SEGMENTS:
+        register()
     if attention != "auto":
         options["attn_implementation"] = attention
     if quantise != "none":  # placed while it is read: it can't be moved afterwards
@@ -248,6 +251,8 @@ def load_base(section: ModelSection, *, full: bool = False) -> PreTrainedModel:
         attention=section.attention,
         sharded=LaunchConfig.from_environment().fsdp > 0,
     )
+    if section.attention == "auto":
+        use_segments(model)
     model.config.use_cache = False
     return model
 
@@ -299,7 +304,7 @@ def from_pretrained(auto: Any, path: str | Path, revision: str = "main", *, what
     if not weights:
         return loaded
     model, report = loaded
-    _check_report(type(model).__name__, report, what, where)
+    check_loading_report(type(model).__name__, report, what, where)
     check_finite(model, Path(location), where)
     if hub and (cached := cached_folder(location, revision)) is not None:
         model.config._commit_hash = cached.name  # as transformers did before 5.24; it is never saved
@@ -317,34 +322,3 @@ def cached_folder(name: str, revision: str) -> Path | None:
 def _has_weights(auto: Any) -> bool:
     """Whether a class of transformers loads a model (and not a tokenizer or a config)."""
     return auto.__name__.startswith("AutoModel")
-
-
-def _check_report(kind: str, report: Mapping[str, Any], what: str, where: str) -> None:
-    """UserError when the loading report of transformers says that the weights are not those of the model."""
-    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    wrong = sorted(str(item[0]) for item in report["mismatched_keys"]) + list(report["error_msgs"])
-    if wrong:
-        raise UserError(
-            f"{some(wrong)} of the {what} do not have the shape that its config says",
-            where=where,
-            do="give the config.json that belongs to these weights",
-        )
-    if missing:
-        raise UserError(
-            f"the {what}'s files lack {some(missing)}, which {kind} needs: random numbers would stand there",
-            where=where,
-            do="copy or save the model again, whole; a model of another kind (a classifier, an encoder) can't be used",
-        )
-    if unused:
-        raise UserError(
-            f"the {what}'s files hold {some(unused)}, for which {kind} has no place: they would be ignored",
-            where=where,
-            do=f"if {kind} alone is meant: {kind}.from_pretrained(...).save_pretrained(NEW_FOLDER), once, and name "
-            "that folder (an adapter is merged into its base before, by merge_and_unload())",
-        )
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """`3 weights (a, b, ...)`: how many, and the first of them."""
-    shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-    return f"{len(names)} weight{'s' if len(names) != 1 else ''} ({shown})"

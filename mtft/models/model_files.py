@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from logging import LogRecord
 from pathlib import Path
@@ -195,3 +195,34 @@ def broken_weights(path: Path) -> str | None:
             return None
     except (SafetensorError, OSError, ValueError) as error:
         return str(error)
+
+
+def check_loading_report(kind: str, report: Mapping[str, Any], what: str, where: str) -> None:
+    """UserError when the loading report of transformers says that the weights are not those of the model."""
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    wrong = sorted(str(item[0]) for item in report["mismatched_keys"]) + list(report["error_msgs"])
+    if wrong:
+        raise UserError(
+            f"{some(wrong)} of the {what} do not have the shape that its config says",
+            where=where,
+            do="give the config.json that belongs to these weights",
+        )
+    if missing:
+        raise UserError(
+            f"the {what}'s files lack {some(missing)}, which {kind} needs: random numbers would stand there",
+            where=where,
+            do="copy or save the model again, whole; a model of another kind (a classifier, an encoder) can't be used",
+        )
+    if unused:
+        raise UserError(
+            f"the {what}'s files hold {some(unused)}, for which {kind} has no place: they would be ignored",
+            where=where,
+            do=f"if {kind} alone is meant: {kind}.from_pretrained(...).save_pretrained(NEW_FOLDER), once, and name "
+            "that folder (an adapter is merged into its base before, by merge_and_unload())",
+        )
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """`3 weights (a, b, ...)`: how many, and the first of them."""
+    shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return f"{len(names)} weight{'s' if len(names) != 1 else ''} ({shown})"

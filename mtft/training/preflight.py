@@ -25,13 +25,15 @@ from mtft.losses.token_nll import resolve_path
 from mtft.models.loading import compute_dtype, read_config, refuse_precision, without_data
 from mtft.models.lora import read_start
 from mtft.models.quantization import bitsandbytes_config
+from mtft.models.segment_attention import NAME as SEGMENTS
+from mtft.models.segment_attention import auto_attention, register, segments_refusal
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.checkpoint.checkpoint import check_identity
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
 from mtft.training.run_files.run_dir import check_recipe, read_result_file
 
-IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "segments")
 
 
 def refuse_settings(recipe: Recipe, *, loaded: bool = False) -> None:
@@ -66,11 +68,16 @@ def refuse_attention(section: ModelSection, key: str = "model") -> None:
 
 
 def attention_of(config: Any, asked: str) -> str:
-    """The implementation that transformers takes, asked on a model without weights. Raises what it raises."""
+    """The implementation that a model takes, asked on one without weights. Raises what transformers raises."""
     if asked == "flash_attention_2" and not torch.cuda.is_available():
         raise ImportError("flash_attention_2 needs a GPU")
-    options = {} if asked == "auto" else {"attn_implementation": asked}
-    return str(without_data(config, **options).config._attn_implementation)
+    if asked == SEGMENTS:
+        if (refusal := segments_refusal(config)) is not None:
+            raise ValueError(refusal)
+        register()
+    if asked == "auto":
+        return auto_attention(without_data(config).config)
+    return str(without_data(config, attn_implementation=asked).config._attn_implementation)
 
 
 def _has(config: Any, name: str) -> bool:

@@ -24,6 +24,7 @@ from mtft.evaluation.heldout_loss import Told
 from mtft.evaluation.heldout_scorer import HeldOutScorer
 from mtft.evaluation.task_scores import TaskScores
 from mtft.models.loading import read_config
+from mtft.models.segment_attention import use_segments
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
 from mtft.training.callbacks.best_weights import BestWeights, load_best_weights
@@ -169,7 +170,10 @@ class RunTrainer(Trainer):
         args.eval_on_start = inputs.evaluates and recipe.train.eval_on_start
         basis = run_basis(recipe, inputs.tokenizer, held_out_identity(inputs.held_out))
         start_run_dir(recipe, run_dir, plan, inputs.identity(plan), log, basis=basis, fresh=False)
-        model = load_for_training(recipe) if model is None else model
+        if model is None:
+            model = load_for_training(recipe)
+        elif recipe.model.attention == "auto":
+            use_segments(model)
         sized = recipe
         if recipe.train.micro_batch_tokens == "auto":
             sized = with_auto_micro_batch(recipe, model, inputs, before=None, say=log.say)

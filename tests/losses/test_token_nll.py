@@ -41,7 +41,7 @@ class OldForward(nn.Module):
         return self.inner[0](input_ids=input_ids, **kwargs)
 
 
-@pytest.mark.parametrize("path", ["gather", "gather, kept", "gather in chunks", "old forward", "fused"])
+@pytest.mark.parametrize("path", ["gather", "gather, kept", "gather in chunks", "old forward", "chunked", "fused"])
 def test_paths_agree(path):
     batch, model = packed_batch(), tiny_llama()
     c_BT = torch.randn(batch.labels_BT.shape, generator=torch.Generator().manual_seed(1))
@@ -51,6 +51,8 @@ def test_paths_agree(path):
         options["many_backwards"] = True
     if path == "gather in chunks":
         options["chunk_rows"] = 3
+    if path == "chunked":
+        options["path"] = "chunked"
     if path == "fused":
         options["path"] = "fused"
         model = new_llama()  # another object with the same weights: the head stays with it
@@ -157,7 +159,7 @@ def test_an_old_trl_has_no_fused_head(monkeypatch, found):
 
 
 def test_resolve_path():
-    assert resolve_path("auto") == "gather"
-    assert resolve_path("gather") == "gather"
+    for path in ("auto", "gather", "chunked"):
+        assert resolve_path(path) == path
     with pytest.raises(UserError, match="unknown loss path 'liger'"):
         resolve_path("liger")

@@ -65,7 +65,7 @@ CASES = {
     "loss.label_smoothing, loss.z_loss + loss.path: fused": ("train", ["loss.z_loss=1e-4", "loss.path=fused"]),
     "loss.orthogonal + lora: null": ("train", ["loss.orthogonal=0.1", "lora=null"]),
     "loss.gradients.split + aggregator or flat": ("train", ["loss.gradients={split: true, aggregator: upgrad}"]),
-    "lora.targets + loss.path: fused": ("train", ["lora.targets=[q_proj, lm_head]", "loss.path=fused"]),
+    "lora.targets + loss.path: fused, chunked": ("train", ["lora.targets=[q_proj, lm_head]", "loss.path=chunked"]),
     "mixture.shares.schedule + sweep": (
         "mix",
         ["mixture.shares={schedule: [{at: 0, shares: uniform}, {at: 1, shares: natural}]}"],

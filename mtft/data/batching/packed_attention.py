@@ -30,7 +30,7 @@ PROVEN = frozenset({
 # Frequencies that depend on the longest position of the whole batch would let one example change another.
 _SHARED_ROPE = ("dynamic", "longrope")
 _BY_POSITIONS = ("sdpa", "eager", "flex_attention")
-_BY_LENGTHS = ("flash_attention_2", "flash_attention_3")
+_BY_LENGTHS = ("flash_attention_2", "flash_attention_3", "segments")  # segments: mtft.models.segment_attention
 
 
 def packing_refusal(config: Any, attention: str) -> str | None:

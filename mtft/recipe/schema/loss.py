@@ -76,8 +76,10 @@ class LossSection(RecipeSection):
     """How the task weights move."""
     gradients: GradientSection | None = None
     """Gradients of single tasks: surgery, affinity, flat minima; null: none of it is computed."""
-    path: Literal["auto", "gather", "fused"] = "auto"
-    """How the per-token losses are computed; equal results, different speed."""
+    path: Literal["auto", "gather", "chunked", "fused"] = "auto"
+    """How the per-token losses are computed; equal results, different speed and memory. gather: the logits of the
+    supervised tokens; chunked: some rows of them at a time; fused: trl's, for GPUs. `auto`: chunked for vocabularies of
+    32,768 and more over a head that is not trained, else gather."""
     sample_weights: SampleWeightsSection | None = None
     """Weights of single samples; null: all equal."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

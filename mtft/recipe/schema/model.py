@@ -17,8 +17,10 @@ class ModelSection(RecipeSection):
     matrix product, measured once, is clearly faster in it; else fp32."""
     quantise: Literal["none", "nf4", "int8"] = "none"
     """Load the base in 4 bit (QLoRA: NF4, double quantisation) or 8 bit through bitsandbytes."""
-    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"
-    """Attention implementation of transformers."""
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "segments"] = "auto"
+    """Attention implementation of transformers, or `segments`: each packed example by itself, without a mask over the
+    row (docs/training.md). `auto`: segments on a CPU where it is proven for the kind of model, else transformers'
+    choice."""
     chat_template: Annotated[str | None, INPUT] = None
     """File with a Jinja chat template to use in the place of the tokenizer's own. A model that has none gets a plain
     one: system text, `User: ...`, `Assistant: ...`, each answer ended by the EOS token. Every export holds the template

@@ -26,6 +26,7 @@ from mtft.common.own_files import read_own, write_own
 from mtft.distributed.launch import engine
 from mtft.evaluation.evaluation_mode import evaluation_mode
 from mtft.models.loading import compute_dtype
+from mtft.models.segment_attention import NAME as SEGMENTS
 from mtft.recipe.schema.recipe import Recipe
 
 PROOF, PROBE = "proof", "probe.safetensors"
@@ -95,7 +96,8 @@ def probe_settings(model: Any, recipe: Recipe) -> dict[str, Any]:
     quantisation = getattr(config, "quantization_config", None)
     return {
         "dtype": str(base_dtype).removeprefix("torch."),
-        "attention": config._attn_implementation,
+        # Ours is not known to a process without mtft, and one example is the same to both.
+        "attention": "sdpa" if config._attn_implementation == SEGMENTS else config._attn_implementation,
         "revision": recipe.model.revision,
         "quantisation": None if quantisation is None else _plain(quantisation.to_dict()),
         "tolerance": _TOLERANCE[base_dtype] if quantisation is None else 3e-2,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mtft.losses.chunked_nll import Head, chunked_nll
 from mtft.losses.token_nll import row_nll_in_place
 
 
@@ -88,6 +89,7 @@ def activation_peak(
     plain_loss: bool = False,
     forward_only: bool = False,
     engine: Callable[[Any], EnginePlay] | None = None,
+    chunk: int | None = None,
 ) -> ActivationPeak | None:
     """Plays forward and backward of a micro-batch of [rows, width] tokens, of which `supervised` have a label.
 
@@ -98,6 +100,7 @@ def activation_peak(
     plain_loss   label smoothing or z-loss, whose softmax is not computed in place
     forward_only  no backward pass (MeZO)
     engine       of the model: what else is held, gathered weights and the like, which is in the peak then
+    chunk        rows whose logits are there at a time (mtft.losses.chunked_nll); None: all
     None for models whose code looks at values on the way (some rotary positions, some routers): there are none.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -124,12 +127,19 @@ def activation_peak(
                 with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
                     hidden_BTD = body.base_model(**inputs).last_hidden_state
                     activations = live.now
-                    logits_NV = body.get_output_embeddings()(hidden_BTD.flatten(0, 1)[place_N]).float()
-                del hidden_BTD, inputs
-                if plain_loss or forward_only:
-                    nll_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
-                else:
-                    nll_N = row_nll_in_place(logits_NV, labels_N)
+                    head = body.get_output_embeddings()
+                    hidden_ND = hidden_BTD.flatten(0, 1)[place_N]
+                    if chunk is not None:
+                        nll_N = chunked_nll(hidden_ND, Head(head.weight, head.bias), labels_N, rows=chunk)
+                        logits_NV = None
+                    else:
+                        logits_NV = head(hidden_ND).float()
+                del hidden_BTD, hidden_ND, inputs
+                if logits_NV is not None:
+                    if plain_loss or forward_only:
+                        nll_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
+                    else:
+                        nll_N = row_nll_in_place(logits_NV, labels_N)
                 del logits_NV
                 logits = live.now - activations
                 if not forward_only:

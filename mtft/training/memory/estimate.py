@@ -32,9 +32,12 @@ from mtft.data.batching.batches import deal_micro_batches
 from mtft.distributed.launch import LaunchConfig
 from mtft.gradients.aggregators import make_aggregator
 from mtft.losses.balancers import balancer_class
+from mtft.losses.chunked_nll import chunk_rows
+from mtft.losses.token_nll import takes_chunks
 from mtft.models.loading import compute_dtype, load_without_weights
 from mtft.models.lora import add_lora, lora_like_start
 from mtft.models.lora_targets import check_init, describe_adapter, mergeable
+from mtft.models.segment_attention import auto_attention
 from mtft.recipe.method_options import options_of
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.memory.activation_peak import activation_peak
@@ -113,18 +116,20 @@ def estimate_memory(
     rows, width, again = _layout(recipe, longest, launch.ranks)
     accumulates = train.mezo is None and again
     supervised = max(1, round(rows * width * learnt_share))
+    attention = auto_attention(model.config) if section.attention == "auto" else section.attention
     peak = activation_peak(
         model,
         rows=rows,
         width=width,
         supervised=min(supervised, FUSED_ROWS) if recipe.loss.path == "fused" else supervised,
-        packed=train.packing and section.attention in ("auto", "sdpa", "eager"),
+        packed=train.packing and attention in ("sdpa", "eager"),
         autocast=None if dtype == torch.float32 else dtype,
         checkpointing=train.gradient_checkpointing,
         accumulates=accumulates,
         plain_loss=bool(recipe.loss.label_smoothing or recipe.loss.z_loss),
         forward_only=train.mezo is not None,
         engine=_play(recipe, launch, dtype, accumulates),
+        chunk=_chunk(recipe, model),
     )
     share = engine_share(
         launch,
@@ -220,6 +225,14 @@ def check_adapter(recipe: Recipe, adapted: Any) -> list[str]:
             do="name lora.targets without the experts and routers, or leave `merge` out",
         )
     return describe_adapter(adapted)
+
+
+def _chunk(recipe: Recipe, model: nn.Module) -> int | None:
+    """Rows whose logits the loss has at a time; None: all."""
+    if recipe.train.mezo is not None or not takes_chunks(model, recipe.loss.path):
+        return None
+    vocabulary = model.config.get_text_config().vocab_size  # pyright: ignore
+    return chunk_rows(vocabulary, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _layout(recipe: Recipe, longest: int | None, ranks: int) -> tuple[int, int, bool]:

@@ -57,7 +57,7 @@ class TaskGradientStep:
     gram_every     of the balancer's needs;  normalise  of the loss
     isolated       attention is proven not to cross the examples of a row
     whole          each rank holds whole weights and gradients before the optimizer step (one process, DDP)
-    fused_head     loss.path is fused: the output head's weight is used outside of its layer
+    fused_head     loss.path is fused or chunked: the output head's weight is used outside of its layer
     run_dir        where affinity.json goes; None: nowhere (other ranks)
     """
 
@@ -255,7 +255,7 @@ def make_task_gradient_step(
         normalise=loss.normalise,
         isolated=isolated,
         whole=engine() == "ddp",
-        fused_head=resolve_path(loss.path) == "fused",
+        fused_head=resolve_path(loss.path) in ("fused", "chunked"),
         seed=recipe.seed,
         run_dir=run_dir,
         say=say,

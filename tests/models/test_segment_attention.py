@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from mtft.data.batching.batches import collate
-from mtft.data.batching.packed_attention import PROVEN, model_inputs
+from mtft.data.batching.packed_attention import PROVEN
 from mtft.gradients.capture.task_gradients import TaskGradients
 from mtft.losses.token_nll import token_nll
 from mtft.models import segment_attention
@@ -67,7 +67,7 @@ def counted(monkeypatch):
 def test_losses_and_gradients_are_those_of_the_masked_path(family, counted):
     expected = gradients(tiny(family, "sdpa"), packed())
     assert_same(gradients(tiny(family, "segments"), packed()), expected)
-    assert counted.buckets == 2 and counted.masks == 0, "each of the two layers, and no mask"
+    assert (counted.buckets, counted.masks) == (2, 0), "each of the two layers, and no mask"
 
 
 def test_every_family_here_may_be_packed():
@@ -85,7 +85,7 @@ def test_checkpointing_and_the_weights_of_lora(family, counted):
         adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False)).train()
         found.append(gradients(adapted, packed()))
     assert_same(found[1], found[0])
-    assert counted.buckets == 4 and counted.masks == 0, "two layers, and each again in the backward"
+    assert (counted.buckets, counted.masks) == (4, 0), "two layers, and each again in the backward"
 
 
 def test_captured_task_gradients():
@@ -120,7 +120,7 @@ def test_without_borders_the_mask_is_made(counted):
         expected = tiny("llama", "sdpa")(**inputs).logits
         found = tiny("llama", "segments")(**inputs).logits
     assert torch.equal(found, expected)
-    assert counted.buckets == 0 and counted.masks == 2
+    assert (counted.buckets, counted.masks) == (0, 2)
 
 
 def test_dropout_in_attention_draws_as_the_masked_path_does(counted):
@@ -132,7 +132,8 @@ def test_dropout_in_attention_draws_as_the_masked_path_does(counted):
         torch.manual_seed(5)
         with torch.no_grad():
             found.append(token_nll(model, batch))
-    assert torch.equal(found[0], found[1]) and counted.buckets == 0
+    assert torch.equal(found[0], found[1])
+    assert counted.buckets == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

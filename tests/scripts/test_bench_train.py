@@ -32,7 +32,7 @@ def test_our_side_trains_on_stores_in_memory(bench):
 def test_all_sides_count_real_tokens(bench):
     stores = bench.make_stores(bench.TINY, 96)
     sizes = np.concatenate([store.lengths for store in stores])
-    for name, (_, run, settings) in bench.SMALL_SIDES.items():
+    for name, (_, run, settings) in bench.sides(bench.TINY).items():
         clock = run(bench.TINY, stores, 3, **settings)
         assert len(clock.marks) == 3, name
         assert clock.rate() > 0
@@ -49,6 +49,13 @@ def test_lengths_are_lognormal_and_answers_a_part(bench):
     assert lengths.max() <= 512
     share = sum(store.supervised.sum() for store in stores) / lengths.sum()
     assert share == pytest.approx(0.4, abs=0.02)
+
+
+def test_half_the_tokens_of_the_mixed_case_are_in_long_examples(bench):
+    lengths = np.concatenate([store.lengths for store in bench.make_stores(bench.MIXED, 4000)])
+    assert lengths[lengths >= 2048].sum() / lengths.sum() == pytest.approx(0.58, abs=0.06)
+    short = np.concatenate([store.lengths for store in bench.make_stores(bench.LONG, 4000)])
+    assert short.mean() == pytest.approx(200, rel=0.06)
 
 
 @pytest.mark.slow

@@ -59,3 +59,11 @@ def test_the_extra_names_what_the_folders_are_made_from():
     named = {Requirement(line).name for line in project["optional-dependencies"]["real"]}
     used = {name for model in real_models.MODELS.values() for name in model.distributions}
     assert named == used | {real_models.READER}
+
+
+def test_real_models_are_tested_in_their_folder_alone():
+    """tests/conftest.py reads no other file for `pytest -m real`."""
+    tests = Path(__file__).parents[1]
+    marked = [path.relative_to(tests) for path in tests.rglob("*.py") if "mark." + "real" in path.read_text("utf-8")]
+    assert marked
+    assert {path.parts[0] for path in marked} == {"real"}

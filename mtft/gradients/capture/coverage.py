@@ -26,7 +26,7 @@ class GradientCoverage(NamedTuple):
 def gradient_coverage(model: nn.Module, *, fused_head: bool = False) -> GradientCoverage:
     """Sorts the trained parameters of `model` into those that can be captured and those that can't.
 
-    fused_head: the loss multiplies with the output head's weight itself (mtft.losses.token_nll, paths `fused`, `chunked`).
+    fused_head: the loss multiplies with the output head's weight itself (mtft.losses.token_nll: `fused`, `chunked`).
     """
     name_of = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     linears: dict[str, list[nn.Linear]] = {name: [] for name in name_of.values()}
@@ -40,9 +40,7 @@ def gradient_coverage(model: nn.Module, *, fused_head: bool = False) -> Gradient
                 continue
             reason = special.get(path) or _refusal(path, module, which)
             if head is not None and parameter is head.weight:
-                reason = (
-                    reason or "the output head, past whose layer the loss multiplies: loss.path is fused or chunked"
-                )
+                reason = reason or "the output head, whose layer the loss goes past: loss.path is fused or chunked"
             if reason is not None:
                 left_out.setdefault(name, reason)
             elif isinstance(module, nn.Linear):

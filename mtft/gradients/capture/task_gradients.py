@@ -48,7 +48,7 @@ class TaskGradients:
                Otherwise a row that holds two tasks is refused
     dtype      of the K x P captured numbers: float32, or bfloat16 for half the memory
     partial    capture what can be captured; the rest stands in `left_out`. Otherwise a UserError lists it with reasons
-    fused_head the loss multiplies with the output head's weight itself (loss.path: fused, chunked): it can't be captured
+    fused_head the loss multiplies with the head's weight itself (loss.path: fused, chunked): it can't be captured
     gram_only  only `gram` will be asked for: blocks are dropped as soon as they are contracted. In one process that is
                during the last micro-batch's backward (`begin(..., last=True)`), so K x P never stands there whole,
                as long as a step is one micro-batch; else after it

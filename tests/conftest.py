@@ -46,7 +46,8 @@ def pytest_ignore_collect(collection_path, config):
     """`pytest -m real` reads tests/real alone: 20 s less. (No other file has the marker: test_real_models.py.)"""
     if config.getoption("markexpr").strip() != "real" or collection_path.parent != REAL.parent:
         return None
-    return collection_path != REAL and (collection_path.is_dir() or collection_path.name.startswith("test_")) or None
+    tests = collection_path.is_dir() or collection_path.name.startswith("test_")
+    return True if tests and collection_path != REAL else None
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -12,7 +12,7 @@ varlen    on CUDA in 16 bit, where torch has it: its flash kernel for rows of ma
 Where no borders come (generation, a family that drops the keyword, attention with dropout, whose draws would differ)
 the mask is made after all, then and there, and transformers' sdpa does the work: right everywhere, fast where it can
 be. Logits that are capped before the softmax, attention sinks and biases by position are not in these kernels: families
-with them keep transformers' own attention (SEGMENTED).
+with them keep transformers' own attention (mtft.common.packed_families).
 """
 
 from __future__ import annotations
@@ -27,14 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mtft.common.packed_families import BY_BORDERS
+
 NAME = "segments"
-# model_type of transformers' configs for which losses and gradients are those of the masked path
-# (tests/models/test_segment_attention.py).
-SEGMENTED = frozenset({
-    "cohere", "cohere2", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite",
-    "granitemoe", "llama", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3",
-    "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
-})  # fmt: skip
 # A bucket's longest example is at most so many times its shortest, or so many tokens more.
 _RATIO, _TOKENS = 1.2, 8
 
@@ -56,7 +51,7 @@ def prefers_segments(config: Any) -> bool:
 
 def segments_refusal(config: Any) -> str | None:
     """Why a model can't have this attention; None: it can. config: of the (text) model."""
-    if config.model_type not in SEGMENTED:
+    if config.model_type not in BY_BORDERS:
         return f"attention {NAME!r} is not proven for models of type {config.model_type!r}"
     return None
 

@@ -3,16 +3,17 @@
 import pytest
 
 from mtft.common.errors import UserError
-from mtft.data.batching.packed_attention import PROVEN
+from mtft.common.packed_families import BY_POSITIONS
 from mtft.gradients.capture.task_gradients import TaskGradients
-from tests.data.batching.test_packed_attention import attentions, tiny
+from tests.data.batching.test_packed_attention import attentions
 from tests.gradients.tiny import K, batches, captured, distance, k_backwards, lora
+from tests.models.tiny_families import EXPERTS, tiny
 
 FUSED_EXPERTS = {"mixtral", "olmoe", "qwen3_moe"}  # PEFT's all-linear puts LoRA on their expert parameters too
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(PROVEN - FUSED_EXPERTS))
+@pytest.mark.parametrize("family", sorted(BY_POSITIONS - EXPERTS | {"granitemoe"}))
 def test_equals_k_backwards(family):
     model = lora(tiny(family, attentions(family)[0]))
     taps, coef_K, _ = captured(model, batches())

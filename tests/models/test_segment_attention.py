@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
+from mtft.common.packed_families import BY_BORDERS, BY_POSITIONS
 from mtft.data.batching.batches import collate
-from mtft.data.batching.packed_attention import PROVEN
 from mtft.gradients.capture.task_gradients import TaskGradients
 from mtft.losses.token_nll import token_nll
 from mtft.models import segment_attention
 from mtft.models.loading import load_base
-from mtft.models.segment_attention import SEGMENTED, make_buckets, segments_refusal, use_segments
+from mtft.models.segment_attention import make_buckets, segments_refusal, use_segments
 from mtft.recipe.schema.model import ModelSection
 from tests.models.tiny_families import examples, tiny
 
@@ -63,15 +63,16 @@ def counted(monkeypatch):
     return Counted(monkeypatch)
 
 
-@pytest.mark.parametrize("family", sorted(SEGMENTED))
+@pytest.mark.parametrize("family", sorted(BY_BORDERS))
 def test_losses_and_gradients_are_those_of_the_masked_path(family, counted):
     expected = gradients(tiny(family, "sdpa"), packed())
     assert_same(gradients(tiny(family, "segments"), packed()), expected)
-    assert (counted.buckets, counted.masks) == (2, 0), "each of the two layers, and no mask"
+    assert counted.buckets == (4 if family == "diffllama" else 2), "each of the two layers (diffllama: twice)"
+    assert counted.masks == 0
 
 
 def test_every_family_here_may_be_packed():
-    assert SEGMENTED <= PROVEN
+    assert BY_BORDERS < BY_POSITIONS
     assert segments_refusal(tiny("gemma2", "eager").config) is not None
 
 

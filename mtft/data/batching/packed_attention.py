@@ -6,7 +6,7 @@ instead, silently, and every example reads the ones before it. With flash attent
 a batch has more than one row; there the borders must be passed as cumulative lengths.
 
 Models differ in what they do with positions, so packing is allowed for the families for which the test proves it
-(tests/data/batching/test_packed_attention.py), and for no others.
+(mtft.common.packed_families), and for no others.
 """
 
 from __future__ import annotations
@@ -16,17 +16,9 @@ from typing import Any
 import torch
 
 from mtft.common.device_copy import to_device
+from mtft.common.packed_families import BY_POSITIONS
 from mtft.data.batching.batch import Batch
 
-# model_type of transformers' configs for which tests/data/batching/test_packed_attention.py holds: bit-equal losses,
-# equal gradients.
-# Measured to leak with transformers 5.23, and so not here: falcon_h1, qwen3_5_text, qwen3_next (linear attention
-# carries its state over the borders), gpt_oss.
-PROVEN = frozenset({
-    "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite",
-    "granitemoe", "llama", "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi",
-    "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
-})  # fmt: skip
 # Frequencies that depend on the longest position of the whole batch would let one example change another.
 _SHARED_ROPE = ("dynamic", "longrope")
 _BY_POSITIONS = ("sdpa", "eager", "flex_attention")
@@ -38,7 +30,7 @@ def packing_refusal(config: Any, attention: str) -> str | None:
 
     config: the model's (text) config; attention: its attention implementation ("sdpa", "eager", ...).
     """
-    if config.model_type not in PROVEN:
+    if config.model_type not in BY_POSITIONS:
         return f"packing is not proven to keep examples apart for models of type {config.model_type!r}"
     if attention not in _BY_POSITIONS + _BY_LENGTHS:
         return f"packing is not proven to keep examples apart with attention {attention!r}"

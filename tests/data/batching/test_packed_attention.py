@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mtft.common.packed_families import BY_BORDERS, BY_POSITIONS
 from mtft.data.batching.batches import collate
-from mtft.data.batching.packed_attention import PROVEN, model_inputs, packing_refusal
-from mtft.models.segment_attention import SEGMENTED
-from tests.models.tiny_families import EXTRA, SIZE, examples, tiny
+from mtft.data.batching.packed_attention import model_inputs, packing_refusal
+from tests.models.tiny_families import EXPERTS, EXTRA, SIZE, examples, tiny
 
 
 def losses(model, batch, attention="sdpa", **extra):
@@ -22,15 +22,14 @@ def losses(model, batch, attention="sdpa", **extra):
 
 
 EAGER_ONLY = ("gemma2",)  # what transformers offers for it on CPU
-EXPERTS = ("granitemoe", "mixtral", "olmoe", "qwen3_moe")
 
 
 def attentions(family):
-    ours = ["segments"] if family in SEGMENTED else []
+    ours = ["segments"] if family in BY_BORDERS else []
     return ["eager"] if family in EAGER_ONLY else ["sdpa", "eager", *ours]
 
 
-CASES = [(family, attention) for family in sorted(PROVEN) for attention in attentions(family)]
+CASES = [(family, attention) for family in sorted(BY_POSITIONS) for attention in attentions(family)]
 # flex attention has one mask builder for all families, and compiles for half a minute on CPU
 FLEX = [pytest.param(family, "flex_attention", marks=pytest.mark.slow) for family in ("llama", "qwen3")]
 
@@ -53,7 +52,7 @@ def test_other_examples_never_matter(family, attention):
     torch.testing.assert_close(before[0, middle], alone[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", sorted(PROVEN))
+@pytest.mark.parametrize("family", sorted(BY_POSITIONS))
 def test_packed_gradients_are_unpacked_gradients(family):
     row = examples([9, 14, 7, 3])
     gradients = []

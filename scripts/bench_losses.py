@@ -6,6 +6,8 @@
 bookkeeping  counts, coefficients and task sums as a share of a plain token-mean step, at 5 and 30 million parameters
 balancers    each balancer's own time and its extra forwards as a share of a step; CoBa as a real loop beside it
 paths        time of a step and peak memory of each loss path beside full fp32 logits (vocabulary 32k, half supervised)
+head         output head and loss at a vocabulary of 151,936 (frozen head, width 896, 2,048 supervised tokens): time and
+             peak memory of the chunked path beside the gathered logits
 mftcoder     a whole step (forward, backward, AdamW) beside a loss written as MFTCoder's: full fp32 logits, loop over
              tasks; the same padded batch, half of its positions supervised, vocabulary 16k
 
@@ -37,8 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mtft.data.batching.batch import IGNORE, Batch
 from mtft.data.batching.packed_attention import model_inputs
 from mtft.losses.balancers import BALANCERS, BalancerContext, Observation
+from mtft.losses.chunked_nll import Head, chunked_nll
 from mtft.losses.task_reduction import coefficients, reduce_sums, step_counts, task_losses, task_sums
-from mtft.losses.token_nll import token_nll
+from mtft.losses.token_nll import row_nll_in_place, token_nll
 
 TASKS = 5
 SIZES = {  # name: (width, layers, mlp width, vocabulary), tied embeddings
@@ -257,8 +260,50 @@ def paths(steps: int) -> dict:
     return out
 
 
+HEAD = (2048, 896, 151_936)  # supervised tokens, width, vocabulary (Qwen2.5-0.5B's)
+
+
+def head_step(path: str, supervised: int = HEAD[0]) -> Callable[[], None]:
+    """Forward and backward of head and loss alone."""
+    _, width, vocabulary = HEAD
+    draw = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(supervised, width, generator=draw, requires_grad=True)
+    weight_VD = torch.randn(vocabulary, width, generator=draw) / width**0.5
+    labels_N = torch.randint(0, vocabulary, (supervised,), generator=draw)
+    factor_N = torch.rand(supervised, generator=draw)
+
+    def step() -> None:
+        if path == "chunked":
+            nll_N = chunked_nll(hidden_ND, Head(weight_VD), labels_N)
+        else:
+            nll_N = row_nll_in_place(F.linear(hidden_ND, weight_VD), labels_N)
+        (nll_N * factor_N).sum().backward()
+        hidden_ND.grad = None
+
+    return step
+
+
+def head(steps: int) -> dict:
+    names = ("gather", "chunked")
+    seconds = alternate({name: head_step(name, HEAD[0] // 4) for name in names}, max(3, steps // 8))
+    out: dict = {name: {"seconds": round(float(np.median(seconds[name])), 4)} for name in names}
+    for name in names:
+        command = [sys.executable, __file__, "--peak-of", f"head {name}"]
+        out[name]["peak_mib"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    out["chunked / gather"] = {"time": ratio(seconds["chunked"], seconds["gather"])}
+    out["peak / fp32 logits"] = round(out["chunked"]["peak_mib"] / (HEAD[0] * HEAD[2] * 4 / 2**20), 3)
+    return out
+
+
 def peak_of(path: str) -> float:
     """MiB that forward and backward of one step add to what the process holds with the model loaded."""
+    if path.startswith("head "):
+        head_step(path.removeprefix("head "), 8)()  # libraries are loaded now
+        step = head_step(path.removeprefix("head "))
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory_kib("VmRSS")
+        step()
+        return (memory_kib("VmHWM") - before) / 1024
     model = make_model("wide")
     batch = make_batch(8, 256, model.config.vocab_size)
     path_loss("gather", model, make_batch(1, 8, model.config.vocab_size)).sum().backward()  # libraries are loaded now
@@ -305,7 +350,7 @@ def mftcoder(steps: int) -> dict:
     }
 
 
-PARTS = {"bookkeeping": bookkeeping, "balancers": balancers, "paths": paths, "mftcoder": mftcoder}
+PARTS = {"bookkeeping": bookkeeping, "balancers": balancers, "paths": paths, "head": head, "mftcoder": mftcoder}
 
 # (what, part, where in its figures, bar, whether larger is better)
 BARS: tuple[tuple[str, str, tuple[str, ...], float, bool], ...] = (
@@ -314,6 +359,8 @@ BARS: tuple[tuple[str, str, tuple[str, ...], float, bool], ...] = (
     ("CoBa with valid_every 10, times a plain step", "balancers", ("coba, real loop", "median"), 1.15, False),
     ("gather path, time of full fp32 logits", "paths", ("gather / full", "time", "median"), 0.9, False),
     ("gather path, memory of full fp32 logits", "paths", ("gather / full", "memory"), 0.6, False),
+    ("chunked path at V = 152k, time of gather", "head", ("chunked / gather", "time", "median"), 1.1, False),
+    ("chunked path at V = 152k, peak by whole fp32 logits", "head", ("peak / fp32 logits",), 0.125, False),
     ("whole step, times faster than an MFTCoder-style loss", "mftcoder", ("times_faster", "median"), 1.7, True),
 )
 
@@ -350,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=16, help="of each of the six comparisons, at the most")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--peak-of", choices=("full", "gather"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", choices=("full", "gather", "head gather", "head chunked"), help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.peak_of:
         print(peak_of(asked.peak_of))

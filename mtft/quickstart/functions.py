@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mtft.common.fingerprint import content_hash
 from mtft.quickstart.parsed_module import ParsedModule
 
 
@@ -48,11 +49,45 @@ _Def = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _walk(node: ast.AST, outer: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], _Def]]:
-    for child in ast.iter_child_nodes(node):
+    for child in _blocks(node):
         if isinstance(child, _Def):
             yield (*outer, child.name), child
         inner = (*outer, child.name) if isinstance(child, _Def | ast.ClassDef) else outer
         yield from _walk(child, inner)
+
+
+def _blocks(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements of a node's blocks, with the parts between (handlers, cases), in order. No expression holds any."""
+    for field in node._fields:
+        value = getattr(node, field, None)
+        if isinstance(value, list) and value and isinstance(value[0], ast.stmt | ast.excepthandler | ast.match_case):
+            yield from value
+
+
+def _statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """The statement and all that it holds."""
+    if isinstance(node, ast.stmt):
+        yield node
+    for child in _blocks(node):
+        yield from _statements(child)
+
+
+def _key(node: ast.AST, out: list[object]) -> None:
+    """Appends what tells a tree's code from another's, without places: faster than ast.dump."""
+    out.append(type(node))
+    for field in node._fields:
+        value = getattr(node, field, None)
+        if isinstance(value, ast.AST):
+            _key(value, out)
+        elif isinstance(value, list):
+            out.append(len(value))
+            for item in value:
+                if isinstance(item, ast.AST):
+                    _key(item, out)
+                else:
+                    out.append(item)
+        else:
+            out.append((type(value), value))  # True is 1, and 1.0 too
 
 
 def _function(id: str, node: _Def, lines: list[str]) -> Function | None:
@@ -72,7 +107,10 @@ def _function(id: str, node: _Def, lines: list[str]) -> Function | None:
     body = block[body_start - node.lineno :]
     while not body[0].strip():  # blank lines between docstring and code
         body, body_start = body[1:], body_start + 1
-    statement_lines = {n.lineno for s in statements for n in ast.walk(s) if isinstance(n, ast.stmt)}
+    statement_lines = {n.lineno for s in statements for n in _statements(s)}
+    code: list[object] = []
+    for part in (node.args, *statements):
+        _key(part, code)
     return Function(
         id=id,
         name=node.name,
@@ -81,7 +119,7 @@ def _function(id: str, node: _Def, lines: list[str]) -> Function | None:
         docstring_lines=tuple(docstring_lines),
         body=tuple(body),
         starts=tuple(sorted(line - body_start for line in statement_lines)),
-        key=f"{ast.dump(node.args)} {ast.dump(ast.Module(statements, []))}",
+        key=content_hash(repr(code).encode("utf-8", "surrogatepass")),
     )
 
 

@@ -17,7 +17,7 @@ import ast
 import json
 from collections.abc import Callable, Iterator
 
-from mtft.quickstart.parsed_module import ParsedModule, TaskRow
+from mtft.quickstart.parsed_module import Definition, ParsedModule, TaskRow, parameters
 
 MOST_CHARACTERS = 60
 METHODS = {
@@ -63,7 +63,7 @@ BY_FORM: dict[type[ast.expr], str] = {
 def call(module: ParsedModule) -> Iterator[TaskRow]:
     """Of two parameters or more, none of them starred."""
     for row_id, signature, node in _signatures(module):
-        names = [argument.arg for argument in _parameters(node.args)]
+        names = [argument.arg for argument in parameters(node.args)]
         names = names[1:] if names[0] in ("self", "cls") else names
         if len(names) >= 2 and node.args.vararg is None and node.args.kwarg is None:
             yield TaskRow(f"Call: {signature}", f"{node.name}({', '.join(names)})", row_id)
@@ -96,17 +96,11 @@ def type_(module: ParsedModule) -> Iterator[TaskRow]:
             yield TaskRow(f"Type: {ast.unparse(node)}", name, _place(module, node))
 
 
-def _signatures(module: ParsedModule) -> Iterator[tuple[str, str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+def _signatures(module: ParsedModule) -> Iterator[tuple[str, str, Definition]]:
     """(id of the row, text, node) of the functions that have parameters."""
-    for node in module.nodes:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _parameters(node.args):
-            text = f"def {node.name}({ast.unparse(node.args)})"
-            if len(text) <= MOST_CHARACTERS + len("def "):
-                yield f"{module.name}:{node.lineno}", text, node
-
-
-def _parameters(arguments: ast.arguments) -> list[ast.arg]:
-    return [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    for text, node in module.signatures:
+        if len(text) <= MOST_CHARACTERS + len("def "):
+            yield f"{module.name}:{node.lineno}", text, node
 
 
 def _defaults(arguments: ast.arguments) -> dict[str, ast.expr]:

@@ -117,10 +117,10 @@ class Store:
         return Example(*self.examples[i])
 
 
-def make_stores(shape: Shape, count: int, seed: int = 0) -> list[Store]:
+def make_stores(shape: Shape, count: int, seed: int = 0, tasks: Sequence[str] = TASKS) -> list[Store]:
     """`count` examples, dealt to the tasks in turn."""
     draw = np.random.default_rng(seed)
-    stores = [Store(task, []) for task in TASKS]
+    stores = [Store(task, []) for task in tasks]
     lengths = np.exp(draw.normal(np.log(shape.median), 0.8, count))
     if shape.long_share:
         is_long = draw.random(count) < shape.long_share
@@ -129,7 +129,7 @@ def make_stores(shape: Shape, count: int, seed: int = 0) -> list[Store]:
         learnt = np.zeros(length, dtype=bool)
         learnt[length - max(2, round(length * draw.uniform(0.2, 0.6))) :] = True
         ids = draw.integers(3, shape.vocabulary, length).astype(np.int32)
-        stores[index % len(TASKS)].examples.append((ids, learnt))
+        stores[index % len(stores)].examples.append((ids, learnt))
     return stores
 
 
@@ -352,6 +352,7 @@ def run_mtft(
     micro_batch_tokens: int | None = None,
     path: str = "auto",
     attention: str = "auto",
+    balancer: str = "uniform",
 ) -> Clock:
     from transformers.trainer_callback import TrainerCallback
 
@@ -371,10 +372,10 @@ def run_mtft(
             {
                 "name": "bench",
                 "model": {"path": folder, "dtype": "fp32" if shape.dtype == torch.float32 else "bf16"},
-                "tasks": [{"name": task, "data": "none"} for task in TASKS],
+                "tasks": [{"name": store.task, "data": "none"} for store in stores],
                 "mixture": {"shares": "uniform"},
                 "lora": {"r": shape.rank, "alpha": 2 * shape.rank},
-                "loss": {"path": path},
+                "loss": {"path": path, "balancer": {"name": balancer}},
                 "train": {
                     "steps": steps,
                     "batch_tokens": batch_tokens or int(BATCH * mean) + 1,

@@ -57,7 +57,7 @@ def _walk(node: ast.AST, outer: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
 
 
 def _blocks(node: ast.AST) -> Iterator[ast.AST]:
-    """The statements of a node's blocks, with the parts between (handlers, cases), in order. No expression holds any."""
+    """The statements of a node's blocks, and the parts between (handlers, cases), in order; expressions hold none."""
     for field in node._fields:
         value = getattr(node, field, None)
         if isinstance(value, list) and value and isinstance(value[0], ast.stmt | ast.excepthandler | ast.match_case):

@@ -145,14 +145,14 @@ def adapters() -> Curve:
 
 
 def fit() -> Curve:
-    from data_mixers.fitting.surrogate_fits import fit_surrogates
+    import bench_mixing as bench
 
     curve = {}
     for trials in (64, 128, 256, 512, 1024, 2048):
         draw = np.random.default_rng(0)
         P = draw.dirichlet(np.ones(8), trials)
         y = 2 + (P @ draw.random(8)) ** 2 + 0.5 * np.exp(-5 * P[:, 0]) + 0.01 * draw.standard_normal(trials)
-        curve[trials] = least(lambda P=P, y=y: fit_surrogates(P, {"loss": y}), repeats=1)
+        curve[trials] = least(lambda P=P, y=y, n=trials: bench.fits_of(P, {"loss": y}, np.arange(n)), repeats=1)
     return curve
 
 

@@ -3,7 +3,8 @@
     k = s_f^2 (1 + r + r^2/3) e^-r  +  s_l^2 z.z'/d  +  s_n^2 delta,     r^2 = 5 sum_k (dz_k / l_k)^2
 
 z = phi(x) standardised by column, y standardised; Matern 5/2 with one length per task, plus a linear part. MAP by
-L-BFGS with exact gradients under log-normal priors (log l ~ N(log sqrt d, 1), the variances wide). phi is a log or a
+L-BFGS with exact gradients under log-normal priors (log l ~ N(log sqrt d, 1), the variances wide), at 192 of the trials
+where there are more: a step of the search costs n^3, the posterior of all trials costs it once. phi is a log or a
 root: raw shares are the usual mistake (a share of 0.001 against 0 matters as much as 0.1 against 0.2).
 Rasmussen & Williams (2006), ch. 5. Sampling is exact (joint posterior), and leaving trials out is closed form.
 """
@@ -31,6 +32,7 @@ TRANSFORMS: dict[str, Callable[[Floats], Floats]] = {
     "log1+root": lambda x: np.hstack([np.log(x + 1e-3), np.sqrt(x)]),
 }
 JITTER = 1e-8
+SEARCH = 192  # trials at which lengths and variances are looked for; all trials make the posterior
 LIMITS = ((-3.0, 6.0), (-6.0, 6.0), (-10.0, 6.0), (-12.0, 1.0))  # log l, log s_f^2, log s_l^2, log s_n^2
 
 
@@ -92,10 +94,12 @@ class GaussianProcess(PointSurrogate):
         if self._start is not None:
             start, iterations = self._start.theta, min(iterations, 15)
         limits = [LIMITS[0]] * d + list(LIMITS[1:])
-        linear = self._z @ self._z.T / self._active
+        some = _some_trials(len(y))
+        z, seen, noise_of = self._z[some], target[some], noise_scale[some]
+        linear = z @ z.T / self._active
 
         def value(theta: Floats) -> tuple[float, Floats]:
-            value, gradient = _negative_log_likelihood(theta, self._z, linear, target, noise_scale)
+            value, gradient = _negative_log_likelihood(theta, z, linear, seen, noise_of)
             prior, slope = _negative_log_prior(theta, centre, spread, self.tied, deviation >= 1e-6)
             return value + prior, gradient + slope
 
@@ -104,7 +108,7 @@ class GaussianProcess(PointSurrogate):
             start = minimize(value, start, jac=True, method="L-BFGS-B", bounds=limits, options=options).x
         self.theta = start
         matern, _ = _matern(self._z / np.exp(start[:d]))
-        kernel = np.exp(start[d]) * matern + np.exp(start[d + 1]) * linear
+        kernel = np.exp(start[d]) * matern + np.exp(start[d + 1]) * (self._z @ self._z.T / self._active)
         kernel[np.diag_indices_from(kernel)] += np.exp(start[d + 2]) * noise_scale + JITTER
         self._chol = np.asarray(np.linalg.cholesky(kernel), dtype=np.float64)
         self._alpha = cho_solve((self._chol, True), target)
@@ -186,22 +190,41 @@ class GaussianProcess(PointSurrogate):
         return self.mean(rows) + np.random.default_rng(seed).standard_normal((size, len(rows))) @ root.T
 
 
+def _some_trials(n: int) -> NDArray[np.intp]:
+    """The trials that the search looks at, ascending: all, or SEARCH of them drawn evenly."""
+    if n <= SEARCH:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(0).permutation(n)[:SEARCH])
+
+
 def _matern(a: Floats, b: Floats | None = None) -> tuple[Floats, Floats]:
     """Matern 5/2 correlation [m, n] of scaled features, and (1 + r) e^-r, of which its slope is made."""
     other = a if b is None else b
-    square = np.sum(a**2, axis=1)[:, None] + np.sum(other**2, axis=1) - 2 * (a @ other.T)
-    r = np.sqrt(5 * np.maximum(square, 0.0))
+    cross = a @ other.T
+    cross *= 2
+    r = np.sum(a**2, axis=1)[:, None] + np.sum(other**2, axis=1)
+    r -= cross  # in place from here on: with many trials, fresh memory is what costs
+    np.maximum(r, 0.0, out=r)
+    r *= 5
+    np.sqrt(r, out=r)
     if b is None:
         r[np.diag_indices_from(r)] = 0.0
-    decay = np.exp(-r)
-    slope = (1 + r) * decay
-    return slope + r**2 / 3 * decay, slope
+    decay = np.exp(np.negative(r, out=cross), out=cross)
+    slope = 1 + r
+    slope *= decay
+    r *= r
+    r /= 3
+    r *= decay
+    r += slope
+    return r, slope
 
 
 def _inverse(chol: Floats) -> Floats:
-    inverse, _ = dpotri(chol, lower=1)
-    lower = np.tril(inverse)
-    return lower + np.tril(inverse, -1).T
+    """Of the matrix whose lower Cholesky factor this is, with zeros above the diagonal."""
+    lower, _ = dpotri(chol, lower=1)
+    inverse = lower + lower.T
+    inverse[np.diag_indices_from(inverse)] = np.diag(lower)
+    return inverse
 
 
 def _negative_log_prior(

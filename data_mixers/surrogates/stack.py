@@ -36,6 +36,7 @@ from data_mixers.surrogates.base import (
     Floats,
     PointSurrogate,
     Prediction,
+    TrialData,
     conformal_quantile,
     grouped_folds,
     shares,
@@ -44,6 +45,7 @@ from data_mixers.surrogates.gaussian_process import GaussianProcess
 
 PULL = 1.0  # of the stacking weights towards w0, in units of n var(y)
 NOISE_PRIORS = (-5.0, -2.0, -0.5)  # centres of log s_n^2: losses are quiet, benchmark scores are not
+PILOT = 512  # trials at the most that choose among these
 FLAT = 1e-9  # of the scores' sd: predictions that differ by less are one number
 SMALLEST = 0.02  # a weight below this is not worth the model
 
@@ -95,7 +97,7 @@ class Stack(PointSurrogate):
             mean_n[held] = np.delete(y, held).mean()
         candidates = self._settle_noise(folds)
         fitted = {label: model.clone().fit(**self.data._asdict()) for label, model in candidates.items()}
-        held_out = {label: self._hold_out(model, folds) for label, model in fitted.items()}
+        held_out = {label: self._hold_out(model, folds, self.data) for label, model in fitted.items()}
         baseline = float(np.mean((y - mean_n) ** 2))
         self._error = {label: float(np.mean((y - mean) ** 2)) for label, (mean, _) in held_out.items()}
         processes = {label: model for label, model in fitted.items() if isinstance(model, GaussianProcess)}
@@ -155,16 +157,20 @@ class Stack(PointSurrogate):
         if repeats is not None:
             noise = float(np.clip(np.log(max(repeats, 1e-300) / data.y.var()), -12.0, 1.0))
         else:
+            if len(data.y) > PILOT:  # enough to tell priors apart
+                data = data.at(np.sort(np.random.default_rng(self.seed).permutation(len(data.y))[:PILOT]))
+                folds = grouped_folds(data.groups, self.folds, self.seed)
             errors = {}
             for centre in NOISE_PRIORS:
                 pilot = replace(self.candidates[undecided[0]], noise=centre).fit(**data._asdict())
-                errors[centre] = float(np.mean((data.y - self._hold_out(pilot, folds)[0]) ** 2))
+                errors[centre] = float(np.mean((data.y - self._hold_out(pilot, folds, data)[0]) ** 2))
             noise = min(errors, key=errors.__getitem__)
         return {**self.candidates, **{label: replace(self.candidates[label], noise=noise) for label in undecided}}
 
-    def _hold_out(self, model: PointSurrogate, folds: Sequence[NDArray[np.intp]]) -> tuple[Floats, Floats]:
+    def _hold_out(
+        self, model: PointSurrogate, folds: Sequence[NDArray[np.intp]], data: TrialData
+    ) -> tuple[Floats, Floats]:
         """Out-of-fold mean and variance [n] of one candidate."""
-        data = self.data
         mean_n, variance_n = np.empty(len(data.y)), np.empty(len(data.y))
         if max(len(held) for held in folds) > len(data.y) - MINIMUM_TRIALS:
             count = len(np.unique(data.groups))

@@ -5,6 +5,7 @@ import pytest
 from scipy.optimize import check_grad
 
 from data_mixers import MixError
+from data_mixers.surrogates import gaussian_process, stack
 from data_mixers.surrogates.base import conformal_quantile, grouped_folds
 from data_mixers.surrogates.gaussian_process import GaussianProcess, _negative_log_likelihood, _negative_log_prior
 from data_mixers.surrogates.lightgbm import LightGBM, RegMix
@@ -213,3 +214,40 @@ def test_conformal_quantile_by_hand():
 
 def test_the_table_of_names_is_complete():
     assert {"linear", "ridge", "lightgbm", "regmix", "exp", "power", "gp", "stack"} <= set(SURROGATES)
+
+
+def many_trials(n):
+    draw = np.random.default_rng(3)
+    X = draw.dirichlet(np.ones(5), n)
+    return X, 2 + np.exp(-4 * X @ draw.random(5)) + 0.3 * np.sqrt(X[:, 1]) + 0.01 * draw.standard_normal(n)
+
+
+def test_the_search_of_a_process_is_bounded_and_all_trials_make_its_posterior(monkeypatch):
+    X, y = many_trials(600)
+    sizes = []
+    likelihood = gaussian_process._negative_log_likelihood
+    monkeypatch.setattr(
+        gaussian_process, "_negative_log_likelihood", lambda *args: sizes.append(len(args[1])) or likelihood(*args)
+    )
+    bounded = GaussianProcess().fit(X[:450], y[:450])
+    assert set(sizes) == {gaussian_process.SEARCH}
+    assert bounded._chol.shape == (450, 450)
+    monkeypatch.setattr(gaussian_process, "SEARCH", 10**6)
+    whole = GaussianProcess().fit(X[:450], y[:450])
+    errors = [float(np.mean((model.mean(X[450:]) - y[450:]) ** 2)) for model in (bounded, whole)]
+    assert errors[0] < 1.1 * errors[1], "nothing is lost by it"
+    few = GaussianProcess().fit(X[:100], y[:100])
+    monkeypatch.undo()
+    assert np.array_equal(GaussianProcess().fit(X[:100], y[:100]).theta, few.theta), "few trials: as without a bound"
+
+
+def test_noise_priors_are_told_apart_by_some_of_many_trials(monkeypatch):
+    X, y = many_trials(560)
+    sizes = []
+    fit = GaussianProcess.fit
+    monkeypatch.setattr(GaussianProcess, "fit", lambda self, *a, **k: sizes.append(len(k["y"])) or fit(self, *a, **k))
+    stack_module = Stack(candidates={"gp": GaussianProcess(noise=None)}, folds=3)
+    stack_module.fit(X, y)
+    assert max(sizes[:12]) == stack.PILOT, "three priors, each with three folds"
+    assert max(sizes) == 560
+    assert stack_module.weights == {"gp": 1.0}

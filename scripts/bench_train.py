@@ -363,7 +363,7 @@ def run_mtft(
     from mtft.recipe.schema.recipe import Recipe
     from mtft.training.run_files.metrics_log import MetricsLog
     from mtft.training.trainer import build_trainer
-    from mtft.training.trainer_parts import TrainingInputs
+    from mtft.training.training_inputs import TrainingInputs
     from mtft.training.training_arguments import training_arguments
 
     with tempfile.TemporaryDirectory() as folder:

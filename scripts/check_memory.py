@@ -124,7 +124,7 @@ def make_trainer(recipe: Any, shape: dict[str, Any], stores: list[Any]) -> Any:
     from mtft.training.build_model import load_for_training
     from mtft.training.run_files.metrics_log import MetricsLog
     from mtft.training.trainer import build_trainer
-    from mtft.training.trainer_parts import TrainingInputs
+    from mtft.training.training_inputs import TrainingInputs
     from mtft.training.training_arguments import training_arguments
 
     plan = make_plan(recipe, stores)

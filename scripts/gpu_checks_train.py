@@ -242,7 +242,7 @@ def memory(bench: Bench) -> Lines:
 
     from mtft.training.memory.auto_micro_batch import with_auto_micro_batch
     from mtft.training.memory.estimate import estimate_memory
-    from mtft.training.trainer_parts import read_training_inputs
+    from mtft.training.training_inputs import read_training_inputs
 
     model = bench.model(hidden_size=1024, num_hidden_layers=12, intermediate_size=2816, num_attention_heads=16,
                         num_key_value_heads=8, vocab_size=32_000)  # fmt: skip
@@ -277,7 +277,7 @@ def memory(bench: Bench) -> Lines:
 
 def supervised_share(recipe: Any) -> float:
     """Supervised tokens by tokens, as the recipe's shares mix the tasks."""
-    from mtft.training.trainer_parts import read_training_inputs
+    from mtft.training.training_inputs import read_training_inputs
 
     shares = recipe.mixture.shares
     parts = [(shares[store.task], store.supervised, store.lengths) for store in read_training_inputs(recipe).stores]

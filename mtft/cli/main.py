@@ -63,13 +63,18 @@ def check(
     loaded = load_recipe(recipe, overrides or [])
     from mtft.pipeline.check import check_recipe
 
+    if not as_json and sys.stdout.isatty():
+        from rich.console import Console
+
+        from mtft.data.summary.render_console import render_summary
+
+        console = Console()
+        checked = check_recipe(loaded, lambda data: console.print(render_summary(data, everything=everything)))
+        console.print(checked.render_rest(everything=everything))
+        return
     checked = check_recipe(loaded)
     if as_json:
         typer.echo(json.dumps(checked.as_dict(), indent=2))
-    elif sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(checked.render(everything=everything))
     else:
         typer.echo(checked.text(everything=everything))
 

@@ -6,10 +6,10 @@ together once both are known (the balancer's needs), then the memory, for which 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mtft.distributed.launch import LaunchConfig
 from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.schema.recipe import Recipe
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from mtft.data.summary.data_summary import DataSummary
-    from mtft.training.memory.estimate import MemoryEstimate
+    from mtft.training.memory.memory_estimate import MemoryEstimate
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class CheckReport:
         content |= {"memory": self.memory.as_dict(), "warnings": [*content["warnings"], *self.warnings]}
         return {**content, "online": self.online, "user_code": list(self.user_code)}
 
-    def render(self, *, everything: bool = False) -> Group:
-        """For a rich console. everything: each task and each warning, however many there are."""
+    def render_rest(self, *, everything: bool = False) -> Group:
+        """For a rich console, below the data. everything: each warning, however many there are."""
         from rich.console import Group
         from rich.text import Text
 
-        from mtft.data.summary.render_console import render_summary, warning_text
+        from mtft.data.summary.render_console import warning_text
 
-        said = map(warning_text, self._warnings(everything))
-        return Group(render_summary(self.data, everything=everything), *map(Text, self._more()), *said)
+        *more, memory = self._more()
+        return Group(*map(Text, more), *map(warning_text, self._warnings(everything)), Text(memory))
 
     def text(self, *, everything: bool = False) -> str:
         """For files and pipes."""
@@ -64,8 +64,10 @@ class CheckReport:
         return [*([self.online] if self.online else []), *self.user_code, self.memory.text()]
 
 
-def check_recipe(recipe: Recipe) -> CheckReport:
+def check_recipe(recipe: Recipe, on_data: Callable[[DataSummary], None] = lambda data: None) -> CheckReport:
     """Check a recipe as far as that goes without its weights.
+
+    on_data: told what is known of the data, before the model is asked, which takes longer.
 
     Raises UserError or MixError for what `mtft train`, `mtft mix`, `mtft merge` and `mtft run` would refuse.
     """
@@ -83,18 +85,16 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     from mtft.losses.balancers import make_balancer
     from mtft.models.cpu_precision import precision_warnings
     from mtft.models.loading import load_tokenizer, read_config
+    from mtft.pipeline.model_facts import model_facts
     from mtft.training.checkpoint.run_basis import run_basis
-    from mtft.training.memory.estimate import estimate_memory, meta_model
-    from mtft.training.online_mixture import describe_online_mixture, make_controller
     from mtft.training.preflight import (
-        attention_of,
         folder_refusal,
         position_warning,
         refuse_attention,
         refuse_rows,
         refuse_settings,
     )
-    from mtft.training.trainer_parts import TrainingInputs
+    from mtft.training.training_inputs import TrainingInputs
 
     refuse_settings(recipe)
     others = {"sweep.model": recipe.sweep and recipe.sweep.model, "fuse.strong": recipe.fuse and recipe.fuse.strong}
@@ -117,31 +117,33 @@ def check_recipe(recipe: Recipe) -> CheckReport:
         tokens=[task.supervised_tokens for task in data.tasks],
     )
     warnings = check_compatibility(recipe, stage="check", needs=balancer.needs)
-    attention = attention_of(config, recipe.model.attention)
-    refusal = packing_refusal(config, attention) if recipe.train.packing else None
+    on_data(data)
+    learnt = sum(task.tokens_per_step * task.supervised_tokens / task.tokens for task in data.tasks if task.tokens)
+    facts = model_facts(
+        recipe,
+        config,
+        learnt_share=min(1.0, learnt / data.tokens_per_step),
+        longest=max((task.longest for task in data.tasks), default=None),
+    )
+    refusal = packing_refusal(config, facts.attention) if recipe.train.packing else None
     if refusal is not None:
         warnings.append(f"{refusal}: one example a row, so train.packing has no effect")
     warnings += precision_warnings({"model": recipe.model, **others})
     identity = TrainingInputs(tokenizer, stores, held_out).identity(plan)
     more = position_warning(recipe, config), folder_refusal(recipe, identity, run_basis(recipe, tokenizer))
     warnings += [line for line in more if line is not None]
-    learnt = sum(task.tokens_per_step * task.supervised_tokens / task.tokens for task in data.tasks if task.tokens)
-    meta = meta_model(recipe)
-    warnings += check_without_weights(recipe, meta.model)
-    memory = estimate_memory(
-        recipe,
-        meta=meta,
-        learnt_share=min(1.0, learnt / data.tokens_per_step),
-        longest=max((task.longest for task in data.tasks), default=None),
-        launch=LaunchConfig.from_environment(),
-    )
-    online = describe_online_mixture(recipe, make_controller(recipe, plan)) if isinstance(plan, ReplannedPlan) else None
+    warnings += [*facts.notes, *fusion_notes(recipe)]
+    online = None
+    if isinstance(plan, ReplannedPlan):
+        from mtft.training.online_mixture import describe_online_mixture, make_controller
+
+        online = describe_online_mixture(recipe, make_controller(recipe, plan))
     if recipe.eval.lm_eval is not None:
         LmEvalTasks.load(recipe.eval.lm_eval)
     asked = AskedMetrics.of(recipe, tokenizer)
     check_questions(held_out, asked)
     warnings += cut_questions(held_out, asked)
-    return CheckReport(data, memory, tuple(warnings), online, tuple(asked.describe()))
+    return CheckReport(data, facts.memory, tuple(warnings), online, tuple(asked.describe()))
 
 
 def check_without_weights(recipe: Recipe, adapted: Any) -> list[str]:
@@ -150,17 +152,19 @@ def check_without_weights(recipe: Recipe, adapted: Any) -> list[str]:
 
     adapted: the model with its adapter, on the meta device. Returns what is worth knowing.
     """
-    from mtft.fuse.from_recipe import plan_recipe
-    from mtft.losses.balancers import balancer_class
-    from mtft.recipe.method_options import options_of
-    from mtft.training.memory.estimate import check_adapter
-    from mtft.training.step.task_gradients import make_task_gradient_step
+    from mtft.pipeline.model_facts import adapter_notes
 
-    said: list[str] = [] if recipe.lora is None else check_adapter(recipe, adapted)
-    gram_every = 1 if "gram_every" in options_of(balancer_class(recipe.loss.balancer)) else None
-    make_task_gradient_step(recipe, adapted, gram_every=gram_every, isolated=False, run_dir=None, say=said.append)
-    coverage = None if recipe.fuse is None else plan_recipe(recipe, trained=False).coverage()
-    return said if coverage is None else [*said, coverage]
+    return [*adapter_notes(recipe, adapted), *fusion_notes(recipe)]
+
+
+def fusion_notes(recipe: Recipe) -> list[str]:
+    """What the recipe's fusion covers. UserError, as the fuse stage would, where its models don't fit."""
+    if recipe.fuse is None:
+        return []
+    from mtft.fuse.from_recipe import plan_recipe
+
+    coverage = plan_recipe(recipe, trained=False).coverage()
+    return [] if coverage is None else [coverage]
 
 
 def check_names(recipe: Recipe) -> None:

@@ -31,7 +31,7 @@ from mtft.training.export.export import export_model, write_card
 from mtft.training.export.proof import PROOF, NoRoom, ReloadResult, probe_logits, write_probe
 from mtft.training.run_files.run_dir import ANSWERS, NOT_PROVED, PROVED, RESULT, SCORES, TRAINED, write_plan
 from mtft.training.trainer import MultiTaskTrainer
-from mtft.training.trainer_parts import TrainingInputs, held_out_identity
+from mtft.training.training_inputs import TrainingInputs, held_out_identity
 
 PATIENCE = 60.0  # seconds after which the other ranks are told that the proof goes on; NCCL gives up after 600
 

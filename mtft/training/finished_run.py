@@ -12,7 +12,7 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.targets import FORWARD
 from mtft.training.checkpoint.run_basis import check_finished_base
 from mtft.training.run_files.run_dir import RESULT, finished_on_other_data, read_result_file
-from mtft.training.trainer_parts import data_identity, held_out_identity, read_training_inputs
+from mtft.training.training_inputs import data_identity, held_out_identity, read_training_inputs
 
 
 def check_finished(recipe: Recipe) -> None:

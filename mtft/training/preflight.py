@@ -29,7 +29,6 @@ from mtft.models.segment_attention import NAME as SEGMENTS
 from mtft.models.segment_attention import auto_attention, register, segments_refusal
 from mtft.recipe.schema.model import ModelSection
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.checkpoint.checkpoint import check_identity
 from mtft.training.checkpoint.checkpoint_files import latest_checkpoint
 from mtft.training.run_files.run_dir import check_recipe, read_result_file
 
@@ -89,6 +88,8 @@ def _has(config: Any, name: str) -> bool:
 
 def refuse_trackers(trackers: Sequence[str]) -> None:
     """UserError for a tracker that transformers does not know, or whose package is not installed."""
+    if set(trackers) <= {"all", "none"}:
+        return
     from transformers.integrations import integration_utils
 
     known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
@@ -138,14 +139,16 @@ def folder_refusal(recipe: Recipe, identity: Mapping[str, str], basis: Mapping[s
 
     identity, basis: of the run that would begin.
     """
-    from mtft.training.finished_run import check_finished
-
     run_dir = Path(recipe.output.dir)
     try:
         check_recipe(run_dir, recipe)
         if read_result_file(run_dir) is not None:
+            from mtft.training.finished_run import check_finished
+
             check_finished(recipe)
         elif (checkpoint := latest_checkpoint(run_dir, say=lambda _: None, tidy=False)) is not None:
+            from mtft.training.checkpoint.checkpoint import check_identity
+
             check_identity(checkpoint, dict(identity), basis)
     except UserError as error:
         return f"`mtft train` will refuse: {error.what} ({error.where}); {error.do}"

@@ -46,14 +46,9 @@ from mtft.training.optim.schedule_free import evaluation_weights
 from mtft.training.preflight import refuse_rows, refuse_settings
 from mtft.training.run_files.metrics_log import MetricsLog, flat
 from mtft.training.run_files.run_dir import check_recipe, read_result_file
-from mtft.training.trainer_parts import (
-    TrainerParts,
-    held_out_identity,
-    read_training_inputs,
-    start_run_dir,
-    trainer_parts,
-)
+from mtft.training.trainer_parts import TrainerParts, start_run_dir, trainer_parts
 from mtft.training.training_arguments import training_arguments
+from mtft.training.training_inputs import held_out_identity, read_training_inputs
 
 
 class RunTrainer(Trainer):

@@ -86,7 +86,8 @@ def _train(recipe: Recipe, *, fresh: bool, quiet: bool, prove: bool, refused: Us
     from mtft.training.preflight import refuse_rows, refuse_settings
     from mtft.training.run_files.metrics_log import MetricsLog
     from mtft.training.trainer import build_trainer
-    from mtft.training.trainer_parts import held_out_identity, print_summary, read_training_inputs, start_run_dir
+    from mtft.training.trainer_parts import print_summary, start_run_dir
+    from mtft.training.training_inputs import held_out_identity, read_training_inputs
     from mtft.training.training_arguments import training_arguments
 
     refuse_settings(recipe)

@@ -1,9 +1,8 @@
-"""From a recipe to a trainer that is ready to go: inputs, run directory, batches, objective, balancer."""
+"""From a recipe to a trainer that is ready to go: run directory, batches, objective, balancer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from data_mixers.plan.replanned import ReplannedPlan
 from mtft.common.errors import UserError
 from mtft.data.batching.batches import BatchSource
 from mtft.data.batching.packed_attention import packing_refusal
-from mtft.data.store.token_store import open_stores
 from mtft.data.tokenize.vocabulary_check import check_vocabulary
 from mtft.distributed.collectives import from_first_rank
 from mtft.distributed.launch import is_main_process
@@ -31,7 +29,7 @@ from mtft.losses.moe_router_loss import check_router_loss, router_warning
 from mtft.losses.sample_weights import SampleWeights
 from mtft.losses.token_nll import resolve_path
 from mtft.losses.validation_stream import ValidationStream
-from mtft.models.loading import compute_dtype, load_tokenizer, pad_id
+from mtft.models.loading import compute_dtype, pad_id
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.targets import LM_EVAL
 from mtft.training.callbacks.early_stopping import EarlyStopping
@@ -46,46 +44,9 @@ from mtft.training.run_files.run_dir import eval_schedule, move_aside, write_sta
 from mtft.training.step.neftune import Neftune
 from mtft.training.step.objective import Objective
 from mtft.training.step.task_gradients import make_task_gradient_step
+from mtft.training.training_inputs import TrainingInputs
 
 VALID_TOKENS = 16_384  # at the most, of one measurement for what watches held-out losses
-
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """What a run reads: tokenizer and token stores, one a task (held-out: None for a task without eval_data)."""
-
-    tokenizer: Any
-    stores: Sequence[Any]
-    held_out: Sequence[Any | None]
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether any task has held-out rows."""
-        return any(store is not None for store in self.held_out)
-
-    def identity(self, plan: MixturePlan | ReplannedPlan) -> dict[str, str]:
-        """What must be the same for a run to go on."""
-        return {"plan": plan.fingerprint, **data_identity(self.stores)}
-
-
-def data_identity(stores: Sequence[Any]) -> dict[str, str]:
-    """{"data of TASK": fingerprint} of the training rows."""
-    return {f"data of {store.task}": store.fingerprint for store in stores}
-
-
-def held_out_identity(stores: Sequence[Any | None]) -> dict[str, str]:
-    """{"held-out rows of TASK": fingerprint}: what the scores of a run are of."""
-    return {f"held-out rows of {store.task}": store.fingerprint for store in stores if store is not None}
-
-
-def read_training_inputs(recipe: Recipe, *, eval_limit: int | None = None, tokenizer: Any = None) -> TrainingInputs:
-    """Tokenizer and token stores of a recipe; the stores are built by one process where they don't stand yet.
-
-    eval_limit: only the first held-out rows of each task. tokenizer: in place of the model's own.
-    """
-    tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
-    held_out = open_stores(recipe, tokenizer, "eval", limit=eval_limit)
-    return TrainingInputs(tokenizer, open_stores(recipe, tokenizer, "train"), held_out)
 
 
 def start_run_dir(

@@ -23,7 +23,7 @@ from mtft.distributed.sharding import trainable
 from mtft.recipe.load import dump_recipe
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.run_training import train
-from mtft.training.trainer_parts import read_training_inputs
+from mtft.training.training_inputs import read_training_inputs
 from tests.distributed.engines import changed, poisoned, stopped
 from tests.training.conftest import write_model, write_weighted_tasks
 

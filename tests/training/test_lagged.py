@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mtft.recipe.schema.recipe import Recipe
-from mtft.training.trainer_parts import read_training_inputs
+from mtft.training.training_inputs import read_training_inputs
 from tests.slow import slow
 from tests.training.step.test_task_gradients import LORA, Gradients, lines, trainer_for
 

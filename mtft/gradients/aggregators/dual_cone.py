@@ -10,7 +10,6 @@ Solved exactly by an active set, in about 0.1 ms for 30 tasks. A residual of 0 m
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import nnls
 
 
 def shortest(root: np.ndarray, bound: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -18,6 +17,8 @@ def shortest(root: np.ndarray, bound: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
     root: columns r_k; bound: b_k. `u` adds up to a positive number unless bound <= 0, and then is 0.
     """
+    from scipy.optimize import nnls  # slow to import, and `mtft check` asks for names only
+
     target = np.zeros(len(root) + 1)
     target[-1] = 1
     u, _ = nnls(np.vstack([root, bound]), target, maxiter=50 * len(bound))

@@ -35,7 +35,7 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.memory.estimate import estimate_memory
 from mtft.training.optim.optimizers import state_bytes
 from mtft.training.run_files.run_dir import ENV, read_env
-from mtft.training.trainer_parts import TrainingInputs
+from mtft.training.training_inputs import TrainingInputs
 
 KEY = "micro_batch_tokens"
 GPU_SHARE, CPU_SHARE = 0.9, 0.7  # of the memory that a step may take

@@ -19,7 +19,7 @@ kernels come on top; offloading is not counted. Quantised linears are counted wi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,47 +43,13 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.memory.activation_peak import activation_peak
 from mtft.training.memory.engine_share import engine_share
 from mtft.training.memory.fsdp_play import NF4_BYTES, FsdpPlay
+from mtft.training.memory.memory_estimate import MemoryEstimate
 from mtft.training.memory.zero_play import BucketPlay, GatherPlay
 from mtft.training.optim.optimizers import state_bytes
 
 QUANTISED_BYTES = {"nf4": 0.516, "int8": 1.0}  # a linear's weight; nf4 with its doubly quantised scales is 4.127 bits
 ONE_PROCESS = LaunchConfig()
 FUSED_ROWS = 256  # supervised tokens whose logits the fused loss holds at a time
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on each GPU (without one: of each process), and the parameters behind them. `activations` is None for a
-    model that can't be counted."""
-
-    parameters: int
-    trainable: int
-    weights: int
-    training: int
-    activations: int | None
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """All that is known."""
-        return self.weights + self.training + (self.activations or 0) + self.logits
-
-    def as_dict(self) -> dict[str, int | None]:
-        return {**asdict(self), "total": self.total}
-
-    def text(self) -> str:
-        share = f"{self.trainable:,} of {self.parameters:,} parameters are trained"
-        parts = ", ".join(
-            f"{name} {_size(getattr(self, name))}" for name in ("weights", "training", "activations", "logits")
-        )
-        place = "memory on each GPU" if torch.cuda.is_available() else "in memory, for each process"
-        return f"{place}: about {_size(self.total)} ({parts}); {share}"
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return "unknown, not in the sum"
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 // 10 else f"{count / 2**20:.1f} MiB"
 
 
 def estimate_memory(

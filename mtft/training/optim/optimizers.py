@@ -23,16 +23,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers.training_args import OptimizerNames, TrainingArguments
 
 from data_mixers.common.suggest import closest_match
 from mtft.common.errors import UserError
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.optim.muon_adamw import MuonAdamW
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 ALIASES = {
     "adamw": "adamw_torch",
@@ -41,6 +43,10 @@ ALIASES = {
     "schedule_free": "schedule_free_adamw",
 }
 MUON = "muon"
+# Names that transformers has (a test looks), so that its Trainer, PEFT and bitsandbytes aren't imported to look one up.
+USUAL = frozenset({"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop", "adagrad", "adamw_8bit"})
+USUAL |= {"paged_adamw_8bit", "paged_adamw_32bit", "lion_32bit", "lion_8bit", "ademamix", "ademamix_8bit"}
+USUAL |= {"schedule_free_adamw", "schedule_free_sgd"}
 _SMALL = 4096  # bitsandbytes keeps the state of smaller tensors in 32 bit
 _STATE = {  # bytes of optimizer state for one trained parameter; longest match wins, Adam's 8 where nothing matches
     "sgd": 0.0,
@@ -57,14 +63,15 @@ _EIGHT_BIT = {"adamw": 2.0, "ademamix": 3.0, "lion": 1.0, "rmsprop": 1.0}
 
 def known_optimizers() -> list[str]:
     """Every name that `train.optimizer` takes."""
+    from transformers.training_args import OptimizerNames
+
     names = {name.value for name in OptimizerNames} | ALIASES.keys() | {MUON}
     return sorted(name for name in names if _refusal(name) is None)
 
 
 def optimizer_name(name: str) -> str:
     """The name that transformers knows (or `muon`). UserError for an unknown one, or one whose package is missing."""
-    known = known_optimizers()
-    if name not in known:
+    if ALIASES.get(name, name) not in USUAL | {MUON} and name not in (known := known_optimizers()):
         near = closest_match(name, known)
         reason = _refusal(name)
         raise UserError(

@@ -24,7 +24,7 @@ from mtft.training.memory.auto_micro_batch import (
     with_auto_micro_batch,
 )
 from mtft.training.run_training import train
-from mtft.training.trainer_parts import read_training_inputs
+from mtft.training.training_inputs import read_training_inputs
 from tests.slow import slow
 from tests.training.test_run_training import kill_at_step, picture, recipe_in, run
 from tests.training.test_trainer import first_gradients

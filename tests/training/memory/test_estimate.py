@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mtft.recipe.load import load_recipe
 from mtft.training.build_model import load_for_training
 from mtft.training.memory.activation_peak import LiveBytes, activation_peak
-from mtft.training.memory.estimate import MemoryEstimate, estimate_memory
+from mtft.training.memory.estimate import estimate_memory
+from mtft.training.memory.memory_estimate import MemoryEstimate
 
 RECIPE = """\
 name: memory

@@ -25,6 +25,7 @@ from mtft.common.errors import MergeError, UserError
 from mtft.common.foreign_json import read_foreign
 from mtft.common.out_of_memory import is_out_of_memory
 from mtft.common.run_folders import refuse_run_as_adapter
+from mtft.models.bitsandbytes_aside import bitsandbytes_aside
 from mtft.models.loading import cached_folder
 from mtft.models.model_files import broken_weights, check_finite, some
 
@@ -130,7 +131,8 @@ def load_adapter(
     config.inference_mode = not trainable
     config.base_model_name_or_path = model.name_or_path  # wherever it was when the adapter was trained
     try:
-        adapted: Any = get_peft_model(model, config)
+        with bitsandbytes_aside():
+            adapted: Any = get_peft_model(model, config)
         report = adapted.load_adapter(str(folder), "default", is_trainable=trainable)
     except KeyError as error:  # a module that was trained as a whole (modules_to_save)
         raise UserError(

@@ -10,6 +10,7 @@ from torch import nn
 
 from mtft.common.errors import UserError
 from mtft.models.adapters import does_not_fit, load_adapter, read_peft_config
+from mtft.models.bitsandbytes_aside import bitsandbytes_aside
 from mtft.models.lora_targets import excluded_modules, no_such_targets, refused_by_peft, unmatched_targets
 from mtft.recipe.schema.lora import LoraSection
 
@@ -49,7 +50,8 @@ def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> Peft
     )
     torch.manual_seed(seed)
     try:
-        adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
+        with bitsandbytes_aside():
+            adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
     except (ValueError, AttributeError, TypeError, NotImplementedError) as error:
         if unmatched and "fused" not in str(error):  # "gate_proj without also targeting up_proj": fused in this model
             raise refusal from error
@@ -81,7 +83,8 @@ def lora_like_start(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     config = read_start(section)
     config.lora_dropout, config.init_lora_weights, config.inference_mode = section.dropout, True, False
     try:
-        adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
+        with bitsandbytes_aside():
+            adapted: PeftModel = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
     except (ValueError, AttributeError) as error:
         raise does_not_fit(error, f"lora.start: {section.start}") from error
     share_inputs(adapted)

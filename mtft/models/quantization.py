@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mtft.common.errors import UserError
+from mtft.models.bitsandbytes_aside import know_bitsandbytes
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -25,6 +26,7 @@ def bitsandbytes_config(quantise: str, dtype: torch.dtype, *, sharded: bool = Fa
         raise UserError(
             f"quantise: {quantise} needs bitsandbytes", where="model.quantise", do='pip install "mtft[qlora]"'
         )
+    know_bitsandbytes()
     if quantise == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

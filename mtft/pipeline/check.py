@@ -173,16 +173,18 @@ def check_names(recipe: Recipe) -> None:
     Raises UserError (or MergeError) for the first that is unknown.
     """
     from mtft.evaluation.metrics import make_metrics
-    from mtft.gradients.aggregators import make_aggregator
     from mtft.losses.balancers import balancer_class
-    from mtft.merge.methods import make_method
     from mtft.training.optim.optimizers import optimizer_name
 
     balancer_class(recipe.loss.balancer)
     gradients, merge = recipe.loss.gradients, recipe.merge
     if gradients is not None and gradients.aggregator is not None:
+        from mtft.gradients.aggregators import make_aggregator
+
         make_aggregator(gradients.aggregator, gradients.options)
     if merge is not None:
+        from mtft.merge.methods import make_method
+
         make_method(merge.method, merge.options, key="merge.")
         for rule in merge.per_module:
             if rule.method is not None or rule.options is not None:

@@ -27,6 +27,7 @@ from mtft.common.errors import UserError
 from mtft.common.fingerprint import file_hash, json_hash
 from mtft.common.own_files import FORMAT, read_own
 from mtft.distributed.launch import LaunchConfig, engine
+from mtft.models.bitsandbytes_aside import import_peft
 from mtft.models.loading import compute_dtype, expand_quickstart
 from mtft.recipe.schema.recipe import Recipe
 from mtft.training.memory.memory_estimate import MemoryEstimate
@@ -60,6 +61,8 @@ def model_facts(recipe: Recipe, config: Any, *, learnt_share: float, longest: in
     if (known := _read(place, key)) is not None:
         return known
 
+    if recipe.model.quantise == "none":
+        import_peft()
     from mtft.training.memory.estimate import estimate_memory, meta_model
     from mtft.training.preflight import attention_of
 

@@ -69,6 +69,10 @@ def _train(recipe: Recipe, *, fresh: bool, quiet: bool, prove: bool, refused: Us
     run_dir = Path(recipe.output.dir)
     begin = time.perf_counter()
     # Heavy imports stand here: a finished run is recognised without them.
+    from mtft.models.bitsandbytes_aside import import_peft
+
+    if recipe.model.quantise == "none":
+        import_peft()
     from mtft.data.planning import make_plan
     from mtft.distributed.extensions import extension_notes
     from mtft.distributed.stop_signal import EXIT_CODES, StopSignal
@@ -87,8 +91,8 @@ def _train(recipe: Recipe, *, fresh: bool, quiet: bool, prove: bool, refused: Us
     from mtft.training.run_files.metrics_log import MetricsLog
     from mtft.training.trainer import build_trainer
     from mtft.training.trainer_parts import print_summary, start_run_dir
-    from mtft.training.training_inputs import held_out_identity, read_training_inputs
     from mtft.training.training_arguments import training_arguments
+    from mtft.training.training_inputs import held_out_identity, read_training_inputs
 
     refuse_settings(recipe)
     inputs = read_training_inputs(recipe)

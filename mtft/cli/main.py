@@ -55,13 +55,17 @@ def check(
 
     Everything that can be found before any weight is loaded: asked and realised shares, epochs, tokens, steps, memory.
     """
+    from mtft.common.collector import collector_paused, end_at_once
     from mtft.distributed.launch import is_main_process
-    from mtft.recipe.load import load_recipe
 
     if not is_main_process():  # under a launcher, whose engine is a part of what is checked
         return
-    loaded = load_recipe(recipe, overrides or [])
-    from mtft.pipeline.check import check_recipe
+    end_at_once()
+    with collector_paused():
+        from mtft.recipe.load import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+        from mtft.pipeline.check import check_recipe
 
     if not as_json and sys.stdout.isatty():
         from rich.console import Console

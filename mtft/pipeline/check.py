@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mtft.common.collector import collector_paused
 from mtft.recipe.compatibility import check_compatibility
 from mtft.recipe.schema.recipe import Recipe
 
@@ -71,37 +72,38 @@ def check_recipe(recipe: Recipe, on_data: Callable[[DataSummary], None] = lambda
 
     Raises UserError or MixError for what `mtft train`, `mtft mix`, `mtft merge` and `mtft run` would refuse.
     """
-    check_compatibility(recipe, stage="check")  # the cheapest first; again below, with the balancer's needs
-    check_names(recipe)
+    with collector_paused():  # nearly all of this is imports
+        check_compatibility(recipe, stage="check")  # the cheapest first; again below, with the balancer's needs
+        check_names(recipe)
 
-    from data_mixers.plan.replanned import ReplannedPlan
-    from mtft.data.batching.packed_attention import packing_refusal
-    from mtft.data.planning import make_plan
-    from mtft.data.store.token_store import open_stores
-    from mtft.data.summary.summarize import summarize_data
-    from mtft.data.tokenize.vocabulary_check import check_vocabulary
-    from mtft.evaluation.lm_eval_tasks import LmEvalTasks
-    from mtft.evaluation.questions import AskedMetrics, check_questions, cut_questions
-    from mtft.losses.balancers import make_balancer
-    from mtft.models.cpu_precision import precision_warnings
-    from mtft.models.loading import load_tokenizer, read_config
-    from mtft.pipeline.model_facts import model_facts
-    from mtft.training.checkpoint.run_basis import run_basis
-    from mtft.training.preflight import (
-        folder_refusal,
-        position_warning,
-        refuse_attention,
-        refuse_rows,
-        refuse_settings,
-    )
-    from mtft.training.training_inputs import TrainingInputs
+        from data_mixers.plan.replanned import ReplannedPlan
+        from mtft.data.batching.packed_attention import packing_refusal
+        from mtft.data.planning import make_plan
+        from mtft.data.store.token_store import open_stores
+        from mtft.data.summary.summarize import summarize_data
+        from mtft.data.tokenize.vocabulary_check import check_vocabulary
+        from mtft.evaluation.lm_eval_tasks import LmEvalTasks
+        from mtft.evaluation.questions import AskedMetrics, check_questions, cut_questions
+        from mtft.losses.balancers import make_balancer
+        from mtft.models.cpu_precision import precision_warnings
+        from mtft.models.loading import load_tokenizer, read_config
+        from mtft.pipeline.model_facts import model_facts
+        from mtft.training.checkpoint.run_basis import run_basis
+        from mtft.training.preflight import (
+            folder_refusal,
+            position_warning,
+            refuse_attention,
+            refuse_rows,
+            refuse_settings,
+        )
+        from mtft.training.training_inputs import TrainingInputs
 
-    refuse_settings(recipe)
-    others = {"sweep.model": recipe.sweep and recipe.sweep.model, "fuse.strong": recipe.fuse and recipe.fuse.strong}
-    for key, section in others.items():
-        if section is not None:
-            refuse_attention(section, key)
-    tokenizer, config = load_tokenizer(recipe.model), read_config(recipe.model)
+        refuse_settings(recipe)
+        others = {"sweep.model": recipe.sweep and recipe.sweep.model, "fuse.strong": recipe.fuse and recipe.fuse.strong}
+        for key, section in others.items():
+            if section is not None:
+                refuse_attention(section, key)
+        tokenizer, config = load_tokenizer(recipe.model), read_config(recipe.model)
     stores, held_out = open_stores(recipe, tokenizer, "train"), open_stores(recipe, tokenizer, "eval")
     check_vocabulary([*stores, *held_out], tokenizer, config)
     refuse_rows(config, [*stores, *held_out])

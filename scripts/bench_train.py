@@ -363,8 +363,8 @@ def run_mtft(
     from mtft.recipe.schema.recipe import Recipe
     from mtft.training.run_files.metrics_log import MetricsLog
     from mtft.training.trainer import build_trainer
-    from mtft.training.training_inputs import TrainingInputs
     from mtft.training.training_arguments import training_arguments
+    from mtft.training.training_inputs import TrainingInputs
 
     with tempfile.TemporaryDirectory() as folder:
         mean = float(np.concatenate([store.lengths for store in stores]).mean())

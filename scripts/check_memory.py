@@ -124,8 +124,8 @@ def make_trainer(recipe: Any, shape: dict[str, Any], stores: list[Any]) -> Any:
     from mtft.training.build_model import load_for_training
     from mtft.training.run_files.metrics_log import MetricsLog
     from mtft.training.trainer import build_trainer
-    from mtft.training.training_inputs import TrainingInputs
     from mtft.training.training_arguments import training_arguments
+    from mtft.training.training_inputs import TrainingInputs
 
     plan = make_plan(recipe, stores)
     args = training_arguments(recipe, Path(recipe.output.dir), steps=plan.steps, evaluates=False, saves=False)

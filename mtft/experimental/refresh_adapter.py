@@ -47,8 +47,8 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.export.export import ADAPTER, export_model
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.trainer import build_trainer
-from mtft.training.training_inputs import TrainingInputs, read_training_inputs
 from mtft.training.training_arguments import training_arguments
+from mtft.training.training_inputs import TrainingInputs, read_training_inputs
 
 FILE = "refresh.json"
 SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora")

@@ -1,7 +1,7 @@
 """PEFT without bitsandbytes, as long as nothing in the process is quantised by it.
 
-PEFT imports bitsandbytes wherever that is installed: when it is imported itself, and for each adapter that it makes, to
-see whether a layer is one of its own. That takes more than a second, and brings torch's compiler along. But there can be
+PEFT imports bitsandbytes wherever that is installed: when it is imported itself, and where it makes an adapter, to see
+whether a layer is one of its own. That takes more than a second, and brings torch's compiler along. But there can be
 no such layer before somebody has imported bitsandbytes, and then this does nothing.
 
 Python's own sign for a module that can't be imported (None in sys.modules) stands while the block runs, and what PEFT

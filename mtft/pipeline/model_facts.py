@@ -4,16 +4,17 @@
     notes       what is worth knowing of the adapter and of the task gradients
     memory      the estimate
 
-It takes seconds: transformers' models, PEFT and a step on tensors without data. Only what was found without a refusal is
-kept, one file for each state of everything that it depends on (_state), so a recipe that is refused is asked anew each
-time. A file that is damaged, or can't be written, only costs these seconds again.
+It takes seconds: transformers' models, PEFT and a step on tensors without data. Only what was found without a refusal,
+and without a warning of a library, is kept: one file for each state of everything that it depends on (_state). So a
+recipe that is refused is asked anew each time. A file that is damaged, or can't be written, costs these seconds again.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,30 @@ def model_facts(recipe: Recipe, config: Any, *, learnt_share: float, longest: in
     from mtft.training.memory.estimate import estimate_memory, meta_model
     from mtft.training.preflight import attention_of
 
-    attention = attention_of(config, recipe.model.attention)
-    meta = meta_model(recipe)
-    notes = adapter_notes(recipe, meta.model)
-    memory = estimate_memory(recipe, meta=meta, learnt_share=learnt_share, longest=longest, launch=launch)
+    with _recorded_warnings() as warned:
+        attention = attention_of(config, recipe.model.attention)
+        meta = meta_model(recipe)
+        notes = adapter_notes(recipe, meta.model)
+        memory = estimate_memory(recipe, meta=meta, learnt_share=learnt_share, longest=longest, launch=launch)
     found = ModelFacts(attention, tuple(notes), memory)
     with suppress(OSError):  # a full disk, or no right to write: found again next time
+        if warned:  # by a library, for people: it has to be said each time
+            return found
         content = asdict(found)
         write_json(place, {"format": FORMAT, "key": key, "digest": _digest(key, content), "facts": content})
     return found
+
+
+@contextmanager
+def _recorded_warnings() -> Iterator[list[warnings.WarningMessage]]:
+    """What is warned of inside the block, which is shown after it."""
+    warned: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            yield warned
+    finally:
+        for one in warned:
+            warnings.showwarning(one.message, one.category, one.filename, one.lineno)
 
 
 def adapter_notes(recipe: Recipe, adapted: Any) -> list[str]:
@@ -95,7 +111,9 @@ def adapter_notes(recipe: Recipe, adapted: Any) -> list[str]:
 
 def _state(recipe: Recipe, config: Any, launch: LaunchConfig) -> dict[str, Any]:
     """All that the facts of a recipe depend on but its data, JSON-able."""
-    start = None if recipe.lora is None or recipe.lora.start is None else Path(recipe.lora.start) / "adapter_config.json"
+    start = (
+        None if recipe.lora is None or recipe.lora.start is None else Path(recipe.lora.start) / "adapter_config.json"
+    )
     return {
         "recipe": recipe.model_dump(mode="json", exclude=UNREAD),
         "tasks": recipe.task_names,

@@ -27,8 +27,8 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.trainer import MultiTaskTrainer, build_trainer
-from mtft.training.training_inputs import TrainingInputs, read_training_inputs
 from mtft.training.training_arguments import training_arguments
+from mtft.training.training_inputs import TrainingInputs, read_training_inputs
 
 _kept: tuple[str, TrainingInputs, Any] | None = None  # key of a recipe, and what its trials share
 

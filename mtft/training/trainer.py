@@ -62,8 +62,8 @@ from mtft.training.step.extra_losses import global_losses, heldout_losses, valid
 from mtft.training.step.objective import Objective, StepContext, forward_backward
 from mtft.training.step.task_gradients import TaskGradientStep
 from mtft.training.trainer_parts import trainer_parts
-from mtft.training.training_inputs import TrainingInputs
 from mtft.training.training_arguments import use_one_gpu
+from mtft.training.training_inputs import TrainingInputs
 
 
 class MultiTaskTrainer(RunTrainer):

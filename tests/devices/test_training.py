@@ -17,8 +17,8 @@ from mtft.training.build_model import load_for_training
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.step.objective import Objective
 from mtft.training.trainer import build_trainer
-from mtft.training.training_inputs import read_training_inputs
 from mtft.training.training_arguments import training_arguments
+from mtft.training.training_inputs import read_training_inputs
 from tests.devices.simulated_device import DeviceMixture, Simulation, simulated_device, to_cpu, to_device
 from tests.devices.training_kinds import IN_THE_FAST_SUITE, KINDS
 from tests.slow import slow

@@ -14,8 +14,8 @@ from mtft.recipe.schema.recipe import Recipe
 from mtft.training.build_model import load_for_training
 from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.trainer import build_trainer
-from mtft.training.training_inputs import read_training_inputs
 from mtft.training.training_arguments import training_arguments
+from mtft.training.training_inputs import read_training_inputs
 from tests.slow import slow
 from tests.training.conftest import lines
 

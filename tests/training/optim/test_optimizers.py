@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.training_args import OptimizerNames
 
 from mtft.common.errors import UserError
 from mtft.recipe.schema.train import TrainSection
@@ -60,6 +61,12 @@ def test_unknown_names_and_missing_packages(monkeypatch):
     assert caught.value.do == 'pip install "mtft[qlora]"'
     assert optimizer_name("adamw") == "adamw_torch"
     assert {"muon", "adamw_torch", "schedule_free_adamw", "lion_8bit"} <= set(known_optimizers())
+
+
+def test_usual_names_are_those_of_transformers():
+    """They are looked up without it: one that a release drops would be refused only by its Trainer."""
+    assert {name.value for name in OptimizerNames} >= optimizers.USUAL
+    assert set(known_optimizers()) >= optimizers.USUAL
 
 
 def test_muon_is_torchs_on_matrices_and_adamw_elsewhere():

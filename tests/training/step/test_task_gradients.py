@@ -20,8 +20,8 @@ from mtft.training.run_files.metrics_log import MetricsLog
 from mtft.training.run_training import train
 from mtft.training.step.task_gradients import TaskGradientStep, make_task_gradient_step
 from mtft.training.trainer import build_trainer
-from mtft.training.training_inputs import read_training_inputs
 from mtft.training.training_arguments import training_arguments
+from mtft.training.training_inputs import read_training_inputs
 from tests.slow import slow
 from tests.training import test_trainer
 from tests.training.conftest import lines, write_model

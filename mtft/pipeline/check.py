@@ -87,6 +87,7 @@ def check_recipe(recipe: Recipe, on_data: Callable[[DataSummary], None] = lambda
         from mtft.losses.balancers import make_balancer
         from mtft.models.cpu_precision import precision_warnings
         from mtft.models.loading import load_tokenizer, read_config
+        from mtft.models.segment_attention import segments_refusal
         from mtft.pipeline.model_facts import model_facts
         from mtft.training.checkpoint.run_basis import run_basis
         from mtft.training.preflight import (
@@ -130,6 +131,8 @@ def check_recipe(recipe: Recipe, on_data: Callable[[DataSummary], None] = lambda
     refusal = packing_refusal(config, facts.attention) if recipe.train.packing else None
     if refusal is not None:
         warnings.append(f"{refusal}: one example a row, so train.packing has no effect")
+    elif recipe.train.packing and facts.attention in ("sdpa", "eager") and (why := segments_refusal(config)):
+        warnings.append(f"{why}: packed rows keep a mask, whose cost grows with the square of train.max_length")
     warnings += precision_warnings({"model": recipe.model, **others})
     identity = TrainingInputs(tokenizer, stores, held_out).identity(plan)
     more = position_warning(recipe, config), folder_refusal(recipe, identity, run_basis(recipe, tokenizer))

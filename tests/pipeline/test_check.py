@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mtft.common.errors import UserError
 from mtft.pipeline.check import check_recipe
@@ -60,6 +61,18 @@ def test_a_model_that_may_not_be_packed_is_said(recipe, tmp_path):
     # Nor can its activations be counted on shapes alone: its code looks at the positions.
     assert found.memory.activations is None
     assert "activations unknown, not in the sum" in found.text()
+    assert check_recipe(recipe("train.packing=false", model="./model")).warnings == ()
+
+
+def test_a_model_whose_packed_rows_keep_a_mask_is_said(recipe, tmp_path):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("nemotron", vocab_size=2048, num_key_value_heads=2, **size)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(model_path("weak")).save_pretrained(tmp_path / "model")
+    [said] = check_recipe(recipe(model="./model")).warnings
+    assert "'nemotron'" in said
+    assert "keep a mask" in said
     assert check_recipe(recipe("train.packing=false", model="./model")).warnings == ()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class HeadAlone:
         return type(self._model).forward(self, **inputs).logits  # pyright: ignore
 
 
-def is_plain_linear(head: nn.Module | None) -> bool:
+def is_plain_linear(head: nn.Module | None) -> TypeGuard[nn.Linear]:
     """A linear layer with weights of its own: no adapter, no quantisation, no forward that somebody put there."""
     return (
         isinstance(head, nn.Linear)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
 
 from mtft.data.batching.batch import Batch
 from mtft.losses.output_head import HeadAlone, bare_model, body_and_head
@@ -65,7 +64,7 @@ def _visit_logits(
         for part in parts(logits_NV.shape[-1]):
             visit(logits_NV[part], part)
         return
-    said: list[ModelOutput] = []
+    said: list[Any] = []
 
     def in_parts(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """In the head's own call, where its weights are gathered (FSDP, ZeRO-3). What is left for it is no position."""

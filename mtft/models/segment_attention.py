@@ -106,8 +106,8 @@ def segment_attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers: [B, T, H, D], and no weights. H heads of queries, G of keys."""
-    by_borders = isinstance(attention_mask, DeferredMask) and cu_seq_lens_q is not None and not dropout
-    if not by_borders or more.get("position_bias") is not None:
+    in_mask = not isinstance(attention_mask, DeferredMask) or more.get("position_bias") is not None
+    if cu_seq_lens_q is None or in_mask or dropout:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         mask = attention_mask() if isinstance(attention_mask, DeferredMask) else attention_mask

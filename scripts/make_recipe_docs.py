@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from mtft.recipe.compatibility import TABLE
 from mtft.recipe.error_messages import describe
+from mtft.recipe.schema.data import DataSection
 from mtft.recipe.schema.fuse import FuseSection
 from mtft.recipe.schema.lora import LoraSection
 from mtft.recipe.schema.loss import (
@@ -47,6 +48,7 @@ SECTIONS: dict[str, tuple[type[RecipeSection], str]] = {
     "tasks.shots.from": (DemonstrationRows, ""),
     "tasks.metrics": (NamedMetricSection, "A name, or one of the two forms below ([tasks.md](tasks.md#metrics))."),
     "tasks.metrics.python": (PythonMetricSection, ""),
+    "data": (DataSection, "What tokenises the rows ([data.md](data.md#what-tokenises-the-rows-data))."),
     "mixture": (MixtureSection, "Which share of which task."),
     "mixture.shares.schedule": (ScheduleStop, "A list of stops, in their order."),
     "mixture.groups.NAME": (GroupSection, ""),

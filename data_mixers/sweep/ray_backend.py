@@ -6,13 +6,13 @@ cluster has GPUs, if nothing else was said.
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections import deque
 from typing import Any
 
 from data_mixers.common.errors import MixError, optional_package
+from data_mixers.common.ray_session import ray_session
 from data_mixers.sweep.process_pool import attempt
 from data_mixers.sweep.trial import Finish, RunTrial, Trial, TrialOutcome
 
@@ -33,16 +33,11 @@ def run_on_ray(
     ray = optional_package("ray", "Ray", where="sweep.backend: ray", install="'mtft[ray]'")
     if not todo:
         return
-    ours = not ray.is_initialized()
-    address = os.environ.get("RAY_ADDRESS")
-    if ours:
-        local = {} if address else {"num_cpus": workers * cpus, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
     queue, running = deque(todo), {}
-    try:
+    with ray_session(ray, workers * cpus, where="sweep.backend: ray") as grows:
         if gpus is None:
             gpus = min(1, ray.cluster_resources().get("GPU", 0))
-        _check_room(ray, cpus, gpus, grows=not ours or bool(address))
+        _check_room(ray, cpus, gpus, grows=grows)
         # max_calls=0: a worker process goes on to its next trial; retries are counted by the driver, not by Ray.
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(attempt)
         while queue or running:
@@ -64,9 +59,6 @@ def run_on_ray(
                     outcome = TrialOutcome(None, f"TimeoutError: longer than {timeout:g} s", seconds)
                 if finish(trial, outcome):
                     queue.append(trial)
-    finally:
-        if ours:
-            ray.shutdown()
 
 
 def _check_room(ray: Any, cpus: int, gpus: float, *, grows: bool) -> None:

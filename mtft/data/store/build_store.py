@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from mtft.data.store.row_names import drop_repeated_names
 from mtft.data.store.store_files import BLOCK, SummedFile, write_meta
 from mtft.data.tokenize.encode import Example, clear_first_token, draw
 from mtft.data.tokenize.parallel_encode import FOUND, RowEncoder, batch_rows, num_processes, parallel_encode
+from mtft.data.tokenize.ray_encode import RayEncoding
 from mtft.recipe.schema.task import TaskSection
 
 LONGEST_NAME = 200  # characters of a row id that are kept
@@ -44,17 +46,19 @@ def build_store(
     limit: int | None,
     total: int | None,
     processes: int | None = None,
+    on_ray: RayEncoding | None = None,
     seed: int = 0,
     pool: PoolSource | None = None,
 ) -> None:
     """Write the store's files into `folder`.
 
-    total: rows that are expected, if known; processes: how many encode (None: as many as pay for `total`); seed: of the
-    recipe; pool: where the task's demonstrations come from, if it has any.
+    total: rows that are expected, if known; processes: how many encode (None: as many as pay for `total`); on_ray:
+    encodes in their place; seed: of the recipe; pool: where the task's demonstrations come from, if it has any.
     """
     expected = limit if total is None else min(total, limit or total)
     demonstrations = read_pool(task, pool, seed) if pool is not None else None
     encoder = RowEncoder(tokenizer, task, *first_rows(parts), seed, demonstrations, max_length)
+    local = partial(parallel_encode, encoder, processes or num_processes(expected))
     bad = BadRowCollector(f"tasks.{task.name}.{'data' if which == 'train' else 'eval_data'}", bad_rows)
     fit_length = LengthPolicy(max_length, too_long, tokenizer.bos_token_id)
     notes: Counter[str] = Counter()
@@ -63,7 +67,7 @@ def build_store(
     with (
         StoreWriter(folder, len(tokenizer)) as writer,
         progress(f"tokenising {task.name} ({which})", expected) as advance,
-        parallel_encode(encoder, processes or num_processes(expected)) as run,
+        local() if on_ray is None else on_ray.encode(encoder) as run,
     ):
         for part in parts:
             writer.start_file(part.name)

@@ -1,4 +1,4 @@
-"""What of a task's prompts stands in the fingerprint of its stores: a key only where it is set, so that others stay."""
+"""What of a task's keys stands in the fingerprint of its stores: a key only where it is set, so that others stay."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ def prompt_state(task: TaskSection, pool: PoolSource | None, seed: int) -> dict[
     if task.shots is not None or len(task.templates) > 1:
         state["seed"] = seed
     return state
+
+
+def learnt_state(task: TaskSection) -> dict[str, Any]:
+    """What a task says about which tokens count."""
+    said = {key: getattr(task, key) for key in ("loss_on", "row_weight", "thinking_weight")}
+    return {key: value for key, value in said.items() if value != TaskSection.model_fields[key].default}
 
 
 def _template(task: TaskSection) -> str | list[str | None] | None:

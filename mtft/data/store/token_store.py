@@ -26,7 +26,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -41,10 +41,11 @@ from mtft.common.folder_lock import sole_writer
 from mtft.data.demonstrations.pool import PoolSource, pool_task
 from mtft.data.notes import describe_note
 from mtft.data.readers.sources import find_source_parts
-from mtft.data.store.prompt_state import prompt_state
+from mtft.data.store.prompt_state import learnt_state, prompt_state
 from mtft.data.store.row_names import place, row_starts
 from mtft.data.store.store_files import DamagedStoreError, read_meta, verify_files, write_verified
 from mtft.data.tokenize.encode import Example
+from mtft.data.tokenize.ray_encode import RayEncoding
 from mtft.recipe.schema.recipe import Recipe
 from mtft.recipe.schema.task import TaskSection
 
@@ -201,12 +202,14 @@ def open_store(
     digest: str | None = None,
     seed: int = 0,
     pool: TaskSection | None = None,
+    processes: int | None = None,
+    on_ray: RayEncoding | None = None,
 ) -> TokenStore:
     """The store of a task's `data` (which="train") or `eval_data` ("eval"): found, or built once while others wait.
 
     `limit` cuts the rows; for training rows the task's own `limit` applies as well. digest: of the tokenizer, where it
     is known. seed: of the recipe, for what is drawn by row; pool: the task whose training rows are the demonstrations
-    (`pool_task`; None: the task itself, if it has any).
+    (`pool_task`; None: the task itself, if it has any). processes, on_ray: what encodes, as build_store has it.
     Raises UserError for rows that can't be used, for a task in which nothing is learnt, and when the disk is full.
     """
     from mtft.data.store.build_store import build_store  # needs the tokenizer's libraries; opening does not
@@ -226,7 +229,7 @@ def open_store(
         too_long=too_long,
         bad_rows=bad_rows,
         limit=limit,
-        **_learnt(task),
+        **learnt_state(task),
     )
     root = cache / "stores"
     name = f"{task.name}-{which}-{fingerprint[:16]}-{LAYOUT}"
@@ -253,7 +256,7 @@ def open_store(
                     build_store(
                         folder, task, which, parts, tokenizer, fingerprint,
                         max_length=max_length, too_long=too_long, bad_rows=bad_rows, limit=limit, total=total,
-                        seed=seed, pool=source,
+                        seed=seed, pool=source, processes=processes, on_ray=on_ray,
                     )  # fmt: skip
                     write_verified(folder)
                     for path in [*folder.iterdir(), folder]:
@@ -268,12 +271,6 @@ def open_store(
             f"the token store of task {task.name} can't be written: {error}", where=str(root), do=do
         ) from error
     return TokenStore(final, task.name)
-
-
-def _learnt(task: TaskSection) -> dict[str, Any]:
-    """What a task says about which tokens count; nothing where it says nothing, so that older runs stay the same."""
-    said = {key: getattr(task, key) for key in ("loss_on", "row_weight", "thinking_weight")}
-    return {key: value for key, value in said.items() if value != TaskSection.model_fields[key].default}
 
 
 def _is_to_be_built(final: Path, task: str) -> bool:
@@ -316,17 +313,19 @@ def open_stores(
     options |= {"limit": limit, "cache_dir": cache_dir, "digest": tokenizer_digest(tokenizer)}
     stores: list[TokenStore | None] = []
     refused: list[UserError] = []
-    for task in recipe.tasks:
-        if which == "eval" and task.eval_data is None:
-            stores.append(None)
-            continue
-        try:
-            pool = pool_task(recipe, task)
-            stores.append(open_store(task, which, tokenizer, **options, seed=recipe.seed, pool=pool))
-        except UserError as error:
-            if not (error.where or "").startswith("tasks."):
-                raise
-            refused.append(error)  # the other tasks may be wrong too: say it all at once
+    on_ray = RayEncoding(recipe.data.workers) if recipe.data.backend == "ray" else None
+    with on_ray or nullcontext():  # one Ray for all stores
+        for task in recipe.tasks:
+            if which == "eval" and task.eval_data is None:
+                stores.append(None)
+                continue
+            try:
+                options |= {"processes": recipe.data.workers, "on_ray": on_ray, "pool": pool_task(recipe, task)}
+                stores.append(open_store(task, which, tokenizer, **options, seed=recipe.seed))
+            except UserError as error:
+                if not (error.where or "").startswith("tasks."):
+                    raise
+                refused.append(error)  # the other tasks may be wrong too: say it all at once
     if len(refused) == 1:
         raise refused[0]
     if refused:

@@ -1,4 +1,4 @@
-"""Blocks of rows to blocks of examples, in this process or in many.
+"""Blocks of rows to blocks of examples, in this process or in many. (On several machines: ray_encode.py.)
 
 Tokenizers use all cores by themselves, but reading columns and rendering templates is Python. For large tasks whole
 blocks go to worker processes, and come back in order: the store is the same to the byte, however many there are.
@@ -151,8 +151,12 @@ def batch_rows(rows: Iterable[FileRow | RowProblem], limit: int | None) -> Itera
 
 def num_processes(rows: int | None) -> int:
     """How many processes pay for so many rows (None = unknown)."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(cores, MOST_PROCESSES, (rows or 0) // ROWS_PER_PROCESS))
+    return max(1, min(usable_cores(), MOST_PROCESSES, (rows or 0) // ROWS_PER_PROCESS))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 Run = Callable[[Iterable[Block], Callable[[], bool]], Iterator[tuple[Block, EncodedBlock]]]

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from mtft.recipe.schema.data import DataSection
 from mtft.recipe.schema.evaluation import EvalSection
 from mtft.recipe.schema.fuse import FuseSection
 from mtft.recipe.schema.lora import LoraSection
@@ -34,6 +35,7 @@ class Recipe(RecipeSection):
     """Seed of everything: plan, initialisation, dropout, sampling."""
     model: ModelSection
     tasks: Annotated[tuple[TaskSection, ...], Field(strict=False, min_length=1)]
+    data: DataSection = DataSection()
     mixture: MixtureSection = MixtureSection()
     lora: LoraSection | None = LoraSection()
     """null = full fine-tuning."""

@@ -40,7 +40,7 @@ RESULT_KEYS = {"steps": int, "seconds": float, "export": str, "tasks": dict}  # 
 # not be shown; or it was not asked for.
 PROVED, NOT_PROVED, TRAINED = "trained and proved", "trained, not proved", "trained"
 # What may differ when a run goes on: it changes what is written and shown, never the weights.
-_FREE = ("name", "output", "sweep", "merge", "fuse", "run", "eval")
+_FREE = ("name", "data", "output", "sweep", "merge", "fuse", "run", "eval")
 _FREE += ("train.eval_every", "train.eval_on_start", "train.max_bad_steps")
 _MEASURED = ("metrics", "generate")  # of a task: what is measured; free too, unless the run decides by a metric
 _PACKAGES = ("mtft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")

@@ -23,6 +23,7 @@ ONLY_IN = {
     "WORLD_SIZE": {"mtft/distributed/launch.py"},
     "RANK": {"mtft/distributed/launch.py"},
     "LOCAL_RANK": set(),
+    "RAY_ADDRESS": {"data_mixers/common/ray_session.py"},
     "ACCELERATE_USE_FSDP": {"mtft/distributed/launch.py"},
     "ACCELERATE_USE_DEEPSPEED": {"mtft/distributed/launch.py"},
     "BitsAndBytesConfig": {"mtft/models/quantization.py", "mtft/training/export/reload_check.py"},

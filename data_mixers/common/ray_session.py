@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,12 +29,22 @@ def ray_session(ray: Any, cpus: int, *, where: str) -> Iterator[bool]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         try:
+            _look_for(address or "")
             ray.init(log_to_driver=False, configure_logging=False, **options)
-        except ConnectionError as error:
+        except (OSError, ValueError) as error:
+            if not address:
+                raise
             do = "start it (ray start --head), correct RAY_ADDRESS, or unset it: then Ray is started on this machine"
-            raise MixError(f"no Ray cluster answers at RAY_ADDRESS={address}", where=where, do=do) from error
+            raise MixError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}", where=where, do=do) from error
         yield bool(address)
     finally:
         ray.shutdown()
         if threading.current_thread() is threading.main_thread() and on_sigterm is not None:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray leaves one that ends the process
+
+
+def _look_for(address: str) -> None:
+    """OSError if nobody listens at HOST:PORT: Ray would try for five minutes, and then end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

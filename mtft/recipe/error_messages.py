@@ -179,7 +179,9 @@ def _wrong(path: KeyPath, source: YamlSource) -> YamlProblem:
     value, annotation = source.value(path), _annotation(path, source)
     needed = describe(annotation)
     do = ""
-    if isinstance(value, str):
+    if path == ("data",) and isinstance(value, str | list):
+        do = "files of rows stand with their task: tasks: [{name: NAME, data: FILE}]"
+    elif isinstance(value, str):
         literals = [member for member in _members(annotation) if get_origin(member) is Literal]
         choices = [str(choice) for member in literals for choice in get_args(member)]
         if near := closest_match(value, choices, cutoff=0.5):

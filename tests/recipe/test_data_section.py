@@ -14,6 +14,7 @@ from mtft.training.run_files.run_dir import check_same_recipe, training_keys
 def test_a_misspelt_key_is_named(folder):
     assert folder.error("data={backnd: ray}").do == "did you mean backend?"
     assert "one of processes, ray" in str(folder.error("data.backend=rey"))
+    assert folder.error("data=rows.jsonl").do.startswith("files of rows stand with their task")
     assert "data.workers" in str(folder.error("data.workers=0"))
 
 

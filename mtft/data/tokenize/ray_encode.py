@@ -62,19 +62,22 @@ class RayEncoding:
                     _wait_for_place(ray, [reference for _, reference in waiting], self.workers)
                 waiting.append((block, task.remote(sent, versions, block, tokenise())))
                 if len(waiting) > 2 * at_once:  # what is in flight stays small, however large the file
-                    yield result(*waiting.popleft())
+                    yield first_result()
             while waiting:
-                yield result(*waiting.popleft())
+                yield first_result()
 
-        def result(block: Block, reference: Any) -> tuple[Block, EncodedBlock]:
+        def first_result() -> tuple[Block, EncodedBlock]:
+            block, reference = waiting[0]
             try:
                 found = ray.get(reference)
             except ray.exceptions.RayTaskError as error:
-                raise _readable(error) from error
+                _explain(error)
+                raise
             except ray.exceptions.RayError:  # a dead worker or machine costs time, not the build
                 found = encoder(block)
             if isinstance(found, UserError):
                 raise found
+            waiting.popleft()
             return block, found
 
         try:
@@ -107,13 +110,13 @@ def _wait_for_place(ray: Any, running: list[Any], workers: int) -> None:
         _, running = ray.wait(running, num_returns=1)
 
 
-def _readable(error: Any) -> Exception:
-    """A worker's error; UserError where it could not even import what it should call."""
-    if "failed to import" not in str(error.cause):
-        return error
-    why = str(error.cause).strip().splitlines()[-1]
-    do = "install the same mtft on every machine of the cluster"
-    return UserError(f"a worker of the Ray cluster can't import what encodes the rows: {why}", where=WHERE, do=do)
+def _explain(error: Any) -> None:
+    """UserError where a worker could not even import what it should call."""
+    if "failed to import" in str(error.cause):
+        why = str(error.cause).strip().splitlines()[-1]
+        do = "install the same mtft on every machine of the cluster"
+        what = f"a worker of the Ray cluster can't import what encodes the rows: {why}"
+        raise UserError(what, where=WHERE, do=do) from error
 
 
 def _versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ class SaysWhere(PreTrainedTokenizerFast):
 
 
 class Dies(PreTrainedTokenizerFast):
-    """Kills the process that encodes a text with FATAL in it, unless it is the driver's, and leaves a file of its PID."""
+    """Kills the process that encodes a text with FATAL in it, but not the driver; leaves a file of its PID."""
 
     driver: int
     folder: Path

@@ -160,6 +160,17 @@ def test_without_ray_installed(tmp_path, monkeypatch):
     assert [file for file in (tmp_path / "cache" / "stores").iterdir() if file.is_dir()] == []
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
+def test_a_cluster_that_is_not_there(tmp_path, monkeypatch, address):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    path = write_jsonl(tmp_path / "a.jsonl", rows(20))
+    with pytest.raises(UserError, match=f"no Ray cluster answers at RAY_ADDRESS={address}"):
+        open_stores(recipe_of(tmp_path, path, "ray"), MADE, "train", cache_dir=tmp_path / "cache")
+
+
 def test_workers_of_the_recipe_are_processes(tmp_path, monkeypatch):
     asked = []
     from mtft.data.store import build_store as module

@@ -59,15 +59,17 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": short}
         environment.pop("RAY_ADDRESS", None)
         command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
         with subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) as victim:
+            assert victim.stdin is not None
+            assert victim.stdout is not None
             until = time.monotonic() + 90
             while not any((tmp_path / "where").iterdir()):
                 assert victim.poll() is None
                 assert time.monotonic() < until
                 time.sleep(0.1)
             assert running(short)
-            victim.send_signal(signal.SIGINT)
+            os.killpg(victim.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
             assert victim.stdout.readline() == "interrupted\n"
             until = time.monotonic() + 20
             while running(short) and time.monotonic() < until:

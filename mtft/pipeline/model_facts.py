@@ -36,7 +36,7 @@ from mtft.training.run_files.run_dir import package_versions
 
 FOLDER = "model_facts"
 # Sections of which nothing is read here; of the tasks it is their names.
-UNREAD = {"name", "tasks", "mixture", "eval", "output", "sweep", "fuse", "run"}
+UNREAD = {"name", "tasks", "data", "mixture", "eval", "output", "sweep", "fuse", "run"}
 NEEDS = {"key": str, "digest": str, "facts": dict}
 
 

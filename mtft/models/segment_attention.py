@@ -181,12 +181,22 @@ class Buckets(NamedTuple):
     take_M  int64: the tokens of all buckets, one bucket after the other; beyond an example's end its last token again
     back_N  int64: where each token stands in `take_M`
     padded  there is something beyond an end
+    bands   {(L, window): bool [L, L]} of layers with a window, made when one asks; they go with the batch
     """
 
     sizes: list[tuple[int, int]]
     take_M: Tensor
     back_N: Tensor
     padded: bool
+    bands: dict[tuple[int, int], Tensor]
+
+    def band(self, length: int, window: int) -> Tensor:
+        """bool [L, L]: a causal query's last `window` positions, its own among them."""
+        if (length, window) not in self.bands:
+            at_L = torch.arange(length, device=self.take_M.device)
+            back_LL = at_L[:, None] - at_L
+            self.bands[length, window] = (back_LL >= 0) & (back_LL < window)
+        return self.bands[length, window]
 
 
 def buckets_of(cu_seq_lens: Tensor) -> Buckets:
@@ -219,7 +229,7 @@ def make_buckets(borders: Sequence[int], device: torch.device | str = "cpu") -> 
         real = (at_nL < lengths[own, None]).flatten()
         back[take[-1][real]] = place + real.nonzero().squeeze(1)
         begin, place = begin + n, place + n * longest
-    return Buckets(sizes, torch.cat(take).to(device), back.to(device), place > borders[-1])
+    return Buckets(sizes, torch.cat(take).to(device), back.to(device), place > borders[-1], {})
 
 
 def _by_buckets(
@@ -230,21 +240,13 @@ def _by_buckets(
     grouped, out = q_NHD.shape[1] != k_NGD.shape[1], []
     for (n, longest), *qkv in zip(buckets.sizes, *parts, strict=True):
         q, k, v = (x.unflatten(0, (n, longest)).transpose(1, 2) for x in qkv)
-        # sliding_window is the number of positions that a query sees, itself among them
-        band = None if window is None or window >= longest else _band(longest, window, q.device)
+        band = None if window is None or window >= longest else buckets.band(longest, window)
         done = F.scaled_dot_product_attention(
             q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=grouped
         )
         out.append(done.transpose(1, 2).flatten(0, 1))
     out_MHD = torch.cat(out) if len(out) > 1 else out[0]
     return _RowsBack.apply(out_MHD, buckets.take_M, buckets.back_N, buckets.padded)
-
-
-@cache
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """bool [L, L]: a causal query's last `window` positions."""
-    back_LL = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (back_LL >= 0) & (back_LL < window)
 
 
 class _Rows(torch.autograd.Function):

@@ -1,6 +1,8 @@
 """Attention over segments is the masked path (its oracle): losses, gradients of all weights, windows, checkpointing."""
 
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from mtft.common.packed_families import BY_BORDERS, BY_POSITIONS
 from mtft.data.batching.batches import collate
+from mtft.data.batching.packed_attention import model_inputs
 from mtft.gradients.capture.task_gradients import TaskGradients
 from mtft.losses.token_nll import token_nll
 from mtft.models import segment_attention
@@ -165,7 +168,7 @@ def test_attention_mask_of_padded_rows():
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=60))
 def test_buckets_hold_every_token_once(lengths):
     borders = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    sizes, take_M, back_N, padded = make_buckets(borders)
+    sizes, take_M, back_N, padded, _ = make_buckets(borders)
     assert torch.equal(take_M[back_N], torch.arange(borders[-1]))
     assert sum(n for n, _ in sizes) == len(lengths)
     assert sum(n * longest for n, longest in sizes) == len(take_M)
@@ -189,6 +192,21 @@ def test_indices_are_made_once_for_all_layers(monkeypatch):
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     gradients(model.train(), packed())
     assert calls == [1]
+
+
+def test_nothing_stays_behind_a_batch():
+    """Bands of windows are as many as there are lengths: kept for a run they would fill the memory."""
+    batch = packed()
+    inputs = model_inputs(batch, "segments")
+    borders = weakref.ref(inputs["cu_seq_lens_q"])
+    model = tiny("gemma3_text", "segments")
+    model(**inputs).logits.sum().backward()
+    bands = [weakref.ref(band) for band in inputs["cu_seq_lens_q"]._buckets.bands.values()]
+    assert bands
+    inputs.clear()
+    gc.collect()
+    assert borders() is None
+    assert all(band() is None for band in bands)
 
 
 # torch's flash kernel for rows of many lengths: its call is checked here, the kernel itself on a GPU (check_gpu.py).

@@ -75,9 +75,9 @@ class RayEncoding:
                 raise
             except ray.exceptions.RayError:  # a dead worker or machine costs time, not the build
                 found = encoder(block)
+            waiting.popleft()  # not before: a wait that is interrupted gives the block up
             if isinstance(found, UserError):
                 raise found
-            waiting.popleft()
             return block, found
 
         try:

@@ -79,6 +79,39 @@ def build(folder, path, *, made=MADE, bad_rows="skip", keys=None, **computed):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def test_without_ray_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    path = write_jsonl(tmp_path / "a.jsonl", rows(20))
+    with pytest.raises(UserError) as caught:
+        open_stores(recipe_of(tmp_path, path, "ray"), MADE, "train", cache_dir=tmp_path / "cache")
+    assert (caught.value.where, caught.value.do) == ("data.backend: ray", "pip install 'mtft[ray]'")
+    assert [file for file in (tmp_path / "cache" / "stores").iterdir() if file.is_dir()] == []
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
+def test_a_cluster_that_is_not_there(tmp_path, monkeypatch, address):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    path = write_jsonl(tmp_path / "a.jsonl", rows(20))
+    with pytest.raises(UserError, match=f"no Ray cluster answers at RAY_ADDRESS={address}"):
+        open_stores(recipe_of(tmp_path, path, "ray"), MADE, "train", cache_dir=tmp_path / "cache")
+
+
+def test_workers_of_the_recipe_are_processes(tmp_path, monkeypatch):
+    asked = []
+    from mtft.data.store import build_store as module
+
+    start = module.parallel_encode
+    monkeypatch.setattr(module, "parallel_encode", lambda encoder, n: asked.append(n) or start(encoder, 1))
+    path = write_jsonl(tmp_path / "a.jsonl", rows(20))
+    for workers in (None, 3):
+        recipe = recipe_of(tmp_path, path, "processes", workers)
+        open_stores(recipe, MADE, "train", cache_dir=tmp_path / f"cache{workers}")
+    assert asked == [1, 1, 3, 3]
+
+
 @pytest.mark.slow
 def test_every_backend_writes_the_same_bytes(tmp_path, two_nodes, small_blocks):
     """Templates, a system prompt and demonstrations travel; a bad row is skipped; blocks are encoded on both nodes."""
@@ -149,36 +182,3 @@ def test_a_worker_with_other_versions_is_refused(tmp_path, two_nodes, monkeypatc
     with pytest.raises(UserError, match=r"cluster has tokenizers [0-9.]*, the driver 0\.1: its") as caught:
         build(tmp_path / "ray", path, on_ray=two_nodes)
     assert caught.value.where == "data.backend: ray"
-
-
-def test_without_ray_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    path = write_jsonl(tmp_path / "a.jsonl", rows(20))
-    with pytest.raises(UserError) as caught:
-        open_stores(recipe_of(tmp_path, path, "ray"), MADE, "train", cache_dir=tmp_path / "cache")
-    assert (caught.value.where, caught.value.do) == ("data.backend: ray", "pip install 'mtft[ray]'")
-    assert [file for file in (tmp_path / "cache" / "stores").iterdir() if file.is_dir()] == []
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
-def test_a_cluster_that_is_not_there(tmp_path, monkeypatch, address):
-    ray = pytest.importorskip("ray")
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    path = write_jsonl(tmp_path / "a.jsonl", rows(20))
-    with pytest.raises(UserError, match=f"no Ray cluster answers at RAY_ADDRESS={address}"):
-        open_stores(recipe_of(tmp_path, path, "ray"), MADE, "train", cache_dir=tmp_path / "cache")
-
-
-def test_workers_of_the_recipe_are_processes(tmp_path, monkeypatch):
-    asked = []
-    from mtft.data.store import build_store as module
-
-    start = module.parallel_encode
-    monkeypatch.setattr(module, "parallel_encode", lambda encoder, n: asked.append(n) or start(encoder, 1))
-    path = write_jsonl(tmp_path / "a.jsonl", rows(20))
-    for workers in (None, 3):
-        recipe = recipe_of(tmp_path, path, "processes", workers)
-        open_stores(recipe, MADE, "train", cache_dir=tmp_path / f"cache{workers}")
-    assert asked == [1, 1, 3, 3]

@@ -106,6 +106,9 @@ def segment_attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers: [B, T, H, D], and no weights. H heads of queries, G of keys."""
+    for part in ("softcap", "s_aux"):
+        if more.get(part) is not None:  # of a family that isn't listed: ignored, its losses would be others
+            raise ValueError(f"attention {NAME!r} has no {part}, which {type(module).__name__} asks for")
     in_mask = not isinstance(attention_mask, DeferredMask) or more.get("position_bias") is not None
     if cu_seq_lens_q is None or in_mask or dropout:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

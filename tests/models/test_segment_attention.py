@@ -150,6 +150,13 @@ def test_generation_with_a_cache_and_prompts_of_two_lengths(family):
     assert torch.equal(*answers)
 
 
+def test_capped_scores_are_refused_not_ignored():
+    model = tiny("gemma2", "eager")
+    model.set_attn_implementation("segments")
+    with pytest.raises(ValueError, match="softcap"):
+        model(**model_inputs(packed(), "segments"))
+
+
 def test_attention_mask_of_padded_rows():
     """As people call a model: rows padded on the right or left, with a mask."""
     ids = torch.tensor([[5, 6, 7, 8, 0, 0, 0], [11, 12, 13, 14, 15, 16, 17]])

@@ -54,7 +54,10 @@ def two_nodes():
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.delenv("RAY_ADDRESS", raising=False)
         node = {"num_cpus": 1, "object_store_memory": 80 << 20}
-        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        # On a busy machine a node may not answer for seconds: Ray would take it for dead, and end what has joined it.
+        patient = {"health_check_timeout_ms": 60_000, "health_check_failure_threshold": 20}
+        head = {**node, "include_dashboard": False, "_system_config": patient}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         cluster.add_node(**node)
         cluster.wait_for_nodes()
         patch.setenv("RAY_ADDRESS", cluster.address)

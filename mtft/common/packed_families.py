@@ -4,7 +4,8 @@ BY_POSITIONS  by positions that start again, with a mask that transformers makes
 BY_BORDERS    by borders too, without a mask (attention "segments"), with the losses and gradients of the masked path
 
 A family is here when tests/data/batching/test_packed_attention.py and tests/models/test_segment_attention.py hold for a
-tiny random model of it, with experts, latent attention and windows as the family has them.
+tiny random model of it, with experts, latent attention and windows as the family has them. Candidates among the models
+of the installed transformers: scripts/find_packable.py.
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ def step_counts(
     """
     total = torch.zeros(4, num_tasks, dtype=torch.float64)
     for batch in batches:
-        total += torch.stack([x.double() for x in count(batch.host, num_tasks)])
+        on_cpu = batch if batch.labels_BT.device.type == "cpu" else batch.host
+        total += torch.stack([x.double() for x in count(on_cpu, num_tasks)])
     tokens_K, samples_K, *weights = _all_reduce(total, group, device)
     return TaskCounts(tokens_K.long(), samples_K.long(), *weights)
 
@@ -168,7 +169,8 @@ def coefficients(
     per_unit_K = task_coefficients(counts, w_K, normalise) / torch.where(units_K > 0, units_K, 1.0)
     device = batch.labels_BT.device
     supervised_BT = batch.labels_BT != IGNORE
-    c_BT = to_device(per_unit_K, device)[batch.task_ids_BT.long().clamp(min=0)]
+    per_unit_K = per_unit_K if per_unit_K.device == device else to_device(per_unit_K, device)
+    c_BT = per_unit_K[batch.task_ids_BT.long().clamp(min=0)]
     by_samples = normalise in ("sample", "task_sample")
     if batch.token_weights_BT is not None:
         c_BT = c_BT * (token_parts(batch) if by_samples else batch.token_weights_BT)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mtft.data.batching.batch import Batch
-from mtft.losses.output_head import HeadAlone, bare_model, body_and_head
-from mtft.losses.token_nll import forward_inputs, row_nll, supervised_logits
+from mtft.losses.token_nll import HeadAlone, bare_model, body_and_head, forward_inputs, row_nll, supervised_logits
 
 MAX_LOGIT_BYTES = 256 << 20
 BUFFERS = 4  # [n, V] in fp32 that are there at once: as the head made them, as the family changed them, softmax

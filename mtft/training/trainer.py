@@ -205,7 +205,8 @@ class MultiTaskTrainer(RunTrainer):
         self._last = [] if empty else batches, loss_K, probs_K, even_K
         content, rate = self.steps.content(step - 1), self._get_learning_rate()
         self._line = step_line(step, self.tasks, content, rate, loss, loss_K, w_K, share_K, counts.tokens_K)
-        return to_device(torch.tensor(loss), device)
+        mean = torch.tensor(loss)
+        return mean if mean.device == device else to_device(mean, device)
 
     def _gradients(
         self, model: nn.Module, batches: list[Batch], counts: TaskCounts, w_K: Tensor, share_K: Tensor, step: int

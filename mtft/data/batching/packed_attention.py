@@ -63,11 +63,12 @@ def model_inputs(batch: Batch, attention: str, *, packed_ok: bool = True) -> dic
 
 def _borders(batch: Batch) -> dict[str, Any]:
     """Cumulative lengths over the flattened batch, for varlen flash attention. Padding joins what it follows."""
-    position_BT = batch.host.position_ids_BT
+    device, position_BT = batch.position_ids_BT.device, batch.host.position_ids_BT
     starts = torch.nonzero((position_BT == 0).flatten(), as_tuple=False).flatten()
     cumulative = torch.cat([starts, torch.tensor([position_BT.numel()])]).to(torch.int32)
     longest = int(cumulative.diff().max())
-    cumulative = to_device(cumulative, batch.position_ids_BT.device)
+    if device.type != "cpu":
+        cumulative = to_device(cumulative, device)
     return {
         "cu_seq_lens_q": cumulative,
         "cu_seq_lens_k": cumulative,

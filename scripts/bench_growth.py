@@ -219,10 +219,17 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(AXES[name], fontsize=8)
         axis.set_ylabel("seconds" if name == "workers" else "CPU-seconds", fontsize=8)
+        axis.set_xticks(sizes, [f"{size:,}" if size < 100_000 else f"$10^{{{np.log10(size):.3g}}}$" for size in sizes])
+        axis.minorticks_off()
+        axis.set_yticks(
+            [x for x in (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 30) if costs.min() / 2 <= x <= costs.max() * 2]
+        )
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_ylim(costs.min() / 2, costs.max() * 2)
         axis.tick_params(labelsize=7)
     axes.flat[0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> int:
